@@ -1,0 +1,1 @@
+"""vfjax: align, merge, repair and diagnose trained networks, straight from their jaxprs."""
