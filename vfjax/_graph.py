@@ -1,0 +1,395 @@
+"""A network as a flat list of equations: flattening a jaxpr, dependency sets, evaluation with edits.
+
+A jaxpr nests: `jit`, rematerialisation, custom derivatives and loops hold jaxprs of their own. Here it
+is made flat, so that a layer is one equation and a value one integer, whatever wrapped it:
+
+* calls that only delimit (`jit`, `closed_call`, `remat`) are inlined;
+* `custom_jvp` and `custom_vjp` stay whole, since inlining them would change derivatives (that of
+  `relu` at 0, for one), unless a layer hides inside;
+* a `scan` over stacked layers is unrolled up to `MAX_UNROLL` steps; any other loop stays whole.
+
+Evaluation goes through `jax.core.eval_jaxpr`, one equation at a time: it enters each equation's context
+and name stack exactly as evaluating the original jaxpr would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core as jex
+
+Array = jax.Array
+
+PARAM, INPUT = 1, 2
+"""Dependency bits of a value: on the parameters, on the network's input."""
+
+LINEAR = frozenset({"dot_general", "conv_general_dilated"})
+MAX_UNROLL = 64
+
+_INLINE = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_lin"}
+)
+_CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+# Frames of these packages are never where a user wrote a layer.
+_LIBRARIES = tuple(
+    os.sep + name + os.sep for name in ("jax", "flax", "equinox", "haiku", "jaxlib", "vfjax")
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """One primitive applied to values.
+
+    Attributes:
+        eqn: The equation as JAX traced it.
+        inputs: One entry per operand: the id of a value, or a literal.
+        outputs: The ids of its results; None for one that nobody reads.
+        depends: Bits `PARAM` and `INPUT`: what the results depend on.
+        scope: Name stack of the calls that it was inlined from.
+    """
+
+    eqn: Any
+    inputs: tuple[int | jex.Literal, ...]
+    outputs: tuple[int | None, ...]
+    depends: int
+    scope: str
+
+    @property
+    def primitive(self) -> str:
+        """Name of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Parameters of the primitive."""
+        return self.eqn.params
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Ids of the operands that are values, literals left out."""
+        return tuple(v for v in self.inputs if isinstance(v, int))
+
+    @functools.cached_property
+    def where(self) -> str:
+        """The user's source line, as `file:line`."""
+        traceback = self.eqn.source_info.traceback
+        frames = list(traceback.frames) if traceback is not None else []
+        for frame in frames:
+            if not any(part in frame.file_name for part in _LIBRARIES):
+                return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
+        return "unknown"
+
+    @functools.cached_property
+    def _jaxpr(self) -> Any:
+        operands = {v: None for v in self.eqn.invars if not isinstance(v, jex.Literal)}
+        kept = [v for v, i in zip(self.eqn.outvars, self.outputs, strict=True) if i is not None]
+        return jex.Jaxpr([], list(operands), kept, [self.eqn], self.eqn.effects)
+
+    def bind(self, *args: Any) -> list[Any]:
+        """Applies the equation to one argument per operand; returns the results that have ids."""
+        operands = {
+            v: a
+            for v, a in zip(self.eqn.invars, args, strict=True)
+            if not isinstance(v, jex.Literal)
+        }
+        if self.scope:
+            with jax.named_scope(self.scope):
+                return jax.core.eval_jaxpr(self._jaxpr, (), *operands.values())
+        return jax.core.eval_jaxpr(self._jaxpr, (), *operands.values())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A flattened jaxpr in static single assignment form.
+
+    Attributes:
+        equations: In an order in which they can be evaluated; none is dead.
+        inputs: Ids of the inputs: first the leaves of the variables, then those of x.
+        num_leaves: How many of the inputs are leaves of the variables.
+        outputs: Ids of the outputs (or literals).
+        consts: Values closed over, by id.
+        avals: Abstract value of every id.
+        depends: Dependency bits of every id.
+        users: Indices of the equations that read an id, in order.
+        producer: Index of the equation that makes an id; inputs and consts have none.
+    """
+
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    num_leaves: int
+    outputs: tuple[int | jex.Literal, ...]
+    consts: Mapping[int, Any]
+    avals: Mapping[int, Any]
+    depends: Mapping[int, int]
+    users: Mapping[int, tuple[int, ...]]
+    producer: Mapping[int, int]
+
+    @property
+    def output_ids(self) -> tuple[int, ...]:
+        """Ids of the outputs, literals left out."""
+        return tuple(v for v in self.outputs if isinstance(v, int))
+
+    def needed(self, wanted: Iterable[int], have: Iterable[int]) -> list[int]:
+        """Indices of the equations that compute `wanted` from `have`, in order."""
+        have, todo, found = set(have), list(wanted), set()
+        while todo:
+            value = todo.pop()
+            index = self.producer.get(value)
+            if value in have or index is None or index in found:
+                continue
+            found.add(index)
+            todo.extend(self.equations[index].values)
+        return sorted(found)
+
+
+def subjaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The jaxpr that a call-like equation evaluates once, and its constants, or None.
+
+    Args:
+        eqn: A `JaxprEqn`.
+
+    Returns:
+        `(jaxpr, consts)` of a `jit`, `remat`, `custom_jvp` and the like; None of loops and branches.
+    """
+    if eqn.primitive.name not in _INLINE | _CUSTOM:
+        return None
+    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr", eqn.params.get("fun_jaxpr")))
+    return None if inner is None else open_jaxpr(inner)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Separates a (closed) jaxpr from its constants, for jax 0.10 and 0.12 alike."""
+    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of constants and of carries of a `scan` equation."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 keeps the user's trees here
+    return len(list(consts)), len(list(carry))
+
+
+def _has_layer(jaxpr: Any, depends: Sequence[int]) -> bool:
+    """Whether a linear equation of parameters and input lies inside, at any depth."""
+    env = dict(zip(jaxpr.invars, depends, strict=True))
+
+    def read(v: Any) -> int:
+        return 0 if isinstance(v, jex.Literal) else env.get(v, 0)
+
+    for eqn in jaxpr.eqns:
+        bits = [read(v) for v in eqn.invars]
+        if eqn.primitive.name in LINEAR and _is_layer(bits):
+            return True
+        inner = subjaxpr(eqn)
+        if inner is not None and len(inner[0].invars) == len(bits) and _has_layer(inner[0], bits):
+            return True
+        if eqn.primitive.name == "scan" and _scan_has_layer(eqn, bits):
+            return True
+        union = functools.reduce(lambda a, b: a | b, bits, 0)
+        env.update((v, union) for v in eqn.outvars)
+    return False
+
+
+def _scan_has_layer(eqn: Any, bits: Sequence[int]) -> bool:
+    consts, carry = scan_arity(eqn.params)
+    union = functools.reduce(lambda a, b: a | b, bits, 0)
+    # What enters the carry in one step may come from anything that entered the loop.
+    inner = [union if consts <= i < consts + carry else b for i, b in enumerate(bits)]
+    return _has_layer(open_jaxpr(eqn.params["jaxpr"])[0], inner)
+
+
+def _is_layer(bits: Sequence[int]) -> bool:
+    return len(bits) >= 2 and sorted(b & INPUT for b in bits[:2]) == [0, INPUT] and any(
+        b == PARAM for b in bits[:2]
+    )
+
+
+class _Flattener:
+    def __init__(self) -> None:
+        self.equations: list[Equation] = []
+        self.avals: dict[int, Any] = {}
+        self.depends: dict[int, int] = {}
+        self.consts: dict[int, Any] = {}
+
+    def value(self, aval: Any, depends: int) -> int:
+        index = len(self.avals)
+        self.avals[index], self.depends[index] = aval, depends
+        return index
+
+    def bits(self, value: Any) -> int:
+        return self.depends[value] if isinstance(value, int) else 0
+
+    def inline(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], scope: str) -> list:
+        """Emits the equations of a jaxpr; returns what its outputs became."""
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.value(var.aval, 0)
+            self.consts[env[var]] = const
+
+        def read(v: Any) -> Any:
+            return v if isinstance(v, jex.Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(v) for v in eqn.invars]
+            outputs = self.equation(eqn, operands, scope)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, operands: list, scope: str) -> Sequence[Any]:
+        name = eqn.primitive.name
+        bits = [self.bits(v) for v in operands]
+        inner = subjaxpr(eqn)
+        if inner is not None and (name in _INLINE or _has_layer(inner[0], bits)):
+            stack = str(eqn.source_info.name_stack)
+            return self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
+        if name == "scan" and eqn.params["length"] <= MAX_UNROLL and _scan_has_layer(eqn, bits):
+            return self.unroll(eqn, operands, scope)
+        union = functools.reduce(lambda a, b: a | b, bits, 0)
+        outputs = tuple(
+            None if isinstance(v, jex.DropVar) else self.value(v.aval, union) for v in eqn.outvars
+        )
+        self.equations.append(Equation(eqn, tuple(operands), outputs, union, scope))
+        return outputs
+
+    def call(self, fn: Callable[..., Any], operands: Sequence[Any], scope: str) -> Any:
+        """Emits the equations of a small function of our own."""
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in map(self.aval, operands)]
+        jaxpr, consts = open_jaxpr(jax.make_jaxpr(fn)(*shapes))
+        return self.inline(jaxpr, consts, operands, scope)[0]
+
+    def aval(self, value: Any) -> Any:
+        return self.avals[value] if isinstance(value, int) else value.aval
+
+    def unroll(self, eqn: Any, operands: list, scope: str) -> list:
+        num_consts, num_carry = scan_arity(eqn.params)
+        jaxpr, closed = open_jaxpr(eqn.params["jaxpr"])
+        consts, stacked = operands[:num_consts], operands[num_consts + num_carry :]
+        carry = operands[num_consts : num_consts + num_carry]
+        length = eqn.params["length"]
+        steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
+        stack = str(eqn.source_info.name_stack)
+        scope = "/".join(s for s in (scope, stack) if s)
+        emitted: dict[int, list] = {}
+        for step in steps:
+            pick = functools.partial(lax.index_in_dim, index=step, axis=0, keepdims=False)
+            slices = [self.call(pick, [v], scope) for v in stacked]
+            outs = self.inline(jaxpr, closed, [*consts, *carry, *slices], scope)
+            carry, emitted[step] = outs[:num_carry], outs[num_carry:]
+        collected = []
+        for k, var in enumerate(eqn.outvars[num_carry:]):
+            if isinstance(var, jex.DropVar):
+                collected.append(None)
+                continue
+            parts = [self.materialise(emitted[step][k], scope) for step in range(length)]
+            collected.append(self.call(lambda *ys: jax.numpy.stack(ys), parts, scope))
+        return [*carry, *collected]
+
+    def materialise(self, value: Any, scope: str) -> int:
+        if isinstance(value, int):
+            return value
+        index = self.value(value.aval, 0)
+        self.consts[index] = value.val
+        return index
+
+
+def flatten(closed_jaxpr: Any, num_leaves: int) -> Graph:
+    """Flattens a jaxpr into a `Graph`.
+
+    Args:
+        closed_jaxpr: What `jax.make_jaxpr(fn)(*leaves_of_variables, *leaves_of_x)` returns.
+        num_leaves: How many of its inputs are leaves of the variables.
+
+    Returns:
+        The graph, without the equations that no output depends on.
+    """
+    jaxpr, consts = open_jaxpr(closed_jaxpr)
+    flat = _Flattener()
+    inputs = tuple(
+        flat.value(v.aval, PARAM if i < num_leaves else INPUT) for i, v in enumerate(jaxpr.invars)
+    )
+    outputs = tuple(flat.inline(jaxpr, consts, inputs, ""))
+
+    alive = {v for v in outputs if isinstance(v, int)}
+    equations = []
+    for equation in reversed(flat.equations):
+        if any(v in alive for v in equation.outputs):
+            alive.update(equation.values)
+            equations.append(equation)
+    equations.reverse()
+    users: dict[int, list[int]] = {}
+    producer: dict[int, int] = {}
+    for index, equation in enumerate(equations):
+        for value in dict.fromkeys(equation.values):
+            users.setdefault(value, []).append(index)
+        producer.update((v, index) for v in equation.outputs if v is not None)
+    return Graph(
+        equations=tuple(equations),
+        inputs=inputs,
+        num_leaves=num_leaves,
+        outputs=outputs,
+        consts={k: v for k, v in flat.consts.items() if k in alive},
+        avals=flat.avals,
+        depends=flat.depends,
+        users={k: tuple(v) for k, v in users.items()},
+        producer=producer,
+    )
+
+
+def evaluate(
+    graph: Graph,
+    env: Mapping[int, Any],
+    wanted: Sequence[int],
+    *,
+    edits: Mapping[int, Callable[[Any], Any]] | None = None,
+    operand_edits: Mapping[tuple[int, int], Callable[[Any], Any]] | None = None,
+    rules: Callable[[Equation, Sequence[Any]], Callable[..., Any] | None] | None = None,
+) -> dict[int, Any]:
+    """Computes values of a graph, running only the equations that they need.
+
+    Args:
+        graph: The graph.
+        env: Values given, by id: leaves, inputs, or anything further down. Not modified.
+        wanted: Ids to compute.
+        edits: By id, a function that replaces the value as soon as it is there, for every reader.
+        operand_edits: By (equation index, operand index), a function that replaces the operand for
+            that one equation.
+        rules: `rules(equation, args)` may return a function of the operands to use in place of the
+            primitive (it returns one result, or a list where the primitive has several).
+
+    Returns:
+        The wanted values, by id.
+
+    Raises:
+        KeyError: If a needed input is missing from `env`; its argument is the id.
+    """
+    edits, operand_edits = edits or {}, operand_edits or {}
+    env = {**graph.consts, **env}
+    order = graph.needed(wanted, env)
+    # Values are dropped after their last use: an eager run then holds no more than a jitted one.
+    last_use = {v: i for i in order for v in graph.equations[i].values}
+    keep = set(wanted)
+    for index in order:
+        equation = graph.equations[index]
+        args = [env[v] if isinstance(v, int) else v.val for v in equation.inputs]
+        for k in range(len(args)):
+            if (index, k) in operand_edits:
+                args[k] = operand_edits[index, k](args[k])
+        rule = rules(equation, args) if rules is not None else None
+        if rule is None:
+            results = equation.bind(*args)
+        else:
+            results = rule(*args) if len(equation.outputs) > 1 else [rule(*args)]
+        outputs = [v for v in equation.outputs if v is not None]
+        for value, result in zip(outputs, results, strict=True):
+            env[value] = edits[value](result) if value in edits else result
+        for value in equation.values:
+            if last_use[value] == index and value not in keep:
+                env.pop(value, None)
+    return {v: env[v] for v in wanted}

@@ -1,0 +1,170 @@
+"""Equivalents of what a backend is slow at, for evaluation, `Network.run` and training alike.
+
+XLA on CPU is pathologically slow at convolutions on maps of 2x2 and less (300 times slower than the
+same linear map as a matrix product) and at the gradient of max-pooling by `reduce_window`. Both have
+equivalents that are exact up to the order of summation:
+
+* such a convolution is a dense layer from all input to all output positions, its matrix made of copies
+  of the kernel's taps;
+* pooling over windows that tile the map is a reshape followed by a maximum (or a sum).
+
+Models stay plain, and so does the traced network: only the evaluation takes the other road. The
+measurements are in `experiments/benchmarks`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from vfjax import _graph
+
+Array = jax.Array
+
+# Up to this many (input position, output position) pairs a dense layer beats a convolution on CPU.
+_MAX_PAIRS = 16
+
+
+def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, by the fastest equivalent equations that the default backend has.
+
+    Meant to be called under `jit`: every call traces `fn` anew. Differentiation, `vmap` and `jit` go
+    through; forward results differ from `fn`'s by float rounding at most.
+
+    Args:
+        fn: A pure function of pytrees of arrays.
+
+    Returns:
+        A function with the same signature.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> pool = lambda x: jax.lax.reduce_window(
+        ...     x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        >>> x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+        >>> bool((routed(pool)(x) == pool(x)).all())
+        True
+    """
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any) -> Any:
+        chosen = rules()
+        if chosen is None:
+            return fn(*args)
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        graph = _graph.flatten(closed, 0)
+        env = dict(zip(graph.inputs, jax.tree.leaves(args), strict=True))
+        values = _graph.evaluate(graph, env, graph.output_ids, rules=chosen)
+        outputs = [values[v] if isinstance(v, int) else jnp.asarray(v.val) for v in graph.outputs]
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return wrapper
+
+
+def rules() -> Callable[[_graph.Equation, Sequence[Any]], Callable[..., Any] | None] | None:
+    """The rules for the default backend, in the form that `_graph.evaluate` takes, or None."""
+    return _cpu_rule if jax.default_backend() == "cpu" else None
+
+
+def _cpu_rule(equation: _graph.Equation, args: Sequence[Any]) -> Callable[..., Any] | None:
+    make = _CPU_RULES.get(equation.primitive)
+    return None if make is None else make(equation.params, *(np.shape(a) for a in args))
+
+
+def _small_convolution(
+    params: Any, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]
+) -> Callable[..., Array] | None:
+    """A convolution on a tiny map, as a dense layer; None where a convolution is better."""
+    dims = params["dimension_numbers"]
+    rank = len(x_shape) - 2
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return None
+    if any(d != 1 for d in params["lhs_dilation"]) or params.get("preferred_element_type"):
+        return None
+    size_in = [x_shape[d] for d in dims.lhs_spec[2:]]
+    taps = [kernel_shape[d] for d in dims.rhs_spec[2:]]
+    size_out = [
+        max(0, (n + lo + hi - (k - 1) * dilation - 1) // stride + 1)
+        for n, k, (lo, hi), stride, dilation in zip(
+            size_in,
+            taps,
+            params["padding"],
+            params["window_strides"],
+            params["rhs_dilation"],
+            strict=True,
+        )
+    ]
+    pairs = int(np.prod(size_in) * np.prod(size_out))
+    if not 0 < pairs <= _MAX_PAIRS or np.prod(taps) == 1:
+        return None
+
+    def tap(source: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Which tap of the kernel carries the source position to the target position, if any."""
+        index = []
+        for axis in range(rank):
+            offset = source[axis] - target[axis] * params["window_strides"][axis]
+            offset += params["padding"][axis][0]
+            step, rest = divmod(offset, params["rhs_dilation"][axis])
+            if rest or not 0 <= step < taps[axis]:
+                return None
+            index.append(step)
+        return tuple(index)
+
+    sources = list(itertools.product(*map(range, size_in)))
+    targets = list(itertools.product(*map(range, size_out)))
+
+    def dense(x: Array, kernel: Array) -> Array:
+        x = jnp.transpose(x, (dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1]))
+        kernel = jnp.transpose(kernel, (*dims.rhs_spec[2:], dims.rhs_spec[1], dims.rhs_spec[0]))
+        c_in, c_out = kernel.shape[-2:]
+        zero = jnp.zeros((c_in, c_out), kernel.dtype)
+        picked = [[tap(s, t) for t in targets] for s in sources]
+        blocks = [
+            jnp.concatenate([zero if i is None else kernel[i] for i in row], axis=1)
+            for row in picked
+        ]
+        y = x.reshape(x.shape[0], -1) @ jnp.concatenate(blocks, axis=0)
+        y = y.reshape(x.shape[0], *size_out, c_out)
+        return jnp.transpose(y, np.argsort((dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1])))
+
+    return dense
+
+
+def _tiled_pool(
+    reduce: Callable[[Array, Array], Array], params: Any, shape: tuple[int, ...]
+) -> Callable[..., Array] | None:
+    """Pooling over windows that tile the map, without `reduce_window`."""
+    window, stride = params["window_dimensions"], params["window_strides"]
+    if tuple(window) != tuple(stride) or any(lo or hi for lo, hi in params["padding"]):
+        return None
+    if any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"])):
+        return None
+    if np.prod(window) > _MAX_PAIRS or any(w > n for w, n in zip(window, shape, strict=True)):
+        return None
+
+    def pool(x: Array) -> Array:
+        for axis, w in enumerate(window):
+            if w == 1:
+                continue
+            n = x.shape[axis] // w
+            x = lax.slice_in_dim(x, 0, n * w, axis=axis)
+            x = x.reshape(*x.shape[:axis], n, w, *x.shape[axis + 1 :])
+            parts = [lax.index_in_dim(x, k, axis + 1, keepdims=False) for k in range(w)]
+            x = functools.reduce(reduce, parts)
+        return x
+
+    return pool
+
+
+_CPU_RULES: dict[str, Callable[..., Callable[..., Array] | None]] = {
+    "conv_general_dilated": _small_convolution,
+    "reduce_window_max": functools.partial(_tiled_pool, lax.max),
+    "reduce_window_sum": functools.partial(_tiled_pool, lax.add),
+}
