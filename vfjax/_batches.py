@@ -1,0 +1,119 @@
+"""The rules of ``data``: what a pass over batches may be given, and what it says otherwise.
+
+Every pass of the library over data goes through :func:`batches`, so that statistics,
+renormalisation and evaluation accept the same things and fail with the same words. ``data`` is a
+re-iterable of what ``apply_fn`` takes as ``x``, or of pairs ``(x, label)``; labels are dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["batch_size", "batches"]
+
+PyTree = Any
+
+
+def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterator[PyTree]:
+    """Iterates over the inputs in ``data``, checked against the traced input.
+
+    A batch is ``x`` where its tree structure is that of ``like``, else the first of a pair
+    ``(x, label)``. Batches may differ in size, and one batch is enough; a batch without samples is
+    skipped. Everything is checked on the host, batch by batch, before any of it is computed with.
+
+    Args:
+        data: Iterable of batches. It is iterated over once per call; a caller that needs several
+            passes calls again, and gets an error where ``data`` cannot start over.
+        like: The traced input: a pytree of arrays or ``jax.ShapeDtypeStruct``, batch axis first.
+        name: The caller's name for the argument, for the messages.
+
+    Yields:
+        One ``x`` per batch, as it came (NumPy or JAX arrays).
+
+    Raises:
+        TypeError: If ``data`` is no iterable, or a batch has another structure or dtype.
+        ValueError: If a batch has another shape than ``[batch, *traced]``, its leaves disagree on
+            the batch size, or there are no batches: ``data`` was empty or exhausted before.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> like = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+        >>> data = [(jnp.zeros((4, 3)), jnp.zeros(4, int)), (jnp.zeros((2, 3)), jnp.zeros(2, int))]
+        >>> [x.shape for x in batches(data, like=like)]
+        [(4, 3), (2, 3)]
+    """
+    if isinstance(data, str | bytes | dict) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"`{name}` must be an iterable of batches, each x or (x, label), got "
+            f"{type(data).__name__}; pass a list of batches for a single one: [x]"
+        )
+    closed = inspect.isgenerator(data) and inspect.getgeneratorstate(data) == inspect.GEN_CLOSED
+    one_shot = isinstance(data, Iterator)
+    found = False
+    for index, item in enumerate(data):
+        x = _input(item, like, f"`{name}`, batch {index}", whole=data if index == 0 else None)
+        if batch_size(x):
+            found = True
+            yield x
+    if found:
+        return
+    if closed or one_shot:
+        raise ValueError(
+            f"`{name}` gave no batches: this {type(data).__name__} is "
+            f"{'' if closed else 'empty or '}exhausted, as an iterator can be read only once. Pass "
+            "something that starts over each time: a list of batches, or an object whose __iter__ "
+            "makes a new iterator"
+        )
+    raise ValueError(
+        f"`{name}` gave no batches with samples in them: it is empty, or its __iter__ does not "
+        f"start over on a second use. Got {type(data).__name__}"
+    )
+
+
+def batch_size(x: PyTree) -> int:
+    """Number of samples in ``x``: the length of the first axis of its leaves."""
+    return int(np.shape(jax.tree.leaves(x)[0])[0])
+
+
+def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
+    """The ``x`` of one batch, after every check."""
+    want = jax.tree.structure(like)
+    if jax.tree.structure(item) == want:
+        x = item
+    elif isinstance(item, tuple | list) and len(item) == 2 and jax.tree.structure(item[0]) == want:
+        x = item[0]
+    else:
+        raise TypeError(
+            f"{where} must be x or (x, label) with x of the traced structure {want}, got "
+            f"{jax.tree.structure(item)}"
+        )
+    sizes = set()
+    for (path, leaf), traced in zip(
+        jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(like), strict=True
+    ):
+        part = f"{where}{', x' + jax.tree_util.keystr(path) if path else ''}"
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(f"{part} must be an array, got {type(leaf).__name__}")
+        if leaf.dtype != traced.dtype:
+            raise TypeError(
+                f"{part} has dtype {leaf.dtype}, but the network was traced with {traced.dtype}; "
+                f"convert the batches, as in x.astype('{traced.dtype}'), or trace again"
+            )
+        shape = tuple(leaf.shape)
+        if len(shape) != len(traced.shape) or shape[1:] != tuple(traced.shape[1:]):
+            hint = ""
+            if tuple(getattr(whole, "shape", ())[1:]) == tuple(traced.shape[1:]):
+                hint = "; this array looks like one batch: pass a list of batches, [x]"
+            raise ValueError(
+                f"{part} has shape {shape}, but the network was traced with "
+                f"[batch, {', '.join(map(str, traced.shape[1:]))}]{hint}"
+            )
+        sizes.add(shape[0])
+    if len(sizes) != 1:
+        raise ValueError(f"{where}: the leaves of x have different batch sizes: {sorted(sizes)}")
+    return x
