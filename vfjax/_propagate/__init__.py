@@ -1,0 +1,180 @@
+"""How permutation symmetries spread through a network, read off its equations.
+
+Every axis of every leaf starts as one free atom (see `algebra`), every axis of the network's input
+as a fixed one. Each equation then ties, splits or fixes the atoms of its operands by the rule of
+its primitive (see `registry`; the rules are grouped by family), and at last the outputs are fixed.
+What is still free can be permuted without changing what the network computes.
+
+A primitive without a rule fixes what it touches: symmetries may be missed, never invented.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from jax.extend import core as jex
+
+from vfjax._graph import INPUT, PARAM, Graph
+from vfjax._propagate import calls, elementwise, indexing, layout, linear, reduce
+from vfjax._propagate.algebra import Algebra, Axis, Cause
+from vfjax._propagate.registry import RULES, Step, Use, Value, apply, constant, rule, shape_of
+
+__all__ = ["RULES", "Atom", "Fixed", "Propagation", "Tie", "propagate", "rule"]
+
+_FAMILIES = (calls, elementwise, indexing, layout, linear, reduce)  # imported for their rules
+
+
+class Atom(NamedTuple):
+    """A factor of an axis.
+
+    Attributes:
+        size: Number of entries.
+        group: Which atoms it moves with; None if it is fixed or touches no leaf.
+    """
+
+    size: int
+    group: int | None
+
+
+class Fixed(NamedTuple):
+    """An axis of a leaf without any symmetry.
+
+    Attributes:
+        leaf: Id of the leaf's value.
+        axis: The axis.
+        primitive: What fixed it: a primitive, "input" or "output" (it is tied to an axis of these),
+            "constant" (it meets constants that differ), or "unused" (nothing reads the leaf).
+        where: "file:line" of the equation, or "".
+    """
+
+    leaf: int
+    axis: int
+    primitive: str
+    where: str
+
+
+class Tie(NamedTuple):
+    """A layer contracts or keeps an atom of a leaf's axis.
+
+    Attributes:
+        primitive: The layer's primitive.
+        leaf: Id of the leaf's value.
+        axis: The axis.
+        position: Which atom of the axis.
+        role: "in" if the layer contracts it with data that depends on x, "out" if it keeps it.
+    """
+
+    primitive: str
+    leaf: int
+    axis: int
+    position: int
+    role: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Propagation:
+    """What is known of all axes of a graph.
+
+    Attributes:
+        axes: By value id, one axis per dimension, each the row-major product of its atoms (atoms of
+            size 1 are left out).
+        leaves: Ids of the variables' leaves, in their order.
+        fixed: Axes of leaves that no group touches.
+        ties: What layers do with the leaves, in graph order.
+    """
+
+    axes: dict[int, tuple[tuple[Atom, ...], ...]]
+    leaves: tuple[int, ...]
+    fixed: tuple[Fixed, ...]
+    ties: tuple[Tie, ...]
+
+
+def propagate(graph: Graph) -> Propagation:
+    """Finds which axes of the leaves can be permuted together.
+
+    It never fails: what it cannot follow is fixed, and reported in `Propagation.fixed`.
+
+    Args:
+        graph: A flattened network.
+
+    Returns:
+        Groups of tied axes, for every value of the graph.
+    """
+    algebra = Algebra()
+    env: dict[int, Value] = {}
+    for k, value in enumerate(graph.inputs):
+        cause = None if k < graph.num_leaves else Cause("input")
+        shape = shape_of(graph.avals[value])
+        axes = [[algebra.atom(n, cause)] for n in shape]
+        env[value] = Value(axes, shape, INPUT if cause else PARAM)
+    for value, array in graph.consts.items():
+        env[value] = constant(algebra, array, shape_of(graph.avals[value]))
+
+    uses: list[Use] = []
+    for equation in graph.equations:
+        operands = [
+            constant(algebra, v.val, shape_of(v.aval)) if isinstance(v, jex.Literal) else env[v]
+            for v in equation.inputs
+        ]
+        step = Step(algebra, equation.eqn, operands, equation, uses)
+        for value, result in zip(equation.outputs, apply(step), strict=True):
+            if value is not None:
+                env[value] = result
+
+    for value in graph.output_ids:
+        producer = graph.producer.get(value)
+        maker = None if producer is None else graph.equations[producer]
+        for axis in env[value].axes:
+            algebra.fix(axis, Cause("output", maker))
+    return _collect(graph, algebra, env, uses)
+
+
+def _collect(graph: Graph, algebra: Algebra, env: dict[int, Value], uses: list[Use]) -> Propagation:
+    """Numbers the groups and reads everything out of the algebra."""
+    leaves = graph.inputs[: graph.num_leaves]
+    used = [leaf for leaf in leaves if graph.users.get(leaf) or leaf in graph.output_ids]
+    origin: dict[int, tuple[int, int, int]] = {}
+    groups: dict[int, int] = {}
+    fixed = []
+    for leaf in leaves:
+        for k, axis in enumerate(env[leaf].axes):
+            atoms = algebra.expand(axis)
+            causes = [algebra.cause(atom) for atom in atoms]
+            if leaf not in used:
+                fixed.append(Fixed(leaf, k, "unused", ""))
+                continue
+            origin.update((atom, (leaf, k, position)) for position, atom in enumerate(atoms))
+            free = [atom for atom, cause in zip(atoms, causes, strict=True) if cause is None]
+            for atom in free:
+                groups.setdefault(algebra.find(atom), len(groups))
+            if atoms and not free:
+                fixed.append(Fixed(leaf, k, *_blame(causes)))
+
+    def read(axis: Axis) -> tuple[Atom, ...]:
+        return tuple(
+            Atom(algebra.size(atom), groups.get(algebra.find(atom)))
+            for atom in algebra.expand(axis)
+        )
+
+    ties = []
+    for use in uses:
+        for role, axes in (("out", use.kept), ("in", use.contracted)):
+            for axis in axes:
+                for atom in algebra.expand(axis):
+                    if atom in origin:
+                        ties.append(Tie(use.primitive, *origin[atom], role))
+    return Propagation(
+        axes={v: tuple(read(axis) for axis in value.axes) for v, value in env.items()},
+        leaves=leaves,
+        fixed=tuple(fixed),
+        ties=tuple(ties),
+    )
+
+
+def _blame(causes: list[Cause | None]) -> tuple[str, str]:
+    """The most telling cause: a primitive before the network's ends."""
+    known = [cause for cause in causes if cause is not None]
+    telling = [cause for cause in known if cause.primitive not in ("input", "output")]
+    cause = (telling or known)[0]
+    return cause.primitive, "" if cause.equation is None else cause.equation.where

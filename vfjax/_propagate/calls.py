@@ -1,0 +1,120 @@
+"""Primitives that hold jaxprs: calls are followed, loops to a fixed point, branches together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core as jex
+
+from vfjax._graph import open_jaxpr, scan_arity, subjaxpr
+from vfjax._propagate.registry import (
+    Axes,
+    Step,
+    Value,
+    apply,
+    constant,
+    opaque,
+    rule,
+    shape_of,
+)
+
+
+def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
+    """Applies the rules of all equations of a jaxpr that lies inside `step`."""
+    env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+        env[var] = constant(step.algebra, const, shape_of(var.aval))
+
+    def read(var: Any) -> Value:
+        if isinstance(var, jex.Literal):
+            return constant(step.algebra, var.val, shape_of(var.aval))
+        return env[var]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(var) for var in eqn.invars]
+        inner = dataclasses.replace(step, eqn=eqn, inputs=operands)
+        env.update(zip(eqn.outvars, apply(inner), strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+@rule(
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "custom_lin",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+)
+def call(step: Step) -> list[Axes]:
+    """Evaluates a jaxpr once."""
+    inner = subjaxpr(step.eqn)
+    if inner is None or len(inner[0].invars) != len(step.inputs):
+        return opaque(step)
+    return [value.axes for value in follow(step, *inner, step.inputs)]
+
+
+@rule("scan")
+def scan(step: Step) -> list[Axes]:
+    """Steps over a leading dimension, which is fixed; what goes into the carry comes out of it.
+
+    The rules hold for whichever atoms they find, so a single pass over the body is one step of the
+    loop for every step, provided that the carry that it returns is tied to the one that it took.
+    """
+    num_consts, num_carry = scan_arity(step.params)
+    jaxpr, closed = open_jaxpr(step.params["jaxpr"])
+    stacked = step.inputs[num_consts + num_carry :]
+    for value in stacked:
+        step.fix(value.axes[0])
+    inputs = _widen(step.inputs[: num_consts + num_carry], range(num_consts), step.inputs)
+    inputs += [Value(v.axes[1:], v.shape[1:], v.depends) for v in stacked]
+    outputs = follow(step, jaxpr, closed, inputs)
+    carry = step.inputs[num_consts : num_consts + num_carry]
+    _tie_all(step, carry, outputs[:num_carry])
+    length = step.params["length"]
+    emitted = [[step.fixed(length), *value.axes] for value in outputs[num_carry:]]
+    return [value.axes for value in carry] + emitted
+
+
+@rule("while")
+def while_(step: Step) -> list[Axes]:
+    """Ties the carry that the body returns to the one that it takes; the condition is a scalar."""
+    cond_consts, body_consts = step.params["cond_nconsts"], step.params["body_nconsts"]
+    constants, carry = step.inputs[: cond_consts + body_consts], step.inputs[-len(step.shapes) :]
+    carry = _widen(carry, (), step.inputs)
+    condition = [*constants[:cond_consts], *carry]
+    body = [*constants[cond_consts:], *carry]
+    for value in follow(step, *open_jaxpr(step.params["cond_jaxpr"]), condition):
+        step.fix(*value.axes)
+    _tie_all(step, carry, follow(step, *open_jaxpr(step.params["body_jaxpr"]), body))
+    return [value.axes for value in carry]
+
+
+@rule("cond")
+def cond(step: Step) -> list[Axes]:
+    """Ties the results of all branches."""
+    index, *operands = step.inputs
+    step.fix(*index.axes)
+    branches = [follow(step, *open_jaxpr(b), operands) for b in step.params["branches"]]
+    for branch in branches[1:]:
+        _tie_all(step, branches[0], branch)
+    return [value.axes for value in branches[0]]
+
+
+def _widen(values: Sequence[Value], but: Sequence[int], all_values: Sequence[Value]) -> list[Value]:
+    """Lets values depend on whatever enters the loop, as a carry may after one turn."""
+    depends = 0
+    for value in all_values:
+        depends |= value.depends
+    return [v if k in but else v._replace(depends=depends) for k, v in enumerate(values)]
+
+
+def _tie_all(step: Step, left: Sequence[Value], right: Sequence[Value]) -> None:
+    for a, b in zip(left, right, strict=True):
+        step.tie([a, b], range(len(a.shape)))

@@ -1,0 +1,66 @@
+"""Contractions and convolutions: where groups meet, and where roles are decided."""
+
+from __future__ import annotations
+
+from vfjax._propagate.registry import Axes, Step, Value, opaque, rule
+
+
+@rule("dot_general")
+def dot_general(step: Step) -> list[Axes]:
+    """Ties contracted and batch dimensions pairwise and keeps the others.
+
+    Two operands that depend on x (attention scores) are treated no differently: the dimension that
+    queries and keys share is contracted, so it is tied, and a permutation of both changes nothing.
+    """
+    (contract, batch) = step.params["dimension_numbers"]
+    left, right = step.inputs[:2]
+    for dims in (contract, batch):
+        for i, j in zip(*dims, strict=True):
+            step.unify(left.axes[i], right.axes[j])
+    sides = []
+    for k, value in enumerate((left, right)):
+        taken = {*contract[k], *batch[k]}
+        sides.append([axis for dim, axis in enumerate(value.axes) if dim not in taken])
+    for k, (kernel, other) in enumerate(((left, right), (right, left))):
+        step.layer(kernel, other, [kernel.axes[d] for d in contract[k]], sides[k])
+    return [[left.axes[i] for i in batch[0]] + sides[0] + sides[1]]
+
+
+@rule("conv_general_dilated")
+def conv_general_dilated(step: Step) -> list[Axes]:
+    """Ties input channels, keeps output channels and examples, fixes positions.
+
+    With feature groups, input channels are `(group, in)` and output channels `(group, out)`, the
+    kernel is `(in, group * out)`: groups can be exchanged, and channels within all groups alike. A
+    depthwise convolution is the case of `in` 1.
+    """
+    dims = step.params["dimension_numbers"]
+    groups = step.params["feature_group_count"]
+    left, right = step.inputs
+    if step.params["batch_group_count"] != 1:
+        return opaque(step)
+    examples, channels = left.axes[dims.lhs_spec[0]], left.axes[dims.lhs_spec[1]]
+    outgoing, incoming = (right.axes[k] for k in dims.rhs_spec[:2])
+    step.fix(*(left.axes[k] for k in dims.lhs_spec[2:]))
+    step.fix(*(right.axes[k] for k in dims.rhs_spec[2:]))
+    within = outgoing
+    if groups > 1:
+        shared = step.free(groups)
+        step.unify(channels, shared + incoming)
+        within = step.free(right.shape[dims.rhs_spec[0]] // groups)
+        step.unify(outgoing, shared + within)
+        # The same atoms as the kernel's own, so that they can be traced back to its leaf.
+        within = _last(step, right, dims.rhs_spec[0], len(step.algebra.expand(within)))
+    else:
+        step.unify(channels, incoming)
+    step.layer(right, left, [incoming], [within])
+    axes = [step.fixed(n) for n in step.shapes[0]]
+    axes[dims.out_spec[0]] = examples
+    axes[dims.out_spec[1]] = outgoing
+    return [axes]
+
+
+def _last(step: Step, value: Value, dim: int, count: int) -> list[int]:
+    """The last `count` atoms of a dimension, with the identity that they have there."""
+    atoms = step.algebra.expand(value.axes[dim])
+    return atoms[len(atoms) - count :]

@@ -1,0 +1,107 @@
+"""Primitives that combine the entries along dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vfjax._propagate.registry import Axes, Step, rule
+
+
+@rule(
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_and",
+    "reduce_or",
+    "reduce_xor",
+)
+def reduction(step: Step) -> list[Axes]:
+    """Drops dimensions; the order of the entries along them does not matter."""
+    dropped = step.params["axes"]
+    return [[axis for k, axis in enumerate(step.inputs[0].axes) if k not in dropped]]
+
+
+@rule("argmax", "argmin")
+def arg_reduction(step: Step) -> list[Axes]:
+    """Drops dimensions whose order is what the result tells."""
+    axes, dropped = step.inputs[0].axes, step.params["axes"]
+    step.fix(*(axes[k] for k in dropped))
+    return [[axis for k, axis in enumerate(axes) if k not in dropped]]
+
+
+@rule("reduce")
+def general_reduction(step: Step) -> list[Axes]:
+    """A reduction by the user's function, which need not be commutative."""
+    dropped = step.params["dimensions"]
+    values = step.inputs[: len(step.shapes)]  # then come the initial values, which are scalars
+    kept = [k for k in range(len(values[0].shape)) if k not in dropped]
+    for value in values:
+        step.fix(*(value.axes[k] for k in dropped))
+    step.tie(values, kept)
+    return [[value.axes[k] for k in kept] for value in values]
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+def cumulative(step: Step) -> list[Axes]:
+    """Depends on the order along its axis."""
+    axes = list(step.inputs[0].axes)
+    step.fix(axes[step.params["axis"]])
+    return [axes]
+
+
+@rule("sort")
+def sort(step: Step) -> list[Axes]:
+    """Moves the operands' entries along one dimension together."""
+    sorted_dim = step.params["dimension"]
+    rank = len(step.inputs[0].shape)
+    for value in step.inputs:
+        step.fix(value.axes[sorted_dim])
+    step.tie(step.inputs, [k for k in range(rank) if k != sorted_dim])
+    return [list(value.axes) for value in step.inputs]
+
+
+@rule("top_k")
+def top_k(step: Step) -> list[Axes]:
+    """Values and indices of the largest entries along one dimension."""
+    (value,) = step.inputs
+    dim = step.params.get("axis", len(value.shape) - 1) % len(value.shape)
+    return _fixed_along(step, value.axes, [dim])
+
+
+@rule("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min")
+def reduce_window(step: Step) -> list[Axes]:
+    """Pools: positions that share windows, or are padded or strided over, are fixed."""
+    get = step.params.get
+    values = step.inputs[: len(step.shapes)]  # then come the initial values, which are scalars
+    rank = len(values[0].shape)
+    plain = (
+        (get("window_dimensions"), 1),
+        (get("window_strides"), 1),
+        (get("padding"), (0, 0)),
+        (get("base_dilation"), 1),
+        (get("window_dilation"), 1),
+    )
+    pooled = [
+        k
+        for k in range(rank)
+        if any(setting is not None and _entry(setting[k]) != rest for setting, rest in plain)
+    ]
+    kept = [k for k in range(rank) if k not in pooled]
+    step.tie(values, kept)
+    for value in values[1:]:
+        step.fix(*(value.axes[k] for k in pooled))
+    return _fixed_along(step, values[0].axes, pooled)
+
+
+def _entry(setting: int | Sequence[int]) -> int | tuple[int, ...]:
+    return tuple(setting) if isinstance(setting, Sequence) else setting
+
+
+def _fixed_along(step: Step, axes: Axes, dims: Sequence[int]) -> list[Axes]:
+    """Results whose dimensions `dims` are new and fixed, and whose others are the operand's."""
+    step.fix(*(axes[k] for k in dims))
+    return [
+        [step.fixed(n) if k in dims else axes[k] for k, n in enumerate(shape)]
+        for shape in step.shapes
+    ]

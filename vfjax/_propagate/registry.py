@@ -1,0 +1,199 @@
+"""The registry of rules, and what a rule gets to see and do.
+
+A rule says how the axes of a primitive's results follow from those of its operands. It receives a
+`Step` and returns, for each result, one axis per dimension:
+
+    @rule("transpose")
+    def transpose(step):
+        return [[step.inputs[0].axes[k] for k in step.params["permutation"]]]
+
+Where entries are paired, a rule calls `step.unify`; where they are treated differently, `step.fix`,
+and the result gets a fixed axis too (`step.fixed(n)`). Every permutation of the operands' free
+atoms must then permute the results as their axes say, and change nothing else. That is the whole
+contract of a rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vfjax._graph import INPUT, PARAM
+from vfjax._propagate.algebra import Algebra, Axis, Cause
+
+Axes = list[Axis]
+"""One axis per dimension of an array."""
+
+
+class Value(NamedTuple):
+    """What is known of an array.
+
+    Attributes:
+        axes: One axis per dimension.
+        shape: Its shape.
+        depends: Bits `PARAM` and `INPUT`.
+    """
+
+    axes: Axes
+    shape: tuple[int, ...]
+    depends: int
+
+
+class Use(NamedTuple):
+    """A parameter-only operand of a layer, and which of its axes the layer contracts or keeps."""
+
+    primitive: str
+    contracted: Axes
+    kept: Axes
+
+
+@dataclasses.dataclass
+class Step:
+    """One equation, as a rule sees it.
+
+    Attributes:
+        algebra: The atoms.
+        eqn: The `JaxprEqn`.
+        inputs: Its operands.
+        equation: The `Equation` of the graph that it is, or lies inside.
+        uses: Where layers are recorded.
+    """
+
+    algebra: Algebra
+    eqn: Any
+    inputs: list[Value]
+    equation: Any
+    uses: list[Use]
+
+    @property
+    def primitive(self) -> str:
+        """Name of the primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Parameters of the primitive."""
+        return self.eqn.params
+
+    @functools.cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the results."""
+        return [shape_of(var.aval) for var in self.eqn.outvars]
+
+    @property
+    def cause(self) -> Cause:
+        """This equation, as the reason for which an axis is fixed."""
+        return Cause(self.primitive, self.equation)
+
+    def free(self, size: int) -> Axis:
+        """A new axis whose entries are all alike."""
+        return [self.algebra.atom(size)]
+
+    def fixed(self, size: int) -> Axis:
+        """A new axis without symmetry."""
+        return [self.algebra.atom(size, self.cause)]
+
+    def fix(self, *axes: Axis) -> None:
+        """Takes every symmetry from axes."""
+        for axis in axes:
+            self.algebra.fix(axis, self.cause)
+
+    def unify(self, left: Axis, right: Axis) -> None:
+        """Ties two axes."""
+        self.algebra.unify(left, right, self.cause)
+
+    def reshape(self, axes: Axes, shape: Sequence[int]) -> Axes:
+        """The axes after a row-major reshape."""
+        return self.algebra.reshape(axes, shape, self.cause)
+
+    def tie(self, values: Sequence[Value], dims: Iterable[int]) -> None:
+        """Ties dimensions of several values of equal rank."""
+        for k in dims:
+            for value in values[1:]:
+                self.unify(values[0].axes[k], value.axes[k])
+
+    def layer(self, kernel: Value, other: Value, contracted: Axes, kept: Axes) -> None:
+        """Records `kernel` if it holds parameters alone and meets data that depends on x."""
+        if kernel.depends == PARAM and other.depends & INPUT:
+            self.uses.append(Use(self.primitive, contracted, kept))
+
+
+Rule = Callable[[Step], list[Axes]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for primitives, by name."""
+
+    def register(function: Rule) -> Rule:
+        for name in primitives:
+            if name in RULES:
+                raise ValueError(f"two rules for the primitive {name!r}")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def opaque(step: Step) -> list[Axes]:
+    """The rule of every primitive that has none: whatever it touches is fixed."""
+    for value in step.inputs:
+        step.fix(*value.axes)
+    return [[step.fixed(n) for n in shape] for shape in step.shapes]
+
+
+def apply(step: Step) -> list[Value]:
+    """Applies the primitive's rule; whatever goes wrong in it costs symmetries, not the trace."""
+    function = RULES.get(step.primitive, opaque)
+    try:
+        results = function(step)
+    except (LookupError, AttributeError, TypeError, ValueError):
+        # A parameter that another version of jax renamed, say. What the rule tied before it
+        # stumbled only removes symmetries, so the opaque rule can follow it.
+        results = opaque(step)
+    if not _consistent(step, results):
+        results = opaque(step)
+    depends = 0
+    for value in step.inputs:
+        depends |= value.depends
+    return [Value(a, s, depends) for a, s in zip(results, step.shapes, strict=True)]
+
+
+def shape_of(aval: Any) -> tuple[int, ...]:
+    """The shape of an abstract value; tokens and the like have none."""
+    return tuple(getattr(aval, "shape", ()))
+
+
+def constant(algebra: Algebra, array: Any, shape: tuple[int, ...]) -> Value:
+    """What is known of a constant: an axis along which it does not vary breaks no symmetry."""
+    cause = Cause("constant")
+    try:
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError("unknown values")
+        entries = np.asarray(array)
+        varies = [
+            n > 1 and not bool(np.all(entries == np.take(entries, [0], axis=k)))
+            for k, n in enumerate(shape)
+        ]
+    except TypeError:  # also typed random keys
+        varies = [True] * len(shape)
+    axes = [[algebra.atom(n, cause if v else None)] for n, v in zip(shape, varies, strict=True)]
+    return Value(axes, shape, 0)
+
+
+def _consistent(step: Step, results: list[Axes]) -> bool:
+    """Whether a rule returned one axis of the right length per dimension of each result."""
+    if len(results) != len(step.shapes):
+        return False
+    length = step.algebra.length
+    return all(
+        len(axes) == len(shape)
+        and all(length(a) == n for a, n in zip(axes, shape, strict=True) if math.prod(shape))
+        for axes, shape in zip(results, step.shapes, strict=True)
+    )
