@@ -1,0 +1,119 @@
+"""Flax Linen models of the experiments: VGG, ResNet, MLPs, linear networks, networks for digits.
+
+All are called as ``model.apply(variables, x, train=False)``, take images ``[N, H, W, C]`` and return
+logits ``[N, classes]``.  Nothing outside this package, training and the experiments depends on them;
+the merging part of the library works on any pure function over a pytree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from vfjax.models.digits import DigitsConv, DigitsMLP
+from vfjax.models.linear import LinearNetwork
+from vfjax.models.mlp import MLP
+from vfjax.models.resnet import ResNet
+from vfjax.models.vgg import VGG
+
+__all__ = [
+    "MLP",
+    "NAMES",
+    "VGG",
+    "ApplyFn",
+    "DigitsConv",
+    "DigitsMLP",
+    "LinearNetwork",
+    "ResNet",
+    "apply_fn",
+    "create",
+]
+
+PyTree = Any
+
+
+def _families() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]]:
+    """Returns the class and the fixed options of every named model."""
+    table: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+        "mlp": (MLP, {}),
+        "linear": (LinearNetwork, {}),
+        "linear-residual": (LinearNetwork, {"depth": 5, "residual": True, "std": 0.005}),
+        "digits-mlp": (DigitsMLP, {}),
+        "digits-conv": (DigitsConv, {}),
+    }
+    for depth in (11, 13, 16, 19):
+        table[f"vgg{depth}"] = (VGG, {"depth": depth})
+        table[f"vgg{depth}-bn"] = (VGG, {"depth": depth, "norm": "batch"})
+        table[f"vgg{depth}-ln"] = (VGG, {"depth": depth, "norm": "layer"})
+    for depth in (20, 32, 56):
+        # The one normalisation that a ResNet is published with needs no suffix; it may have one.
+        table[f"resnet{depth}"] = (ResNet, {"depth": depth, "norm": "batch"})
+        table[f"resnet{depth}-bn"] = (ResNet, {"depth": depth, "norm": "batch"})
+        table[f"resnet{depth}-ln"] = (ResNet, {"depth": depth, "norm": "layer"})
+        table[f"resnet{depth}-plain"] = (ResNet, {"depth": depth, "norm": None})
+    return table
+
+
+_FAMILIES = _families()
+NAMES = tuple(sorted(_FAMILIES))
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """Creates a model by its name.
+
+    Args:
+      name: One of `NAMES`, for example ``"vgg16"``, ``"vgg16-bn"``, ``"resnet20"``,
+        ``"resnet20-plain"``, ``"mlp"``, ``"digits-conv"``.
+      **options: Fields of the model's class, for example ``width=0.25`` or ``classes=100``.
+
+    Returns:
+      The Linen module.
+
+    Raises:
+      ValueError: If the name is unknown, or an option is not a field of that model.
+
+    Example:
+      >>> create("vgg16-bn", width=0.25).norm
+      'batch'
+    """
+    if name not in _FAMILIES:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}.")
+    family, fixed = _FAMILIES[name]
+    fields = {field.name for field in dataclasses.fields(family)} - {"parent", "name"}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        raise ValueError(
+            f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(fields - set(fixed)))}."
+        )
+    return family(**{**fixed, **options})
+
+
+@dataclasses.dataclass(frozen=True)
+class ApplyFn:
+    """The pure function ``(variables, x) -> logits`` of a Linen model in evaluation mode.
+
+    Two of equal models are equal, so that functions compiled for one serve the other.
+    """
+
+    model: nn.Module
+
+    def __call__(self, variables: PyTree, x: jax.Array) -> jax.Array:
+        """Returns the logits ``[N, classes]``."""
+        return self.model.apply(variables, x, train=False)
+
+
+def apply_fn(model: nn.Module) -> ApplyFn:
+    """Returns what `vfjax.trace` takes for `model`: its function in evaluation mode.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> model = create("digits-mlp")
+      >>> x = jnp.zeros((3, 8, 8, 1))
+      >>> apply_fn(model)(model.init(jax.random.key(0), x), x).shape
+      (3, 10)
+    """
+    return ApplyFn(model)
