@@ -1,0 +1,45 @@
+"""The table that `Network.summary` prints."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def summary(net: Any) -> str:
+    """Layers of a network as a text table, with what could not be followed below it.
+
+    Args:
+        net: A `Network`.
+
+    Returns:
+        The table, without a trailing newline.
+    """
+    table = Table(title=repr(net), title_justify="left", box=None, pad_edge=False)
+    for column in ("layer", "depth", "kernel", "output", "parameters", "FLOPs", "group"):
+        table.add_column(
+            column,
+            justify="right" if column in ("depth", "parameters", "FLOPs") else "left",
+            no_wrap=True,
+        )
+    for layer in net.layers:
+        table.add_row(
+            layer.name,
+            str(layer.depth) if layer.main else f"({layer.depth})",
+            "x".join(map(str, layer.shape)),
+            "x".join(map(str, layer.output_shape[1:])),
+            f"{layer.parameters:,}",
+            f"{layer.flops:,}",
+            layer.group or "-",
+        )
+    table.add_row("total", str(net.depth), "", "", f"{net.parameters:,}", f"{net.flops:,}", "")
+    console = Console(file=io.StringIO(), width=400, color_system=None)
+    console.print(table)
+    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    notes = [f"opaque: {primitive} at {where}" for primitive, where in net.opaque]
+    if any(not layer.main for layer in net.layers):
+        notes.append("(depth): a shortcut, off every longest path")
+    return "\n".join([text, *notes])

@@ -1,0 +1,247 @@
+"""One tracing of a network at one abstract input: its graph, named sites, and where it can be cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vfjax import _graph, _norms, _sites
+from vfjax._graph import INPUT, PARAM, Graph
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut:
+    """A network cut at a depth.
+
+    Attributes:
+        stem: Indices of the stem's equations that depend on the input.
+        crossing: Ids of the input-dependent values made in the stem and used in the trunk.
+        averaged: For each of them, whether it depends on parameters (then models' values are averaged).
+    """
+
+    stem: frozenset[int]
+    crossing: tuple[int, ...]
+    averaged: tuple[bool, ...]
+
+
+class Traced:
+    """The analysis of one flattened jaxpr; everything is found lazily and kept."""
+
+    def __init__(self, graph: Graph, paths: Sequence[str], out_tree: Any) -> None:
+        """Names the sites of a graph.
+
+        Args:
+            graph: The flattened jaxpr; its first `num_leaves` inputs are the variables' leaves.
+            paths: Path of each leaf.
+            out_tree: Structure of the network's output.
+        """
+        self.graph, self.paths, self.out_tree = graph, tuple(paths), out_tree
+
+    @functools.cached_property
+    def layers(self) -> dict[str, _sites.LinearSite]:
+        """Layers by name, in the order of their equations."""
+        named: dict[str, _sites.LinearSite] = {}
+        for site in _sites.linear_sites(self.graph):
+            base = self.paths[site.leaf]
+            if site.kernel is not None and site.kernel.slot is not None:
+                base = f"{base}[{site.kernel.slot}]"
+            named[_unused(base, named)] = site
+        return named
+
+    @functools.cached_property
+    def norms(self) -> dict[str, _norms.NormSite]:
+        """Normalisations with stored statistics by name, in the order of their equations."""
+        named: dict[str, _norms.NormSite] = {}
+        for site in _norms.norm_sites(self.graph):
+            named[_unused(self.paths[site.mean.leaf], named)] = site
+        return named
+
+    @functools.cached_property
+    def taps(self) -> dict[str, int]:
+        """Id of the tap of each layer, by the layer's name."""
+        return {
+            name: _sites.tap_of(self.graph, site.preactivation)
+            for name, site in self.layers.items()
+        }
+
+    @functools.cached_property
+    def _depths(self) -> tuple[dict[int, int], dict[int, int]]:
+        return _sites.depths(self.graph, list(self.layers.values()))
+
+    @functools.cached_property
+    def depth(self) -> int:
+        """Number of layers on the longest path from input to output."""
+        depth, after = self._depths
+        return max((depth[i] + after[i] for i in depth if i in after), default=0)
+
+    def depth_of(self, site: _sites.LinearSite) -> int:
+        """Number of layers on the longest path from the input up to and including this one."""
+        return self._depths[0][site.index]
+
+    def is_main(self, site: _sites.LinearSite) -> bool:
+        """Whether a layer lies on a longest path from input to output."""
+        depth, after = self._depths
+        return depth[site.index] + after.get(site.index, -1) == self.depth
+
+    @functools.cached_property
+    def joins(self) -> bool:
+        """Whether somewhere values that different layers lie before are added, as in a residual block."""
+        layers = {site.index for site in self.layers.values()}
+        behind: dict[int, frozenset[int]] = {}
+        for index, equation in enumerate(self.graph.equations):
+            before = [behind.get(v, frozenset()) for v in equation.values]
+            if equation.primitive in ("add", "add_any", "sub") and index not in layers:
+                alike = [
+                    b
+                    for v, b in zip(equation.values, before, strict=True)
+                    if self.graph.depends[v] & INPUT
+                    and self.graph.avals[v].shape == self.graph.avals[equation.outputs[0]].shape
+                ]
+                if len(set(alike)) > 1:
+                    return True
+            found = frozenset().union(*before) | ({index} if index in layers else frozenset())
+            behind.update((v, found) for v in equation.outputs if v is not None)
+        return False
+
+    @functools.cached_property
+    def opaque(self) -> tuple[tuple[str, str], ...]:
+        """Primitives that were kept whole though a linear equation lies inside: (name, file:line)."""
+        return tuple(
+            (e.primitive, e.where)
+            for e in self.graph.equations
+            if e.depends & INPUT and e.depends & PARAM and _holds_linear(e.eqn)
+        )
+
+    @functools.cached_property
+    def _norm_inputs(self) -> dict[int, str]:
+        return {self.graph.equations[s.index].inputs[0]: n for n, s in self.norms.items()}
+
+    def norm_after(self, site: _sites.LinearSite) -> str | None:
+        """The norm that reads a layer's pre-activation directly (casts aside) and alone, or None."""
+        value = site.preactivation
+        for _ in range(3):
+            users = self.graph.users.get(value, ())
+            if len(users) != 1 or value in self.graph.output_ids:
+                return None
+            if value in self._norm_inputs:
+                return self._norm_inputs[value]
+            equation = self.graph.equations[users[0]]
+            if equation.primitive not in _sites.CAST:
+                return None
+            value = equation.outputs[0]
+        return None
+
+    @functools.cache  # noqa: B019 - lives and dies with the network that owns it
+    def cut(self, depth: int) -> Cut:
+        """The cut at a depth: the stem is what the pre-activations up to there depend on."""
+        graph = self.graph
+        seeds = [
+            s.preactivation
+            for s in self.layers.values()
+            if self.is_main(s) and self.depth_of(s) <= depth
+        ]
+        stem = frozenset(i for i in graph.needed(seeds, ()) if graph.equations[i].depends & INPUT)
+        made = {v for i in stem for v in graph.equations[i].outputs if v is not None}
+        made |= set(graph.inputs[graph.num_leaves :])
+        crossing = sorted(
+            v
+            for v in made
+            if v in graph.output_ids
+            or any(u not in stem and self._alive(u) for u in graph.users.get(v, ()))
+        )
+        averaged = tuple(bool(graph.depends[v] & PARAM) for v in crossing)
+        return Cut(stem, tuple(crossing), averaged)
+
+    def _alive(self, index: int) -> bool:
+        return bool(self.graph.equations[index].depends & INPUT)
+
+    def sides(self, depth: int) -> tuple[list[int], list[int]]:
+        """Equations that the stem runs and that the trunk runs, parameter-only ones included."""
+        cut, graph = self.cut(depth), self.graph
+        return graph.needed(cut.crossing, ()), graph.needed(graph.output_ids, cut.crossing)
+
+    def leaves_of(self, equations: Sequence[int], outputs: Sequence[int] = ()) -> frozenset[str]:
+        """Paths of the leaves that equations read (and that are outputs themselves)."""
+        leaves = set(self.graph.inputs[: self.graph.num_leaves])
+        read = {v for i in equations for v in self.graph.equations[i].values} | set(outputs)
+        return frozenset(self.paths[self.graph.inputs.index(v)] for v in read & leaves)
+
+    def flops(self, index: int) -> int:
+        """Operations of one equation over the whole batch, counted as torchstat counts modules.
+
+        A multiply-accumulate counts once; a convolution's bias, an activation and a pool's or mean's
+        input count one per element, a normalisation by stored statistics two; the rest nothing.
+        """
+        graph, equation = self.graph, self.graph.equations[index]
+        if not equation.depends & INPUT:
+            return 0
+        sizes = [int(np.prod(graph.avals[v].shape)) for v in equation.values]
+        out = int(np.prod(graph.avals[next(v for v in equation.outputs if v is not None)].shape))
+        name = equation.primitive
+        if name == "dot_general":
+            contract, _ = equation.params["dimension_numbers"]
+            shape = equation.eqn.invars[0].aval.shape
+            return out * int(np.prod([shape[a] for a in contract[0]]))
+        if name == "conv_general_dilated":
+            dims = equation.params["dimension_numbers"]
+            kernel = equation.eqn.invars[1].aval.shape
+            return out * int(np.prod(kernel)) // kernel[dims.rhs_spec[0]]
+        if index in self._conv_biases:
+            return out
+        if index in self._norm_equations:
+            return 2 * out
+        if name.startswith(("reduce_window", "reduce_sum", "reduce_max")):
+            return max(sizes)
+        if name in _ACTIVATIONS or (name in _graph._CUSTOM and _sites.is_elementwise(equation)):
+            return out
+        return 0
+
+    @functools.cached_property
+    def _conv_biases(self) -> frozenset[int]:
+        return frozenset(
+            s.bias_equation
+            for s in self.layers.values()
+            if s.bias_equation is not None
+            and self.graph.equations[s.index].primitive == "conv_general_dilated"
+        )
+
+    @functools.cached_property
+    def _norm_equations(self) -> frozenset[int]:
+        return frozenset(s.index for s in self.norms.values())
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What must not change between traces: sites, depths, and which leaves they use."""
+        return (
+            tuple((n, self.depth_of(s), s.kernel is None) for n, s in self.layers.items()),
+            tuple(self.norms),
+        )
+
+
+# Nonlinear primitives that stand for one activation each.
+_ACTIVATIONS = frozenset({"max", "tanh", "logistic", "erf", "erfc", "exp", "sin", "cos"})
+
+
+def _unused(base: str, named: Mapping[str, Any]) -> str:
+    """A name not taken yet: the n-th use of a leaf is `leaf#n`."""
+    name, n = base, 1
+    while name in named:
+        n += 1
+        name = f"{base}#{n}"
+    return name
+
+
+def _holds_linear(eqn: Any) -> bool:
+    """Whether a linear equation lies inside an equation that was kept whole."""
+    for param in eqn.params.values():
+        for inner in param if isinstance(param, (tuple, list)) else (param,):
+            if not hasattr(inner, "eqns"):
+                continue
+            for sub in _graph.open_jaxpr(inner)[0].eqns:
+                if sub.primitive.name in _graph.LINEAR or _holds_linear(sub):
+                    return True
+    return False
