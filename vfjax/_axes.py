@@ -117,6 +117,26 @@ def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
     return length // block
 
 
+def check_permutation(name: str, permutation: Any, n: int | None) -> None:
+    """Checks the permutation of a group with n entries; of a tracer, shape and dtype only."""
+    if not isinstance(permutation, jax.Array):
+        permutation = np.asarray(permutation)
+    if not jnp.issubdtype(permutation.dtype, jnp.integer):
+        raise TypeError(f"permutations[{name!r}] must hold integers; it holds {permutation.dtype}.")
+    if permutation.ndim != 1 or n not in (None, permutation.size):
+        raise ValueError(
+            f"permutations[{name!r}] must have shape ({'n' if n is None else n},); it has "
+            f"{permutation.shape}."
+        )
+    if isinstance(permutation, jax.core.Tracer):
+        return
+    if not np.array_equal(np.sort(np.asarray(permutation)), np.arange(permutation.size)):
+        raise ValueError(
+            f"permutations[{name!r}] is no permutation: each of 0 to {permutation.size - 1} must "
+            "occur exactly once."
+        )
+
+
 def check_matrices(name: str, pair: Any, n: int | None) -> None:
     """Checks the merge and unmerge matrix of a group with n entries."""
     try:

@@ -29,6 +29,7 @@ from vfjax._axes import (
     absent_paths,
     as_axis,
     check_matrices,
+    check_permutation,
     contract,
     map_axis,
     size_at,
@@ -293,23 +294,7 @@ class PermutationSpec:
     def _check_permutations(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         self._check_known("permutations", given)
         for name, permutation in given.items():
-            permutation, n = _array(permutation), sizes.get(name)
-            if not jnp.issubdtype(permutation.dtype, jnp.integer):
-                raise TypeError(
-                    f"permutations[{name!r}] must hold integers; it holds {permutation.dtype}."
-                )
-            if permutation.ndim != 1 or n not in (None, permutation.size):
-                raise ValueError(
-                    f"permutations[{name!r}] must have shape ({'n' if n is None else n},); it has "
-                    f"{permutation.shape}."
-                )
-            if isinstance(permutation, jax.core.Tracer):
-                continue
-            if not np.array_equal(np.sort(np.asarray(permutation)), np.arange(permutation.size)):
-                raise ValueError(
-                    f"permutations[{name!r}] is no permutation: each of 0 to "
-                    f"{permutation.size - 1} must occur exactly once."
-                )
+            check_permutation(name, permutation, sizes.get(name))
 
 
 def invert(permutations: Mapping[str, Any]) -> dict[str, Any]:
