@@ -1,0 +1,69 @@
+"""Figures: what they show, and that drawing them changes nothing else."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib._pylab_helpers import Gcf
+
+from vfjax import plot
+
+LAYERS = [0, 3, 6]
+CURVES = {"direct": [0.1, 0.1, 0.5], "RESCALE": [0.7, 0.8, 0.9]}
+
+
+def test_curves_are_in_percent_and_named():
+    figure = plot.accuracy_against_layers(LAYERS, CURVES, depth=14, lines={"ensemble": 0.92})
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert set(labels) == {"direct", "RESCALE", "ensemble"}
+    drawn = {container.get_label(): container.lines[0] for container in axes.containers}
+    np.testing.assert_allclose(drawn["RESCALE"].get_ydata(), [70, 80, 90])
+    np.testing.assert_allclose(drawn["RESCALE"].get_xdata(), LAYERS)
+    (line,) = [line for line in axes.lines if line.get_label() == "ensemble"]
+    np.testing.assert_allclose(line.get_ydata(), 92)
+
+
+def test_layers_are_drawn_in_order():
+    figure = plot.accuracy_against_layers([6, 0, 3], {"a": [0.6, 0.0, 0.3]}, depth=14)
+    drawn = figure.axes[0].containers[0].lines[0]
+    np.testing.assert_allclose(drawn.get_xdata(), [0, 3, 6])
+    np.testing.assert_allclose(drawn.get_ydata(), [0, 30, 60])
+
+
+def test_spread_is_drawn_where_there_is_any():
+    spread = {"direct": [0.0, 0.0, 0.0], "RESCALE": [0.01, 0.02, 0.03]}
+    figure = plot.accuracy_against_layers(LAYERS, CURVES, depth=14, errors=spread)
+    bars = {container.get_label(): container.has_yerr for container in figure.axes[0].containers}
+    assert bars == {"direct": False, "RESCALE": True}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"curves": {}}, "curves must hold at least one"),
+        ({"curves": {"a": [0.1]}}, r"curves\['a'\] must have one value for each of the 3"),
+        ({"curves": CURVES, "errors": {"direct": [0.1]}}, r"errors\['direct'\] must have"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plot.accuracy_against_layers(LAYERS, depth=14, **arguments)
+
+
+def test_save_writes_a_whole_file_and_no_other(tmp_path):
+    figure = plot.accuracy_against_layers(LAYERS, CURVES, depth=14, title="A title")
+    path = plot.save(figure, tmp_path / "deep" / "figure.png", dpi=50)
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plot.save(figure, path, dpi=50)
+
+
+def test_no_global_state(tmp_path):
+    before = dict(matplotlib.rcParams)
+    figure = plot.accuracy_against_layers(LAYERS, CURVES, depth=14)
+    plot.save(figure, tmp_path / "figure.png", dpi=50)
+    assert dict(matplotlib.rcParams) == before
+    # The figures that pyplot would show.
+    assert not Gcf.figs

@@ -1,0 +1,132 @@
+"""Figures of the experiments, as matplotlib `Figure` objects.
+
+No function touches pyplot, a backend or matplotlib's settings, so they work without a display, in
+threads and in notebooks, and change nothing for the caller's own plots.  Matplotlib is imported on
+use.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["accuracy_against_layers", "save"]
+
+# Colours that stay apart for the colour-blind (Okabe and Ito 2008), markers for print in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vXP"
+# Large against the figure, so that it can be read at half its size.
+_FONT = 15
+
+
+def accuracy_against_layers(
+    layers: Sequence[int],
+    curves: Mapping[str, Sequence[float]],
+    *,
+    depth: int,
+    lines: Mapping[str, float] | None = None,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draws the accuracy of merged models against the number of layers that are kept apart.
+
+    Args:
+        layers: The numbers of layers l, from 0 to `depth`.
+        curves: By name, one accuracy in [0, 1] for each l; NaN leaves a gap.
+        depth: L, the network's number of layers.
+        lines: By name, accuracies drawn as horizontal lines: edge models, their ensemble.
+        errors: By name of a curve, one standard deviation for each l.
+        title: Title of the figure.
+
+    Returns:
+        The figure; `save` writes it.
+
+    Raises:
+        ValueError: If there is no curve, or a curve or its errors do not have one value for each l.
+
+    Example:
+        >>> figure = accuracy_against_layers(
+        ...     [0, 1, 2], {"RESCALE": [0.4, 0.4, 0.9]}, depth=2, lines={"ensemble": 0.9})
+        >>> axes, = figure.axes
+        >>> axes.get_xlabel(), axes.get_ylabel()
+        ('layers kept apart l (of L = 2)', 'test accuracy (%)')
+    """
+    if not curves:
+        raise ValueError("curves must hold at least one curve, got none.")
+    for argument, given in (("curves", curves), ("errors", errors or {})):
+        for name, values in given.items():
+            if len(values) != len(layers):
+                raise ValueError(
+                    f"{argument}[{name!r}] must have one value for each of the {len(layers)} "
+                    f"entries of layers, got {len(values)}."
+                )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    order = np.argsort(layers)
+    xs = np.asarray(layers)[order]
+    for index, (name, values) in enumerate(curves.items()):
+        style: dict[str, Any] = {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "label": name,
+            "linewidth": 2.5,
+            "markersize": 9,
+        }
+        spread = None if errors is None or name not in errors else errors[name]
+        if spread is not None and np.any(np.asarray(spread)):
+            style |= {"yerr": 100 * np.asarray(spread)[order], "capsize": 4}
+        axes.errorbar(xs, 100 * np.asarray(values, float)[order], **style)
+    dashes = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+    for index, (name, value) in enumerate((lines or {}).items()):
+        style = {"color": "#555555", "linestyle": dashes[index % len(dashes)], "linewidth": 2}
+        axes.axhline(100 * value, label=name, zorder=1, **style)
+    axes.set_xlabel(f"layers kept apart l (of L = {depth})", fontsize=_FONT)
+    axes.set_ylabel("test accuracy (%)", fontsize=_FONT)
+    axes.set_xticks(sorted(set(map(int, layers))))
+    axes.set_ylim(0, 100)
+    axes.tick_params(labelsize=_FONT - 1)
+    axes.grid(alpha=0.3)
+    axes.set_title(title, fontsize=_FONT - 1, wrap=True)
+    axes.legend(fontsize=_FONT - 2, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
+    """Writes a figure as PNG, under a temporary name until it is complete.
+
+    Args:
+        figure: The figure.
+        path: The file to write; its folder is created.
+        dpi: Dots per inch.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> import tempfile
+        >>> figure = accuracy_against_layers([0, 1], {"direct": [0.1, 0.5]}, depth=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(figure, folder + "/figure.png").read_bytes()[1:4]
+        b'PNG'
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
