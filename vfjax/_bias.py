@@ -1,0 +1,197 @@
+"""Removing and calibrating the biases of merged layers: no data, no passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vfjax import _tree
+from vfjax._merged import Merged, check_fits, check_merged, weights_for
+from vfjax._weights import resolve_weights
+from vfjax.network import Network
+
+Array = jax.Array
+PyTree = Any
+# A bias: path of its leaf, and which slice of it where a scan over layers was unrolled.
+Bias = tuple[str, int | None]
+
+
+def remove_bias(net: Network, merged: PyTree | Merged, *, last: int | str) -> PyTree | Merged:
+    """Sets the biases of the last layers to zero.
+
+    In a merged network features fade with depth while biases do not; without the late biases the
+    features decide again. Layers count by depth, so the last k are those deeper than `net.depth -
+    k`: the head is the last one, and a shortcut layer, which has the depth of the main layer beside
+    it, goes with that. Biases of norms, and those in the stems of a `Merged`, stay.
+
+    Args:
+        net: The traced network.
+        merged: A merged tree, or a `Merged`.
+        last: How many layers lose their biases, counting the head: 0 for none, to `net.depth`; or
+            "all".
+
+    Returns:
+        A tree or a `Merged`, as given. Layers without a bias are passed over.
+
+    Raises:
+        TypeError: If `last` is neither an integer nor "all".
+        ValueError: If `last` is out of range, if `merged` does not fit the network, or one bias
+        leaf
+            serves layers of which only some would lose it.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"] + v["b2"]
+        >>> tree = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.eye(2), "b2": jnp.ones(2)}
+        >>> net = vfjax.trace(apply_fn, tree, jnp.ones((1, 2)))
+        >>> new = remove_bias(net, tree, last=1)
+        >>> new["b1"].tolist(), new["b2"].tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias removal.
+    """
+    check_merged(net, merged)
+    if last == "all":
+        last = net.depth
+    if isinstance(last, (bool, str)) or not hasattr(last, "__index__"):
+        raise TypeError(f'last must be an integer or "all", got {last!r}')
+    if not 0 <= last <= net.depth:
+        raise ValueError(f"last must be from 0 to {net.depth}, the network's depth, got {last}")
+    first = net.depth - last
+
+    def zero(bias: Array, index: Bias, depth: int) -> Array:
+        return jnp.zeros_like(bias) if depth > first else bias
+
+    return _map_biases(net, merged, zero, same=lambda a, b: (a > first) == (b > first))
+
+
+def calibrate_bias(
+    net: Network,
+    merged: PyTree | Merged,
+    *,
+    references: Sequence[PyTree] | None = None,
+    weights: Sequence[float] | None = None,
+) -> PyTree | Merged:
+    """Bias calibration: scales biases down as merging scales features down, layer by layer.
+
+    `b^(l) = sum_k w_k^l b_k^(l)`, where l is the depth of the layer from the network's input,
+    preserved layers included. Without references this needs equal weights, for which it is the
+    merged bias times `K^(1-l)`. With one weight of 1, the biases of that edge model come back.
+    Kernels and the biases of norms stay, and so does everything in the stems of a `Merged`.
+
+    Args:
+        net: The traced network.
+        merged: A merged tree, or a `Merged`.
+        references: The K aligned edge models; None to calibrate the merged biases themselves, with
+            two models for a tree and those of a `Merged` for that.
+        weights: One per model, summing to one. None for those of a `Merged` of as many models, else
+            equal ones.
+
+    Returns:
+        A tree or a `Merged`, as given. Layers without a bias are passed over.
+
+    Raises:
+        ValueError: If weights are unequal and no references are given, if references or weights do
+            not fit, or one bias leaf serves layers of several depths.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"] + v["b2"]
+        >>> tree = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.eye(2), "b2": jnp.ones(2)}
+        >>> net = vfjax.trace(apply_fn, tree, jnp.ones((1, 2)))
+        >>> new = calibrate_bias(net, tree)
+        >>> new["b1"].tolist(), new["b2"].tolist()
+        ([1.0, 1.0], [0.5, 0.5])
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias calibration. The
+    reference code counts every tensor named "weight", so shortcuts and norms push l up there.
+    """
+    check_merged(net, merged)
+    if references is None:
+        models = _equal_models(merged, weights)
+
+        def scaled(bias: Array, index: Bias, depth: int) -> Array:
+            return bias * float(models) ** (1 - depth)
+
+        return _map_biases(net, merged, scaled, same=lambda a, b: models == 1 or a == b)
+
+    _tree.check_trees(references, name="references")
+    check_fits(net, references[0], "references[0]")
+    mix = weights_for(merged, weights, len(references))
+    leaves = [_tree.flatten_named(tree)[0] for tree in references]
+
+    def mixed(bias: Array, index: Bias, depth: int) -> Array:
+        parts = (w**depth * _read(b, index) for w, b in zip(mix, leaves, strict=True))
+        return sum(parts, start=jnp.zeros_like(bias))
+
+    return _map_biases(net, merged, mixed, same=lambda a, b: a == b)
+
+
+def _equal_models(merged: PyTree | Merged, weights: Sequence[float] | None) -> int:
+    """How many models have been averaged with equal weights; those of weight 0 do not count."""
+    if weights is not None:
+        weights = resolve_weights(weights, len(weights))
+    else:
+        weights = merged.weights if isinstance(merged, Merged) else (0.5, 0.5)
+    given = [w for w in weights if w != 0]
+    if max(given) - min(given) > 1e-6:
+        raise ValueError(
+            f"weights are unequal, {tuple(weights)}, and then calibration needs the edge models' "
+            "own biases; give references=[...], the aligned trees"
+        )
+    return len(given)
+
+
+def _map_biases(
+    net: Network,
+    merged: PyTree | Merged,
+    change: Callable[[Array, Bias, int], Array],
+    *,
+    same: Callable[[int, int], bool],
+) -> PyTree | Merged:
+    """Replaces every layer's bias outside of stems by `change(bias, which, depth)`.
+
+    Computes in float32 or better and casts back. `same` says whether two depths are treated alike;
+    a bias that several layers share must not need two values.
+    """
+    depths = _depths(net, merged.cut if isinstance(merged, Merged) else 0)
+    tree = merged.trunk if isinstance(merged, Merged) else merged
+    leaves, treedef = _tree.flatten_named(tree)
+    for index, found in depths.items():
+        if not all(same(depth, found[0]) for depth in found):
+            raise ValueError(
+                f"the bias '{index[0]}' serves layers of depths {found}, which need different "
+                "values; give each layer its own bias"
+            )
+        bias = _read(leaves, index)
+        new = change(bias, index, found[0])
+        path, slot = index
+        leaf = jnp.asarray(leaves[path])
+        new = new.astype(leaf.dtype)
+        leaves[path] = new if slot is None else leaf.at[slot].set(new)
+    tree = jax.tree.unflatten(treedef, list(leaves.values()))
+    return dataclasses.replace(merged, trunk=tree) if isinstance(merged, Merged) else tree
+
+
+def _depths(net: Network, cut: int) -> dict[Bias, list[int]]:
+    """Depths of the layers of the trunk that add a bias, by bias."""
+    found: dict[Bias, list[int]] = {}
+    for layer in net.layers:
+        if layer.bias is None or (cut and net.in_stem(layer.name, cut)):
+            continue
+        slot = net._reference.layers[layer.name].bias.slot
+        found.setdefault((layer.bias, slot), []).append(layer.depth)
+    return found
+
+
+def _read(leaves: dict[str, Any], index: Bias) -> Array:
+    path, slot = index
+    leaf = jnp.asarray(leaves[path])
+    leaf = leaf if slot is None else leaf[slot]
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

@@ -1,0 +1,397 @@
+"""The passes over data behind `vfjax.renorm`: moments of a merged network, and what corrects them.
+
+`by_batch` takes one pass. Every site is corrected by the batch's own moments, so that what lies
+behind it sees corrected values, as in a network in training mode; the moments of the uncorrected
+values are pooled over batches. `by_layer` takes a pass per rank of sites, with the corrections of
+earlier ranks fixed to their pooled moments, which is exact on any data.
+
+A pass is one compiled call per batch. Trees, weights and goals are arguments of that call, so that
+all models of one network, cut and kind of correction share its compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from vfjax import _tree
+from vfjax._batches import batches
+from vfjax._merged import Merged, affine
+from vfjax._streaming import mesh_of, replicate
+from vfjax.network import Crossing, Network, Norm
+
+Array = jax.Array
+PyTree = Any
+
+# A channel below this fraction of its layer's largest variance counts as constant.
+_DEAD = 1e-12
+# So does one whose standard deviation is within this many roundings of its mean.
+_ROUNDINGS = 8
+# Crossings are kept between the passes of `by_layer` up to this many bytes.
+_KEEP_BYTES = 1 << 30
+
+
+class Job(NamedTuple):
+    """What a pass corrects: hashable, so that it is the key of a compilation.
+
+    Attributes:
+        net: The traced network.
+        cut: Depth of the cut.
+        kind: "repair", "rescale", or "reset" for norms alone.
+        layers: Layers whose pre-activation is corrected.
+        norms: Norms whose stored statistics are renewed.
+    """
+
+    net: Network
+    cut: int
+    kind: str
+    layers: tuple[str, ...]
+    norms: tuple[str, ...]
+
+
+class Pooled(NamedTuple):
+    """Moments of a value per channel.
+
+    Attributes:
+        count: Number of samples.
+        mean: Shaped like the channels; float32 or better.
+        m2: Sum of squared deviations from the mean, likewise.
+    """
+
+    count: Any
+    mean: Any
+    m2: Any
+
+    @property
+    def var(self) -> Any:
+        """Population variance."""
+        return self.m2 / self.count
+
+
+class Found(NamedTuple):
+    """What passes found.
+
+    Attributes:
+        corrections: `{layer: (scale, shift)}`.
+        norms: `{norm: moments of its corrected input}`.
+    """
+
+    corrections: dict[str, tuple[Array, Array]]
+    norms: dict[str, Pooled]
+
+
+class _Given(NamedTuple):
+    """The traced arguments of a compiled pass."""
+
+    stems: tuple[PyTree, ...]
+    trunk: PyTree
+    corrections: Mapping[str, tuple[Array, Array]]
+    weights: Array
+    # By layer, the goal mean and standard deviation; or None if nothing goes by the batch's moments
+    goals: Mapping[str, tuple[Array, Array]] | None
+    # but by the scale and shift that earlier passes found, by layer.
+    fixed: Mapping[str, tuple[Array, Array]] | None
+
+
+def by_batch(
+    job: Job, model: Merged, data: Iterable[Any], goals: Mapping[str, tuple[Array, Array]]
+) -> Found:
+    """Corrects each batch by its own moments, in one pass, and pools the moments.
+
+    Args:
+        job: What to correct.
+        model: The merged model.
+        data: Batches, or a list of the crossings that `model.crossing` made of them.
+        goals: Mean and standard deviation to reach, by layer.
+
+    Returns:
+        Corrections and moments; exact for one batch.
+    """
+    given = _given(model, goals={name: goals[name] for name in job.layers})
+    pooled = _pass(job, given, data)
+    corrections = {n: coefficients(job.kind, pooled[n], goals[n]) for n in job.layers}
+    return Found(corrections, {n: pooled[n] for n in job.norms})
+
+
+def by_layer(
+    job: Job, model: Merged, data: Iterable[Any], goals: Mapping[str, tuple[Array, Array]]
+) -> Found:
+    """Corrects rank after rank, in one pass each, with earlier corrections fixed.
+
+    Args:
+        job: What to correct.
+        model: The merged model.
+        data: Batches, or a list of the crossings that `model.crossing` made of them.
+        goals: Mean and standard deviation to reach, by layer.
+
+    Returns:
+        Corrections and moments; exact on any data.
+    """
+    found = Found({}, {})
+    data = _stored(model, data)
+    identity = {
+        name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
+    }
+    for rank in ranks(job):
+        given = _given(
+            model,
+            fixed=identity | found.corrections,
+            trunk=with_statistics(model.net, model.trunk, found.norms),
+        )
+        pooled = _pass(job, given, data)
+        for name in rank:
+            if name in job.layers:
+                found.corrections[name] = coefficients(job.kind, pooled[name], goals[name])
+        for name in rank:
+            if name in job.norms:
+                before = found.corrections.get(job.net.norm(name).layer)
+                found.norms[name] = _moved(pooled[name], before)
+    return found
+
+
+def coefficients(kind: str, now: Pooled, goal: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Scale and shift that give a value its goal moments.
+
+    A channel keeps scale 1 if its variance is zero to rounding or below 1e-12 of the largest in the
+    layer, since no scale makes a constant vary. REPAIR still moves its mean to the goal.
+
+    Args:
+        kind: "repair" or "rescale".
+        now: Moments of the value.
+        goal: Mean and standard deviation that it should have.
+
+    Returns:
+        Scale and shift; the shift of "rescale" is 0.
+    """
+    mean, var = jnp.asarray(now.mean), jnp.asarray(now.var)
+    goal_mean, goal_std = goal
+    floor = _ROUNDINGS * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
+    alive = (var > _DEAD * var.max()) & (var > floor * floor)
+    scale = jnp.where(alive, goal_std / jnp.sqrt(jnp.where(alive, var, 1)), 1)
+    return scale, goal_mean - scale * mean if kind == "repair" else jnp.zeros_like(scale)
+
+
+def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
+    """Moments of one batch; centred twice, so that a large constant does not seem to vary."""
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    count = math.prod(value.shape[a] for a in sample_axes)
+    mean = value.mean(sample_axes)
+    centred = value - jnp.expand_dims(mean, sample_axes)
+    rest = centred.mean(sample_axes)
+    m2 = jnp.square(centred - jnp.expand_dims(rest, sample_axes)).sum(sample_axes)
+    return Pooled(jnp.asarray(count, mean.dtype), mean + rest, m2)
+
+
+def pool(a: Pooled, b: Pooled) -> Pooled:
+    """Moments of the union of two sets of samples (Chan, Golub and LeVeque 1979)."""
+    count = a.count + b.count
+    step = b.mean - a.mean
+    share = b.count / count
+    return Pooled(count, a.mean + step * share, a.m2 + b.m2 + step * step * (a.count * share))
+
+
+def ranks(job: Job) -> list[list[str]]:
+    """Orders sites such that each depends on the corrections of earlier ranks only.
+
+    A norm that follows a corrected layer directly has that layer's rank: its input's moments follow
+    from the layer's.
+    """
+    traced = job.net._reference
+    graph = traced.graph
+    reads, makes = {}, {}
+    for name in job.layers:
+        reads[name] = traced.layers[name].preactivation
+        makes[name] = graph.producer[reads[name]]
+    for name in job.norms:
+        makes[name] = traced.norms[name].index
+        reads[name] = graph.equations[makes[name]].inputs[0]
+    rank: dict[str, int] = {}
+    for name in sorted(makes, key=makes.__getitem__):
+        before = job.net.norm(name).layer if name in job.norms else None
+        if before in job.layers:
+            rank[name] = rank[before]
+            continue
+        needed = set(graph.needed([reads[name]], ()))
+        rank[name] = 1 + max((rank[n] for n in rank if makes[n] in needed), default=-1)
+    return [[n for n in rank if rank[n] == k] for k in range(1 + max(rank.values(), default=-1))]
+
+
+def with_statistics(net: Network, tree: PyTree, found: Mapping[str, Pooled]) -> PyTree:
+    """The tree with the stored statistics of norms replaced.
+
+    A norm used several times has one pair of leaves; it gets the moments of all uses, pooled.
+
+    Args:
+        net: The traced network.
+        tree: Its variables.
+        found: Moments of the inputs of norms, by name.
+
+    Returns:
+        A new tree; statistics are cast to the leaves' dtypes.
+    """
+    leaves, treedef = _tree.flatten_named(tree)
+    joined: dict[tuple[Any, ...], Pooled] = {}
+    for name, moments in found.items():
+        site = net._reference.norms[name]
+        norm = net.norm(name)
+        key = (norm.mean, site.mean.slot, norm.var, site.var.slot)
+        joined[key] = pool(joined[key], moments) if key in joined else moments
+    for (mean, mean_slot, var, var_slot), moments in joined.items():
+        leaves[mean] = _write(leaves[mean], mean_slot, moments.mean)
+        leaves[var] = _write(leaves[var], var_slot, moments.var)
+    return jax.tree.unflatten(treedef, list(leaves.values()))
+
+
+def _write(leaf: Any, slot: int | None, value: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    if slot is None:
+        return jnp.asarray(value).reshape(leaf.shape).astype(leaf.dtype)
+    return leaf.at[slot].set(jnp.asarray(value).reshape(leaf.shape[1:]).astype(leaf.dtype))
+
+
+def _moved(moments: Pooled, correction: tuple[Array, Array] | None) -> Pooled:
+    """Moments of `scale * z + shift`, for those of z."""
+    if correction is None:
+        return moments
+    scale, shift = (np.reshape(v, np.shape(moments.mean)) for v in correction)
+    return Pooled(moments.count, scale * moments.mean + shift, scale**2 * moments.m2)
+
+
+def _given(
+    model: Merged,
+    *,
+    goals: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    trunk: PyTree | None = None,
+) -> _Given:
+    return _Given(
+        stems=model.stems,
+        trunk=model.trunk if trunk is None else trunk,
+        corrections=dict(model.corrections),
+        weights=np.asarray(model.weights),
+        goals=goals,
+        fixed=fixed,
+    )
+
+
+def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
+    """One pass: moments of every site before its own correction, norms' inputs after it."""
+    pooled: dict[str, Pooled] = {}
+    pending: dict[str, Pooled] = {}
+    mesh, placed = None, given
+
+    def take() -> None:
+        for name, batch in pending.items():
+            # In float64 on the host: batches may be many, and sites are small.
+            batch = Pooled(*(np.asarray(v, np.float64) for v in batch))
+            pooled[name] = pool(pooled[name], batch) if name in pooled else batch
+
+    for x in inputs(job.net, job.cut, data):
+        found = mesh_of(x)
+        if found is not None and found != mesh:
+            mesh, placed = found, replicate(given, found)
+        elif found is None and mesh is not None:
+            x = replicate(x, mesh)  # a ragged last batch need not divide by the devices
+        batch = _measure(job, mesh, placed, x)
+        take()  # of the batch before, while this one runs
+        pending = batch
+    take()
+    return pooled
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]:
+    return _on_mesh(functools.partial(_moments, job), mesh)(given, x)
+
+
+def _on_mesh(fn: Any, mesh: Any) -> Any:
+    """Makes a function's results whole on every device of a mesh, whatever the mode of its axes."""
+    if mesh is None:
+        return fn
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
+    if explicit:
+        # Under explicit axes the network's own contractions would have to name their shardings.
+        return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=everywhere)
+    return lambda *args: jax.lax.with_sharding_constraint(fn(*args), everywhere)
+
+
+def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
+    net = job.net
+    model = Merged(given.stems, given.trunk, given.corrections, net, job.cut, tuple(given.weights))
+    trunk, _ = _tree.flatten_named(given.trunk)
+    found: dict[str, Pooled] = {}
+
+    def at_layer(name: str, z: Array) -> Array:
+        layer = net.layer(name)
+        found[name] = moments_of(z, layer.sample_axes)
+        if given.goals is None:
+            pair = given.fixed[name]
+        else:
+            pair = coefficients(job.kind, found[name], given.goals[name])
+        return affine(layer, *pair)(z)
+
+    def at_norm(name: str, u: Array) -> Array:
+        norm = net.norm(name)
+        found[name] = moments_of(u, norm.sample_axes)
+        return u if given.goals is None else _as_if(net, norm, trunk, found[name], u)
+
+    edit = {name: functools.partial(at_layer, name) for name in job.layers}
+    edit |= {net.norm(n).site: functools.partial(at_norm, n) for n in job.norms}
+    model.run(x, edit=edit)
+    return found
+
+
+def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u: Array) -> Array:
+    """An input that the norm treats, with its old statistics, as `u` with the batch's."""
+    site = net._reference.norms[norm.name]
+
+    def old(path: str, slot: int | None) -> Array:
+        leaf = jnp.asarray(leaves[path])
+        leaf = leaf if slot is None else leaf[slot]
+        return leaf.reshape(now.mean.shape).astype(now.mean.dtype)
+
+    mean, var = old(norm.mean, site.mean.slot), old(norm.var, site.var.slot)
+    factor = jnp.sqrt((var + norm.eps) / (now.var + norm.eps))
+    now_mean, factor, mean = (
+        jnp.expand_dims(v, norm.sample_axes) for v in (now.mean, factor, mean)
+    )
+    return ((u.astype(mean.dtype) - now_mean) * factor + mean).astype(u.dtype)
+
+
+def inputs(net: Network, cut: int, data: Iterable[Any]) -> Iterator[PyTree]:
+    """The batches of `data`, checked; or the crossings that it lists."""
+    if not (isinstance(data, (list, tuple)) and any(isinstance(c, Crossing) for c in data)):
+        yield from batches(data, like=net.x)
+        return
+    for c in data:
+        if not isinstance(c, Crossing) or c.depth != cut:
+            what = f"a crossing at {c.depth}" if isinstance(c, Crossing) else type(c).__name__
+            raise ValueError(f"data must hold crossings at the model's cut, {cut}, got {what}")
+        yield c
+
+
+def _stored(model: Merged, data: Iterable[Any]) -> Iterable[Any]:
+    """Data for several passes: the crossings of all batches if they fit into memory."""
+    if model.cut == 0:
+        return data
+    kept, size = [], 0
+    for x in inputs(model.net, model.cut, data):
+        kept.append(x if isinstance(x, Crossing) else _cross(model, x))
+        size += sum(v.nbytes for v in kept[-1].values)
+        if size > _KEEP_BYTES:
+            return data
+    return kept
+
+
+@jax.jit
+def _cross(model: Merged, x: PyTree) -> Crossing:
+    return model.crossing(x)

@@ -1,0 +1,259 @@
+"""`Merged`: several models up to a depth, one from there on, as a pytree that can be called."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vfjax import _tree
+from vfjax._weights import resolve_weights
+from vfjax.network import Crossing, Layer, Network
+
+Array = jax.Array
+PyTree = Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stems", "trunk", "corrections"],
+    meta_fields=["net", "cut", "weights"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Merged:
+    """Several models up to a depth, one from there on: what `vfjax.merge.preserve_first` returns.
+
+    A frozen pytree whose leaves are parameters: `model(x)`, `jax.jit(model)(x)`, `jax.grad`,
+    `jax.jit(lambda m, x: m(x))(model, x)`, `jax.device_put` and `jax.tree.map` all work. Equality
+    and hash are by identity.
+
+    Attributes:
+        stems: One tree per model with the leaves that its stem reads, None in place of the others;
+            empty at cut 0.
+        trunk: The averaged tree, None in place of leaves that the trunk does not read; at cut 0 the
+            whole tree.
+        corrections: `{layer name: (scale, shift)}`, float32 or better, shaped like the layer's
+            channels: `z <- scale * z + shift` on its pre-activation (averaged, at the cut). Only
+            those that could not be folded into leaves.
+        net: The traced network (static).
+        cut: How many layers are kept per model, from 0 to `net.depth` (static).
+        weights: The weights of the averages, one float per model (static).
+    """
+
+    stems: tuple[PyTree, ...]
+    trunk: PyTree
+    corrections: Mapping[str, tuple[Array, Array]]
+    net: Network
+    cut: int
+    weights: tuple[float, ...]
+
+    def __call__(self, x: PyTree) -> PyTree:
+        """Evaluates the model on a batch x, as the traced `apply_fn` would."""
+        return self.run(x)
+
+    def run(
+        self,
+        x: PyTree,
+        *,
+        capture: Sequence[str] | None = None,
+        edit: Mapping[str, Callable[[Array], Array]] | None = None,
+    ) -> PyTree:
+        """Evaluates the model with values of the trunk read or replaced, like `Network.run`.
+
+        Args:
+            x: A batch, or the `Crossing` that `crossing` made of one.
+            capture: Names of sites to return; of the trunk, or the layers at the cut, whose
+                pre-activation is the average over the stems.
+            edit: `{site: function}`. Where a correction sits, it comes first.
+
+        Returns:
+            The output, or with `capture` the pair `(output, {name: value})`.
+        """
+        edit = dict(edit or {})
+        for name, (scale, shift) in self.corrections.items():
+            edit[name] = _chain(affine(self.net.layer(name), scale, shift), edit.get(name))
+        if self.cut == 0:
+            return self.net.run(self.trunk, x, capture=capture, edit=edit)
+        if not isinstance(x, Crossing):
+            x = self.crossing(x)
+        return self.net.run(self.trunk, x, capture=capture, edit=edit, start=self.cut)
+
+    def crossing(self, x: PyTree) -> Crossing:
+        """Evaluates the stems on a batch and averages what crosses the cut.
+
+        Corrections at the cut belong to `run`, so a crossing depends on the stems alone: it can be
+        stored and given to `run`, or to `vfjax.renorm` as data, for every trunk tried behind them.
+
+        Args:
+            x: A batch.
+
+        Returns:
+            The averaged crossing.
+
+        Raises:
+            ValueError: At cut 0, where nothing crosses.
+        """
+        if self.cut == 0:
+            raise ValueError("a model merged from its first layer on (cut 0) has no crossing")
+        crossings = [self.net.run(stem, x, stop=self.cut) for stem in self.stems]
+        return self.net.average_crossings(crossings, self.weights)
+
+    @property
+    def params(self) -> int:
+        """Number of parameters: those of every stem and of the trunk, running statistics apart."""
+        net = self.net
+        return len(self.stems) * net.stem_parameters(self.cut) + net.trunk_parameters(self.cut)
+
+    parameters = params
+
+    @property
+    def flops(self) -> int:
+        """Multiply-accumulates per example: those of every stem and of the trunk."""
+        net = self.net
+        return len(self.stems) * net.stem_flops(self.cut) + net.trunk_flops(self.cut)
+
+    def __repr__(self) -> str:
+        """Says what it is in a line, without arrays."""
+        return (
+            f"Merged(cut={self.cut} of {self.net.depth}, models={len(self.weights)}, "
+            f"weights={self.weights}, params={self.params}, flops={self.flops}, "
+            f"corrections={list(self.corrections)})"
+        )
+
+    def __checkpoint__(self) -> tuple[str, PyTree, dict[str, Any]]:
+        """Returns (kind, arrays, JSON) for `vfjax.checkpoint.save`."""
+        trees = {"trunk": _tree.flatten_named(self.trunk)[0]}
+        trees |= {f"stem{k}": _tree.flatten_named(s)[0] for k, s in enumerate(self.stems)}
+        # Leaves go by number, their paths into the JSON: a path may hold any character.
+        arrays = {name: list(leaves.values()) for name, leaves in trees.items()}
+        arrays["corrections"] = [list(pair) for pair in self.corrections.values()]
+        meta = {
+            "cut": self.cut,
+            "weights": list(self.weights),
+            "stems": len(self.stems),
+            "paths": {name: list(leaves) for name, leaves in trees.items()},
+            "corrections": list(self.corrections),
+            "layers": _signature(self.net),
+        }
+        return "vfjax.merge.Merged", arrays, meta
+
+    @classmethod
+    def __from_checkpoint__(
+        cls, tree: PyTree, meta: Mapping[str, Any], *, net: Network | None
+    ) -> Merged:
+        """Rebuilds what `__checkpoint__` took apart."""
+        if net is None:
+            raise ValueError(
+                "this checkpoint holds a merged model, which needs its traced network: "
+                "load(path, net=vfjax.trace(apply_fn, variables, x))"
+            )
+        if meta["layers"] != _signature(net):
+            raise ValueError(
+                "net is not the network of this checkpoint: its layers are "
+                f"{_signature(net)}, those saved {meta['layers']}"
+            )
+
+        def rebuild(name: str) -> PyTree:
+            leaves = dict(zip(meta["paths"][name], tree[name], strict=True))
+            ordered = [leaves.get(path) for path in net.paths]
+            return jax.tree.unflatten(net._treedef, ordered)
+
+        corrections = zip(meta["corrections"], tree["corrections"], strict=True)
+        return cls(
+            stems=tuple(rebuild(f"stem{k}") for k in range(meta["stems"])),
+            trunk=rebuild("trunk"),
+            corrections={name: (scale, shift) for name, (scale, shift) in corrections},
+            net=net,
+            cut=meta["cut"],
+            weights=tuple(meta["weights"]),
+        )
+
+
+def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = None) -> Merged:
+    """Wraps one tree as a `Merged` of cut 0.
+
+    Args:
+        net: The traced network.
+        tree: A tree of the network's variables.
+        weights: The weights with which it was averaged; None for those of two models.
+
+    Returns:
+        A model that computes what the tree does.
+
+    Example:
+        >>> import vfjax
+        >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
+        >>> net = vfjax.trace(lambda v, x: x @ v["kernel"], tree, x)
+        >>> as_merged(net, tree)(x).shape
+        (4, 2)
+    """
+    check_fits(net, tree, "tree")
+    weights = (0.5, 0.5) if weights is None else resolve_weights(weights, len(weights))
+    return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
+
+
+def affine(layer: Layer, scale: Array, shift: Array) -> Callable[[Array], Array]:
+    """The function `z -> scale * z + shift` on a layer's pre-activation.
+
+    Args:
+        layer: The layer.
+        scale: Shaped like its channels.
+        shift: Likewise.
+
+    Returns:
+        A function that computes in float32 or better and casts back.
+    """
+
+    def apply(z: Array) -> Array:
+        dtype = jnp.promote_types(z.dtype, jnp.float32)
+        a, b = (jnp.expand_dims(v, layer.sample_axes).astype(dtype) for v in (scale, shift))
+        return (z.astype(dtype) * a + b).astype(z.dtype)
+
+    return apply
+
+
+def check_fits(net: Network, tree: PyTree, name: str) -> None:
+    """Raises a ValueError unless a tree has the leaves of the traced network's variables."""
+    leaves, _ = _tree.flatten_named(tree, name=name)
+    _tree.check_like(leaves, net._avals, name=name, other="the traced network's variables")
+
+
+def check_merged(net: Network, merged: PyTree | Merged) -> None:
+    """Checks a `merged` argument: a finite tree of the network's variables, or a `Merged` of it.
+
+    Raises:
+        TypeError: If a leaf is no array.
+        ValueError: If it does not fit the network, or holds NaN or infinite values.
+    """
+    if not isinstance(merged, Merged):
+        leaves, _ = _tree.flatten_named(merged, name="merged")
+        check_fits(net, merged, "merged")
+        _tree.check_finite(leaves, name="merged")
+    elif merged.net is not net:
+        raise ValueError("merged was made with another network than net; pass net=merged.net")
+
+
+def weights_for(
+    merged: PyTree | Merged, weights: Sequence[float] | None, count: int
+) -> tuple[float, ...]:
+    """Weights of `count` references of a merged model.
+
+    None stands for the weights that a `Merged` of as many models was made with, since goals mixed
+    in other proportions are never meant, and for equal ones otherwise.
+    """
+    if weights is None and isinstance(merged, Merged) and len(merged.weights) == count:
+        return merged.weights
+    return resolve_weights(weights, count, of="references")
+
+
+def _chain(first: Callable, second: Callable | None) -> Callable:
+    return first if second is None else lambda z: second(first(z))
+
+
+def _signature(net: Network) -> list[list[Any]]:
+    """What a network must share with another for their trees to be interchangeable, as JSON."""
+    return [[layer.name, list(layer.shape), layer.depth] for layer in net.layers]

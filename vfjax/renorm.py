@@ -1,0 +1,260 @@
+"""Renormalising merged networks: RESET, REPAIR, RESCALE, bias removal and bias calibration.
+
+Averaged parameters make features that vanish with depth, while biases stay as large as ever. The
+functions here put the features' scale back, from data (`reset`, `repair`, `rescale`) or without any
+(`remove_bias`, `calibrate_bias`).
+
+All take a merged tree, or the `vfjax.merge.Merged` of `preserve_first`, and return a new one. Stems
+are never touched, except that a correction at the cut, where every stem ends in the averaged
+pre-activation, goes into all stems alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vfjax import _correct
+from vfjax._bias import calibrate_bias, remove_bias
+from vfjax._folding import fold_all
+from vfjax._merged import Merged, as_merged, check_fits, check_merged, weights_for
+from vfjax.merge import as_trees
+from vfjax.network import Network
+from vfjax.stats import Moments, moments, resolve_sites
+
+__all__ = ["calibrate_bias", "remove_bias", "repair", "rescale", "reset"]
+
+PyTree = Any
+
+_SWEEPS = {"batch": _correct.by_batch, "layer": _correct.by_layer}
+
+
+def reset(
+    net: Network, merged: PyTree | Merged, data: Iterable[Any], *, sweeps: str = "batch"
+) -> PyTree | Merged:
+    """RESET: measures the stored statistics of every norm of the trunk anew.
+
+    Averaged running statistics describe neither edge model nor the merged one. As in training mode,
+    each norm sees a batch normalised by the batch's own statistics upstream; means and (population)
+    variances are pooled over batches. Scales and shifts of the norms stay.
+
+    Args:
+        net: The traced network.
+        merged: A merged tree, or a `Merged`.
+        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
+        sweeps: "batch" for one pass, exact on one batch; "layer" for one pass per norm along the
+            deepest path, exact on any data.
+
+    Returns:
+        A tree or a `Merged`, as given. Norms inside stems keep their statistics.
+
+    Raises:
+        TypeError: If data has another structure or dtype than was traced.
+        ValueError: If the network has no norm with stored statistics, if data is empty or
+            exhausted, or `merged` does not fit the network.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     u = x @ v["kernel"]
+        ...     return (u - v["mean"]) / jnp.sqrt(v["var"] + 1e-5)
+        >>> tree = {"kernel": 3 * jnp.eye(2), "mean": jnp.zeros(2), "var": jnp.ones(2)}
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 5.0]])
+        >>> net = vfjax.trace(apply_fn, tree, x)
+        >>> new = reset(net, tree, [x])
+        >>> new["mean"].tolist(), new["var"].tolist()
+        ([3.0, 9.0], [9.0, 36.0])
+
+    Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
+    Repair", section 4; the reference code averages per-batch unbiased variances instead.
+    """
+    check_merged(net, merged)
+    if not net.norms:
+        raise ValueError(
+            "net has no normalisation with stored statistics, so there is nothing to reset; "
+            "see net.norms. Networks without BatchNorm want repair or rescale."
+        )
+    return _renormalise("reset", net, merged, data, {}, sweeps)
+
+
+def repair(
+    net: Network,
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree] | Moments,
+    weights: Sequence[float] | None = None,
+    sites: str | Sequence[str] = "paper",
+    sweeps: str = "batch",
+) -> PyTree | Merged:
+    """REPAIR: gives pre-activations the averaged mean and standard deviation of the edge models.
+
+    Per channel, over examples and positions,
+    `z <- (z - mean[z]) / std[z] * sum_k w_k std_k + sum_k w_k mean_k`, without an epsilon. A
+    channel that is constant (variance zero to rounding, or below 1e-12 of the layer's largest)
+    keeps its scale and only its mean moves. Norms with stored statistics are reset in the same
+    pass.
+
+    Args:
+        net: The traced network.
+        merged: A merged tree, or a `Merged`.
+        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
+        references: The aligned edge models, or their `vfjax.stats.moments` at the sites.
+        weights: One per reference, summing to one. None for those of `merged`, if that is a
+        `Merged`
+            of as many models, else 1/K each.
+        sites: "paper", "all", or names of layers, as in `vfjax.stats.resolve_sites`. At a cut, only
+            layers of the trunk and those at the cut, averaged, are corrected.
+        sweeps: "batch" for one pass in which layers see upstream layers corrected by the batch's
+        own
+            moments, exact on one batch; "layer" for one pass per depth, exact on any data.
+
+    Returns:
+        Given a tree: a tree if every correction folds into kernels and biases (or the means of
+        norms that follow directly), else a `Merged` of cut 0 that holds the others explicitly.
+        Given a `Merged`: a `Merged`.
+
+    Raises:
+        TypeError: If data has another structure or dtype than was traced.
+        ValueError: If references, weights or sites do not fit, if data is empty or exhausted, or
+            `merged` does not fit the network.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"]
+        >>> a = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.ones((2, 1))}
+        >>> merged = a | {"w1": 0.5 * jnp.eye(2), "b1": jnp.zeros(2)}
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 5.0]])
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> new = repair(net, merged, [x], references=[a])
+        >>> new["w1"].tolist(), new["b1"].tolist()
+        ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
+
+    Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
+    Repair", eq. 3; "Vanishing Feature", section on normalisation.
+    """
+    goals = _goals(net, merged, data, references, weights, sites)
+    return _renormalise("repair", net, merged, data, goals, sweeps)
+
+
+def rescale(
+    net: Network,
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree] | Moments,
+    weights: Sequence[float] | None = None,
+    sites: str | Sequence[str] = "paper",
+    sweeps: str = "batch",
+) -> PyTree | Merged:
+    """RESCALE: gives pre-activations the averaged standard deviation of the edge models.
+
+    Per channel, over examples and positions, `z <- z / std[z] * sum_k w_k std_k`. The value is not
+    centred, so its mean (and its bias) scales too and nothing is added; the standard deviation is
+    that about the mean. Else as `repair`: constant channels keep scale 1, norms with stored
+    statistics are reset in the same pass.
+
+    Args:
+        net: The traced network.
+        merged: A merged tree, or a `Merged`.
+        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
+        references: The aligned edge models, or their `vfjax.stats.moments` at the sites.
+        weights: As in `repair`.
+        sites: As in `repair`.
+        sweeps: As in `repair`.
+
+    Returns:
+        As `repair`; corrections fold wherever the kernel is a plain leaf that is used once.
+
+    Raises:
+        TypeError: As `repair`.
+        ValueError: As `repair`.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"]
+        >>> a = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.ones((2, 1))}
+        >>> merged = a | {"w1": 0.5 * jnp.eye(2)}
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 5.0]])
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> rescale(net, merged, [x], references=[a])["b1"].tolist()
+        [2.0, 2.0]
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
+    """
+    goals = _goals(net, merged, data, references, weights, sites)
+    return _renormalise("rescale", net, merged, data, goals, sweeps)
+
+
+def _renormalise(
+    kind: str,
+    net: Network,
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    goals: dict[str, Any],
+    sweeps: str,
+) -> PyTree | Merged:
+    if sweeps not in _SWEEPS:
+        raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
+    model = merged if isinstance(merged, Merged) else as_merged(net, merged)
+    cut = model.cut
+    norms = tuple(n.name for n in net.norms if cut == 0 or not net.in_stem(n.site, cut))
+    job = _correct.Job(net, cut, kind, tuple(goals), norms)
+    if job.layers or job.norms:
+        found = _SWEEPS[sweeps](job, model, data, goals)
+        model = fold_all(model, found, shift=kind == "repair")
+    if isinstance(merged, Merged) or model.corrections:
+        return model
+    return model.trunk
+
+
+def _goals(
+    net: Network,
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    references: Sequence[PyTree] | Moments,
+    weights: Sequence[float] | None,
+    sites: str | Sequence[str],
+) -> dict[str, Any]:
+    """Mean and standard deviation to reach, by layer; checks every argument first."""
+    check_merged(net, merged)
+    cut = merged.cut if isinstance(merged, Merged) else 0
+    names = dict.fromkeys(resolve_sites(net, sites))
+    layers = {layer.name: layer for layer in net.layers}
+    other = [name for name in names if name not in layers]
+    if other:
+        raise ValueError(
+            f"sites must be layers, whose pre-activations are corrected, got {other[:3]}; "
+            'name layers, or give "paper" or "all"'
+        )
+    chosen = [n for n in names if _correctable(net, layers[n], cut)]
+    if isinstance(references, Moments):
+        missing = [name for name in chosen if name not in references.mean]
+        if missing:
+            raise ValueError(
+                f"references holds no moments at {missing[:3]}; measure them with "
+                "vfjax.stats.moments(net, trees, data, sites=...) at the sites to correct"
+            )
+        weights = weights_for(merged, weights, references.models)
+    else:
+        references = as_trees(references, name="references")
+        check_fits(net, references[0], "references[0]")
+        weights = weights_for(merged, weights, len(references))
+        if not chosen:
+            return {}
+        if isinstance(data, (list, tuple)) and any(isinstance(x, _correct.Crossing) for x in data):
+            raise ValueError(
+                "data holds crossings, which the references cannot be measured on; give references "
+                "as vfjax.stats.moments(net, trees, data, sites=...)"
+            )
+        references = moments(net, references, data, sites=chosen)
+    means, stds = references.mixed(weights)
+    return {name: (means[name], stds[name]) for name in chosen}
+
+
+def _correctable(net: Network, layer: Any, cut: int) -> bool:
+    if cut == 0 or not net.in_stem(layer.name, cut):
+        return True
+    return layer.main and layer.depth == cut
