@@ -1,0 +1,32 @@
+"""Weights and images in closed form: no random stream to keep in step between libraries."""
+
+import numpy as np
+
+CHANNELS = (3, 6, 5, 4)
+CLASSES, SIDE, BATCH = 3, 6, 64
+
+
+def weights(model):
+    """Parameters of model 0 or 1; kernels are (out, in, height, width)."""
+    tree, c = {}, 0
+    for i in range(3):
+        shape = (CHANNELS[i + 1], CHANNELS[i], 3, 3)
+        n = np.arange(np.prod(shape), dtype=np.float64)
+        wave = np.sin(1.7 * n * (model + 1) + c) * np.cos(0.3 * n + c + model)
+        tree[f"w{i}"] = wave.reshape(shape)
+        tree[f"b{i}"] = 0.3 * np.cos(np.arange(CHANNELS[i + 1]) * (2.0 + model) + i)
+        c += 1
+    n = np.arange(CLASSES * CHANNELS[-1], dtype=np.float64)
+    tree["w3"] = np.sin(n * (1.1 + model)).reshape(CLASSES, CHANNELS[-1])
+    tree["b3"] = 0.1 * np.arange(CLASSES, dtype=np.float64)
+    for i in range(3):
+        n = np.arange(CHANNELS[i + 1])
+        tree[f"g{i}"] = 1 + 0.3 * np.sin(n + model)
+        tree[f"s{i}"] = 0.2 * np.cos(n * 2 + model)
+    return tree
+
+
+def images():
+    """A batch of closed-form images, (N, C, H, W)."""
+    n = np.arange(BATCH * CHANNELS[0] * SIDE * SIDE, dtype=np.float64)
+    return (np.sin(0.37 * n) + 0.5 * np.cos(0.011 * n * n)).reshape(BATCH, CHANNELS[0], SIDE, SIDE)
