@@ -20,8 +20,8 @@ _spec = importlib.util.spec_from_file_location("closed_form", HERE / "closed_for
 closed_form = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(closed_form)
 
-# PyTorch keeps 1e-5 in every quotient, and divides sums of squares by n - 1 in stored variances but
-# by n in a training pass; with n = 64 * 36 samples that is a relative 2e-4 a layer, for three layers.
+# PyTorch keeps 1e-5 in every quotient, and divides sums of squares by n - 1 in stored variances
+# but by n in a training pass: with n = 64 * 36 samples a relative 2e-4 a layer, for three layers.
 RTOL = 1e-3
 
 
