@@ -42,6 +42,12 @@ _LIBRARIES = tuple(
 )
 
 
+@functools.cache
+def _debug_info() -> Any:
+    """The debug information of a jaxpr of one equation, which must be given and says nothing."""
+    return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
     """One primitive applied to values.
@@ -89,7 +95,9 @@ class Equation:
     def _jaxpr(self) -> Any:
         operands = {v: None for v in self.eqn.invars if not isinstance(v, jex.Literal)}
         kept = [v for v, i in zip(self.eqn.outvars, self.outputs, strict=True) if i is not None]
-        return jex.Jaxpr([], list(operands), kept, [self.eqn], self.eqn.effects)
+        return jex.Jaxpr(
+            [], list(operands), kept, [self.eqn], self.eqn.effects, debug_info=_debug_info()
+        )
 
     def bind(self, *args: Any) -> list[Any]:
         """Applies the equation to one argument per operand; returns the results that have ids."""
