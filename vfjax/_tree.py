@@ -138,7 +138,9 @@ def check_finite(flat: Mapping[str, Any], *, name: str) -> None:
         dtype = jax.numpy.result_type(leaf)
         if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
             continue
-        bad = int(np.size(leaf) - np.count_nonzero(jax.numpy.isfinite(leaf)))
+        # A concrete leaf is looked at even where the caller is being traced.
+        with jax.ensure_compile_time_eval():
+            bad = int(np.size(leaf) - np.count_nonzero(jax.numpy.isfinite(leaf)))
         if bad:
             raise ValueError(
                 f"{name} holds {bad} NaN or infinite value{'s' if bad > 1 else ''} at '{path}' (of "
