@@ -1,0 +1,229 @@
+"""What the experiments share: command-line habits, clocks, progress, records and tables.
+
+No algorithm lives here or in any other file of this folder; those are in `vfjax`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vfjax.checkpoint import CheckpointError, write_json
+from vfjax.data import DatasetError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+class UserError(ValueError):
+    """Something that whoever runs the script can put right; shown without a traceback."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the description's line breaks."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # A default of None or False says nothing; where it means something, the text says what.
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+@contextlib.contextmanager
+def reported(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Turns what the user can put right into one message and exit status 2."""
+    try:
+        yield
+    except (UserError, DatasetError, CheckpointError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def command(script: str, argv: Sequence[str] | None) -> str:
+    """The command line that is running, for the record."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", f"experiments/{script}", *words])
+
+
+# ----------------------------------------------------------------------------- clocks, progress
+
+
+class Stopwatch:
+    """Seconds by stage.
+
+    Example:
+      >>> watch = Stopwatch()
+      >>> with watch("data"):
+      ...     pass
+      >>> list(watch.seconds)
+      ['data']
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time that the block takes to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def record(self) -> dict[str, float]:
+        """Seconds of every stage so far, and since the start."""
+        total = time.perf_counter() - self._start
+        return {k: round(v, 2) for k, v in (*self.seconds.items(), ("total", total))}
+
+
+class Watched:
+    """Re-iterable batches with a progress bar that appears when a pass takes over two seconds."""
+
+    def __init__(self, data: Iterable[Any], description: str) -> None:
+        self.data, self.description = data, description
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(tqdm(self.data, desc=self.description, delay=2, leave=False, unit="batch"))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value).
+
+    Example:
+      >>> mean_std([1.0, 3.0])
+      (2.0, 1.4142135623730951)
+    """
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), spread
+
+
+# -------------------------------------------------------------------------------------- records
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if "vfjax" not in found:
+        import vfjax
+
+        found["vfjax"] = vfjax.__version__
+    return found
+
+
+def device() -> dict[str, Any]:
+    """What the numbers were computed on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "platform": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "count": jax.device_count(),
+        "cores": cores,
+        "machine": platform.machine(),
+    }
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> Path:
+    """Writes a JSON record, whole or not at all."""
+    write_json(path, record)
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """The parts of a record that say where and when it was made."""
+    return {
+        "versions": versions(),
+        "device": device(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+# --------------------------------------------------------------------------------------- tables
+
+Rows = Sequence[Sequence[str]]
+
+
+def print_table(title: str, columns: Sequence[str], rows: Rows, *, caption: str = "") -> None:
+    """Prints a table; the first column is text, the others are numbers."""
+    table = Table(title=title, caption=caption or None, box=box.SIMPLE_HEAD, title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(table)
+
+
+def markdown_table(columns: Sequence[str], rows: Rows) -> str:
+    """The same table in Markdown.
+
+    Example:
+      >>> print(markdown_table(["row", "%"], [["a", "1"]]))
+      | row | % |
+      | :-- | --: |
+      | a | 1 |
+    """
+    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(values: Sequence[float]) -> str:
+    """Accuracies in [0, 1] as a percentage, with their spread if there are several.
+
+    Example:
+      >>> percent([0.5]), percent([0.5, 0.52])
+      ('50.00', '51.00 ± 1.41')
+    """
+    mean, spread = mean_std(values)
+    text = f"{100 * mean:.2f}"
+    return text if len(values) == 1 else f"{text} ± {100 * spread:.2f}"
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Replaces what stands between `<!-- marker -->` and `<!-- /marker -->`.
+
+    Raises:
+      ValueError: If the text does not have the two markers once, in this order.
+
+    Example:
+      >>> fill("a <!-- t -->old<!-- /t --> b", "t", "new")
+      'a <!-- t -->new<!-- /t --> b'
+    """
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"the text must hold {start} and then {end}, once each.")
+    head, rest = text.split(start)
+    return f"{head}{start}{content}{end}{rest.split(end)[1]}"
+
+
+def timed(fn: Callable[[], Any]) -> float:
+    """Seconds that a call takes, including what it left running on the device."""
+    start = time.perf_counter()
+    jax.block_until_ready(fn())
+    return time.perf_counter() - start

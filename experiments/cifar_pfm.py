@@ -1,0 +1,661 @@
+"""Preserve-First Merging of two networks: the central table of "Vanishing Feature".
+
+    python experiments/cifar_pfm.py                              # the shipped pair, CIFAR-10
+    python experiments/cifar_pfm.py --pairs 3                    # mean and spread over three pairs
+    python experiments/cifar_pfm.py --model resnet20             # BatchNorm: RESET, as in table 7
+    python experiments/cifar_pfm.py --dataset digits             # seconds, needs no data
+    python experiments/cifar_pfm.py --retrain --preset paper     # full width, 160 epochs, on a GPU
+
+Two networks that differ in their random seed are averaged from layer l+1 on; their first l layers
+are kept apart and their l-th pre-activations averaged ("PFM l/L"). l = 0 is ordinary merging, l = L
+the logit ensemble. Columns say what else was done: nothing (direct), units of the second network
+permuted to match those of the first (matched), and on top of that REPAIR, RESCALE or bias
+calibration, or for networks with BatchNorm, RESET.
+
+What the paper found (tables 1 and 7; full width, 160 epochs, mean of 3 pairs, per cent): VGG16
+models of 91.9 and 91.7, ensemble 92.9. At l = 0 direct averaging is at chance (10.0), matching
+gives 46.5, with RESCALE 84.7; at l = 8 RESCALE passes the edge models (92.4 at 1.2 times the
+parameters and 1.67 times the FLOPs), at l = 12 it equals the ensemble. ResNet20 with RESET: 64.1 at
+l = 0, and the ensemble at l = 19.
+
+What came out here, and in what time, is in `experiments/results/` and, made from it, in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import _common
+import jax
+import jax.numpy as jnp
+import train_edges
+from tqdm import tqdm
+
+import vfjax
+from vfjax import align, checkpoint, data, merge, models, plot, renorm, stats, train
+
+PyTree = Any
+
+DEFAULT_MODEL = {
+    "cifar10": "vgg16",
+    "cifar100": "vgg16",
+    "mnist": "mlp",
+    "digits": "digits-conv",
+}
+# Channel multipliers of the shipped models, and of what two cores train in half an hour.
+CPU_WIDTH = {"vgg": 0.25, "resnet": 0.5}
+# l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
+LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
+BATCH = 500
+SAMPLES = 10_000
+# Test images, and statistics images, wait at the cut for the columns of a row, up to so many bytes.
+STORE = 1 << 29
+
+LABELS = {
+    "direct": "direct",
+    "matched": "matched",
+    "repair": "REPAIR",
+    "rescale": "RESCALE",
+    "bias_calibration": "bias cal.",
+    "reset": "RESET",
+}
+DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
+DATASET_LABELS["digits"] = "scikit-learn's 8x8 digits"
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+def _samples(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor 'all'")
+    return int(text)
+
+
+def _alpha(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of pairs, from 1 on")
+    return int(text)
+
+
+def _model(text: str) -> tuple[str, float | None]:
+    name, _, width = text.partition("-w")
+    if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
+        known = ", ".join(models.NAMES)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no model; take one of {known}, with -wFRACTION after it for another width"
+        )
+    return name, float(width) if width else None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    p = argparse.ArgumentParser(
+        prog="cifar_pfm.py", description=__doc__, formatter_class=_common.Help
+    )
+    p.add_argument(
+        "--dataset",
+        default="auto",
+        choices=data.NAMES,
+        help="images to merge and test on; auto is CIFAR-10 where it is found, else, with a "
+        "warning and in the table's title, the digits that come with scikit-learn",
+    )
+    p.add_argument(
+        "--model",
+        type=_model,
+        metavar="NAME[-wWIDTH]",
+        help="architecture of the edge models, for example vgg16, vgg16-w0.5, vgg16-bn, resnet20, "
+        "digits-mlp; WIDTH multiplies all channel counts (default: vgg16 for CIFAR, mlp for "
+        "MNIST, digits-conv for the digits; a quarter for VGG and a half for ResNet, as shipped, "
+        "with --preset cpu, 1 with --preset paper)",
+    )
+    p.add_argument(
+        "--match",
+        default="activation",
+        choices=("activation", "weight", "none"),
+        help="how units of the second network are matched to those of the first: by the "
+        "correlation of their activations, by their weights, or not at all",
+    )
+    p.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="l",
+        help="numbers of leading layers that are kept apart, one row each (default: the paper's: "
+        "0 3 6 8 12 of 14, 0 6 10 13 19 of 20; for other depths 0 and the nearest to those "
+        "fractions of 14)",
+    )
+    p.add_argument(
+        "--alpha",
+        type=_alpha,
+        default=0.5,
+        help="weight of the second network in all averages, the ensemble's too; the first has "
+        "1 - ALPHA",
+    )
+    p.add_argument(
+        "--pairs",
+        type=_count,
+        default=1,
+        help="number of pairs of edge models; with more than one, cells hold mean and standard "
+        "deviation over the pairs; three models make three pairs",
+    )
+    p.add_argument(
+        "--samples",
+        type=_samples,
+        metavar="N|all",
+        default=SAMPLES,
+        help="statistics images: the first N of the training split, not augmented, in batches of "
+        "500",
+    )
+    p.add_argument(
+        "--data-dir",
+        help="folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)",
+    )
+    p.add_argument(
+        "--retrain",
+        action="store_true",
+        help="train the edge models instead of loading shipped ones; they are kept in "
+        "OUT/checkpoints-PRESET, where a run that was stopped goes on and finished ones are reused",
+    )
+    p.add_argument(
+        "--preset",
+        default="cpu",
+        choices=("cpu", "paper"),
+        help="width and recipe of the edge models: cpu is what two cores can train (VGG16 at a "
+        "quarter of the width, 24 epochs, about half an hour a model); paper is full width and the "
+        "paper's recipe (160 epochs, step decay, weight decay 1e-4), meant for a GPU, where an "
+        "epoch is one compiled scan; no such models are shipped, so it needs --retrain",
+    )
+    p.add_argument(
+        "--out",
+        default=str(_common.ROOT / "results"),
+        help="folder that the JSON record and the PNG are written to",
+    )
+    return p
+
+
+def default_layers(depth: int) -> list[int]:
+    """The numbers of preserved layers that the table has a row for.
+
+    Example:
+      >>> default_layers(20), default_layers(7)
+      ([0, 6, 10, 13, 19], [0, 2, 3, 4, 6])
+    """
+    fractions = [layers / 14 for layers in LAYERS[14]]
+    nearest = sorted({int(fraction * depth + 0.5) for fraction in fractions})
+    return list(LAYERS.get(depth, nearest))
+
+
+# ---------------------------------------------------------------------------------- edge models
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Which networks are merged.
+
+    Attributes:
+      name: Name of the model, as in `vfjax.models.create`.
+      width: Multiplier of all channel counts.
+      dataset: Name of the data set that they are trained on.
+    """
+
+    name: str
+    width: float
+    dataset: str
+
+    @property
+    def stem(self) -> str:
+        """Names of checkpoints, up to the seed."""
+        name = train_edges.checkpoint_name(self.dataset, self.name, self.width, 0)
+        return name.removesuffix("0")
+
+    def __str__(self) -> str:
+        """For titles."""
+        return self.name + ("" if self.width == 1 else f" at {self.width:g} of the width")
+
+
+def architecture(args: argparse.Namespace, dataset: data.Dataset) -> Architecture:
+    """Decides which networks, from the options and the data that was found."""
+    name, width = args.model or (DEFAULT_MODEL[dataset.name], None)
+    if name.startswith("digits") != (dataset.name == "digits"):
+        hint = "; CIFAR-10 was not found, give --data-dir" if dataset.fallback else ""
+        raise _common.UserError(f"--model {name} is not for {DATASET_LABELS[dataset.name]}{hint}.")
+    if width is None:
+        family = re.sub(r"\d.*", "", name)
+        width = 1.0 if args.preset == "paper" else CPU_WIDTH.get(family, 1.0)
+    return Architecture(name, width, dataset.name)
+
+
+def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
+    """Traces the network, for which its shapes are enough."""
+    options: dict[str, Any] = {"classes": dataset.classes}
+    if arch.width != 1:
+        options["width"] = arch.width
+    try:
+        model = models.create(arch.name, **options)
+    except ValueError as error:
+        raise _common.UserError(f"--model: {error}") from error
+    x = jax.ShapeDtypeStruct((BATCH, *dataset.test_images.shape[1:]), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    return vfjax.trace(models.apply_fn(model), variables, x)
+
+
+def shipped(arch: Architecture, count: int) -> list[Path]:
+    """Finds the first `count` shipped models of an architecture, by seed."""
+    folder = _common.ROOT / "checkpoints"
+    numbers = {path: path.name.removeprefix(arch.stem) for path in folder.glob(f"{arch.stem}*")}
+    found = sorted((p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]))
+    if len(found) < count:
+        kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
+        raise _common.UserError(
+            f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. It has "
+            f"{', '.join(kinds) or 'none'}. Choose another --model, --dataset or --pairs, or train "
+            "them with --retrain."
+        )
+    return found[:count]
+
+
+def trained(args: argparse.Namespace, arch: Architecture, count: int) -> list[Path]:
+    """Trains `count` models as `train_edges.py` does, or finds them trained by an earlier run."""
+    words = ["--model", arch.name, "--dataset", arch.dataset, "--preset", args.preset]
+    words += ["--seeds", *map(str, range(count)), "--width", str(arch.width)]
+    words += ["--out", str(Path(args.out) / f"checkpoints-{args.preset}")]
+    words += ["--data-dir", args.data_dir] if args.data_dir else []
+    return train_edges.main(words)
+
+
+# ------------------------------------------------------------------------------------- one pair
+
+
+def _forward(merged: merge.Merged, x: PyTree) -> jax.Array:
+    """One function for all cells, so that the cells of a row share its compilation."""
+    return merged.run(x)
+
+
+@jax.jit
+def _crossing(merged: merge.Merged, x: jax.Array) -> vfjax.Crossing:
+    """What the stems hand to the trunk."""
+    return merged.crossing(x)
+
+
+def columns_of(net: vfjax.Network, match: str) -> list[str]:
+    """The columns of the table: the paper's table 1, or 7 and 8 for networks with BatchNorm."""
+    repaired = ["reset"] if net.norms else ["repair", "rescale", "bias_calibration"]
+    return ["direct", *(["matched"] if match != "none" else []), *repaired]
+
+
+class Pair:
+    """Two edge models, aligned; measures the cells of their table."""
+
+    def __init__(
+        self,
+        net: vfjax.Network,
+        trees: Sequence[PyTree],
+        args: argparse.Namespace,
+        statistics: data.Batches,
+        test: data.Batches,
+        watch: _common.Stopwatch,
+    ) -> None:
+        self.net, self.originals, self.test, self.statistics = net, list(trees), test, statistics
+        self.weights = (1 - args.alpha, args.alpha)
+        self.match: dict[str, Any] = {"method": args.match}
+        # One pass over the statistics images serves the matching and the goals of every REPAIR and
+        # RESCALE: moments of the aligned networks are those of the originals, carried along.
+        matching = args.match == "activation"
+        moments = None
+        if matching or not net.norms:
+            with watch("statistics of edge models"):
+                moments = stats.moments(
+                    net,
+                    self.originals,
+                    _common.Watched(statistics, "statistics of edge models"),
+                    sites="taps" if net.norms else "paper",
+                    covariance="cross" if matching else False,
+                )
+        permutations: dict[str, Any] = {}
+        with watch("matching"):
+            if matching:
+                found = align.match_moments(net, moments)
+            elif args.match == "weight":
+                found = align.match_weights(net, *self.originals, key=jax.random.key(0))
+            if args.match != "none":
+                permutations = dict(found.permutations)
+                self.match |= {
+                    "objective": [float(value) for value in found.objective],
+                    "converged": found.converged,
+                    "moved": found.moved,
+                }
+            self.aligned = [self.originals[0], net.spec.permute(self.originals[1], permutations)]
+        self.references = None if moments is None else moments.carried([None, permutations])
+
+    def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
+        """Accuracy and loss on the test images, or on what they are at the cut."""
+        found = train.evaluate(_forward, merged, _common.Watched(batches, description))
+        return {"accuracy": found.accuracy, "loss": found.loss}
+
+    def edges(self) -> dict[str, dict[str, float]]:
+        """Both models and their ensemble."""
+        found = {}
+        for index, tree in enumerate(self.originals, start=1):
+            merged = merge.as_merged(self.net, tree, weights=self.weights)
+            found[f"model {index}"] = self.evaluate(merged, self.test, f"model {index}")
+        merged = merge.ensemble(self.net, self.originals, self.weights)
+        found["ensemble"] = self.evaluate(merged, self.test, "ensemble")
+        return found
+
+    def merged(self, layers: int, *, aligned: bool) -> merge.Merged:
+        """PFM `layers`/L before any renormalisation."""
+        trees = self.aligned if aligned else self.originals
+        return merge.preserve_first(self.net, trees, layers=layers, weights=self.weights)
+
+    def renormalised(self, column: str, merged: merge.Merged, statistics: Any) -> merge.Merged:
+        """What the column's name says."""
+        net = self.net
+        if column == "matched":
+            return merged
+        if column == "bias_calibration":
+            return renorm.calibrate_bias(net, merged, references=self.aligned)
+        if column == "reset":
+            return renorm.reset(net, merged, statistics)
+        function = renorm.repair if column == "repair" else renorm.rescale
+        return function(net, merged, statistics, references=self.references)
+
+    def row(self, layers: int, columns: Sequence[str], bar: tqdm) -> dict[str, dict[str, float]]:
+        """The cells of PFM `layers`/L."""
+        aligned = self.merged(layers, aligned=True)
+        test = self.at_cut(aligned, self.test) if len(columns) > 1 else self.test
+        statistics: Any = self.statistics
+        if {"repair", "rescale"} <= set(columns):
+            statistics = self.at_cut(aligned, self.statistics, labelled=False)
+        cells = {}
+        for column in columns:
+            description = f"PFM {layers}/{self.net.depth} {LABELS[column]}"
+            bar.set_description(description)
+            if column == "direct":
+                merged = self.merged(layers, aligned=False)
+            else:
+                merged = self.renormalised(column, aligned, statistics)
+            # What is stored at the cut serves all that have the very same stems.
+            batches = test if merged.stems is aligned.stems else self.test
+            cells[column] = self.evaluate(merged, batches, description)
+            bar.update()
+        return cells
+
+    def at_cut(self, merged: merge.Merged, batches: data.Batches, *, labelled: bool = True) -> Any:
+        """The batches as they cross the cut, if there is one and memory allows; else as given."""
+        if merged.cut == 0:
+            return batches
+        x, _ = next(iter(batches))
+        crossing = jax.eval_shape(merged.crossing, x)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(crossing))
+        if size * len(batches) > STORE:
+            return batches
+        watched = _common.Watched(batches, f"first {merged.cut} layers")
+        stored = [(_crossing(merged, x), label) for x, label in watched]
+        return stored if labelled else [crossing for crossing, _ in stored]
+
+
+# ------------------------------------------------------------------------------ record and table
+
+
+def cell(values: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """One cell of the record, from one measurement per pair."""
+    accuracy = [value["accuracy"] for value in values]
+    mean, spread = _common.mean_std(accuracy)
+    loss = [value["loss"] for value in values]
+    return {"mean": mean, "std": spread, "accuracy": accuracy, "loss": loss}
+
+
+def rows_of(
+    net: vfjax.Network,
+    edges: Sequence[dict[str, dict[str, float]]],
+    rows: Sequence[dict[int, dict[str, dict[str, float]]]],
+    costs: dict[int, tuple[int, int]],
+) -> list[dict[str, Any]]:
+    """All rows of the record: models, ensemble, PFM."""
+
+    def row(name: str, layers: int | None, cost: tuple[int, int], cells: Any) -> dict[str, Any]:
+        params, flops = cost
+        return {
+            "name": name,
+            "layers": layers,
+            "params": params,
+            "params_ratio": params / net.parameters,
+            "flops": flops,
+            "flops_ratio": flops / net.flops,
+            "cells": cells,
+        }
+
+    found = []
+    for name in edges[0]:
+        cost = costs[net.depth] if name == "ensemble" else (net.parameters, net.flops)
+        found.append(row(name, None, cost, {"direct": cell([pair[name] for pair in edges])}))
+    for layers, cells in rows[0].items():
+        merged = {column: cell([pair[layers][column] for pair in rows]) for column in cells}
+        found.append(row(f"PFM {layers}/{net.depth}", layers, costs[layers], merged))
+    return found
+
+
+def summary_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Where the merged models reach the edge models' mean, by column."""
+    accuracy = {row["name"]: row["cells"]["direct"]["mean"] for row in record["rows"][:3]}
+    edge = (accuracy["model 1"] + accuracy["model 2"]) / 2
+    merged = [row for row in record["rows"] if row["layers"] is not None]
+    reached = {
+        column: next((r["layers"] for r in merged if r["cells"][column]["mean"] >= edge), None)
+        for column in record["columns"]
+    }
+    return {"edge_mean": edge, "ensemble": accuracy["ensemble"], "reaches_edges_at": reached}
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """The table's title: data, models, matching, statistics."""
+    config, source = record["config"], record["data"]
+    label = DATASET_LABELS[source["name"]]
+    if source["fallback"]:
+        label = f"CIFAR-10 NOT FOUND, SO: {label}"
+    match = "no matching" if config["match"] == "none" else f"{config['match']} matching"
+    width = config["width"]
+    parts = [
+        label,
+        config["model"] + ("" if width == 1 else f" at {width:g} of the width"),
+        match,
+        f"statistics over {source['statistics_images']:,} images",
+    ]
+    if config["alpha"] != 0.5:
+        parts.insert(3, f"alpha {config['alpha']:g}")
+    if len(record["pairs"]) > 1:
+        parts.append(f"mean ± standard deviation over {len(record['pairs'])} pairs")
+    return f"{parts[0]}: {', '.join(parts[1:])}"
+
+
+def table_of(record: dict[str, Any], mark: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table; `mark` goes around what reaches the edge models' mean."""
+    header = ["test accuracy, %", *(LABELS[column] for column in record["columns"])]
+    header += ["params, M", "ratio", "FLOPs, G", "ratio"]
+    lines = []
+    for row in record["rows"]:
+        line = [row["name"]]
+        for column in record["columns"]:
+            found = row["cells"].get(column)
+            text = "" if found is None else _common.percent(found["accuracy"])
+            good = row["layers"] is not None and found is not None
+            if good and found["mean"] >= record["summary"]["edge_mean"]:
+                text = mark[0] + text + mark[1]
+            line.append(text)
+        line += [f"{row['params'] / 1e6:.3g}", f"{row['params_ratio']:.3g}"]
+        line += [f"{row['flops'] / 1e9:.3g}", f"{row['flops_ratio']:.3g}"]
+        lines.append(line)
+    return header, lines
+
+
+def figure_of(record: dict[str, Any]) -> Any:
+    """Accuracy against l, edge models and ensemble as lines."""
+    merged = [row for row in record["rows"] if row["layers"] is not None]
+    others = [row for row in record["rows"] if row["layers"] is None]
+    by_column = {
+        key: {
+            LABELS[column]: [row["cells"][column][key] for row in merged]
+            for column in record["columns"]
+        }
+        for key in ("mean", "std")
+    }
+    return plot.accuracy_against_layers(
+        [row["layers"] for row in merged],
+        by_column["mean"],
+        depth=record["model"]["depth"],
+        lines={row["name"]: row["cells"]["direct"]["mean"] for row in others},
+        errors=by_column["std"],
+        title=record["title"],
+    )
+
+
+def file_name(record: dict[str, Any]) -> str:
+    """Name of the record and the figure, without suffix; runs that differ do not overwrite."""
+    config = record["config"]
+    width = "" if config["width"] == 1 else f"-w{config['width']:g}"
+    parts = ["cifar_pfm", record["data"]["name"], config["model"] + width]
+    parts += [config["match"]] if config["match"] != "activation" else []
+    parts += [f"alpha{config['alpha']:g}"] if config["alpha"] != 0.5 else []
+    parts += [f"{config['pairs']}pairs"] if config["pairs"] != 1 else []
+    parts += [config["preset"]] if config["preset"] != "cpu" else []
+    return "-".join(parts)
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measures everything; returns the record."""
+    watch = _common.Stopwatch()
+    with watch("data"):
+        dataset = data.load(args.dataset, args.data_dir, train=args.samples)
+    arch = architecture(args, dataset)
+    with watch("trace"):
+        net = trace(arch, dataset)
+        layers = default_layers(net.depth) if args.layers is None else args.layers
+    wrong = [number for number in layers if not 0 <= number <= net.depth]
+    if wrong:
+        raise _common.UserError(f"--layers must be from 0 to L = {net.depth}, got {wrong[0]}.")
+    layers = list(dict.fromkeys(layers))
+
+    # Three models make three pairs: the smallest number of models that makes enough.
+    count = next(k for k in itertools.count(2) if k * (k - 1) // 2 >= args.pairs)
+    by_second = sorted(itertools.combinations(range(count), 2), key=lambda pair: pair[::-1])
+    pairs = by_second[: args.pairs]
+    with watch("training" if args.retrain else "checkpoints"):
+        folders = trained(args, arch, count) if args.retrain else shipped(arch, count)
+        cards = [checkpoint.card(folder) for folder in folders]
+        trees = [checkpoint.load(folder) for folder in folders]
+
+    columns = columns_of(net, args.match)
+    statistics = dataset.batches("train", batch_size=BATCH, samples=args.samples)
+    test = dataset.batches("test", batch_size=BATCH)
+    edges, rows, matches, costs = [], [], [], {}
+    total = len(pairs) * len(layers) * len(columns)
+    with tqdm(total=total, unit="cell", delay=2, leave=False) as bar:
+        for first, second in pairs:
+            bar.set_description(f"matching models {first} and {second}")
+            pair = Pair(net, [trees[first], trees[second]], args, statistics, test, watch)
+            matches.append({"models": [first, second], "matching": pair.match})
+            bar.set_description("edge models")
+            with watch("edge models and ensemble"):
+                edges.append(pair.edges())
+            rows.append({})
+            for number in layers:
+                with watch(f"PFM {number}/{net.depth}"):
+                    rows[-1][number] = pair.row(number, columns, bar)
+            for number in (*layers, net.depth):
+                merged = pair.merged(number, aligned=True)
+                costs[number] = merged.params, merged.flops
+
+    config = {key: value for key, value in vars(args).items() if key not in ("model", "layers")}
+    record: dict[str, Any] = {
+        "experiment": "cifar_pfm",
+        "command": command,
+        "config": config | {"model": arch.name, "width": arch.width, "layers": layers},
+        "data": {
+            "name": dataset.name,
+            "source": dataset.source.split(" in ")[0],
+            "fallback": dataset.fallback,
+            "statistics_images": len(statistics.images),
+            "test_images": len(test.images),
+            "batch_size": BATCH,
+            "augmented": False,
+        },
+        "model": {
+            "name": arch.name,
+            "width": arch.width,
+            "depth": net.depth,
+            "parameters": net.parameters,
+            "flops": net.flops,
+        },
+        "edge_models": [
+            {
+                "checkpoint": folder.name,
+                "seed": card["seed"],
+                "test_accuracy": card["test"]["accuracy"],
+                "command": card["command"],
+            }
+            for folder, card in zip(folders, cards, strict=True)
+        ],
+        "seeds": {"edge_models": [card["seed"] for card in cards], "matching": 0},
+        "pairs": matches,
+        "columns": columns,
+        "rows": rows_of(net, edges, rows, costs),
+    }
+    record["summary"] = summary_of(record)
+    record["title"] = title_of(record)
+    record["seconds"] = watch.record()
+    return record | _common.environment()
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints the table and what it comes to."""
+    header, lines = table_of(record, ("[bold green]", "[/]"))
+    summary = record["summary"]
+    _common.print_table(
+        record["title"],
+        header,
+        lines,
+        caption=f"green: at or above the mean of the edge models, {100 * summary['edge_mean']:.2f}",
+    )
+    for column, layers in summary["reaches_edges_at"].items():
+        where = "nowhere" if layers is None else f"from l = {layers} on"
+        print(f"{LABELS[column]} reaches the edge models: {where}")
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the experiment; returns the path of the record."""
+    p = parser()
+    args = p.parse_args(argv)
+    with _common.reported(p):
+        record = experiment(args, _common.command("cifar_pfm.py", argv))
+        folder, name = Path(args.out), file_name(record)
+        figure = plot.save(figure_of(record), folder / f"{name}.png")
+        path = _common.write_record(folder / f"{name}.json", record)
+    show(record)
+    print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
