@@ -1,4 +1,4 @@
-"""Tests of the rules of ``data``."""
+"""Tests of the rules of `data`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The rules of ``data``: what a pass over batches may be given, and what it says otherwise.
+"""The rules of `data`: what a pass over batches may be given, and what it says otherwise.
 
 Every pass of the library over data goes through :func:`batches`, so that statistics,
-renormalisation and evaluation accept the same things and fail with the same words. ``data`` is a
-re-iterable of what ``apply_fn`` takes as ``x``, or of pairs ``(x, label)``; labels are dropped.
+renormalisation and evaluation accept the same things and fail with the same words. `data` is a
+re-iterable of what `apply_fn` takes as `x`, or of pairs `(x, label)`; labels are dropped.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ PyTree = Any
 
 
 def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterator[PyTree]:
-    """Iterates over the inputs in ``data``, checked against the traced input.
+    """Iterates over the inputs in `data`, checked against the traced input.
 
-    A batch is ``x`` where its tree structure is that of ``like``, else the first of a pair
-    ``(x, label)``. Batches may differ in size, and one batch is enough; a batch without samples is
+    A batch is `x` where its tree structure is that of `like`, else the first of a pair
+    `(x, label)`. Batches may differ in size, and one batch is enough; a batch without samples is
     skipped. Everything is checked on the host, batch by batch, before any of it is computed with.
 
     Args:
         data: Iterable of batches. It is iterated over once per call; a caller that needs several
-            passes calls again, and gets an error where ``data`` cannot start over.
-        like: The traced input: a pytree of arrays or ``jax.ShapeDtypeStruct``, batch axis first.
+            passes calls again, and gets an error where `data` cannot start over.
+        like: The traced input: a pytree of arrays or `jax.ShapeDtypeStruct`, batch axis first.
         name: The caller's name for the argument, for the messages.
 
     Yields:
-        One ``x`` per batch, as it came (NumPy or JAX arrays).
+        One `x` per batch, as it came (NumPy or JAX arrays).
 
     Raises:
-        TypeError: If ``data`` is no iterable, or a batch has another structure or dtype.
-        ValueError: If a batch has another shape than ``[batch, *traced]``, its leaves disagree on
-            the batch size, or there are no batches: ``data`` was empty or exhausted before.
+        TypeError: If `data` is no iterable, or a batch has another structure or dtype.
+        ValueError: If a batch has another shape than `[batch, *traced]`, its leaves disagree on
+            the batch size, or there are no batches: `data` was empty or exhausted before.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -76,12 +76,12 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
 
 
 def batch_size(x: PyTree) -> int:
-    """Number of samples in ``x``: the length of the first axis of its leaves."""
+    """Number of samples in `x`: the length of the first axis of its leaves."""
     return int(np.shape(jax.tree.leaves(x)[0])[0])
 
 
 def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
-    """The ``x`` of one batch, after every check."""
+    """The `x` of one batch, after every check."""
     want = jax.tree.structure(like)
     if jax.tree.structure(item) == want:
         x = item

@@ -1,0 +1,193 @@
+"""The compiled part of `vfjax.stats`: moments of a batch, and merging batches.
+
+A batch is reduced on the device in one compiled call for all models; what comes out is small, and a
+second, tiny call merges it into what was pooled before, in place.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from vfjax.network import Network
+
+Array = jax.Array
+PyTree = Any
+
+# A variance below this many roundings of the mean, squared, cannot be told from zero.
+_ROUNDINGS = 8
+
+
+class GroupAxis(NamedTuple):
+    """A channel axis that carries a group: its `n` entries in a row-major `(outer, n, inner)`."""
+
+    group: str
+    axis: int
+    outer: int
+    inner: int
+
+
+class Site(NamedTuple):
+    """How a site is read: what to capture, and which of its axes are channels."""
+
+    name: str
+    source: str
+    # Axis, outer, n, inner: what to split before `keep` counts axes; None to split nothing.
+    split: tuple[int, int, int, int] | None
+    # Channel axes; None for all but the first.
+    keep: tuple[int, ...] | None
+    axes: tuple[GroupAxis, ...]
+
+
+class Plan(NamedTuple):
+    """What a pass measures: hashable, so that it is part of the key of a compilation."""
+
+    sites: tuple[Site, ...]
+    covariance: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
+def _vmapped() -> bool:
+    """Whether models are vmapped; on CPU that makes their convolutions slow, so it loops."""
+    return jax.default_backend() != "cpu"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def measure(
+    net: Network, plan: Plan, mesh: Any, trees: tuple[PyTree, ...], x: PyTree
+) -> tuple[dict[str, Any], list[Array]]:
+    """Moments of one batch, and the number of samples at each site."""
+    run = functools.partial(_batch, net, plan)
+    if mesh is None:
+        return run(trees, x)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
+    if explicit:
+        # Under explicit axes every contraction over samples, the network's own included, would
+        # have to say how its result is sharded.
+        return jax.sharding.auto_axes(run, axes=explicit, out_sharding=everywhere)(trees, x)
+    return jax.lax.with_sharding_constraint(run(trees, x), everywhere)
+
+
+def _batch(
+    net: Network, plan: Plan, trees: tuple[PyTree, ...], x: PyTree
+) -> tuple[dict[str, Any], list[Array]]:
+    sources = tuple(dict.fromkeys(site.source for site in plan.sites))
+    counts: dict[str, int] = {}
+
+    def one(tree: PyTree) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+        _, values = net.run(tree, x, capture=sources)
+        mean, var, centred = {}, {}, {}
+        for site in plan.sites:
+            value, sample = _arrange(values[site.source], site)
+            rest = value - (middle := value.mean(sample, keepdims=True))
+            mean[site.name] = jnp.squeeze(middle, sample)
+            var[site.name] = jnp.square(rest).mean(sample)
+            counts[site.name] = value.size // max(mean[site.name].size, 1)
+            if site.name in plan.covariance:
+                keep = [a for a in range(value.ndim) if a not in sample]
+                rest = rest.transpose(*sample, *keep)
+                centred[site.name] = rest.reshape(counts[site.name], -1)
+        return mean, var, centred
+
+    if _vmapped():
+        mean, var, centred = jax.vmap(one)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
+    else:
+        parts = [one(tree) for tree in trees]
+        mean, var = (
+            {site.name: jnp.stack([part[k][site.name] for part in parts]) for site in plan.sites}
+            for k in (0, 1)
+        )
+        centred = {name: [part[2][name] for part in parts] for name in plan.covariance}
+    products = {
+        name: jnp.stack(
+            [
+                jnp.matmul(c[i].T, c[j], precision=jax.lax.Precision.HIGHEST) / counts[name]
+                for i, j in plan.pairs
+            ]
+        )
+        for name, c in centred.items()
+        if plan.pairs
+    }
+    batch = {"mean": mean, "var": var, "covariance": products}
+    return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in plan.sites]
+
+
+def _arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
+    """A site's value in float32 or better, channels as axes of their own, and its sample axes."""
+    if not hasattr(value, "dtype"):
+        raise TypeError(
+            f'site "{site.name}" holds a {type(value).__name__} of arrays; moments need one array'
+        )
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    if site.split is not None:
+        axis, *parts = site.split
+        value = value.reshape(*value.shape[:axis], *parts, *value.shape[axis + 1 :])
+    keep = tuple(range(1, value.ndim)) if site.keep is None else site.keep
+    return value, tuple(a for a in range(value.ndim) if a not in keep)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def pool(
+    plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
+) -> dict[str, Any]:
+    """Chan's merge of two sets of samples; `share` is the batch's part of all samples so far."""
+    out: dict[str, Any] = {"mean": {}, "var": {}, "covariance": {}}
+    steps = {}
+    for site, mean in pooled["mean"].items():
+        share = jnp.asarray(share, mean.dtype)
+        step = steps[site] = batch["mean"][site] - mean
+        out["mean"][site] = mean + step * share
+        var = pooled["var"][site]
+        out["var"][site] = var + (batch["var"][site] - var) * share
+        out["var"][site] += jnp.square(step) * (share * (1 - share))
+    for site, old in pooled["covariance"].items():
+        rows = steps[site].reshape(steps[site].shape[0], -1)
+        between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in plan.pairs])
+        new = old + (batch["covariance"][site] - old) * share
+        out["covariance"][site] = new + between * (share * (1 - share))
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
+    """Mean, variance and covariance `[K, K, n, n]` by site, rounding taken off the variances."""
+    var = {}
+    for site, value in pooled["var"].items():
+        floor = _ROUNDINGS * jnp.finfo(value.dtype).eps * jnp.abs(pooled["mean"][site])
+        var[site] = jnp.where(value <= jnp.square(floor), 0, value)
+    blocks = {}
+    for site, value in pooled["covariance"].items():
+        models = range(pooled["mean"][site].shape[0])
+        found = dict(zip(plan.pairs, value, strict=True))
+        found |= {(j, i): block.T for (i, j), block in found.items()}
+        missing = jnp.full(value.shape[1:], jnp.nan, value.dtype)
+        rows = [jnp.stack([found.get((i, j), missing) for j in models]) for i in models]
+        blocks[site] = jnp.stack(rows)
+    return pooled["mean"], var, blocks
+
+
+def replicate(tree: PyTree, mesh: Any) -> PyTree:
+    """Places every leaf that is not on the mesh yet on all of its devices."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        there = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+        return leaf if there else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, tree)
+
+
+def mesh_of(x: PyTree) -> Any:
+    """The mesh over which a batch is sharded, or None."""
+    for leaf in jax.tree.leaves(x):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None

@@ -1,0 +1,405 @@
+"""Streaming moments and covariances at named sites, of several models at once.
+
+One pass over the data gives, at every requested site and for every model, the mean and variance of
+each channel over the pooled samples, and between any two models the covariances of their channels.
+Within a batch values are centred before they are squared, and batches are merged by the update of
+Chan, Golub & LeVeque (1979), so the numbers do not depend on how the data was cut into batches and
+keep float32 accuracy where means are large against standard deviations.
+
+The forward passes of all models and the statistics of a batch are one compiled call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._batches import batch_size, batches
+from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, mesh_of, pool, replicate
+from vfjax._tree import check_trees
+from vfjax._weights import resolve_weights
+from vfjax.network import Network
+
+__all__ = ["Moments", "moments", "resolve_sites"]
+
+Array = jax.Array
+PyTree = Any
+Sites = Literal["paper", "all", "taps"] | Sequence[str]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["count", "mean", "var", "covariance"],
+    meta_fields=["axes"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of the values at sites, for K models.
+
+    A pytree, so it goes through `jax.tree.map`, `jit` and checkpoints. `var` and `covariance` are
+    those of the population (divided by the number of samples).
+
+    Attributes:
+        count: Samples per channel (examples times positions), by site.
+        mean: `[K, *channels]` by site, float32 or better.
+        var: `[K, *channels]` by site, float32 or better.
+        covariance: `[K, K, n, n]` by site, entry `[i, j, a, b]` between channel a of model i and b
+            of model j, or None where none was asked for. Blocks that were not asked for are NaN.
+        axes: Which channel axes carry which group, by site; what `carried` goes by.
+    """
+
+    count: dict[str, float]
+    mean: dict[str, Array]
+    var: dict[str, Array]
+    covariance: dict[str, Array] | None = None
+    axes: tuple[tuple[str, tuple[GroupAxis, ...]], ...] = ()
+
+    @property
+    def models(self) -> int:
+        """Number of models, K."""
+        return next(iter(self.mean.values())).shape[0]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(self.mean)
+
+    @property
+    def std(self) -> dict[str, Array]:
+        """Standard deviations, `[K, *channels]` by site."""
+        return {site: jnp.sqrt(var) for site, var in self.var.items()}
+
+    def mixed(
+        self, weights: Sequence[float] | None = None
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Weighted means over the models of the means and of the standard deviations.
+
+        The goal statistics of REPAIR and RESCALE ("Vanishing Feature", section on normalisation):
+        standard deviations are averaged, not variances.
+
+        Args:
+            weights: One weight per model, summing to one; None for equal ones.
+
+        Returns:
+            Mean and standard deviation, each `[*channels]` by site.
+
+        Raises:
+            ValueError: If the weights do not fit the number of models or do not sum to one.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> mean, var = jnp.array([[0.0], [4.0]]), jnp.array([[1.0], [9.0]])
+            >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": var}).mixed((0.5, 0.5))
+            >>> [float(value["a"][0]) for value in found]
+            [2.0, 2.0]
+        """
+        share = jnp.asarray(resolve_weights(weights, self.models, of="models"), jnp.float32)
+        return tuple(  # type: ignore[return-value]
+            {site: jnp.tensordot(share.astype(value.dtype), value, 1) for site, value in of.items()}
+            for of in (self.mean, self.std)
+        )
+
+    def carried(self, maps: Sequence[Mapping[str, Any] | None]) -> Moments:
+        """The moments of the models after linear maps of their groups, without another pass.
+
+        Through a matrix `M`, means become `M mu` and covariances `M C M^T`; variances are their
+        diagonals. Permutations are indexed.
+
+        Args:
+            maps: One per model, None for the identity: by group a permutation `int[n]` (new axis =
+                `take(old, p)`), a matrix `[m, n]`, or a pair of merge and unmerge matrix `(M, U)`
+                of which the first is used. Groups left out stay. At one site, the models' matrices
+                must agree in m.
+
+        Returns:
+            Moments at the same sites.
+
+        Raises:
+            ValueError: If there are not K maps, or a matrix meets a site whose covariance within
+                each model was not measured.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> mean = jnp.array([[1.0, 2.0, 3.0]])
+            >>> axes = (("a", (GroupAxis("g", 0, 1, 1),)),)
+            >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": mean}, axes=axes)
+            >>> found.carried([{"g": jnp.array([2, 0, 1])}]).mean["a"].tolist()
+            [[3.0, 1.0, 2.0]]
+        """
+        if isinstance(maps, Mapping) or len(maps) != self.models:
+            raise ValueError(
+                f"`maps` must be a sequence with one map (or None) for each of {self.models} "
+                f"models, got {'a mapping' if isinstance(maps, Mapping) else len(maps)}"
+            )
+        mean, var = dict(self.mean), dict(self.var)
+        covariance = None if self.covariance is None else dict(self.covariance)
+        for site, axes in self.axes:
+            for axis in axes:
+                chosen = [_single(m[axis.group]) if m and axis.group in m else None for m in maps]
+                if all(m is None for m in chosen):
+                    continue
+                block = None if covariance is None else covariance.get(site)
+                mean[site], var[site], block = _carry(
+                    mean[site], var[site], block, axis, chosen, site
+                )
+                if covariance is not None and block is not None:
+                    covariance[site] = block
+        return dataclasses.replace(self, mean=mean, var=var, covariance=covariance)
+
+
+def moments(
+    net: Network,
+    trees: Sequence[PyTree],
+    data: Iterable[Any],
+    *,
+    sites: Sites = "paper",
+    covariance: bool | Literal["cross"] | Sequence[str] = False,
+) -> Moments:
+    """Measures means, variances and covariances of K models in one pass over data.
+
+    Moments are pooled over all samples (examples and positions), whatever the batches. Statistics
+    are float32, or float64 at float64 values; a channel that is constant to float32 rounding has
+    variance 0. Batches that are sharded over devices give the same numbers.
+
+    Args:
+        net: The traced network.
+        trees: One parameter tree per model.
+        data: Re-iterable of `x` or `(x, label)`.
+        sites: `"paper"`, `"all"`, `"taps"` or a list of site names: see `resolve_sites`. At a tap
+            the channels are the `n` features of its group, at a layer or norm its channel axes, at
+            `"input"` and `"output"` all axes but the first.
+        covariance: True for the covariances between all pairs of models (each with itself too) at
+            the requested taps, or at all taps if none is among the sites; `"cross"` for pairs of
+            different models only, what matching needs; a list of site names for all pairs at those.
+
+    Returns:
+        Moments by site.
+
+    Raises:
+        TypeError: If `trees` is no sequence of trees, or data has another structure or dtype.
+        ValueError: If trees differ, a site does not exist, or data is empty or exhausted.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["a"]) @ v["b"]
+        >>> v = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
+        >>> x = jnp.arange(12.0).reshape(4, 3)
+        >>> net = vfjax.trace(apply_fn, v, x)
+        >>> found = moments(net, [v, v], [x[:3], x[3:]], sites=["a"])
+        >>> found.mean["a"].tolist()
+        [[4.5, 5.5, 6.5], [4.5, 5.5, 6.5]]
+    """
+    check_trees(trees)
+    trees = tuple(trees)
+    plan = _plan(net, sites, covariance, len(trees))
+    mesh, placed, pooled, samples, first = None, trees, None, 0, None
+    for x in batches(data, like=net.x):
+        size = batch_size(x)
+        found = mesh_of(x)
+        if found is not None and found != mesh:
+            mesh, placed = found, replicate(trees, found)
+            pooled = None if pooled is None else replicate(pooled, mesh)
+        elif found is None and mesh is not None:
+            # A ragged last batch need not divide by the devices.
+            x = replicate(x, mesh)
+        batch, counts = measure(net, plan, mesh, placed, x)
+        if pooled is None:
+            pooled, first = batch, (counts, size)
+        else:
+            pooled = pool(plan, pooled, batch, size / (samples + size))
+        samples += size
+    if pooled is None or first is None:
+        raise AssertionError("`batches` gives one batch or raises")
+    counts, size = first
+    mean, var, blocks = finish(plan, pooled)
+    return Moments(
+        # Every batch has the same number of positions per example.
+        count={s.name: int(n) * samples / size for s, n in zip(plan.sites, counts, strict=True)},
+        # In the order asked for: what comes out of a compiled call is sorted by name.
+        mean={site.name: mean[site.name] for site in plan.sites},
+        var={site.name: var[site.name] for site in plan.sites},
+        covariance={name: blocks[name] for name in plan.covariance} or None,
+        axes=tuple((site.name, site.axes) for site in plan.sites),
+    )
+
+
+def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
+    """Names of the sites that a `sites=` argument stands for.
+
+    Args:
+        net: The traced network.
+        sites: `"paper"`: the pre-activations that the reference of REPAIR corrects: every main-path
+            layer but the last and, where the network has a residual join, not the first. `"all"`:
+            every layer, shortcuts, first and last included. `"taps"`: every tap of a group. Else a
+            list of names: `<layer>`, `<layer>:act`, `<norm>:in`, `input`, `output`.
+
+    Returns:
+        Site names in the order of the network, or as listed.
+
+    Raises:
+        ValueError: If a name is none of the network's.
+        TypeError: If `sites` is no string and no sequence of strings.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> v = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 2))}
+        >>> net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"] @ v["c"], v, jnp.ones((1, 3)))
+        >>> resolve_sites(net, "paper")
+        ('a', 'b')
+    """
+    if isinstance(sites, str):
+        if sites == "paper":
+            first = 1 if net.residual else 0
+            main = [layer for layer in net.layers if layer.main]
+            return tuple(layer.name for layer in main if first < layer.depth < net.depth)
+        if sites == "all":
+            return tuple(layer.name for layer in net.layers)
+        if sites == "taps":
+            return tuple(dict.fromkeys(tap.name for tap in net.taps))
+        raise ValueError(
+            f'`sites` must be "paper", "all", "taps" or a list of site names, got "{sites}"'
+            + (f'; for this one site pass ["{sites}"]' if sites in _known(net) else "")
+        )
+    names = [*sites] if isinstance(sites, Iterable) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`sites` must be a string or a sequence of site names, got {sites!r}")
+    known = _known(net)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3, 0.4)
+            raise ValueError(
+                f'`sites`: the network has no site "{name}"'
+                + (f"; did you mean {' or '.join(close)}?" if close else "; see net.summary()")
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def taps_by_site(net: Network) -> dict[str, Any]:
+    """Taps by the name of their site: `<layer>:act`, with `[group]` added where groups share it."""
+    names = [tap.name for tap in net.taps]
+    return {
+        tap.name if names.count(tap.name) == 1 else f"{tap.name}[{tap.group}]": tap
+        for tap in net.taps
+    }
+
+
+def _known(net: Network) -> list[str]:
+    """All names that a site may have."""
+    layers = [layer.name for layer in net.layers]
+    taps = taps_by_site(net)
+    shared = {tap.name for name, tap in taps.items() if name != tap.name}
+    acts = [f"{name}:act" for name in layers if f"{name}:act" not in shared]
+    norms = [f"{norm.name}:in" for norm in net.norms]
+    return list(dict.fromkeys(["input", *layers, *acts, *taps, *norms, "output"]))
+
+
+def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], models: int) -> Plan:
+    names = resolve_sites(net, sites)
+    taps = taps_by_site(net)
+    if isinstance(covariance, bool) or covariance == "cross":
+        chosen = tuple(name for name in names if name in taps) if covariance else ()
+        if covariance and not chosen:
+            chosen = tuple(taps)
+    elif isinstance(covariance, str):
+        raise ValueError(
+            f'`covariance` must be a bool, "cross" or a list of site names, got "{covariance}"'
+        )
+    else:
+        chosen = resolve_sites(net, covariance)
+    names = tuple(dict.fromkeys((*names, *chosen)))
+    cross = covariance == "cross"
+    pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
+    return Plan(tuple(_site(net, name, taps) for name in names), chosen, pairs)
+
+
+def _site(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
+    if name in taps:
+        tap = taps[name]
+        n = net.spec.sizes[tap.group]
+        return Site(
+            name,
+            tap.name,
+            (tap.axis, tap.outer, n, tap.inner),
+            (tap.axis + 1,),
+            (GroupAxis(tap.group, 0, 1, 1),),
+        )
+    if name in ("input", "output"):
+        return Site(name, name, None, None, ())
+    if name.endswith(":in") and name not in {layer.name for layer in net.layers}:
+        return Site(name, name, None, net.norm(name.removesuffix(":in")).channel_axes, ())
+    layer = net.layer(name.removesuffix(":act"))
+    return Site(name, name, None, layer.channel_axes, _layer_axes(net, layer))
+
+
+def _layer_axes(net: Network, layer: Any) -> tuple[GroupAxis, ...]:
+    """Which channel axes of a layer carry which group, read off the spec's axes of its kernel."""
+    return tuple(
+        GroupAxis(group, 0, axis.outer, axis.inner)
+        for group, axes in net.spec.groups.items()
+        for axis in axes
+        if axis.path == layer.kernel and axis.role == "out" and len(layer.channel_axes) == 1
+    )
+
+
+def _single(found: Any) -> np.ndarray | Array:
+    """The merge map of a group: a permutation or a matrix."""
+    found = found[0] if isinstance(found, tuple) else found
+    if np.ndim(found) not in (1, 2):
+        raise ValueError(
+            "a group's map must be a permutation [n], a matrix [m, n] or a pair of matrices, got "
+            f"an array of shape {np.shape(found)}"
+        )
+    return found
+
+
+def _carry(
+    mean: Array,
+    var: Array,
+    covariance: Array | None,
+    axis: GroupAxis,
+    maps: Sequence[Any],
+    site: str,
+) -> tuple[Array, Array, Array | None]:
+    """One group's maps applied to the moments of one site."""
+    size = mean.shape[1 + axis.axis]
+    n = size // (axis.outer * axis.inner)
+    whole = np.arange(size).reshape(axis.outer, n, axis.inner)
+    if all(m is None or np.ndim(m) == 1 for m in maps):
+        index = [np.arange(n) if m is None else np.asarray(m) for m in maps]
+        order = [whole[:, p].reshape(-1) for p in index]
+        mean, var = (
+            jnp.stack([jnp.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
+            for value in (mean, var)
+        )
+        if covariance is not None:
+            covariance = jnp.stack(
+                [
+                    jnp.stack([block[p][:, q] for q, block in zip(order, row, strict=True)])
+                    for p, row in zip(order, covariance, strict=True)
+                ]
+            )
+        return mean, var, covariance
+    if covariance is None or bool(jnp.isnan(covariance[0, 0]).any()):
+        raise ValueError(
+            f'carrying moments at "{site}" through a matrix needs the covariances within each '
+            f'model: measure with covariance=["{site}"] (or True at taps)'
+        )
+    dtype = covariance.dtype
+    matrices = []
+    for m in maps:
+        matrix = np.eye(n) if m is None else np.eye(n)[np.asarray(m)] if np.ndim(m) == 1 else m
+        matrix = jnp.kron(jnp.asarray(matrix, dtype), jnp.eye(axis.inner, dtype=dtype))
+        matrices.append(jnp.kron(jnp.eye(axis.outer, dtype=dtype), matrix))
+    stacked = jnp.stack(matrices)
+    exact = jax.lax.Precision.HIGHEST
+    covariance = jnp.einsum("ipa,ijab,jqb->ijpq", stacked, covariance, stacked, precision=exact)
+    var = jnp.einsum("kkpp->kp", covariance)
+    return jnp.einsum("kpa,ka->kp", stacked, mean, precision=exact), var, covariance
