@@ -86,18 +86,25 @@ def accuracy_against_layers(
         if spread is not None and np.any(np.asarray(spread)):
             style |= {"yerr": 100 * np.asarray(spread)[order], "capsize": 4}
         axes.errorbar(xs, 100 * np.asarray(values, float)[order], **style)
-    dashes = ("--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
+    # Thin, for they often lie close together; the last one, the goal, is solid.
+    dashes = [(0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2))]
     for index, (name, value) in enumerate((lines or {}).items()):
-        style = {"color": "#555555", "linestyle": dashes[index % len(dashes)], "linewidth": 2}
-        axes.axhline(100 * value, label=name, zorder=1, **style)
+        last = index == len(lines or {}) - 1
+        style = {"linestyle": "-" if last else dashes[index % len(dashes)], "linewidth": 1.5}
+        axes.axhline(100 * value, color="#444444", label=name, zorder=1, **style)
     axes.set_xlabel(f"layers kept apart l (of L = {depth})", fontsize=_FONT)
     axes.set_ylabel("test accuracy (%)", fontsize=_FONT)
     axes.set_xticks(sorted(set(map(int, layers))))
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 101)
     axes.tick_params(labelsize=_FONT - 1)
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize=_FONT - 1, wrap=True)
-    axes.legend(fontsize=_FONT - 2, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    # Curves first: matplotlib lists error bars after lines.
+    shown = sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] not in curves)
+    labels, handles = zip(*shown, strict=True)
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
+    axes.legend(handles, labels, fontsize=_FONT - 2, **place)
     return figure
 
 
