@@ -3,7 +3,7 @@
 A checkpoint is a folder with
 
     tree/            the arrays, an ordinary orbax checkpoint of nested dictionaries
-    structure.json   which containers were lists, tuples or None, shapes, dtypes and a checksum
+    structure.json   which containers were lists, tuples or None; shapes, dtypes and a checksum
     card.json        what the author has to say: recipe, seed, accuracy, command ...
 
 It is written under a temporary name beside its place and renamed when complete, so that a reader
@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,110 +34,263 @@ _FORMAT = 1
 _CARD = "card.json"
 _STRUCTURE = "structure.json"
 _TREE = "tree"
+_AGAIN = "Save it again, or restore the folder from version control."
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or damaged."""
 
 
+def save(path: str | os.PathLike[str], tree: Any, meta: Mapping[str, Any] | None = None) -> Path:
+    """Saves a tree of arrays, replacing what was at `path` only when all is written.
+
+    Args:
+        path: Folder of the checkpoint.  Missing parents are created.
+        tree: Dictionaries with string keys, lists, tuples and None, with arrays or numbers as
+            leaves; or an object with a method ``__checkpoint__() -> (kind, tree, meta)``, such as
+            `vfjax.merge.Merged`.
+        meta: JSON values for ``card.json``.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        TypeError: If a leaf is no array, a key no string, or `meta` holds what JSON does not.
+        ValueError: If there is something at `path` that is no checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(folder + "/net", {"kernel": jnp.ones((2, 3))}, {"seed": 0})
+        ...     load(path)["kernel"].shape, card(path)["seed"]
+        ((2, 3), 0)
+    """
+    path = _absolute(path)
+    if (
+        path.exists()
+        and not (path / _STRUCTURE).exists()
+        and (path.is_file() or any(path.iterdir()))
+    ):
+        raise ValueError(f"path {path} holds something that is no checkpoint: choose another.")
+    kind, object_meta = None, None
+    if hasattr(tree, "__checkpoint__"):
+        kind, tree, object_meta = tree.__checkpoint__()
+    leaves: list[np.ndarray] = []
+    packed, description = _pack(tree, "", leaves)
+    structure = {
+        "format": _FORMAT,
+        "kind": kind,
+        "meta": object_meta,
+        "sha256": _checksum(leaves),
+        "tree": description,
+    }
+    # Everything that can fail for what it was given has failed by now, before anything is written.
+    texts = {
+        _STRUCTURE: json.dumps(structure),
+        _CARD: json.dumps(dict(meta or {}), indent=2) + "\n",
+    }
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        if packed is not None:
+            _write_arrays(temporary / _TREE, packed if isinstance(packed, dict) else {"": packed})
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        _replace(path, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def load(path: str | os.PathLike[str], net: Any = None) -> Any:
+    """Loads what `save` wrote.
+
+    Args:
+        path: Folder of the checkpoint.
+        net: The traced `Network` that a saved `Merged` belongs to; not needed for trees.
+
+    Returns:
+        The tree, its containers as they were and its leaves as `jax.Array` (as `numpy.ndarray`
+        where JAX does not take the dtype, as with float64 by default); or the saved object.
+
+    Raises:
+        CheckpointError: If there is no checkpoint at `path`, or it is incomplete or damaged.
+        ValueError: If an object was saved that needs `net`, and none is given.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tree = load(save(folder + "/net", {"stems": (None, [jnp.ones(2)])}))
+        >>> tree["stems"][0], tree["stems"][1][0].shape
+        (None, (2,))
+    """
+    folder = _folder(path)
+    structure = _read_json(folder / _STRUCTURE)
+    damaged = f"the checkpoint {folder} is damaged:"
+    if not isinstance(structure, dict) or structure.get("format") != _FORMAT:
+        found = structure.get("format") if isinstance(structure, dict) else None
+        raise CheckpointError(
+            f"{damaged} {_STRUCTURE} has format {found!r}, this version reads {_FORMAT}. {_AGAIN}"
+        )
+    leaves: list[np.ndarray] = []
+    try:
+        kind, description, checksum = structure["kind"], structure["tree"], structure["sha256"]
+        target, arrays = _target(description), None
+        if isinstance(target, dict):
+            arrays = _read_arrays(folder / _TREE, target)
+        elif target is not None:
+            arrays = _read_arrays(folder / _TREE, {"": target})[""]
+        tree = _unpack(arrays, description, leaves)
+    # Orbax raises whatever its storage layer does: any failure to read these bytes is damage.
+    except Exception as error:
+        summary = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"{damaged} {type(error).__name__}: {summary}. {_AGAIN}") from error
+    if _checksum(leaves) != checksum:
+        raise CheckpointError(f"{damaged} its arrays do not have the recorded checksum. {_AGAIN}")
+    if kind is None:
+        return tree
+    if net is None:
+        raise ValueError(
+            f"{folder} holds a {kind}, which needs its traced network: load(path, net=vfjax.trace("
+            "apply_fn, variables, x))."
+        )
+    module, _, name = kind.rpartition(".")
+    owner = getattr(importlib.import_module(module), name)
+    return owner.__from_checkpoint__(tree, structure["meta"], net=net)
+
+
+def card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the card of a checkpoint: what `save` was given as `meta`.
+
+    Args:
+        path: Folder of the checkpoint.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, or its card cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     card(save(folder + "/net", {"w": jnp.ones(2)}, {"accuracy": 0.9}))
+        {'accuracy': 0.9}
+    """
+    return _read_json(_folder(path) / _CARD)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON under a temporary name and renames it into place.
 
     Args:
-      path: The file to write; its folder is created.
-      value: What `json.dumps` takes.
+        path: The file to write; its folder is created.
+        value: What `json.dumps` takes.
 
     Example:
-      >>> import tempfile, pathlib
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     write_json(pathlib.Path(folder, "a.json"), {"accuracy": 0.5})
-      ...     pathlib.Path(folder, "a.json").read_text().split()
-      ['{', '"accuracy":', '0.5', '}']
+        >>> import tempfile, pathlib
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(pathlib.Path(folder, "a.json"), {"accuracy": 0.5})
+        ...     pathlib.Path(folder, "a.json").read_text().split()
+        ['{', '"accuracy":', '0.5', '}']
     """
-    path = Path(path)
+    path = _absolute(path)
     text = json.dumps(value, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _pack(tree: PyTree, where: str, leaves: list[np.ndarray]) -> tuple[Any, Any]:
-    """Returns (nested dictionaries of arrays, JSON description), appending to `leaves`."""
+    """Returns (nested dictionaries of arrays or None, JSON description), appending to `leaves`."""
     if tree is None:
         return None, {"none": True}
-    if isinstance(tree, dict) or (hasattr(tree, "items") and hasattr(tree, "keys")):
-        items = {}
-        for key, value in tree.items():
-            if not isinstance(key, str):
-                raise TypeError(f"keys of a checkpoint must be strings, got {key!r} in {where!r}.")
-            items[key] = value
-        kind = "dict"
+    if isinstance(tree, Mapping):
+        # NNX numbers the entries of lists: integer keys are told apart from strings by the kind.
+        kind = "intdict" if tree and all(type(key) is int for key in tree) else "dict"
+        for key in tree:
+            if not isinstance(key, str) and kind == "dict":
+                raise TypeError(
+                    f"tree has the key {key!r} at {where or 'its root'!r}; keys must be strings."
+                )
+        items = {str(key): value for key, value in tree.items()}
     elif isinstance(tree, (list, tuple)):
         if hasattr(tree, "_fields"):
             raise TypeError(
-                f"{where!r} is a {type(tree).__name__}; save its leaves and give load(..., like=)."
+                f"tree has a {type(tree).__name__} at {where or 'its root'!r}, a type that would "
+                "not be found again when loading; save jax.tree.leaves(tree) instead."
             )
-        items = {str(index): value for index, value in enumerate(tree)}
         kind = "list" if isinstance(tree, list) else "tuple"
+        items = {str(index): value for index, value in enumerate(tree)}
     else:
-        if not isinstance(tree, (jax.Array, np.ndarray, np.generic, bool, int, float)):
-            raise TypeError(
-                f"leaf {where!r} must be an array, got {type(tree).__name__}; partition the tree "
-                "first so that only arrays are saved."
-            )
-        if isinstance(tree, jax.Array) and jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"leaf {where!r} is a random key; save jax.random.key_data(key).")
-        leaf = np.asarray(tree)
+        leaf = _leaf(tree, where)
         leaves.append(leaf)
-        return leaf, {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        description = {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+        # Orbax stores no empty arrays; their description says all about them.
+        return leaf if leaf.size else None, description
     packed, described = {}, {}
     for key, value in items.items():
-        inner, description = _pack(value, f"{where}/{key}" if where else key, leaves)
-        described[key] = description
+        inner, described[key] = _pack(value, f"{where}/{key}" if where else key, leaves)
         if inner is not None:
             packed[key] = inner
     return packed or None, {kind: described}
 
 
-def _unpack(tree: Any, description: Any, leaves: list[np.ndarray]) -> PyTree:
-    """Inverts `_pack`, appending the numpy leaves in the order in which they were packed."""
+def _leaf(value: Any, where: str) -> np.ndarray:
+    """Returns a leaf as a NumPy array, or says why it is none."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+        raise TypeError(
+            f"tree has a {type(value).__name__} at {where or 'its root'!r}; leaves must be arrays: "
+            "partition modules first (eqx.partition, nnx.split), turn states into "
+            "dictionaries (nnx.to_pure_dict)."
+        )
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"tree has a random key at {where or 'its root'!r}; save jax.random.key_data(key)."
+        )
+    return np.asarray(value)
+
+
+def _target(description: Mapping[str, Any]) -> Any:
+    """Returns the nested dictionaries of arrays that orbax restores into, or None without any."""
     if "none" in description:
         return None
     if "shape" in description:
-        leaf = np.asarray(tree)
-        if list(leaf.shape) != description["shape"] or str(leaf.dtype) != description["dtype"]:
+        array = np.empty(description["shape"], jnp.dtype(description["dtype"]))
+        return array if array.size else None
+    (items,) = description.values()
+    packed = {key: _target(inner) for key, inner in items.items()}
+    return {key: value for key, value in packed.items() if value is not None} or None
+
+
+def _unpack(tree: Any, description: Mapping[str, Any], leaves: list[np.ndarray]) -> PyTree:
+    """Inverts `_pack`, appending the leaves in the order in which they were packed."""
+    if "none" in description:
+        return None
+    if "shape" in description:
+        expected = np.empty(description["shape"], jnp.dtype(description["dtype"]))
+        leaf = np.asarray(tree) if expected.size else expected
+        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
             raise CheckpointError(
-                f"an array is {leaf.dtype}{list(leaf.shape)}, the structure says "
-                f"{description['dtype']}{description['shape']}"
+                f"an array is {leaf.dtype}{list(leaf.shape)}, not {description['dtype']}"
+                f"{description['shape']}"
             )
         leaves.append(leaf)
-        return jnp.asarray(leaf)
-    (kind, items), *_ = description.items()
+        canonical = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+        return jnp.asarray(leaf) if canonical else leaf
+    ((kind, items),) = description.items()
     values = {
-        key: _unpack(None if tree is None else tree.get(key), inner, leaves)
-        for key, inner in items.items()
+        key: _unpack(tree.get(key) if tree else None, inner, leaves) for key, inner in items.items()
     }
     if kind == "dict":
         return values
+    if kind == "intdict":
+        return {int(key): value for key, value in values.items()}
     return list(values.values()) if kind == "list" else tuple(values.values())
-
-
-def _target(description: Any) -> Any:
-    """Returns the nested dictionaries of shapes that orbax restores into."""
-    if "none" in description:
-        return None
-    if "shape" in description:
-        return np.empty(description["shape"], jnp.dtype(description["dtype"]))
-    (_, items), *_ = description.items()
-    packed = {key: _target(inner) for key, inner in items.items()}
-    return {key: value for key, value in packed.items() if value is not None} or None
 
 
 def _checksum(leaves: list[np.ndarray]) -> str:
@@ -148,86 +301,55 @@ def _checksum(leaves: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    # Orbax takes absolute paths only.
+    return Path(path).expanduser().absolute()
+
+
 def _previous(path: Path) -> Path:
-    """Where the last checkpoint waits while a new one takes its place."""
+    """Where the previous checkpoint waits while a new one takes its place."""
     return path.with_name(f".{path.name}.previous")
 
 
-def _recover(path: Path) -> Path:
-    """Returns the folder to read: a save killed between its two renames left the previous one."""
+def _replace(path: Path, complete: Path) -> None:
+    """Renames a complete checkpoint into place; killed in between, `_folder` finds the old one."""
     previous = _previous(path)
-    return previous if not path.exists() and previous.exists() else path
-
-
-def save(path: str | os.PathLike[str], tree: Any, meta: dict[str, Any] | None = None) -> Path:
-    """Saves a tree of arrays, replacing what was at `path` only when all is written.
-
-    Args:
-      path: Folder of the checkpoint.  Missing parents are created.
-      tree: Dictionaries, lists, tuples and None with arrays as leaves, or an object with a method
-        ``__checkpoint__() -> (kind, tree, meta)`` such as `vfjax.merge.Merged`.
-      meta: JSON values for ``card.json``.
-
-    Returns:
-      The absolute path.
-
-    Raises:
-      TypeError: If a leaf is no array, or `meta` holds what JSON does not.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = save(folder + "/net", {"kernel": jnp.ones((2, 3))}, {"seed": 0})
-      ...     load(path)["kernel"].shape, card(path)["seed"]
-      ((2, 3), 0)
-    """
-    path = Path(path).expanduser().absolute()
-    kind, inner_meta = None, None
-    if hasattr(tree, "__checkpoint__"):
-        kind, tree, inner_meta = tree.__checkpoint__()
-    leaves: list[np.ndarray] = []
-    packed, description = _pack(tree, "", leaves)
-    structure = {
-        "format": _FORMAT,
-        "kind": kind,
-        "meta": inner_meta,
-        "sha256": _checksum(leaves),
-        "tree": description,
-    }
-    structure_text, card_text = json.dumps(structure), json.dumps(meta or {}, indent=2) + "\n"
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        if packed is not None:
-            packed = packed if isinstance(packed, dict) else {"": packed}
-            _write_arrays(temporary / _TREE, packed)
-        (temporary / _STRUCTURE).write_text(structure_text, encoding="utf-8")
-        (temporary / _CARD).write_text(card_text, encoding="utf-8")
-        previous = _previous(path)
-        if path.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            os.rename(path, previous)
-        os.rename(temporary, path)
+    if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return path
+        os.rename(path, previous)
+    os.rename(complete, path)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def _write_arrays(path: Path, packed: dict[str, Any]) -> None:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(packed))
+def _remove_abandoned(path: Path) -> None:
+    """Removes what saves to the same place that were killed left behind."""
+    for folder in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = folder.name.split(".")[-2]
+        if pid == str(os.getpid()) or not _is_running(pid):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_arrays(path: Path, target: dict[str, Any]) -> dict[str, Any]:
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(
-            path, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
-        )
+def _is_running(pid: str) -> bool:
+    """Whether a process of this machine has that id."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:
+        pass  # It runs, as another user.
+    return True
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """Returns the folder to read, or says that there is none."""
+    path = _absolute(path)
+    if path.is_dir():
+        return path
+    if _previous(path).is_dir():
+        return _previous(path)
+    others = sorted(item.parent.name for item in path.parent.glob(f"[!.]*/{_STRUCTURE}"))
+    hint = f" {path.parent} holds {', '.join(others)}." if others else ""
+    raise CheckpointError(f"path: there is no checkpoint at {path}.{hint}")
 
 
 def _read_json(path: Path) -> Any:
@@ -235,104 +357,21 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.parent} is not a complete checkpoint: {path.name} is missing. Save it again, or "
-            "restore the folder from version control."
+            f"{path.parent} is not a complete checkpoint: {path.name} is missing. {_AGAIN}"
         ) from None
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"the checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}). Save it "
-            "again, or restore the folder from version control."
+            f"the checkpoint {path.parent} is damaged: {path.name}: {error}. {_AGAIN}"
         ) from None
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
-    """Returns the folder to read, or says that there is none."""
-    path = Path(path).expanduser().absolute()
-    folder = _recover(path)
-    if not folder.is_dir():
-        siblings = sorted(
-            item.parent.name for item in path.parent.glob(f"*/{_STRUCTURE}") if item.name[0] != "."
-        )
-        hint = f" {path.parent} holds {', '.join(siblings)}." if siblings else ""
-        raise CheckpointError(f"path: there is no checkpoint at {path}.{hint}")
-    return folder
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
 
 
-def card(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the card of a checkpoint: what `save` was given as `meta`.
-
-    Args:
-      path: Folder of the checkpoint.
-
-    Raises:
-      CheckpointError: If there is no checkpoint, or its card cannot be read.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     card(save(folder + "/net", {"w": jnp.ones(2)}, {"accuracy": 0.9}))
-      {'accuracy': 0.9}
-    """
-    return _read_json(_folder(path) / _CARD)
-
-
-def load(path: str | os.PathLike[str], net: Any = None) -> Any:
-    """Loads what `save` wrote.
-
-    Args:
-      path: Folder of the checkpoint.
-      net: The traced `Network` that a saved `Merged` belongs to; not needed for trees.
-
-    Returns:
-      The tree, its containers as they were and its leaves as `jax.Array`; or the saved object.
-
-    Raises:
-      CheckpointError: If there is no checkpoint at `path`, or it is incomplete or damaged.
-      ValueError: If an object was saved that needs `net`, and none is given.
-
-    Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     tree = load(save(folder + "/net", {"stems": (None, [jnp.ones(2)])}))
-      >>> tree["stems"][0], tree["stems"][1][0].shape
-      (None, (2,))
-    """
-    folder = _folder(path)
-    structure = _read_json(folder / _STRUCTURE)
-    damaged = f"the checkpoint {folder} is damaged: "
-    advice = " Save it again, or restore the folder from version control."
-    if not isinstance(structure, dict) or structure.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{damaged}{_STRUCTURE} is of format "
-            f"{structure.get('format') if isinstance(structure, dict) else None!r}, this version "
-            f"reads {_FORMAT}.{advice}"
-        )
-    leaves: list[np.ndarray] = []
-    try:
-        description = structure["tree"]
-        target = _target(description)
-        arrays = None
-        if target is not None:
-            is_leaf = not isinstance(target, dict)
-            arrays = _read_arrays(folder / _TREE, {"": target} if is_leaf else target)
-            arrays = arrays[""] if is_leaf else arrays
-        tree = _unpack(arrays, description, leaves)
-    # Orbax raises whatever its storage layer does: any failure to read these bytes is damage.
-    except Exception as error:
-        logging.getLogger(__name__).debug("cannot read %s", folder, exc_info=True)
-        summary = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(
-            f"{damaged}{type(error).__name__}: {summary}.{advice}"
-        ) from error
-    if _checksum(leaves) != structure["sha256"]:
-        raise CheckpointError(f"{damaged}its arrays do not have the checksum on record.{advice}")
-
-    kind = structure["kind"]
-    if kind is None:
-        return tree
-    if net is None:
-        raise ValueError(f"{folder} holds a {kind}: give load(path, net=...) its traced Network.")
-    module, _, name = kind.rpartition(".")
-    return getattr(importlib.import_module(module), name).__from_checkpoint__(
-        tree, structure["meta"], net=net
-    )
+def _read_arrays(path: Path, target: dict[str, Any]) -> dict[str, Any]:
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        args = ocp.args.PyTreeRestore(item=target, restore_args=as_numpy)
+        return checkpointer.restore(path, args=args)

@@ -1,4 +1,4 @@
-"""Training the edge models: recipes, the loop, resuming, evaluation.
+"""Training the edge models: the step, the loop, resuming.
 
 The state of a run is a pytree whose only clock is its step counter: the order of the images and
 their augmentation follow from the seed and the step, so that a run that was killed and resumed ends
@@ -11,10 +11,11 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,22 @@ from flax import linen as nn
 from tqdm import tqdm
 
 from vfjax import checkpoint
+from vfjax._evaluate import Evaluation, evaluate
+from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
 from vfjax._route import routed
 from vfjax.data import Dataset, normalise
 
-__all__ = ["RECIPES", "Evaluation", "Recipe", "Trained", "evaluate", "fit", "fit_seeds"]
+__all__ = [
+    "PRESETS",
+    "RECIPES",
+    "Evaluation",
+    "Recipe",
+    "Trained",
+    "evaluate",
+    "fit",
+    "fit_seeds",
+    "recipe_for",
+]
 
 Array = jax.Array
 PyTree = Any
@@ -37,162 +50,14 @@ PyTree = Any
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a network is trained.
-
-    Attributes:
-      optimizer: ``"sgd"`` (with momentum) or ``"adam"``.
-      learning_rate: Its peak.
-      schedule: ``"constant"``, ``"cosine"`` (to zero at the last step) or ``"step"`` (times `factor`
-        at each of `milestones`).
-      milestones: Iterations counted from the first, warm-up included.
-      factor: What the learning rate is multiplied with at a milestone.
-      warmup_epochs: Epochs over which the rate rises linearly from 1e-6 to its peak.
-      epochs: Passes over the training split.
-      batch_size: Images per step.
-      weight_decay: L2 penalty of all parameters, added to the gradient before the optimizer, as
-        PyTorch's SGD and Adam do.
-      momentum: Of SGD.
-      crop: Pixels of zero padding before a random crop; 0 for none.
-      flip: Whether images are mirrored at random.
-
-    Example:
-      >>> recipe = Recipe(epochs=2, learning_rate=0.5, schedule="cosine")
-      >>> [round(float(recipe.rate(4)(step)), 3) for step in (0, 4, 8)]
-      [0.5, 0.25, 0.0]
-    """
-
-    optimizer: str = "sgd"
-    learning_rate: float = 0.1
-    schedule: str = "constant"
-    milestones: tuple[int, ...] = ()
-    factor: float = 0.1
-    warmup_epochs: float = 0.0
-    epochs: int = 1
-    batch_size: int = 128
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    crop: int = 0
-    flip: bool = False
-
-    def __post_init__(self):
-        """Checks the values that are easily mistyped."""
-        for name, value, known in (
-            ("optimizer", self.optimizer, ("sgd", "adam")),
-            ("schedule", self.schedule, ("constant", "cosine", "step")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-
-    def rate(self, steps_per_epoch: int) -> Callable[[Any], Array]:
-        """Returns the learning rate as a function of the step, counted from 0."""
-        warmup = round(self.warmup_epochs * steps_per_epoch)
-        total = self.epochs * steps_per_epoch
-        if self.schedule == "step":
-            # Milestones are absolute: a warm-up delays nothing.
-            after = optax.piecewise_constant_schedule(
-                self.learning_rate, {step: self.factor for step in self.milestones}
-            )
-        elif self.schedule == "cosine":
-            cosine = optax.cosine_decay_schedule(self.learning_rate, max(1, total - warmup))
-
-            def after(step: Any) -> Array:
-                return cosine(step - warmup)
-        else:
-            after = optax.constant_schedule(self.learning_rate)
-        if not warmup:
-            return lambda step: jnp.asarray(after(step), jnp.float32)
-        rise = optax.linear_schedule(1e-6, self.learning_rate, warmup)
-        return lambda step: jnp.where(step < warmup, rise(step), after(step)).astype(jnp.float32)
-
-    def transformation(self, steps_per_epoch: int) -> optax.GradientTransformation:
-        """Returns the optax optimizer."""
-        rate = self.rate(steps_per_epoch)
-        if self.optimizer == "adam":
-            optimizer = optax.adam(rate)
-        else:
-            optimizer = optax.sgd(rate, momentum=self.momentum or None)
-        if not self.weight_decay:
-            return optimizer
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), optimizer)
-
-
-_CIFAR = Recipe(
-    learning_rate=0.1,
-    schedule="step",
-    milestones=(32000, 48000),
-    epochs=160,
-    weight_decay=1e-4,
-    crop=4,
-    flip=True,
-)
-
-# "paper": Table 2 of "Vanishing Feature" and the text around it.  "cpu": what two cores finish.
-RECIPES: dict[str, Recipe] = {
-    "paper-cifar": _CIFAR,
-    "paper-cifar-warmup": dataclasses.replace(_CIFAR, warmup_epochs=1.0),
-    "paper-linear": Recipe(
-        optimizer="adam", learning_rate=0.01, epochs=20, weight_decay=1e-4
-    ),
-    "paper-mnist-vgg": Recipe(
-        learning_rate=0.01,
-        schedule="cosine",
-        epochs=25,
-        batch_size=100,
-        weight_decay=5e-4,
-        warmup_epochs=1.0,
-    ),
-    "cpu-vgg": Recipe(
-        learning_rate=0.05,
-        schedule="cosine",
-        warmup_epochs=1.0,
-        epochs=24,
-        weight_decay=5e-4,
-        crop=4,
-        flip=True,
-    ),
-    "cpu-resnet": Recipe(
-        learning_rate=0.1,
-        schedule="cosine",
-        warmup_epochs=1.0,
-        epochs=15,
-        weight_decay=5e-4,
-        crop=4,
-        flip=True,
-    ),
-    "cpu-mlp": Recipe(learning_rate=0.05, schedule="cosine", epochs=10, weight_decay=1e-4),
-    "cpu-linear": Recipe(optimizer="adam", learning_rate=0.01, epochs=5, weight_decay=1e-4),
-    "cpu-digits": Recipe(
-        learning_rate=0.1,
-        schedule="cosine",
-        warmup_epochs=5.0,
-        epochs=60,
-        batch_size=64,
-        weight_decay=1e-3,
-    ),
-}
-
-
-class Evaluation(NamedTuple):
-    """Accuracy in [0, 1] and mean cross-entropy in nats over `count` examples."""
-
-    accuracy: float
-    loss: float
-    count: int
-
-
 class Trained(NamedTuple):
     """What training ends with.
 
     Attributes:
-      variables: ``{"params": ...}``, with ``"batch_stats"`` where the model has BatchNorm.
-      history: One record per epoch: epoch, training loss and accuracy (augmented images, while
-        learning), learning rate, seconds.
-      seconds: Wall time of all epochs, of resumed runs together.
+        variables: ``{"params": ...}``, with ``"batch_stats"`` where the model has BatchNorm.
+        history: One record per epoch: epoch, training loss and accuracy (of augmented images, while
+            learning), last learning rate, seconds.
+        seconds: Wall time of all epochs, those before a resumption included.
     """
 
     variables: PyTree
@@ -200,11 +65,8 @@ class Trained(NamedTuple):
     seconds: float
 
 
-# ----------------------------------------------------------------------------------------- one step
-
-
 def _augment(images: Array, key: Array, crop: int, flip: bool) -> Array:
-    """Crops uint8 images ``[N, H, W, C]`` at random from their zero-padded selves and mirrors them."""
+    """Crops uint8 images ``[N, H, W, C]`` at random after zero padding, mirrors half of them."""
     crop_key, flip_key = jax.random.split(key)
     count, *shape = images.shape
     if crop:
@@ -223,7 +85,7 @@ def _augment(images: Array, key: Array, crop: int, flip: bool) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """Everything static of a run; equal tasks share their compiled steps."""
+    """Everything static about a run but its seed; equal tasks share their compiled step."""
 
     model: nn.Module
     recipe: Recipe
@@ -240,10 +102,10 @@ class _Task:
         return self.recipe.transformation(self.steps_per_epoch)
 
     def init(self, seed: int, shape: Sequence[int]) -> PyTree:
-        """Returns the state before the first step."""
-        # Compiled: an eager first call compiles each operation of the forward pass by itself.
-        init = jax.jit(self.model.init)
-        variables = init(jax.random.key(seed), jnp.zeros((1, *shape), jnp.float32))
+        """Returns the state before the first step, for images of `shape`."""
+        # Compiled as one: an eager call compiles each operation of the forward pass by itself.
+        x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        variables = jax.jit(lambda key: self.model.lazy_init(key, x))(jax.random.key(seed))
         return {
             "variables": variables,
             "optimizer": self.optimizer.init(variables["params"]),
@@ -253,11 +115,11 @@ class _Task:
             "correct": jnp.zeros((), jnp.int32),
         }
 
-    def order(self, seed: int, epoch: Any) -> Array:
-        """Returns the images of an epoch, ``[steps, batch]``.
+    def order(self, seed: int, epoch: int) -> Array:
+        """Returns the images of an epoch, int32 ``[steps, batch]``.
 
-        The last batch is filled up with the first images of the same order: every batch has the
-        same size, and an epoch as many steps as in PyTorch.
+        The last batch is filled up with the first images of the same order, so that all batches
+        have one shape and an epoch has as many steps as with a ragged last one.
         """
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
         order = jax.random.permutation(key, self.count)
@@ -265,24 +127,19 @@ class _Task:
         return jnp.resize(order, (size,)).reshape(self.steps_per_epoch, self.recipe.batch_size)
 
     def step(self, state: PyTree, seed: Array, images: Array, labels: Array, rows: Array) -> PyTree:
-        """Takes one step on the images ``rows [batch]``."""
-        recipe = self.recipe
+        """Takes one step on the images of indices ``rows [batch]``."""
         key = jax.random.fold_in(jax.random.key(seed), 2)
         key = jax.random.fold_in(key, state["step"])
-        x = normalise(
-            _augment(images[rows], key, recipe.crop, recipe.flip), self.mean, self.std
-        )
-        label = labels[rows]
-        constant = {k: v for k, v in state["variables"].items() if k != "params"}
+        batch = _augment(images[rows], key, self.recipe.crop, self.recipe.flip)
+        x, label = normalise(batch, self.mean, self.std), labels[rows]
+        others = {name: value for name, value in state["variables"].items() if name != "params"}
 
-        def forward(params: PyTree, constant: PyTree, x: Array) -> tuple[Array, PyTree]:
-            variables = {"params": params, **constant}
-            mutable = list(constant)
-            logits, changed = self.model.apply(variables, x, train=True, mutable=mutable)
-            return logits, changed
+        def forward(params: PyTree, others: PyTree, x: Array) -> tuple[Array, PyTree]:
+            variables = {"params": params, **others}
+            return self.model.apply(variables, x, train=True, mutable=list(others))
 
         def objective(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
-            logits, changed = routed(forward)(params, constant, x)
+            logits, changed = routed(forward)(params, others, x)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
             correct = jnp.sum(jnp.argmax(logits, -1) == label, dtype=jnp.int32)
             return loss, (changed, correct)
@@ -300,14 +157,14 @@ class _Task:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _one_step(
+def _step(
     task: _Task, state: PyTree, seed: Array, images: Array, labels: Array, order: Array, row: Array
 ) -> PyTree:
     return task.step(state, seed, images, labels, order[row])
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _scanned(
+def _epoch(
     task: _Task, state: PyTree, seed: Array, images: Array, labels: Array, order: Array
 ) -> PyTree:
     def body(state: PyTree, rows: Array) -> tuple[PyTree, None]:
@@ -316,51 +173,44 @@ def _scanned(
     return jax.lax.scan(body, state, order)[0]
 
 
-def _scan_epochs() -> bool:
-    """Whether an epoch is one compiled scan; XLA:CPU is 30 times slower at gradients inside one."""
+def _scans() -> bool:
+    """Whether an epoch is one compiled scan.
+
+    Accelerators gain from it; on CPU the gradient of a convolution is up to 50 times slower inside
+    a scan than outside.
+    """
     return jax.default_backend() != "cpu"
 
 
 def _run_epoch(
     task: _Task, state: PyTree, seed: int, images: Array, labels: Array, epoch: int, bar: tqdm
 ) -> PyTree:
-    """Takes the steps of one epoch."""
-    order = task.order(seed, epoch)
-    seed_array = jnp.asarray(seed, jnp.uint32)
-    if _scan_epochs():
-        state = jax.block_until_ready(_scanned(task, state, seed_array, images, labels, order))
+    """Takes all steps of an epoch; the state given is donated."""
+    order, key_seed = task.order(seed, epoch), jnp.asarray(seed, jnp.uint32)
+    if _scans():
+        state = jax.block_until_ready(_epoch(task, state, key_seed, images, labels, order))
         bar.update(task.steps_per_epoch)
         return state
+    done = 0
     for row in range(task.steps_per_epoch):
-        state = _one_step(task, state, seed_array, images, labels, order, np.int32(row))
-        # Now and then, so that the bar tells the truth and the queue of steps stays short.
+        state = _step(task, state, key_seed, images, labels, order, np.int32(row))
+        # Waits only now and then: the bar tells the truth, and few steps are in flight.
         if row % 10 == 9:
             state["step"].block_until_ready()
-            bar.update(10)
-    bar.update(task.steps_per_epoch % 10)
-    return jax.block_until_ready(state)
-
-
-# ----------------------------------------------------------------------------------------- the loop
-
-
-def _fingerprint(task: _Task, dataset: Dataset, seed: int) -> str:
-    """Returns what must agree between a saved state and the run that resumes it."""
-    return json.dumps(
-        {
-            "model": repr(task.model),
-            "recipe": dataclasses.asdict(task.recipe),
-            "data": [dataset.name, task.count, *dataset.train_images.shape[1:]],
-            "seed": seed,
-        }
-    )
+            bar.update(row + 1 - done)
+            done = row + 1
+    state = jax.block_until_ready(state)
+    bar.update(task.steps_per_epoch - done)
+    return state
 
 
 class _Saved:
-    """The saved states of a run: ``epoch-0003`` and the like in its own folder."""
+    """The saved states of one run: folders ``epoch-0001``, ... of which the newest is kept."""
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: str):
-        self.folder, self.fingerprint = Path(folder).expanduser().absolute(), fingerprint
+    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
+        self.folder = Path(folder).expanduser().absolute()
+        # As it comes back from JSON, so that it can be compared.
+        self.identity = json.loads(json.dumps(identity))
 
     def _epochs(self) -> list[Path]:
         return sorted(self.folder.glob("epoch-[0-9]*"))
@@ -371,10 +221,10 @@ class _Saved:
             shutil.rmtree(path)
 
     def write(self, state: PyTree, epoch: int, history: Sequence[dict[str, float]]) -> None:
-        """Saves the state after `epoch` epochs; then removes the older ones, never before."""
+        """Saves the state after `epoch` epochs; only then removes the older ones."""
         older = self._epochs()
         path = self.folder / f"epoch-{epoch:04d}"
-        meta = {"fingerprint": self.fingerprint, "epoch": epoch, "history": list(history)}
+        meta = {"run": self.identity, "epoch": epoch, "history": list(history)}
         checkpoint.save(path, {"leaves": jax.tree.leaves(state)}, meta)
         for other in older:
             if other != path:
@@ -385,16 +235,19 @@ class _Saved:
         for path in reversed(self._epochs()):
             try:
                 meta = checkpoint.card(path)
-                if meta["fingerprint"] != self.fingerprint:
-                    raise ValueError(
-                        f"work_dir: {self.folder} holds another run ({meta['fingerprint']}); choose "
-                        "another folder, or resume=False to begin afresh."
-                    )
-                leaves = checkpoint.load(path)["leaves"]
+                leaves = checkpoint.load(path)["leaves"] if meta["run"] == self.identity else []
             except checkpoint.CheckpointError as error:
                 _log.warning("skipping %s: %s", path, error)
                 continue
-            return jax.tree.unflatten(jax.tree.structure(like), leaves), meta["epoch"], meta["history"]
+            if meta["run"] != self.identity:
+                differ = [k for k, v in self.identity.items() if meta["run"].get(k) != v]
+                raise ValueError(
+                    f"work_dir {self.folder} holds the state of another run: its "
+                    f"{' and '.join(differ)} differ. Choose another folder, or pass "
+                    "resume=False to begin afresh there."
+                )
+            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            return state, meta["epoch"], meta["history"]
         return None
 
 
@@ -408,38 +261,50 @@ def fit(
     resume: bool = True,
     progress: bool = True,
 ) -> Trained:
-    """Trains a model from scratch, or on from where a killed run of the same name stopped.
+    """Trains a model from scratch, or on from where a killed run stopped.
 
     Args:
-      model: A model of `vfjax.models`, called as ``model.apply(variables, x, train=...)``.
-      recipe: How to train it.
-      dataset: Its training split is used, nothing else; uint8 on the device, gathered, augmented
-        and normalised inside the compiled step.
-      seed: Of the initial parameters, the order of the images and their augmentation.
-      work_dir: Folder in which the state is saved after each epoch, for this run alone; None
-        saves nothing.
-      resume: Whether to go on from the state in `work_dir`; if False it is removed.
-      progress: Whether a progress bar appears after two seconds.
+        model: A model of `vfjax.models`, called as ``model.apply(variables, x, train=...)``.
+        recipe: How to train it.
+        dataset: Its training split is used and nothing else; it lies on the device as uint8 and is
+            gathered, augmented and normalised inside the compiled step.
+        seed: Of the initial parameters, the order of the images and their augmentation.
+        work_dir: Folder, for this run alone, in which the state is saved after each epoch; None
+            saves nothing.
+        resume: Whether to go on from the state in `work_dir`; if False that is removed.
+        progress: Whether a progress bar appears after two seconds.
 
     Returns:
-      The `Trained` variables with their history.
+        The `Trained` variables with their history.
 
     Raises:
-      ValueError: If `work_dir` holds the state of another run.
+        ValueError: If `work_dir` holds the state of another run, or the data set has more classes
+            than the model.
+        FloatingPointError: If the loss is no longer finite; the last finite state stays saved.
 
     Example:
-      >>> from vfjax import data, models
-      >>> recipe = Recipe(epochs=2, learning_rate=0.05, batch_size=50)
-      >>> trained = fit(models.MLP((16,)), recipe, data.load("digits", train=200))
-      >>> trained.history[-1]["loss"] < trained.history[0]["loss"]
-      True
+        >>> from vfjax import data, models
+        >>> recipe = Recipe(epochs=2, learning_rate=0.05, batch_size=50)
+        >>> trained = fit(models.MLP((8,)), recipe, data.load("digits", train=200))
+        >>> trained.history[-1]["loss"] < trained.history[0]["loss"]
+        True
     """
+    if dataset.classes > getattr(model, "classes", dataset.classes):
+        raise ValueError(
+            f"model has {model.classes} classes, {dataset.name} has {dataset.classes}: create it "
+            f"with classes={dataset.classes}."
+        )
     task = _Task(model, recipe, dataset.mean, dataset.std, len(dataset.train_images))
-    state = task.init(seed, dataset.train_images.shape[1:])
-    epoch, history = 0, []
+    state, epoch, history = task.init(seed, dataset.train_images.shape[1:]), 0, []
     saved = None
     if work_dir is not None:
-        saved = _Saved(work_dir, _fingerprint(task, dataset, seed))
+        identity = {
+            "model": repr(model),
+            "recipe": dataclasses.asdict(recipe),
+            "data": [dataset.name, list(dataset.train_images.shape)],
+            "seed": seed,
+        }
+        saved = _Saved(work_dir, identity)
         if not resume:
             saved.clear()
         elif (found := saved.read(state)) is not None:
@@ -450,7 +315,7 @@ def fit(
     with tqdm(
         total=recipe.epochs * task.steps_per_epoch,
         initial=epoch * task.steps_per_epoch,
-        desc=f"training seed {seed}",
+        desc=f"training, seed {seed}",
         unit="step",
         delay=2,
         disable=not progress,
@@ -458,23 +323,25 @@ def fit(
         while epoch < recipe.epochs:
             start = time.perf_counter()
             state = _run_epoch(task, state, seed, images, labels, epoch, bar)
-            steps = task.steps_per_epoch
+            epoch += 1
             record = {
-                "epoch": epoch + 1,
-                "loss": float(state["loss"]) / steps,
-                "accuracy": int(state["correct"]) / (steps * recipe.batch_size),
-                "learning_rate": float(rate(int(state["step"]) - 1)),
+                "epoch": epoch,
+                "loss": float(state["loss"]) / task.steps_per_epoch,
+                "accuracy": int(state["correct"]) / (task.steps_per_epoch * recipe.batch_size),
+                "learning_rate": float(rate(epoch * task.steps_per_epoch - 1)),
                 "seconds": round(time.perf_counter() - start, 3),
             }
-            state = {
-                **state,
-                "loss": jnp.zeros_like(state["loss"]),
-                "correct": jnp.zeros_like(state["correct"]),
-            }
-            epoch += 1
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(
+                    f"training diverged in epoch {epoch}: the loss is {record['loss']}. Lower "
+                    f"learning_rate ({recipe.learning_rate}) or raise warmup_epochs "
+                    f"({recipe.warmup_epochs})."
+                )
             history.append(record)
             bar.set_postfix(epoch=epoch, loss=record["loss"], accuracy=record["accuracy"])
             _log.info("seed %d: %s", seed, record)
+            zeros = {name: jnp.zeros_like(state[name]) for name in ("loss", "correct")}
+            state = {**state, **zeros}
             if saved is not None:
                 saved.write(state, epoch, history)
     seconds = sum(record["seconds"] for record in history)
@@ -493,14 +360,26 @@ def fit_seeds(
 ) -> list[Trained]:
     """Trains one model per seed, one after the other; see `fit`.
 
-    The runs share their compiled step, and each saves its state in ``work_dir/seed<n>``.
+    The runs share their compiled step.  On CPU several at once would be slower than this loop.
+
+    Args:
+        model: As in `fit`.
+        recipe: As in `fit`.
+        dataset: As in `fit`.
+        seeds: One model is trained for each.
+        work_dir: Each run saves its state in the folder ``seed<n>`` in it.
+        resume: As in `fit`.
+        progress: As in `fit`.
+
+    Returns:
+        The `Trained` models, in the order of `seeds`.
 
     Example:
-      >>> from vfjax import data, models
-      >>> recipe = Recipe(learning_rate=0.05, batch_size=50)
-      >>> runs = fit_seeds(models.MLP((8,)), recipe, data.load("digits", train=100), seeds=(0, 1))
-      >>> len(runs)
-      2
+        >>> from vfjax import data, models
+        >>> recipe = Recipe(learning_rate=0.05, batch_size=50)
+        >>> runs = fit_seeds(models.MLP((8,)), recipe, data.load("digits", train=100), seeds=(0, 1))
+        >>> len(runs)
+        2
     """
     return [
         fit(
@@ -514,54 +393,3 @@ def fit_seeds(
         )
         for seed in seeds
     ]
-
-
-# --------------------------------------------------------------------------------------- evaluation
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _score(
-    fn: Callable[..., Array], params: PyTree, sums: tuple[Array, Array], x: PyTree, label: Array
-) -> tuple[Array, Array]:
-    """Adds a batch's number of correct answers and summed loss to `sums`."""
-    logits = routed(fn)(params, x).astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    correct = jnp.sum(jnp.argmax(logits, -1) == label, dtype=jnp.int32)
-    return sums[0] + correct, sums[1] + loss.sum()
-
-
-def evaluate(
-    fn: Callable[[PyTree, Any], Array],
-    params: PyTree,
-    data: Iterable[tuple[Any, Array]],
-    *,
-    progress: bool = False,
-) -> Evaluation:
-    """Measures accuracy and cross-entropy, one compiled call per batch.
-
-    Args:
-      fn: Pure function ``(params, x) -> logits [n, classes]``.  Calls with an equal function and
-        equal shapes share one compilation.
-      params: Its parameters, any pytree.
-      data: Batches ``(x, label)``, labels an integer array ``[n]``; the last may be smaller.
-      progress: Whether a progress bar appears after two seconds.
-
-    Returns:
-      The `Evaluation`.
-
-    Raises:
-      ValueError: If `data` yields no batch.
-
-    Example:
-      >>> data = [(jnp.eye(3), jnp.arange(3)), (jnp.eye(3)[:1], jnp.array([2]))]
-      >>> evaluate(lambda scale, x: scale * x, 50.0, data).accuracy
-      0.75
-    """
-    sums = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    count = 0
-    for x, label in tqdm(data, desc="evaluating", delay=2, leave=False, disable=not progress):
-        sums = _score(fn, params, sums, x, jnp.asarray(label))
-        count += len(label)
-    if not count:
-        raise ValueError("data yields no batch: it is empty, or an iterator that was used up.")
-    return Evaluation(int(sums[0]) / count, float(sums[1]) / count, count)

@@ -1,8 +1,8 @@
 """Flax Linen models of the experiments: VGG, ResNet, MLPs, linear networks, networks for digits.
 
-All are called as ``model.apply(variables, x, train=False)``, take images ``[N, H, W, C]`` and return
-logits ``[N, classes]``.  Nothing outside this package, training and the experiments depends on them;
-the merging part of the library works on any pure function over a pytree.
+All are called as ``model.apply(variables, x, train=False)``, take images ``[N, H, W, C]`` and
+return logits ``[N, classes]``.  Only training and the experiments depend on them; the rest of the
+library works on any pure function over a pytree.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ def create(name: str, **options: Any) -> nn.Module:
     """Creates a model by its name.
 
     Args:
-      name: One of `NAMES`, for example ``"vgg16"``, ``"vgg16-bn"``, ``"resnet20"``,
-        ``"resnet20-plain"``, ``"mlp"``, ``"digits-conv"``.
-      **options: Fields of the model's class, for example ``width=0.25`` or ``classes=100``.
+        name: One of `NAMES`, for example ``"vgg16"``, ``"vgg16-bn"``, ``"resnet20"``,
+            ``"resnet20-plain"``, ``"mlp"``, ``"digits-conv"``.
+        **options: Fields of the model's class, for example ``width=0.25`` or ``classes=100``.
 
     Returns:
-      The Linen module.
+        The Linen module.
 
     Raises:
-      ValueError: If the name is unknown, or an option is not a field of that model.
+        ValueError: If the name is unknown, or an option is not a field of that model.
 
     Example:
-      >>> create("vgg16-bn", width=0.25).norm
-      'batch'
+        >>> create("vgg16-bn", width=0.25).norm
+        'batch'
     """
     if name not in _FAMILIES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}.")
@@ -110,10 +110,11 @@ def apply_fn(model: nn.Module) -> ApplyFn:
     """Returns what `vfjax.trace` takes for `model`: its function in evaluation mode.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> model = create("digits-mlp")
-      >>> x = jnp.zeros((3, 8, 8, 1))
-      >>> apply_fn(model)(model.init(jax.random.key(0), x), x).shape
-      (3, 10)
+        >>> import jax, jax.numpy as jnp
+        >>> model = create("digits-mlp")
+        >>> x = jax.ShapeDtypeStruct((3, 8, 8, 1), jnp.float32)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> jax.eval_shape(apply_fn(model), variables, x).shape
+        (3, 10)
     """
     return ApplyFn(model)

@@ -15,10 +15,11 @@ class DigitsMLP(MLP):
     """Five hidden layers of 64 units, no normalisation: L = 6.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> variables = DigitsMLP().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-      >>> sorted(variables["params"])
-      ['dense1', 'dense2', 'dense3', 'dense4', 'dense5', 'head']
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+        >>> variables = jax.eval_shape(DigitsMLP().init, jax.random.key(0), x)
+        >>> sorted(variables["params"])
+        ['dense1', 'dense2', 'dense3', 'dense4', 'dense5', 'head']
     """
 
     features: tuple[int, ...] = (64, 64, 64, 64, 64)
@@ -30,15 +31,16 @@ class DigitsConv(nn.Module):
     ``__call__(x, train=False)`` maps images ``[N, 8, 8, 1]`` to logits ``[N, classes]``.
 
     Attributes:
-      width: Multiplier of all channel counts.
-      classes: Number of classes.
-      initialiser: ``"kaiming_normal"`` or ``"uniform"``, see `vfjax.models.init`.
+        width: Multiplier of all channel counts.
+        classes: Number of classes.
+        initialiser: ``"kaiming_normal"`` or ``"uniform"``, see `vfjax.models.init`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> variables = DigitsConv().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-      >>> variables["params"]["conv6"]["kernel"].shape
-      (3, 3, 32, 32)
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+        >>> variables = jax.eval_shape(DigitsConv().init, jax.random.key(0), x)
+        >>> variables["params"]["conv6"]["kernel"].shape
+        (3, 3, 32, 32)
     """
 
     width: float = 1.0

@@ -34,22 +34,22 @@ def initialisers(name: str, *, fan_in: int, fan_out: int, dense: bool) -> dict[s
     """Returns the ``kernel_init`` and ``bias_init`` of one layer.
 
     Args:
-      name: ``"kaiming_normal"`` draws convolution kernels from N(0, 2 / fan_out), dense kernels from
-        N(0, 0.01^2) and sets biases to zero; ``"uniform"`` draws kernels and biases from
-        U[-1/sqrt(fan_in), 1/sqrt(fan_in)].
-      fan_in: Number of inputs that one output sums over, ``height * width * channels``.
-      fan_out: ``height * width * output channels``.
-      dense: Whether the layer is a dense layer.
+        name: ``"kaiming_normal"`` draws convolution kernels from N(0, 2 / fan_out), dense kernels
+            from N(0, 0.01^2) and sets biases to zero; ``"uniform"`` draws kernels and biases from
+            U[-1/sqrt(fan_in), 1/sqrt(fan_in)].
+        fan_in: Number of inputs that one output sums over, ``height * width * channels``.
+        fan_out: ``height * width * output channels``.
+        dense: Whether the layer is a dense layer.
 
     Returns:
-      Keyword arguments for ``nn.Dense`` or ``nn.Conv``.
+        Keyword arguments for ``nn.Dense`` or ``nn.Conv``.
 
     Raises:
-      ValueError: If `name` is not one of `INITIALISERS`.
+        ValueError: If `name` is not one of `INITIALISERS`.
 
     Example:
-      >>> sorted(initialisers("uniform", fan_in=9, fan_out=18, dense=False))
-      ['bias_init', 'kernel_init']
+        >>> sorted(initialisers("uniform", fan_in=9, fan_out=18, dense=False))
+        ['bias_init', 'kernel_init']
     """
     if name == "kaiming_normal":
         std = 0.01 if dense else math.sqrt(2.0 / fan_out)

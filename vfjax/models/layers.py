@@ -20,8 +20,8 @@ def scaled(channels: int, width: float) -> int:
     """Returns `channels` times the width multiplier, at least one.
 
     Example:
-      >>> scaled(64, 0.25)
-      16
+        >>> scaled(64, 0.25)
+        16
     """
     if not width > 0:
         raise ValueError(f"width must be a positive multiplier, got {width!r}.")

@@ -16,18 +16,20 @@ class LinearNetwork(nn.Module):
     their output ("Vanishing Feature", section on residual linear networks).
 
     Attributes:
-      width: Units of the hidden layers.
-      depth: Number of dense layers, the last included.
-      residual: Whether the layers between the first and the last have skips.
-      classes: Number of classes.
-      std: Standard deviation of the initial weights.  It is unusually small, and the phenomenon
-        depends on it: 0.002 for the 8-layer study of the paper, 0.005 for its 5-layer residual one.
+        width: Units of the hidden layers.
+        depth: Number of dense layers, the last included.
+        residual: Whether the layers between the first and the last have skips.
+        classes: Number of classes.
+        std: Standard deviation of the initial weights.  It is unusually small, and the phenomenon
+            depends on it: 0.002 for the 8-layer study of the paper, 0.005 for its residual one of
+            5 layers.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> variables = LinearNetwork(depth=5).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-      >>> variables["params"]["dense1"]["kernel"].shape
-      (784, 32)
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+        >>> variables = jax.eval_shape(LinearNetwork(depth=5).init, jax.random.key(0), x)
+        >>> variables["params"]["dense1"]["kernel"].shape
+        (784, 32)
     """
 
     width: int = 32

@@ -17,15 +17,16 @@ class MLP(nn.Module):
     ``dense1``, ``dense2``, ... and ``head``.
 
     Attributes:
-      features: Widths of the hidden layers.
-      classes: Number of classes.
-      initialiser: ``"uniform"`` or ``"kaiming_normal"``, see `vfjax.models.init`.
+        features: Widths of the hidden layers.
+        classes: Number of classes.
+        initialiser: ``"uniform"`` or ``"kaiming_normal"``, see `vfjax.models.init`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> variables = MLP((8, 8)).init(jax.random.key(0), jnp.zeros((1, 4, 4)))
-      >>> variables["params"]["dense1"]["kernel"].shape
-      (16, 8)
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((1, 4, 4), jnp.float32)
+        >>> variables = jax.eval_shape(MLP((8, 8)).init, jax.random.key(0), x)
+        >>> variables["params"]["dense1"]["kernel"].shape
+        (16, 8)
     """
 
     features: tuple[int, ...] = (512, 512, 512)

@@ -35,23 +35,23 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet20, 32, 56, ...: three stages of 16, 32 and 64 channels.
 
-    ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers are
-    called ``stem``, ``stage1_block1/conv1``, ... and ``head``.  Convolutions have biases only where
-    there is no normalisation.
+    ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
+    are called ``stem``, ``stage1_block1/conv1``, ... and ``head``.  Convolutions have biases only
+    where there is no normalisation.
 
     Attributes:
-      depth: ``6 n + 2`` with n blocks in each stage; 1x1 shortcuts are not counted.
-      width: Multiplier of all channel counts.
-      norm: ``"batch"``, ``"layer"`` (over the channels of each pixel) or None.
-      classes: Number of classes.
-      initialiser: ``"uniform"`` or ``"kaiming_normal"``, see `vfjax.models.init`.
+        depth: ``6 n + 2`` with n blocks in each stage; 1x1 shortcuts are not counted.
+        width: Multiplier of all channel counts.
+        norm: ``"batch"``, ``"layer"`` (over the channels of each pixel) or None.
+        classes: Number of classes.
+        initialiser: ``"uniform"`` or ``"kaiming_normal"``, see `vfjax.models.init`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-      >>> variables = jax.eval_shape(ResNet(20).init, jax.random.key(0), x)
-      >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-      272474
+        >>> import jax, jax.numpy as jnp
+        >>> x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        >>> variables = jax.eval_shape(ResNet(20).init, jax.random.key(0), x)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        272474
     """
 
     depth: int = 20

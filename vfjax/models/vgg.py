@@ -22,23 +22,24 @@ _STAGES = {
 class VGG(nn.Module):
     """VGG11, 13, 16 or 19 with one linear classifier.
 
-    ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers are
-    called ``conv1``, ``conv2``, ... and ``head``; the norm after ``conv3`` is ``norm3``.
+    ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
+    are called ``conv1``, ``conv2``, ... and ``head``; the norm after ``conv3`` is ``norm3``.
 
     Attributes:
-      depth: Number of layers of the original network; ours has two fewer (one dense layer, not three).
-      width: Multiplier of all channel counts.
-      norm: None, ``"batch"`` or ``"layer"`` (over the channels of each pixel).
-      classes: Number of classes.
-      use_bias: Whether the convolutions have biases.
-      initialiser: ``"kaiming_normal"`` or ``"uniform"``, see `vfjax.models.init`.
+        depth: 11, 13, 16 or 19, the layers of the original network; this one has two fewer, one
+            dense layer in place of three.
+        width: Multiplier of all channel counts.
+        norm: None, ``"batch"`` or ``"layer"`` (over the channels of each pixel).
+        classes: Number of classes.
+        use_bias: Whether the convolutions have biases.
+        initialiser: ``"kaiming_normal"`` or ``"uniform"``, see `vfjax.models.init`.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> model = VGG(depth=11, width=0.125)
-      >>> x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-      >>> jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], x).shape
-      (2, 10)
+        >>> import jax, jax.numpy as jnp
+        >>> model = VGG(depth=11, width=0.125)
+        >>> x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        >>> jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], x).shape
+        (2, 10)
     """
 
     depth: int = 16
