@@ -5,8 +5,8 @@ behind it sees corrected values, as in a network in training mode; the moments o
 values are pooled over batches. `by_layer` takes a pass per rank of sites, with the corrections of
 earlier ranks fixed to their pooled moments, which is exact on any data.
 
-A pass is one compiled call per batch. Trees, weights and goals are arguments of that call, so that
-all models of one network, cut and kind of correction share its compilation.
+A pass is one compiled call per batch. Trees, weights, goals and the kind of correction are
+arguments of that call, so that all models of one network and cut share its compilation.
 """
 
 from __future__ import annotations
@@ -44,14 +44,12 @@ class Job(NamedTuple):
     Attributes:
         net: The traced network.
         cut: Depth of the cut.
-        kind: "repair", "rescale", or "reset" for norms alone.
         layers: Layers whose pre-activation is corrected.
         norms: Norms whose stored statistics are renewed.
     """
 
     net: Network
     cut: int
-    kind: str
     layers: tuple[str, ...]
     norms: tuple[str, ...]
 
@@ -94,6 +92,8 @@ class _Given(NamedTuple):
     trunk: PyTree
     corrections: Mapping[str, tuple[Array, Array]]
     weights: Array
+    # 1 to correct the mean (REPAIR), 0 for the standard deviation alone (RESCALE).
+    centre: Array
     # By layer, the goal mean and standard deviation; or None if nothing goes by the batch's moments
     goals: Mapping[str, tuple[Array, Array]] | None
     # but by the scale and shift that earlier passes found, by layer.
@@ -101,7 +101,12 @@ class _Given(NamedTuple):
 
 
 def by_batch(
-    job: Job, model: Merged, data: Iterable[Any], goals: Mapping[str, tuple[Array, Array]]
+    job: Job,
+    model: Merged,
+    data: Iterable[Any],
+    goals: Mapping[str, tuple[Array, Array]],
+    *,
+    centre: bool,
 ) -> Found:
     """Corrects each batch by its own moments, in one pass, and pools the moments.
 
@@ -110,18 +115,24 @@ def by_batch(
         model: The merged model.
         data: Batches, or a list of the crossings that `model.crossing` made of them.
         goals: Mean and standard deviation to reach, by layer.
+        centre: Whether to correct the mean too.
 
     Returns:
         Corrections and moments; exact for one batch.
     """
-    given = _given(model, goals={name: goals[name] for name in job.layers})
+    given = _given(model, centre, goals={name: goals[name] for name in job.layers})
     pooled = _pass(job, given, data)
-    corrections = {n: coefficients(job.kind, pooled[n], goals[n]) for n in job.layers}
+    corrections = {n: coefficients(pooled[n], goals[n], centre) for n in job.layers}
     return Found(corrections, {n: pooled[n] for n in job.norms})
 
 
 def by_layer(
-    job: Job, model: Merged, data: Iterable[Any], goals: Mapping[str, tuple[Array, Array]]
+    job: Job,
+    model: Merged,
+    data: Iterable[Any],
+    goals: Mapping[str, tuple[Array, Array]],
+    *,
+    centre: bool,
 ) -> Found:
     """Corrects rank after rank, in one pass each, with earlier corrections fixed.
 
@@ -130,6 +141,7 @@ def by_layer(
         model: The merged model.
         data: Batches, or a list of the crossings that `model.crossing` made of them.
         goals: Mean and standard deviation to reach, by layer.
+        centre: Whether to correct the mean too.
 
     Returns:
         Corrections and moments; exact on any data.
@@ -142,13 +154,14 @@ def by_layer(
     for rank in ranks(job):
         given = _given(
             model,
+            centre,
             fixed=identity | found.corrections,
             trunk=with_statistics(model.net, model.trunk, found.norms),
         )
         pooled = _pass(job, given, data)
         for name in rank:
             if name in job.layers:
-                found.corrections[name] = coefficients(job.kind, pooled[name], goals[name])
+                found.corrections[name] = coefficients(pooled[name], goals[name], centre)
         for name in rank:
             if name in job.norms:
                 before = found.corrections.get(job.net.norm(name).layer)
@@ -156,26 +169,28 @@ def by_layer(
     return found
 
 
-def coefficients(kind: str, now: Pooled, goal: tuple[Array, Array]) -> tuple[Array, Array]:
+def coefficients(
+    now: Pooled, goal: tuple[Array, Array], centre: bool | Array
+) -> tuple[Array, Array]:
     """Scale and shift that give a value its goal moments.
 
     A channel keeps scale 1 if its variance is zero to rounding or below 1e-12 of the largest in the
     layer, since no scale makes a constant vary. REPAIR still moves its mean to the goal.
 
     Args:
-        kind: "repair" or "rescale".
         now: Moments of the value.
         goal: Mean and standard deviation that it should have.
+        centre: Whether to correct the mean; the shift is 0 if not.
 
     Returns:
-        Scale and shift; the shift of "rescale" is 0.
+        Scale and shift.
     """
     mean, var = jnp.asarray(now.mean), jnp.asarray(now.var)
     goal_mean, goal_std = goal
     floor = _ROUNDINGS * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
     alive = (var > _DEAD * var.max()) & (var > floor * floor)
     scale = jnp.where(alive, goal_std / jnp.sqrt(jnp.where(alive, var, 1)), 1)
-    return scale, goal_mean - scale * mean if kind == "repair" else jnp.zeros_like(scale)
+    return scale, jnp.where(centre, goal_mean - scale * mean, 0)
 
 
 def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
@@ -266,6 +281,7 @@ def _moved(moments: Pooled, correction: tuple[Array, Array] | None) -> Pooled:
 
 def _given(
     model: Merged,
+    centre: bool,
     *,
     goals: Mapping[str, Any] | None = None,
     fixed: Mapping[str, Any] | None = None,
@@ -276,6 +292,7 @@ def _given(
         trunk=model.trunk if trunk is None else trunk,
         corrections=dict(model.corrections),
         weights=np.asarray(model.weights),
+        centre=np.asarray(centre),
         goals=goals,
         fixed=fixed,
     )
@@ -336,7 +353,7 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
         if given.goals is None:
             pair = given.fixed[name]
         else:
-            pair = coefficients(job.kind, found[name], given.goals[name])
+            pair = coefficients(found[name], given.goals[name], given.centre)
         return affine(layer, *pair)(z)
 
     def at_norm(name: str, u: Array) -> Array:

@@ -30,6 +30,7 @@ def resolve_weights(
         One Python float per model (for traced weights: one traced scalar, unchecked but in number).
 
     Raises:
+        TypeError: If `weights` is no flat sequence.
         ValueError: If there are not `count` of them, one is not finite, or they do not sum to one.
 
     Example:
@@ -38,6 +39,11 @@ def resolve_weights(
     """
     if weights is None:
         return (1.0 / count,) * count
+    if not isinstance(weights, (list, tuple)) and np.ndim(weights) != 1:
+        raise TypeError(
+            f"weights must be a sequence of numbers, one per model, got {weights!r}; for two "
+            "models and an alpha, (1 - alpha, alpha)"
+        )
     traced = isinstance(weights, jax.core.Tracer) or (
         not isinstance(weights, (jax.Array, np.ndarray))
         and any(isinstance(w, jax.core.Tracer) for w in weights)

@@ -74,7 +74,7 @@ def reset(
             "net has no normalisation with stored statistics, so there is nothing to reset; "
             "see net.norms. Networks without BatchNorm want repair or rescale."
         )
-    return _renormalise("reset", net, merged, data, {}, sweeps)
+    return _renormalise(net, merged, data, {}, sweeps, centre=False)
 
 
 def repair(
@@ -135,7 +135,7 @@ def repair(
     Repair", eq. 3; "Vanishing Feature", section on normalisation.
     """
     goals = _goals(net, merged, data, references, weights, sites)
-    return _renormalise("repair", net, merged, data, goals, sweeps)
+    return _renormalise(net, merged, data, goals, sweeps, centre=True)
 
 
 def rescale(
@@ -185,26 +185,27 @@ def rescale(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
     """
     goals = _goals(net, merged, data, references, weights, sites)
-    return _renormalise("rescale", net, merged, data, goals, sweeps)
+    return _renormalise(net, merged, data, goals, sweeps, centre=False)
 
 
 def _renormalise(
-    kind: str,
     net: Network,
     merged: PyTree | Merged,
     data: Iterable[Any],
     goals: dict[str, Any],
     sweeps: str,
+    *,
+    centre: bool,
 ) -> PyTree | Merged:
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
     model = merged if isinstance(merged, Merged) else as_merged(net, merged)
     cut = model.cut
     norms = tuple(n.name for n in net.norms if cut == 0 or not net.in_stem(n.site, cut))
-    job = _correct.Job(net, cut, kind, tuple(goals), norms)
+    job = _correct.Job(net, cut, tuple(goals), norms)
     if job.layers or job.norms:
-        found = _SWEEPS[sweeps](job, model, data, goals)
-        model = fold_all(model, found, shift=kind == "repair")
+        found = _SWEEPS[sweeps](job, model, data, goals, centre=centre)
+        model = fold_all(model, found, shift=centre)
     if isinstance(merged, Merged) or model.corrections:
         return model
     return model.trunk
