@@ -1,0 +1,155 @@
+"""Activation matching: pairing units that respond alike to the same data.
+
+Units are compared by the Pearson correlation of their activations ("Git Re-Basin: Merging Models
+modulo Permutation Symmetries", Ainsworth, Hayase & Srinivasa, 2023, section 3.1, with correlation
+in place of the inner product, as in "REPAIR", Jordan et al., 2023). Moments are pooled exactly over
+all samples, in one pass. A group shows at several taps where a residual stream carries it; its
+correlations are summed, and one linear assignment per group gives the optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vfjax import stats
+from vfjax._tree import check_trees
+from vfjax.align._record import Alignment, assign
+from vfjax.network import Network
+
+__all__ = ["match_activations", "match_moments"]
+
+Array = jax.Array
+PyTree = Any
+
+# Ties, as between units that are dead in both networks, go to the unit that is in place: a network
+# matched with itself then stays as it is. Far below the rounding of a correlation.
+_PLACE = 1e-9
+
+
+def match_activations(
+    net: Network,
+    a: PyTree,
+    b: PyTree,
+    data: Iterable[Any] | None,
+    *,
+    moments: stats.Moments | None = None,
+) -> Alignment:
+    """Finds permutations of `b` whose units correlate best with those of `a`.
+
+    Args:
+        net: The traced network.
+        a: Parameter tree to align to.
+        b: Parameter tree to permute.
+        data: Re-iterable of `x` or `(x, label)`; None if `moments` are given.
+        moments: Moments of `[a, b]` in this order, if they were measured before:
+            `stats.moments(net, [a, b], data, sites="taps", covariance="cross")`.
+
+    Returns:
+        The alignment; its objective is the sum of the correlations of all pairs at all taps. Groups
+        without a tap keep their order. A unit that does not vary on the data has correlation 0.
+
+    Raises:
+        TypeError: If a tree holds a leaf that is no array, or data has another dtype.
+        ValueError: If the trees differ or hold NaN or infinity, data is empty or exhausted, or
+            `moments` lack the covariances at a tap.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["w"]) @ v["v"]
+        >>> rng = np.random.default_rng(0)
+        >>> a = {"w": rng.normal(size=(4, 3)), "v": rng.normal(size=(3, 2))}
+        >>> a = jax.tree.map(jnp.float32, a)
+        >>> x = jnp.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
+        >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
+        [1, 2, 0]
+    """
+    check_trees([a, b])
+    if moments is None:
+        if data is None:
+            raise ValueError("`data` is None: give batches to measure on, or `moments`")
+        moments = stats.moments(net, [a, b], data, sites="taps", covariance="cross")
+    elif moments.models != 2:
+        raise ValueError(
+            f"`moments` must be those of [a, b], but it has {moments.models} models; use "
+            "match_moments to choose two of them"
+        )
+    return match_moments(net, moments)
+
+
+def match_moments(
+    net: Network, moments: stats.Moments, *, to: int = 0, model: int = 1
+) -> Alignment:
+    """Activation matching of two out of K models, from moments alone.
+
+    One pass over data with all models serves all pairs.
+
+    Args:
+        net: The traced network.
+        moments: Moments with covariances at the taps (`"cross"` is enough).
+        to: Index of the model to align to.
+        model: Index of the model to permute.
+
+    Returns:
+        The alignment, as `match_activations`.
+
+    Raises:
+        ValueError: If an index is out of range, or the covariances at a tap are missing.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> from vfjax import stats
+        >>> rng = np.random.default_rng(0)
+        >>> trees = [{"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}]
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], trees[0], x)
+        >>> trees += [net.spec.permute(trees[0], {"w": p}) for p in ([2, 0, 1], [1, 0, 2])]
+        >>> found = stats.moments(net, trees, [x], sites="taps", covariance="cross")
+        >>> [match_moments(net, found, model=k).permutations["w"].tolist() for k in (1, 2)]
+        [[1, 2, 0], [1, 0, 2]]
+    """
+    for name, index in (("to", to), ("model", model)):
+        if not 0 <= index < moments.models:
+            raise ValueError(f"`{name}` must be in 0..{moments.models - 1}, got {index}")
+    std, total = moments.std, {}
+    for site, tap in stats.taps_by_site(net).items():
+        block = None if moments.covariance is None else moments.covariance.get(site)
+        if block is None or np.isnan(block[to, model]).any():
+            raise ValueError(
+                f'`moments` has no covariance between models {to} and {model} at the tap "{site}"; '
+                'measure with sites="taps", covariance="cross"'
+            )
+        found = correlation(block[to, model], std[site][to], std[site][model])
+        total[tap.group] = total.get(tap.group, 0.0) + found
+    permutations, objective = {}, 0.0
+    for group, n in net.spec.sizes.items():
+        gain = total.get(group)
+        if gain is None:
+            permutations[group] = np.arange(n, dtype=np.int32)
+            continue
+        permutations[group] = assign(gain + _PLACE * np.eye(n))
+        objective += float(gain[np.arange(n), permutations[group]].sum())
+    return Alignment(permutations, (objective,), converged=True)
+
+
+def correlation(covariance: Array, std_a: Array, std_b: Array) -> np.ndarray:
+    """Pearson correlations `[n, n]` in float64; 0 for a unit without variance.
+
+    Args:
+        covariance: `[n, n]` between the units of two models.
+        std_a: `[n]`, standard deviations of the first.
+        std_b: `[n]`, of the second.
+
+    Example:
+        >>> correlation(np.ones((2, 2)), np.array([1.0, 0.0]), np.array([2.0, 1.0])).tolist()
+        [[0.5, 1.0], [0.0, 0.0]]
+    """
+    scale = np.outer(np.asarray(std_a, np.float64), np.asarray(std_b, np.float64))
+    out = np.zeros_like(scale)
+    return np.divide(np.asarray(covariance, np.float64), scale, out=out, where=scale > 0)

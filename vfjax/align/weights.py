@@ -1,0 +1,243 @@
+"""Weight matching: the permutation of one network's weights that is closest to another's.
+
+Coordinate ascent of "Git Re-Basin: Merging Models modulo Permutation Symmetries" (Ainsworth, Hayase
+& Srinivasa, 2023, algorithm 1). With the permutations of all groups but one held fixed, the best
+permutation of that group is a linear assignment: every leaf that the group touches adds its inner
+products, unit by unit, to the gain matrix. Sweeps over the groups in random order end when none of
+them can be improved.
+
+Everything here runs on the host: the matrices are products of unfolded leaves, for which NumPy's
+BLAS needs neither compilation nor, with the views chosen below, copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._axes import map_axis
+from vfjax._tree import check_finite, check_like, flatten_named
+from vfjax.align._record import Alignment, assign
+from vfjax.network import Network
+from vfjax.symmetry import Axis, PermutationSpec
+
+__all__ = ["match_weights"]
+
+Array = jax.Array
+PyTree = Any
+
+
+def match_weights(
+    net: Network | PermutationSpec,
+    a: PyTree,
+    b: PyTree,
+    *,
+    key: Array,
+    restarts: int = 0,
+    max_sweeps: int = 100,
+    tol: float = 1e-12,
+    norm_statistics: bool = False,
+    ignore: Collection[str] = (),
+) -> Alignment:
+    """Finds permutations of `b` that maximise the inner product of its weights with those of `a`.
+
+    Maximising `sum over leaves <a, permuted b>` minimises the distance of the weights. The search
+    is a coordinate ascent, so it finds a local optimum: one in which no single group can be
+    improved. A leaf with the same group on two axes (a recurrent or linear residual kernel) makes
+    the problem of that group quadratic; its assignment is then linearised at the current
+    permutation, and taken only if the true objective rises.
+
+    Args:
+        net: The traced network, or a `PermutationSpec` written by hand.
+        a: Parameter tree to align to.
+        b: Parameter tree to permute.
+        key: Random key; decides the order of the groups in every sweep, and restarts.
+        restarts: How many more searches to make, each from permutations drawn at random; the best
+            of all is returned, so more are never worse.
+        max_sweeps: The most sweeps per search.
+        tol: An assignment must improve the objective by more than this times the product of the
+            norms of the leaves that it touches; what is less is rounding.
+        norm_statistics: Whether stored means and variances of norms count. They are not
+            weights, and their products would swamp those of the weights. For a network only.
+        ignore: Paths of further leaves that do not count. All leaves are permuted, whether
+            they count or not.
+
+    Returns:
+        The alignment; its objective is the inner product over the leaves that count.
+
+    Raises:
+        TypeError: If `key` is no random key, or a leaf no array.
+        ValueError: If the trees differ in structure, shape or dtype, or do not fit the spec, hold
+            NaN or infinity, or an option is out of range.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from vfjax import PermutationSpec
+        >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+        >>> a = {"w": np.eye(3), "v": np.arange(6.0).reshape(3, 2)}
+        >>> b = spec.permute(a, {"h": [2, 0, 1]})
+        >>> found = match_weights(spec, a, b, key=jax.random.key(0))
+        >>> found.permutations["h"].tolist(), found.converged
+        ([1, 2, 0], True)
+    """
+    spec, ignored = _spec(net, norm_statistics, ignore)
+    for name, value, least in (("restarts", restarts, 0), ("max_sweeps", max_sweeps, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}")
+    if not tol >= 0:
+        raise ValueError(f"`tol` must be a number >= 0, got {tol!r}")
+    random = _generator(key)
+    named, other = flatten_named(a, name="a")[0], flatten_named(b, name="b")[0]
+    check_like(other, named, name="b", other="a")
+    check_finite(named, name="a")
+    check_finite(other, name="b")
+    sizes = spec.validate(a)
+    counted = _counted(spec, named, ignored)
+    left = {path: _host(named[path]) for path in counted}
+    right = {path: _host(other[path]) for path in counted}
+    best: Alignment | None = None
+    for attempt in range(restarts + 1):
+        start = {
+            group: (random.permutation(n) if attempt else np.arange(n)).astype(np.int32)
+            for group, n in sizes.items()
+        }
+        found = _search(spec, left, right, counted, start, random, max_sweeps, tol)
+        if best is None or found.objective[-1] > best.objective[-1]:
+            best = found
+    assert best is not None  # range(restarts + 1) is not empty
+    return best
+
+
+def _spec(
+    net: Network | PermutationSpec, norm_statistics: bool, ignore: Collection[str]
+) -> tuple[PermutationSpec, frozenset[str]]:
+    """The spec, and the leaves that do not count."""
+    if isinstance(ignore, str):
+        raise TypeError(f'`ignore` must be a collection of leaf paths, got a string: ["{ignore}"]?')
+    ignored = frozenset(ignore)
+    if isinstance(net, PermutationSpec):
+        return net, ignored
+    if not isinstance(net, Network):
+        raise TypeError(
+            "`net` must be a Network (see vfjax.trace) or a PermutationSpec, got "
+            f"{type(net).__name__}"
+        )
+    return net.spec, ignored if norm_statistics else ignored | net.statistics
+
+
+def _generator(key: Array) -> np.random.Generator:
+    """A NumPy generator seeded from a JAX key: the search runs on the host."""
+    try:
+        bits = jax.random.bits(key, (4,), jnp.uint32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`key` must be a random key, as jax.random.key(0); got {key!r}") from error
+    return np.random.default_rng(np.asarray(bits))
+
+
+def _counted(
+    spec: PermutationSpec, named: Mapping[str, Any], ignored: frozenset[str]
+) -> dict[str, dict[str, tuple[Axis, ...]]]:
+    """By path of every leaf that counts: which axes carry which group."""
+    unknown = sorted(ignored - named.keys())
+    if unknown:
+        raise ValueError(f"`ignore` names leaves that the trees have not: {unknown[:3]}")
+    found: dict[str, dict[str, tuple[Axis, ...]]] = {}
+    for group, axes in spec.groups.items():
+        for axis in axes:
+            if axis.path not in named or axis.path in ignored:
+                continue
+            if jnp.issubdtype(jnp.result_type(named[axis.path]), jnp.floating):
+                leaf = found.setdefault(axis.path, {})
+                leaf[group] = (*leaf.get(group, ()), axis)
+    return found
+
+
+def _host(leaf: Any) -> np.ndarray:
+    """A leaf on the host, in float32 or better."""
+    leaf = np.asarray(leaf)
+    return np.ascontiguousarray(leaf, np.float64 if leaf.dtype == np.float64 else np.float32)
+
+
+def _search(
+    spec: PermutationSpec,
+    left: Mapping[str, np.ndarray],
+    right: Mapping[str, np.ndarray],
+    counted: Mapping[str, Mapping[str, tuple[Axis, ...]]],
+    start: Mapping[str, np.ndarray],
+    random: np.random.Generator,
+    max_sweeps: int,
+    tol: float,
+) -> Alignment:
+    """One coordinate ascent from a start."""
+    permutations = dict(start)
+    # The leaves of b as the current permutations have them: gains below are relative to these, and
+    # the identity assignment means that nothing changes.
+    moved = {}
+    for path, leaf in right.items():
+        for group in counted[path]:
+            leaf = _permute(leaf, counted[path][group], start[group])
+        moved[path] = leaf
+    objective = sum(_dot(left[path], moved[path]) for path in counted)
+    norms = {path: np.sqrt(_dot(left[path], left[path]) * _dot(b, b)) for path, b in moved.items()}
+    groups = [g for g in permutations if any(g in held for held in counted.values())]
+    history, converged = [], False
+    while not converged and len(history) < max_sweeps:
+        converged = True
+        for index in random.permutation(len(groups)):
+            group = groups[index]
+            held = {path: axes[group] for path, axes in counted.items() if group in axes}
+            gain = sum(
+                _inner(left[path], moved[path], axis)
+                for path, axes in held.items()
+                for axis in axes
+            )
+            step = assign(gain)
+            if np.array_equal(step, np.arange(len(step))):
+                continue
+            new = {path: _permute(moved[path], axes, step) for path, axes in held.items()}
+            # Summed anew in float64: float32 gains may promise what rounding made up, and for a
+            # leaf with the group on two axes they are only the linear part.
+            rise = sum(_rise(left[path], moved[path], new[path]) for path in held)
+            if rise > tol * sum(norms[path] for path in held):
+                moved.update(new)
+                permutations[group] = permutations[group][step]
+                objective += rise
+                converged = False
+        history.append(float(objective))
+    return Alignment(permutations, tuple(history), converged)
+
+
+def _permute(leaf: np.ndarray, axes: tuple[Axis, ...], permutation: np.ndarray) -> np.ndarray:
+    """A leaf with one group's axes permuted."""
+    for axis in axes:
+        leaf = map_axis(leaf, axis, lambda v, k: np.take(v, permutation, axis=k))
+    return leaf
+
+
+def _inner(a: np.ndarray, b: np.ndarray, axis: Axis) -> np.ndarray:
+    """Inner products `[n, n]` of the slices of two leaves along one group's axis."""
+    before = int(np.prod(a.shape[: axis.axis])) * axis.outer
+    after = int(np.prod(a.shape[axis.axis + 1 :])) * axis.inner
+    a, b = a.reshape(before, -1, after), b.reshape(before, -1, after)
+    if after == 1:
+        return a[..., 0].T @ b[..., 0]
+    if before <= after:
+        out = a[0] @ b[0].T
+        for x, y in zip(a[1:], b[1:], strict=True):
+            out += x @ y.T
+        return out
+    return np.tensordot(a, b, axes=((0, 2), (0, 2)))
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    """Inner product of two leaves, summed in float64."""
+    return float(np.vdot(a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)))
+
+
+def _rise(a: np.ndarray, old: np.ndarray, new: np.ndarray) -> float:
+    """By how much the inner product with `a` rises from `old` to `new`, in float64."""
+    return float(np.vdot(a.astype(np.float64, copy=False), new.astype(np.float64) - old))
