@@ -27,10 +27,20 @@ import jax
 
 from vfjax import checkpoint, data, models, train
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # The train accuracy on the card is of so many images, not augmented.
 TRAIN_SUBSET = 10_000
+# What may be changed about a recipe.
+CHANGES = {
+    "epochs": (int, "passes over the training split"),
+    "learning_rate": (float, "peak learning rate"),
+    "weight_decay": (float, "L2 penalty of all parameters"),
+    "batch_size": (int, "images per step"),
+    "warmup_epochs": (float, "epochs of linear warm-up"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
         help="training data; auto is digits for the digits models, else CIFAR-10",
     )
     p.add_argument("--data-dir", help="folder of TFDS data sets (default: TFDS_DATA_DIR)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="one model is trained for each")
+    p.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="one model is trained for each"
+    )
     p.add_argument(
         "--preset",
         default="cpu",
@@ -54,20 +66,13 @@ def parser() -> argparse.ArgumentParser:
         help="recipe: what two cores finish, or the paper's Table 2",
     )
     p.add_argument("--recipe", choices=sorted(train.RECIPES), help="recipe by name, over --preset")
-    for field, text in (
-        ("epochs", "passes over the training split"),
-        ("learning_rate", "peak learning rate"),
-        ("weight_decay", "L2 penalty of all parameters"),
-        ("batch_size", "images per step"),
-        ("warmup_epochs", "epochs of linear warm-up"),
-    ):
-        kind = int if field in ("epochs", "batch_size") else float
-        option = "--" + field.replace("_", "-")
-        p.add_argument(option, type=kind, help=f"{text} (default: the recipe's)")
+    for name, (kind, text) in CHANGES.items():
+        option = "--" + name.replace("_", "-")
+        p.add_argument(option, type=kind, help=f"{text}, instead of the recipe's")
     p.add_argument("--out", default=str(ROOT / "checkpoints"), help="folder of the checkpoints")
     p.add_argument(
         "--work-dir",
-        default=os.path.join("~", ".cache", "vfjax", "training"),
+        default="~/.cache/vfjax/training",
         help="folder in which runs keep the state that they resume from",
     )
     p.add_argument("--restart", action="store_true", help="forget saved state, begin afresh")
@@ -75,28 +80,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def recipe_name(model: str, dataset: str, preset: str) -> str:
-    """Returns the recipe that a preset means for a model."""
-    if model.startswith("linear"):
-        return f"{preset}-linear"
-    if dataset == "digits":
-        return "cpu-digits"
-    if dataset == "mnist":
-        return "cpu-mlp" if model == "mlp" else "paper-mnist-vgg"
-    if preset == "paper":
-        # Where the paper says that it warms up, of its CIFAR runs.
-        return "paper-cifar-warmup" if model == "resnet20-ln" else "paper-cifar"
-    if model == "mlp":
-        return "cpu-mlp"
-    return "cpu-resnet" if model.startswith("resnet") else "cpu-vgg"
-
-
 def checkpoint_name(dataset: str, model: str, width: float, seed: int) -> str:
     """Returns the folder name of a shipped model.
 
     Example:
-      >>> checkpoint_name("cifar10", "vgg16", 0.25, 0)
-      'cifar10-vgg16-w0.25-seed0'
+        >>> checkpoint_name("cifar10", "vgg16", 0.25, 0)
+        'cifar10-vgg16-w0.25-seed0'
     """
     model = model.removeprefix("digits-") if dataset == "digits" else model
     width_part = "" if width == 1.0 else f"-w{width:g}"
@@ -106,12 +95,16 @@ def checkpoint_name(dataset: str, model: str, width: float, seed: int) -> str:
 def command(args: argparse.Namespace, seed: int) -> str:
     """Returns the command that trains exactly this model."""
     words = ["python experiments/train_edges.py", f"--model {args.model}", f"--seeds {seed}"]
-    for option in ("width", "dataset", "preset", "recipe", "epochs", "learning_rate",
-                   "weight_decay", "batch_size", "warmup_epochs"):
-        value = getattr(args, option)
-        if value != parser().get_default(option):
-            words.append(f"--{option.replace('_', '-')} {value}")
+    for name in ("width", "dataset", "preset", "recipe", *CHANGES):
+        value = getattr(args, name)
+        if value != parser().get_default(name):
+            words.append(f"--{name.replace('_', '-')} {value}")
     return " ".join(words)
+
+
+def options_of(card: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of `models.create` that rebuild the model of a card."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in card["options"].items()}
 
 
 def card(
@@ -139,7 +132,7 @@ def card(
         "options": options,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.variables["params"])),
         "dataset": dataset.name,
-        "source": "scikit-learn" if dataset.name == "digits" else f"TFDS {dataset.name}",
+        "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "seed": seed,
         **{split: result._asdict() for split, result in measured.items()},
@@ -161,9 +154,9 @@ def card(
 def main(argv: list[str] | None = None) -> list[Path]:
     """Trains and saves; returns the folders of the checkpoints."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for noisy in ("absl", "orbax", "jax"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    for name in ("vfjax", __name__):
+        logging.getLogger(name).setLevel(logging.INFO)
     if args.dataset == "auto":
         args.dataset = "digits" if args.model.startswith("digits") else "cifar10"
 
@@ -173,12 +166,11 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if args.dataset == "cifar100":
         options["classes"] = 100
     model = models.create(args.model, **options)
-    recipe = train.RECIPES[args.recipe or recipe_name(args.model, args.dataset, args.preset)]
-    changes = {
-        name: value
-        for name in ("epochs", "learning_rate", "weight_decay", "batch_size", "warmup_epochs")
-        if (value := getattr(args, name)) is not None
-    }
+    if args.recipe:
+        recipe = train.RECIPES[args.recipe]
+    else:
+        recipe = train.recipe_for(args.model, args.dataset, preset=args.preset)
+    changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
     recipe = dataclasses.replace(recipe, **changes)
 
     names = {s: checkpoint_name(args.dataset, args.model, args.width, s) for s in args.seeds}
@@ -186,7 +178,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     missing = [s for s in args.seeds if args.overwrite or args.restart or not folders[s].exists()]
     for seed in args.seeds:
         if seed not in missing:
-            logging.info("%s is there already; --overwrite trains it again", folders[seed])
+            log.info("%s is there already; --overwrite trains it again", folders[seed])
     if not missing:
         return list(folders.values())
 
@@ -199,7 +191,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
         meta = card(args, model, recipe, dataset, seed, trained)
         # The variables alone: momentum is of no use to who merges, and as large as the model.
         checkpoint.save(folders[seed], trained.variables, meta)
-        logging.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])
+        log.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])
         shutil.rmtree(work_dir, ignore_errors=True)
     return list(folders.values())
 

@@ -103,9 +103,7 @@ class _Task:
 
     def init(self, seed: int, shape: Sequence[int]) -> PyTree:
         """Returns the state before the first step, for images of `shape`."""
-        # Compiled as one: an eager call compiles each operation of the forward pass by itself.
-        x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        variables = jax.jit(lambda key: self.model.lazy_init(key, x))(jax.random.key(seed))
+        variables = _variables(self.model, tuple(shape), jax.random.key(seed))
         return {
             "variables": variables,
             "optimizer": self.optimizer.init(variables["params"]),
@@ -154,6 +152,12 @@ class _Task:
             "loss": state["loss"] + loss,
             "correct": state["correct"] + correct,
         }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _variables(model: nn.Module, shape: tuple[int, ...], key: Array) -> PyTree:
+    # Compiled as one: an eager call would compile each operation of the forward pass by itself.
+    return model.lazy_init(key, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
