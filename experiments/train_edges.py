@@ -45,35 +45,60 @@ CHANGES = {
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
-    p.add_argument("--model", default="vgg16", choices=models.NAMES, help="architecture")
-    p.add_argument("--width", type=float, default=1.0, help="multiplier of all channel counts")
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument(
+        "--model",
+        default="vgg16",
+        choices=models.NAMES,
+        metavar="NAME",
+        help=f"architecture (default: vgg16), one of {', '.join(models.NAMES)}",
+    )
+    p.add_argument(
+        "--width", type=float, default=1.0, help="multiplier of all channel counts (default: 1)"
+    )
     p.add_argument(
         "--dataset",
         default="auto",
         choices=data.NAMES,
-        help="training data; auto is digits for the digits models, else CIFAR-10",
+        help="training data (default: auto: digits for the digits models, else CIFAR-10)",
     )
-    p.add_argument("--data-dir", help="folder of TFDS data sets (default: TFDS_DATA_DIR)")
     p.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one model is trained for each"
+        "--data-dir", metavar="DIR", help="folder of TFDS data sets (default: TFDS_DATA_DIR)"
+    )
+    p.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="SEED",
+        help="one model is trained for each (default: 0)",
     )
     p.add_argument(
         "--preset",
         default="cpu",
         choices=("cpu", "paper"),
-        help="recipe: what two cores finish, or the paper's Table 2",
+        help="recipe: what two cores finish, or the paper's Table 2 (default: cpu)",
     )
-    p.add_argument("--recipe", choices=sorted(train.RECIPES), help="recipe by name, over --preset")
+    p.add_argument(
+        "--recipe",
+        choices=sorted(train.RECIPES),
+        metavar="NAME",
+        help=f"recipe by name, instead of --preset: one of {', '.join(sorted(train.RECIPES))}",
+    )
     for name, (kind, text) in CHANGES.items():
         option = "--" + name.replace("_", "-")
-        p.add_argument(option, type=kind, help=f"{text}, instead of the recipe's")
-    p.add_argument("--out", default=str(ROOT / "checkpoints"), help="folder of the checkpoints")
+        p.add_argument(option, type=kind, metavar="N", help=f"{text}, instead of the recipe's")
+    p.add_argument(
+        "--out",
+        default=str(ROOT / "checkpoints"),
+        metavar="DIR",
+        help="folder of the checkpoints (default: checkpoints, beside the experiments)",
+    )
     p.add_argument(
         "--work-dir",
         default="~/.cache/vfjax/training",
-        help="folder in which runs keep the state that they resume from",
+        metavar="DIR",
+        help="where runs keep the state that they resume from (default: ~/.cache/vfjax/training)",
     )
     p.add_argument("--restart", action="store_true", help="forget saved state, begin afresh")
     p.add_argument("--overwrite", action="store_true", help="train again what is in --out already")
@@ -197,4 +222,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        # What is wrong with the options or the data: the sentence is enough.
+        parser().exit(2, f"{Path(__file__).name}: {error}\n")
