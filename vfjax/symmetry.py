@@ -277,10 +277,9 @@ class PermutationSpec:
         """Checks the size of a group at one place against the others; records the first."""
         known = sizes.setdefault(name, self.sizes.get(name, size))
         if size != known:
-            others = ", ".join(f"'{b.path}'" for b in self.groups[name][:3] if b.path != a.path)
             raise ValueError(
                 f"group {name!r} has {size} entries on axis {a.axis} of '{a.path}' but {known} "
-                f"{'on ' + others if others else 'elsewhere'}; a group has one size."
+                f"before ({', '.join(map(str, self.groups[name][:3]))}); a group has one size."
             )
 
     def _check_known(self, argument: str, given: Mapping[str, Any]) -> None:
