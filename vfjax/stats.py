@@ -151,6 +151,7 @@ class Moments:
                 )
                 if covariance is not None and block is not None:
                     covariance[site] = block
+        mean, var, covariance = jax.tree.map(jnp.asarray, (mean, var, covariance))
         return dataclasses.replace(self, mean=mean, var=var, covariance=covariance)
 
 
@@ -361,45 +362,40 @@ def _single(found: Any) -> np.ndarray | Array:
 
 
 def _carry(
-    mean: Array,
-    var: Array,
-    covariance: Array | None,
-    axis: GroupAxis,
-    maps: Sequence[Any],
-    site: str,
-) -> tuple[Array, Array, Array | None]:
-    """One group's maps applied to the moments of one site."""
+    mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """One group's maps applied to the moments of one site, on the host."""
+    mean, var = np.asarray(mean), np.asarray(var)
+    covariance = None if covariance is None else np.asarray(covariance)
     size = mean.shape[1 + axis.axis]
     n = size // (axis.outer * axis.inner)
-    whole = np.arange(size).reshape(axis.outer, n, axis.inner)
     if all(m is None or np.ndim(m) == 1 for m in maps):
-        index = [np.arange(n) if m is None else np.asarray(m) for m in maps]
-        order = [whole[:, p].reshape(-1) for p in index]
+        whole = np.arange(size).reshape(axis.outer, n, axis.inner)
+        order = [whole.reshape(-1) if m is None else whole[:, np.asarray(m)].ravel() for m in maps]
         mean, var = (
-            jnp.stack([jnp.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
+            np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
             for value in (mean, var)
         )
         if covariance is not None:
-            covariance = jnp.stack(
-                [
-                    jnp.stack([block[p][:, q] for q, block in zip(order, row, strict=True)])
-                    for p, row in zip(order, covariance, strict=True)
-                ]
-            )
+            rows = np.stack(order)[:, None, :, None]
+            columns = np.stack(order)[None, :, None, :]
+            models = np.arange(len(maps))
+            covariance = covariance[
+                models[:, None, None, None], models[None, :, None, None], rows, columns
+            ]
         return mean, var, covariance
-    if covariance is None or bool(jnp.isnan(covariance[0, 0]).any()):
+    if covariance is None or np.isnan(covariance[0, 0]).any():
         raise ValueError(
             f'carrying moments at "{site}" through a matrix needs the covariances within each '
             f'model: measure with covariance=["{site}"] (or True at taps)'
         )
-    dtype = covariance.dtype
     matrices = []
     for m in maps:
         matrix = np.eye(n) if m is None else np.eye(n)[np.asarray(m)] if np.ndim(m) == 1 else m
-        matrix = jnp.kron(jnp.asarray(matrix, dtype), jnp.eye(axis.inner, dtype=dtype))
-        matrices.append(jnp.kron(jnp.eye(axis.outer, dtype=dtype), matrix))
-    stacked = jnp.stack(matrices)
-    exact = jax.lax.Precision.HIGHEST
-    covariance = jnp.einsum("ipa,ijab,jqb->ijpq", stacked, covariance, stacked, precision=exact)
-    var = jnp.einsum("kkpp->kp", covariance)
-    return jnp.einsum("kpa,ka->kp", stacked, mean, precision=exact), var, covariance
+        matrix = np.kron(np.eye(axis.outer), np.kron(np.asarray(matrix), np.eye(axis.inner)))
+        matrices.append(matrix.astype(covariance.dtype))
+    stacked = np.stack(matrices)
+    covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
+    mean = (stacked @ mean[..., None])[..., 0]
+    # A variance of zero may come out below it by rounding.
+    return mean, np.maximum(np.einsum("kkpp->kp", covariance), 0), covariance

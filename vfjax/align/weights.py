@@ -184,31 +184,34 @@ def _search(
     objective = sum(_dot(left[path], moved[path]) for path in counted)
     norms = {path: np.sqrt(_dot(left[path], left[path]) * _dot(b, b)) for path, b in moved.items()}
     groups = [g for g in permutations if any(g in held for held in counted.values())]
-    history, converged = [], False
-    while not converged and len(history) < max_sweeps:
-        converged = True
-        for index in random.permutation(len(groups)):
-            group = groups[index]
+    # Groups whose gains may have changed since they were last assigned; the others are at their
+    # optimum, and looking again would find that nothing moves.
+    stale = set(groups)
+    history: list[float] = []
+    while not history or (stale and len(history) < max_sweeps):
+        for group in (groups[index] for index in random.permutation(len(groups))):
+            if group not in stale:
+                continue
+            stale.remove(group)
             held = {path: axes[group] for path, axes in counted.items() if group in axes}
-            gain = sum(
-                _inner(left[path], moved[path], axis)
-                for path, axes in held.items()
-                for axis in axes
-            )
+            places = [(path, axis) for path, axes in held.items() for axis in axes]
+            gain = sum(_inner(left[path], moved[path], axis) for path, axis in places)
             step = assign(gain)
             if np.array_equal(step, np.arange(len(step))):
                 continue
             new = {path: _permute(moved[path], axes, step) for path, axes in held.items()}
             # Summed anew in float64: float32 gains may promise what rounding made up, and for a
             # leaf with the group on two axes they are only the linear part.
-            rise = sum(_rise(left[path], moved[path], new[path]) for path in held)
+            rise = sum(_rise(left[path], moved[path], new[path], held[path], step) for path in held)
             if rise > tol * sum(norms[path] for path in held):
                 moved.update(new)
                 permutations[group] = permutations[group][step]
                 objective += rise
-                converged = False
+                stale.update(g for path in held for g in counted[path] if g != group)
+                if any(len(axes) > 1 for axes in held.values()):
+                    stale.add(group)
         history.append(float(objective))
-    return Alignment(permutations, tuple(history), converged)
+    return Alignment(permutations, tuple(history), not stale)
 
 
 def _permute(leaf: np.ndarray, axes: tuple[Axis, ...], permutation: np.ndarray) -> np.ndarray:
@@ -238,6 +241,14 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.vdot(a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)))
 
 
-def _rise(a: np.ndarray, old: np.ndarray, new: np.ndarray) -> float:
+def _rise(
+    a: np.ndarray, old: np.ndarray, new: np.ndarray, axes: tuple[Axis, ...], step: np.ndarray
+) -> float:
     """By how much the inner product with `a` rises from `old` to `new`, in float64."""
+    if len(axes) == 1:
+        # Only what moves can differ: towards the end of a search, little.
+        units = np.flatnonzero(step != np.arange(len(step)))
+        a, old, new = (
+            map_axis(v, axes[0], lambda w, k: np.take(w, units, k)) for v in (a, old, new)
+        )
     return float(np.vdot(a.astype(np.float64, copy=False), new.astype(np.float64) - old))
