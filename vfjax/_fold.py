@@ -1,4 +1,4 @@
-"""Folding a correction of a pre-activation, `z' = scale * z + shift`, into the leaves that make it."""
+"""Folding a correction of a pre-activation, `z' = scale * z + shift`, into a layer's leaves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._graph import Graph
-from vfjax._sites import LinearSite, View
+from vfjax._sites import LinearSite
 from vfjax._traced import Traced
+from vfjax._views import View, slot_of
 
 Array = jax.Array
 
@@ -31,23 +32,26 @@ def obstacle(traced: Traced, name: str, *, shift: bool) -> str | None:
     Returns:
         A clause that completes "it cannot be folded: ", or None.
     """
-    site = traced.layers[name]
+    site, graph = traced.layers[name], traced.graph
     if site.kernel is None:
         return "its kernel is computed from several leaves"
-    if _shared(traced, site, site.kernel):
-        return "its kernel is used more than once"
+    reason = _unfit(graph, site.kernel, site.index, "kernel")
+    if reason is not None:
+        return reason
     if site.bias_equation is not None:
         if site.bias is None:
             return "its bias is computed from several leaves"
-        if _bias_index(traced.graph, site) is None:
+        if _bias_index(graph, site) is None:
             return "its bias is shared between channels"
-        if _shared(traced, site, site.bias):
-            return "its bias is used more than once"
-    elif shift and traced.norm_after(site) is None:
+        return _unfit(graph, site.bias, site.bias_equation, "bias")
+    if not shift:
+        return None
+    if traced.norm_after(site) is None:
         return "it has no bias and no normalisation with a stored mean follows directly"
-    elif shift and _mean_index(traced, site) is None:
+    if _mean_index(traced, site) is None:
         return "the mean of the normalisation that follows is shared between channels"
-    return None
+    norm = traced.norms[traced.norm_after(site)]
+    return _unfit(graph, norm.mean, norm.index, "following norm's mean")
 
 
 def fold(
@@ -72,9 +76,17 @@ def fold(
     if reason is not None:
         raise FoldError(f"The correction of layer '{name}' cannot be folded: {reason}.")
     site, graph = traced.layers[name], traced.graph
-    scale = jnp.ravel(jnp.asarray(scale))
-    shift = None if shift is None else jnp.ravel(jnp.asarray(shift))
+    scale = _vector(graph, site, scale, "scale")
+    shift = None if shift is None else _vector(graph, site, shift, "shift")
     new = dict(leaves)
+    norm = None if site.bias_equation is not None else traced.norm_after(site)
+    needed = [site.kernel, site.bias]
+    needed += [traced.norms[norm].mean] if norm is not None and shift is not None else []
+    for path in (traced.paths[view.leaf] for view in needed if view is not None):
+        if path not in new:
+            raise FoldError(
+                f"The correction of layer '{name}' cannot be folded: variables lacks '{path}'."
+            )
     by_kernel = scale[np.argsort(site.channels)]
     operand = graph.avals[graph.equations[site.index].inputs[site.side]].shape
     sizes = [n if a in site.out_axes else 1 for a, n in enumerate(operand)]
@@ -98,17 +110,25 @@ def fold(
 
         new[path] = _update(new[path], site.bias.slot, affine)
     elif shift is not None:
-        norm = traced.norms[traced.norm_after(site)]
+        mean = traced.norms[norm].mean
         index = np.argsort(_mean_index(traced, site))
-        path = traced.paths[norm.mean.leaf]
-        if path not in new:
-            raise FoldError(f"The correction of layer '{name}' needs '{path}', which is not here.")
+        path = traced.paths[mean.leaf]
         new[path] = _update(
             new[path],
-            norm.mean.slot,
+            mean.slot,
             lambda leaf: (jnp.ravel(leaf) - shift[index]).reshape(leaf.shape),
         )
     return new
+
+
+def _vector(graph: Graph, site: LinearSite, value: Any, what: str) -> Array:
+    shape = graph.avals[site.preactivation].shape
+    wanted = tuple(shape[a] for a in site.channel_axes)
+    if jnp.shape(value) != wanted:
+        raise ValueError(
+            f"{what} has shape {jnp.shape(value)}; the layer's channels have shape {wanted}."
+        )
+    return jnp.ravel(jnp.asarray(value))
 
 
 def _update(leaf: Any, slot: int | None, change: Callable[[Array], Array]) -> Array:
@@ -119,30 +139,31 @@ def _update(leaf: Any, slot: int | None, change: Callable[[Array], Array]) -> Ar
     return leaf.at[slot].set(change(leaf[slot].astype(wide)).astype(leaf.dtype))
 
 
-def _shared(traced: Traced, site: LinearSite, view: View) -> bool:
-    """Whether a leaf (or its slice) serves anything but this layer."""
-    graph = traced.graph
-    value = graph.inputs[view.leaf]
-    if value in graph.output_ids:
-        return True
-    users = graph.users.get(value, ())
-    if view.slot is None:
-        chain = value
-        for _ in range(len(view.steps) + 8):
-            users = graph.users.get(chain, ())
-            if len(users) != 1:
-                return True
-            if users[0] in (site.index, site.bias_equation):
-                equation = graph.equations[users[0]]
-                return sum(v == chain for v in equation.values) != 1
-            chain = graph.equations[users[0]].outputs[0]
-        return True
-    slots = [
-        graph.equations[u].params["start_indices"][0]
-        for u in users
-        if graph.equations[u].primitive == "slice"
-    ]
-    return len(slots) != len(users) or slots.count(view.slot) != 1
+def _unfit(graph: Graph, view: View, reader: int, what: str) -> str | None:
+    """Why a leaf cannot take a correction meant for the one equation that reads it, or None."""
+    if not jnp.issubdtype(graph.avals[graph.inputs[view.leaf]].dtype, jnp.inexact):
+        return f"its {what} holds integers"
+    if not _sole_use(graph, view, reader):
+        return f"its {what} is used more than once"
+    return None
+
+
+def _sole_use(graph: Graph, view: View, reader: int) -> bool:
+    """Whether a leaf, or its slice, serves one equation only."""
+    value, whole = graph.inputs[view.leaf], view.slot is not None
+    while True:
+        users = graph.users.get(value, ())
+        if value in graph.output_ids:
+            return False
+        if whole and all(slot_of(graph, graph.equations[u]) is not None for u in users):
+            users = [u for u in users if slot_of(graph, graph.equations[u]) == view.slot]
+            whole = False
+        if len(users) != 1:
+            return False
+        equation = graph.equations[users[0]]
+        if users[0] == reader:
+            return equation.values.count(value) == 1
+        value = equation.outputs[0]
 
 
 def _bias_index(graph: Graph, site: LinearSite) -> np.ndarray | None:

@@ -1,19 +1,20 @@
-"""A network as a flat list of equations: flattening a jaxpr, dependency sets, evaluation with edits.
+"""A network as a flat list of equations: flattening, dependency sets, evaluation with edits.
 
-A jaxpr nests: `jit`, rematerialisation, custom derivatives and loops hold jaxprs of their own. Here it
-is made flat, so that a layer is one equation and a value one integer, whatever wrapped it:
+A jaxpr nests: `jit`, rematerialisation, custom derivatives and loops hold jaxprs of their own.
+Here it is made flat, so that a layer is one equation and a value one integer, whatever wrapped it:
 
 * calls that only delimit (`jit`, `closed_call`, `remat`) are inlined;
 * `custom_jvp` and `custom_vjp` stay whole, since inlining them would change derivatives (that of
   `relu` at 0, for one), unless a layer hides inside;
 * a `scan` over stacked layers is unrolled up to `MAX_UNROLL` steps; any other loop stays whole.
 
-Evaluation goes through `jax.core.eval_jaxpr`, one equation at a time: it enters each equation's context
-and name stack exactly as evaluating the original jaxpr would.
+Evaluation goes through `jax.core.eval_jaxpr`, one equation at a time: it enters each equation's
+context and name stack exactly as evaluating the original jaxpr would.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -24,21 +25,44 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
+from vfjax._calls import (
+    INLINE,
+    INPUT,
+    LINEAR,
+    PARAM,
+    holds_layer,
+    open_jaxpr,
+    scan_arity,
+    scans_layers,
+    subjaxpr,
+    union,
+)
+
+__all__ = [
+    "INPUT",
+    "LINEAR",
+    "MAX_UNROLL",
+    "PARAM",
+    "Equation",
+    "Graph",
+    "evaluate",
+    "flatten",
+    "holds_layer",
+    "open_jaxpr",
+    "scan_arity",
+    "subjaxpr",
+]
+
 Array = jax.Array
 
-PARAM, INPUT = 1, 2
-"""Dependency bits of a value: on the parameters, on the network's input."""
-
-LINEAR = frozenset({"dot_general", "conv_general_dilated"})
 MAX_UNROLL = 64
 
-_INLINE = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_lin"}
-)
-_CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-# Frames of these packages are never where a user wrote a layer.
-_LIBRARIES = tuple(
-    os.sep + name + os.sep for name in ("jax", "flax", "equinox", "haiku", "jaxlib", "vfjax")
+# Frames of installed packages, of JAX and of this core are never where a user wrote a layer.
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_LIBRARIES = (
+    os.path.dirname(os.path.abspath(jax.__file__)) + os.sep,
+    os.sep + "site-packages" + os.sep,
+    os.sep + "dist-packages" + os.sep,
 )
 
 
@@ -87,7 +111,7 @@ class Equation:
         traceback = self.eqn.source_info.traceback
         frames = list(traceback.frames) if traceback is not None else []
         for frame in frames:
-            if not any(part in frame.file_name for part in _LIBRARIES):
+            if not _in_library(frame.file_name):
                 return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
         return "unknown"
 
@@ -106,10 +130,25 @@ class Equation:
             for v, a in zip(self.eqn.invars, args, strict=True)
             if not isinstance(v, jex.Literal)
         }
-        if self.scope:
-            with jax.named_scope(self.scope):
-                return jax.core.eval_jaxpr(self._jaxpr, (), *operands.values())
-        return jax.core.eval_jaxpr(self._jaxpr, (), *operands.values())
+        with _scoped(self.scope):
+            return jax.core.eval_jaxpr(self._jaxpr, (), *operands.values())
+
+    def replace(self, rule: Callable[..., Any], *args: Any) -> list[Any]:
+        """Applies another function in the equation's place, within its name stack and context."""
+        stack = str(self.eqn.source_info.name_stack)
+        with _scoped("/".join(s for s in (self.scope, stack) if s)), self.eqn.ctx.manager:
+            results = rule(*args)
+        return list(results) if self.eqn.primitive.multiple_results else [results]
+
+
+def _scoped(scope: str) -> Any:
+    return jax.named_scope(scope) if scope else contextlib.nullcontext()
+
+
+def _in_library(file: str) -> bool:
+    if file.startswith(_PACKAGE):
+        return not file.startswith(_PACKAGE + "models" + os.sep)
+    return any(part in file for part in _LIBRARIES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,69 +195,6 @@ class Graph:
         return sorted(found)
 
 
-def subjaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    """The jaxpr that a call-like equation evaluates once, and its constants, or None.
-
-    Args:
-        eqn: A `JaxprEqn`.
-
-    Returns:
-        `(jaxpr, consts)` of a `jit`, `remat`, `custom_jvp` and the like; None of loops and branches.
-    """
-    if eqn.primitive.name not in _INLINE | _CUSTOM:
-        return None
-    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr", eqn.params.get("fun_jaxpr")))
-    return None if inner is None else open_jaxpr(inner)
-
-
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Separates a (closed) jaxpr from its constants, for jax 0.10 and 0.12 alike."""
-    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
-
-
-def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers of constants and of carries of a `scan` equation."""
-    if "num_carry" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 keeps the user's trees here
-    return len(list(consts)), len(list(carry))
-
-
-def _has_layer(jaxpr: Any, depends: Sequence[int]) -> bool:
-    """Whether a linear equation of parameters and input lies inside, at any depth."""
-    env = dict(zip(jaxpr.invars, depends, strict=True))
-
-    def read(v: Any) -> int:
-        return 0 if isinstance(v, jex.Literal) else env.get(v, 0)
-
-    for eqn in jaxpr.eqns:
-        bits = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in LINEAR and _is_layer(bits):
-            return True
-        inner = subjaxpr(eqn)
-        if inner is not None and len(inner[0].invars) == len(bits) and _has_layer(inner[0], bits):
-            return True
-        if eqn.primitive.name == "scan" and _scan_has_layer(eqn, bits):
-            return True
-        union = functools.reduce(lambda a, b: a | b, bits, 0)
-        env.update((v, union) for v in eqn.outvars)
-    return False
-
-
-def _scan_has_layer(eqn: Any, bits: Sequence[int]) -> bool:
-    consts, carry = scan_arity(eqn.params)
-    union = functools.reduce(lambda a, b: a | b, bits, 0)
-    # What enters the carry in one step may come from anything that entered the loop.
-    inner = [union if consts <= i < consts + carry else b for i, b in enumerate(bits)]
-    return _has_layer(open_jaxpr(eqn.params["jaxpr"])[0], inner)
-
-
-def _is_layer(bits: Sequence[int]) -> bool:
-    return len(bits) >= 2 and sorted(b & INPUT for b in bits[:2]) == [0, INPUT] and any(
-        b == PARAM for b in bits[:2]
-    )
-
-
 class _Flattener:
     def __init__(self) -> None:
         self.equations: list[Equation] = []
@@ -254,16 +230,16 @@ class _Flattener:
         name = eqn.primitive.name
         bits = [self.bits(v) for v in operands]
         inner = subjaxpr(eqn)
-        if inner is not None and (name in _INLINE or _has_layer(inner[0], bits)):
+        if inner is not None and (name in INLINE or holds_layer(eqn, bits)):
             stack = str(eqn.source_info.name_stack)
             return self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
-        if name == "scan" and eqn.params["length"] <= MAX_UNROLL and _scan_has_layer(eqn, bits):
+        if name == "scan" and eqn.params["length"] <= MAX_UNROLL and scans_layers(eqn, bits):
             return self.unroll(eqn, operands, scope)
-        union = functools.reduce(lambda a, b: a | b, bits, 0)
+        depends = union(bits)
         outputs = tuple(
-            None if isinstance(v, jex.DropVar) else self.value(v.aval, union) for v in eqn.outvars
+            None if isinstance(v, jex.DropVar) else self.value(v.aval, depends) for v in eqn.outvars
         )
-        self.equations.append(Equation(eqn, tuple(operands), outputs, union, scope))
+        self.equations.append(Equation(eqn, tuple(operands), outputs, depends, scope))
         return outputs
 
     def call(self, fn: Callable[..., Any], operands: Sequence[Any], scope: str) -> Any:
@@ -369,7 +345,8 @@ def evaluate(
         operand_edits: By (equation index, operand index), a function that replaces the operand for
             that one equation.
         rules: `rules(equation, args)` may return a function of the operands to use in place of the
-            primitive (it returns one result, or a list where the primitive has several).
+            primitive (it returns one result, or a list where the primitive has several). It runs
+            in the equation's name stack and context.
 
     Returns:
         The wanted values, by id.
@@ -393,7 +370,8 @@ def evaluate(
         if rule is None:
             results = equation.bind(*args)
         else:
-            results = rule(*args) if len(equation.outputs) > 1 else [rule(*args)]
+            results = equation.replace(rule, *args)
+            results = [r for r, v in zip(results, equation.outputs, strict=True) if v is not None]
         outputs = [v for v in equation.outputs if v is not None]
         for value, result in zip(outputs, results, strict=True):
             env[value] = edits[value](result) if value in edits else result

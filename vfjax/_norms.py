@@ -1,4 +1,4 @@
-"""Finding normalisation with stored statistics, `(x - mean) * rsqrt(var + eps) * scale + bias`, in a graph."""
+"""Finding normalisation with stored statistics: `(x - mean) * rsqrt(var + eps) * scale + bias`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from vfjax._graph import INPUT, PARAM, Graph
-from vfjax._sites import CAST, ELEMENTWISE, View, varying_axes, view_of
-
-_ROOTS = frozenset({"sqrt", "rsqrt", "pow", "integer_pow"})
+from vfjax._views import CAST, SPREAD, View, varying_axes, view_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +35,15 @@ class NormSite:
     channel_axes: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Factor:
+    """One factor of a product of parameters: `(leaf + eps) ** power`, with eps None for a leaf."""
+
+    view: View
+    eps: float | None
+    power: float
+
+
 def norm_sites(graph: Graph) -> list[NormSite]:
     """The normalisations with stored statistics of a graph, in the order of their equations."""
     sites = []
@@ -47,102 +54,95 @@ def norm_sites(graph: Graph) -> list[NormSite]:
         if not graph.depends[x] & INPUT or graph.depends[mean] != PARAM:
             continue
         view = view_of(graph, mean)
-        if view is None:
+        if view is None or graph.avals[equation.outputs[0]].shape != graph.avals[x].shape:
             continue
         found = _variance(graph, equation.outputs[0], view)
         if found is None:
             continue
-        var, scale, eps, value = found
+        var, scale, value = found
         axes = tuple(sorted(varying_axes(graph, mean)))
-        sites.append(NormSite(index, view, var, scale, _shift(graph, value), eps, axes))
+        shift = _shift(graph, value, axes)
+        sites.append(NormSite(index, view, var.view, scale, shift, var.eps or 0.0, axes))
     return sites
 
 
-def _variance(graph: Graph, value: int, mean: View) -> tuple[View, View | None, float, int] | None:
-    """Follows `x - mean` through multiplications until one of them holds `rsqrt(var + eps)`."""
-    var: View | None = None
+def _variance(graph: Graph, value: int, mean: View) -> tuple[_Factor, View | None, int] | None:
+    """Follows `x - mean` through products until they hold `(var + eps) ** -0.5`, and a scale."""
+    var: _Factor | None = None
     scale: View | None = None
-    eps = 0.0
-    for _ in range(4):
-        users = [u for u in graph.users.get(value, ())]
-        if len(users) != 1:
+    for _ in range(6):
+        users = graph.users.get(value, ())
+        if len(users) != 1 or value in graph.output_ids:
             break
         equation = graph.equations[users[0]]
-        if equation.primitive in CAST:
-            value = equation.outputs[0]
-            continue
-        if equation.primitive not in ("mul", "div") or len(equation.values) != 2:
-            break
-        other = equation.inputs[1] if equation.inputs[0] == value else equation.inputs[0]
-        if not isinstance(other, int) or graph.depends[other] != PARAM:
-            break
-        if equation.primitive == "div" and equation.inputs[0] != value:
-            break
-        roots, factors = _factors(graph, other)
-        for root in roots:
-            leaf, added = root
-            if _shape(graph, leaf) == _shape(graph, mean) and var is None:
-                var, eps = leaf, added
-        if len(factors) == 1 and scale is None:
-            scale = factors[0]
+        if equation.primitive not in CAST:
+            if equation.primitive not in ("mul", "div") or len(equation.values) != 2:
+                break
+            other = equation.inputs[1] if equation.inputs[0] == value else equation.inputs[0]
+            if graph.depends[other] != PARAM:
+                break
+            if equation.primitive == "div" and equation.inputs[0] != value:
+                break
+            for factor in _factors(graph, other, 1.0 if equation.primitive == "mul" else -1.0):
+                if factor.power == -0.5 and var is None and _alike(graph, factor.view, mean):
+                    var = factor
+                elif factor.power == 1.0 and factor.eps is None and scale is None:
+                    scale = factor.view
         value = equation.outputs[0]
-    return None if var is None else (var, scale, eps, value)
+    return None if var is None else (var, scale, value)
 
 
-def _shape(graph: Graph, view: View) -> tuple[int, ...]:
-    return graph.avals[graph.inputs[view.leaf]].shape
+def _alike(graph: Graph, a: View, b: View) -> bool:
+    shapes = [graph.avals[graph.inputs[v.leaf]].shape for v in (a, b)]
+    return shapes[0] == shapes[1] and a.slot == b.slot and a.leaf != b.leaf
 
 
-def _factors(graph: Graph, value: int) -> tuple[list[tuple[View, float]], list[View]]:
-    """Splits a parameter-only value into roots of `leaf + eps` and plain leaves."""
+def _factors(graph: Graph, value: Any, power: float) -> list[_Factor]:
+    """Splits a power of a parameter-only value into factors that are leaves, as far as it goes."""
+    if not isinstance(value, int):
+        return []
     view = view_of(graph, value)
     if view is not None:
-        return [], [view]
-    roots: list[tuple[View, float]] = []
-    factors: list[View] = []
-    todo = [value]
-    while todo:
-        current = todo.pop()
-        view = view_of(graph, current)
-        if view is not None:
-            factors.append(view)
-            continue
-        if current not in graph.producer:
-            continue
-        equation = graph.equations[graph.producer[current]]
-        if equation.primitive in _ROOTS and (root := _root(graph, equation.inputs[0])):
-            roots.append(root)
-        elif equation.primitive in ("mul", "div") or equation.primitive not in ELEMENTWISE:
-            todo.extend(equation.values)
-        elif equation.primitive in CAST:
-            todo.extend(equation.values)
-    return roots, factors
+        return [_Factor(view, None, power)]
+    if value not in graph.producer:
+        return []
+    equation = graph.equations[graph.producer[value]]
+    name, operands = equation.primitive, equation.inputs
+    if name in SPREAD:
+        return _factors(graph, operands[0], power)
+    if name == "mul":
+        return [f for v in operands for f in _factors(graph, v, power)]
+    if name == "div":
+        return _factors(graph, operands[0], power) + _factors(graph, operands[1], -power)
+    if name in ("add", "add_any"):
+        numbers = [_number(graph, v) for v in operands]
+        leaves = [v for v, n in zip(operands, numbers, strict=True) if n is None]
+        view = view_of(graph, leaves[0]) if len(leaves) == 1 else None
+        if view is None and len(leaves) == 1:
+            view = _clamped(graph, leaves[0])
+        eps = next((n for n in numbers if n is not None), None)
+        return [] if view is None or eps is None else [_Factor(view, eps, power)]
+    if name == "max":
+        view = _clamped(graph, value)
+        return [] if view is None else [_Factor(view, 0.0, power)]
+    exponent = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0}.get(name)
+    if name == "integer_pow":
+        exponent = equation.params["y"]
+    elif name == "pow":
+        exponent = _number(graph, operands[1])
+    return [] if exponent is None else _factors(graph, operands[0], power * exponent)
 
 
-def _root(graph: Graph, value: Any) -> tuple[View, float] | None:
-    """The leaf and the eps of `leaf + eps`, or of a plain leaf."""
-    for _ in range(8):
-        if not isinstance(value, int):
-            return None
-        view = view_of(graph, value)
-        if view is not None:
-            return view, 0.0
-        if value not in graph.producer:
-            return None
+def _clamped(graph: Graph, value: Any) -> View | None:
+    """The leaf in `maximum(leaf, number)`, seen through layout: a variance kept above zero."""
+    while value in graph.producer:
         equation = graph.equations[graph.producer[value]]
-        if equation.primitive in ("add", "add_any"):
-            numbers = [_number(graph, v) for v in equation.inputs]
-            leaves = [v for v, n in zip(equation.inputs, numbers, strict=True) if n is None]
-            if len(leaves) != 1 or (view := view_of(graph, leaves[0])) is None:
-                return None
-            return view, float(next(n for n in numbers if n is not None))
-        if equation.primitive == "max":  # a variance kept above zero
+        if equation.primitive == "max":
             leaves = [v for v in equation.inputs if _number(graph, v) is None]
-            value = leaves[0] if len(leaves) == 1 else None
-        elif len(equation.values) == 1:
-            value = equation.values[0]
-        else:
+            return view_of(graph, leaves[0]) if len(leaves) == 1 else None
+        if equation.primitive not in SPREAD or not isinstance(equation.inputs[0], int):
             return None
+        value = equation.inputs[0]
     return None
 
 
@@ -150,24 +150,25 @@ def _number(graph: Graph, value: Any) -> float | None:
     """The number that a literal or a uniform constant holds, or None."""
     for _ in range(4):
         if isinstance(value, jex.Literal):
-            return float(np.ravel(np.asarray(value.val))[0])
+            array = np.ravel(np.asarray(value.val))
+            return float(array[0]) if array.size and (array == array[0]).all() else None
         if value in graph.consts:
             array = np.ravel(np.asarray(graph.consts[value]))
             return float(array[0]) if array.size and (array == array[0]).all() else None
         if value not in graph.producer or graph.depends[value]:
             return None
         equation = graph.equations[graph.producer[value]]
-        if equation.primitive not in CAST | {"broadcast_in_dim", "reshape"}:
+        if equation.primitive not in SPREAD:
             return None
         value = equation.inputs[0]
     return None
 
 
-def _shift(graph: Graph, value: int) -> View | None:
-    """The leaf that is added to the normalised value, if any."""
+def _shift(graph: Graph, value: int, axes: tuple[int, ...]) -> View | None:
+    """The leaf that is added to the normalised value along its channels, if any."""
     for _ in range(3):
         users = graph.users.get(value, ())
-        if len(users) != 1:
+        if len(users) != 1 or value in graph.output_ids:
             return None
         equation = graph.equations[users[0]]
         if equation.primitive in CAST:
@@ -177,6 +178,8 @@ def _shift(graph: Graph, value: int) -> View | None:
             return None
         others = [v for v in equation.values if v != value]
         if len(others) != 1 or graph.depends[others[0]] != PARAM:
+            return None
+        if not varying_axes(graph, others[0]) <= set(axes):
             return None
         return view_of(graph, others[0])
     return None

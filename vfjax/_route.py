@@ -1,12 +1,13 @@
 """Equivalents of what a backend is slow at, for evaluation, `Network.run` and training alike.
 
 XLA on CPU is pathologically slow at convolutions on maps of 2x2 and less (300 times slower than the
-same linear map as a matrix product) and at the gradient of max-pooling by `reduce_window`. Both have
-equivalents that are exact up to the order of summation:
+same linear map as a matrix product) and at the gradient of max-pooling by `reduce_window`. Both
+have equivalents that are exact up to the order of summation:
 
-* such a convolution is a dense layer from all input to all output positions, its matrix made of copies
-  of the kernel's taps;
-* pooling over windows that tile the map is a reshape followed by a maximum (or a sum).
+* such a convolution is a dense layer from all input to all output positions, its matrix made of
+  copies of the kernel's taps;
+* pooling over windows that tile the map is a reshape followed by a maximum (or a sum). Of equal
+  entries the first is the maximum, as in `reduce_window`, so that gradients agree too.
 
 Models stay plain, and so does the traced network: only the evaluation takes the other road. The
 measurements are in `experiments/benchmarks`.
@@ -35,8 +36,8 @@ _MAX_PAIRS = 16
 def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, by the fastest equivalent equations that the default backend has.
 
-    Meant to be called under `jit`: every call traces `fn` anew. Differentiation, `vmap` and `jit` go
-    through; forward results differ from `fn`'s by float rounding at most.
+    Meant to be called under `jit`: every call traces `fn` anew. Differentiation, `vmap` and `jit`
+    go through; results differ from `fn`'s by float rounding at most.
 
     Args:
         fn: A pure function of pytrees of arrays.
@@ -62,7 +63,10 @@ def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
         graph = _graph.flatten(closed, 0)
         env = dict(zip(graph.inputs, jax.tree.leaves(args), strict=True))
         values = _graph.evaluate(graph, env, graph.output_ids, rules=chosen)
-        outputs = [values[v] if isinstance(v, int) else jnp.asarray(v.val) for v in graph.outputs]
+        outputs = [
+            values[v] if isinstance(v, int) else jnp.asarray(v.val, v.aval.dtype)
+            for v in graph.outputs
+        ]
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return wrapper
@@ -130,9 +134,11 @@ def _small_convolution(
             jnp.concatenate([zero if i is None else kernel[i] for i in row], axis=1)
             for row in picked
         ]
-        y = x.reshape(x.shape[0], -1) @ jnp.concatenate(blocks, axis=0)
+        x = x.reshape(x.shape[0], len(sources) * c_in)
+        y = jnp.matmul(x, jnp.concatenate(blocks, axis=0), precision=params["precision"])
         y = y.reshape(x.shape[0], *size_out, c_out)
-        return jnp.transpose(y, np.argsort((dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1])))
+        order = np.argsort((dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1]))
+        return jnp.transpose(y, order)
 
     return dense
 
@@ -150,7 +156,8 @@ def _tiled_pool(
         return None
 
     def pool(x: Array) -> Array:
-        for axis, w in enumerate(window):
+        # Last axis first: the first of equal entries then comes first in the window's own order.
+        for axis, w in reversed(list(enumerate(window))):
             if w == 1:
                 continue
             n = x.shape[axis] // w
@@ -163,8 +170,13 @@ def _tiled_pool(
     return pool
 
 
+def _first_max(a: Array, b: Array) -> Array:
+    """The greater of two values, the first of equal ones; NaN if one of them is."""
+    return lax.select((a >= b) | (a != a), a, b)
+
+
 _CPU_RULES: dict[str, Callable[..., Callable[..., Array] | None]] = {
     "conv_general_dilated": _small_convolution,
-    "reduce_window_max": functools.partial(_tiled_pool, lax.max),
+    "reduce_window_max": functools.partial(_tiled_pool, _first_max),
     "reduce_window_sum": functools.partial(_tiled_pool, lax.add),
 }

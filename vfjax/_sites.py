@@ -1,77 +1,20 @@
-"""What a graph holds: layers with their kernel, bias and pre-activation, and the elementwise region after.
+"""What a graph holds: layers with their kernel, bias and pre-activation, and their depths.
 
-Everything here is found by dependency and by following values, never by the names of modules, so that
-Linen, NNX, Equinox and plain JAX read the same.
+Everything here is found by dependency and by following values, never by the names of modules, so
+that Linen, NNX, Equinox and plain JAX read the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
 from vfjax import _graph
 from vfjax._graph import INPUT, PARAM, Graph
-
-CAST = frozenset({"convert_element_type", "copy", "copy_p", "reduce_precision"})
-LAYOUT = frozenset({"reshape", "transpose", "squeeze", "expand_dims"})
-ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp copy copy_p cos cosh
-    convert_element_type div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le
-    lgamma log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or pow
-    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor""".split()
-)
-"""Primitives that map each position of their operands to the same position of the result."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class View:
-    """A parameter leaf seen through casts, transposes, reshapes and broadcasts.
-
-    Attributes:
-        leaf: Index of the leaf among the variables' leaves.
-        slot: Which slice of the leaf, where a scan over stacked layers was unrolled, else None.
-        steps: `("reshape", shape)`, `("transpose", permutation)` or `("broadcast", (shape, dims))`,
-            applied in this order to the leaf (or to its slice).
-    """
-
-    leaf: int
-    slot: int | None
-    steps: tuple[tuple[str, Any], ...]
-
-    @property
-    def rigid(self) -> bool:
-        """Whether each entry of the leaf is seen exactly once."""
-        return all(kind != "broadcast" for kind, _ in self.steps)
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        """Shows an array of the leaf's (or slice's) shape as the operand shows the leaf."""
-        for kind, how in self.steps:
-            if kind == "reshape":
-                array = array.reshape(how)
-            elif kind == "transpose":
-                array = array.transpose(how)
-            else:
-                shape, dims = how
-                expanded = [1] * len(shape)
-                for source, target in enumerate(dims):
-                    expanded[target] = array.shape[source]
-                array = np.broadcast_to(array.reshape(expanded), shape)
-        return array
-
-    def backward(self, array: Any, shape: tuple[int, ...]) -> Any:
-        """Carries an array of the operand's shape back to the leaf's; needs a rigid view."""
-        shapes = [shape]
-        for kind, how in self.steps:
-            last = shapes[-1]
-            shapes.append(tuple(how) if kind == "reshape" else tuple(last[i] for i in how))
-        for (kind, how), before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
-            array = array.reshape(before) if kind == "reshape" else array.transpose(np.argsort(how))
-        return array
+from vfjax._views import CAST, LAYOUT, View, blocks_of, varying_axes, view_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,71 +45,6 @@ class LinearSite:
     bias_equation: int | None
     channel_axes: tuple[int, ...]
     channels: np.ndarray
-
-
-def view_of(graph: Graph, value: Any) -> View | None:
-    """The leaf that a value is, seen through casts and layout only, or None."""
-    steps: list[tuple[str, Any]] = []
-    slot, pending = None, False
-    while isinstance(value, int) and value in graph.producer:
-        equation = graph.equations[graph.producer[value]]
-        name, params, shape = equation.primitive, equation.params, graph.avals[value].shape
-        if len(equation.values) != 1 or slot is not None:
-            return None
-        source = equation.values[0]
-        if name == "slice" and pending and _is_slot(graph, equation):
-            # The slice and squeeze of one step of an unrolled scan.
-            slot, pending = params["start_indices"][0], False
-            steps.pop()
-        elif name in CAST:
-            pass
-        elif name == "transpose":
-            steps.append(("transpose", tuple(params["permutation"])))
-        elif name in LAYOUT:
-            pending = name == "squeeze" and tuple(params["dimensions"]) == (0,)
-            steps.append(("reshape", tuple(shape)))
-        elif name == "broadcast_in_dim":
-            dims = tuple(params["broadcast_dimensions"])
-            if int(np.prod(shape)) == int(np.prod(graph.avals[source].shape)):
-                steps.append(("reshape", tuple(shape)))
-            else:
-                steps.append(("broadcast", (tuple(shape), dims)))
-        else:
-            return None
-        value = source
-    if value not in graph.inputs[: graph.num_leaves]:
-        return None
-    return View(graph.inputs.index(value), slot, tuple(reversed(steps)))
-
-
-def _is_slot(graph: Graph, equation: _graph.Equation) -> bool:
-    shape = graph.avals[equation.values[0]].shape
-    start, limit = equation.params["start_indices"], equation.params["limit_indices"]
-    whole = all((a, b) == (0, n) for a, b, n in zip(start[1:], limit[1:], shape[1:], strict=True))
-    return whole and limit[0] - start[0] == 1
-
-
-def varying_axes(graph: Graph, value: Any) -> frozenset[int]:
-    """Axes along which a value may vary; a broadcast axis does not."""
-    if not isinstance(value, int):
-        return frozenset()
-    shape = graph.avals[value].shape
-    full = frozenset(i for i, n in enumerate(shape) if n > 1)
-    if value not in graph.producer:
-        return full
-    equation = graph.equations[graph.producer[value]]
-    if equation.primitive == "broadcast_in_dim":
-        inner = varying_axes(graph, equation.inputs[0])
-        dims = equation.params["broadcast_dimensions"]
-        return frozenset(dims[i] for i in inner if shape[dims[i]] > 1)
-    if equation.primitive in ELEMENTWISE:
-        parts = [varying_axes(graph, v) for v in equation.inputs if np.ndim(_aval(graph, v))]
-        return frozenset().union(*parts)
-    return full
-
-
-def _aval(graph: Graph, value: Any) -> Any:
-    return graph.avals[value] if isinstance(value, int) else value.val
 
 
 def linear_sites(graph: Graph) -> list[LinearSite]:
@@ -211,9 +89,15 @@ def _linear_site(graph: Graph, index: int, side: int) -> LinearSite:
 
 
 def _largest_leaf(graph: Graph, value: int) -> int:
+    """The leaf to name a layer after whose kernel is computed: the largest, masks left out."""
     leaves = {v for i in graph.needed([value], ()) for v in graph.equations[i].values} | {value}
-    leaves &= set(graph.inputs[: graph.num_leaves])
-    return graph.inputs.index(max(sorted(leaves), key=lambda v: int(np.prod(graph.avals[v].shape))))
+    leaves = sorted(leaves & set(graph.inputs[: graph.num_leaves]))
+
+    def weight(leaf: int) -> tuple[bool, int]:
+        aval = graph.avals[leaf]
+        return jnp.issubdtype(aval.dtype, jnp.inexact), int(np.prod(aval.shape))
+
+    return graph.inputs.index(max(leaves, key=weight))
 
 
 def _output_axes(equation: _graph.Equation, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -238,29 +122,13 @@ def _reshape_axes(
     before: Sequence[int], after: Sequence[int], channel: Sequence[int]
 ) -> tuple[int, ...] | None:
     """Channel axes after a reshape, or None if it mixes channels with samples."""
-    i = j = 0
     found: list[int] = []
-    while i < len(before) or j < len(after):
-        block_in, block_out, a, b = [], [], 1, 1
-        while True:
-            if a <= b and i < len(before) and (a < b or not block_in):
-                block_in.append(i)
-                a *= before[i]
-                i += 1
-            elif j < len(after) and (b < a or not block_out):
-                block_out.append(j)
-                b *= after[j]
-                j += 1
-            else:
-                break
-        if a != b:
-            return None
-        real = [k for k in block_in if before[k] > 1]
-        kinds = {k in channel for k in real}
+    for source, target in blocks_of(before, after):
+        kinds = {k in channel for k in source if before[k] > 1}
         if len(kinds) > 1:
             return None
         if kinds == {True}:
-            found += [k for k in block_out if after[k] > 1]
+            found += [k for k in target if after[k] > 1]
     return tuple(found)
 
 
@@ -274,15 +142,16 @@ def _follow(
             return -1, value, axes, labels
         equation = graph.equations[users[0]]
         name, before = equation.primitive, graph.avals[value].shape
-        if name not in CAST | LAYOUT or len(equation.values) != 1:
-            return users[0], value, axes, labels
         target = equation.outputs[0]
         after = graph.avals[target].shape
+        expands = name == "broadcast_in_dim" and np.prod(after) == np.prod(before)
+        if not (name in CAST | LAYOUT or expands) or len(equation.inputs) != 1:
+            return users[0], value, axes, labels
         if name == "transpose":
             permutation = equation.params["permutation"]
             axes = tuple(k for k, p in enumerate(permutation) if p in axes)
             labels = labels.transpose(permutation)
-        elif name in LAYOUT:
+        elif name not in CAST:
             moved = _reshape_axes(before, after, axes)
             if moved is None:
                 return users[0], value, axes, labels
@@ -308,76 +177,6 @@ def _preactivation(
         ):
             return equation.outputs[0], new_axes, new_labels, index, view_of(graph, other)
     return value, axes, labels, None, None
-
-
-def is_elementwise(equation: _graph.Equation) -> bool:
-    """Whether an equation is elementwise, looking into custom derivatives such as relu's."""
-    if equation.primitive in ELEMENTWISE:
-        return True
-    inner = _graph.subjaxpr(equation.eqn)
-    return inner is not None and _elementwise_jaxpr(inner[0])
-
-
-def _elementwise_jaxpr(jaxpr: Any) -> bool:
-    for eqn in jaxpr.eqns:
-        inner = _graph.subjaxpr(eqn)
-        if inner is not None and _elementwise_jaxpr(inner[0]):
-            continue
-        scalar = eqn.primitive.name == "broadcast_in_dim" and all(
-            isinstance(v, jex.Literal) or not v.aval.shape for v in eqn.invars
-        )
-        if eqn.primitive.name not in ELEMENTWISE and not scalar:
-            return False
-    return True
-
-
-def tap_of(graph: Graph, value: int) -> int:
-    """The tap after a pre-activation: the last value of the elementwise region that follows it.
-
-    A reduction whose result comes back to the region, as a LayerNorm's moments do, belongs to it; the
-    region ends at the first value that a layer, a pool, a reshape or another reduction reads.
-    """
-    shape = graph.avals[value].shape
-    region = {value}
-    order = [value]
-    while order:
-        current = min(order)
-        order.remove(current)
-        if current in graph.output_ids:
-            return current
-        following = []
-        for index in graph.users.get(current, ()):
-            equation = graph.equations[index]
-            inside = is_elementwise(equation) and all(
-                graph.avals[v].shape == shape for v in equation.outputs if v is not None
-            )
-            if inside:
-                following += [v for v in equation.outputs if v is not None and v not in region]
-            elif not _returns(graph, index, region, shape):
-                return current
-        region.update(following)
-        order += [v for v in following if v not in order]
-    return max(region)
-
-
-def _returns(graph: Graph, index: int, region: set[int], shape: tuple[int, ...]) -> bool:
-    """Whether what an equation makes of the region comes back to it elementwise."""
-    todo, seen = [index], set()
-    while todo:
-        equation = graph.equations[todo.pop()]
-        if equation.primitive in _graph.LINEAR:
-            continue
-        for value in equation.outputs:
-            for user in graph.users.get(value, ()):
-                target = graph.equations[user]
-                result = graph.avals[target.outputs[0]].shape
-                if is_elementwise(target) and result == shape and region & set(target.values):
-                    return True
-                # A statistic of the region is never larger than the region.
-                if user not in seen and int(np.prod(result)) <= int(np.prod(shape)):
-                    seen.add(user)
-                    todo.append(user)
-    return False
 
 
 def depths(graph: Graph, sites: Sequence[LinearSite]) -> tuple[dict[int, int], dict[int, int]]:

@@ -40,6 +40,8 @@ def summary(net: Any) -> str:
     console.print(table)
     text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
     notes = [f"opaque: {primitive} at {where}" for primitive, where in net.opaque]
+    outside = "outside of layers, norms and biases"
+    notes += [f"{outside}: {path} ({op} at {where})" for path, op, where in net.others]
     if any(not layer.main for layer in net.layers):
         notes.append("(depth): a shortcut, off every longest path")
     return "\n".join([text, *notes])

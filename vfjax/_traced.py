@@ -1,4 +1,4 @@
-"""One tracing of a network at one abstract input: its graph, named sites, and where it can be cut."""
+"""One tracing of a network at one abstract input: its graph, named sites, and its cuts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _graph, _norms, _sites
+from vfjax import _calls, _graph, _norms, _outside, _sites, _taps, _views
 from vfjax._graph import INPUT, PARAM, Graph
 
 
@@ -20,7 +22,7 @@ class Cut:
     Attributes:
         stem: Indices of the stem's equations that depend on the input.
         crossing: Ids of the input-dependent values made in the stem and used in the trunk.
-        averaged: For each of them, whether it depends on parameters (then models' values are averaged).
+        averaged: For each of them, whether it depends on parameters, so that models differ in it.
     """
 
     stem: frozenset[int]
@@ -31,25 +33,33 @@ class Cut:
 class Traced:
     """The analysis of one flattened jaxpr; everything is found lazily and kept."""
 
-    def __init__(self, graph: Graph, paths: Sequence[str], out_tree: Any) -> None:
+    def __init__(self, graph: Graph, paths: Sequence[str], x_tree: Any, out_tree: Any) -> None:
         """Names the sites of a graph.
 
         Args:
             graph: The flattened jaxpr; its first `num_leaves` inputs are the variables' leaves.
             paths: Path of each leaf.
+            x_tree: Structure of the network's input.
             out_tree: Structure of the network's output.
         """
-        self.graph, self.paths, self.out_tree = graph, tuple(paths), out_tree
+        self.graph, self.paths = graph, tuple(paths)
+        self.x_tree, self.out_tree = x_tree, out_tree
+
+    def output(self, values: Mapping[int, Any]) -> Any:
+        """The network's output, of the values of `graph.output_ids`."""
+        leaves = [
+            values[v] if isinstance(v, int) else jnp.asarray(v.val, v.aval.dtype)
+            for v in self.graph.outputs
+        ]
+        return jax.tree.unflatten(self.out_tree, leaves)
 
     @functools.cached_property
     def layers(self) -> dict[str, _sites.LinearSite]:
         """Layers by name, in the order of their equations."""
         named: dict[str, _sites.LinearSite] = {}
         for site in _sites.linear_sites(self.graph):
-            base = self.paths[site.leaf]
-            if site.kernel is not None and site.kernel.slot is not None:
-                base = f"{base}[{site.kernel.slot}]"
-            named[_unused(base, named)] = site
+            slot = None if site.kernel is None else site.kernel.slot
+            named[_unused(_slotted(self.paths[site.leaf], slot), named)] = site
         return named
 
     @functools.cached_property
@@ -57,14 +67,15 @@ class Traced:
         """Normalisations with stored statistics by name, in the order of their equations."""
         named: dict[str, _norms.NormSite] = {}
         for site in _norms.norm_sites(self.graph):
-            named[_unused(self.paths[site.mean.leaf], named)] = site
+            base = _slotted(self.paths[site.mean.leaf], site.mean.slot)
+            named[_unused(base, named)] = site
         return named
 
     @functools.cached_property
     def taps(self) -> dict[str, int]:
         """Id of the tap of each layer, by the layer's name."""
         return {
-            name: _sites.tap_of(self.graph, site.preactivation)
+            name: _taps.tap_of(self.graph, site.preactivation)
             for name, site in self.layers.items()
         }
 
@@ -89,7 +100,7 @@ class Traced:
 
     @functools.cached_property
     def joins(self) -> bool:
-        """Whether somewhere values that different layers lie before are added, as in a residual block."""
+        """Whether values behind different layers are added somewhere, as in residual networks."""
         layers = {site.index for site in self.layers.values()}
         behind: dict[int, frozenset[int]] = {}
         for index, equation in enumerate(self.graph.equations):
@@ -109,19 +120,30 @@ class Traced:
 
     @functools.cached_property
     def opaque(self) -> tuple[tuple[str, str], ...]:
-        """Primitives that were kept whole though a linear equation lies inside: (name, file:line)."""
+        """Primitives that were kept whole though a layer lies inside: (name, file:line)."""
+        depends = self.graph.depends
         return tuple(
             (e.primitive, e.where)
             for e in self.graph.equations
-            if e.depends & INPUT and e.depends & PARAM and _holds_linear(e.eqn)
+            if e.primitive not in _graph.LINEAR
+            and e.depends == PARAM | INPUT
+            and _graph.holds_layer(
+                e.eqn, [depends[v] if isinstance(v, int) else 0 for v in e.inputs]
+            )
         )
+
+    @functools.cached_property
+    def others(self) -> tuple[tuple[str, str, str], ...]:
+        """Leaves that act outside of layers, norms and biases: (path, primitive, file:line)."""
+        found = _outside.leaves_outside(self.graph, self.layers.values(), self.norms.values())
+        return tuple((self.paths[leaf], primitive, where) for leaf, primitive, where in found)
 
     @functools.cached_property
     def _norm_inputs(self) -> dict[int, str]:
         return {self.graph.equations[s.index].inputs[0]: n for n, s in self.norms.items()}
 
     def norm_after(self, site: _sites.LinearSite) -> str | None:
-        """The norm that reads a layer's pre-activation directly (casts aside) and alone, or None."""
+        """The norm that alone reads a layer's pre-activation, casts aside, or None."""
         value = site.preactivation
         for _ in range(3):
             users = self.graph.users.get(value, ())
@@ -130,7 +152,7 @@ class Traced:
             if value in self._norm_inputs:
                 return self._norm_inputs[value]
             equation = self.graph.equations[users[0]]
-            if equation.primitive not in _sites.CAST:
+            if equation.primitive not in _views.CAST:
                 return None
             value = equation.outputs[0]
         return None
@@ -173,8 +195,9 @@ class Traced:
     def flops(self, index: int) -> int:
         """Operations of one equation over the whole batch, counted as torchstat counts modules.
 
-        A multiply-accumulate counts once; a convolution's bias, an activation and a pool's or mean's
-        input count one per element, a normalisation by stored statistics two; the rest nothing.
+        A multiply-accumulate counts once; a convolution's bias, an activation and a pool's or
+        mean's input count one per element, a normalisation by stored statistics two; the rest
+        nothing.
         """
         graph, equation = self.graph, self.graph.equations[index]
         if not equation.depends & INPUT:
@@ -196,7 +219,7 @@ class Traced:
             return 2 * out
         if name.startswith(("reduce_window", "reduce_sum", "reduce_max")):
             return max(sizes)
-        if name in _ACTIVATIONS or (name in _graph._CUSTOM and _sites.is_elementwise(equation)):
+        if name in _ACTIVATIONS or (name in _calls.CUSTOM and _taps.is_elementwise(equation)):
             return out
         return 0
 
@@ -216,14 +239,26 @@ class Traced:
     @property
     def signature(self) -> tuple[Any, ...]:
         """What must not change between traces: sites, depths, and which leaves they use."""
-        return (
-            tuple((n, self.depth_of(s), s.kernel is None) for n, s in self.layers.items()),
-            tuple(self.norms),
+        layers = tuple(
+            (
+                name,
+                self.depth_of(site),
+                self.is_main(site),
+                site.kernel is None,
+                None if site.bias is None else (site.bias.leaf, site.bias.slot),
+                site.bias_equation is None,
+            )
+            for name, site in self.layers.items()
         )
+        return layers, tuple(self.norms)
 
 
 # Nonlinear primitives that stand for one activation each.
 _ACTIVATIONS = frozenset({"max", "tanh", "logistic", "erf", "erfc", "exp", "sin", "cos"})
+
+
+def _slotted(path: str, slot: int | None) -> str:
+    return path if slot is None else f"{path}[{slot}]"
 
 
 def _unused(base: str, named: Mapping[str, Any]) -> str:
@@ -233,15 +268,3 @@ def _unused(base: str, named: Mapping[str, Any]) -> str:
         n += 1
         name = f"{base}#{n}"
     return name
-
-
-def _holds_linear(eqn: Any) -> bool:
-    """Whether a linear equation lies inside an equation that was kept whole."""
-    for param in eqn.params.values():
-        for inner in param if isinstance(param, (tuple, list)) else (param,):
-            if not hasattr(inner, "eqns"):
-                continue
-            for sub in _graph.open_jaxpr(inner)[0].eqns:
-                if sub.primitive.name in _graph.LINEAR or _holds_linear(sub):
-                    return True
-    return False

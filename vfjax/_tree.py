@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ def _name(path: tuple[Any, ...]) -> str:
 def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, Any], Any]:
     """Flattens a tree into a dict from leaf path to leaf.
 
-    Paths read like `params/Conv_0/kernel`. The `/value` that Flax NNX appends to every path of a state
-    is left out, so that names agree between APIs.
+    Paths read like `params/Conv_0/kernel`. A `/value` that ends every path, as in some states of
+    Flax NNX, is left out, so that names agree between APIs. Where keys hold a slash themselves and
+    paths would coincide, those read like `['a/b']` instead.
 
     Args:
         tree: A pytree of arrays. None counts as an absent subtree, as everywhere in JAX.
@@ -37,6 +39,10 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, A
     if names and all(n.endswith("/value") for n in names):
         short = [n.removesuffix("/value") for n in names]
         names = short if len(set(short)) == len(short) else names
+    if len(set(names)) < len(names):
+        counts = Counter(names)
+        full = (jax.tree_util.keystr(path) for path, _ in flat)
+        names = [n if counts[n] == 1 else f for n, f in zip(names, full, strict=True)]
     for path, leaf in zip(names, (leaf for _, leaf in flat), strict=True):
         check_leaf(leaf, path, name)
     return dict(zip(names, (leaf for _, leaf in flat), strict=True)), treedef
@@ -50,9 +56,9 @@ def check_leaf(leaf: Any, path: str, name: str) -> None:
         return
     if callable(leaf):
         raise TypeError(
-            f"{name} has a function at '{path or '.'}': {leaf!r}. Parameters are arrays only; for an "
-            "Equinox module, pass the arrays: `params, static = eqx.partition(module, eqx.is_array)` "
-            "with `apply_fn = lambda p, x: eqx.combine(p, static)(x)`."
+            f"{name} has a function at '{path or '.'}': {leaf!r}. Every leaf must be an array; for "
+            "an Equinox module, pass its arrays: `params, static = eqx.partition(module, "
+            "eqx.is_array)` with `apply_fn = lambda p, x: eqx.combine(p, static)(x)`."
         )
     raise TypeError(
         f"{name} has a {type(leaf).__name__} at '{path or '.'}'; every leaf must be an array. Keep "
@@ -112,8 +118,8 @@ def check_like(
         parts += [f"has the extra {extra[:3]}"] if extra else []
         raise ValueError(
             f"{name} differs in structure from {other}: it {' and '.join(parts)}"
-            f"{' and more' if len(missing) > 3 or len(extra) > 3 else ''}. Merged models must share "
-            "one architecture."
+            f"{' and more' if len(missing) > 3 or len(extra) > 3 else ''}. Merged models must "
+            "share one architecture."
         )
     for path, leaf in flat.items():
         a, b = np.shape(leaf), np.shape(like[path])

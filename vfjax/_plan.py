@@ -1,0 +1,162 @@
+"""One run of a network: named sites, resolved to values and equations of one trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vfjax._traced import Traced
+
+Array = jax.Array
+Edit = Callable[[Array], Array]
+
+
+class Plan:
+    """What one run reads and replaces, and where.
+
+    Attributes:
+        edits: By value id, the function that replaces the value for all its readers.
+        operand_edits: By (equation, operand), the function that replaces it for one reader.
+        values: Ids of the values that have to be computed for the captures.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        traced: Traced,
+        capture: Sequence[str] | None,
+        edit: Mapping[str, Edit] | None,
+        stop: int | None,
+        start: int | None,
+    ) -> None:
+        """Resolves the sites; see `Network.run` for the arguments and errors."""
+        capture, edit = () if capture is None else capture, edit or {}
+        if isinstance(capture, str):
+            raise TypeError(
+                f"capture must be a sequence of site names; it was the string {capture!r}."
+            )
+        if not isinstance(edit, Mapping):
+            raise TypeError(f"edit must map site names to functions; it was {edit!r}.")
+        self._net, self._traced, self._capture = net, traced, tuple(capture)
+        self._depth = stop if stop is not None else start
+        self._side = None if self._depth is None else "stem" if stop is not None else "trunk"
+        self._whole = {s: _checked(edit[s], s) for s in ("input", "output") if s in edit}
+        self._seen: dict[str, Any] = {}
+        self._ids: dict[str, int] = {}
+        self.edits: dict[int, Edit] = {}
+        self.operand_edits: dict[tuple[int, int], Edit] = {}
+        self.values: list[int] = []
+        for site in dict.fromkeys([*edit, *self._capture]):
+            self._check_side(site)
+            if site == "output":
+                continue
+            if site == "input":
+                self.values += self._inputs
+                continue
+            value, equation = self._locate(site)
+            change = _checked(edit[site], site) if site in edit else None
+            self._ids[site] = value
+            if change is not None and equation is None:
+                self.edits[value] = change
+            elif change is not None:
+                self.operand_edits[equation, 0] = functools.partial(self._record, site, change)
+            if site in self._capture and change is not None and equation is not None:
+                value = traced.graph.equations[equation].outputs[0]  # so that the edit is made
+            if site in self._capture:
+                self.values.append(value)
+
+    @property
+    def _inputs(self) -> tuple[int, ...]:
+        return self._traced.graph.inputs[self._traced.graph.num_leaves :]
+
+    def in_stem(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is made in the stem of a cut."""
+        if site in ("input", "output"):
+            return site == "input"
+        value, equation = self._locate(site)
+        index = equation if equation is not None else self._traced.graph.producer.get(value)
+        return index is None or index in self._traced.cut(depth).stem
+
+    def enter(self, env: Mapping[int, Any]) -> dict[int, Any]:
+        """The given values after the edits that concern them."""
+        env = dict(env)
+        if "input" in self._whole:
+            leaves = [env[v] for v in self._inputs]
+            x = self._whole["input"](jax.tree.unflatten(self._traced.x_tree, leaves))
+            env.update(zip(self._inputs, jax.tree.leaves(x), strict=True))
+        env.update((v, change(env[v])) for v, change in self.edits.items() if v in env)
+        return env
+
+    def finish(self, out: Any) -> Any:
+        """The output after its edit."""
+        return self._whole["output"](out) if "output" in self._whole else out
+
+    def captured(self, values: Mapping[int, Any], env: Mapping[int, Any], out: Any) -> dict:
+        """The captured values by site, given what was computed, what was given, and the output."""
+        found = {}
+        for site in self._capture:
+            if site == "output":
+                found[site] = out
+            elif site == "input":
+                leaves = [env[v] for v in self._inputs]
+                found[site] = jax.tree.unflatten(self._traced.x_tree, leaves)
+            else:
+                found[site] = self._seen.get(site, values.get(self._ids[site]))
+        return found
+
+    def _locate(self, site: str) -> tuple[int, int | None]:
+        """Id of the value at a site; and the one equation that reads it, if it is that use."""
+        traced = self._traced
+        if site in traced.layers:
+            return traced.layers[site].preactivation, None
+        if site.endswith(":act") and site[:-4] in traced.layers:
+            return traced.taps[site[:-4]], None
+        if site.endswith(":in") and site[:-3] in traced.norms:
+            index = traced.norms[site[:-3]].index
+            return traced.graph.equations[index].inputs[0], index
+        known = [*traced.layers, *(f"{n}:in" for n in traced.norms), "input", "output"]
+        raise ValueError(self._net._unknown("site", site, known))
+
+    def _check_side(self, site: str) -> None:
+        """Checks that a site lies in the part that runs; what crosses lies in both."""
+        if self._side is None:
+            return
+        inside, depth = self.in_stem(site, self._depth), self._depth
+        if self._side == "stem" and not inside:
+            raise ValueError(f"Site '{site}' lies in the trunk; stop={depth} ends before it.")
+        crossing = self._traced.cut(depth).crossing
+        ids = self._inputs if site == "input" else ()
+        ids = ids or (() if site == "output" else (self._locate(site)[0],))
+        if self._side == "trunk" and inside and not set(ids) <= set(crossing):
+            raise ValueError(f"Site '{site}' lies in the stem; start={depth} begins after it.")
+
+    def _record(self, site: str, change: Edit, value: Array) -> Array:
+        self._seen[site] = change(value)
+        return self._seen[site]
+
+
+def _checked(change: Edit, site: str) -> Edit:
+    if not callable(change):
+        raise TypeError(f"edit['{site}'] must be a function of the value; it was {change!r}.")
+
+    def checked(value: Any) -> Any:
+        new = change(value)
+        before, after = _types(value), _types(new)
+        if before != after:
+            raise ValueError(
+                f"edit['{site}'] must keep shape and dtype; it made {after} of {before}. Cast back "
+                "with `.astype(value.dtype)`."
+            )
+        return new
+
+    return checked
+
+
+def _types(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    types = [(jnp.shape(a), str(jnp.result_type(a))) for a in leaves]
+    return types[0] if jax.tree.structure(0) == structure else (structure, types)

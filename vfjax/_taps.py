@@ -1,0 +1,89 @@
+"""Taps: the last value of the elementwise region that follows a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.extend import core as jex
+
+from vfjax import _graph
+from vfjax._graph import Graph
+from vfjax._views import ELEMENTWISE, REDUCTIONS, SPREAD
+
+
+def is_elementwise(equation: _graph.Equation) -> bool:
+    """Whether an equation is elementwise, looking into custom derivatives such as relu's."""
+    if equation.primitive in ELEMENTWISE:
+        return True
+    inner = _graph.subjaxpr(equation.eqn)
+    return inner is not None and _elementwise_jaxpr(inner[0])
+
+
+def _elementwise_jaxpr(jaxpr: Any) -> bool:
+    for eqn in jaxpr.eqns:
+        inner = _graph.subjaxpr(eqn)
+        if inner is not None and _elementwise_jaxpr(inner[0]):
+            continue
+        scalar = eqn.primitive.name == "broadcast_in_dim" and all(
+            isinstance(v, jex.Literal) or not v.aval.shape for v in eqn.invars
+        )
+        if eqn.primitive.name not in ELEMENTWISE and not scalar:
+            return False
+    return True
+
+
+def tap_of(graph: Graph, value: int) -> int:
+    """The tap after a pre-activation: the last value of the elementwise region that follows it.
+
+    A reduction whose result comes back to the region, as a LayerNorm's moments do, belongs to it;
+    the region ends at the first value that a layer, a pool, a reshape or another reduction reads.
+    """
+    shape = graph.avals[value].shape
+    region = {value}
+    order = [value]
+    while order:
+        current = min(order)
+        order.remove(current)
+        if current in graph.output_ids:
+            return current
+        following = []
+        for index in graph.users.get(current, ()):
+            equation = graph.equations[index]
+            inside = is_elementwise(equation) and all(
+                graph.avals[v].shape == shape for v in equation.outputs if v is not None
+            )
+            if inside:
+                following += [v for v in equation.outputs if v is not None and v not in region]
+            elif not _returns(graph, index, region, shape):
+                return current
+        region.update(following)
+        order += [v for v in following if v not in order]
+    return max(region)
+
+
+def _returns(graph: Graph, index: int, region: set[int], shape: tuple[int, ...]) -> bool:
+    """Whether an equation starts a statistic of the region that comes back to it elementwise.
+
+    A statistic is made by reductions and by what maps positions to positions: layout, broadcasts
+    and elementwise equations. A pool, a layer or an attention on the way makes it something else.
+    """
+    todo, seen = [(index, False)], set()
+    while todo:
+        current, reduced = todo.pop()
+        equation = graph.equations[current]
+        name = equation.primitive
+        if name in REDUCTIONS:
+            reduced = True
+        elif not (name in SPREAD or is_elementwise(equation)):
+            continue
+        for value in equation.outputs:
+            for user in graph.users.get(value, ()):
+                target = graph.equations[user]
+                if reduced and is_elementwise(target) and region & set(target.values):
+                    result = graph.avals[target.outputs[0]].shape
+                    if result == shape:
+                        return True
+                if (user, reduced) not in seen:
+                    seen.add((user, reduced))
+                    todo.append((user, reduced))
+    return False
