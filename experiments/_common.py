@@ -222,8 +222,66 @@ def fill(text: str, marker: str, content: str) -> str:
     return f"{head}{start}{content}{end}{rest.split(end)[1]}"
 
 
+# ----------------------------------------------------------------------------------- benchmarks
+
+
 def timed(fn: Callable[[], Any]) -> float:
     """Seconds that a call takes, including what it left running on the device."""
     start = time.perf_counter()
     jax.block_until_ready(fn())
     return time.perf_counter() - start
+
+
+def alternate(rivals: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every rival, taking turns, so that a busy spell of the machine hits all alike.
+
+    Each is called once before, to compile.
+    """
+    for fn in rivals.values():
+        jax.block_until_ready(fn())
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in tqdm(range(repeats), desc=", ".join(rivals), delay=2, leave=False):
+        for name, fn in rivals.items():
+            seconds[name].append(timed(fn))
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], base: str, other: str) -> float:
+    """How many times faster `other` is than `base`: the median over turns of the quotient."""
+    return float(np.median(np.asarray(seconds[base]) / np.asarray(seconds[other])))
+
+
+def benchmark_parser(doc: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    p.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
+    p.add_argument("--repeats", type=int, default=7, help="turns; medians over them are reported")
+    p.add_argument(
+        "--out",
+        default=str(Path("experiments", "results", "benchmarks")),
+        help="folder that the JSON record is written to",
+    )
+    return p
+
+
+def finish_benchmark(
+    name: str, args: argparse.Namespace, title: str, rows: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Prints the table and writes the record; rows are what, seconds, ratio, target, met."""
+    shown = []
+    for row in rows:
+        numbers = ["" if row.get(k) is None else f"{row[k]:.3g}" for k in ("seconds", "ratio")]
+        met = row.get("met")
+        verdict = "" if met is None else "yes" if met else "NO"
+        shown.append([row["what"], *numbers, row.get("target") or "", verdict])
+    print_table(title, ["", "seconds", "ratio", "target", "met"], shown)
+    record = {
+        "benchmark": name,
+        "title": title,
+        "quick": args.quick,
+        "repeats": args.repeats,
+        "rows": list(rows),
+    }
+    path = write_record(Path(args.out) / f"{name}.json", record | environment())
+    print(f"wrote {path}")
+    return path

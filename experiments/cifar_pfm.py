@@ -639,8 +639,8 @@ def show(record: dict[str, Any]) -> None:
         caption=f"green: at or above the mean of the edge models, {100 * summary['edge_mean']:.2f}",
     )
     for column, layers in summary["reaches_edges_at"].items():
-        where = "nowhere" if layers is None else f"from l = {layers} on"
-        print(f"{LABELS[column]} reaches the edge models: {where}")
+        where = "at none of these l" if layers is None else f"first at l = {layers}"
+        print(f"{LABELS[column]} reaches the edge models' mean {where}")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -1,0 +1,68 @@
+"""How long tracing takes, and weight matching at full width.
+
+    python experiments/benchmarks/tracing.py
+
+Tracing is measured from shapes alone and includes everything that is computed on demand: layers,
+norms, groups, taps. Weight matching aligns two randomly initialised VGG16. Aims on two cores: 0.5 s
+and 30 s.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import _common
+
+import vfjax
+from vfjax import align, models
+
+
+def tracing(name: str) -> Callable[[], Any]:
+    """A function that traces a model, nothing kept from the last time."""
+    model = models.create(name)
+    x = jax.ShapeDtypeStruct((500, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def trace() -> None:
+        net = vfjax.trace(models.apply_fn(model), variables, x)
+        _ = net.layers, net.norms, net.spec, net.taps, net.flops
+
+    return trace
+
+
+def matching(width: float) -> Callable[[], Any]:
+    """A function that matches two networks by their weights."""
+    model = models.create("vgg16", width=width)
+    x = jnp.zeros((1, 32, 32, 3))
+    init = jax.jit(model.init)
+    a, b = (init(jax.random.key(seed), x) for seed in (1, 2))
+    net = vfjax.trace(models.apply_fn(model), a, x)
+    return lambda: align.match_weights(net, a, b, key=jax.random.key(0)).objective
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the benchmark; returns the path of the record."""
+    args = _common.benchmark_parser(__doc__).parse_args(argv)
+    rows = []
+    for name in ("vgg16", "vgg16-bn", "resnet20"):
+        seconds = sorted(_common.alternate({name: tracing(name)}, args.repeats)[name])
+        median = seconds[len(seconds) // 2]
+        row = {"what": f"tracing {name}", "seconds": median, "target": "< 0.5 s"}
+        rows.append(row | {"met": median < 0.5})
+    width = 0.0625 if args.quick else 1.0
+    spent = _common.timed(matching(width))
+    row = {"what": f"weight matching of vgg16 at {width:g} of the width", "seconds": spent}
+    rows.append(row | {"target": "< 30 s", "met": spent < 30})
+    return _common.finish_benchmark("tracing", args, "Tracing and weight matching", rows)
+
+
+if __name__ == "__main__":
+    main()
