@@ -19,13 +19,13 @@ RTOL = 2e-5
 
 
 class Conv(nn.Module):
-    """Three convolutions, one of them strided, and a head; with or without BatchNorm."""
+    """Two convolutions, one of them strided, and a head; with or without BatchNorm."""
 
     norm: bool = False
 
     @nn.compact
     def __call__(self, x):
-        for width, stride in ((6, 1), (8, 2), (5, 1)):
+        for width, stride in ((6, 1), (8, 2)):
             x = nn.Conv(width, (3, 3), strides=stride)(x)
             if self.norm:
                 x = nn.BatchNorm(use_running_average=True)(x)
@@ -34,15 +34,15 @@ class Conv(nn.Module):
 
 
 class Residual(nn.Module):
-    """A stem, one block with an identity skip, one with a projection, and a head."""
+    """A stem, a block with an identity skip, a layer with a projection around it, and a head."""
 
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Conv(6, (3, 3), name="stem")(x))
         y = nn.relu(nn.Conv(4, (3, 3), name="a1")(x))
         x = nn.relu(x + nn.Conv(6, (3, 3), name="a2")(y))
-        y = nn.relu(nn.Conv(7, (3, 3), strides=2, name="b1")(x))
-        x = nn.relu(nn.Conv(8, (1, 1), strides=2, name="b0")(x) + nn.Conv(8, (3, 3), name="b2")(y))
+        y = nn.relu(nn.Dense(7, name="b1")(x))
+        x = nn.relu(nn.Dense(8, name="b0")(x) + nn.Dense(8, name="b2")(y))
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
@@ -96,7 +96,7 @@ def _close(found, wanted, rtol=RTOL):
     np.testing.assert_allclose(found, wanted, rtol=rtol, atol=rtol * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("sizes", [(), (37,), (12, 12, 13), (16, 16, 5), (1, 36)])
+@pytest.mark.parametrize("sizes", [(37,), (16, 16, 5), (1, 36)])
 def test_moments_are_those_of_the_concatenated_data(sizes):
     net, trees, data = conv()
     found = stats.moments(net, trees, _cut(data, *sizes), sites="all")
@@ -129,7 +129,7 @@ def test_labels_are_dropped():
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_several_models_are_measured_as_one_by_one(count):
     net, trees, data = _make(Conv(norm=True), count)
     together = stats.moments(net, trees, _cut(data, 20, 17))
@@ -154,7 +154,7 @@ def _tap_matrices(net, tree, data):
 
 
 @pytest.mark.parametrize("make", [conv, residual])
-@pytest.mark.parametrize("sizes", [(37,), (16, 16, 5)])
+@pytest.mark.parametrize("sizes", [(16, 16, 5)])
 def test_covariances_are_those_of_the_concatenated_data(make, sizes):
     net, trees, data = make()
     full = stats.moments(net, trees, _cut(data, *sizes), sites="taps", covariance=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vfjax.network import Network
@@ -154,22 +155,22 @@ def pool(
     return out
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
-    """Mean, variance and covariance `[K, K, n, n]` by site, rounding taken off the variances."""
-    var = {}
+    """Mean, variance and covariance `[K, K, n, n]` by site, rounding taken off the variances.
+
+    On the host: it is little, and there it needs no compilation.
+    """
+    pooled = jax.tree.map(np.asarray, pooled)
+    mean, var, blocks = pooled["mean"], {}, {}
     for site, value in pooled["var"].items():
-        floor = _ROUNDINGS * jnp.finfo(value.dtype).eps * jnp.abs(pooled["mean"][site])
-        var[site] = jnp.where(value <= jnp.square(floor), 0, value)
-    blocks = {}
+        floor = _ROUNDINGS * np.finfo(value.dtype).eps * np.abs(mean[site])
+        var[site] = np.where(value <= np.square(floor), 0, value)
     for site, value in pooled["covariance"].items():
-        models = range(pooled["mean"][site].shape[0])
-        found = dict(zip(plan.pairs, value, strict=True))
-        found |= {(j, i): block.T for (i, j), block in found.items()}
-        missing = jnp.full(value.shape[1:], jnp.nan, value.dtype)
-        rows = [jnp.stack([found.get((i, j), missing) for j in models]) for i in models]
-        blocks[site] = jnp.stack(rows)
-    return pooled["mean"], var, blocks
+        models = len(mean[site])
+        blocks[site] = np.full((models, models, *value.shape[1:]), np.nan, value.dtype)
+        for (i, j), block in zip(plan.pairs, value, strict=True):
+            blocks[site][i, j], blocks[site][j, i] = block, block.T
+    return jax.tree.map(jnp.asarray, (mean, var, blocks))
 
 
 def replicate(tree: PyTree, mesh: Any) -> PyTree:
