@@ -199,9 +199,8 @@ def default_layers(depth: int) -> list[int]:
       >>> default_layers(20), default_layers(7)
       ([0, 6, 10, 13, 19], [0, 2, 3, 4, 6])
     """
-    fractions = [layers / 14 for layers in LAYERS[14]]
-    nearest = sorted({int(fraction * depth + 0.5) for fraction in fractions})
-    return list(LAYERS.get(depth, nearest))
+    nearest = {min(int(layers / 14 * depth + 0.5), depth - 1) for layers in LAYERS[14]}
+    return list(LAYERS.get(depth, sorted(nearest)))
 
 
 # ---------------------------------------------------------------------------------- edge models

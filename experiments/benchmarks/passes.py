@@ -30,11 +30,12 @@ from vfjax._route import routed
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
     args = _common.benchmark_parser(__doc__).parse_args(argv)
-    width, batch, count = (0.0625, 20, 2) if args.quick else (0.25, 500, 4)
-    model = models.create("vgg16", width=width)
+    model, shape, count = models.create("vgg16", width=0.25), (500, 32, 32, 3), 4
+    if args.quick:
+        model, shape, count = models.create("digits-conv"), (10, 8, 8, 1), 2
     fn = models.apply_fn(model)
     keys = jax.random.split(jax.random.key(0), count)
-    data = [(jax.random.normal(key, (batch, 32, 32, 3)), jnp.arange(batch) % 10) for key in keys]
+    data = [(jax.random.normal(key, shape), jnp.arange(shape[0]) % 10) for key in keys]
     x = data[0][0]
     init = jax.jit(model.init)
     trees = [init(jax.random.key(seed), x) for seed in (1, 2)]
@@ -64,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             aim = 0.8 if what == "with covariances" else 0.9
             row |= {"ratio": found, "target": f">= {aim:g}", "met": found >= aim}
         rows.append(row)
-    title = (
-        f"VGG16 at {width:g} of the width, {count} batches of {batch}: against a bare forward pass"
-    )
+    name = "digits-conv" if args.quick else "VGG16 at a quarter of the width"
+    title = f"{name}, {count} batches of {shape[0]}: passes against a bare forward pass"
     return _common.finish_benchmark("passes", args, title, rows)
 
 

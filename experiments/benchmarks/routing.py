@@ -30,11 +30,10 @@ AIMS = {"training step": 1.6, "evaluation": 2.0}
 
 
 def programs(
-    width: float, batch: int, steps: int, wrap: Callable[[Any], Any]
+    model: Any, x: jax.Array, steps: int, wrap: Callable[[Any], Any]
 ) -> dict[str, Callable[[], Any]]:
-    """Training steps and evaluations of a VGG16, with the forward pass wrapped."""
-    model = models.create("vgg16", width=width)
-    x = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3))
+    """Training steps and evaluations of a model, with the forward pass wrapped."""
+    batch = len(x)
     label = jnp.arange(batch) % 10
     variables = jax.jit(model.init)(jax.random.key(0), x)
     optimizer = optax.sgd(0.05, momentum=0.9)
@@ -66,9 +65,12 @@ def programs(
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
     args = _common.benchmark_parser(__doc__).parse_args(argv)
-    width, batch, steps = (0.0625, 16, 1) if args.quick else (0.25, 128, 5)
-    plain = programs(width, batch, steps, lambda fn: fn)
-    fast = programs(width, batch, steps, routed)
+    model, x, steps = models.create("vgg16", width=0.25), jnp.zeros((128, 32, 32, 3)), 5
+    if args.quick:
+        model, x, steps = models.create("digits-conv"), jnp.zeros((8, 8, 8, 1)), 1
+    x = jax.random.normal(jax.random.key(1), x.shape)
+    plain = programs(model, x, steps, lambda fn: fn)
+    fast = programs(model, x, steps, routed)
     rows = []
     for what, aim in AIMS.items():
         seconds = _common.alternate({"plain": plain[what], "routed": fast[what]}, args.repeats)
@@ -76,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for kind, values in seconds.items():
             rows.append({"what": f"{what}, {kind}", "seconds": min(values) / steps})
         rows[-1] |= {"ratio": found, "target": f">= {aim:g}", "met": found >= aim}
-    title = f"VGG16 at {width:g} of the width, batches of {batch}: routed against plain"
+    name = "digits-conv" if args.quick else "VGG16 at a quarter of the width"
+    title = f"{name}, batches of {len(x)}: routed against plain"
     return _common.finish_benchmark("routing", args, title, rows)
 
 
