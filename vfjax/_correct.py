@@ -194,14 +194,12 @@ def coefficients(
 
 
 def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
-    """Moments of one batch; centred twice, so that a large constant does not seem to vary."""
+    """Moments of one batch, centred before they are squared."""
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     count = math.prod(value.shape[a] for a in sample_axes)
     mean = value.mean(sample_axes)
     centred = value - jnp.expand_dims(mean, sample_axes)
-    rest = centred.mean(sample_axes)
-    m2 = jnp.square(centred - jnp.expand_dims(rest, sample_axes)).sum(sample_axes)
-    return Pooled(jnp.asarray(count, mean.dtype), mean + rest, m2)
+    return Pooled(jnp.asarray(count, mean.dtype), mean, jnp.square(centred).sum(sample_axes))
 
 
 def pool(a: Pooled, b: Pooled) -> Pooled:
