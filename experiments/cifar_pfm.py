@@ -586,11 +586,12 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
                 merged = pair.merged(number, aligned=True)
                 costs[number] = merged.params, merged.flops
 
-    config = {key: value for key, value in vars(args).items() if key not in ("model", "layers")}
+    config = vars(args) | {"model": arch.name, "width": arch.width, "layers": layers}
+    config["samples"] = "all" if args.samples is None else args.samples
     record: dict[str, Any] = {
         "experiment": "cifar_pfm",
         "command": command,
-        "config": config | {"model": arch.name, "width": arch.width, "layers": layers},
+        "config": config,
         "data": {
             "name": dataset.name,
             "source": dataset.source.split(" in ")[0],

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = _common.benchmark_parser(__doc__).parse_args(argv)
     model, shape, count = models.create("vgg16", width=0.25), (500, 32, 32, 3), 4
     if args.quick:
-        model, shape, count = models.create("digits-conv"), (10, 8, 8, 1), 2
+        model, shape, count = models.create("digits-mlp"), (10, 8, 8, 1), 2
     fn = models.apply_fn(model)
     keys = jax.random.split(jax.random.key(0), count)
     data = [(jax.random.normal(key, shape), jnp.arange(shape[0]) % 10) for key in keys]
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             aim = 0.8 if what == "with covariances" else 0.9
             row |= {"ratio": found, "target": f">= {aim:g}", "met": found >= aim}
         rows.append(row)
-    name = "digits-conv" if args.quick else "VGG16 at a quarter of the width"
+    name = "digits-mlp" if args.quick else "VGG16 at a quarter of the width"
     title = f"{name}, {count} batches of {shape[0]}: passes against a bare forward pass"
     return _common.finish_benchmark("passes", args, title, rows)
 

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = _common.benchmark_parser(__doc__).parse_args(argv)
     model, x, steps = models.create("vgg16", width=0.25), jnp.zeros((128, 32, 32, 3)), 5
     if args.quick:
-        model, x, steps = models.create("digits-conv"), jnp.zeros((8, 8, 8, 1)), 1
+        model, x, steps = models.create("digits-mlp"), jnp.zeros((8, 8, 8, 1)), 1
     x = jax.random.normal(jax.random.key(1), x.shape)
     plain = programs(model, x, steps, lambda fn: fn)
     fast = programs(model, x, steps, routed)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for kind, values in seconds.items():
             rows.append({"what": f"{what}, {kind}", "seconds": min(values) / steps})
         rows[-1] |= {"ratio": found, "target": f">= {aim:g}", "met": found >= aim}
-    name = "digits-conv" if args.quick else "VGG16 at a quarter of the width"
+    name = "digits-mlp" if args.quick else "VGG16 at a quarter of the width"
     title = f"{name}, batches of {len(x)}: routed against plain"
     return _common.finish_benchmark("routing", args, title, rows)
 

@@ -56,7 +56,7 @@ def matching(name: str) -> Callable[[], Any]:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
     args = _common.benchmark_parser(__doc__).parse_args(argv)
-    names = ("digits-conv",) if args.quick else ("vgg16", "vgg16-bn", "resnet20")
+    names = ("digits-mlp",) if args.quick else ("vgg16", "vgg16-bn", "resnet20")
     rows = []
     for name in names:
         seconds = sorted(_common.alternate({name: tracing(name)}, args.repeats)[name])

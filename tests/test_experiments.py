@@ -1,0 +1,315 @@
+"""The experiments end to end, on the digits and on small random networks."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vfjax import checkpoint, data
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+# Experiments are scripts: they import each other as Python finds them when one is run.
+sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "benchmarks")]
+pfm = importlib.import_module("cifar_pfm")
+
+PLAIN = ["direct", "matched", "repair", "rescale", "bias_calibration"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The record of a quick run on the shipped digits networks."""
+    folder = tmp_path_factory.mktemp("digits")
+    options = ["--model", "digits-mlp", "--layers", "0", "5", "6", "--out", str(folder)]
+    path = pfm.main(["--dataset", "digits", *options])
+    return path, json.loads(path.read_text())
+
+
+def accuracy(record, row, column):
+    (found,) = (r for r in record["rows"] if r["name"] == row)
+    return found["cells"][column]["mean"]
+
+
+# ------------------------------------------------------------------------------------ the record
+
+
+def test_record_is_complete(digits):
+    path, record = digits
+    assert path.name == "cifar_pfm-digits-digits-mlp.json"
+    assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+    assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".png"]
+    assert record["experiment"] == "cifar_pfm"
+    assert "--dataset digits" in record["command"]
+    assert record["config"]["layers"] == [0, 5, 6]
+    assert record["config"]["samples"] == 10_000 and record["config"]["alpha"] == 0.5
+    assert record["data"]["statistics_images"] == 1300 and record["data"]["test_images"] == 497
+    assert record["seeds"] == {"edge_models": [0, 1], "matching": 0}
+    assert {"python", "vfjax", "jax", "numpy"} <= set(record["versions"])
+    assert record["device"]["platform"] == jax.default_backend()
+    stages = set(record["seconds"])
+    assert {"data", "trace", "checkpoints", "matching", "PFM 0/6", "PFM 6/6", "total"} <= stages
+    assert record["pairs"][0]["matching"]["method"] == "activation"
+
+
+def test_rows_and_columns(digits):
+    _, record = digits
+    names = [row["name"] for row in record["rows"]]
+    merged = [f"PFM {layers}/6" for layers in (0, 5, 6)]
+    assert names == ["model 1", "model 2", "ensemble", *merged]
+    assert record["columns"] == PLAIN
+    for row in record["rows"]:
+        assert list(row["cells"]) == (["direct"] if row["layers"] is None else PLAIN)
+        for cell in row["cells"].values():
+            assert len(cell["accuracy"]) == len(cell["loss"]) == 1
+            assert cell["std"] == 0 and cell["mean"] == cell["accuracy"][0]
+
+
+def test_cost_grows_from_one_model_to_two(digits):
+    _, record = digits
+    merged = record["rows"][3:]
+    for key in ("params", "flops"):
+        values = [row[key] for row in merged]
+        assert values == sorted(values)
+        assert merged[0][f"{key}_ratio"] == 1 and merged[-1][f"{key}_ratio"] == 2
+        assert merged[0][key] == record["model"]["parameters" if key == "params" else "flops"]
+
+
+def test_limits(digits):
+    """With all layers kept apart every column is the ensemble; cards say what models have."""
+    _, record = digits
+    ensemble = accuracy(record, "ensemble", "direct")
+    for column in ("direct", "matched", "bias_calibration"):
+        # Permuted networks compute the same to rounding: at most one image may tip.
+        assert accuracy(record, "PFM 6/6", column) == pytest.approx(ensemble, abs=1.5 / 497)
+    for index, card in enumerate(record["edge_models"], start=1):
+        measured = accuracy(record, f"model {index}", "direct")
+        assert measured == pytest.approx(card["test_accuracy"], abs=1.5 / 497)
+
+
+def test_what_the_paper_found(digits):
+    _, record = digits
+    edge = record["summary"]["edge_mean"]
+    assert accuracy(record, "PFM 0/6", "direct") < 0.3
+    for column in ("repair", "rescale"):
+        assert accuracy(record, "PFM 0/6", column) > accuracy(record, "PFM 0/6", "direct") + 0.5
+        assert accuracy(record, "PFM 5/6", column) > edge - 0.01
+
+
+def test_table_and_figure_show_the_record(digits, capsys):
+    _, record = digits
+    header, lines = pfm.table_of(record, ("**", "**"))
+    assert header[1:6] == ["direct", "matched", "REPAIR", "RESCALE", "bias cal."]
+    assert len(lines) == len(record["rows"]) and {len(line) for line in lines} == {len(header)}
+    value = record["rows"][3]["cells"]["repair"]["mean"]
+    assert lines[3][3].strip("*") == f"{100 * value:.2f}"
+    pfm.show(record)
+    printed = capsys.readouterr().out
+    assert "PFM 5/6" in printed and "scikit-learn" in printed
+    (axes,) = pfm.figure_of(record).axes
+    assert len(axes.containers) == len(PLAIN)
+
+
+def test_fallback_is_in_the_title(digits):
+    record = json.loads(json.dumps(digits[1]))
+    record["data"]["fallback"] = True
+    assert pfm.title_of(record).startswith("CIFAR-10 NOT FOUND")
+
+
+# ------------------------------------------------------------------------------------ variations
+
+
+class Tiny(nn.Module):
+    """Three dense layers, compiled in no time."""
+
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(len(x), -1)
+        for _ in range(2):
+            x = nn.Dense(6)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x) if self.norm else x)
+        return nn.Dense(10)(x)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Random networks as edge models, under the names of others, on random images."""
+    rng = np.random.default_rng(0)
+    images = {n: rng.integers(0, 256, (n, 2, 2, 1), np.uint8) for n in (25, 20)}
+    labels = {n: rng.integers(0, 10, n).astype(np.int32) for n in (25, 20)}
+    arrays = images[25], labels[25], images[20], labels[20]
+    dataset = data.Dataset("cifar10", *arrays, (0.5,), (0.25,), 10, "random")
+    monkeypatch.setattr(pfm.data, "load", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(pfm, "BATCH", 10)
+
+    def make(name, count):
+        model = Tiny(norm=name.endswith("bn"))
+        monkeypatch.setattr(pfm.models, "create", lambda *args, **kwargs: model)
+        for seed in range(count):
+            folder = tmp_path / "checkpoints" / f"cifar10-{name}-w0.25-seed{seed}"
+            meta = {"seed": seed, "test": {"accuracy": 0.1}, "command": "none"}
+            variables = model.init(jax.random.key(seed), np.zeros((1, 2, 2, 1), np.float32))
+            checkpoint.save(folder, variables, meta)
+        monkeypatch.setattr(pfm._common, "ROOT", tmp_path)
+        return ["--model", name, "--out", str(tmp_path / "out")]
+
+    return make
+
+
+def test_batchnorm_gets_reset_and_pairs_get_spreads(tiny):
+    path = pfm.main([*tiny("vgg11-bn", 3), "--layers", "0", "2", "--pairs", "3"])
+    assert path.name == "cifar_pfm-cifar10-vgg11-bn-w0.25-3pairs.json"
+    record = json.loads(path.read_text())
+    assert record["columns"] == ["direct", "matched", "reset"]
+    assert [pair["models"] for pair in record["pairs"]] == [[0, 1], [0, 2], [1, 2]]
+    for row in record["rows"]:
+        for cell in row["cells"].values():
+            assert cell["mean"] == pytest.approx(np.mean(cell["accuracy"]))
+            assert cell["std"] == pytest.approx(np.std(cell["accuracy"], ddof=1))
+            assert len(cell["accuracy"]) == 3
+    assert "over 3 pairs" in record["title"]
+
+
+def test_weights_and_no_matching(tiny):
+    options = tiny("vgg11", 2)
+    arguments = [*options, "--layers", "2", "--alpha", "1", "--match", "none"]
+    record = json.loads(pfm.main(arguments).read_text())
+    assert record["columns"] == ["direct", "repair", "rescale", "bias_calibration"]
+    # All weight is on the second model.
+    second = accuracy(record, "model 2", "direct")
+    assert accuracy(record, "PFM 2/3", "direct") == second == accuracy(record, "ensemble", "direct")
+    assert "alpha 1" in record["title"] and "no matching" in record["title"]
+
+
+def test_weight_matching(tiny):
+    arguments = [*tiny("vgg11", 2), "--layers", "1", "--match", "weight", "--samples", "10"]
+    path = pfm.main(arguments)
+    record = json.loads(path.read_text())
+    assert "weight" in path.name and record["columns"] == PLAIN
+    assert record["data"]["statistics_images"] == 10
+    assert record["pairs"][0]["matching"]["converged"] is True
+
+
+def test_retrain_trains_what_it_merges(tmp_path, monkeypatch):
+    def fit(model, recipe, dataset, *, seed, **options):
+        x = np.zeros((1, *dataset.train_images.shape[1:]), np.float32)
+        asked.append((recipe.epochs, seed))
+        return pfm.train.Trained(jax.jit(model.init)(jax.random.key(seed), x), (), 1.0)
+
+    asked: list = []
+    monkeypatch.setattr(pfm.train_edges.train, "fit", fit)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["--model", "digits-mlp", "--retrain", "--layers", "5", "--match", "none"]
+    path = pfm.main(["--dataset", "digits", *options, "--out", str(tmp_path / "out")])
+    record = json.loads(path.read_text())
+    assert asked == [(60, 0), (60, 1)]
+    trained = sorted(p.name for p in (tmp_path / "out" / "checkpoints-cpu").iterdir())
+    assert trained == ["digits-mlp-seed0", "digits-mlp-seed1"]
+    assert [model["checkpoint"] for model in record["edge_models"]] == trained
+    assert "training" in record["seconds"]
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+def test_layers_of_the_paper():
+    assert pfm.default_layers(14) == [0, 3, 6, 8, 12]
+    assert pfm.default_layers(20) == [0, 6, 10, 13, 19]
+    for depth in range(2, 60):
+        found = pfm.default_layers(depth)
+        assert found[0] == 0 and found == sorted(set(found)) and found[-1] < depth
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        pfm.main(["--help"])
+    printed = capsys.readouterr().out
+    for option in (
+        "--dataset {auto,cifar10,cifar100,mnist,digits}",
+        "--model",
+        "--match {activation,weight,none}",
+        "--layers",
+        "--alpha",
+        "--pairs",
+        "--samples N|all",
+        "--data-dir",
+        "--retrain",
+        "--preset {cpu,paper}",
+        "--out",
+    ):
+        assert option in printed
+    for action in pfm.parser()._actions:
+        assert action.help
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--layers", "9"], "--layers must be from 0 to L = 7, got 9"),
+        (["--layers", "-1"], "--layers must be from 0 to L = 7, got -1"),
+        (["--model", "vgg16"], "--model vgg16 is not for scikit-learn's 8x8 digits"),
+        (["--model", "vgg17"], "'vgg17' is no model; take one of"),
+        (["--model", "digits-mlp-w0.5"], "has no option 'width'"),
+        (["--model", "digits-conv-w0.5"], "2 models digits-conv-w0.5-seed* are needed"),
+        (["--pairs", "50"], "are needed in checkpoints/"),
+        (["--pairs", "0"], "'0' is no number of pairs"),
+        (["--alpha", "1.5"], "'1.5' is no number from 0 to 1"),
+        (["--alpha", "half"], "'half' is no number from 0 to 1"),
+        (["--samples", "0"], "'0' is neither a number of images nor 'all'"),
+        (["--match", "both"], "invalid choice: 'both'"),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "is not prepared"),
+    ],
+)
+def test_bad_options(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        pfm.main(["--dataset", "digits", "--out", str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_checkpoint(tiny, capsys, tmp_path):
+    arguments = tiny("vgg11", 2)
+    (tmp_path / "checkpoints" / "cifar10-vgg11-w0.25-seed1" / "structure.json").write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        pfm.main(arguments)
+    assert "is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------- other scripts
+
+
+@pytest.mark.parametrize("name", ["_common", "cifar_pfm", "train_edges"])
+def test_examples_in_docstrings(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize("name", ["routing", "passes", "tracing"])
+def test_benchmarks_run(name, tmp_path):
+    benchmark = importlib.import_module(name)
+    path = benchmark.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
+    record = json.loads(path.read_text())
+    assert record["benchmark"] == name and record["quick"] is True
+    assert all(row["seconds"] > 0 for row in record["rows"])
+    assert any(row.get("target") for row in record["rows"])
+
+
+def test_notebook_runs(capsys):
+    """The notebook's cells in turn, save for the installation."""
+    path = EXPERIMENTS / "notebooks" / "vfjax_colab.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert "pip install" in sources[0]
+    names: dict = {}
+    for source in sources[1:]:
+        exec(compile(source.replace("steps=400", "steps=40"), path.name, "exec"), names)
+    assert "PFM 4/5" in capsys.readouterr().out

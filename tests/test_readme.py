@@ -1,0 +1,69 @@
+"""The README: its code runs, its commands exist, its generated parts are up to date."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+class Yours(nn.Module):
+    """A reader's own network."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features in (16, 16, 16):
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(4)(x)
+
+
+def test_the_example_merges_a_flax_model():
+    (example,) = code("python")
+    lines = [line for line in example.splitlines() if line.strip()]
+    assert len(lines) == 10
+    model = Yours()
+    batches = list(jax.random.normal(jax.random.key(0), (3, 20, 5)))
+    a, b = (model.init(jax.random.key(seed), batches[0]) for seed in (1, 2))
+    names = {"model": model, "a": a, "b": b, "batches": batches}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["logits"].shape == (20, 4)
+    assert names["merged"].cut == 2
+    # Permuting does not change what the second network computes.
+    np.testing.assert_allclose(
+        model.apply(names["b"], batches[0]), model.apply(b, batches[0]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_commands_are_as_promised():
+    commands = "\n".join(code("bash"))
+    assert "pip install . && python experiments/cifar_pfm.py" in commands
+    assert 'pip install ".[test]" && pytest' in commands
+
+
+def test_extras_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in re.findall(r"\"\.\[(\w+)\]\"", README):
+        assert extra in project["optional-dependencies"]
+
+
+def test_named_files_exist():
+    for name in re.findall(r"`((?:vfjax|experiments|checkpoints|tests)/[\w./-]*)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_generated_parts_are_up_to_date():
+    sys.path.insert(0, str(ROOT / "experiments"))
+    assert importlib.import_module("update_readme").filled(README) == README
