@@ -12,7 +12,6 @@ arguments of that call, so that all models of one network and cut share its comp
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,16 +23,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vfjax import _tree
 from vfjax._batches import batches
 from vfjax._merged import Merged, affine
+from vfjax._pooled import Pooled, coefficients, moments_of, pool
 from vfjax._streaming import mesh_of, replicate
 from vfjax.network import Crossing, Network, Norm
 
 Array = jax.Array
 PyTree = Any
 
-# A channel below this fraction of its layer's largest variance counts as constant.
-_DEAD = 1e-12
-# So does one whose standard deviation is within this many roundings of its mean.
-_ROUNDINGS = 8
 # Crossings are kept between the passes of `by_layer` up to this many bytes.
 _KEEP_BYTES = 1 << 30
 
@@ -52,25 +48,6 @@ class Job(NamedTuple):
     cut: int
     layers: tuple[str, ...]
     norms: tuple[str, ...]
-
-
-class Pooled(NamedTuple):
-    """Moments of a value per channel.
-
-    Attributes:
-        count: Number of samples.
-        mean: Shaped like the channels; float32 or better.
-        m2: Sum of squared deviations from the mean, likewise.
-    """
-
-    count: Any
-    mean: Any
-    m2: Any
-
-    @property
-    def var(self) -> Any:
-        """Population variance."""
-        return self.m2 / self.count
 
 
 class Found(NamedTuple):
@@ -167,47 +144,6 @@ def by_layer(
                 before = found.corrections.get(job.net.norm(name).layer)
                 found.norms[name] = _moved(pooled[name], before)
     return found
-
-
-def coefficients(
-    now: Pooled, goal: tuple[Array, Array], centre: bool | Array
-) -> tuple[Array, Array]:
-    """Scale and shift that give a value its goal moments.
-
-    A channel keeps scale 1 if its variance is zero to rounding or below 1e-12 of the largest in the
-    layer, since no scale makes a constant vary. REPAIR still moves its mean to the goal.
-
-    Args:
-        now: Moments of the value.
-        goal: Mean and standard deviation that it should have.
-        centre: Whether to correct the mean; the shift is 0 if not.
-
-    Returns:
-        Scale and shift.
-    """
-    mean, var = jnp.asarray(now.mean), jnp.asarray(now.var)
-    goal_mean, goal_std = goal
-    floor = _ROUNDINGS * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
-    alive = (var > _DEAD * var.max()) & (var > floor * floor)
-    scale = jnp.where(alive, goal_std / jnp.sqrt(jnp.where(alive, var, 1)), 1)
-    return scale, jnp.where(centre, goal_mean - scale * mean, 0)
-
-
-def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
-    """Moments of one batch, centred before they are squared."""
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    count = math.prod(value.shape[a] for a in sample_axes)
-    mean = value.mean(sample_axes)
-    centred = value - jnp.expand_dims(mean, sample_axes)
-    return Pooled(jnp.asarray(count, mean.dtype), mean, jnp.square(centred).sum(sample_axes))
-
-
-def pool(a: Pooled, b: Pooled) -> Pooled:
-    """Moments of the union of two sets of samples (Chan, Golub and LeVeque 1979)."""
-    count = a.count + b.count
-    step = b.mean - a.mean
-    share = b.count / count
-    return Pooled(count, a.mean + step * share, a.m2 + b.m2 + step * step * (a.count * share))
 
 
 def ranks(job: Job) -> list[list[str]]:
