@@ -173,9 +173,11 @@ def _bias_index(graph: Graph, site: LinearSite) -> np.ndarray | None:
 
 
 def _mean_index(traced: Traced, site: LinearSite) -> np.ndarray | None:
-    norm = traced.norms[traced.norm_after(site)]
-    shape = traced.graph.avals[site.preactivation].shape
-    return _leaf_index(traced.graph, norm.mean, shape, site.channel_axes)
+    """For each channel of the pre-activation, the entry of the norm's mean that it loses."""
+    name, axes = traced.norm_link(site)
+    norm = traced.norms[name]
+    shape = traced.graph.avals[traced.graph.equations[norm.index].inputs[0]].shape
+    return _leaf_index(traced.graph, norm.mean, shape, axes)
 
 
 def _leaf_index(

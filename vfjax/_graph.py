@@ -59,8 +59,9 @@ MAX_UNROLL = 64
 
 # Frames of installed packages, of JAX and of this core are never where a user wrote a layer.
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 _LIBRARIES = (
-    os.path.dirname(os.path.abspath(jax.__file__)) + os.sep,
+    _JAX,
     os.sep + "site-packages" + os.sep,
     os.sep + "dist-packages" + os.sep,
 )
@@ -107,12 +108,12 @@ class Equation:
 
     @functools.cached_property
     def where(self) -> str:
-        """The user's source line, as `file:line`."""
+        """The user's source line, as `file:line`; a library's where the user's is too far up."""
         traceback = self.eqn.source_info.traceback
         frames = list(traceback.frames) if traceback is not None else []
-        for frame in frames:
-            if not _in_library(frame.file_name):
-                return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
+        outside = [f for f in frames if not f.file_name.startswith((_PACKAGE, _JAX))]
+        for frame in [f for f in frames if not _in_library(f.file_name)] + outside:
+            return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
         return "unknown"
 
     @functools.cached_property

@@ -18,7 +18,7 @@ from vfjax._views import REDUCTIONS, SPREAD
 
 _PRODUCTS, _SUMS = frozenset({"mul", "div"}), frozenset({"add", "add_any", "sub"})
 _ROOTS = frozenset({"sqrt", "rsqrt", "pow"})
-_SIMPLE = frozenset({"max", "square", "integer_pow", "abs"})
+_SIMPLE = frozenset({"max", "square", "integer_pow", "abs", "select_n"})
 
 
 def leaves_outside(
@@ -133,12 +133,12 @@ def report_missing_layers(traced: Any) -> None:
         warnings.warn(
             f"apply_fn multiplies by the constant arrays {some}, which no merge can reach. If they "
             f"are trained: {remedy}",
-            stacklevel=5,
+            stacklevel=4,
         )
     if not traced.layers:
         inside = f" Layers may lie inside {list(traced.opaque)}." if traced.opaque else ""
         warnings.warn(
             "The network has no layers: nowhere do parameters meet the input in a matrix product "
             f"or convolution.{inside}",
-            stacklevel=5,
+            stacklevel=4,
         )

@@ -135,15 +135,18 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     aval = jax.typeof(leaf)
+    how = {"weak_type": getattr(aval, "weak_type", False)}
     sharding = getattr(aval, "sharding", None)
-    if sharding is not None and sharding.mesh.empty:
-        sharding = None
-    weak = getattr(aval, "weak_type", False)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=weak)
+    if sharding is not None and not sharding.mesh.empty:
+        how["sharding"] = sharding
+        if getattr(aval, "manual_axis_type", None) is not None:  # inside of a shard_map
+            how["manual_axis_type"] = aval.manual_axis_type
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **how)
 
 
 def _key(leaf: jax.ShapeDtypeStruct) -> Hashable:
-    return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
+    manual = getattr(leaf, "manual_axis_type", None)
+    return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding, manual
 
 
 def _settings() -> Hashable:

@@ -132,7 +132,7 @@ def _reshape_axes(
     return tuple(found)
 
 
-def _follow(
+def follow(
     graph: Graph, value: int, axes: tuple[int, ...], labels: np.ndarray
 ) -> tuple[int, int, tuple[int, ...], np.ndarray]:
     """Follows single-use casts and layout; the consumer's index, and the value that it reads."""
@@ -163,7 +163,7 @@ def _follow(
 def _preactivation(
     graph: Graph, value: int, axes: tuple[int, ...], labels: np.ndarray
 ) -> tuple[int, tuple[int, ...], np.ndarray, int | None, View | None]:
-    index, followed, new_axes, new_labels = _follow(graph, value, axes, labels)
+    index, followed, new_axes, new_labels = follow(graph, value, axes, labels)
     if index >= 0 and graph.equations[index].primitive in ("add", "add_any"):
         equation = graph.equations[index]
         others = [v for v in equation.inputs if v != followed]

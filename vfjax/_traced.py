@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _calls, _graph, _norms, _outside, _sites, _taps, _views
+from vfjax import _calls, _graph, _norms, _outside, _sites, _taps
 from vfjax._graph import INPUT, PARAM, Graph
 
 
@@ -75,8 +75,7 @@ class Traced:
     def taps(self) -> dict[str, int]:
         """Id of the tap of each layer, by the layer's name."""
         return {
-            name: _taps.tap_of(self.graph, site.preactivation)
-            for name, site in self.layers.items()
+            name: _taps.tap_of(self.graph, site.preactivation) for name, site in self.layers.items()
         }
 
     @functools.cached_property
@@ -138,23 +137,26 @@ class Traced:
         found = _outside.leaves_outside(self.graph, self.layers.values(), self.norms.values())
         return tuple((self.paths[leaf], primitive, where) for leaf, primitive, where in found)
 
-    @functools.cached_property
-    def _norm_inputs(self) -> dict[int, str]:
-        return {self.graph.equations[s.index].inputs[0]: n for n, s in self.norms.items()}
-
     def norm_after(self, site: _sites.LinearSite) -> str | None:
-        """The norm that alone reads a layer's pre-activation, casts aside, or None."""
-        value = site.preactivation
-        for _ in range(3):
-            users = self.graph.users.get(value, ())
-            if len(users) != 1 or value in self.graph.output_ids:
-                return None
-            if value in self._norm_inputs:
-                return self._norm_inputs[value]
-            equation = self.graph.equations[users[0]]
-            if equation.primitive not in _views.CAST:
-                return None
-            value = equation.outputs[0]
+        """The norm that alone reads a layer's pre-activation, casts and layout aside, or None."""
+        link = self.norm_link(site)
+        return None if link is None else link[0]
+
+    @functools.cache  # noqa: B019 - lives and dies with the network that owns it
+    def norm_link(self, site: _sites.LinearSite) -> tuple[str, tuple[int, ...]] | None:
+        """The norm that alone reads a layer, and the layer's channel axes in the norm's input."""
+        graph = self.graph
+        shape = graph.avals[site.preactivation].shape
+        sizes = [n if a in site.channel_axes else 1 for a, n in enumerate(shape)]
+        labels = np.arange(int(np.prod(sizes))).reshape(sizes)
+        index, value, axes, labels = _sites.follow(
+            graph, site.preactivation, site.channel_axes, labels
+        )
+        for name, norm in self.norms.items():
+            if norm.index == index and graph.equations[index].inputs[0] == value:
+                # Channels in another order would need maps between the two.
+                ordered = bool((np.diff(labels.reshape(-1)) > 0).all())
+                return (name, axes) if ordered else None
         return None
 
     @functools.cache  # noqa: B019 - lives and dies with the network that owns it

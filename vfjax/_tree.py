@@ -20,9 +20,9 @@ def _name(path: tuple[Any, ...]) -> str:
 def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, Any], Any]:
     """Flattens a tree into a dict from leaf path to leaf.
 
-    Paths read like `params/Conv_0/kernel`. A `/value` that ends every path, as in some states of
-    Flax NNX, is left out, so that names agree between APIs. Where keys hold a slash themselves and
-    paths would coincide, those read like `['a/b']` instead.
+    Paths read like `params/Conv_0/kernel`. The `/value` that Flax NNX appends is left out, so that
+    names agree between APIs. Where keys hold a slash themselves and paths would coincide, those
+    read like `['a/b']` instead.
 
     Args:
         tree: A pytree of arrays. None counts as an absent subtree, as everywhere in JAX.
@@ -36,9 +36,13 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, A
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = [_name(path) for path, _ in flat]
-    if names and all(n.endswith("/value") for n in names):
-        short = [n.removesuffix("/value") for n in names]
-        names = short if len(set(short)) == len(short) else names
+    attribute = jax.tree_util.GetAttrKey("value")  # as against a key of a dict
+    whole = all(n.endswith("/value") for n in names)
+    short = [
+        n.removesuffix("/value") if whole or path[-1:] == (attribute,) else n
+        for n, (path, _) in zip(names, flat, strict=True)
+    ]
+    names = short if len(set(short)) == len(short) else names
     if len(set(names)) < len(names):
         counts = Counter(names)
         full = (jax.tree_util.keystr(path) for path, _ in flat)
@@ -98,9 +102,7 @@ def check_trees(trees: Sequence[PyTree], *, name: str = "trees", finite: bool = 
             check_finite(flat, name=f"{name}[{k}]")
 
 
-def check_like(
-    flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, other: str
-) -> None:
+def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, other: str) -> None:
     """Checks that two named trees have the same leaves, shapes and dtypes.
 
     Args:
