@@ -2,9 +2,9 @@
 
 One pass over the data gives, at every requested site and for every model, the mean and variance of
 each channel over the pooled samples, and between any two models the covariances of their channels.
-Within a batch values are centred before they are squared, and batches are merged by the update of
-Chan, Golub & LeVeque (1979), so the numbers do not depend on how the data was cut into batches and
-keep float32 accuracy where means are large against standard deviations.
+Batches are merged by the update of Chan, Golub & LeVeque (1979), and where means are large against
+standard deviations values are centred before they are squared, so the numbers do not depend on how
+the data was cut into batches and keep float32 accuracy.
 
 The forward passes of all models and the statistics of a batch are one compiled call.
 """
@@ -14,15 +14,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vfjax._batches import batch_size, batches
-from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, mesh_of, pool, replicate
+from vfjax._streaming import (
+    GroupAxis,
+    Plan,
+    Site,
+    finish,
+    is_accurate,
+    measure,
+    mesh_of,
+    pool,
+    replicate,
+)
 from vfjax._tree import check_trees
 from vfjax._weights import resolve_weights
 from vfjax.network import Network
@@ -201,7 +211,32 @@ def moments(
     check_trees(trees)
     trees = tuple(trees)
     plan = _plan(net, sites, covariance, len(trees))
-    mesh, placed, pooled, samples, first = None, trees, None, 0, None
+    # An iterator can be read only once, so for that one there is no looking first.
+    found = _one_pass(net, plan._replace(centred=isinstance(data, Iterator)), trees, data)
+    if not found.plan.centred and not is_accurate(found.pooled):
+        found = _one_pass(net, plan._replace(centred=True), trees, data)
+    mean, var, blocks = finish(plan, found.pooled)
+    return Moments(
+        count={s.name: n for s, n in zip(plan.sites, found.counts, strict=True)},
+        # In the order asked for: what comes out of a compiled call is sorted by name.
+        mean={site.name: mean[site.name] for site in plan.sites},
+        var={site.name: var[site.name] for site in plan.sites},
+        covariance={name: blocks[name] for name in plan.covariance} or None,
+        axes=tuple((site.name, site.axes) for site in plan.sites),
+    )
+
+
+class _Pass(NamedTuple):
+    """What a pass gave: its plan, the pooled moments, and the samples at each site."""
+
+    plan: Plan
+    pooled: dict[str, Any]
+    counts: list[float]
+
+
+def _one_pass(net: Network, plan: Plan, trees: tuple[PyTree, ...], data: Iterable[Any]) -> _Pass:
+    """Moments pooled over all batches; centred if the plan, or the first batch, asks for it."""
+    mesh, placed, pooled, samples, counts = None, trees, None, 0, []
     for x in batches(data, like=net.x):
         size = batch_size(x)
         found = mesh_of(x)
@@ -211,25 +246,18 @@ def moments(
         elif found is None and mesh is not None:
             # A ragged last batch need not divide by the devices.
             x = replicate(x, mesh)
-        batch, counts = measure(net, plan, mesh, placed, x)
-        if pooled is None:
-            pooled, first = batch, (counts, size)
-        else:
-            pooled = pool(plan, pooled, batch, size / (samples + size))
+        batch, each = measure(net, plan, mesh, placed, x)
         samples += size
-    if pooled is None or first is None:
-        raise AssertionError("`batches` gives one batch or raises")
-    counts, size = first
-    mean, var, blocks = finish(plan, pooled)
-    return Moments(
+        if pooled is not None:
+            pooled = pool(plan, pooled, batch, size / samples)
+            continue
+        if not plan.centred and not is_accurate(batch):
+            plan = plan._replace(centred=True)
+            batch, each = measure(net, plan, mesh, placed, x)
         # Every batch has the same number of positions per example.
-        count={s.name: int(n) * samples / size for s, n in zip(plan.sites, counts, strict=True)},
-        # In the order asked for: what comes out of a compiled call is sorted by name.
-        mean={site.name: mean[site.name] for site in plan.sites},
-        var={site.name: var[site.name] for site in plan.sites},
-        covariance={name: blocks[name] for name in plan.covariance} or None,
-        axes=tuple((site.name, site.axes) for site in plan.sites),
-    )
+        pooled, counts = batch, [int(n) / size for n in each]
+    assert pooled is not None  # `batches` gives one or raises
+    return _Pass(plan, pooled, [n * samples for n in counts])
 
 
 def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
