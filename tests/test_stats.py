@@ -223,6 +223,20 @@ def test_large_means_lose_nothing():
     _close(found.mean[site][0], a.mean(0), 1e-6)
 
 
+@pytest.mark.parametrize("wrap", [list, iter])
+def test_means_that_grow_large_later_lose_nothing_either(wrap):
+    """The first two samples look harmless; the pass is made again, or centres from the start."""
+    rng = np.random.default_rng(0)
+    x = _normal(rng, 3000, 4)
+    x[2:] += 1000
+    v = {"a": _normal(rng, 4, 3), "b": _normal(rng, 3, 2)}
+    net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"], v, x[:2])
+    found = stats.moments(net, [v], wrap(_cut(x, 2, 1499, 1499)), sites=["input"])
+    _close(found.var["input"][0], np.float64(x).var(0), 1e-5)
+    _close(found.mean["input"][0], np.float64(x).mean(0), 1e-6)
+    assert found.count == {"input": 3000}
+
+
 def test_float32_agrees_with_float64(x64):
     model = Conv()
     net, trees, data = _make(model)
