@@ -268,7 +268,10 @@ def test_help_explains_every_option(capsys):
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "is not prepared"),
     ],
 )
-def test_bad_options(arguments, message, capsys, tmp_path):
+def test_bad_options(arguments, message, capsys, tmp_path, monkeypatch):
+    # No data set is to be found, whatever is prepared on this machine.
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(SystemExit, match="2"):
         pfm.main(["--dataset", "digits", "--out", str(tmp_path / "out"), *arguments])
     assert message in capsys.readouterr().err
