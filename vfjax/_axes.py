@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 Array = jax.Array
 
@@ -128,7 +129,7 @@ def check_permutation(name: str, permutation: Any, n: int | None) -> None:
             f"permutations[{name!r}] must have shape ({'n' if n is None else n},); it has "
             f"{permutation.shape}."
         )
-    if isinstance(permutation, jax.core.Tracer):
+    if isinstance(permutation, Tracer):
         return
     if not np.array_equal(np.sort(np.asarray(permutation)), np.arange(permutation.size)):
         raise ValueError(

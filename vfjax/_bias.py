@@ -183,10 +183,10 @@ def _depths(net: Network, cut: int) -> dict[Bias, list[int]]:
     """Depths of the layers of the trunk that add a bias, by bias."""
     found: dict[Bias, list[int]] = {}
     for layer in net.layers:
-        if layer.bias is None or (cut and net.in_stem(layer.name, cut)):
+        view = net._reference.layers[layer.name].bias
+        if layer.bias is None or view is None or (cut and net.in_stem(layer.name, cut)):
             continue
-        slot = net._reference.layers[layer.name].bias.slot
-        found.setdefault((layer.bias, slot), []).append(layer.depth)
+        found.setdefault((layer.bias, view.slot), []).append(layer.depth)
     return found
 
 

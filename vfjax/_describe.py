@@ -40,7 +40,7 @@ def describe_layer(
         kind="conv" if equation.primitive == "conv_general_dilated" else "dense",
         depth=traced.depth_of(site),
         main=traced.is_main(site),
-        shape=tuple(graph.avals[equation.inputs[site.side]].shape),
+        shape=tuple(graph.avals[equation.values[site.side]].shape),
         output_shape=tuple(shape),
         channel_axes=site.channel_axes,
         sample_axes=tuple(a for a in range(len(shape)) if a not in site.channel_axes),
@@ -55,7 +55,7 @@ def describe_layer(
 def describe_norm(traced: Traced, name: str) -> Norm:
     """The record of a normalisation with stored statistics."""
     site = traced.norms[name]
-    shape = traced.graph.avals[traced.graph.equations[site.index].inputs[0]].shape
+    shape = traced.graph.avals[traced.graph.equations[site.index].values[0]].shape
     before = (n for n, s in traced.layers.items() if traced.norm_after(s) == name)
     return Norm(
         name=name,

@@ -46,11 +46,12 @@ def obstacle(traced: Traced, name: str, *, shift: bool) -> str | None:
         return _unfit(graph, site.bias, site.bias_equation, "bias")
     if not shift:
         return None
-    if traced.norm_after(site) is None:
+    after = traced.norm_after(site)
+    if after is None:
         return "it has no bias and no normalisation with a stored mean follows directly"
     if _mean_index(traced, site) is None:
         return "the mean of the normalisation that follows is shared between channels"
-    norm = traced.norms[traced.norm_after(site)]
+    norm = traced.norms[after]
     return _unfit(graph, norm.mean, norm.index, "following norm's mean")
 
 
@@ -76,28 +77,30 @@ def fold(
     if reason is not None:
         raise FoldError(f"The correction of layer '{name}' cannot be folded: {reason}.")
     site, graph = traced.layers[name], traced.graph
+    kernel = site.kernel
+    assert kernel is not None  # which would be an obstacle
     scale = _vector(graph, site, scale, "scale")
     shift = None if shift is None else _vector(graph, site, shift, "shift")
     new = dict(leaves)
-    norm = None if site.bias_equation is not None else traced.norm_after(site)
-    needed = [site.kernel, site.bias]
-    needed += [traced.norms[norm].mean] if norm is not None and shift is not None else []
-    for path in (traced.paths[view.leaf] for view in needed if view is not None):
+    shifts_norm = shift is not None and site.bias_equation is None
+    after = traced.norm_after(site) if shifts_norm else None
+    mean = None if after is None else traced.norms[after].mean
+    needed = [view for view in (kernel, site.bias, mean) if view is not None]
+    for path in (traced.paths[view.leaf] for view in needed):
         if path not in new:
             raise FoldError(
                 f"The correction of layer '{name}' cannot be folded: variables lacks '{path}'."
             )
     by_kernel = scale[np.argsort(site.channels)]
-    operand = graph.avals[graph.equations[site.index].inputs[site.side]].shape
+    operand = graph.avals[graph.equations[site.index].values[site.side]].shape
     sizes = [n if a in site.out_axes else 1 for a, n in enumerate(operand)]
     # `channels` counts along out_axes in their own order, which need not be ascending.
     factor = by_kernel.reshape([operand[a] for a in site.out_axes])
     factor = factor.transpose(np.argsort(site.out_axes)).reshape(sizes)
     full = jnp.broadcast_to(factor, operand)
-    new[traced.paths[site.kernel.leaf]] = _update(
-        new[traced.paths[site.kernel.leaf]],
-        site.kernel.slot,
-        lambda leaf: leaf * site.kernel.backward(full, leaf.shape),
+    path = traced.paths[kernel.leaf]
+    new[path] = _update(
+        new[path], kernel.slot, lambda leaf: leaf * kernel.backward(full, leaf.shape)
     )
     if site.bias is not None:
         index = np.argsort(_bias_index(graph, site))
@@ -109,8 +112,7 @@ def fold(
             return moved.reshape(leaf.shape)
 
         new[path] = _update(new[path], site.bias.slot, affine)
-    elif shift is not None:
-        mean = traced.norms[norm].mean
+    elif mean is not None and shift is not None:
         index = np.argsort(_mean_index(traced, site))
         path = traced.paths[mean.leaf]
         new[path] = _update(
@@ -163,20 +165,25 @@ def _sole_use(graph: Graph, view: View, reader: int) -> bool:
         equation = graph.equations[users[0]]
         if users[0] == reader:
             return equation.values.count(value) == 1
-        value = equation.outputs[0]
+        value = equation.result
 
 
 def _bias_index(graph: Graph, site: LinearSite) -> np.ndarray | None:
     """For each channel of the pre-activation, the entry of the bias leaf that it adds."""
+    if site.bias is None:
+        return None
     shape = graph.avals[site.preactivation].shape
     return _leaf_index(graph, site.bias, shape, site.channel_axes)
 
 
 def _mean_index(traced: Traced, site: LinearSite) -> np.ndarray | None:
     """For each channel of the pre-activation, the entry of the norm's mean that it loses."""
-    name, axes = traced.norm_link(site)
+    link = traced.norm_link(site)
+    if link is None:
+        return None
+    name, axes = link
     norm = traced.norms[name]
-    shape = traced.graph.avals[traced.graph.equations[norm.index].inputs[0]].shape
+    shape = traced.graph.avals[traced.graph.equations[norm.index].values[0]].shape
     return _leaf_index(traced.graph, norm.mean, shape, axes)
 
 

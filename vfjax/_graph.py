@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import eval_jaxpr
 from jax.extend import core as jex
 
 from vfjax._calls import (
@@ -106,6 +107,16 @@ class Equation:
         """Ids of the operands that are values, literals left out."""
         return tuple(v for v in self.inputs if isinstance(v, int))
 
+    @property
+    def results(self) -> tuple[int, ...]:
+        """Ids of the results, those that nobody reads left out."""
+        return tuple(v for v in self.outputs if v is not None)
+
+    @property
+    def result(self) -> int:
+        """Id of the first result; of most primitives the only one."""
+        return self.results[0]
+
     @functools.cached_property
     def where(self) -> str:
         """The user's source line, as `file:line`; a library's where the user's is too far up."""
@@ -132,7 +143,7 @@ class Equation:
             if not isinstance(v, jex.Literal)
         }
         with _scoped(self.scope):
-            return jax.core.eval_jaxpr(self._jaxpr, (), *operands.values())
+            return eval_jaxpr(self._jaxpr, (), *operands.values())
 
     def replace(self, rule: Callable[..., Any], *args: Any) -> list[Any]:
         """Applies another function in the equation's place, within its name stack and context."""
@@ -183,6 +194,10 @@ class Graph:
         """Ids of the outputs, literals left out."""
         return tuple(v for v in self.outputs if isinstance(v, int))
 
+    def output_values(self, values: Mapping[int, Any]) -> list[Any]:
+        """The outputs, literals as arrays, given the values of `output_ids`."""
+        return [values[v] if isinstance(v, int) else _array(v) for v in self.outputs]
+
     def needed(self, wanted: Iterable[int], have: Iterable[int]) -> list[int]:
         """Indices of the equations that compute `wanted` from `have`, in order."""
         have, todo, found = set(have), list(wanted), set()
@@ -194,6 +209,10 @@ class Graph:
             found.add(index)
             todo.extend(self.equations[index].values)
         return sorted(found)
+
+
+def _array(literal: Any) -> Array:
+    return jax.numpy.asarray(literal.val, literal.aval.dtype)
 
 
 class _Flattener:
@@ -313,7 +332,7 @@ def flatten(closed_jaxpr: Any, num_leaves: int) -> Graph:
     for index, equation in enumerate(equations):
         for value in dict.fromkeys(equation.values):
             users.setdefault(value, []).append(index)
-        producer.update((v, index) for v in equation.outputs if v is not None)
+        producer.update((v, index) for v in equation.results)
     return Graph(
         equations=tuple(equations),
         inputs=inputs,
@@ -373,8 +392,7 @@ def evaluate(
         else:
             results = equation.replace(rule, *args)
             results = [r for r, v in zip(results, equation.outputs, strict=True) if v is not None]
-        outputs = [v for v in equation.outputs if v is not None]
-        for value, result in zip(outputs, results, strict=True):
+        for value, result in zip(equation.results, results, strict=True):
             env[value] = edits[value](result) if value in edits else result
         for value in equation.values:
             if last_use[value] == index and value not in keep:

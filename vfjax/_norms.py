@@ -48,15 +48,15 @@ def norm_sites(graph: Graph) -> list[NormSite]:
     """The normalisations with stored statistics of a graph, in the order of their equations."""
     sites = []
     for index, equation in enumerate(graph.equations):
-        if equation.primitive != "sub" or not all(isinstance(v, int) for v in equation.inputs):
+        if equation.primitive != "sub" or len(equation.values) != 2:
             continue
-        x, mean = equation.inputs
+        x, mean = equation.values
         if not graph.depends[x] & INPUT or graph.depends[mean] != PARAM:
             continue
         view = view_of(graph, mean)
-        if view is None or graph.avals[equation.outputs[0]].shape != graph.avals[x].shape:
+        if view is None or graph.avals[equation.result].shape != graph.avals[x].shape:
             continue
-        found = _variance(graph, equation.outputs[0], view)
+        found = _variance(graph, equation.result, view)
         if found is None:
             continue
         var, scale, value = found
@@ -78,17 +78,18 @@ def _variance(graph: Graph, value: int, mean: View) -> tuple[_Factor, View | Non
         if equation.primitive not in CAST:
             if equation.primitive not in ("mul", "div") or len(equation.values) != 2:
                 break
-            other = equation.inputs[1] if equation.inputs[0] == value else equation.inputs[0]
+            left, right = equation.values
+            other = right if left == value else left
             if graph.depends[other] != PARAM:
                 break
-            if equation.primitive == "div" and equation.inputs[0] != value:
+            if equation.primitive == "div" and left != value:
                 break
             for factor in _factors(graph, other, 1.0 if equation.primitive == "mul" else -1.0):
                 if factor.power == -0.5 and var is None and _alike(graph, factor.view, mean):
                     var = factor
                 elif factor.power == 1.0 and factor.eps is None and scale is None:
                     scale = factor.view
-        value = equation.outputs[0]
+        value = equation.result
     return None if var is None else (var, scale, value)
 
 
@@ -172,7 +173,7 @@ def _shift(graph: Graph, value: int, axes: tuple[int, ...]) -> View | None:
             return None
         equation = graph.equations[users[0]]
         if equation.primitive in CAST:
-            value = equation.outputs[0]
+            value = equation.result
             continue
         if equation.primitive not in ("add", "add_any"):
             return None

@@ -60,12 +60,11 @@ class Plan:
             value, equation = self._locate(site)
             change = _checked(edit[site], site) if site in edit else None
             self._ids[site] = value
-            if change is not None and equation is None:
-                self.edits[value] = change
-            elif change is not None:
+            if change is not None and equation is not None:
                 self.operand_edits[equation, 0] = functools.partial(self._record, site, change)
-            if site in self._capture and change is not None and equation is not None:
-                value = traced.graph.equations[equation].outputs[0]  # so that the edit is made
+                value = traced.graph.equations[equation].result  # so that the edit is made
+            elif change is not None:
+                self.edits[value] = change
             if site in self._capture:
                 self.values.append(value)
 
@@ -117,15 +116,16 @@ class Plan:
             return traced.taps[site[:-4]], None
         if site.endswith(":in") and site[:-3] in traced.norms:
             index = traced.norms[site[:-3]].index
-            return traced.graph.equations[index].inputs[0], index
+            return traced.graph.equations[index].values[0], index
         known = [*traced.layers, *(f"{n}:in" for n in traced.norms), "input", "output"]
         raise ValueError(self._net._unknown("site", site, known))
 
     def _check_side(self, site: str) -> None:
         """Checks that a site lies in the part that runs; what crosses lies in both."""
-        if self._side is None:
+        depth = self._depth
+        if depth is None:
             return
-        inside, depth = self.in_stem(site, self._depth), self._depth
+        inside = self.in_stem(site, depth)
         if self._side == "stem" and not inside:
             raise ValueError(f"Site '{site}' lies in the trunk; stop={depth} ends before it.")
         crossing = self._traced.cut(depth).crossing

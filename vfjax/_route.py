@@ -63,11 +63,7 @@ def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
         graph = _graph.flatten(closed, 0)
         env = dict(zip(graph.inputs, jax.tree.leaves(args), strict=True))
         values = _graph.evaluate(graph, env, graph.output_ids, rules=chosen)
-        outputs = [
-            values[v] if isinstance(v, int) else jnp.asarray(v.val, v.aval.dtype)
-            for v in graph.outputs
-        ]
-        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+        return jax.tree.unflatten(jax.tree.structure(shape), graph.output_values(values))
 
     return wrapper
 
@@ -138,7 +134,7 @@ def _small_convolution(
         y = jnp.matmul(x, jnp.concatenate(blocks, axis=0), precision=params["precision"])
         y = y.reshape(x.shape[0], *size_out, c_out)
         order = np.argsort((dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1]))
-        return jnp.transpose(y, order)
+        return jnp.transpose(y, order.tolist())
 
     return dense
 

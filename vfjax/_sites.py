@@ -61,18 +61,18 @@ def linear_sites(graph: Graph) -> list[LinearSite]:
 
 def _linear_site(graph: Graph, index: int, side: int) -> LinearSite:
     equation = graph.equations[index]
-    operand = equation.inputs[side]
+    operand = equation.values[side]
     kernel = view_of(graph, operand)
     if kernel is not None and not kernel.rigid:
         kernel = None
     leaf = kernel.leaf if kernel is not None else _largest_leaf(graph, operand)
     out_axes, channel_axes = _output_axes(equation, side)
-    shape = graph.avals[equation.outputs[0]].shape
+    shape = graph.avals[equation.result].shape
     sizes = [shape[a] if a in channel_axes else 1 for a in range(len(shape))]
     # Channels are numbered along the kernel operand's own axes; sample axes shrink to size one.
     labels = np.arange(int(np.prod(sizes))).reshape(sizes)
     value, axes, labels, bias_index, bias = _preactivation(
-        graph, equation.outputs[0], channel_axes, labels
+        graph, equation.result, channel_axes, labels
     )
     return LinearSite(
         index=index,
@@ -142,7 +142,7 @@ def follow(
             return -1, value, axes, labels
         equation = graph.equations[users[0]]
         name, before = equation.primitive, graph.avals[value].shape
-        target = equation.outputs[0]
+        target = equation.result
         after = graph.avals[target].shape
         expands = name == "broadcast_in_dim" and np.prod(after) == np.prod(before)
         if not (name in CAST | LAYOUT or expands) or len(equation.inputs) != 1:
@@ -168,14 +168,14 @@ def _preactivation(
         equation = graph.equations[index]
         others = [v for v in equation.inputs if v != followed]
         other = others[0] if len(others) == 1 else None
-        same = graph.avals[equation.outputs[0]].shape == graph.avals[followed].shape
+        same = graph.avals[equation.result].shape == graph.avals[followed].shape
         if (
             isinstance(other, int)
             and same
             and graph.depends[other] == PARAM
             and varying_axes(graph, other) <= set(new_axes)
         ):
-            return equation.outputs[0], new_axes, new_labels, index, view_of(graph, other)
+            return equation.result, new_axes, new_labels, index, view_of(graph, other)
     return value, axes, labels, None, None
 
 
@@ -186,7 +186,7 @@ def depths(graph: Graph, sites: Sequence[LinearSite]) -> tuple[dict[int, int], d
     depth: dict[int, int] = {}
     for index, equation in enumerate(graph.equations):
         deepest = max((above.get(v, 0) for v in equation.values), default=0) + (index in layers)
-        above.update((v, deepest) for v in equation.outputs if v is not None)
+        above.update((v, deepest) for v in equation.results)
         if index in layers:
             depth[index] = deepest
     below: dict[int, int] = {}

@@ -50,10 +50,10 @@ def tap_of(graph: Graph, value: int) -> int:
         for index in graph.users.get(current, ()):
             equation = graph.equations[index]
             inside = is_elementwise(equation) and all(
-                graph.avals[v].shape == shape for v in equation.outputs if v is not None
+                graph.avals[v].shape == shape for v in equation.results
             )
             if inside:
-                following += [v for v in equation.outputs if v is not None and v not in region]
+                following += [v for v in equation.results if v not in region]
             elif not _returns(graph, index, region, shape):
                 return current
         region.update(following)
@@ -76,11 +76,11 @@ def _returns(graph: Graph, index: int, region: set[int], shape: tuple[int, ...])
             reduced = True
         elif not (name in SPREAD or is_elementwise(equation)):
             continue
-        for value in equation.outputs:
+        for value in equation.results:
             for user in graph.users.get(value, ()):
                 target = graph.equations[user]
                 if reduced and is_elementwise(target) and region & set(target.values):
-                    result = graph.avals[target.outputs[0]].shape
+                    result = graph.avals[target.result].shape
                     if result == shape:
                         return True
                 if (user, reduced) not in seen:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _calls, _graph, _norms, _outside, _sites, _taps
@@ -47,11 +46,7 @@ class Traced:
 
     def output(self, values: Mapping[int, Any]) -> Any:
         """The network's output, of the values of `graph.output_ids`."""
-        leaves = [
-            values[v] if isinstance(v, int) else jnp.asarray(v.val, v.aval.dtype)
-            for v in self.graph.outputs
-        ]
-        return jax.tree.unflatten(self.out_tree, leaves)
+        return jax.tree.unflatten(self.out_tree, self.graph.output_values(values))
 
     @functools.cached_property
     def layers(self) -> dict[str, _sites.LinearSite]:
@@ -109,12 +104,12 @@ class Traced:
                     b
                     for v, b in zip(equation.values, before, strict=True)
                     if self.graph.depends[v] & INPUT
-                    and self.graph.avals[v].shape == self.graph.avals[equation.outputs[0]].shape
+                    and self.graph.avals[v].shape == self.graph.avals[equation.result].shape
                 ]
                 if len(set(alike)) > 1:
                     return True
             found = frozenset().union(*before) | ({index} if index in layers else frozenset())
-            behind.update((v, found) for v in equation.outputs if v is not None)
+            behind.update((v, found) for v in equation.results)
         return False
 
     @functools.cached_property

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 Array = jax.Array
 PyTree = Any
@@ -141,7 +142,7 @@ def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, o
 def check_finite(flat: Mapping[str, Any], *, name: str) -> None:
     """Raises a ValueError if a concrete leaf holds NaN or infinity."""
     for path, leaf in flat.items():
-        if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
             continue
         dtype = jax.numpy.result_type(leaf)
         if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 Array = jax.Array
 
@@ -44,9 +45,9 @@ def resolve_weights(
             f"weights must be a sequence of numbers, one per model, got {weights!r}; for two "
             "models and an alpha, (1 - alpha, alpha)"
         )
-    traced = isinstance(weights, jax.core.Tracer) or (
+    traced = isinstance(weights, Tracer) or (
         not isinstance(weights, (jax.Array, np.ndarray))
-        and any(isinstance(w, jax.core.Tracer) for w in weights)
+        and any(isinstance(w, Tracer) for w in weights)
     )
     given: tuple[Any, ...] = tuple(weights)
     if len(given) != count:

@@ -169,7 +169,8 @@ class Algebra:
         if shared is None:
             return None
         # Halves of its own, tied to its class's, so that the atom keeps its identity.
-        own = tuple(self.atom(self._size[half]) for half in shared)
+        high, low = (self.atom(self._size[half]) for half in shared)
+        own = high, low
         for mine, theirs in zip(own, shared, strict=True):
             self._parent[mine] = self.find(theirs)
         self._halves[atom] = own

@@ -21,8 +21,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from vfjax._graph import INPUT, PARAM
 from vfjax._propagate.algebra import Algebra, Axis, Cause
@@ -174,7 +174,7 @@ def constant(algebra: Algebra, array: Any, shape: tuple[int, ...]) -> Value:
     """What is known of a constant: an axis along which it does not vary breaks no symmetry."""
     cause = Cause("constant")
     try:
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             raise TypeError("unknown values")
         entries = np.asarray(array)
         varies = [
