@@ -90,8 +90,10 @@ class Recipe:
         elif self.schedule == "cosine":
             cosine = optax.cosine_decay_schedule(self.learning_rate, max(1, total - warmup))
 
-            def after(step: Any) -> Any:
+            def delayed(step: Any) -> Any:
                 return cosine(step - warmup)
+
+            after = delayed
         else:
             after = optax.constant_schedule(self.learning_rate)
         if not warmup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +165,6 @@ def average(
                 f"{first.depth}; models disagree on it, and it has no average. Cut elsewhere."
             )
         wide = jnp.promote_types(dtype, jnp.float32)
-        total = sum(w * v.astype(wide) for w, v in zip(weights, column, strict=True))
-        values.append(total.astype(dtype))
+        terms = (w * v.astype(wide) for w, v in zip(weights, column, strict=True))
+        values.append(cast(Array, sum(terms)).astype(dtype))
     return Crossing(tuple(values), first.depth, first.origin)

@@ -36,9 +36,10 @@ def summary(net: Any) -> str:
             layer.group or "-",
         )
     table.add_row("total", str(net.depth), "", "", f"{net.parameters:,}", f"{net.flops:,}", "")
-    console = Console(file=io.StringIO(), width=400, color_system=None)
+    written = io.StringIO()
+    console = Console(file=written, width=400, color_system=None)
     console.print(table)
-    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    text = "\n".join(line.rstrip() for line in written.getvalue().splitlines())
     notes = [f"opaque: {primitive} at {where}" for primitive, where in net.opaque]
     outside = "outside of layers, norms and biases"
     notes += [f"{outside}: {path} ({op} at {where})" for path, op, where in net.others]

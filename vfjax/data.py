@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +232,7 @@ def load(
         except _NotPrepared as error:
             _log.warning("FALLING BACK to the 8x8 digits of scikit-learn: %s", error)
         return dataclasses.replace(load("digits", train=train, test=test), fallback=True)
-    arrays = {}
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if name == "digits":
         source = "scikit-learn"
         for split, (images, labels) in _digits().items():
@@ -251,7 +252,7 @@ def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns scikit-learn's 1,797 digits, split at random once and for all."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch = cast(Any, load_digits())
     # Its pixels count from 0 to 16.
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
@@ -327,7 +328,7 @@ def _read(name: str, split: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
 
     logging.getLogger("absl").addFilter(_not_about_opencv)
     try:
-        source = tfds.data_source(name, split=split, data_dir=folder, download=False)
+        source = cast(Any, tfds.data_source(name, split=split, data_dir=folder, download=False))
         images = labels = None
         bar = tqdm(total=len(source), desc=f"reading {name} {split}", delay=2, leave=False)
         with bar:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from vfjax import _tree
 from vfjax._merged import Merged, as_merged, check_fits
@@ -212,7 +213,7 @@ def preserve_first(
         raise ValueError(f"trees must be at least two, got {len(trees)}")
     check_fits(net, trees[0], "trees[0]")
     weights = resolve_weights(weights, len(trees))
-    if any(isinstance(w, jax.core.Tracer) for w in weights):
+    if any(isinstance(w, Tracer) for w in weights):
         raise TypeError("weights must be numbers, since a Merged keeps them static; got a tracer")
     _warn_of_fixed(net, layers)
     cut = int(layers)
@@ -300,11 +301,12 @@ def _average_leaf(path: str, leaves: Sequence[Array], weights: Sequence[float]) 
         else:
             term = jnp.asarray(leaf, accumulator) * jnp.asarray(weight, accumulator)
         total = term if total is None else total + term
+    assert total is not None  # for the weights sum to one
     return total.astype(dtype)
 
 
 def _agreed(path: str, leaves: Sequence[Array]) -> Array:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         return leaves[0]
 
     def plain(leaf: Array) -> np.ndarray:

@@ -148,8 +148,11 @@ class Moments:
                 f"`maps` must be a sequence with one map (or None) for each of {self.models} "
                 f"models, got {'a mapping' if isinstance(maps, Mapping) else len(maps)}"
             )
-        mean, var = dict(self.mean), dict(self.var)
-        covariance = None if self.covariance is None else dict(self.covariance)
+        mean: dict[str, Any] = dict(self.mean)
+        var: dict[str, Any] = dict(self.var)
+        covariance: dict[str, Any] | None = None
+        if self.covariance is not None:
+            covariance = dict(self.covariance)
         for site, axes in self.axes:
             for axis in axes:
                 chosen = [_single(m[axis.group]) if m and axis.group in m else None for m in maps]
@@ -297,7 +300,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
             f'`sites` must be "paper", "all", "taps" or a list of site names, got "{sites}"'
             + (f'; for this one site pass ["{sites}"]' if sites in _known(net) else "")
         )
-    names = [*sites] if isinstance(sites, Iterable) else [None]
+    names: list[Any] = [*sites] if isinstance(sites, Iterable) else [None]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"`sites` must be a string or a sequence of site names, got {sites!r}")
     known = _known(net)

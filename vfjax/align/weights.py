@@ -13,7 +13,7 @@ BLAS needs neither compilation nor, with the views chosen below, copies.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def _search(
             held = {path: axes[group] for path, axes in counted.items() if group in axes}
             places = [(path, axis) for path, axes in held.items() for axis in axes]
             gain = sum(_inner(left[path], moved[path], axis) for path, axis in places)
-            step = assign(gain)
+            step = assign(cast(np.ndarray, gain))
             if np.array_equal(step, np.arange(len(step))):
                 continue
             new = {path: _permute(moved[path], axes, step) for path, axes in held.items()}

@@ -8,8 +8,7 @@ library works on any pure function over a pytree.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import linen as nn
@@ -36,9 +35,9 @@ __all__ = [
 PyTree = Any
 
 
-def _families() -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]]:
+def _families() -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
     """Returns the class and the fixed options of every named model."""
-    table: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    table: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         "mlp": (MLP, {}),
         "linear": (LinearNetwork, {}),
         "linear-residual": (LinearNetwork, {"depth": 5, "residual": True, "std": 0.005}),
@@ -103,7 +102,7 @@ class ApplyFn:
 
     def __call__(self, variables: PyTree, x: jax.Array) -> jax.Array:
         """Returns the logits ``[N, classes]``."""
-        return self.model.apply(variables, x, train=False)
+        return cast(jax.Array, self.model.apply(variables, x, train=False))
 
 
 def apply_fn(model: nn.Module) -> ApplyFn:

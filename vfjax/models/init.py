@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 from flax import linen as nn
@@ -21,6 +21,13 @@ Initialiser = Callable[..., jax.Array]
 INITIALISERS = ("kaiming_normal", "uniform")
 
 
+class Initialisers(TypedDict):
+    """Keyword arguments of a layer."""
+
+    kernel_init: Initialiser
+    bias_init: Initialiser
+
+
 def _symmetric_uniform(limit: float) -> Initialiser:
     """Returns an initialiser drawing from U[-limit, limit]."""
 
@@ -30,7 +37,7 @@ def _symmetric_uniform(limit: float) -> Initialiser:
     return init
 
 
-def initialisers(name: str, *, fan_in: int, fan_out: int, dense: bool) -> dict[str, Initialiser]:
+def initialisers(name: str, *, fan_in: int, fan_out: int, dense: bool) -> Initialisers:
     """Returns the ``kernel_init`` and ``bias_init`` of one layer.
 
     Args:
