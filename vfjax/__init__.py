@@ -1,5 +1,19 @@
-"""vfjax: align, merge, repair and diagnose trained networks, straight from their jaxprs."""
+"""vfjax: align, merge, repair and diagnose trained networks, straight from their jaxprs.
 
+`import vfjax` is enough to reach every module, as `vfjax.merge` and so on. Those that only
+experiments need (`models`, `train`, `data`, `checkpoint`, `plot`) are imported on first use, so that
+the core costs no import of Flax, orbax or matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vfjax import align as align
+from vfjax import merge as merge
+from vfjax import renorm as renorm
+from vfjax import stats as stats
 from vfjax.network import Crossing as Crossing
 from vfjax.network import FoldError as FoldError
 from vfjax.network import Layer as Layer
@@ -11,3 +25,17 @@ from vfjax.symmetry import PermutationSpec as PermutationSpec
 from vfjax.symmetry import check_spec as check_spec
 
 __version__ = "0.1.0"
+
+_ON_FIRST_USE = frozenset({"checkpoint", "data", "models", "plot", "train"})
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a module of the experiments when it is asked for."""
+    if name in _ON_FIRST_USE:
+        return importlib.import_module(f"vfjax.{name}")
+    raise AttributeError(f"module 'vfjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Every public name, those imported on first use included."""
+    return sorted({*(n for n in globals() if not n.startswith("_")), *_ON_FIRST_USE})
