@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vfjax import _tree
 from vfjax._batches import batches
 from vfjax._merged import Merged, affine
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
-from vfjax._streaming import mesh_of, replicate
+from vfjax._streaming import mesh_of, on_mesh, replicate
 from vfjax.network import Crossing, Network, Norm
 
 Array = jax.Array
@@ -68,9 +67,10 @@ class _Given(NamedTuple):
     stems: tuple[PyTree, ...]
     trunk: PyTree
     corrections: Mapping[str, tuple[Array, Array]]
-    weights: Array
+    # An array, one number per model.
+    weights: Any
     # 1 to correct the mean (REPAIR), 0 for the standard deviation alone (RESCALE).
-    centre: Array
+    centre: Any
     # By layer, the goal mean and standard deviation; or None if nothing goes by the batch's moments
     goals: Mapping[str, tuple[Array, Array]] | None
     # but by the scale and shift that earlier passes found, by layer.
@@ -141,7 +141,8 @@ def by_layer(
                 found.corrections[name] = coefficients(pooled[name], goals[name], centre)
         for name in rank:
             if name in job.norms:
-                before = found.corrections.get(job.net.norm(name).layer)
+                layer = job.net.norm(name).layer
+                before = None if layer is None else found.corrections.get(layer)
                 found.norms[name] = _moved(pooled[name], before)
     return found
 
@@ -160,7 +161,7 @@ def ranks(job: Job) -> list[list[str]]:
         makes[name] = graph.producer[reads[name]]
     for name in job.norms:
         makes[name] = traced.norms[name].index
-        reads[name] = graph.equations[makes[name]].inputs[0]
+        reads[name] = graph.equations[makes[name]].values[0]
     rank: dict[str, int] = {}
     for name in sorted(makes, key=makes.__getitem__):
         before = job.net.norm(name).layer if name in job.norms else None
@@ -259,20 +260,7 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]:
-    return _on_mesh(functools.partial(_moments, job), mesh)(given, x)
-
-
-def _on_mesh(fn: Any, mesh: Any) -> Any:
-    """Makes a function's results whole on every device of a mesh, whatever the mode of its axes."""
-    if mesh is None:
-        return fn
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
-    if explicit:
-        # Under explicit axes the network's own contractions would have to name their shardings.
-        return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=everywhere)
-    return lambda *args: jax.lax.with_sharding_constraint(fn(*args), everywhere)
+    return on_mesh(functools.partial(_moments, job), mesh)(given, x)
 
 
 def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
@@ -285,6 +273,7 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
         layer = net.layer(name)
         found[name] = moments_of(z, layer.sample_axes)
         if given.goals is None:
+            assert given.fixed is not None  # one of the two is given
             pair = given.fixed[name]
         else:
             pair = coefficients(found[name], given.goals[name], given.centre)

@@ -68,17 +68,7 @@ def measure(
     net: Network, plan: Plan, mesh: Any, trees: tuple[PyTree, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
     """Moments of one batch, and the number of samples at each site."""
-    run = functools.partial(_batch, net, plan)
-    if mesh is None:
-        return run(trees, x)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
-    if explicit:
-        # Under explicit axes every contraction over samples, the network's own included, would
-        # have to say how its result is sharded.
-        return jax.sharding.auto_axes(run, axes=explicit, out_sharding=everywhere)(trees, x)
-    return jax.lax.with_sharding_constraint(run(trees, x), everywhere)
+    return on_mesh(functools.partial(_batch, net, plan), mesh)(trees, x)
 
 
 def _batch(
@@ -209,6 +199,20 @@ def replicate(tree: PyTree, mesh: Any) -> PyTree:
         return leaf if there else jax.device_put(leaf, everywhere)
 
     return jax.tree.map(place, tree)
+
+
+def on_mesh(fn: Any, mesh: Any) -> Any:
+    """Makes a function's results whole on every device of a mesh, whatever the mode of its axes."""
+    if mesh is None:
+        return fn
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
+    if explicit:
+        # Under explicit axes every contraction over samples, the network's own included, would
+        # have to say how its result is sharded.
+        return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=everywhere)
+    return lambda *args: jax.lax.with_sharding_constraint(fn(*args), everywhere)
 
 
 def mesh_of(x: PyTree) -> Any:
