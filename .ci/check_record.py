@@ -38,7 +38,9 @@ def check(folder: Path) -> str:
         demand(list(row["cells"]) == wanted, f"{row['name']} has cells {list(row['cells'])}")
         for column, cell in row["cells"].items():
             values = [cell["mean"], *cell["accuracy"], *cell["loss"]]
-            demand(all(map(math.isfinite, values)), f"{row['name']}, {column}: {values}")
+            # None stands for what is not finite.
+            numbers = all(value is not None and math.isfinite(value) for value in values)
+            demand(numbers, f"{row['name']}, {column}: {values}")
             demand(0 <= cell["mean"] <= 1, f"{row['name']}, {column}: {cell['mean']}")
         demand(1 <= row["params_ratio"] <= 2, f"{row['name']}: params {row['params_ratio']}")
         demand(1 <= row["flops_ratio"] <= 2, f"{row['name']}: FLOPs {row['flops_ratio']}")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from vfjax.data import DatasetError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+PACKAGES += ("scikit-learn", "tensorflow-datasets")
 
 
 # --------------------------------------------------------------------------------- command line
@@ -50,11 +53,54 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 @contextlib.contextmanager
 def reported(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turns what the user can put right into one message and exit status 2."""
+    """Turns errors that a sentence explains into that sentence, on one line.
+
+    Exit status 2 is for what was asked for: options, data and checkpoints that are not there. What
+    only shows on the way (models that hold NaN, training that diverges, a full disk) gives 1.
+    """
     try:
         yield
     except (UserError, DatasetError, CheckpointError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        status, found = 2, error
+    except (ValueError, FloatingPointError, OSError) as error:
+        status, found = 1, error
+    else:
+        return
+    message = " ".join(str(found).split()) or type(found).__name__
+    parser.exit(status, f"{parser.prog}: error: {message}\n")
+
+
+def output_folder(text: str) -> str:
+    """The type of `--out`: a folder that files can be written to, now or once it is made.
+
+    This is tried, and what was made to try it is removed again.
+
+    Example:
+      >>> output_folder("/dev/null/x")
+      Traceback (most recent call last):
+        ...
+      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is no folder
+    """
+    text = os.path.expanduser(text)
+    folder = Path(text).absolute()
+    made: list[Path] = []
+    try:
+        for parent in reversed((folder, *folder.parents)):
+            if not parent.is_dir():
+                parent.mkdir()
+                made.append(parent)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, FileExistsError):
+            why = f"{error.filename} is no folder"
+        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {why}") from error
+    finally:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+    return text
 
 
 def command(script: str, argv: Sequence[str] | None) -> str:
@@ -149,9 +195,23 @@ def device() -> dict[str, Any]:
     }
 
 
+def finite(value: Any) -> Any:
+    """The same with None in place of NaN and infinities, which JSON does not have.
+
+    Example:
+      >>> finite({"loss": [0.5, float("nan")]})
+      {'loss': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> Path:
     """Writes a JSON record, whole or not at all."""
-    write_json(path, record)
+    write_json(path, finite(record))
     return path
 
 
@@ -167,6 +227,12 @@ def environment() -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- tables
 
 Rows = Sequence[Sequence[str]]
+
+
+def coloured() -> bool:
+    """Whether tables are printed in colours: on a terminal that has some."""
+    console = Console()
+    return console.color_system is not None and not console.no_color
 
 
 def print_table(title: str, columns: Sequence[str], rows: Rows, *, caption: str = "") -> None:
@@ -258,6 +324,7 @@ def benchmark_parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=7, help="turns; medians over them are reported")
     p.add_argument(
         "--out",
+        type=output_folder,
         default=str(Path("experiments", "results", "benchmarks")),
         help="folder that the JSON record is written to",
     )

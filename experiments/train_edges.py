@@ -224,6 +224,6 @@ def main(argv: list[str] | None = None) -> list[Path]:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        # What is wrong with the options or the data: the sentence is enough.
+    except (ValueError, FloatingPointError) as error:
+        # What is wrong with the options, the data or the recipe: the sentence is enough.
         parser().exit(2, f"{Path(__file__).name}: {error}\n")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import importlib
 import json
+import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,7 +46,7 @@ def accuracy(record, row, column):
 
 def test_record_is_complete(digits):
     path, record = digits
-    assert path.name == "cifar_pfm-digits-digits-mlp.json"
+    assert path.name == "cifar_pfm-digits-digits-mlp-layers0+5+6.json"
     assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
     assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".png"]
     assert record["experiment"] == "cifar_pfm"
@@ -51,7 +55,8 @@ def test_record_is_complete(digits):
     assert record["config"]["samples"] == 10_000 and record["config"]["alpha"] == 0.5
     assert record["data"]["statistics_images"] == 1300 and record["data"]["test_images"] == 497
     assert record["seeds"] == {"edge_models": [0, 1], "matching": 0}
-    assert {"python", "vfjax", "jax", "numpy"} <= set(record["versions"])
+    packages = {"python", "vfjax", "jax", "numpy", "scikit-learn", "tensorflow-datasets"}
+    assert packages <= set(record["versions"])
     assert record["device"]["platform"] == jax.default_backend()
     stages = set(record["seconds"])
     assert {"data", "trace", "checkpoints", "matching", "PFM 0/6", "PFM 6/6", "total"} <= stages
@@ -112,6 +117,12 @@ def test_table_and_figure_show_the_record(digits, capsys):
     pfm.show(record)
     printed = capsys.readouterr().out
     assert "PFM 5/6" in printed and "scikit-learn" in printed
+    # There are no colours here: an asterisk marks what reaches the edge models.
+    assert "green" not in printed and "*: at or above the mean" in printed
+    marked = [line.count("*") for line in printed.splitlines() if "PFM" in line]
+    cells = [row["cells"].values() for row in record["rows"][3:]]
+    edge = record["summary"]["edge_mean"]
+    assert marked == [sum(cell["mean"] >= edge for cell in row) for row in cells]
     (axes,) = pfm.figure_of(record).axes
     assert len(axes.containers) == len(PLAIN)
 
@@ -120,6 +131,64 @@ def test_fallback_is_in_the_title(digits):
     record = json.loads(json.dumps(digits[1]))
     record["data"]["fallback"] = True
     assert pfm.title_of(record).startswith("CIFAR-10 NOT FOUND")
+
+
+# -------------------------------------------------------------------------- the committed record
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    """The record of the shipped VGG16 pair, and its accuracies by column and layers."""
+    path = EXPERIMENTS / "results" / "cifar_pfm-cifar10-vgg16-w0.25.json"
+    record = json.loads(path.read_text())
+    merged = [row for row in record["rows"] if row["layers"] is not None]
+    cells = {c: {r["layers"]: r["cells"][c]["mean"] for r in merged} for c in record["columns"]}
+    return record, cells
+
+
+def test_cifar10_record_is_of_the_default_run(cifar10):
+    record, cells = cifar10
+    assert record["data"]["name"] == "cifar10" and record["data"]["test_images"] == 10_000
+    assert pfm.file_name(record) == "cifar_pfm-cifar10-vgg16-w0.25"
+    assert list(cells["direct"]) == [0, 3, 6, 8, 12] and record["model"]["depth"] == 14
+    assert record["summary"] == pfm.summary_of(record)
+
+
+def test_features_vanish_at_first(cifar10):
+    """Direct averaging is at chance, and REPAIR and RESCALE bring most of the accuracy back."""
+    _, cells = cifar10
+    assert cells["direct"][0] == pytest.approx(0.1, abs=0.01)
+    for column in ("repair", "rescale"):
+        assert cells[column][0] >= cells["matched"][0] + 0.3
+
+
+@pytest.mark.parametrize("column", ["repair", "rescale", "bias_calibration"])
+def test_accuracy_grows_with_the_layers_kept_apart(cifar10, column):
+    values = list(cifar10[1][column].values())
+    assert all(after >= before - 0.005 for before, after in zip(values, values[1:], strict=False))
+
+
+def test_merged_models_reach_the_edge_models_below_two_of_them(cifar10):
+    record, cells = cifar10
+    edge, ensemble = record["summary"]["edge_mean"], record["summary"]["ensemble"]
+    reached = [
+        layers
+        for layers in cells["repair"]
+        if all(edge <= cells[column][layers] <= ensemble + 0.01 for column in ("repair", "rescale"))
+    ]
+    assert reached and min(reached) < record["model"]["depth"]
+
+
+def test_head_says_what_came_out(cifar10):
+    """The sentences are written from the record, by update_readme.py."""
+    record, cells = cifar10
+    update = importlib.import_module("update_readme")
+    said = " ".join(update.findings("vgg16", record).split())
+    for column in ("direct", "matched", "repair", "rescale"):
+        assert f"{100 * cells[column][0]:.1f}" in said
+    assert said in " ".join(pfm.__doc__.split())
+    source = Path(pfm.__file__).read_text(encoding="utf-8")
+    assert update.headed(source) == source
 
 
 # ------------------------------------------------------------------------------------ variations
@@ -165,9 +234,11 @@ def tiny(monkeypatch, tmp_path):
 
 
 def test_batchnorm_gets_reset_and_pairs_get_spreads(tiny):
-    path = pfm.main([*tiny("vgg11-bn", 3), "--layers", "0", "2", "--pairs", "3"])
-    assert path.name == "cifar_pfm-cifar10-vgg11-bn-w0.25-3pairs.json"
+    path = pfm.main([*tiny("vgg11-bn", 3), "--layers", "2", "0", "2", "--pairs", "3"])
+    assert path.name == "cifar_pfm-cifar10-vgg11-bn-w0.25-layers0+2-3pairs.json"
     record = json.loads(path.read_text())
+    assert record["config"]["layers"] == [0, 2]
+    assert [row["layers"] for row in record["rows"]] == [None, None, None, 0, 2]
     assert record["columns"] == ["direct", "matched", "reset"]
     assert [pair["models"] for pair in record["pairs"]] == [[0, 1], [0, 2], [1, 2]]
     for row in record["rows"]:
@@ -210,7 +281,7 @@ def test_retrain_trains_what_it_merges(tmp_path, monkeypatch):
     options = ["--model", "digits-mlp", "--retrain", "--layers", "5", "--match", "none"]
     path = pfm.main(["--dataset", "digits", *options, "--out", str(tmp_path / "out")])
     record = json.loads(path.read_text())
-    assert asked == [(60, 0), (60, 1)]
+    assert asked == [(60, 0), (60, 1)] and path.stem.endswith("-none-layers5-retrained")
     trained = sorted(p.name for p in (tmp_path / "out" / "checkpoints-cpu").iterdir())
     assert trained == ["digits-mlp-seed0", "digits-mlp-seed1"]
     assert [model["checkpoint"] for model in record["edge_models"]] == trained
@@ -255,7 +326,13 @@ def test_help_explains_every_option(capsys):
     [
         (["--layers", "9"], "--layers must be from 0 to L = 7, got 9"),
         (["--layers", "-1"], "--layers must be from 0 to L = 7, got -1"),
-        (["--model", "vgg16"], "--model vgg16 is not for scikit-learn's 8x8 digits"),
+        (["--model", "vgg16"], "is not for scikit-learn's 8x8 digits; give --dataset cifar10, or"),
+        (["--preset", "paper"], "no models of --preset paper are shipped: give --retrain"),
+        (
+            ["--out", "/dev/null/x"],
+            "--out: nothing can be written to '/dev/null/x': /dev/null is no folder",
+        ),
+        (["--dataset", "auto", "--model", "vgg16"], "CIFAR-10 was not found, give --data-dir, or"),
         (["--model", "vgg17"], "'vgg17' is no model; take one of"),
         (["--model", "digits-mlp-w0.5"], "has no option 'width'"),
         (["--model", "digits-conv-w0.5"], "2 models digits-conv-w0.5-seed* are needed"),
@@ -285,6 +362,120 @@ def test_damaged_checkpoint(tiny, capsys, tmp_path):
         pfm.main(arguments)
     assert "is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_models_are_named_with_the_command_that_trains_them(tiny, capsys, tmp_path):
+    options = tiny("vgg11", 3)
+    (tmp_path / "checkpoints" / "cifar10-vgg11-w0.25-seed1").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match="2"):
+        pfm.main([*options, "--pairs", "4", "--data-dir", "my data"])
+    error = capsys.readouterr().err
+    assert "4 models cifar10-vgg11-w0.25-seed* are needed in checkpoints/, 2 found" in error
+    command = re.search(r"python experiments/train_edges.py (.*) \(--retrain", error)[1]
+    args = pfm.train_edges.parser().parse_args(shlex.split(command))
+    assert (args.model, args.width, args.dataset) == ("vgg11", 0.25, "cifar10")
+    assert (args.seeds, args.data_dir, args.preset) == ([1, 3], "my data", "cpu")
+    assert args.out == pfm.train_edges.parser().get_default("out")
+
+
+def test_digits_models_are_of_the_digits(tiny, monkeypatch, capsys):
+    """As train_edges.py decides, even where CIFAR-10 is found; where asked for that, it is told."""
+    options, load, asked = tiny("vgg11", 2), pfm.data.load, []
+    monkeypatch.setattr(pfm.data, "load", lambda name, *args, **more: asked.append(name) or load())
+    for dataset in ("auto", "cifar10"):
+        with pytest.raises(SystemExit, match="2"):
+            pfm.main([*options, "--model", "digits-mlp", "--dataset", dataset])
+        assert "--model digits-mlp is not for CIFAR-10; give --dataset digits" in (
+            capsys.readouterr().err
+        )
+    assert asked == ["digits", "cifar10"]
+
+
+def test_folder_is_tried_and_left_as_it_was(tmp_path):
+    folder = tmp_path / "new" / "newer"
+    assert pfm._common.output_folder(str(folder)) == str(folder)
+    assert pfm._common.output_folder(str(tmp_path)) == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(argparse.ArgumentTypeError, match="file is no folder"):
+        pfm._common.output_folder(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_figure_that_fails_leaves_the_whole_record(tiny, tmp_path, monkeypatch, capsys):
+    def fail(figure, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pfm.plot, "save", fail)
+    with pytest.raises(SystemExit, match="1"):
+        pfm.main([*tiny("vgg11", 2), "--layers", "1"])
+    assert "error: [Errno 28] No space left" in capsys.readouterr().err
+    (path,) = (tmp_path / "out").iterdir()
+    assert json.loads(path.read_text())["experiment"] == "cifar_pfm"
+
+
+@pytest.mark.parametrize("match", ["activation", "weight", "none"])
+def test_models_with_nan_are_reported(match, tiny, capsys, tmp_path):
+    options = tiny("vgg11", 2)
+    folder = tmp_path / "checkpoints" / "cifar10-vgg11-w0.25-seed1"
+    tree, card = checkpoint.load(folder), checkpoint.card(folder)
+    kernel = tree["params"]["Dense_1"]["kernel"]
+    tree["params"]["Dense_1"]["kernel"] = kernel.at[0, 0].set(np.nan)
+    shutil.rmtree(folder)
+    checkpoint.save(folder, tree, {k: card[k] for k in ("seed", "test", "command")})
+    with pytest.raises(SystemExit, match="1"):
+        pfm.main([*options, "--match", match])
+    # The progress bar, which ends in carriage returns, is wiped before.
+    *_, blank, error = capsys.readouterr().err.splitlines()
+    assert not blank.strip() and error.startswith("cifar_pfm.py: error: ") and "NaN" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ValueError("a\n  b"), 1),
+        (FloatingPointError("a b"), 1),
+        (pfm._common.UserError("a b"), 2),
+        (data.DatasetError("a b"), 2),
+    ],
+)
+def test_errors_are_one_line(error, status, capsys):
+    with pytest.raises(SystemExit, match=str(status)), pfm._common.reported(pfm.parser()):
+        raise error
+    assert capsys.readouterr().err == "cifar_pfm.py: error: a b\n"
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(TypeError), pfm._common.reported(pfm.parser()):
+        raise TypeError("a bug")
+
+
+def test_records_hold_no_nan(tmp_path):
+    record = {"loss": [float("nan"), 0.5], "more": {"x": (float("inf"), 1, None, "NaN")}}
+    path = pfm._common.write_record(tmp_path / "a.json", record)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert found == {"loss": [None, 0.5], "more": {"x": [None, 1, None, "NaN"]}}
+
+
+def test_runs_that_differ_have_other_names(digits):
+    _, record = digits
+    changes = [{}, {"layers": [0]}, {"samples": 1}, {"samples": "all"}, {"alpha": 0.25}]
+    changes += [{"pairs": 3}, {"match": "none"}, {"match": "weight"}, {"retrain": True}]
+    changes += [{"retrain": True, "preset": "paper"}, {"width": 0.5}, {"model": "digits-conv"}]
+    standard = record["config"] | {"layers": pfm.default_layers(6)}
+    names = [pfm.file_name(record | {"config": standard | change}) for change in changes]
+    assert names[0] == "cifar_pfm-digits-digits-mlp" and len(set(names)) == len(names)
+
+
+def test_one_image_is_singular(digits):
+    record = json.loads(json.dumps(digits[1]))
+    record["data"]["statistics_images"] = 1
+    assert pfm.title_of(record).endswith("statistics over 1 image")
 
 
 # --------------------------------------------------------------------------------- other scripts
