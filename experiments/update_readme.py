@@ -1,17 +1,20 @@
-"""Writes the tables of `experiments/results/` into the README, between its markers.
+"""Writes what is in `experiments/results/` into the README, between its markers.
 
     python experiments/cifar_pfm.py --out experiments/results
     python experiments/cifar_pfm.py --model resnet20 --out experiments/results
     python experiments/update_readme.py
 
-No number in those places is typed by hand. With `--check` nothing is written, and the exit status
-says whether the README is up to date.
+The second needs models that may have to be trained first; it says how. The paragraph on what came
+out in the head of `cifar_pfm.py` is written, too. No number in those places is typed by hand. With
+`--check` nothing is written, and the exit status says whether both files are up to date.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,39 +23,105 @@ import _common
 import cifar_pfm
 
 README = _common.ROOT / "README.md"
+SCRIPT = Path(cifar_pfm.__file__)
 RESULTS = _common.ROOT / "experiments" / "results"
 # Which record goes between which markers.
 TABLES = {
     "vgg16": "cifar_pfm-cifar10-vgg16-w0.25",
     "resnet20": "cifar_pfm-cifar10-resnet20-w0.5",
 }
+# What the paper has to compare with, after what was measured here.
+PAPER = {
+    "vgg16": "In the paper, at full width, RESCALE gives 84.7 at l = 0 and reaches it at l = 8.",
+    "resnet20": "In the paper, at full width, RESET gives 64.1 at l = 0.",
+}
 BENCHMARKS = ("routing", "passes", "tracing")
 WAITING = "\n*Not measured yet.*\n"
 
 
-def table(name: str) -> str:
-    """The Markdown of a record of `cifar_pfm.py`: table, how it was made, figure."""
+def joined(words: Sequence[str]) -> str:
+    """Words as in a sentence.
+
+    Example:
+      >>> joined(["a", "b", "c"])
+      'a, b and c'
+    """
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def made_on(record: dict[str, Any]) -> str:
+    """How long a record took, and on what."""
+    device = record["device"]
+    where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
+    return f"{record['seconds']['total']:.0f} s on {where}"
+
+
+def findings(marker: str, record: dict[str, Any]) -> str:
+    """What came out, in sentences."""
+    accuracy = {r["name"]: f"{100 * r['cells']['direct']['mean']:.1f}" for r in record["rows"][:3]}
+    rows = [row for row in record["rows"] if row["layers"] is not None]
+    first, columns, label = rows[0], record["columns"], cifar_pfm.LABELS
+    means = {column: first["cells"][column]["mean"] for column in columns}
+    given = [f"{label[column]} {100 * means[column]:.1f}" for column in columns]
+    leading = label[max(columns, key=lambda column: means[column])]
+    reached: dict[int, list[str]] = {}
+    for column, layers in record["summary"]["reaches_edges_at"].items():
+        if layers is not None:
+            reached.setdefault(layers, []).append(label[column])
+    never = [
+        label[c] for c, layers in record["summary"]["reaches_edges_at"].items() if layers is None
+    ]
+    firsts = []
+    for layers in sorted(reached):
+        (row,) = (row for row in rows if row["layers"] == layers)
+        cost = f"{row['params_ratio']:.2f} times the parameters, {row['flops_ratio']:.2f} the FLOPs"
+        firsts.append(f"by {joined(reached[layers])} at l = {layers} ({cost})")
+    edge = f"The edge models' mean, {100 * record['summary']['edge_mean']:.2f}, is first reached "
+    edge += joined(firsts) if firsts else "by no column at these l"
+    edge += f", by {joined(never)} at none of these l" if firsts and never else ""
+    return (
+        f"Models of {accuracy['model 1']} and {accuracy['model 2']}, ensemble "
+        f"{accuracy['ensemble']}. At l = {first['layers']}: {joined(given)}, so {leading} leads. "
+        f"{edge}. {PAPER[marker]}"
+    )
+
+
+def table(marker: str, name: str) -> str:
+    """The Markdown of a record of `cifar_pfm.py`: table, what it says, how it was made, figure."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return WAITING
     record = json.loads(path.read_text())
     header, lines = cifar_pfm.table_of(record, ("**", "**"))
-    summary, device, versions = record["summary"], record["device"], record["versions"]
-    where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
-    reached = [
-        f"{cifar_pfm.LABELS[column]} at l = {layers}"
-        for column, layers in summary["reaches_edges_at"].items()
-        if layers is not None
-    ]
     notes = (
-        f"Bold: at or above the mean of the edge models, {100 * summary['edge_mean']:.2f} "
-        f"(first reached by {', '.join(reached) or 'no column'}). "
-        f"Made by `{record['command']}` in {record['seconds']['total']:.0f} s on {where}, "
-        f"jax {versions['jax']}."
+        "Bold: at or above the mean of the edge models, "
+        f"{100 * record['summary']['edge_mean']:.2f}. Made by `{record['command']}` in "
+        f"{made_on(record)}, jax {record['versions']['jax']}."
     )
     figure = f"![{record['title']}](experiments/results/{name}.png)"
     body = _common.markdown_table(header, lines)
-    return f"\n**{record['title']}**\n\n{body}\n\n{notes}\n\n{figure}\n"
+    parts = [f"**{record['title']}**", body, findings(marker, record), notes, figure]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def headed(text: str) -> str:
+    """The text of `cifar_pfm.py` with the last paragraph of its head brought up to date."""
+    path = RESULTS / f"{TABLES['vgg16']}.json"
+    if not path.exists():
+        return text
+    record = json.loads(path.read_text())
+    title, config = cifar_pfm.DATASET_LABELS[record["data"]["name"]], record["config"]
+    said = (
+        f"What came out here ({title}, {config['model']} at {config['width']:g} of the width, "
+        f"{made_on(record)}): {findings('vgg16', record)}"
+    )
+    paragraph = textwrap.fill(said, 100, break_on_hyphens=False) + "\n"
+    new, count = re.subn(
+        r'^What came out here.*?(?=^"""$)', lambda _: paragraph, text, count=1, flags=re.M | re.S
+    )
+    if not count:
+        raise ValueError(f'the head of {SCRIPT} must end with "What came out here ...".')
+    return new
 
 
 def benchmarks() -> str:
@@ -76,20 +145,25 @@ def benchmarks() -> str:
 def filled(text: str) -> str:
     """The README's text with all generated parts brought up to date."""
     for marker, name in TABLES.items():
-        text = _common.fill(text, marker, table(name))
+        text = _common.fill(text, marker, table(marker, name))
     return _common.fill(text, "benchmarks", benchmarks())
 
 
-def main(argv: Sequence[str] | None = None) -> Any:
-    """Writes the README, or checks it."""
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Writes the README and the head of `cifar_pfm.py`, or checks them."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=_common.Help)
-    p.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    p.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = p.parse_args(argv)
-    old = Path(README).read_text(encoding="utf-8")
-    new = filled(old)
-    if args.check:
-        p.exit(0 if old == new else 1, "" if old == new else "README.md is not up to date\n")
-    README.write_text(new, encoding="utf-8")
+    late = []
+    for path, bring in ((README, filled), (SCRIPT, headed)):
+        old = path.read_text(encoding="utf-8")
+        new = bring(old)
+        if new != old:
+            late.append(path.name)
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    if args.check and late:
+        p.exit(1, f"not up to date: {', '.join(late)}\n")
     return README
 
 
