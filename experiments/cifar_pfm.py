@@ -6,8 +6,8 @@
     python experiments/cifar_pfm.py --dataset digits             # seconds, needs no data
     python experiments/cifar_pfm.py --retrain --preset paper     # full width, 160 epochs, on a GPU
 
-Edge models are loaded from `checkpoints/`. Where a run needs more than are there, it stops at once
-and names the command of `train_edges.py` that trains the missing ones.
+Edge models are loaded from `checkpoints/`. A run that needs more than are there stops before it
+measures anything and names the command of `train_edges.py` that trains the missing ones.
 
 Two networks that differ in their random seed are averaged from layer l+1 on; their first l layers
 are kept apart and their l-th pre-activations averaged ("PFM l/L"). l = 0 is ordinary merging, l = L
