@@ -798,3 +798,13 @@ def test_sites_by_name_and_all():
     means, stds = measured(merge.as_merged(net, every), data, ["head"])
     close(means["head"], goal[0]["head"])
     close(stds["head"], goal[1]["head"])
+
+
+@pytest.mark.parametrize("method", [renorm.repair, renorm.rescale])
+def test_data_with_nan_is_an_error(method):
+    v = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 2))}
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"], v, x)
+    references = vfjax.stats.moments(net, [v], [x])
+    with pytest.raises(ValueError, match="data gives NaN"):
+        method(net, v, [x, x.at[0].set(jnp.nan)], references=references)

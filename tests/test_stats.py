@@ -225,7 +225,7 @@ def test_large_means_lose_nothing():
 
 @pytest.mark.parametrize("wrap", [list, iter])
 def test_means_that_grow_large_later_lose_nothing_either(wrap):
-    """The first two samples look harmless; the pass is made again, or centres from the start."""
+    """The first samples, from which the others are shifted by 1000, are far from typical."""
     rng = np.random.default_rng(0)
     x = _normal(rng, 3000, 4)
     x[2:] += 1000
@@ -471,3 +471,11 @@ def test_a_second_pass_compiles_nothing():
     with jax.log_compiles(False):
         stats.moments(net, trees[::-1], parts, covariance="cross")
     assert sizes == (_streaming.measure._cache_size(), _streaming.pool._cache_size())
+
+
+def test_data_with_nan_is_an_error():
+    v = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 2))}
+    x = jnp.ones((5, 4)).at[2, 1].set(jnp.nan)
+    net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"], v, x)
+    with pytest.raises(ValueError, match="data gives NaN or infinite values in 3 of 3 channels"):
+        stats.moments(net, [v], [x[:2], x[2:]], sites=["a"])

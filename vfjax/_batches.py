@@ -1,20 +1,20 @@
 """The rules of `data`: what a pass over batches may be given, and what it says otherwise.
 
-Every pass of the library over data goes through :func:`batches`, so that statistics,
-renormalisation and evaluation accept the same things and fail with the same words. `data` is a
+Statistics and renormalisation go through :func:`batches`, so that they accept the same things and
+fail with the same words. `data` is a
 re-iterable of what `apply_fn` takes as `x`, or of pairs `(x, label)`; labels are dropped.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["batch_size", "batches"]
+__all__ = ["batch_size", "batches", "check_finite_means"]
 
 PyTree = Any
 
@@ -117,3 +117,19 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
     if len(sizes) != 1:
         raise ValueError(f"{where}: the leaves of x have different batch sizes: {sorted(sizes)}")
     return x
+
+
+def check_finite_means(means: Mapping[str, Any], *, name: str = "data") -> None:
+    """Raises a ValueError if a pass over data met NaN or infinity at a site.
+
+    Args:
+        means: Means by site, whatever their shapes; on the host or on a device.
+        name: The caller's name for the data, for the message.
+    """
+    for site, mean in means.items():
+        bad = int(np.size(mean) - np.count_nonzero(np.isfinite(np.asarray(mean))))
+        if bad:
+            raise ValueError(
+                f"{name} gives NaN or infinite values in {bad} of {np.size(mean)} channels of "
+                f"'{site}': look for them in the batches, or for values that overflow the network"
+            )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _tree
-from vfjax._batches import batches
+from vfjax._batches import batches, check_finite_means
 from vfjax._merged import Merged, affine
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
 from vfjax._streaming import mesh_of, on_mesh, replicate
@@ -255,6 +255,7 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
         take()  # of the batch before, while this one runs
         pending = batch
     take()
+    check_finite_means({name: found.mean for name, found in pooled.items()})
     return pooled
 
 

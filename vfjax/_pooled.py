@@ -13,7 +13,9 @@ Array = jax.Array
 # A channel below this fraction of its layer's largest variance counts as constant.
 _DEAD = 1e-12
 # So does one whose standard deviation is within this many roundings of its mean.
-_ROUNDINGS = 8
+ROUNDINGS = 8
+# Examples whose mean values are shifted by.
+_FEW = 4
 
 
 class Pooled(NamedTuple):
@@ -36,12 +38,38 @@ class Pooled(NamedTuple):
 
 
 def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
-    """Moments of one batch, centred before they are squared."""
+    """Moments of one batch."""
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     count = math.prod(value.shape[a] for a in sample_axes)
-    mean = value.mean(sample_axes)
-    centred = value - jnp.expand_dims(mean, sample_axes)
-    return Pooled(jnp.asarray(count, mean.dtype), mean, jnp.square(centred).sum(sample_axes))
+    _, mean, var, _ = shifted_moments(value, sample_axes)
+    return Pooled(jnp.asarray(count, mean.dtype), mean, var * count)
+
+
+def shifted_moments(
+    value: Array, sample_axes: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """Mean and variance over some axes, in one read of the values.
+
+    The difference of a mean square and a squared mean loses its digits where the mean is large
+    against the standard deviation, and centring values on their mean reads them once more. Instead
+    they are shifted by the mean of a few of them, which is known before they are read. Since the
+    few count too, the variance is at least their share of the squared distance to the mean: little
+    is lost even if they are odd.
+
+    Args:
+        value: Float array, float32 or better.
+        sample_axes: The axes to reduce; the first of them is cut to get at the few.
+
+    Returns:
+        The shifted values, the mean, the variance, and the mean of the shifted values.
+    """
+    axis = sample_axes[0]
+    few = jax.lax.slice_in_dim(value, 0, min(_FEW, value.shape[axis]), axis=axis)
+    shift = few.mean(sample_axes, keepdims=True)
+    value = value - shift
+    rest = value.mean(sample_axes)
+    var = jnp.maximum(jnp.square(value).mean(sample_axes) - jnp.square(rest), 0)
+    return value, jnp.squeeze(shift, sample_axes) + rest, var, rest
 
 
 def pool(a: Pooled, b: Pooled) -> Pooled:
@@ -70,7 +98,7 @@ def coefficients(
     """
     mean, var = jnp.asarray(now.mean), jnp.asarray(now.var)
     goal_mean, goal_std = goal
-    floor = _ROUNDINGS * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
+    floor = ROUNDINGS * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
     alive = (var > _DEAD * var.max()) & (var > floor * floor)
     scale = jnp.where(alive, goal_std / jnp.sqrt(jnp.where(alive, var, 1)), 1)
     return scale, jnp.where(centre, goal_mean - scale * mean, 0)

@@ -2,9 +2,6 @@
 
 A batch is reduced on the device in one compiled call for all models; what comes out is small, and a
 second, tiny call merges it into what was pooled before, in place.
-
-Centring values before they are squared reads them once more, which costs a tenth of a forward pass,
-and matters only where means are large against standard deviations. So it is done only there.
 """
 
 from __future__ import annotations
@@ -17,15 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vfjax._pooled import ROUNDINGS, shifted_moments
 from vfjax.network import Network
 
 Array = jax.Array
 PyTree = Any
-
-# A variance below this many roundings of the mean, squared, cannot be told from zero.
-_ROUNDINGS = 8
-# The difference of a mean square and a squared mean loses its digits by this factor at most.
-_MOST = 64.0
 
 
 class GroupAxis(NamedTuple):
@@ -55,7 +48,6 @@ class Plan(NamedTuple):
     sites: tuple[Site, ...]
     covariance: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
-    centred: bool = False
 
 
 def _vmapped() -> bool:
@@ -77,40 +69,35 @@ def _batch(
     sources = tuple(dict.fromkeys(site.source for site in plan.sites))
     counts: dict[str, int] = {}
 
-    def one(tree: PyTree) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    def one(tree: PyTree) -> tuple[dict[str, Array], ...]:
         _, values = net.run(tree, x, capture=sources)
-        mean, var, rows = {}, {}, {}
+        mean, var, rest, rows = {}, {}, {}, {}
         for site in plan.sites:
             value, sample = _arrange(values[site.source], site)
-            middle = value.mean(sample, keepdims=True)
-            mean[site.name] = jnp.squeeze(middle, sample)
-            if plan.centred:
-                value = value - middle
-            var[site.name] = jnp.square(value).mean(sample)
-            if not plan.centred:
-                var[site.name] = jnp.maximum(var[site.name] - jnp.square(mean[site.name]), 0)
+            name = site.name
+            value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
             counts[site.name] = value.size // max(mean[site.name].size, 1)
             if site.name in plan.covariance:
                 keep = [a for a in range(value.ndim) if a not in sample]
                 rows[site.name] = value.transpose(*sample, *keep).reshape(counts[site.name], -1)
-        return mean, var, rows
+        return mean, var, rest, rows
 
     if _vmapped():
-        mean, var, rows = jax.vmap(one)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
+        mean, var, rest, rows = jax.vmap(one)(
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        )
     else:
         parts = [one(tree) for tree in trees]
-        mean, var = (
+        mean, var, rest = (
             {site.name: jnp.stack([part[k][site.name] for part in parts]) for site in plan.sites}
-            for k in (0, 1)
+            for k in (0, 1, 2)
         )
-        rows = {name: [part[2][name] for part in parts] for name in plan.covariance}
+        rows = {name: [part[3][name] for part in parts] for name in plan.covariance}
 
     def product(name: str, i: int, j: int) -> Array:
         exact = jax.lax.Precision.HIGHEST
         found = jnp.matmul(rows[name][i].T, rows[name][j], precision=exact) / counts[name]
-        if plan.centred:
-            return found
-        return found - jnp.outer(mean[name][i].reshape(-1), mean[name][j].reshape(-1))
+        return found - jnp.outer(rest[name][i].reshape(-1), rest[name][j].reshape(-1))
 
     products = {
         name: jnp.stack([product(name, i, j) for i, j in plan.pairs])
@@ -119,20 +106,12 @@ def _batch(
     }
     for name, found in products.items():
         own = [k for k, (i, j) in enumerate(plan.pairs) if i == j]
-        if own and not plan.centred:
+        if own:
             # What the products give already costs no pass of its own.
             squares = jnp.stack([jnp.diagonal(found[k]) for k in own])
             var[name] = jnp.maximum(squares, 0).reshape(var[name].shape)
     batch = {"mean": mean, "var": var, "covariance": products}
     return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in plan.sites]
-
-
-def is_accurate(found: dict[str, Any]) -> bool:
-    """Whether moments that were measured without centring lost next to nothing by it."""
-    return all(
-        bool((np.square(mean) <= _MOST * np.asarray(found["var"][site])).all())
-        for site, mean in ((site, np.asarray(mean)) for site, mean in found["mean"].items())
-    )
 
 
 def _arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
@@ -179,7 +158,7 @@ def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
     pooled = jax.tree.map(np.asarray, pooled)
     mean, var, blocks = pooled["mean"], {}, {}
     for site, value in pooled["var"].items():
-        floor = _ROUNDINGS * np.finfo(value.dtype).eps * np.abs(mean[site])
+        floor = ROUNDINGS * np.finfo(value.dtype).eps * np.abs(mean[site])
         var[site] = np.where(value <= np.square(floor), 0, value)
     for site, value in pooled["covariance"].items():
         models = len(mean[site])

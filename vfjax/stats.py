@@ -2,9 +2,9 @@
 
 One pass over the data gives, at every requested site and for every model, the mean and variance of
 each channel over the pooled samples, and between any two models the covariances of their channels.
-Batches are merged by the update of Chan, Golub & LeVeque (1979), and where means are large against
-standard deviations values are centred before they are squared, so the numbers do not depend on how
-the data was cut into batches and keep float32 accuracy.
+Batches are merged by the update of Chan, Golub & LeVeque (1979), and values are shifted close to
+zero before they are squared, so the numbers do not depend on how the data was cut into batches and
+keep float32 accuracy.
 
 The forward passes of all models and the statistics of a batch are one compiled call.
 """
@@ -14,20 +14,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._batches import batch_size, batches
+from vfjax._batches import batch_size, batches, check_finite_means
 from vfjax._streaming import (
     GroupAxis,
     Plan,
     Site,
     finish,
-    is_accurate,
     measure,
     mesh_of,
     pool,
@@ -198,7 +197,8 @@ def moments(
 
     Raises:
         TypeError: If `trees` is no sequence of trees, or data has another structure or dtype.
-        ValueError: If trees differ, a site does not exist, or data is empty or exhausted.
+        ValueError: If trees differ, a site does not exist, data is empty or exhausted, or makes a
+            site NaN or infinite.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -214,13 +214,11 @@ def moments(
     check_trees(trees)
     trees = tuple(trees)
     plan = _plan(net, sites, covariance, len(trees))
-    # An iterator can be read only once, so for that one there is no looking first.
-    found = _one_pass(net, plan._replace(centred=isinstance(data, Iterator)), trees, data)
-    if not found.plan.centred and not is_accurate(found.pooled):
-        found = _one_pass(net, plan._replace(centred=True), trees, data)
-    mean, var, blocks = finish(plan, found.pooled)
+    pooled, counts = _one_pass(net, plan, trees, data)
+    check_finite_means(pooled["mean"])
+    mean, var, blocks = finish(plan, pooled)
     return Moments(
-        count={s.name: n for s, n in zip(plan.sites, found.counts, strict=True)},
+        count={s.name: n for s, n in zip(plan.sites, counts, strict=True)},
         # In the order asked for: what comes out of a compiled call is sorted by name.
         mean={site.name: mean[site.name] for site in plan.sites},
         var={site.name: var[site.name] for site in plan.sites},
@@ -229,16 +227,10 @@ def moments(
     )
 
 
-class _Pass(NamedTuple):
-    """What a pass gave: its plan, the pooled moments, and the samples at each site."""
-
-    plan: Plan
-    pooled: dict[str, Any]
-    counts: list[float]
-
-
-def _one_pass(net: Network, plan: Plan, trees: tuple[PyTree, ...], data: Iterable[Any]) -> _Pass:
-    """Moments pooled over all batches; centred if the plan, or the first batch, asks for it."""
+def _one_pass(
+    net: Network, plan: Plan, trees: tuple[PyTree, ...], data: Iterable[Any]
+) -> tuple[dict[str, Any], list[float]]:
+    """Moments pooled over all batches, and the number of samples at each site."""
     mesh, placed, pooled, samples, counts = None, trees, None, 0, []
     for x in batches(data, like=net.x):
         size = batch_size(x)
@@ -254,13 +246,10 @@ def _one_pass(net: Network, plan: Plan, trees: tuple[PyTree, ...], data: Iterabl
         if pooled is not None:
             pooled = pool(plan, pooled, batch, size / samples)
             continue
-        if not plan.centred and not is_accurate(batch):
-            plan = plan._replace(centred=True)
-            batch, each = measure(net, plan, mesh, placed, x)
         # Every batch has the same number of positions per example.
         pooled, counts = batch, [int(n) / size for n in each]
     assert pooled is not None  # `batches` gives one or raises
-    return _Pass(plan, pooled, [n * samples for n in counts])
+    return pooled, [n * samples for n in counts]
 
 
 def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
