@@ -527,3 +527,32 @@ def test_a_batch_may_be_sharded():
     model = merge.preserve_first(net, trees, layers=2)
     expected = model(x)
     close(jax.jit(lambda m, x: m(x))(model, jax.device_put(x, sharding)), expected)
+
+
+def scanned(steps):
+    """A network whose layers, but for the last, hide in a scan that is too long to unroll."""
+    v = {"k": jnp.ones((steps, 3, 3)) / 3, "b": jnp.ones((steps, 3)), "w": jnp.ones((3, 2))}
+
+    def apply_fn(v, x):
+        layer = lambda h, kb: (jax.nn.relu(h @ kb[0] + kb[1][None]), None)  # noqa: E731
+        return jax.lax.scan(layer, x, (v["k"], v["b"]))[0] @ v["w"]
+
+    return vfjax.trace(apply_fn, v, jnp.ones((2, 3))), v
+
+
+def test_a_cut_inside_of_an_opaque_primitive():
+    net, v = scanned(70)
+    with pytest.raises(ValueError, match="inside the opaque scan at test_merge.py"):
+        merge.preserve_first(net, [v, v], layers=5)
+
+
+def test_biases_inside_of_an_opaque_primitive():
+    net, v = scanned(70)
+    with pytest.warns(UserWarning, match="inside the opaque scan at test_merge.py"):
+        vfjax.renorm.remove_bias(net, v, last="all")
+
+
+def test_sites_inside_of_an_opaque_primitive():
+    net, v = scanned(70)
+    with pytest.raises(ValueError, match="inside the opaque scan at test_merge.py"):
+        vfjax.stats.moments(net, [v], [jnp.ones((2, 3))], sites=["k"])

@@ -95,7 +95,8 @@ def test_check_spec_sees_a_wrong_spec():
     assert check_spec(masked, tree(), X) == 0
     broken = tree()
     broken["a"]["bias"][0] = np.nan
-    assert np.isnan(check_spec(net, broken, X))
+    with pytest.raises(ValueError, match="NaN or infinite value at 'a/bias'"):
+        check_spec(net, broken, X)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int8"])
@@ -269,3 +270,12 @@ def test_a_known_size_is_checked():
     spec = PermutationSpec(GROUPS, {"hidden": 6})
     with pytest.raises(ValueError, match="group 'hidden' has 5 entries.*but 6"):
         spec.validate(tree())
+
+
+def test_check_spec_of_infinite_parameters():
+    """Infinite before and after is no sign of a symmetry."""
+    spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+    net = types.SimpleNamespace(spec=spec, run=lambda p, x: x @ p["w"] @ p["v"])
+    tree = {"w": np.full((3, 3), np.inf, np.float32), "v": np.ones((3, 2), np.float32)}
+    with pytest.raises(ValueError, match="variables holds 9 NaN or infinite values at 'w'"):
+        check_spec(net, tree, np.ones((1, 3), np.float32))

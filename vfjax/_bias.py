@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,9 +40,8 @@ def remove_bias(net: Network, merged: PyTree | Merged, *, last: int | str) -> Py
 
     Raises:
         TypeError: If `last` is neither an integer nor "all".
-        ValueError: If `last` is out of range, if `merged` does not fit the network, or one bias
-        leaf
-            serves layers of which only some would lose it.
+        ValueError: If `last` is out of range, if `merged` does not fit the network, or if one bias
+            leaf serves layers of which only some would lose it.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -160,6 +160,12 @@ def _map_biases(
     Computes in float32 or better and casts back. `same` says whether two depths are treated alike;
     a bias that several layers share must not need two values.
     """
+    if net.opaque:
+        warnings.warn(
+            f"biases are changed in the layers of net.layers only.{net.opaque_hint()}",
+            UserWarning,
+            stacklevel=3,
+        )
     depths = _depths(net, merged.cut if isinstance(merged, Merged) else 0)
     tree = merged.trunk if isinstance(merged, Merged) else merged
     leaves, treedef = _tree.flatten_named(tree)

@@ -106,6 +106,8 @@ class Merged:
     def params(self) -> int:
         """Number of parameters: those of every stem and of the trunk, running statistics apart."""
         net = self.net
+        if self.cut == 0:  # the whole tree, also leaves that nothing reads
+            return net.parameters
         return len(self.stems) * net.stem_parameters(self.cut) + net.trunk_parameters(self.cut)
 
     parameters = params

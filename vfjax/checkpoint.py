@@ -349,7 +349,9 @@ def _folder(path: str | os.PathLike[str]) -> Path:
         return _previous(path)
     others = sorted(item.parent.name for item in path.parent.glob(f"[!.]*/{_STRUCTURE}"))
     hint = f" {path.parent} holds {', '.join(others)}." if others else ""
-    raise CheckpointError(f"path: there is no checkpoint at {path}.{hint}")
+    raise CheckpointError(
+        f"path: there is no checkpoint at {path}: give the folder that `save` was given.{hint}"
+    )
 
 
 def _read_json(path: Path) -> Any:

@@ -208,7 +208,10 @@ def preserve_first(
     if isinstance(layers, bool) or not isinstance(layers, (int, np.integer)):
         raise TypeError(f"layers must be an integer, got {layers!r}")
     if not 0 <= layers <= net.depth:
-        raise ValueError(f"layers must be from 0 to {net.depth}, the network's depth, got {layers}")
+        raise ValueError(
+            f"layers must be from 0 to {net.depth}, the network's depth, got {layers}"
+            f".{net.opaque_hint()}"
+        )
     if len(trees) < 2:
         raise ValueError(f"trees must be at least two, got {len(trees)}")
     check_fits(net, trees[0], "trees[0]")

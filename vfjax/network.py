@@ -73,8 +73,8 @@ class Network:
         """See `trace`."""
         if not callable(apply_fn):
             raise TypeError(
-                f"apply_fn must be a function (variables, x) -> output; it was {apply_fn!r}. For a "
-                "Flax module, pass `model.apply`."
+                f"apply_fn must be a function (variables, x) -> output; it was a "
+                f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
             )
         self._traces = _retrace.Retracer(apply_fn, variables, x)
         self._reference, self._treedef = self._traces.reference, self._traces.treedef
@@ -374,21 +374,30 @@ class Network:
     def _flops(self, equations: Iterable[int]) -> int:
         return sum(self._reference.flops(i) for i in equations) // self._traces.batch
 
+    def opaque_hint(self) -> str:
+        """A sentence for messages about layers: what hides some of them, or an empty string."""
+        if not self.opaque:
+            return ""
+        primitive, where = self.opaque[0]
+        return (
+            f" Layers inside the opaque {primitive} at {where} cannot be reached: write it as a "
+            f"Python loop, or as a scan over at most {_graph.MAX_UNROLL} stacked layers."
+        )
+
     def _check_depth(self, depth: Any, argument: str) -> None:
         if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
             raise TypeError(f"{argument} must be a whole number of layers; it was {depth!r}.")
         if not 0 <= depth <= self.depth:
-            hint = f" Layers inside {self.opaque} cannot be reached." if self.opaque else ""
             raise ValueError(
                 f"{argument} was {depth}; this network has {self.depth} layers from input to "
-                f"output, so give 0 to {self.depth}.{hint}"
+                f"output, so give 0 to {self.depth}.{self.opaque_hint()}"
             )
 
     def _unknown(self, kind: str, name: str, known: Sequence[str]) -> str:
         parts = {part for part in str(name).split("/") if part}
         near = sorted(known, key=lambda k: -len(parts & set(k.split("/"))))
-        hint = "".join(f" It may lie inside the opaque {p} at {w}." for p, w in self.opaque[:1])
-        return f"The network has no {kind} '{name}'; it has, among others, {near[:6]}.{hint}"
+        known = f"it has, among others, {near[:6]}.{self.opaque_hint()}"
+        return f"The network has no {kind} '{name}'; {known}"
 
     def _named(self, variables: PyTree) -> dict[str, Any]:
         named, _ = _tree.flatten_named(variables)

@@ -101,13 +101,11 @@ def repair(
         data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
         references: The aligned edge models, or their `vfjax.stats.moments` at the sites.
         weights: One per reference, summing to one. None for those of `merged`, if that is a
-        `Merged`
-            of as many models, else 1/K each.
+            `Merged` of as many models, else 1/K each.
         sites: "paper", "all", or names of layers, as in `vfjax.stats.resolve_sites`. At a cut, only
             layers of the trunk and those at the cut, averaged, are corrected.
         sweeps: "batch" for one pass in which layers see upstream layers corrected by the batch's
-        own
-            moments, exact on one batch; "layer" for one pass per depth, exact on any data.
+            own moments, exact on one batch; "layer" for one pass per depth, exact on any data.
 
     Returns:
         Given a tree: a tree if every correction folds into kernels and biases (or the means of

@@ -298,7 +298,8 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
             close = difflib.get_close_matches(name, known, 3, 0.4)
             raise ValueError(
                 f'`sites`: the network has no site "{name}"'
-                + (f"; did you mean {' or '.join(close)}?" if close else "; see net.summary()")
+                + (f"; did you mean {' or '.join(close)}" if close else "; see net.summary()")
+                + f".{net.opaque_hint()}"
             )
     return tuple(dict.fromkeys(names))
 

@@ -37,7 +37,7 @@ from vfjax._axes import (
 )
 from vfjax._propagate import Propagation
 from vfjax._propagate.groups import named_groups
-from vfjax._tree import flatten_named
+from vfjax._tree import check_finite, flatten_named
 
 __all__ = [
     "Axis",
@@ -348,6 +348,9 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
         The largest absolute change of an entry of the output. Compare it with the size of the
         output: float32 rounding accounts for about 1e-6 of it. NaN if the output holds NaN.
 
+    Raises:
+        ValueError: If `variables` does not fit the spec, or holds NaN or infinite values.
+
     Example:
         >>> import types
         >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
@@ -357,6 +360,8 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
         0.0
     """
     key = jax.random.key(0) if key is None else key
+    # Infinities that stay infinite would hide any change.
+    check_finite(flatten_named(variables)[0], name="variables")
     permutations = net.spec.random(key, variables)
     before = jax.tree.leaves(net.run(variables, x))
     after = jax.tree.leaves(net.run(net.spec.permute(variables, permutations), x))
