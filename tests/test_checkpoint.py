@@ -184,3 +184,10 @@ def test_write_json_keeps_the_old_file_on_failure(tmp_path):
         checkpoint.write_json(path, {"accuracy": jnp.tanh})
     assert json.loads(path.read_text()) == {"accuracy": 1}
     assert [item.name for item in path.parent.iterdir()] == ["a.json"]
+
+
+def test_no_path_of_the_writer_stays_in_the_files(tmp_path):
+    folder = checkpoint.save(tmp_path / "net", {"kernel": jnp.ones((2, 3))}, {"seed": 0})
+    for file in folder.rglob("*"):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    assert checkpoint.load(folder)["kernel"].shape == (2, 3)

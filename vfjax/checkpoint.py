@@ -370,6 +370,8 @@ def _read_json(path: Path) -> Any:
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
+    # Orbax's mark of completion names the temporary folder; here the rename is the mark.
+    (path / "commit_success.txt").unlink(missing_ok=True)
 
 
 def _read_arrays(path: Path, target: dict[str, Any]) -> dict[str, Any]:
