@@ -261,6 +261,20 @@ def test_errors_name_what_was_wrong(name):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: invert({"h": [0, 0, 1]}), ValueError, r"permutations\['h'\] is no permutation"),
+        (lambda: invert({"h": [0.0, 1.0]}), TypeError, "must hold integers"),
+        (lambda: compose({"h": [1, 0]}, {"h": [0, 2, 1]}), ValueError, r"must have shape \(2,\)"),
+        (lambda: compose({}, {"h": [1, 1]}), ValueError, "is no permutation"),
+    ],
+)
+def test_only_permutations_are_inverted_and_composed(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
 def test_integers_cannot_be_mapped():
     with pytest.raises(TypeError, match="int8 at 'a/kernel'"):
         SPEC.apply(tree(np.int8), {"hidden": (EYE, EYE)})

@@ -11,12 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.core import Tracer
-
-Array = jax.Array
 
 ROLES = ("out", "in", "elementwise")
 
@@ -118,40 +113,6 @@ def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
     return length // block
 
 
-def check_permutation(name: str, permutation: Any, n: int | None) -> None:
-    """Checks the permutation of a group with n entries; of a tracer, shape and dtype only."""
-    if not isinstance(permutation, jax.Array):
-        permutation = np.asarray(permutation)
-    if not jnp.issubdtype(permutation.dtype, jnp.integer):
-        raise TypeError(f"permutations[{name!r}] must hold integers; it holds {permutation.dtype}.")
-    if permutation.ndim != 1 or n not in (None, permutation.size):
-        raise ValueError(
-            f"permutations[{name!r}] must have shape ({'n' if n is None else n},); it has "
-            f"{permutation.shape}."
-        )
-    if isinstance(permutation, Tracer):
-        return
-    if not np.array_equal(np.sort(np.asarray(permutation)), np.arange(permutation.size)):
-        raise ValueError(
-            f"permutations[{name!r}] is no permutation: each of 0 to {permutation.size - 1} must "
-            "occur exactly once."
-        )
-
-
-def check_matrices(name: str, pair: Any, n: int | None) -> None:
-    """Checks the merge and unmerge matrix of a group with n entries."""
-    try:
-        merge, unmerge = (np.shape(matrix) for matrix in pair)
-    except (TypeError, ValueError):
-        raise TypeError(f"maps[{name!r}] must be a pair of matrices (M, U).") from None
-    n = merge[-1] if n is None and merge else n
-    if len(merge) != 2 or merge[1] != n or unmerge != merge[::-1]:
-        raise ValueError(
-            f"maps[{name!r}] must be matrices M [m, {n}] and U [{n}, m]; they have shapes {merge} "
-            f"and {unmerge}."
-        )
-
-
 def absent_paths(variables: Any) -> list[str]:
     """Paths at which a tree holds None."""
     flat, _ = jax.tree_util.tree_flatten_with_path(variables, is_leaf=lambda v: v is None)
@@ -176,29 +137,3 @@ def map_axis(leaf: Any, a: Axis, fn: Callable[[Any, int], Any]) -> Any:
     n = leaf.shape[a.axis] // (a.outer * a.inner)
     result = fn(leaf.reshape(*before, a.outer, n, a.inner, *after), a.axis + 1)
     return result.reshape(*before, a.outer * result.shape[a.axis + 1] * a.inner, *after)
-
-
-def take(array: Any, permutation: Any, axis: int) -> Any:
-    """Reorders a dimension, keeping dtype and sharding.
-
-    A numpy array stays one unless the permutation is a JAX array.
-    """
-    if isinstance(array, np.ndarray) and not isinstance(permutation, jax.Array):
-        return np.take(array, permutation, axis=axis)
-    array, permutation = jnp.asarray(array), jnp.asarray(permutation)
-    sharding = jax.typeof(array).sharding
-    if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-        # On an explicit mesh, how an indexed array is laid out has to be said.
-        index = (slice(None),) * axis + (permutation,)
-        return array.at[index].get(out_sharding=sharding, mode="clip")
-    return jnp.take(array, permutation, axis=axis, mode="clip")
-
-
-def contract(matrix: Any, array: Any, axis: int) -> Array:
-    """Multiplies a dimension by a matrix `[m, n]`, in float32 or better; keeps the dtype."""
-    matrix, array = jnp.asarray(matrix), jnp.asarray(array)
-    dtype = jnp.promote_types(jnp.promote_types(array.dtype, matrix.dtype), jnp.float32)
-    product = jnp.tensordot(
-        matrix.astype(dtype), array.astype(dtype), axes=(1, axis), precision=lax.Precision.HIGHEST
-    )
-    return jnp.moveaxis(product, 0, axis).astype(array.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -155,3 +155,15 @@ def check_finite(flat: Mapping[str, Any], *, name: str) -> None:
                 f"{name} holds {bad} NaN or infinite value{'s' if bad > 1 else ''} at '{path}' (of "
                 f"{np.size(leaf)}). Did its training diverge?"
             )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names, quoted, for a message.
+
+    Example:
+        >>> some("abcdefgh")
+        "'a', 'b', 'c', 'd', 'e' and 3 more"
+    """
+    names = list(names)
+    shown = ", ".join(repr(name) for name in names[:5])
+    return (shown or "none") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

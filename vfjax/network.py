@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vfjax import (
-    _describe,
-    _fold,
-    _graph,
-    _outside,
-    _propagate,
-    _retrace,
-    _route,
-    _summary,
-    _tree,
-    symmetry,
-)
+from vfjax import _fold, _graph, _outside, _retrace, _route, _tree
 from vfjax._fold import FoldError
 from vfjax._plan import Edit, Plan
 from vfjax._records import Crossing, Layer, Norm, Tap, average
+from vfjax._structure import Structure
 from vfjax._traced import Traced
 
-__all__ = ["Crossing", "Edit", "FoldError", "Layer", "Network", "Norm", "Tap", "trace"]
+__all__ = [
+    "Crossing",
+    "Edit",
+    "FoldError",
+    "Layer",
+    "Network",
+    "Norm",
+    "Tap",
+    "check_net",
+    "trace",
+]
 
 Array = jax.Array
 PyTree = Any
@@ -46,8 +44,10 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
         The network. It holds no parameters.
 
     Raises:
-        TypeError: If a leaf of `variables` is no array (an unpartitioned Equinox module).
-        ValueError: If the weights are closed over instead of passed in `variables`.
+        TypeError: If `apply_fn` cannot be called, or a leaf is no array (an unpartitioned Equinox
+            module).
+        ValueError: If the weights are closed over instead of passed in `variables`, or `apply_fn`
+            looks up a key that the trees have not.
 
     Warns:
         UserWarning: If the network has no layers, or some weights are closed over.
@@ -66,7 +66,7 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
     return Network(apply_fn, variables, x)
 
 
-class Network:
+class Network(Structure):
     """A traced network; hashable by identity, static in pytrees, not saved. Made by `trace`."""
 
     def __init__(self, apply_fn: Callable[..., Any], variables: PyTree, x: PyTree) -> None:
@@ -76,9 +76,7 @@ class Network:
                 f"apply_fn must be a function (variables, x) -> output; it was a "
                 f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
             )
-        self._traces = _retrace.Retracer(apply_fn, variables, x)
-        self._reference, self._treedef = self._traces.reference, self._traces.treedef
-        self._avals = self._traces.avals
+        super().__init__(_retrace.Retracer(apply_fn, variables, x))
         _outside.report_missing_layers(self._reference)
 
     def __repr__(self) -> str:
@@ -87,119 +85,6 @@ class Network:
             f"Network({len(self.layers)} layers, depth {self.depth}, {self.parameters:,} "
             f"parameters, {len(self.spec.groups)} groups)"
         )
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths of all leaves of the variables."""
-        return tuple(self._avals)
-
-    @functools.cached_property
-    def layers(self) -> tuple[Layer, ...]:
-        """The linear and convolution layers, in the order of evaluation."""
-        return tuple(
-            _describe.describe_layer(
-                self._reference,
-                name,
-                batch=self._traces.batch,
-                axes=self._propagation.axes,
-                groups=self._symmetry[1],
-            )
-            for name in self._reference.layers
-        )
-
-    @functools.cached_property
-    def norms(self) -> tuple[Norm, ...]:
-        """The normalisations with stored statistics, in the order of evaluation."""
-        return tuple(_describe.describe_norm(self._reference, n) for n in self._reference.norms)
-
-    @functools.cached_property
-    def _propagation(self) -> Any:
-        return _propagate.propagate(self._reference.graph)
-
-    @functools.cached_property
-    def _symmetry(self) -> tuple[symmetry.PermutationSpec, dict[int, str]]:
-        return symmetry.from_propagation(self._propagation, self.paths)
-
-    @property
-    def spec(self) -> symmetry.PermutationSpec:
-        """Groups of axes that can be permuted together without changing the function."""
-        return self._symmetry[0]
-
-    @functools.cached_property
-    def taps(self) -> tuple[Tap, ...]:
-        """Where each group shows: one per tap of a layer and group, each value once."""
-        return _describe.describe_taps(
-            self._reference, axes=self._propagation.axes, groups=self._symmetry[1]
-        )
-
-    @property
-    def depth(self) -> int:
-        """L, the number of layers on the longest path from input to output."""
-        return self._reference.depth
-
-    @functools.cached_property
-    def statistics(self) -> frozenset[str]:
-        """Paths of the stored statistics of norms, which are no parameters."""
-        return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, stored statistics not counted."""
-        return self._count(self.paths)
-
-    @functools.cached_property
-    def flops(self) -> int:
-        """Operations per example: see `Layer.flops`, plus norms, activations and pools."""
-        return self._flops(range(len(self._reference.graph.equations)))
-
-    @property
-    def x(self) -> PyTree:
-        """The traced input: `jax.ShapeDtypeStruct`s, batch axis first."""
-        return self._traces.x
-
-    @functools.cached_property
-    def residual(self) -> bool:
-        """Whether the network has a residual join: a sum of values behind different layers."""
-        return self._reference.joins
-
-    @property
-    def opaque(self) -> tuple[tuple[str, str], ...]:
-        """Primitives that hold linear equations and were kept whole: (primitive, file:line)."""
-        return self._reference.opaque
-
-    @property
-    def others(self) -> tuple[tuple[str, str, str], ...]:
-        """Leaves that act outside of layers, norms and biases: (path, primitive, file:line).
-
-        Embeddings, layer scales and gates are such. Permutations follow them, corrections and the
-        removal of biases do not. A leaf that is an output by itself is listed under `output`.
-        """
-        return self._reference.others
-
-    def summary(self) -> str:
-        """A table of layer, depth, shapes, parameters, FLOPs and group, as text."""
-        return _summary.summary(self)
-
-    def layer(self, name: str) -> Layer:
-        """The layer of a name.
-
-        Args:
-            name: As in `Layer.name`.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise ValueError(self._unknown("layer", name, [x.name for x in self.layers]))
-
-    def norm(self, name: str) -> Norm:
-        """The norm of a name; raises a ValueError if there is none."""
-        for norm in self.norms:
-            if norm.name == name:
-                return norm
-        raise ValueError(self._unknown("norm", name, [x.name for x in self.norms]))
 
     # ------------------------------------------------------------------------------- evaluation
 
@@ -231,7 +116,24 @@ class Network:
             The output (or the `Crossing`); with `capture`, a pair of it and a dict by site.
 
         Raises:
-            ValueError: If a site or depth does not exist, or a needed leaf is missing.
+            TypeError: If `stop` or `start` is no whole number, `capture` no sequence of names,
+                `edit` no mapping to functions, or a leaf no array.
+            ValueError: If a site does not exist or lies on the other side, a depth is out of
+                range, `stop` and `start` are both given, `x` is not the `Crossing` that `start`
+                takes, the tree has leaves that were not traced or lacks one that is read,
+                `apply_fn` is another network at this input, or an edit changes shape or dtype.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.eye(2), "w1": jnp.ones((2, 1))}
+            >>> x = jnp.array([[1.0, -2.0]])
+            >>> net = vfjax.trace(lambda p, x: jax.nn.relu(x @ p["w0"]) @ p["w1"], p, x)
+            >>> out, found = net.run(p, x, capture=["w0:act"], edit={"w0": jnp.negative})
+            >>> out.tolist(), found["w0:act"].tolist()
+            ([[2.0]], [[0.0, 2.0]])
+            >>> crossing = net.run(p, x, stop=1)
+            >>> net.run(p, crossing, start=1).tolist() == net.run(p, x).tolist() == [[1.0]]
+            True
         """
         if stop is not None:
             self._check_depth(stop, "stop")
@@ -283,51 +185,28 @@ class Network:
 
         Args:
             crossings: One per model, all of one cut and one input.
-            weights: One per model; None for 1/K.
+            weights: One per model, summing to one; None for 1/K.
+
+        Returns:
+            A crossing like each of them.
 
         Raises:
-            ValueError: If there are none, they are of different cuts or inputs, or a value that
-                would have to be averaged is an integer or boolean.
+            TypeError: If `weights` is no flat sequence.
+            ValueError: If there are none, they are of different cuts or inputs, the weights do not
+                fit or do not sum to one, or a value that would have to be averaged is an integer
+                or boolean.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> trees, x = [{"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}], jnp.ones((1, 2))
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"], trees[0], x)
+            >>> stems = [net.run(tree, x, stop=1) for tree in trees]
+            >>> net.average_crossings(stems, (0.75, 0.25)).values[0].tolist()
+            [[1.5, 1.5]]
         """
         if not crossings:
             raise ValueError("crossings is empty; give one per model.")
         return average(crossings, self._reference.cut(crossings[0].depth).averaged, weights)
-
-    # ------------------------------------------------------------------------------------- cuts
-
-    def stem_leaves(self, depth: int) -> frozenset[str]:
-        """Paths of the leaves that the stem of a cut reads."""
-        self._check_depth(depth, "depth")
-        return self._reference.leaves_of(self._reference.sides(depth)[0])
-
-    def trunk_leaves(self, depth: int) -> frozenset[str]:
-        """Paths of the leaves that the trunk of a cut reads."""
-        self._check_depth(depth, "depth")
-        outputs = self._reference.graph.output_ids
-        return self._reference.leaves_of(self._reference.sides(depth)[1], outputs)
-
-    def stem_parameters(self, depth: int) -> int:
-        """Number of parameters that the stem of a cut reads."""
-        return self._count(self.stem_leaves(depth))
-
-    def trunk_parameters(self, depth: int) -> int:
-        """Number of parameters that the trunk of a cut reads."""
-        return self._count(self.trunk_leaves(depth))
-
-    def stem_flops(self, depth: int) -> int:
-        """Operations per example of the stem of a cut."""
-        self._check_depth(depth, "depth")
-        return self._flops(self._reference.sides(depth)[0])
-
-    def trunk_flops(self, depth: int) -> int:
-        """Operations per example of the trunk of a cut."""
-        self._check_depth(depth, "depth")
-        return self._flops(self._reference.sides(depth)[1])
-
-    def in_stem(self, site: str, depth: int) -> bool:
-        """Whether the value at a site is made in the stem of a cut."""
-        self._check_depth(depth, "depth")
-        return Plan(self, self._reference, None, None, None, None).in_stem(site, depth)
 
     # ---------------------------------------------------------------------------------- folding
 
@@ -337,6 +216,9 @@ class Network:
         Args:
             layer: Name of the layer.
             shift: Whether the correction shifts, or only scales.
+
+        Raises:
+            ValueError: If there is no such layer.
         """
         self.layer(layer)
         return _fold.obstacle(self._reference, layer, shift=shift) is None
@@ -357,7 +239,17 @@ class Network:
             A new tree.
 
         Raises:
-            FoldError: If there is nowhere to fold it.
+            FoldError: If there is nowhere to fold it, or the leaf to fold it into is missing.
+            TypeError: If a leaf is no array.
+            ValueError: If there is no such layer, or `scale` or `shift` has another shape.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w": jnp.eye(2), "b": jnp.ones(2)}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"] + p["b"], p, jnp.ones((1, 2)))
+            >>> new = net.fold(p, "w", jnp.array([2.0, 3.0]), jnp.array([0.0, 1.0]))
+            >>> new["w"].tolist(), new["b"].tolist()
+            ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
         """
         self.layer(layer)
         named, treedef = _tree.flatten_named(variables)
@@ -365,39 +257,6 @@ class Network:
         return jax.tree.unflatten(treedef, [new[path] for path in named])
 
     # ---------------------------------------------------------------------------------- private
-
-    def _count(self, paths: Iterable[str]) -> int:
-        """Number of parameters: stored statistics, integers and random keys are none."""
-        avals = [self._avals[p] for p in paths if p not in self.statistics]
-        return sum(int(np.prod(a.shape)) for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
-
-    def _flops(self, equations: Iterable[int]) -> int:
-        return sum(self._reference.flops(i) for i in equations) // self._traces.batch
-
-    def opaque_hint(self) -> str:
-        """A sentence for messages about layers: what hides some of them, or an empty string."""
-        if not self.opaque:
-            return ""
-        primitive, where = self.opaque[0]
-        return (
-            f" Layers inside the opaque {primitive} at {where} cannot be reached: write it as a "
-            f"Python loop, or as a scan over at most {_graph.MAX_UNROLL} stacked layers."
-        )
-
-    def _check_depth(self, depth: Any, argument: str) -> None:
-        if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
-            raise TypeError(f"{argument} must be a whole number of layers; it was {depth!r}.")
-        if not 0 <= depth <= self.depth:
-            raise ValueError(
-                f"{argument} was {depth}; this network has {self.depth} layers from input to "
-                f"output, so give 0 to {self.depth}.{self.opaque_hint()}"
-            )
-
-    def _unknown(self, kind: str, name: str, known: Sequence[str]) -> str:
-        parts = {part for part in str(name).split("/") if part}
-        near = sorted(known, key=lambda k: -len(parts & set(k.split("/"))))
-        known = f"it has, among others, {near[:6]}.{self.opaque_hint()}"
-        return f"The network has no {kind} '{name}'; {known}"
 
     def _named(self, variables: PyTree) -> dict[str, Any]:
         named, _ = _tree.flatten_named(variables)
@@ -423,6 +282,20 @@ class Network:
                 f"{name} lacks {missing[:3]}{' and more' if len(missing) > 3 else ''}, which this "
                 "part of the network reads; pass a tree of the structure that was traced."
             )
+
+
+def check_net(net: Any, *, other: str = "") -> None:
+    """Raises a TypeError unless `net` is a `Network`.
+
+    Args:
+        net: What the caller gave.
+        other: What else it may be, for the message: "or a PermutationSpec".
+    """
+    if not isinstance(net, Network):
+        raise TypeError(
+            f"net must be a Network{f' {other}' if other else ''}; it was a {type(net).__name__}. "
+            "Trace the function that applies the model: net = vfjax.trace(apply_fn, variables, x)."
+        )
 
 
 def _check_crossing(x: Any, start: int | None) -> None:

@@ -16,28 +16,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import (
-    Axis,
-    FixedAxis,
-    absent_paths,
-    as_axis,
+from vfjax._axes import Axis, FixedAxis, absent_paths, as_axis, map_axis, size_at
+from vfjax._maps import (
+    as_array,
     check_matrices,
     check_permutation,
+    compose,
     contract,
-    map_axis,
-    size_at,
+    invert,
     take,
 )
 from vfjax._propagate import Propagation
 from vfjax._propagate.groups import named_groups
-from vfjax._tree import check_finite, flatten_named
+from vfjax._tree import check_finite, flatten_named, some
 
 __all__ = [
     "Axis",
@@ -154,7 +152,7 @@ class PermutationSpec:
                 elif not any(a.path == p or a.path.startswith(p + "/") for p in absent):
                     raise ValueError(
                         f"variables has no leaf '{a.path}', which group {name!r} of the spec "
-                        f"lists; it has {_some(flat)}."
+                        f"lists; it has {some(flat)}."
                     )
         for (path, axis), along in spans.items():
             along.sort()
@@ -183,9 +181,16 @@ class PermutationSpec:
         Raises:
             TypeError: As `validate`.
             ValueError: As `validate`.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+            >>> tree = {"w": np.array([[1, 2, 3]]), "v": np.array([[4], [5], [6]])}
+            >>> new = spec.permute(tree, {"h": [2, 0, 1]})
+            >>> new["w"].tolist(), new["v"].tolist()
+            ([[3, 1, 2]], [[6], [4], [5]])
         """
         self.validate(variables, permutations)
-        indices = {name: _array(p) for name, p in permutations.items()}
+        indices = {name: as_array(p) for name, p in permutations.items()}
 
         def reorder(leaf: Any, a: Axis, permutation: Any) -> Any:
             return map_axis(leaf, a, lambda view, k: take(view, permutation, k))
@@ -211,6 +216,14 @@ class PermutationSpec:
             TypeError: If a mapped leaf holds integers, or a map is no pair.
             ValueError: If a group is unknown, a matrix has the wrong shape, or the spec does not
                 fit the tree.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+            >>> tree = {"w": np.float32([[1, 3]]), "v": np.float32([[1], [2]])}
+            >>> merge, unmerge = np.float32([[0.5, 0.5]]), np.float32([[1], [1]])
+            >>> new = spec.apply(tree, {"h": (merge, unmerge)})
+            >>> new["w"].tolist(), new["v"].tolist()
+            ([[2.0]], [[3.0]])
 
         Source: the merge and unmerge matrices of "ZipIt! Merging Models from Different Tasks
         without Training" (Stoica et al., 2024, section 4).
@@ -253,7 +266,7 @@ class PermutationSpec:
         unknown = [name for name in self.groups if name not in sizes]
         if unknown:
             raise ValueError(
-                f"the spec does not know the sizes of {_some(unknown)}; give `variables` that hold "
+                f"the spec does not know the sizes of {some(unknown)}; give `variables` that hold "
                 "leaves of these groups."
             )
         keys = jax.random.split(key, max(len(self.groups), 1))
@@ -287,52 +300,13 @@ class PermutationSpec:
             if name not in self.groups:
                 raise ValueError(
                     f"{argument} has the group {name!r}, which the spec does not; it has "
-                    f"{_some(self.groups)}."
+                    f"{some(self.groups)}."
                 )
 
     def _check_permutations(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         self._check_known("permutations", given)
         for name, permutation in given.items():
             check_permutation(name, permutation, sizes.get(name))
-
-
-def invert(permutations: Mapping[str, Any]) -> dict[str, Any]:
-    """The permutations that undo others.
-
-    Args:
-        permutations: By group, an integer array `[n]`.
-
-    Returns:
-        By group, the inverse `[n]`.
-
-    Example:
-        >>> invert({"h": np.array([2, 0, 1])})["h"]
-        array([1, 2, 0])
-    """
-    arrays = {name: _array(p) for name, p in permutations.items()}
-    return {name: p.argsort() for name, p in arrays.items()}
-
-
-def compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """One permutation for two, applied one after the other.
-
-    `spec.permute(v, compose(p, q))` equals `spec.permute(spec.permute(v, p), q)`.
-
-    Args:
-        first: By group, an integer array `[n]`; the one applied first.
-        second: By group, an integer array `[n]`. A group that only one of them has keeps that one.
-
-    Returns:
-        By group, an integer array `[n]`.
-
-    Example:
-        >>> compose({"h": np.array([2, 0, 1])}, {"h": np.array([1, 0, 2])})["h"]
-        array([0, 2, 1])
-    """
-    composed = {**first, **second}
-    for name in first.keys() & second.keys():
-        composed[name] = take(_array(first[name]), _array(second[name]), 0)
-    return composed
 
 
 def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = None) -> float:
@@ -392,14 +366,3 @@ def from_propagation(
     fixed = [FixedAxis(path_of[f.leaf], f.axis, f.primitive, f.where) for f in propagation.fixed]
     places = {name: tuple(Axis(*entry) for entry in entries) for name, entries in groups.items()}
     return PermutationSpec(places, sizes, fixed), names
-
-
-def _array(array: Any) -> Any:
-    return array if isinstance(array, jax.Array) else np.asarray(array)
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few of many names, for a message."""
-    names = list(names)
-    shown = ", ".join(repr(name) for name in names[:5])
-    return (shown or "none") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,294 @@
+"""What a trace tells of a network before anything runs: its parts, symmetries, sizes and sides."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax import _describe, _graph, _propagate, _retrace, _summary, symmetry
+from vfjax._plan import Plan
+from vfjax._records import Layer, Norm, Tap
+
+PyTree = Any
+
+
+class Structure:
+    """The facts about a traced network, found on first use: the part of `Network` that only reads.
+
+    Args:
+        traces: Its traces.
+    """
+
+    def __init__(self, traces: _retrace.Retracer) -> None:
+        self._traces = traces
+        self._reference, self._treedef = traces.reference, traces.treedef
+        self._avals = traces.avals
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all leaves of the variables."""
+        return tuple(self._avals)
+
+    @functools.cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The linear and convolution layers, in the order of evaluation."""
+        return tuple(
+            _describe.describe_layer(
+                self._reference,
+                name,
+                batch=self._traces.batch,
+                axes=self._propagation.axes,
+                groups=self._symmetry[1],
+            )
+            for name in self._reference.layers
+        )
+
+    @functools.cached_property
+    def norms(self) -> tuple[Norm, ...]:
+        """The normalisations with stored statistics, in the order of evaluation."""
+        return tuple(_describe.describe_norm(self._reference, n) for n in self._reference.norms)
+
+    @functools.cached_property
+    def _propagation(self) -> Any:
+        return _propagate.propagate(self._reference.graph)
+
+    @functools.cached_property
+    def _symmetry(self) -> tuple[symmetry.PermutationSpec, dict[int, str]]:
+        return symmetry.from_propagation(self._propagation, self.paths)
+
+    @property
+    def spec(self) -> symmetry.PermutationSpec:
+        """Groups of axes that can be permuted together without changing the function."""
+        return self._symmetry[0]
+
+    @functools.cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """Where each group shows: one per tap of a layer and group, each value once."""
+        return _describe.describe_taps(
+            self._reference, axes=self._propagation.axes, groups=self._symmetry[1]
+        )
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers on the longest path from input to output."""
+        return self._reference.depth
+
+    @functools.cached_property
+    def statistics(self) -> frozenset[str]:
+        """Paths of the stored statistics of norms, which are no parameters."""
+        return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, stored statistics not counted."""
+        return self._count(self.paths)
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Operations per example: see `Layer.flops`, plus norms, activations and pools."""
+        return self._flops(range(len(self._reference.graph.equations)))
+
+    @property
+    def x(self) -> PyTree:
+        """The traced input: `jax.ShapeDtypeStruct`s, batch axis first."""
+        return self._traces.x
+
+    @functools.cached_property
+    def residual(self) -> bool:
+        """Whether the network has a residual join: a sum of values behind different layers."""
+        return self._reference.joins
+
+    @property
+    def opaque(self) -> tuple[tuple[str, str], ...]:
+        """Primitives that hold linear equations and were kept whole: (primitive, file:line)."""
+        return self._reference.opaque
+
+    @property
+    def others(self) -> tuple[tuple[str, str, str], ...]:
+        """Leaves that act outside of layers, norms and biases: (path, primitive, file:line).
+
+        Embeddings, layer scales and gates are such. Permutations follow them, corrections and the
+        removal of biases do not. A leaf that is an output by itself is listed under `output`.
+        """
+        return self._reference.others
+
+    def summary(self) -> str:
+        """A table of layer, depth, shapes, parameters, FLOPs and group, as text."""
+        return _summary.summary(self)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of a name.
+
+        Args:
+            name: As in `Layer.name`.
+
+        Returns:
+            Its record.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise ValueError(self._unknown("layer", name, [x.name for x in self.layers]))
+
+    def norm(self, name: str) -> Norm:
+        """The norm of a name.
+
+        Args:
+            name: As in `Norm.name`: the path of its leaf of means.
+
+        Returns:
+            Its record.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for norm in self.norms:
+            if norm.name == name:
+                return norm
+        raise ValueError(self._unknown("norm", name, [x.name for x in self.norms]))
+
+    # ---------------------------------------------------------------------------- sides of a cut
+
+    def stem_leaves(self, depth: int) -> frozenset[str]:
+        """Paths of the leaves that the stem of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        self._check_depth(depth, "depth")
+        return self._reference.leaves_of(self._reference.sides(depth)[0])
+
+    def trunk_leaves(self, depth: int) -> frozenset[str]:
+        """Paths of the leaves that the trunk of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        self._check_depth(depth, "depth")
+        outputs = self._reference.graph.output_ids
+        return self._reference.leaves_of(self._reference.sides(depth)[1], outputs)
+
+    def stem_parameters(self, depth: int) -> int:
+        """Number of parameters that the stem of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        return self._count(self.stem_leaves(depth))
+
+    def trunk_parameters(self, depth: int) -> int:
+        """Number of parameters that the trunk of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        return self._count(self.trunk_leaves(depth))
+
+    def stem_flops(self, depth: int) -> int:
+        """Operations per example of the stem of a cut, counted as in `flops`.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        self._check_depth(depth, "depth")
+        return self._flops(self._reference.sides(depth)[0])
+
+    def trunk_flops(self, depth: int) -> int:
+        """Operations per example of the trunk of a cut, counted as in `flops`.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        self._check_depth(depth, "depth")
+        return self._flops(self._reference.sides(depth)[1])
+
+    def in_stem(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is made in the stem of a cut.
+
+        Args:
+            site: Name of a site, as in `run`.
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range, or the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [net.in_stem(layer.name, 1) for layer in net.layers]
+            [True, False]
+            >>> sorted(net.stem_leaves(1)), net.stem_parameters(1), net.trunk_flops(1)
+            (['w0'], 12, 8)
+        """
+        self._check_depth(depth, "depth")
+        return Plan(self, self._reference, None, None, None, None).in_stem(site, depth)
+
+    # ---------------------------------------------------------------------------------- messages
+
+    def opaque_hint(self) -> str:
+        """A sentence for messages about layers: what hides some of them, or an empty string."""
+        if not self.opaque:
+            return ""
+        primitive, where = self.opaque[0]
+        return (
+            f" Layers inside the opaque {primitive} at {where} cannot be reached: write it as a "
+            f"Python loop, or as a scan over at most {_graph.MAX_UNROLL} stacked layers."
+        )
+
+    def _check_depth(self, depth: Any, argument: str) -> None:
+        if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
+            raise TypeError(f"{argument} must be a whole number of layers; it was {depth!r}.")
+        if not 0 <= depth <= self.depth:
+            raise ValueError(
+                f"{argument} was {depth}; this network has {self.depth} layers from input to "
+                f"output, so give 0 to {self.depth}.{self.opaque_hint()}"
+            )
+
+    def _unknown(self, kind: str, name: str, known: Sequence[str]) -> str:
+        parts = {part for part in str(name).split("/") if part}
+        near = sorted(known, key=lambda k: -len(parts & set(k.split("/"))))
+        known = f"it has, among others, {near[:6]}.{self.opaque_hint()}"
+        return f"The network has no {kind} '{name}'; {known}"
+
+    # ----------------------------------------------------------------------------------- counting
+
+    def _count(self, paths: Iterable[str]) -> int:
+        """Number of parameters: stored statistics, integers and random keys are none."""
+        avals = [self._avals[p] for p in paths if p not in self.statistics]
+        return sum(int(np.prod(a.shape)) for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
+
+    def _flops(self, equations: Iterable[int]) -> int:
+        return sum(self._reference.flops(i) for i in equations) // self._traces.batch
