@@ -122,6 +122,8 @@ def test_edits_may_hand_statistics_out_and_change_trees():
         ({"edit": {"nowhere": abs}}, ValueError, "no site 'nowhere'"),
         ({"edit": {"input": 3}}, TypeError, r"edit\['input'\] must be a function"),
         ({"edit": ["input"]}, TypeError, "edit must map"),
+        ({"capture": [3]}, TypeError, "name sites by strings"),
+        ({"edit": {3: abs}}, TypeError, "name sites by strings"),
         ({"edit": {"params/Conv_0/kernel": lambda z: z[0]}}, ValueError, "keep shape and dtype"),
         ({"edit": {"output": lambda z: z.astype(int)}}, ValueError, "keep shape and dtype"),
         ({"edit": {"input": lambda z: z.astype("bfloat16")}}, ValueError, "keep shape and dtype"),
@@ -154,6 +156,21 @@ def test_trees_that_are_not_the_network_s():
         net.layer("Conv_0")
     with pytest.raises(ValueError, match="no norm 'x'"):
         net.norm("x")
+
+
+def test_keys_that_the_trees_lack():
+    fn = lambda p, x: x["image"] @ p["w"]  # noqa: E731
+    p, x = {"w": jnp.ones((3, 2))}, {"image": ROWS}
+    message = r"looks up the key 'w', which it was not given: variables has 'params/w', x has 'ima"
+    with pytest.raises(ValueError, match=message):
+        vfjax.trace(fn, {"params": p}, x)
+    with pytest.raises(ValueError, match="the key 'w'.*variables is empty, x has 'image'"):
+        vfjax.trace(fn, {}, x)
+    net = vfjax.trace(fn, p, x)
+    with pytest.raises(ValueError, match="the key 'image'.*variables has 'w', x has 'picture'"):
+        net.run(p, {"picture": ROWS})
+    with pytest.raises(ValueError, match="the key 'w'.*variables is a single array, x has 'image'"):
+        vfjax.trace(lambda p, x: fn({"v": p}, x), p["w"], x)
 
 
 def test_errors_of_trace():

@@ -39,8 +39,12 @@ class Plan:
             raise TypeError(
                 f"capture must be a sequence of site names; it was the string {capture!r}."
             )
-        if not isinstance(edit, Mapping):
-            raise TypeError(f"edit must map site names to functions; it was {edit!r}.")
+        check_edit(edit)
+        if not all(isinstance(site, str) for site in (*capture, *edit)):
+            raise TypeError(
+                f"capture and edit must name sites by strings; they were {list(capture)} and "
+                f"{list(edit)}."
+            )
         self._net, self._traced, self._capture = net, traced, tuple(capture)
         self._depth = stop if stop is not None else start
         self._side = None if self._depth is None else "stem" if stop is not None else "trunk"
@@ -137,6 +141,12 @@ class Plan:
     def _record(self, site: str, change: Edit, value: Array) -> Array:
         self._seen[site] = change(value)
         return self._seen[site]
+
+
+def check_edit(edit: Any) -> None:
+    """Raises a TypeError unless `edit` is a mapping, or nothing at all."""
+    if not isinstance(edit, Mapping) and edit is not None:
+        raise TypeError(f"edit must map site names to functions; it was {edit!r}.")
 
 
 def _checked(change: Edit, site: str) -> Edit:

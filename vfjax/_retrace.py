@@ -64,7 +64,8 @@ class Retracer:
             The trace, from the cache or made now.
 
         Raises:
-            ValueError: If its layers or norms differ from those of the first trace.
+            ValueError: If its layers or norms differ from those of the first trace, or the
+                function looks up a key that the trees have not.
         """
         avals = [
             abstract(named[path]) if path in named else aval for path, aval in self.avals.items()
@@ -80,7 +81,14 @@ class Retracer:
             return self._apply(variables, jax.tree.unflatten(x_tree, inputs))
 
         # A network is what it is outside of any transformation: shapes alone decide the trace.
-        closed, shape = jax.make_jaxpr(flat, return_shape=True)(avals, leaves)
+        try:
+            closed, shape = jax.make_jaxpr(flat, return_shape=True)(avals, leaves)
+        except KeyError as error:
+            raise ValueError(
+                f"apply_fn looks up the key {error}, which it was not given: "
+                f"{_listed('variables', list(self.avals))}, {_listed('x', _tree.leaf_paths(x))}. "
+                "Pass trees as apply_fn reads them."
+            ) from error
         graph = _graph.flatten(closed, len(avals))
         traced = Traced(graph, list(self.avals), x_tree, jax.tree.structure(shape))
         if self._cache and self.reference.signature != traced.signature:
@@ -142,6 +150,12 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         if getattr(aval, "manual_axis_type", None) is not None:  # inside of a shard_map
             how["manual_axis_type"] = aval.manual_axis_type
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **how)
+
+
+def _listed(name: str, paths: Sequence[str]) -> str:
+    if not any(paths):
+        return f"{name} is a single array" if paths else f"{name} is empty"
+    return f"{name} has {_tree.some(paths)}"
 
 
 def _key(leaf: jax.ShapeDtypeStruct) -> Hashable:
