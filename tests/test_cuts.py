@@ -346,6 +346,10 @@ def test_bad_crossings():
         net.average_crossings([one, net.run(p, ROWS[:2], stop=1)])
     with pytest.raises(ValueError, match="weights has 3 entries for 2"):
         net.average_crossings([one, one], [1, 2, 3])
+    with pytest.raises(ValueError, match="weights must sum to one"):
+        net.average_crossings([one, one], [0.5, 0.6])
+    with pytest.raises(TypeError, match="weights must be a sequence"):
+        net.average_crossings([one, one], 0.5)
     with pytest.raises(ValueError, match="crossings is empty"):
         net.average_crossings([])
     for call in (net.stem_leaves, net.trunk_leaves, net.stem_flops, net.trunk_parameters):

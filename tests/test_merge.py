@@ -448,11 +448,11 @@ def test_models_are_saved_and_loaded(name, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "error", "message"),
     [
-        (-1, ValueError, "layers must be from 0 to 3"),
-        (4, ValueError, "layers must be from 0 to 3"),
-        (1.0, TypeError, "layers must be an integer"),
-        (True, TypeError, "layers must be an integer"),
-        ("all", TypeError, "layers must be an integer"),
+        (-1, ValueError, "layers was -1; this network has 3 layers"),
+        (4, ValueError, "layers was 4.*give 0 to 3"),
+        (1.0, TypeError, "layers must be a whole number"),
+        (True, TypeError, "layers must be a whole number"),
+        ("all", TypeError, "layers must be a whole number"),
     ],
 )
 def test_bad_layer_counts(layers, error, message):
@@ -472,6 +472,50 @@ def test_trees_must_fit_the_network():
         merge.preserve_first(net, trees, layers=1, weights=(1, 1, 1))
     with pytest.raises(ValueError, match="differs in structure"):
         merge.as_merged(net, others[0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, trees: merge.preserve_first(net, trees, layers=1),
+        lambda net, trees: merge.ensemble(net, trees),
+        lambda net, trees: merge.as_merged(net, trees[0]),
+        lambda net, trees: vfjax.renorm.reset(net, trees[0], []),
+        lambda net, trees: vfjax.renorm.repair(net, trees[0], [], references=trees),
+        lambda net, trees: vfjax.renorm.rescale(net, trees[0], [], references=trees),
+        lambda net, trees: vfjax.renorm.remove_bias(net, trees[0], last="all"),
+        lambda net, trees: vfjax.renorm.calibrate_bias(
+            net, merge.as_merged(network("convnet")[0], trees[0])
+        ),
+    ],
+)
+def test_the_function_itself_is_no_network(call):
+    _, trees, _ = network("convnet")
+    message = r"net must be a Network; it was a function.*vfjax\.trace\(apply_fn, variables, x\)"
+    with pytest.raises(TypeError, match=message):
+        call(convnet, trees)
+
+
+def test_weights_of_a_wrapped_tree_are_a_sequence():
+    net, (tree, *_), _ = network("convnet")
+    assert merge.as_merged(net, tree, weights=(0.2, 0.3, 0.5)).weights == (0.2, 0.3, 0.5)
+    with pytest.raises(TypeError, match="weights must be a sequence of numbers"):
+        merge.as_merged(net, tree, weights=0.5)
+    with pytest.raises(TypeError, match="weights must be a sequence of numbers"):
+        vfjax.renorm.calibrate_bias(net, tree, weights=0.5)
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_bad_arguments_of_a_run(cut):
+    net, trees, x = network("convnet")
+    model = merge.preserve_first(net, trees, layers=cut)
+    with pytest.raises(TypeError, match="edit must map site names"):
+        model.run(x, edit=["w2"])
+    with pytest.raises(ValueError, match="no site 'w9'"):
+        model.run(x, capture=["w9"])
+    if cut:
+        with pytest.raises(ValueError, match="Site 'w1' lies in the stem"):
+            model.run(x, capture=["w1"])
 
 
 # -------------------------------------------------------------------------------------- warnings

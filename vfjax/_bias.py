@@ -136,7 +136,7 @@ def calibrate_bias(
 def _equal_models(merged: PyTree | Merged, weights: Sequence[float] | None) -> int:
     """How many models have been averaged with equal weights; those of weight 0 do not count."""
     if weights is not None:
-        weights = resolve_weights(weights, len(weights))
+        weights = resolve_weights(weights, None)
     else:
         weights = merged.weights if isinstance(merged, Merged) else (0.5, 0.5)
     given = [w for w in weights if w != 0]

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from vfjax import _tree
+from vfjax._plan import check_edit
 from vfjax._weights import resolve_weights
-from vfjax.network import Crossing, Layer, Network
+from vfjax.network import Crossing, Layer, Network, check_net
 
 Array = jax.Array
 PyTree = Any
@@ -72,7 +73,23 @@ class Merged:
 
         Returns:
             The output, or with `capture` the pair `(output, {name: value})`.
+
+        Raises:
+            TypeError: If `capture` is no sequence of names, or `edit` no mapping to functions.
+            ValueError: If a site does not exist or lies inside the stems, x is no batch of the
+                traced network and no `Crossing` of this cut, or an edit changes shape or dtype.
+
+        Example:
+            >>> import vfjax
+            >>> a, b = {"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}
+            >>> x = jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: x @ v["w"], a, x)
+            >>> model = vfjax.merge.preserve_first(net, [a, b], layers=1)
+            >>> out, found = model.run(x, capture=["w"], edit={"w": lambda z: -z})
+            >>> out.tolist(), found["w"].tolist()
+            ([[-2.0, -4.0]], [[-2.0, -4.0]])
         """
+        check_edit(edit)
         edit = dict(edit or {})
         for name, (scale, shift) in self.corrections.items():
             edit[name] = _chain(affine(self.net.layer(name), scale, shift), edit.get(name))
@@ -95,7 +112,7 @@ class Merged:
             The averaged crossing.
 
         Raises:
-            ValueError: At cut 0, where nothing crosses.
+            ValueError: At cut 0, where nothing crosses, or if x is no batch of the traced network.
         """
         if self.cut == 0:
             raise ValueError("a model merged from its first layer on (cut 0) has no crossing")
@@ -186,6 +203,10 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
     Returns:
         A model that computes what the tree does.
 
+    Raises:
+        TypeError: If `net` is no traced network, a leaf no array, or `weights` no sequence.
+        ValueError: If the tree does not fit the network, or weights do not sum to one.
+
     Example:
         >>> import vfjax
         >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
@@ -194,7 +215,7 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
         (4, 2)
     """
     check_fits(net, tree, "tree")
-    weights = (0.5, 0.5) if weights is None else resolve_weights(weights, len(weights))
+    weights = (0.5, 0.5) if weights is None else resolve_weights(weights, None)
     return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
 
 
@@ -219,7 +240,13 @@ def affine(layer: Layer, scale: Array, shift: Array) -> Callable[[Array], Array]
 
 
 def check_fits(net: Network, tree: PyTree, name: str) -> None:
-    """Raises a ValueError unless a tree has the leaves of the traced network's variables."""
+    """Checks that a tree has the leaves of a traced network's variables.
+
+    Raises:
+        TypeError: If `net` is no traced network, or a leaf no array.
+        ValueError: If leaves are missing or added, or differ in shape or dtype.
+    """
+    check_net(net)
     leaves, _ = _tree.flatten_named(tree, name=name)
     _tree.check_like(leaves, net._avals, name=name, other="the traced network's variables")
 
@@ -228,9 +255,10 @@ def check_merged(net: Network, merged: PyTree | Merged) -> None:
     """Checks a `merged` argument: a finite tree of the network's variables, or a `Merged` of it.
 
     Raises:
-        TypeError: If a leaf is no array.
+        TypeError: If `net` is no traced network, or a leaf no array.
         ValueError: If it does not fit the network, or holds NaN or infinite values.
     """
+    check_net(net)
     if not isinstance(merged, Merged):
         leaves, _ = _tree.flatten_named(merged, name="merged")
         check_fits(net, merged, "merged")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from vfjax._weights import resolve_weights, weighted_mean
 
 Array = jax.Array
 
@@ -148,11 +150,7 @@ def average(
     shapes = {tuple((jnp.shape(v), jnp.result_type(v)) for v in c.values) for c in crossings}
     if len({c.origin for c in crossings}) > 1 or len(shapes) > 1:
         raise ValueError(f"crossings are of different inputs; their shapes are {shapes}.")
-    weights = [1 / len(crossings)] * len(crossings) if weights is None else list(weights)
-    if len(weights) != len(crossings):
-        raise ValueError(
-            f"weights has {len(weights)} entries for {len(crossings)} crossings; give one each."
-        )
+    weights = resolve_weights(weights, len(crossings), of="crossings")
     values = []
     for mix, *column in zip(averaged, *(c.values for c in crossings), strict=True):
         dtype = column[0].dtype
@@ -164,7 +162,5 @@ def average(
                 f"A value of dtype {dtype} that depends on parameters crosses the cut at depth "
                 f"{first.depth}; models disagree on it, and it has no average. Cut elsewhere."
             )
-        wide = jnp.promote_types(dtype, jnp.float32)
-        terms = (w * v.astype(wide) for w, v in zip(weights, column, strict=True))
-        values.append(cast(Array, sum(terms)).astype(dtype))
+        values.append(weighted_mean(column, weights))
     return Crossing(tuple(values), first.depth, first.origin)

@@ -166,7 +166,7 @@ class Structure:
             TypeError: If `depth` is no whole number.
             ValueError: If it is out of range.
         """
-        self._check_depth(depth, "depth")
+        self.check_depth(depth, "depth")
         return self._reference.leaves_of(self._reference.sides(depth)[0])
 
     def trunk_leaves(self, depth: int) -> frozenset[str]:
@@ -179,7 +179,7 @@ class Structure:
             TypeError: If `depth` is no whole number.
             ValueError: If it is out of range.
         """
-        self._check_depth(depth, "depth")
+        self.check_depth(depth, "depth")
         outputs = self._reference.graph.output_ids
         return self._reference.leaves_of(self._reference.sides(depth)[1], outputs)
 
@@ -217,7 +217,7 @@ class Structure:
             TypeError: If `depth` is no whole number.
             ValueError: If it is out of range.
         """
-        self._check_depth(depth, "depth")
+        self.check_depth(depth, "depth")
         return self._flops(self._reference.sides(depth)[0])
 
     def trunk_flops(self, depth: int) -> int:
@@ -230,7 +230,7 @@ class Structure:
             TypeError: If `depth` is no whole number.
             ValueError: If it is out of range.
         """
-        self._check_depth(depth, "depth")
+        self.check_depth(depth, "depth")
         return self._flops(self._reference.sides(depth)[1])
 
     def in_stem(self, site: str, depth: int) -> bool:
@@ -253,7 +253,7 @@ class Structure:
             >>> sorted(net.stem_leaves(1)), net.stem_parameters(1), net.trunk_flops(1)
             (['w0'], 12, 8)
         """
-        self._check_depth(depth, "depth")
+        self.check_depth(depth, "depth")
         return Plan(self, self._reference, None, None, None, None).in_stem(site, depth)
 
     # ---------------------------------------------------------------------------------- messages
@@ -268,7 +268,8 @@ class Structure:
             f"Python loop, or as a scan over at most {_graph.MAX_UNROLL} stacked layers."
         )
 
-    def _check_depth(self, depth: Any, argument: str) -> None:
+    def check_depth(self, depth: Any, argument: str) -> None:
+        """Raises a TypeError or ValueError unless `depth`, given as `argument`, is one of a cut."""
         if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
             raise TypeError(f"{argument} must be a whole number of layers; it was {depth!r}.")
         if not 0 <= depth <= self.depth:

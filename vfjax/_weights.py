@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -17,14 +18,14 @@ _TOLERANCE = 1e-5
 
 
 def resolve_weights(
-    weights: Sequence[float] | Array | None, count: int, *, of: str = "trees"
+    weights: Sequence[float] | Array | None, count: int | None, *, of: str = "trees"
 ) -> tuple[float, ...]:
     """Checks the weights of `count` models.
 
     Args:
         weights: One number per model, summing to one; None for `1 / count` each. Numbers outside
             `[0, 1]` extrapolate, which is allowed.
-        count: The number of models.
+        count: The number of models; None for as many as there are weights.
         of: What is weighted, for error messages.
 
     Returns:
@@ -39,6 +40,8 @@ def resolve_weights(
         (0.25, 0.25, 0.25, 0.25)
     """
     if weights is None:
+        if count is None:
+            raise TypeError("weights is None, and nothing tells how many there would be")
         return (1.0 / count,) * count
     if not isinstance(weights, (list, tuple)) and np.ndim(weights) != 1:
         raise TypeError(
@@ -50,7 +53,7 @@ def resolve_weights(
         and any(isinstance(w, Tracer) for w in weights)
     )
     given: tuple[Any, ...] = tuple(weights)
-    if len(given) != count:
+    if len(given) != count and count is not None:
         raise ValueError(f"weights has {len(given)} entries for {count} {of}; give one per model")
     if traced:
         return given
@@ -62,3 +65,34 @@ def resolve_weights(
             f"weights must sum to one, got {given} with sum {math.fsum(given):g}; divide them by it"
         )
     return given
+
+
+def weighted_mean(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
+    """Averages arrays of one floating-point dtype in float32 or better, and casts back.
+
+    An array of weight 0 is left out, whatever it holds, and one of weight 1 not multiplied: with
+    such weights that very array comes back.
+
+    Args:
+        arrays: K arrays of equal shape and dtype.
+        weights: K weights, as `resolve_weights` gives them.
+
+    Returns:
+        An array of that shape and dtype.
+
+    Example:
+        >>> float(weighted_mean([jnp.float32(0), jnp.float32(4)], (0.75, 0.25)))
+        1.0
+    """
+    dtype = jnp.result_type(arrays[0])
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+    total = None
+    for array, weight in zip(arrays, weights, strict=True):
+        if isinstance(weight, float) and weight == 0.0:
+            continue
+        term = jnp.asarray(array, accumulator)
+        if not (isinstance(weight, float) and weight == 1.0):
+            term = term * jnp.asarray(weight, accumulator)
+        total = term if total is None else total + term
+    assert total is not None  # for the weights sum to one
+    return total.astype(dtype)

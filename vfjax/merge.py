@@ -24,8 +24,8 @@ from jax.core import Tracer
 
 from vfjax import _tree
 from vfjax._merged import Merged, as_merged, check_fits
-from vfjax._weights import resolve_weights
-from vfjax.network import Layer, Network
+from vfjax._weights import resolve_weights, weighted_mean
+from vfjax.network import Layer, Network, check_net
 
 __all__ = [
     "Merged",
@@ -91,6 +91,10 @@ def uniform_soup(trees: Sequence[PyTree]) -> PyTree:
     Returns:
         The averaged tree.
 
+    Raises:
+        TypeError: As `interpolate`.
+        ValueError: As `interpolate`.
+
     Example:
         >>> uniform_soup([{"bias": jnp.array([0.0])}, {"bias": jnp.array([2.0])}])
         {'bias': Array([1.], dtype=float32)}
@@ -126,6 +130,7 @@ def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> So
         The soup, which trees are in it, and its score.
 
     Raises:
+        TypeError: As `interpolate`.
         ValueError: As `interpolate`, or if a score is NaN.
 
     Example:
@@ -179,9 +184,11 @@ def preserve_first(
         The merged model.
 
     Raises:
-        TypeError: If `layers` is no integer, or `trees` no sequence of trees.
+        TypeError: If `net` is no traced network, `layers` no integer, `trees` no sequence of trees
+            or `weights` no sequence of numbers.
         ValueError: If `layers` is out of range, if fewer than two trees are given, if they do not
-            fit the network or each other, or if weights do not fit.
+            fit the network or each other, hold NaN or infinite values, or integer leaves that
+            disagree, or if weights do not fit.
 
     Warns:
         UserWarning: Once per network, if the channels of a merged layer cannot be permuted, since
@@ -204,14 +211,9 @@ def preserve_first(
     and Horvath). Inside residual blocks exactly `layers` layers are kept, by the rule of the cut of
     `Network.run`, where the reference code averages the weights of the last one.
     """
+    check_net(net)
     trees = as_trees(trees)
-    if isinstance(layers, bool) or not isinstance(layers, (int, np.integer)):
-        raise TypeError(f"layers must be an integer, got {layers!r}")
-    if not 0 <= layers <= net.depth:
-        raise ValueError(
-            f"layers must be from 0 to {net.depth}, the network's depth, got {layers}"
-            f".{net.opaque_hint()}"
-        )
+    net.check_depth(layers, "layers")
     if len(trees) < 2:
         raise ValueError(f"trees must be at least two, got {len(trees)}")
     check_fits(net, trees[0], "trees[0]")
@@ -246,6 +248,10 @@ def ensemble(
     Returns:
         The ensemble. What follows the last layer, a softmax say, acts on the averaged logits.
 
+    Raises:
+        TypeError: As `preserve_first`.
+        ValueError: As `preserve_first`.
+
     Example:
         >>> import vfjax
         >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
@@ -253,6 +259,7 @@ def ensemble(
         >>> ensemble(net, [tree, tree])(x).shape
         (4, 2)
     """
+    check_net(net)
     return preserve_first(net, trees, layers=net.depth, weights=weights)
 
 
@@ -291,21 +298,9 @@ def _average(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
 
 
 def _average_leaf(path: str, leaves: Sequence[Array], weights: Sequence[float]) -> Array:
-    dtype = jnp.result_type(leaves[0])
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.inexact):
         return _agreed(path, leaves)
-    accumulator = jnp.promote_types(dtype, jnp.float32)
-    total = None
-    for leaf, weight in zip(leaves, weights, strict=True):
-        if isinstance(weight, float) and weight == 0.0:
-            continue
-        if isinstance(weight, float) and weight == 1.0:
-            term = jnp.asarray(leaf, accumulator)
-        else:
-            term = jnp.asarray(leaf, accumulator) * jnp.asarray(weight, accumulator)
-        total = term if total is None else total + term
-    assert total is not None  # for the weights sum to one
-    return total.astype(dtype)
+    return weighted_mean(leaves, weights)
 
 
 def _agreed(path: str, leaves: Sequence[Array]) -> Array:

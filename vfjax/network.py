@@ -136,9 +136,9 @@ class Network(Structure):
             True
         """
         if stop is not None:
-            self._check_depth(stop, "stop")
+            self.check_depth(stop, "stop")
         if start is not None:
-            self._check_depth(start, "start")
+            self.check_depth(start, "start")
         _check_crossing(x, start)
         if stop is not None and start is not None:
             raise ValueError("run takes stop or start, not both; run the two sides one by one.")

@@ -18,7 +18,7 @@ import numpy as np
 from vfjax import stats
 from vfjax._tree import check_trees
 from vfjax.align._record import Alignment, assign
-from vfjax.network import Network
+from vfjax.network import Network, check_net
 
 __all__ = ["match_activations", "match_moments"]
 
@@ -53,7 +53,8 @@ def match_activations(
         without a tap keep their order. A unit that does not vary on the data has correlation 0.
 
     Raises:
-        TypeError: If a tree holds a leaf that is no array, or data has another dtype.
+        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
+            another dtype.
         ValueError: If the trees differ or hold NaN or infinity, data is empty or exhausted, or
             `moments` lack the covariances at a tap.
 
@@ -70,6 +71,7 @@ def match_activations(
         >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
         [1, 2, 0]
     """
+    check_net(net)
     check_trees([a, b])
     if moments is None:
         if data is None:
@@ -100,6 +102,7 @@ def match_moments(
         The alignment, as `match_activations`.
 
     Raises:
+        TypeError: If `net` is no traced network.
         ValueError: If an index is out of range, or the covariances at a tap are missing.
 
     Example:
@@ -114,6 +117,7 @@ def match_moments(
         >>> [match_moments(net, found, model=k).permutations["w"].tolist() for k in (1, 2)]
         [[1, 2, 0], [1, 0, 2]]
     """
+    check_net(net)
     for name, index in (("to", to), ("model", model)):
         if not 0 <= index < moments.models:
             raise ValueError(f"`{name}` must be in 0..{moments.models - 1}, got {index}")

@@ -22,7 +22,7 @@ import numpy as np
 from vfjax._axes import map_axis
 from vfjax._tree import check_finite, check_like, flatten_named
 from vfjax.align._record import Alignment, assign
-from vfjax.network import Network
+from vfjax.network import Network, check_net
 from vfjax.symmetry import Axis, PermutationSpec
 
 __all__ = ["match_weights"]
@@ -70,7 +70,8 @@ def match_weights(
         The alignment; its objective is the inner product over the leaves that count.
 
     Raises:
-        TypeError: If `key` is no random key, or a leaf no array.
+        TypeError: If `net` is neither of them, `key` no random key, `ignore` a string, or a leaf no
+            array.
         ValueError: If the trees differ in structure, shape or dtype, or do not fit the spec, hold
             NaN or infinity, or an option is out of range.
 
@@ -121,11 +122,7 @@ def _spec(
     ignored = frozenset(ignore)
     if isinstance(net, PermutationSpec):
         return net, ignored
-    if not isinstance(net, Network):
-        raise TypeError(
-            "`net` must be a Network (see vfjax.trace) or a PermutationSpec, got "
-            f"{type(net).__name__}"
-        )
+    check_net(net, other="or a PermutationSpec")
     return net.spec, ignored if norm_statistics else ignored | net.statistics
 
 
