@@ -353,9 +353,16 @@ def test_evaluation_of_routed_models_agrees_with_the_plain_one(digits):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda x, y: [], ValueError, "gave no examples: this list is empty"),
-        (lambda x, y: iter([]), ValueError, "used up before"),
-        (lambda x, y: [x], TypeError, r"batch 0, must be a pair \(x, label\)"),
+        (lambda x, y: None, TypeError, "`data` must be an iterable of batches.*got NoneType"),
+        (lambda x, y: {"x": x, "y": y}, TypeError, "`data` must be an iterable of batches.*dict"),
+        (lambda x, y: [], ValueError, "`data` gave no batches.*it is empty.*Got list"),
+        (lambda x, y: [(x[:0], y[:0])], ValueError, "`data` gave no batches with samples"),
+        (lambda x, y: iter([]), ValueError, "`data` gave no batches: this list_iterator is empty"),
+        (lambda x, y: [x], TypeError, r"`data`, batch 0 must be a pair \(x, label\)"),
+        (lambda x, y: x, TypeError, r"`data`, batch 0 must be a pair \(x, label\), got ndarray"),
+        (lambda x, y: (x, y), TypeError, r"`data`, batch 0.*one batch.*list of batches, \[\(x, la"),
+        (lambda x, y: [(x, y[:, None])], TypeError, r"labels must be integers \[n\]"),
+        (lambda x, y: [({}, y)], ValueError, "23 labels for nothing"),
         (lambda x, y: [(x, y.astype(np.float32))], TypeError, "labels must be integers"),
         (lambda x, y: [(x, np.eye(4, dtype=np.int32)[y])], TypeError, "argmax"),
         (lambda x, y: [(x, y), (x, y[1:])], ValueError, "batch 1.*22 labels for 23"),
@@ -365,6 +372,37 @@ def test_bad_data(labelled, make, error, message):
     params, x, label = labelled
     with pytest.raises(error, match=message):
         train.evaluate(linear, params, make(x, label))
+
+
+def test_data_that_is_used_up(labelled):
+    params, x, label = labelled
+    once = (batch for batch in [(x, label)])
+    assert train.evaluate(linear, params, once).count == 23
+    with pytest.raises(ValueError, match="`data` gave no batches.*exhausted.*starts over"):
+        train.evaluate(linear, params, once)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 255])
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray, np.ndarray.tolist])
+def test_labels_that_are_no_classes(labelled, wrong, convert):
+    """They would give a loss of NaN or of another class, and an accuracy that looks right."""
+    params, x, label = labelled
+    bad = np.where(np.arange(23) == 20, wrong, label % 3)
+    low, high = min(wrong, 0), max(wrong, 2)
+    message = f"`data`, batch 2: labels.*0 to 3, as fn returns 4 classes.*from {low} to {high}"
+    good = (x[:8], convert(label[:8]))
+    with pytest.raises(ValueError, match=message):
+        train.evaluate(linear, params, [good, (x[:0], label[:0]), (x[8:], convert(bad[8:]))])
+    assert train.evaluate(linear, params, [good]).count == 8
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda p, x: x[:, 0], lambda p, x: x[:3], lambda p, x: x[:, None], lambda p, x: (x, x)]
+)
+def test_outputs_that_are_no_logits(labelled, fn):
+    params, x, label = labelled
+    with pytest.raises(ValueError, match=r"fn must return logits \[n, classes\]; for 23 inputs"):
+        train.evaluate(fn, params, [(x, label)])
 
 
 # ---- the experiment

@@ -1,21 +1,23 @@
 """The rules of `data`: what a pass over batches may be given, and what it says otherwise.
 
-Statistics and renormalisation go through :func:`batches`, so that they accept the same things and
-fail with the same words. `data` is a
-re-iterable of what `apply_fn` takes as `x`, or of pairs `(x, label)`; labels are dropped.
+Statistics and renormalisation go through `batches`, evaluation goes through `labelled`, so that all
+accept the same things and fail with the same words. `data` is a re-iterable of what `apply_fn`
+takes as `x`, or of pairs `(x, label)`, of which `batches` drops the labels.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["batch_size", "batches", "check_finite_means"]
+__all__ = ["batch_size", "batches", "check_finite_means", "labelled"]
 
+Array = jax.Array
 PyTree = Any
 
 
@@ -47,6 +49,40 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
         >>> [x.shape for x in batches(data, like=like)]
         [(4, 3), (2, 3)]
     """
+    for _, x in _each(data, name, lambda item, where, whole: _input(item, like, where, whole)):
+        yield x
+
+
+def labelled(
+    data: Iterable[Any], *, name: str = "data"
+) -> Iterator[tuple[int, PyTree, np.ndarray | Array]]:
+    """Iterates over the pairs `(x, label)` in `data`, checked on the host, batch by batch.
+
+    Args:
+        data: Iterable of pairs of `x`, any pytree, and integer labels `[n]`. Batches without
+            samples are skipped.
+        name: The caller's name for the argument, for the messages.
+
+    Yields:
+        Number of the batch, `x` and labels.
+
+    Raises:
+        TypeError: If `data` is no iterable, a batch is no pair, or its labels are not integers.
+        ValueError: If a batch has not one label per input, or there are no batches.
+
+    Example:
+        >>> data = [(np.zeros((4, 3)), np.arange(4)), (np.zeros((0, 3)), np.arange(0))]
+        >>> [(index, len(label)) for index, x, label in labelled(data)]
+        [(0, 4)]
+    """
+    for index, (x, label) in _each(data, name, _pair):
+        yield index, x, label
+
+
+def _each(
+    data: Iterable[Any], name: str, read: Callable[[Any, str, Any], PyTree]
+) -> Iterator[tuple[int, PyTree]]:
+    """Number and `read(item, where, whole)` of each batch with samples; raises if there is none."""
     if isinstance(data, str | bytes | dict) or not isinstance(data, Iterable):
         raise TypeError(
             f"`{name}` must be an iterable of batches, each x or (x, label), got "
@@ -56,10 +92,10 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
     one_shot = isinstance(data, Iterator)
     found = False
     for index, item in enumerate(data):
-        x = _input(item, like, f"`{name}`, batch {index}", whole=data if index == 0 else None)
-        if batch_size(x):
+        batch = read(item, f"`{name}`, batch {index}", data if index == 0 else None)
+        if batch_size(batch):
             found = True
-            yield x
+            yield index, batch
     if found:
         return
     if closed or one_shot:
@@ -117,6 +153,33 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
     if len(sizes) != 1:
         raise ValueError(f"{where}: the leaves of x have different batch sizes: {sorted(sizes)}")
     return x
+
+
+def _pair(item: Any, where: str, whole: Any) -> tuple[PyTree, np.ndarray | Array]:
+    """The `x` and the labels of one batch, after every check."""
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        one = isinstance(whole, (tuple, list)) and len(whole) == 2
+        hint = "; this looks like one batch: pass a list of batches, [(x, label)]" if one else ""
+        raise TypeError(
+            f"{where} must be a pair (x, label), got {type(item).__name__}; accuracy needs "
+            f"labels{hint}"
+        )
+    x, label = item
+    if not hasattr(label, "dtype"):
+        label = np.asarray(label)
+    if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
+        raise TypeError(
+            f"{where}: labels must be integers [n], got {label.dtype} {list(label.shape)}; for "
+            "one-hot labels pass label.argmax(-1)"
+        )
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
+    if sizes != {label.shape}:
+        found = ", ".join(str(size[0]) if size else "a scalar" for size in sorted(sizes))
+        raise ValueError(
+            f"{where}: x and label must be equally many, got {len(label)} labels for "
+            f"{found or 'nothing'}"
+        )
+    return x, label
 
 
 def check_finite_means(means: Mapping[str, Any], *, name: str = "data") -> None:

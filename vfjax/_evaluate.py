@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from tqdm import tqdm
 
+from vfjax._batches import labelled
 from vfjax._route import routed
 
 __all__ = ["Evaluation", "evaluate"]
@@ -31,36 +34,31 @@ class Evaluation(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _add_batch(
     fn: Callable[..., Array], params: PyTree, sums: tuple[Array, Array], x: PyTree, label: Array
-) -> tuple[Array, Array]:
-    """Adds a batch's number of correct answers and its summed loss to `sums`."""
-    logits = routed(fn)(params, x).astype(jnp.float32)
+) -> tuple[tuple[Array, Array], Array]:
+    """Adds a batch's number of correct answers and its summed loss to `sums`.
+
+    The second result is empty: its shape `[0, classes]` tells the number of classes, for which the
+    host need not wait.
+    """
+    logits = routed(fn)(params, x)
+    shape = getattr(logits, "shape", ())
+    if len(shape) != 2 or shape[0] != len(label):
+        found = f"shape {list(shape)}" if hasattr(logits, "shape") else type(logits).__name__
+        raise ValueError(
+            f"fn must return logits [n, classes]; for {len(label)} inputs it returned {found}."
+        )
+    logits = logits.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     correct = jnp.sum(jnp.argmax(logits, -1) == label, dtype=jnp.int32)
-    return sums[0] + correct, sums[1] + loss.sum()
+    return (sums[0] + correct, sums[1] + loss.sum()), jnp.zeros((0, logits.shape[1]))
 
 
-def _pair(batch: Any, index: int) -> tuple[PyTree, np.ndarray | Array]:
-    """Returns the input and the label of a batch, checked on the host."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"`data`, batch {index}, must be a pair (x, label), got {type(batch).__name__}; "
-            "accuracy needs labels."
-        )
-    x, label = batch
-    if not hasattr(label, "dtype"):
-        label = np.asarray(label)
-    if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
-        raise TypeError(
-            f"`data`, batch {index}: labels must be integers [n], got {label.dtype} "
-            f"{list(label.shape)}; for one-hot labels pass label.argmax(-1)."
-        )
-    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
-    if sizes != {label.shape}:
-        raise ValueError(
-            f"`data`, batch {index}: x and label must be equally many, got {len(label)} labels for "
-            f"{', '.join(str(size[0]) if size else 'a scalar' for size in sorted(sizes))}."
-        )
-    return x, label
+def _label_range(label: np.ndarray | Array) -> tuple[int, int] | None:
+    """Lowest and highest label; None where the host does not have them."""
+    if isinstance(label, Tracer) or not getattr(label, "is_fully_addressable", True):
+        return None
+    values = np.asarray(label)
+    return int(values.min()), int(values.max())
 
 
 def evaluate(
@@ -77,15 +75,17 @@ def evaluate(
             equal shapes share one compilation, so pass the same function each time, not a new
             ``lambda``.
         params: Its parameters, any pytree.
-        data: Batches ``(x, label)`` with integer labels ``[n]``; the last may be smaller.
+        data: Iterable of batches ``(x, label)`` with integer labels ``[n]``, from 0 to classes - 1;
+            the last may be smaller.
         progress: Whether a progress bar appears after two seconds.
 
     Returns:
         The `Evaluation`.
 
     Raises:
-        TypeError: If a batch is no pair, or its labels are not integers.
-        ValueError: If `data` yields no example, or not one label per input.
+        TypeError: If `data` is no iterable, a batch is no pair, or its labels are not integers.
+        ValueError: If `data` is empty or exhausted, a batch has not one label per input or a label
+            that is none of the classes, or `fn` returns no logits ``[n, classes]``.
 
     Example:
         >>> data = [(jnp.eye(3), jnp.arange(3)), (jnp.eye(3)[:1], jnp.array([2]))]
@@ -93,16 +93,17 @@ def evaluate(
         0.75
     """
     sums = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    count = 0
-    bar = tqdm(data, desc="evaluating", delay=2, leave=False, disable=not progress)
-    for index, batch in enumerate(bar):
-        x, label = _pair(batch, index)
-        if len(label):
-            sums = _add_batch(fn, params, sums, x, label)
-            count += len(label)
-    if not count:
-        raise ValueError(
-            f"`data` gave no examples: this {type(data).__name__} is empty, or an iterator that "
-            "was used up before. Pass what starts over each time, such as a list of batches."
-        )
+    count, total = 0, operator.length_hint(data) or None
+    bar = tqdm(labelled(data), "evaluating", total, delay=2, leave=False, disable=not progress)
+    for index, x, label in bar:
+        found = _label_range(label)
+        sums, empty = _add_batch(fn, params, sums, x, label)
+        classes = empty.shape[1]
+        # Out of range, the loss would be NaN, or that of a class counted from the end.
+        if found is not None and (found[0] < 0 or found[1] >= classes):
+            raise ValueError(
+                f"`data`, batch {index}: labels must be from 0 to {classes - 1}, as fn returns "
+                f"{classes} classes, got labels from {found[0]} to {found[1]}."
+            )
+        count += len(label)
     return Evaluation(int(sums[0]) / count, float(sums[1]) / count, count)
