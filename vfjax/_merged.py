@@ -43,6 +43,17 @@ class Merged:
         net: The traced network (static).
         cut: How many layers are kept per model, from 0 to `net.depth` (static).
         weights: The weights of the averages, one float per model (static).
+
+    Example:
+        >>> import vfjax
+        >>> a, b = {"w0": jnp.eye(2), "w1": jnp.eye(2)}, {"w0": jnp.eye(2), "w1": 3 * jnp.eye(2)}
+        >>> x = jnp.array([[1.0, 2.0]])
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w0"]) @ v["w1"], a, x)
+        >>> model = vfjax.merge.preserve_first(net, [a, b], layers=1)
+        >>> model
+        Merged(cut=1 of 2, models=2, weights=(0.5, 0.5), params=12, flops=14, corrections=[])
+        >>> jax.jit(model)(x).tolist()
+        [[2.0, 4.0]]
     """
 
     stems: tuple[PyTree, ...]
@@ -112,7 +123,17 @@ class Merged:
             The averaged crossing.
 
         Raises:
-            ValueError: At cut 0, where nothing crosses, or if x is no batch of the traced network.
+            ValueError: At cut 0, where nothing crosses.
+
+        Example:
+            >>> import vfjax
+            >>> a, b = {"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}
+            >>> x = jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: x @ v["w"], a, x)
+            >>> model = vfjax.merge.preserve_first(net, [a, b], layers=1)
+            >>> crossing = model.crossing(x)
+            >>> crossing.values[0].tolist(), model.run(crossing).tolist()
+            ([[2.0, 4.0]], [[2.0, 4.0]])
         """
         if self.cut == 0:
             raise ValueError("a model merged from its first layer on (cut 0) has no crossing")

@@ -75,10 +75,13 @@ class Recipe:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
 
     def rate(self, steps_per_epoch: int) -> Callable[[Any], Array]:
-        """Returns the learning rate as a function of the step, counted from 0.
+        """The learning rate over the steps.
 
         Args:
             steps_per_epoch: Steps that one pass over the training split takes.
+
+        Returns:
+            A function from the step, counted from 0, to a float32 scalar.
         """
         warmup = round(self.warmup_epochs * steps_per_epoch)
         total = self.epochs * steps_per_epoch
@@ -102,10 +105,13 @@ class Recipe:
         return lambda step: jnp.where(step < warmup, rise(step), after(step)).astype(jnp.float32)
 
     def transformation(self, steps_per_epoch: int) -> optax.GradientTransformation:
-        """Returns the optax optimizer.
+        """The optimizer, with its weight decay.
 
         Args:
             steps_per_epoch: Steps that one pass over the training split takes.
+
+        Returns:
+            An optax transformation.
         """
         rate = self.rate(steps_per_epoch)
         if self.optimizer == "adam":
@@ -170,7 +176,7 @@ PRESETS = ("cpu", "paper")
 
 
 def recipe_for(model: str, dataset: str, *, preset: str = "cpu") -> Recipe:
-    """Returns the recipe of a preset for a named model on a data set.
+    """The recipe of a preset for a named model on a data set.
 
     Where the paper has none (multi-layer perceptrons, the digits) both presets mean the same.
 
@@ -179,6 +185,9 @@ def recipe_for(model: str, dataset: str, *, preset: str = "cpu") -> Recipe:
         dataset: ``"cifar10"``, ``"cifar100"``, ``"mnist"`` or ``"digits"``.
         preset: ``"cpu"``, what two cores finish in minutes, or ``"paper"``, Table 2 of "Vanishing
             Feature".
+
+    Returns:
+        The recipe.
 
     Raises:
         ValueError: If the preset is unknown.

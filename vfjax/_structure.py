@@ -117,7 +117,11 @@ class Structure:
         return self._reference.others
 
     def summary(self) -> str:
-        """A table of layer, depth, shapes, parameters, FLOPs and group, as text."""
+        """A table of layer, depth, shapes, parameters, FLOPs and group.
+
+        Returns:
+            Text of several lines; below the table stands what could not be followed.
+        """
         return _summary.summary(self)
 
     def layer(self, name: str) -> Layer:
@@ -269,7 +273,16 @@ class Structure:
         )
 
     def check_depth(self, depth: Any, argument: str) -> None:
-        """Raises a TypeError or ValueError unless `depth`, given as `argument`, is one of a cut."""
+        """Checks that the network can be cut at a depth.
+
+        Args:
+            depth: What the caller gave.
+            argument: The caller's name for it, for the message.
+
+        Raises:
+            TypeError: If it is no whole number.
+            ValueError: If it is not from 0 to `net.depth`.
+        """
         if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
             raise TypeError(f"{argument} must be a whole number of layers; it was {depth!r}.")
         if not 0 <= depth <= self.depth:

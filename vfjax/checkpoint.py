@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vfjax._files import write_whole
+
 __all__ = ["CheckpointError", "card", "load", "save", "write_json"]
 
 PyTree = Any
@@ -163,10 +165,13 @@ def load(path: str | os.PathLike[str], net: Any = None) -> Any:
 
 
 def card(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the card of a checkpoint: what `save` was given as `meta`.
+    """Reads the card of a checkpoint.
 
     Args:
         path: Folder of the checkpoint.
+
+    Returns:
+        What `save` was given as `meta`.
 
     Raises:
         CheckpointError: If there is no checkpoint, or its card cannot be read.
@@ -187,6 +192,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         path: The file to write; its folder is created.
         value: What `json.dumps` takes.
 
+    Raises:
+        TypeError: If `value` holds what JSON does not.
+        OSError: If nothing can be written there; what was at `path` stays.
+
     Example:
         >>> import tempfile, pathlib
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -194,15 +203,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         ...     pathlib.Path(folder, "a.json").read_text().split()
         ['{', '"accuracy":', '0.5', '}']
     """
-    path = _absolute(path)
-    text = json.dumps(value, indent=2) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _pack(tree: PyTree, where: str, leaves: list[np.ndarray]) -> tuple[Any, Any]:

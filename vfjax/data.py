@@ -129,7 +129,17 @@ class Batches:
             yield x, jnp.asarray(self.labels[start:stop])
 
     def samples(self, count: int | None) -> Batches:
-        """Returns batches of the first `count` images; None, or too large a count, means all."""
+        """Batches of the first images only.
+
+        Args:
+            count: How many images; None, or more than there are, means all.
+
+        Returns:
+            New batches of the same size.
+
+        Raises:
+            ValueError: If `count` is below one.
+        """
         if count is not None and count < 1:
             raise ValueError(f"count must be at least 1, got {count!r}.")
         return Batches(
@@ -169,12 +179,15 @@ class Dataset:
     fallback: bool = False
 
     def batches(self, split: str, *, batch_size: int = 500, samples: int | None = None) -> Batches:
-        """Returns the re-iterable batches of a split, in the order of its records, not augmented.
+        """Batches of a split, in the order of its records, not augmented.
 
         Args:
             split: ``"train"`` or ``"test"``.
             batch_size: Images per batch.
             samples: Only the first so many images.
+
+        Returns:
+            Re-iterable batches ``(x, label)``, normalised.
 
         Raises:
             ValueError: If the split is unknown, or a number is below one.

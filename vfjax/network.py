@@ -67,7 +67,19 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
 
 
 class Network(Structure):
-    """A traced network; hashable by identity, static in pytrees, not saved. Made by `trace`."""
+    """A traced network, made by `trace`: what is known of it, and how to run, cut and fold it.
+
+    It is hashable by identity, static in pytrees, and not saved.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> p = {"w0": jnp.ones((3, 8)), "w1": jnp.ones((8, 2))}
+        >>> net = vfjax.trace(lambda p, x: jax.nn.relu(x @ p["w0"]) @ p["w1"], p, jnp.ones((5, 3)))
+        >>> net
+        Network(2 layers, depth 2, 40 parameters, 1 groups)
+        >>> net.layer("w1").depth, net.flops, net.paths
+        (2, 48, ('w0', 'w1'))
+    """
 
     def __init__(self, apply_fn: Callable[..., Any], variables: PyTree, x: PyTree) -> None:
         """See `trace`."""
@@ -217,8 +229,18 @@ class Network(Structure):
             layer: Name of the layer.
             shift: Whether the correction shifts, or only scales.
 
+        Returns:
+            Whether `fold` would succeed.
+
         Raises:
             ValueError: If there is no such layer.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p, x = {"w": jnp.eye(2)}, jnp.ones((1, 2))
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"], p, x)
+            >>> net.can_fold("w"), net.can_fold("w", shift=False)
+            (False, True)
         """
         self.layer(layer)
         return _fold.obstacle(self._reference, layer, shift=shift) is None

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vfjax._files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -119,6 +121,9 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Pat
     Returns:
         The path.
 
+    Raises:
+        OSError: If nothing can be written there; what was at `path` stays.
+
     Example:
         >>> import tempfile
         >>> figure = accuracy_against_layers([0, 1], {"direct": [0.1, 0.5]}, depth=1)
@@ -126,14 +131,6 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Pat
         ...     save(figure, folder + "/figure.png").read_bytes()[1:4]
         b'PNG'
     """
-    path = Path(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(path, buffer.getvalue())

@@ -138,6 +138,11 @@ class PermutationSpec:
             ValueError: If a path is unknown, an axis out of range, the sizes of a group differ
                 between its leaves, blocks overlap, a group is unknown, or a permutation is not one.
             TypeError: If a permutation is not of integers.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+            >>> spec.validate({"w": np.ones((2, 3)), "v": np.ones((3, 1))})
+            {'h': 3}
         """
         flat, absent = flatten_named(variables)[0], absent_paths(variables)
         sizes: dict[str, int] = {}

@@ -378,6 +378,11 @@ def fit_seeds(
     Returns:
         The `Trained` models, in the order of `seeds`.
 
+    Raises:
+        ValueError: As `fit`.
+        FloatingPointError: As `fit`; models trained before it are not returned, but with a
+            `work_dir` a second call picks them up.
+
     Example:
         >>> from vfjax import data, models
         >>> recipe = Recipe(learning_rate=0.05, batch_size=50)

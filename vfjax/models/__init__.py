@@ -96,6 +96,9 @@ class ApplyFn:
     """The pure function ``(variables, x) -> logits`` of a Linen model in evaluation mode.
 
     Two of equal models are equal, so that functions compiled for one serve the other.
+
+    Attributes:
+        model: The Linen module.
     """
 
     model: nn.Module
@@ -106,7 +109,14 @@ class ApplyFn:
 
 
 def apply_fn(model: nn.Module) -> ApplyFn:
-    """Returns what `vfjax.trace` takes for `model`: its function in evaluation mode.
+    """What `vfjax.trace` takes for a model: its function in evaluation mode.
+
+    Args:
+        model: A model of this module, or any that is called as ``model.apply(variables, x,
+            train=False)``.
+
+    Returns:
+        A function ``(variables, x) -> logits``.
 
     Example:
         >>> import jax, jax.numpy as jnp

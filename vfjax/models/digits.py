@@ -14,6 +14,9 @@ __all__ = ["DigitsConv", "DigitsMLP"]
 class DigitsMLP(MLP):
     """Five hidden layers of 64 units, no normalisation: L = 6.
 
+    Attributes:
+        features: Units of the hidden layers; for the rest see `MLP`.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
