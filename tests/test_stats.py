@@ -463,6 +463,60 @@ def test_vmapped_models_give_the_same_numbers(monkeypatch):
     jax.tree.map(_close, stats.moments(net, trees, [data], covariance=True), looped)
 
 
+def _runs(net, trees, x, monkeypatch, **how):
+    """How many examples the network was evaluated at, per run, while measuring."""
+    sizes = []
+    run = type(net).run
+
+    def counted(self, variables, x, **kwargs):
+        sizes.append(x.shape[0])
+        return run(self, variables, x, **kwargs)
+
+    monkeypatch.setattr(type(net), "run", counted)
+    return stats.moments(net, trees, [x], **how), set(sizes)
+
+
+@pytest.mark.parametrize("covariance", [False, True, "cross"])
+def test_pieces_of_a_batch_give_the_numbers_of_the_batch(monkeypatch, covariance):
+    how = {"sites": "taps", "covariance": covariance}
+    net, trees, x = _make(Conv(norm=True), seed=3)
+    x = np.concatenate([x + 3, x, x - 1])[:96]
+    whole, sizes = _runs(net, trees, x, monkeypatch, **how)
+    assert sizes == {96}
+    # 8x8 positions of 6 channels are the widest value.
+    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 40 * 8 * 8 * 6 * 4)
+    net, *_ = _make(Conv(norm=True), seed=3)
+    cut, sizes = _runs(net, trees, x, monkeypatch, **how)
+    assert sizes == {32}
+    assert cut.count == whole.count
+    for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=RTOL, atol=RTOL)
+
+
+def test_a_network_that_mixes_examples_gets_its_batches_whole(monkeypatch):
+    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    v = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
+    x = jnp.arange(192.0).reshape(64, 3)
+
+    def mixing(v, x):
+        y = x @ v["a"]
+        return (y - y.mean(0, keepdims=True)) @ v["b"]
+
+    def plain(v, x):
+        return jax.nn.relu(x @ v["a"]) @ v["b"]
+
+    for fn, size in ((mixing, 64), (plain, 16)):
+        found, sizes = _runs(vfjax.trace(fn, v, x), [v], x, monkeypatch, sites=["b"])
+        assert sizes == {size}
+        np.testing.assert_allclose(found.mean["b"][0], fn(v, x).mean(0), rtol=RTOL, atol=1e-4)
+
+
+def test_a_batch_without_a_fitting_divisor_stays_whole(monkeypatch):
+    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    net, trees, x = _make(Conv(), seed=4)
+    assert _runs(net, trees, x[:37], monkeypatch)[1] == {37}
+
+
 def test_a_second_pass_compiles_nothing():
     net, trees, data = conv()
     parts = _cut(data, 16, 16, 5)

@@ -14,11 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vfjax._batches import batch_size
 from vfjax._pooled import ROUNDINGS, shifted_moments
+from vfjax._tree import flatten_named
 from vfjax.network import Network
 
 Array = jax.Array
 PyTree = Any
+
+
+# On CPU the largest value of a piece of a batch, and the fewest examples in a piece.
+_PIECE_BYTES = 4 << 20
+_PIECE_MIN = 16
 
 
 class GroupAxis(NamedTuple):
@@ -60,7 +67,35 @@ def measure(
     net: Network, plan: Plan, mesh: Any, trees: tuple[PyTree, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
     """Moments of one batch, and the number of samples at each site."""
-    return on_mesh(functools.partial(_batch, net, plan), mesh)(trees, x)
+    parts = 1 if mesh is not None else _pieces(net, trees[0], x)
+    if parts == 1:
+        return on_mesh(functools.partial(_batch, net, plan), mesh)(trees, x)
+    xs = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), x)
+    empty, _ = jax.eval_shape(
+        functools.partial(_batch, net, plan), trees, jax.tree.map(lambda a: a[0], xs)
+    )
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty)
+
+    def step(pooled: dict[str, Any], nth: tuple[Array, PyTree]) -> tuple[dict[str, Any], Any]:
+        batch, counts = _batch(net, plan, trees, nth[1])
+        return _merge(plan, pooled, batch, 1 / nth[0]), counts
+
+    pooled, counts = jax.lax.scan(step, empty, (jnp.arange(1.0, parts + 1), xs))
+    return pooled, [n.sum(dtype=n.dtype) for n in counts]
+
+
+def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
+    """Into how many equal pieces a batch is cut, where that changes nothing but the time.
+
+    On CPU what a layer makes of a large batch is out of the caches before its statistics read it.
+    """
+    size = batch_size(x)
+    if jax.default_backend() != "cpu" or size < 2 * _PIECE_MIN:
+        return 1
+    traced = net._traces.at(flatten_named(tree)[0], x)
+    most = max(_PIECE_BYTES * size // max(traced.widest, 1), _PIECE_MIN)
+    piece = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
+    return size // piece if piece >= _PIECE_MIN and traced.examples_apart else 1
 
 
 def _batch(
@@ -133,6 +168,12 @@ def pool(
     plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
     """Chan's merge of two sets of samples; `share` is the batch's part of all samples so far."""
+    return _merge(plan, pooled, batch, share)
+
+
+def _merge(
+    plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
+) -> dict[str, Any]:
     out: dict[str, Any] = {"mean": {}, "var": {}, "covariance": {}}
     steps = {}
     for site, mean in pooled["mean"].items():
