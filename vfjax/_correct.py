@@ -99,7 +99,7 @@ def by_batch(
     """
     given = _given(model, centre, goals={name: goals[name] for name in job.layers})
     pooled = _pass(job, given, data)
-    corrections = {n: coefficients(pooled[n], goals[n], centre) for n in job.layers}
+    corrections = {n: _coefficients(pooled[n], goals[n], centre) for n in job.layers}
     return Found(corrections, {n: pooled[n] for n in job.norms})
 
 
@@ -138,13 +138,16 @@ def by_layer(
         pooled = _pass(job, given, data)
         for name in rank:
             if name in job.layers:
-                found.corrections[name] = coefficients(pooled[name], goals[name], centre)
+                found.corrections[name] = _coefficients(pooled[name], goals[name], centre)
         for name in rank:
             if name in job.norms:
                 layer = job.net.norm(name).layer
                 before = None if layer is None else found.corrections.get(layer)
                 found.norms[name] = _moved(pooled[name], before)
     return found
+
+
+_coefficients = jax.jit(coefficients)
 
 
 def ranks(job: Job) -> list[list[str]]:

@@ -91,7 +91,7 @@ def fold(
             raise FoldError(
                 f"The correction of layer '{name}' cannot be folded: variables lacks '{path}'."
             )
-    by_kernel = scale[np.argsort(site.channels)]
+    by_kernel = _pick(scale, np.argsort(site.channels))
     operand = graph.avals[graph.equations[site.index].values[site.side]].shape
     sizes = [n if a in site.out_axes else 1 for a, n in enumerate(operand)]
     # `channels` counts along out_axes in their own order, which need not be ascending.
@@ -107,8 +107,8 @@ def fold(
         path = traced.paths[site.bias.leaf]
 
         def affine(leaf: Array) -> Array:
-            moved = jnp.ravel(leaf) * scale[index]
-            moved = moved if shift is None else moved + shift[index]
+            moved = jnp.ravel(leaf) * _pick(scale, index)
+            moved = moved if shift is None else moved + _pick(shift, index)
             return moved.reshape(leaf.shape)
 
         new[path] = _update(new[path], site.bias.slot, affine)
@@ -118,9 +118,14 @@ def fold(
         new[path] = _update(
             new[path],
             mean.slot,
-            lambda leaf: (jnp.ravel(leaf) - shift[index]).reshape(leaf.shape),
+            lambda leaf: (jnp.ravel(leaf) - _pick(shift, index)).reshape(leaf.shape),
         )
     return new
+
+
+def _pick(values: Array, index: np.ndarray) -> Array:
+    """`values[index]`; mostly the channels are in order, and a gather is slow to dispatch."""
+    return values if np.array_equal(index, np.arange(values.size)) else values[index]
 
 
 def _vector(graph: Graph, site: LinearSite, value: Any, what: str) -> Array:
