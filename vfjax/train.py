@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,10 +24,10 @@ import optax
 from flax import linen as nn
 from tqdm import tqdm
 
-from vfjax import checkpoint
 from vfjax._evaluate import Evaluation, evaluate
 from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
 from vfjax._route import routed
+from vfjax._saved import Saved
 from vfjax.data import Dataset, normalise
 
 __all__ = [
@@ -208,53 +206,6 @@ def _run_epoch(
     return state
 
 
-class _Saved:
-    """The saved states of one run: folders ``epoch-0001``, ... of which the newest is kept."""
-
-    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
-        self.folder = Path(folder).expanduser().absolute()
-        # As it comes back from JSON, so that it can be compared.
-        self.identity = json.loads(json.dumps(identity))
-
-    def _epochs(self) -> list[Path]:
-        return sorted(self.folder.glob("epoch-[0-9]*"))
-
-    def clear(self) -> None:
-        """Removes all saved states."""
-        for path in self._epochs():
-            shutil.rmtree(path)
-
-    def write(self, state: PyTree, epoch: int, history: Sequence[dict[str, float]]) -> None:
-        """Saves the state after `epoch` epochs; only then removes the older ones."""
-        older = self._epochs()
-        path = self.folder / f"epoch-{epoch:04d}"
-        meta = {"run": self.identity, "epoch": epoch, "history": list(history)}
-        checkpoint.save(path, {"leaves": jax.tree.leaves(state)}, meta)
-        for other in older:
-            if other != path:
-                shutil.rmtree(other, ignore_errors=True)
-
-    def read(self, like: PyTree) -> tuple[PyTree, int, list[dict[str, float]]] | None:
-        """Returns the newest readable (state, epochs done, history), or None."""
-        for path in reversed(self._epochs()):
-            try:
-                meta = checkpoint.card(path)
-                leaves = checkpoint.load(path)["leaves"] if meta["run"] == self.identity else []
-            except checkpoint.CheckpointError as error:
-                _log.warning("skipping %s: %s", path, error)
-                continue
-            if meta["run"] != self.identity:
-                differ = [k for k, v in self.identity.items() if meta["run"].get(k) != v]
-                raise ValueError(
-                    f"work_dir {self.folder} holds the state of another run: its "
-                    f"{' and '.join(differ)} differ. Choose another folder, or pass "
-                    "resume=False to begin afresh there."
-                )
-            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-            return state, meta["epoch"], meta["history"]
-        return None
-
-
 def fit(
     model: nn.Module,
     recipe: Recipe,
@@ -308,7 +259,7 @@ def fit(
             "data": [dataset.name, list(dataset.train_images.shape)],
             "seed": seed,
         }
-        saved = _Saved(work_dir, identity)
+        saved = Saved(work_dir, identity)
         if not resume:
             saved.clear()
         elif (found := saved.read(state)) is not None:

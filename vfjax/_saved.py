@@ -1,0 +1,71 @@
+"""The state of a training run on disk, from which a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vfjax import checkpoint
+
+PyTree = Any
+
+_log = logging.getLogger(__name__)
+
+
+class Saved:
+    """The saved states of one run: folders ``epoch-0001``, ... of which the newest is kept.
+
+    Args:
+        folder: Where they are; of this run alone.
+        identity: JSON values that tell this run from others.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
+        self.folder = Path(folder).expanduser().absolute()
+        # As it comes back from JSON, so that it can be compared.
+        self.identity = json.loads(json.dumps(identity))
+
+    def _epochs(self) -> list[Path]:
+        return sorted(self.folder.glob("epoch-[0-9]*"))
+
+    def clear(self) -> None:
+        """Removes all saved states."""
+        for path in self._epochs():
+            shutil.rmtree(path)
+
+    def write(self, state: PyTree, epoch: int, history: Sequence[dict[str, float]]) -> None:
+        """Saves the state after `epoch` epochs; only then removes the older ones."""
+        older = self._epochs()
+        path = self.folder / f"epoch-{epoch:04d}"
+        meta = {"run": self.identity, "epoch": epoch, "history": list(history)}
+        checkpoint.save(path, {"leaves": jax.tree.leaves(state)}, meta)
+        for other in older:
+            if other != path:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def read(self, like: PyTree) -> tuple[PyTree, int, list[dict[str, float]]] | None:
+        """Returns the newest readable (state, epochs done, history), or None."""
+        for path in reversed(self._epochs()):
+            try:
+                meta = checkpoint.card(path)
+                leaves = checkpoint.load(path)["leaves"] if meta["run"] == self.identity else []
+            except checkpoint.CheckpointError as error:
+                _log.warning("skipping %s: %s", path, error)
+                continue
+            if meta["run"] != self.identity:
+                differ = [k for k, v in self.identity.items() if meta["run"].get(k) != v]
+                raise ValueError(
+                    f"work_dir {self.folder} holds the state of another run: its "
+                    f"{' and '.join(differ)} differ. Choose another folder, or pass "
+                    "resume=False to begin afresh there."
+                )
+            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            return state, meta["epoch"], meta["history"]
+        return None
