@@ -14,23 +14,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import logging
-import os
-import platform
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
+import _common
 import jax
 
 from vfjax import checkpoint, data, models, train
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # The train accuracy on the card is of so many images, not augmented.
 TRAIN_SUBSET = 10_000
 # What may be changed about a recipe.
@@ -90,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(option, type=kind, metavar="N", help=f"{text}, instead of the recipe's")
     p.add_argument(
         "--out",
-        default=str(ROOT / "checkpoints"),
+        default=str(_common.ROOT / "checkpoints"),
         metavar="DIR",
         help="folder of the checkpoints (default: checkpoints, beside the experiments)",
     )
@@ -164,14 +159,7 @@ def card(
         "recipe": dataclasses.asdict(recipe),
         "command": command(args, seed),
         "seconds": round(trained.seconds, 1),
-        "device": f"{jax.default_backend()} ({os.cpu_count()} cores, {platform.machine()})"
-        if jax.default_backend() == "cpu"
-        else jax.devices()[0].device_kind,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "date": time.strftime("%Y-%m-%d"),
+        **_common.environment(),
         "history": trained.history,
     }
 
@@ -190,13 +178,16 @@ def main(argv: list[str] | None = None) -> list[Path]:
         options["width"] = args.width
     if args.dataset == "cifar100":
         options["classes"] = 100
-    model = models.create(args.model, **options)
     if args.recipe:
         recipe = train.RECIPES[args.recipe]
     else:
         recipe = train.recipe_for(args.model, args.dataset, preset=args.preset)
     changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
-    recipe = dataclasses.replace(recipe, **changes)
+    try:
+        model = models.create(args.model, **options)
+        recipe = dataclasses.replace(recipe, **changes)
+    except ValueError as error:
+        raise _common.UserError(str(error)) from error
 
     names = {s: checkpoint_name(args.dataset, args.model, args.width, s) for s in args.seeds}
     folders = {seed: Path(args.out).expanduser().absolute() / name for seed, name in names.items()}
@@ -222,8 +213,5 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
+    with _common.reported(parser()):
         main()
-    except (ValueError, FloatingPointError) as error:
-        # What is wrong with the options, the data or the recipe: the sentence is enough.
-        parser().exit(2, f"{Path(__file__).name}: {error}\n")

@@ -6,6 +6,7 @@ import argparse
 import doctest
 import importlib
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -127,12 +128,6 @@ def test_table_and_figure_show_the_record(digits, capsys):
     assert len(axes.containers) == len(PLAIN)
 
 
-def test_fallback_is_in_the_title(digits):
-    record = json.loads(json.dumps(digits[1]))
-    record["data"]["fallback"] = True
-    assert pfm.title_of(record).startswith("CIFAR-10 NOT FOUND")
-
-
 # -------------------------------------------------------------------------- the committed record
 
 
@@ -209,7 +204,22 @@ class Tiny(nn.Module):
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def ship(monkeypatch, tmp_path):
+    """Makes a random model pass for the shipped ones of a name."""
+
+    def make(model, name, shape, count):
+        monkeypatch.setattr(pfm.models, "create", lambda *args, **kwargs: model)
+        monkeypatch.setattr(pfm._common, "ROOT", tmp_path)
+        for seed in range(count):
+            meta = {"seed": seed, "test": {"accuracy": 0.1}, "command": "none"}
+            variables = model.init(jax.random.key(seed), np.zeros((1, *shape), np.float32))
+            checkpoint.save(tmp_path / "checkpoints" / f"{name}-seed{seed}", variables, meta)
+
+    return make
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, ship):
     """Random networks as edge models, under the names of others, on random images."""
     rng = np.random.default_rng(0)
     images = {n: rng.integers(0, 256, (n, 2, 2, 1), np.uint8) for n in (25, 20)}
@@ -220,17 +230,33 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(pfm, "BATCH", 10)
 
     def make(name, count):
-        model = Tiny(norm=name.endswith("bn"))
-        monkeypatch.setattr(pfm.models, "create", lambda *args, **kwargs: model)
-        for seed in range(count):
-            folder = tmp_path / "checkpoints" / f"cifar10-{name}-w0.25-seed{seed}"
-            meta = {"seed": seed, "test": {"accuracy": 0.1}, "command": "none"}
-            variables = model.init(jax.random.key(seed), np.zeros((1, 2, 2, 1), np.float32))
-            checkpoint.save(folder, variables, meta)
-        monkeypatch.setattr(pfm._common, "ROOT", tmp_path)
+        ship(Tiny(norm=name.endswith("bn")), f"cifar10-{name}-w0.25", (2, 2, 1), count)
         return ["--model", name, "--out", str(tmp_path / "out")]
 
     return make
+
+
+def test_falling_back_to_the_digits_shows(ship, tmp_path, monkeypatch, capsys, caplog):
+    """CIFAR-10 is nowhere: the run goes on with what scikit-learn has, and says so everywhere."""
+    ship(Tiny(), "digits-conv", (8, 8, 1), 2)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(data, "_can_prepare", lambda: False)
+    options = ["--layers", "0", "--match", "none", "--samples", "100"]
+    options += ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    with caplog.at_level(logging.WARNING):
+        record = json.loads(pfm.main(options).read_text())
+    title = "CIFAR-10 NOT FOUND, SO: scikit-learn's 8x8 digits: digits-conv, no matching"
+    assert record["title"].startswith(title)
+    assert record["data"]["fallback"] is True and record["data"]["name"] == "digits"
+    assert title in " ".join(capsys.readouterr().out.split())
+    (axes,) = pfm.figure_of(record).axes
+    assert axes.get_title().startswith(title)
+    assert "FALLING BACK" in caplog.text and f"searched {tmp_path} (--data-dir)" in caplog.text
+    # The same digits, asked for, are no fall-back.
+    record = json.loads(pfm.main(["--dataset", "digits", *options]).read_text())
+    assert record["title"].startswith("scikit-learn's 8x8 digits: digits-conv")
+    assert record["data"]["fallback"] is False
 
 
 def test_batchnorm_gets_reset_and_pairs_get_spreads(tiny):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -413,10 +414,9 @@ def script():
     path = Path(__file__).parent.parent / "experiments" / "train_edges.py"
     if not path.exists():
         pytest.skip("the experiments are not installed with the package")
-    spec = importlib.util.spec_from_file_location("train_edges", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    # Experiments are scripts: they import each other as Python finds them when one is run.
+    sys.path.insert(0, str(path.parent))
+    return importlib.import_module("train_edges")
 
 
 def test_the_script_trains_saves_and_does_not_train_again(script, tmp_path):
@@ -427,6 +427,8 @@ def test_the_script_trains_saves_and_does_not_train_again(script, tmp_path):
     card = checkpoint.card(folder)
     assert card["test"]["count"] == 497 and card["recipe"]["epochs"] == 2
     assert "--epochs 2" in card["command"] and "--seeds 4" in card["command"]
+    assert card["device"]["platform"] == jax.default_backend() and card["device"]["cores"] >= 1
+    assert {"python", "vfjax", "jax", "optax"} <= set(card["versions"]) and card["date"]
     variables = checkpoint.load(folder)
     assert set(variables) == {"params"}
     model = models.create(card["model"], **script.options_of(card))
@@ -436,6 +438,20 @@ def test_the_script_trains_saves_and_does_not_train_again(script, tmp_path):
     before = (folder / "card.json").stat().st_mtime_ns
     assert script.main(options) == [folder]
     assert (folder / "card.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--width", "0.5"], "digits-mlp has no option 'width'"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_of_the_script(script, options, message, tmp_path, capsys):
+    parser = script.parser()
+    with pytest.raises(SystemExit, match="2"), script._common.reported(parser):
+        script.main(["--model", "digits-mlp", "--out", str(tmp_path / "out"), *options])
+    assert f"error: {message}" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_shipped_checkpoints_are_what_their_cards_say(script):
