@@ -351,6 +351,12 @@ def test_unknown_sites():
         stats.moments(net, trees, [data], covariance="full")
 
 
+def test_a_function_is_no_network():
+    for measure in (lambda f: stats.moments(f, [{}], []), lambda f: stats.resolve_sites(f, "all")):
+        with pytest.raises(TypeError, match=r"`?net`?.*vfjax\.trace"):
+            measure(lambda v, x: x)
+
+
 def test_bad_trees_and_data():
     net, trees, data = conv()
     with pytest.raises(TypeError, match="trees must be a list or tuple"):

@@ -23,7 +23,7 @@ from vfjax import _tree
 from vfjax._batches import batches, check_finite_means
 from vfjax._merged import Merged, affine
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
-from vfjax._streaming import mesh_of, on_mesh, replicate
+from vfjax._streaming import on_mesh, on_meshes
 from vfjax.network import Crossing, Network, Norm
 
 Array = jax.Array
@@ -240,7 +240,6 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
     """One pass: moments of every site before its own correction, norms' inputs after it."""
     pooled: dict[str, Pooled] = {}
     pending: dict[str, Pooled] = {}
-    mesh, placed = None, given
 
     def take() -> None:
         for name, batch in pending.items():
@@ -248,12 +247,7 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
             batch = Pooled(*(np.asarray(v, np.float64) for v in batch))
             pooled[name] = pool(pooled[name], batch) if name in pooled else batch
 
-    for x in inputs(job.net, job.cut, data):
-        found = mesh_of(x)
-        if found is not None and found != mesh:
-            mesh, placed = found, replicate(given, found)
-        elif found is None and mesh is not None:
-            x = replicate(x, mesh)  # a ragged last batch need not divide by the devices
+    for mesh, placed, x in on_meshes(inputs(job.net, job.cut, data), given):
         batch = _measure(job, mesh, placed, x)
         take()  # of the batch before, while this one runs
         pending = batch

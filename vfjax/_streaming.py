@@ -7,6 +7,7 @@ second, tiny call merges it into what was pooled before, in place.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -211,6 +212,8 @@ def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
 
 def replicate(tree: PyTree, mesh: Any) -> PyTree:
     """Places every leaf that is not on the mesh yet on all of its devices."""
+    if mesh is None:
+        return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: Any) -> Any:
@@ -219,6 +222,19 @@ def replicate(tree: PyTree, mesh: Any) -> PyTree:
         return leaf if there else jax.device_put(leaf, everywhere)
 
     return jax.tree.map(place, tree)
+
+
+def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree, PyTree]]:
+    """The mesh of every batch, what is given placed on it, and the batch."""
+    mesh, placed = None, given
+    for x in xs:
+        found = mesh_of(x)
+        if found is not None and found != mesh:
+            mesh, placed = found, replicate(given, found)
+        elif found is None and mesh is not None:
+            # A ragged last batch need not divide by the devices.
+            x = replicate(x, mesh)
+        yield mesh, placed, x
 
 
 def on_mesh(fn: Any, mesh: Any) -> Any:

@@ -19,22 +19,22 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vfjax._batches import batch_size, batches, check_finite_means
+from vfjax._carry import carry, single
 from vfjax._streaming import (
     GroupAxis,
     Plan,
     Site,
     finish,
     measure,
-    mesh_of,
+    on_meshes,
     pool,
     replicate,
 )
 from vfjax._tree import check_trees
 from vfjax._weights import resolve_weights
-from vfjax.network import Network
+from vfjax.network import Network, check_net
 
 __all__ = ["Moments", "moments", "resolve_sites"]
 
@@ -154,11 +154,11 @@ class Moments:
             covariance = dict(self.covariance)
         for site, axes in self.axes:
             for axis in axes:
-                chosen = [_single(m[axis.group]) if m and axis.group in m else None for m in maps]
+                chosen = [single(m[axis.group]) if m and axis.group in m else None for m in maps]
                 if all(m is None for m in chosen):
                     continue
                 block = None if covariance is None else covariance.get(site)
-                mean[site], var[site], block = _carry(
+                mean[site], var[site], block = carry(
                     mean[site], var[site], block, axis, chosen, site
                 )
                 if covariance is not None and block is not None:
@@ -196,7 +196,8 @@ def moments(
         Moments by site.
 
     Raises:
-        TypeError: If `trees` is no sequence of trees, or data has another structure or dtype.
+        TypeError: If `net` is no traced network, `trees` no sequence of trees, or data has another
+            structure or dtype.
         ValueError: If trees differ, a site does not exist, data is empty or exhausted, or makes a
             site NaN or infinite.
 
@@ -211,6 +212,7 @@ def moments(
         >>> found.mean["a"].tolist()
         [[4.5, 5.5, 6.5], [4.5, 5.5, 6.5]]
     """
+    check_net(net)
     check_trees(trees)
     trees = tuple(trees)
     plan = _plan(net, sites, covariance, len(trees))
@@ -231,20 +233,13 @@ def _one_pass(
     net: Network, plan: Plan, trees: tuple[PyTree, ...], data: Iterable[Any]
 ) -> tuple[dict[str, Any], list[float]]:
     """Moments pooled over all batches, and the number of samples at each site."""
-    mesh, placed, pooled, samples, counts = None, trees, None, 0, []
-    for x in batches(data, like=net.x):
+    pooled, samples, counts = None, 0, []
+    for mesh, placed, x in on_meshes(batches(data, like=net.x), trees):
         size = batch_size(x)
-        found = mesh_of(x)
-        if found is not None and found != mesh:
-            mesh, placed = found, replicate(trees, found)
-            pooled = None if pooled is None else replicate(pooled, mesh)
-        elif found is None and mesh is not None:
-            # A ragged last batch need not divide by the devices.
-            x = replicate(x, mesh)
         batch, each = measure(net, plan, mesh, placed, x)
         samples += size
         if pooled is not None:
-            pooled = pool(plan, pooled, batch, size / samples)
+            pooled = pool(plan, replicate(pooled, mesh), batch, size / samples)
             continue
         # Every batch has the same number of positions per example.
         pooled, counts = batch, [int(n) / size for n in each]
@@ -267,7 +262,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
 
     Raises:
         ValueError: If a name is none of the network's.
-        TypeError: If `sites` is no string and no sequence of strings.
+        TypeError: If `net` is no traced network, or `sites` no string and no sequence of strings.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -276,6 +271,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
         >>> resolve_sites(net, "paper")
         ('a', 'b')
     """
+    check_net(net)
     if isinstance(sites, str):
         if sites == "paper":
             first = 1 if net.residual else 0
@@ -369,54 +365,3 @@ def _layer_axes(net: Network, layer: Any) -> tuple[GroupAxis, ...]:
         for axis in axes
         if axis.path == layer.kernel and axis.role == "out" and len(layer.channel_axes) == 1
     )
-
-
-def _single(found: Any) -> np.ndarray | Array:
-    """The merge map of a group: a permutation or a matrix."""
-    found = found[0] if isinstance(found, tuple) else found
-    if np.ndim(found) not in (1, 2):
-        raise ValueError(
-            "a group's map must be a permutation [n], a matrix [m, n] or a pair of matrices, got "
-            f"an array of shape {np.shape(found)}"
-        )
-    return found
-
-
-def _carry(
-    mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """One group's maps applied to the moments of one site, on the host."""
-    mean, var = np.asarray(mean), np.asarray(var)
-    covariance = None if covariance is None else np.asarray(covariance)
-    size = mean.shape[1 + axis.axis]
-    n = size // (axis.outer * axis.inner)
-    if all(m is None or np.ndim(m) == 1 for m in maps):
-        whole = np.arange(size).reshape(axis.outer, n, axis.inner)
-        order = [whole.reshape(-1) if m is None else whole[:, np.asarray(m)].ravel() for m in maps]
-        mean, var = (
-            np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
-            for value in (mean, var)
-        )
-        if covariance is not None:
-            rows = np.stack(order)[:, None, :, None]
-            columns = np.stack(order)[None, :, None, :]
-            models = np.arange(len(maps))
-            covariance = covariance[
-                models[:, None, None, None], models[None, :, None, None], rows, columns
-            ]
-        return mean, var, covariance
-    if covariance is None or np.isnan(covariance[0, 0]).any():
-        raise ValueError(
-            f'carrying moments at "{site}" through a matrix needs the covariances within each '
-            f'model: measure with covariance=["{site}"] (or True at taps)'
-        )
-    matrices = []
-    for m in maps:
-        matrix = np.eye(n) if m is None else np.eye(n)[np.asarray(m)] if np.ndim(m) == 1 else m
-        matrix = np.kron(np.eye(axis.outer), np.kron(np.asarray(matrix), np.eye(axis.inner)))
-        matrices.append(matrix.astype(covariance.dtype))
-    stacked = np.stack(matrices)
-    covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
-    mean = (stacked @ mean[..., None])[..., 0]
-    # A variance of zero may come out below it by rounding.
-    return mean, np.maximum(np.einsum("kkpp->kp", covariance), 0), covariance

@@ -72,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         row = {"what": what, "seconds": min(seconds[what])}
         if not what.startswith("forward"):
             one = what in ("evaluation", "RESCALE")
-            row["ratio"] = _common.ratio(
-                seconds, "forward" if one else "forward, two models", what
-            )
+            row["ratio"] = _common.ratio(seconds, "forward" if one else "forward, two models", what)
         if what in aims:
             row |= {"target": f">= {aims[what]:g}", "met": row["ratio"] >= aims[what]}
         rows.append(row)

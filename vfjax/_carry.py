@@ -1,0 +1,64 @@
+"""Moments of values after linear maps of their channels, from the moments before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vfjax._streaming import GroupAxis
+
+Array = jax.Array
+
+
+def single(found: Any) -> np.ndarray | Array:
+    """The merge map of a group: a permutation or a matrix."""
+    found = found[0] if isinstance(found, tuple) else found
+    if np.ndim(found) not in (1, 2):
+        raise ValueError(
+            "a group's map must be a permutation [n], a matrix [m, n] or a pair of matrices, got "
+            f"an array of shape {np.shape(found)}"
+        )
+    return found
+
+
+def carry(
+    mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """One group's maps applied to the moments of one site, on the host."""
+    mean, var = np.asarray(mean), np.asarray(var)
+    covariance = None if covariance is None else np.asarray(covariance)
+    size = mean.shape[1 + axis.axis]
+    n = size // (axis.outer * axis.inner)
+    if all(m is None or np.ndim(m) == 1 for m in maps):
+        whole = np.arange(size).reshape(axis.outer, n, axis.inner)
+        order = [whole.reshape(-1) if m is None else whole[:, np.asarray(m)].ravel() for m in maps]
+        mean, var = (
+            np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
+            for value in (mean, var)
+        )
+        if covariance is not None:
+            rows = np.stack(order)[:, None, :, None]
+            columns = np.stack(order)[None, :, None, :]
+            models = np.arange(len(maps))
+            covariance = covariance[
+                models[:, None, None, None], models[None, :, None, None], rows, columns
+            ]
+        return mean, var, covariance
+    if covariance is None or np.isnan(covariance[0, 0]).any():
+        raise ValueError(
+            f'carrying moments at "{site}" through a matrix needs the covariances within each '
+            f'model: measure with covariance=["{site}"] (or True at taps)'
+        )
+    matrices = []
+    for m in maps:
+        matrix = np.eye(n) if m is None else np.eye(n)[np.asarray(m)] if np.ndim(m) == 1 else m
+        matrix = np.kron(np.eye(axis.outer), np.kron(np.asarray(matrix), np.eye(axis.inner)))
+        matrices.append(matrix.astype(covariance.dtype))
+    stacked = np.stack(matrices)
+    covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
+    mean = (stacked @ mean[..., None])[..., 0]
+    # A variance of zero may come out below it by rounding.
+    return mean, np.maximum(np.einsum("kkpp->kp", covariance), 0), covariance
