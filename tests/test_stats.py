@@ -511,10 +511,35 @@ def test_a_network_that_mixes_examples_gets_its_batches_whole(monkeypatch):
     def plain(v, x):
         return jax.nn.relu(x @ v["a"]) @ v["b"]
 
-    for fn, size in ((mixing, 64), (plain, 16)):
+    def by_size(v, x):
+        return plain(v, x / len(x))
+
+    def one_size(v, x):
+        return plain(v, x + jnp.zeros((64, 3)))
+
+    for fn, size in ((mixing, 64), (plain, 16), (by_size, 64), (one_size, 64)):
         found, sizes = _runs(vfjax.trace(fn, v, x), [v], x, monkeypatch, sites=["b"])
         assert sizes == {size}
         np.testing.assert_allclose(found.mean["b"][0], fn(v, x).mean(0), rtol=RTOL, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_one_device(monkeypatch, kind):
+    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    net, trees, x = _make(Conv(), seed=5)
+    x = np.concatenate([x, x])[:64]
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(kind,))
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+    found, plain = stats.moments(net, trees, [placed]), stats.moments(net, trees, [x])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=RTOL, atol=RTOL)
+
+
+def test_pieces_of_enormous_values_have_finite_variances(monkeypatch):
+    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    v = {"a": jnp.ones((3, 2)), "b": jnp.full(2, 3e19)}
+    net = vfjax.trace(lambda v, x: x @ v["a"] + v["b"][None], v, jnp.ones((64, 3)))
+    assert stats.moments(net, [v], [jnp.ones((64, 3))], sites=["a"]).var["a"].tolist() == [[0, 0]]
 
 
 def test_a_batch_without_a_fitting_divisor_stays_whole(monkeypatch):
@@ -539,3 +564,30 @@ def test_data_with_nan_is_an_error():
     net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"], v, x)
     with pytest.raises(ValueError, match="data gives NaN or infinite values in 3 of 3 channels"):
         stats.moments(net, [v], [x[:2], x[2:]], sites=["a"])
+
+
+def test_cross_covariances_need_two_models():
+    net, trees, data = conv()
+    with pytest.raises(ValueError, match='"cross" needs two models or more, .* got 1'):
+        stats.moments(net, trees[:1], [data], covariance="cross")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (np.arange(3), ValueError, r"\(6,\)"),  # it would drop the other channels
+        (np.array([0, 0, 1, 2, 3, 4]), ValueError, "is no permutation"),
+        (np.arange(6.0), TypeError, "must hold integers"),
+        (np.eye(5), ValueError, r"\[m, 6\], got \(5, 5\)"),
+    ],
+)
+def test_moments_are_carried_through_maps_that_fit_only(wrong, error, message):
+    net, trees, data = conv()
+    first = net.layers[0]
+    sites = [first.name]
+    found = stats.moments(net, trees, [data[:4]], sites=sites, covariance=sites)
+    with pytest.raises(error, match=rf"{first.group}.*{message}"):
+        found.carried([None, {first.group: wrong}])
+    maps = [{first.group: np.ones((m, 6))} for m in (4, 3)]
+    with pytest.raises(ValueError, match=rf"{first.group}.* must agree in m, got \[4, 3\]"):
+        found.carried(maps)

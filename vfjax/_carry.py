@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vfjax._maps import check_permutation
 from vfjax._streaming import GroupAxis
 
 Array = jax.Array
@@ -24,6 +25,23 @@ def single(found: Any) -> np.ndarray | Array:
     return found
 
 
+def _check(group: str, maps: Sequence[Any], n: int) -> None:
+    """Checks the models' maps of a group with n entries; None is the identity."""
+    for found in maps:
+        if np.ndim(found) == 2 and np.shape(found)[1] != n:
+            raise ValueError(
+                f"maps[{group!r}] must be a matrix [m, {n}], got {np.shape(found)}: the group has "
+                f"{n} entries"
+            )
+        if np.ndim(found) == 1:
+            check_permutation(group, found, n)
+    rows = [np.shape(found)[0] if np.ndim(found) == 2 else n for found in maps]
+    if len(set(rows)) > 1:
+        raise ValueError(
+            f"maps[{group!r}]: matrices [m, {n}] of all models must agree in m, got {rows}"
+        )
+
+
 def carry(
     mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -32,6 +50,7 @@ def carry(
     covariance = None if covariance is None else np.asarray(covariance)
     size = mean.shape[1 + axis.axis]
     n = size // (axis.outer * axis.inner)
+    _check(axis.group, maps, n)
     if all(m is None or np.ndim(m) == 1 for m in maps):
         whole = np.arange(size).reshape(axis.outer, n, axis.inner)
         order = [whole.reshape(-1) if m is None else whole[:, np.asarray(m)].ravel() for m in maps]

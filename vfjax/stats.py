@@ -131,8 +131,10 @@ class Moments:
             Moments at the same sites.
 
         Raises:
-            ValueError: If there are not K maps, or a matrix meets a site whose covariance within
-                each model was not measured.
+            TypeError: If a permutation is not of integers.
+            ValueError: If there are not K maps, one is no permutation of its group or no matrix
+                that fits it, or a matrix meets a site whose covariance within each model was not
+                measured.
 
         Example:
             >>> import jax.numpy as jnp
@@ -199,7 +201,7 @@ def moments(
         TypeError: If `net` is no traced network, `trees` no sequence of trees, or data has another
             structure or dtype.
         ValueError: If trees differ, a site does not exist, data is empty or exhausted, or makes a
-            site NaN or infinite.
+            site NaN or infinite; or `covariance` is `"cross"` with a single model.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -320,6 +322,11 @@ def _known(net: Network) -> list[str]:
 
 
 def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], models: int) -> Plan:
+    if isinstance(covariance, str) and covariance == "cross" and models < 2:
+        raise ValueError(
+            f'`covariance`: "cross" needs two models or more, for pairs of different ones; `trees` '
+            f"got {models}. Pass True for the covariances within a model"
+        )
     names = resolve_sites(net, sites)
     taps = taps_by_site(net)
     if isinstance(covariance, bool) or covariance == "cross":
