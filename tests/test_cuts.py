@@ -352,6 +352,9 @@ def test_bad_crossings():
         net.average_crossings([one, one], 0.5)
     with pytest.raises(ValueError, match="crossings is empty"):
         net.average_crossings([])
+    with pytest.raises(ValueError, match="crossings is empty"):
+        net.average_crossings(iter([]))
+    close(net.average_crossings(c for c in [one, one]).values[0], one.values[0])
     for call in (net.stem_leaves, net.trunk_leaves, net.stem_flops, net.trunk_parameters):
         with pytest.raises(ValueError, match="depth was 3"):
             call(3)

@@ -114,11 +114,20 @@ def test_edits_may_hand_statistics_out_and_change_trees():
     close(seen[0], found[""].mean())
 
 
+def test_sites_may_come_from_an_iterator():
+    p, names = jnp.linspace(-1, 1, 9).reshape(3, 3), ["", "input"]
+    net = vfjax.trace(lambda p, x: x @ p, p, ROWS)
+    _, found = net.run(p, ROWS, capture=(name for name in names))
+    assert list(found) == names
+    close(found[""], ROWS @ p)
+
+
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
         ({"capture": ["params/Conv_O/kernel"]}, ValueError, r"no site 'params/Conv_O.*params/Conv"),
-        ({"capture": "input"}, TypeError, "sequence of site names"),
+        ({"capture": "input"}, TypeError, "capture must be a sequence of site names; it was 'in"),
+        ({"capture": 5}, TypeError, "capture must be a sequence of site names; it was 5"),
         ({"edit": {"nowhere": abs}}, ValueError, "no site 'nowhere'"),
         ({"edit": {"input": 3}}, TypeError, r"edit\['input'\] must be a function"),
         ({"edit": ["input"]}, TypeError, "edit must map"),
@@ -161,16 +170,32 @@ def test_trees_that_are_not_the_network_s():
 def test_keys_that_the_trees_lack():
     fn = lambda p, x: x["image"] @ p["w"]  # noqa: E731
     p, x = {"w": jnp.ones((3, 2))}, {"image": ROWS}
-    message = r"looks up the key 'w', which it was not given: variables has 'params/w', x has 'ima"
+    message = r"raised KeyError 'w'\. If that is a key of .*variables has 'params/w', x has 'image'"
     with pytest.raises(ValueError, match=message):
         vfjax.trace(fn, {"params": p}, x)
-    with pytest.raises(ValueError, match="the key 'w'.*variables is empty, x has 'image'"):
+    with pytest.raises(ValueError, match="KeyError 'w'.*variables is empty, x has 'image'"):
         vfjax.trace(fn, {}, x)
     net = vfjax.trace(fn, p, x)
-    with pytest.raises(ValueError, match="the key 'image'.*variables has 'w', x has 'picture'"):
+    with pytest.raises(ValueError, match="KeyError 'image'.*variables has 'w', x has 'picture'"):
         net.run(p, {"picture": ROWS})
-    with pytest.raises(ValueError, match="the key 'w'.*variables is a single array, x has 'image'"):
+    with pytest.raises(
+        ValueError, match="KeyError 'w'.*variables is a single array, x has 'image'"
+    ):
         vfjax.trace(lambda p, x: fn({"v": p}, x), p["w"], x)
+
+
+def test_other_keys_that_apply_fn_looks_up():
+    class Unregistered(KeyError):
+        """An error of the function's own."""
+
+    def of_its_own(p, x):
+        raise Unregistered("gelu")
+
+    x = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match="KeyError 'gelu'. If that is a key of variables or x"):
+        vfjax.trace(lambda p, x: {"relu": jax.nn.relu}["gelu"](x @ p), jnp.eye(3), x)
+    with pytest.raises(Unregistered, match="gelu"):
+        vfjax.trace(of_its_own, jnp.eye(3), x)
 
 
 def test_errors_of_trace():

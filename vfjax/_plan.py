@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,24 +28,23 @@ class Plan:
         self,
         net: Any,
         traced: Traced,
-        capture: Sequence[str] | None,
+        capture: Iterable[str] | None,
         edit: Mapping[str, Edit] | None,
         stop: int | None,
         start: int | None,
     ) -> None:
         """Resolves the sites; see `Network.run` for the arguments and errors."""
         capture, edit = () if capture is None else capture, edit or {}
-        if isinstance(capture, str):
-            raise TypeError(
-                f"capture must be a sequence of site names; it was the string {capture!r}."
-            )
+        if isinstance(capture, str) or not isinstance(capture, Iterable):
+            raise TypeError(f"capture must be a sequence of site names; it was {capture!r}.")
+        capture = tuple(capture)  # once: an iterator is read only once
         check_edit(edit)
         if not all(isinstance(site, str) for site in (*capture, *edit)):
             raise TypeError(
                 f"capture and edit must name sites by strings; they were {list(capture)} and "
                 f"{list(edit)}."
             )
-        self._net, self._traced, self._capture = net, traced, tuple(capture)
+        self._net, self._traced, self._capture = net, traced, capture
         self._depth = stop if stop is not None else start
         self._side = None if self._depth is None else "stem" if stop is not None else "trunk"
         self._whole = {s: _checked(edit[s], s) for s in ("input", "output") if s in edit}

@@ -65,7 +65,7 @@ class Retracer:
 
         Raises:
             ValueError: If its layers or norms differ from those of the first trace, or the
-                function looks up a key that the trees have not.
+                function raises a KeyError, as where it looks up a key that the trees have not.
         """
         avals = [
             abstract(named[path]) if path in named else aval for path, aval in self.avals.items()
@@ -84,10 +84,12 @@ class Retracer:
         try:
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(avals, leaves)
         except KeyError as error:
+            if type(error) is not KeyError:
+                raise
             raise ValueError(
-                f"apply_fn looks up the key {error}, which it was not given: "
-                f"{_listed('variables', list(self.avals))}, {_listed('x', _tree.leaf_paths(x))}. "
-                "Pass trees as apply_fn reads them."
+                f"apply_fn raised KeyError {error}. If that is a key of variables or x: "
+                f"{_listed('variables', list(self.avals))}, {_listed('x', _tree.leaf_paths(x))}; "
+                "pass trees as apply_fn reads them."
             ) from error
         graph = _graph.flatten(closed, len(avals))
         traced = Traced(graph, list(self.avals), x_tree, jax.tree.structure(shape))

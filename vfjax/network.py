@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
         TypeError: If `apply_fn` cannot be called, or a leaf is no array (an unpartitioned Equinox
             module).
         ValueError: If the weights are closed over instead of passed in `variables`, or `apply_fn`
-            looks up a key that the trees have not.
+            raises a KeyError, as where it looks up a key that the trees have not.
 
     Warns:
         UserWarning: If the network has no layers, or some weights are closed over.
@@ -105,7 +105,7 @@ class Network(Structure):
         variables: PyTree,
         x: PyTree,
         *,
-        capture: Sequence[str] | None = None,
+        capture: Iterable[str] | None = None,
         edit: Mapping[str, Edit] | None = None,
         stop: int | None = None,
         start: int | None = None,
@@ -188,7 +188,7 @@ class Network(Structure):
         return out, plan.captured(values, env, out)
 
     def average_crossings(
-        self, crossings: Sequence[Crossing], weights: Sequence[Any] | None = None
+        self, crossings: Iterable[Crossing], weights: Sequence[Any] | None = None
     ) -> Crossing:
         """Averages what several stems hand to one trunk.
 
@@ -216,6 +216,7 @@ class Network(Structure):
             >>> net.average_crossings(stems, (0.75, 0.25)).values[0].tolist()
             [[1.5, 1.5]]
         """
+        crossings = tuple(crossings)
         if not crossings:
             raise ValueError("crossings is empty; give one per model.")
         return average(crossings, self._reference.cut(crossings[0].depth).averaged, weights)
