@@ -293,3 +293,9 @@ def test_check_spec_of_infinite_parameters():
     tree = {"w": np.full((3, 3), np.inf, np.float32), "v": np.ones((3, 2), np.float32)}
     with pytest.raises(ValueError, match="variables holds 9 NaN or infinite values at 'w'"):
         check_spec(net, tree, np.ones((1, 3), np.float32))
+
+
+@pytest.mark.parametrize("net", [{"h": [("w", 1, "out")]}, SPEC, network])
+def test_check_spec_of_no_network(net):
+    with pytest.raises(TypeError, match=rf"net must be a Network.* was a {type(net).__name__}"):
+        check_spec(net, tree(), X)

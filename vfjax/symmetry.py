@@ -328,6 +328,7 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
         output: float32 rounding accounts for about 1e-6 of it. NaN if the output holds NaN.
 
     Raises:
+        TypeError: If `net` has no spec or cannot be run.
         ValueError: If `variables` does not fit the spec, or holds NaN or infinite values.
 
     Example:
@@ -338,6 +339,12 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
         >>> check_spec(net, tree, np.ones((1, 3), np.float32))
         0.0
     """
+    if not hasattr(net, "spec") or not hasattr(net, "run"):
+        raise TypeError(
+            f"net must be a Network, or have spec and run(variables, x); it was a "
+            f"{type(net).__name__}. Trace the function that applies the model: "
+            "net = vfjax.trace(apply_fn, variables, x)."
+        )
     key = jax.random.key(0) if key is None else key
     # Infinities that stay infinite would hide any change.
     check_finite(flatten_named(variables)[0], name="variables")
