@@ -75,6 +75,15 @@ def test_trees_of_inputs():
         list(batches([x | {"mask": np.ones(3, bool)}], like=like))
 
 
+def test_leaves_without_a_batch_axis():
+    like = {"image": LIKE, "scale": jax.ShapeDtypeStruct((), jnp.float32)}
+    message = r"x\['scale'\] is a scalar.* axis 0 of every leaf of x is the batch"
+    with pytest.raises(ValueError, match=message):
+        list(batches([{"image": _x(2), "scale": np.float32(2)}], like=like))
+    with pytest.raises(ValueError, match=message):
+        list(batches([{"image": _x(2), "scale": 2.0}], like=like))
+
+
 def test_batches_without_samples_count_nothing():
     assert [len(x) for x in batches([_x(0), _x(2), _x(0)], like=LIKE)] == [2]
     with pytest.raises(ValueError, match="no batches with samples"):

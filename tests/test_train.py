@@ -260,6 +260,16 @@ def test_a_damaged_state_is_skipped_and_told(digits, uninterrupted, tmp_path, ca
     assert_equal(found.variables, uninterrupted.variables)
 
 
+def test_the_newest_state_is_that_of_most_epochs(tmp_path):
+    """Whatever the number of digits."""
+    state = {"step": np.zeros(())}
+    for epoch in (9999, 10000):
+        meta = {"run": {}, "epoch": epoch, "history": []}
+        checkpoint.save(tmp_path / f"epoch-{epoch:04d}", {"leaves": [state["step"]]}, meta)
+    _, epoch, _ = train.Saved(tmp_path, {}).read(state)
+    assert epoch == 10000
+
+
 def test_the_state_of_another_run_is_not_resumed(digits, tmp_path):
     options = {"work_dir": tmp_path, "progress": False}
     train.fit(SmallBatchNorm(), TINY, digits, seed=0, **options)
@@ -315,6 +325,22 @@ def labelled():
     return params, x, label.astype(np.int32)
 
 
+class Foreign:
+    """An array of another library, of a dtype that NumPy does not know."""
+
+    def __init__(self, values):
+        self.values, self.dtype, self.ndim = values, "other.int64", values.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_labels_of_other_libraries(labelled):
+    params, x, label = labelled
+    expected = train.evaluate(linear, params, [(x, label)])
+    assert train.evaluate(linear, params, [(x, Foreign(label))]) == expected
+
+
 def test_evaluation_against_numpy(labelled):
     params, x, label = labelled
     logits = linear(params, x).astype(np.float64)
@@ -362,6 +388,12 @@ def test_evaluation_of_routed_models_agrees_with_the_plain_one(digits):
         (lambda x, y: [x], TypeError, r"`data`, batch 0 must be a pair \(x, label\)"),
         (lambda x, y: x, TypeError, r"`data`, batch 0 must be a pair \(x, label\), got ndarray"),
         (lambda x, y: (x, y), TypeError, r"`data`, batch 0.*one batch.*list of batches, \[\(x, la"),
+        (lambda x, y: (x, y.tolist()), TypeError, "batch 0.*this looks like one batch"),
+        (lambda x, y: [x, x], TypeError, "accuracy needs labels$"),
+        (lambda x, y: [x, [[1], [2, 3]]], TypeError, "accuracy needs labels$"),
+        (lambda x, y: "abc", TypeError, r"each \(x, label\), got str.*: \[\(x, label\)\]"),
+        (lambda x, y: [(x, y), (x, [[1], [2, 3]])], TypeError, "batch 1: labels must be integers"),
+        (lambda x, y: [(x, Foreign(y.astype(float)))], TypeError, "must be integers.*float64"),
         (lambda x, y: [(x, y[:, None])], TypeError, r"labels must be integers \[n\]"),
         (lambda x, y: [({}, y)], ValueError, "23 labels for nothing"),
         (lambda x, y: [(x, y.astype(np.float32))], TypeError, "labels must be integers"),

@@ -40,7 +40,8 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
     Raises:
         TypeError: If `data` is no iterable, or a batch has another structure or dtype.
         ValueError: If a batch has another shape than `[batch, *traced]`, its leaves disagree on
-            the batch size, or there are no batches: `data` was empty or exhausted before.
+            the batch size or one was traced without a batch axis, or there are no batches: `data`
+            was empty or exhausted before.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -49,7 +50,11 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
         >>> [x.shape for x in batches(data, like=like)]
         [(4, 3), (2, 3)]
     """
-    for _, x in _each(data, name, lambda item, where, whole: _input(item, like, where, whole)):
+
+    def read(item: Any, where: str, whole: Any) -> PyTree:
+        return _input(item, like, where, whole)
+
+    for _, x in _each(data, name, read, form="x or (x, label)", one="[x]"):
         yield x
 
 
@@ -75,18 +80,21 @@ def labelled(
         >>> [(index, len(label)) for index, x, label in labelled(data)]
         [(0, 4)]
     """
-    for index, (x, label) in _each(data, name, _pair):
+    for index, (x, label) in _each(data, name, _pair, form="(x, label)", one="[(x, label)]"):
         yield index, x, label
 
 
 def _each(
-    data: Iterable[Any], name: str, read: Callable[[Any, str, Any], PyTree]
+    data: Iterable[Any], name: str, read: Callable[[Any, str, Any], PyTree], *, form: str, one: str
 ) -> Iterator[tuple[int, PyTree]]:
-    """Number and `read(item, where, whole)` of each batch with samples; raises if there is none."""
+    """Number and `read(item, where, whole)` of each batch with samples; raises if there is none.
+
+    For the messages, `form` is what a batch may be, and `one` a list of a single one.
+    """
     if isinstance(data, str | bytes | dict) or not isinstance(data, Iterable):
         raise TypeError(
-            f"`{name}` must be an iterable of batches, each x or (x, label), got "
-            f"{type(data).__name__}; pass a list of batches for a single one: [x]"
+            f"`{name}` must be an iterable of batches, each {form}, got "
+            f"{type(data).__name__}; pass a list of batches for a single one: {one}"
         )
     closed = inspect.isgenerator(data) and inspect.getgeneratorstate(data) == inspect.GEN_CLOSED
     one_shot = isinstance(data, Iterator)
@@ -133,6 +141,12 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
         jax.tree_util.tree_leaves_with_path(x), jax.tree.leaves(like), strict=True
     ):
         part = f"{where}{', x' + jax.tree_util.keystr(path) if path else ''}"
+        if not traced.shape:
+            raise ValueError(
+                f"{part} is a scalar where the network was traced, but axis 0 of every leaf of x "
+                "is the batch: trace again with an array [batch], or with the scalar among the "
+                "variables"
+            )
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(f"{part} must be an array, got {type(leaf).__name__}")
         if leaf.dtype != traced.dtype:
@@ -147,7 +161,7 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
                 hint = "; this array looks like one batch: pass a list of batches, [x]"
             raise ValueError(
                 f"{part} has shape {shape}, but the network was traced with "
-                f"[batch, {', '.join(map(str, traced.shape[1:]))}]{hint}"
+                f"[{', '.join(map(str, ('batch', *traced.shape[1:])))}]{hint}"
             )
         sizes.add(shape[0])
     if len(sizes) != 1:
@@ -158,15 +172,20 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
 def _pair(item: Any, where: str, whole: Any) -> tuple[PyTree, np.ndarray | Array]:
     """The `x` and the labels of one batch, after every check."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
-        one = isinstance(whole, (tuple, list)) and len(whole) == 2
-        hint = "; this looks like one batch: pass a list of batches, [(x, label)]" if one else ""
+        hint = ""
+        if isinstance(whole, (tuple, list)) and len(whole) == 2 and _is_pair(*whole):
+            hint = "; this looks like one batch: pass a list of batches, [(x, label)]"
         raise TypeError(
             f"{where} must be a pair (x, label), got {type(item).__name__}; accuracy needs "
             f"labels{hint}"
         )
     x, label = item
-    if not hasattr(label, "dtype"):
-        label = np.asarray(label)
+    try:
+        label = _as_array(label)
+    except (TypeError, ValueError) as error:  # ragged lists, say
+        raise TypeError(
+            f"{where}: labels must be integers [n], got {type(label).__name__}: {error}"
+        ) from error
     if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
         raise TypeError(
             f"{where}: labels must be integers [n], got {label.dtype} {list(label.shape)}; for "
@@ -180,6 +199,22 @@ def _pair(item: Any, where: str, whole: Any) -> tuple[PyTree, np.ndarray | Array
             f"{found or 'nothing'}"
         )
     return x, label
+
+
+def _as_array(values: Any) -> np.ndarray | Array:
+    """What NumPy makes of it; arrays of NumPy and JAX as they are."""
+    return values if isinstance(values, np.ndarray | jax.Array) else np.asarray(values)
+
+
+def _is_pair(x: Any, label: Any) -> bool:
+    """Whether these are an input and its labels rather than two inputs."""
+    try:
+        label = _as_array(label)
+        if label.ndim == 1 and jnp.issubdtype(label.dtype, jnp.integer):
+            return True
+        return _as_array(x).ndim != label.ndim
+    except (TypeError, ValueError):  # no arrays
+        return False
 
 
 def check_finite_means(means: Mapping[str, Any], *, name: str = "data") -> None:

@@ -33,7 +33,9 @@ class Saved:
         self.identity = json.loads(json.dumps(identity))
 
     def _epochs(self) -> list[Path]:
-        return sorted(self.folder.glob("epoch-[0-9]*"))
+        found = {path.name.removeprefix("epoch-"): path for path in self.folder.glob("epoch-*")}
+        # By number: by name, 10000 would come before 9999.
+        return [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
 
     def clear(self) -> None:
         """Removes all saved states."""
