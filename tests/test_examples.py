@@ -1,21 +1,27 @@
-"""Tests of the analysis that tells whether examples of a batch stay by themselves."""
+"""Tests of the analysis that tells whether a batch may be computed in pieces."""
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 from vfjax import _examples, _graph, models
 
 
-def apart(fn, *args):
-    """The answer for a function of `(variables, x)`."""
+def _graph_of(fn, v, x, size):
+    x = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
     with jax.numpy_rank_promotion("allow"):  # these are users' functions
-        closed = jax.make_jaxpr(fn)(*args)
-    return _examples.apart(_graph.flatten(closed, len(jax.tree.leaves(args[0]))))
+        closed = jax.make_jaxpr(fn)(v, x)
+    return _graph.flatten(closed, len(jax.tree.leaves(v)))
+
+
+def apart(fn, v, x, piece=2):
+    """The answer for a function of `(variables, x)`."""
+    return _examples.separable(_graph_of(fn, v, x, x.shape[0]), _graph_of(fn, v, x, piece))
 
 
 V = {"w": jnp.ones((5, 5)), "b": jnp.ones(5), "slots": jnp.ones((4, 1))}
@@ -59,7 +65,8 @@ APART = {
     ),
     "attention within": (
         lambda v, x: (
-            jnp.einsum("nij,nkj->nik", x.reshape(4, -1, 3), x.reshape(4, -1, 3)) * v["k"].sum()
+            jnp.einsum("nij,nkj->nik", x.reshape(len(x), -1, 3), x.reshape(len(x), -1, 3))
+            * v["k"].sum()
         ),
         KERNEL,
         IMAGES,
@@ -73,12 +80,35 @@ APART = {
     ),
     "joined by features": (lambda v, x: jnp.concatenate([x, x @ v["w"]], 1), V, X),
 }
+
+
+@jax.custom_vjp
+def _plus_places(x):
+    return x + jax.jit(lambda y: y * np.arange(4.0, dtype=np.float32)[:, None])(x)
+
+
+_plus_places.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+def _hidden(v, x):
+    return _plus_places(x @ v["w"]) if len(x) == 4 else x @ v["w"]
+
+
+@jax.custom_jvp
+def _ordered(x):
+    y = jnp.tanh(x)
+    return x - y if len(x) == 4 else y - x
+
+
+_ordered.defjvp(lambda x, t: (_ordered(*x), t[0]))
+
+
 MIXED = {
     "mean over the batch": (lambda v, x: x - x.mean(0, keepdims=True) + v["b"], V, X),
     "all with all": (lambda v, x: x @ v["w"] @ x.T, V, X),
     "contracted": (lambda v, x: (x.T @ x) @ v["w"], V, X),
     "flipped": (lambda v, x: x[::-1] + v["b"], V, X),
-    "moved": (lambda v, x: jnp.pad(x, ((1, 0), (0, 0)))[:4] + v["b"], V, X),
+    "moved": (lambda v, x: jnp.pad(x, ((1, 0), (0, 0)))[:-1] + v["b"], V, X),
     "moved in one": (
         lambda v, x: lax.pad(x, jnp.zeros((), x.dtype), ((1, -1, 0), (0, 0, 0))) + v["b"],
         V,
@@ -89,9 +119,8 @@ MIXED = {
     "one example for all": (lambda v, x: x[:1] + v["b"], V, X),
     "merged with positions": (lambda v, x: x.reshape(-1) * v["b"].sum(), V, X),
     "doubled": (lambda v, x: jnp.concatenate([x, x], 0) + v["b"], V, X),
-    "a parameter per place in the batch": (lambda v, x: x @ v["w"] + v["slots"], V, X),
     "a number per place in the batch": (
-        lambda v, x: x @ v["w"] + jnp.arange(4.0)[:, None],
+        lambda v, x: x @ v["w"] + jnp.arange(1.0 * len(x))[:, None],
         V,
         X,
     ),
@@ -100,13 +129,60 @@ MIXED = {
         V,
         X,
     ),
+    "windows that move": (
+        lambda v, x: lax.reduce_window(x @ v["w"], 0.0, lax.add, (1, 1), (1, 1), ((1, -1), (0, 0))),
+        V,
+        X,
+    ),
+    "windows over a dilated batch": (
+        lambda v, x: lax.reduce_window(
+            x @ v["w"],
+            0.0,
+            lax.add,
+            (1, 1),
+            (1, 1),
+            ((0, 1 - len(x)), (0, 0)),
+            base_dilation=(2, 1),
+        ),
+        V,
+        X,
+    ),
+    "columns first": (
+        lambda v, x: (
+            jnp.reshape(x[:, : len(x)] @ v["b"][: len(x), None], (len(x), 1), order="F")
+            + jnp.reshape(x[:, : len(x)], (len(x), len(x)), order="F").T
+        ),
+        V,
+        X,
+    ),
+    "a hidden number per place in the batch": (_hidden, V, X),
+    "scaled by the size of the batch": (lambda v, x: (x / len(x)) @ v["w"], V, X),
+    "raised to the size of the batch": (lambda v, x: (x @ v["w"]) ** len(x), V, X),
+    "as many ones as examples": (lambda v, x: x @ v["w"] * jnp.ones(len(x)).sum(), V, X),
+    "as many random numbers as examples": (
+        lambda v, x: x @ v["w"] * jax.random.normal(jax.random.key(0), (len(x),)).mean(),
+        V,
+        X,
+    ),
+    "repeated as often as there are examples": (
+        lambda v, x: (x @ v["w"])[:, None].repeat(len(x), 1).sum(1),
+        V,
+        X,
+    ),
+    "as many terms as examples": (
+        lambda v, x: jnp.concatenate([x @ v["w"]] * len(x), 1)[:, :2],
+        V,
+        X,
+    ),
+    "another order for small batches": (lambda v, x: _ordered(x @ v["w"]), V, X),
+    "another branch for small batches": (
+        lambda v, x: jnp.tanh(x @ v["w"]) if len(x) > 2 else x @ v["w"],
+        V,
+        X,
+    ),
+    "as many parameters as examples": (lambda v, x: x + v["b"][: len(x)].sum(), V, X),
     "output without a batch": (lambda v, x: (x @ v["w"]).sum(), V, X),
     "output laid out another way": (lambda v, x: (x @ v["w"]).T, V, X),
-    "the batch as channels": (
-        lambda v, x: conv(v, x[..., :1].transpose(3, 1, 2, 0)[..., :3]),
-        KERNEL,
-        IMAGES,
-    ),
     "what is not known": (lambda v, x: lax.fori_loop(0, 2, lambda i, x: x @ v["w"], x), V, X),
 }
 
@@ -139,3 +215,15 @@ def test_batch_statistics_meet(running):
         return out[0]
 
     assert apart(fn, variables, X) == running
+
+
+def _batch_as_channels(v, x):
+    return conv(v, x[..., :1].transpose(3, 1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("fn", "v", "x"), [(_hidden, V, X), (_batch_as_channels, KERNEL, IMAGES[:3])]
+)
+def test_one_graph_is_enough_to_see_that_examples_meet(fn, v, x):
+    with pytest.raises(_examples._Mixed):
+        _examples.batch_axes(_graph_of(fn, v, x, len(x)))

@@ -277,3 +277,18 @@ def test_bad_arguments():
         net.fold(variables, "v", jnp.ones(4), None)
     with pytest.raises(FoldError, match="variables lacks 'b'"):
         net.fold({"w": variables["w"], "b": None}, "w", jnp.ones(4), jnp.ones(4))
+
+
+def test_a_kernel_reshaped_in_fortran_order_is_folded_right():
+    keys = jax.random.split(jax.random.key(0), 3)
+    v = {"a": jax.random.normal(keys[0], (4, 6)), "b": jax.random.normal(keys[1], (6, 2))}
+    x = jax.random.normal(keys[2], (3, 4))
+
+    def fn(v, x):
+        return jnp.tanh(x @ jnp.reshape(v["a"].T, (4, 6), order="F")) @ v["b"]
+
+    net = vfjax.trace(fn, v, x)
+    scale = jnp.arange(1.0, 7.0)
+    folded = net.fold(v, "a", scale, None)
+    before, after = (net.run(tree, x, capture=["a"])[1]["a"] for tree in (v, folded))
+    np.testing.assert_allclose(after, scale[None] * before, rtol=1e-5, atol=1e-5)

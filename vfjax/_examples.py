@@ -1,42 +1,147 @@
-"""Whether a network treats every example by itself, so that a batch may be computed in pieces.
+"""Whether a batch may be computed in pieces: whether a network treats every example by itself.
 
 The batch axis of the input is followed through the graph, equation by equation. A network that
-mixes examples (batch statistics, an attention over the batch) is told, and so is every primitive
-that is not known here: the answer is yes only where it is certain.
+mixes examples (batch statistics, an attention over the batch) is told, and so is one that is not
+the same at another batch size. The answer is yes only where it is certain: every primitive that is
+not known here counts as mixing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.extend import core as jex
 
 from vfjax import _taps
-from vfjax._graph import INPUT, Equation, Graph
-from vfjax._views import CAST, ELEMENTWISE, LAYOUT, REDUCTIONS, varying_axes
+from vfjax._graph import INPUT, Equation, Graph, subjaxpr
+from vfjax._views import CAST, ELEMENTWISE, LAYOUT, REDUCTIONS, SPREAD, varying_axes
 
 
 class _Mixed(Exception):
     """Examples meet, or may meet."""
 
 
-def apart(graph: Graph) -> bool:
-    """Whether every value of a graph holds its examples apart, along one axis of each.
+def separable(whole: Graph, piece: Graph) -> bool:
+    """Whether a network gives for pieces of a batch what it gives for the batch.
 
     Args:
-        graph: A network's graph at a batch of two or more, batch axis first in every input.
+        whole: Its graph at a batch, batch axis first in every input.
+        piece: Its graph at a smaller batch, of two examples or more.
     """
-    axes = dict.fromkeys(graph.inputs[graph.num_leaves :], 0)
     try:
-        for equation in graph.equations:
-            if not equation.depends & INPUT:
-                continue
-            axis = _axis(graph, equation, axes)
-            axes.update((value, axis) for value in equation.results)
+        axes = batch_axes(whole)
+        return _alike(whole, piece, axes) and axes == batch_axes(piece)
     except _Mixed:
         return False
-    return all(axes.get(value) == 0 for value in graph.output_ids)
+
+
+def batch_axes(graph: Graph) -> dict[int, int]:
+    """The batch axis of every value that depends on the input.
+
+    Raises:
+        _Mixed: If examples meet, or the output's first axis is not the batch.
+    """
+    axes = dict.fromkeys(graph.inputs[graph.num_leaves :], 0)
+    for equation in graph.equations:
+        if equation.depends & INPUT:
+            axis = _axis(graph, equation, axes)
+            axes.update((value, axis) for value in equation.results)
+    if any(axes.get(value) != 0 for value in graph.output_ids):
+        raise _Mixed
+    return axes
+
+
+# Parameters of primitives in which the size of a batch may show without meaning anything else.
+_SIZES = frozenset({"shape", "new_sizes", "sizes", "limit_indices", "slice_sizes"})
+
+
+def _alike(a: Graph, b: Graph, axes: Mapping[int, int]) -> bool:
+    """Whether two graphs differ in the length of the batch alone."""
+    if a.inputs != b.inputs or len(a.equations) != len(b.equations):
+        return False
+    if not _same_operands(a.outputs, b.outputs) or a.consts.keys() != b.consts.keys():
+        return False
+    if not all(_equal(a.consts[v], b.consts[v]) for v in a.consts):
+        return False
+    stretched = set()
+    for value in {*a.inputs, *(v for e in a.equations for v in e.results)}:
+        one, two = a.avals[value], b.avals[value]
+        if one.dtype != two.dtype or len(one.shape) != len(two.shape):
+            return False
+        differ = {k for k, (n, m) in enumerate(zip(one.shape, two.shape, strict=True)) if n != m}
+        if value in axes and differ - {axes[value]}:
+            return False
+        if value not in axes and differ:
+            # Laid out along the batch, as a bias may be. A sum over it would tell how long it is.
+            if differ & varying_axes(a, value):
+                return False
+            stretched.add(value)
+    return all(
+        _alike_equations(one, two)
+        and (
+            one.depends & INPUT
+            or one.primitive in SPREAD | ELEMENTWISE
+            or stretched.isdisjoint(one.values)
+        )
+        for one, two in zip(a.equations, b.equations, strict=True)
+    )
+
+
+def _alike_equations(a: Equation, b: Equation) -> bool:
+    return (
+        a.outputs == b.outputs
+        and _same_operands(a.inputs, b.inputs)
+        and _alike_operations(a.eqn, b.eqn)
+    )
+
+
+def _alike_operations(a: Any, b: Any) -> bool:
+    """Whether two equations of JAX do the same, sizes aside; of a call, what it evaluates."""
+    if a.primitive.name != b.primitive.name:
+        return False
+    one, two = subjaxpr(a), subjaxpr(b)
+    if one is not None and two is not None:
+        (one, consts), (two, more) = one, two
+        ids_one, ids_two = _numbered(one), _numbered(two)
+        return (
+            len(one.eqns) == len(two.eqns)
+            and not (consts or more or one.constvars or two.constvars)
+            and _same_operands(ids_one(one.outvars), ids_two(two.outvars))
+            and all(
+                _alike_operations(e, f) and _same_operands(ids_one(e.invars), ids_two(f.invars))
+                for e, f in zip(one.eqns, two.eqns, strict=True)
+            )
+        )
+    return a.params.keys() == b.params.keys() and all(
+        name in _SIZES or _equal(a.params[name], b.params[name]) for name in a.params
+    )
+
+
+def _numbered(jaxpr: Any) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function from variables of a jaxpr to numbers, in the order in which they come up."""
+    variables = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
+    number = {v: k for k, v in enumerate(variables)}
+    return lambda found: [v if isinstance(v, jex.Literal) else number[v] for v in found]
+
+
+def _same_operands(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether operands are the same values of two graphs, or equal literals."""
+
+    def same(one: Any, two: Any) -> bool:
+        if isinstance(one, jex.Literal) and isinstance(two, jex.Literal):
+            return one.aval.dtype == two.aval.dtype and _equal(one.val, two.val)
+        return isinstance(one, int) and isinstance(two, int) and one == two
+
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if hasattr(a, "shape") and hasattr(b, "shape"):
+        # By bytes: NaN equals itself.
+        return a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    return type(a) is type(b) and (a == b or a != a and b != b)
 
 
 def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
@@ -121,8 +226,8 @@ def _reduce(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -
 
 
 def _window(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
-    alone = params["window_dimensions"][axis] == params["window_strides"][axis] == 1
-    if not alone or before[axis] != after[axis]:
+    one = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+    if any(params[name][axis] != 1 for name in one) or any(params["padding"][axis]):
         raise _Mixed
     return axis
 

@@ -58,14 +58,10 @@ Array = jax.Array
 
 MAX_UNROLL = 64
 
-# Frames of installed packages, of JAX and of this core are never where a user wrote a layer.
+# Frames of installed packages, JAX and this core are never where a user wrote a layer.
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
-_LIBRARIES = (
-    _JAX,
-    os.sep + "site-packages" + os.sep,
-    os.sep + "dist-packages" + os.sep,
-)
+_LIBRARIES = (_JAX, *(os.sep + name + os.sep for name in ("site-packages", "dist-packages")))
 
 
 @functools.cache
@@ -255,6 +251,10 @@ class _Flattener:
             return self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
         if name == "scan" and eqn.params["length"] <= MAX_UNROLL and scans_layers(eqn, bits):
             return self.unroll(eqn, operands, scope)
+        if name == "reshape" and eqn.params["dimensions"] is not None:
+            # Of Fortran's order, say: a transpose is hidden in it.
+            how = eqn.params["dimensions"], eqn.params["new_sizes"]
+            return [self.call(lambda a: a.transpose(how[0]).reshape(how[1]), operands, scope)]
         depends = union(bits)
         outputs = tuple(
             None if isinstance(v, jex.DropVar) else self.value(v.aval, depends) for v in eqn.outvars

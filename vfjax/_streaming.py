@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vfjax._batches import batch_size
+from vfjax._examples import separable
 from vfjax._pooled import ROUNDINGS, shifted_moments
 from vfjax._tree import flatten_named
 from vfjax.network import Network
@@ -79,24 +80,38 @@ def measure(
 
     def step(pooled: dict[str, Any], nth: tuple[Array, PyTree]) -> tuple[dict[str, Any], Any]:
         batch, counts = _batch(net, plan, trees, nth[1])
-        return _merge(plan, pooled, batch, 1 / nth[0]), counts
+        merged = _merge(plan, pooled, batch, 1 / nth[0])
+        # Not merged with nothing: the square of a large mean may overflow.
+        first = functools.partial(jnp.where, nth[0] == 1)
+        return jax.tree.map(first, batch, merged), counts
 
     pooled, counts = jax.lax.scan(step, empty, (jnp.arange(1.0, parts + 1), xs))
     return pooled, [n.sum(dtype=n.dtype) for n in counts]
 
 
 def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
-    """Into how many equal pieces a batch is cut, where that changes nothing but the time.
+    """Into how many equal pieces a batch is cut, where that only saves time.
 
-    On CPU what a layer makes of a large batch is out of the caches before its statistics read it.
+    The numbers are those of as many small batches. On CPU what a layer makes of a large batch is
+    out of the caches before its statistics read it.
     """
-    size = batch_size(x)
+    size, leaves = batch_size(x), jax.tree.leaves(x)
     if jax.default_backend() != "cpu" or size < 2 * _PIECE_MIN:
         return 1
-    traced = net._traces.at(flatten_named(tree)[0], x)
-    most = max(_PIECE_BYTES * size // max(traced.widest, 1), _PIECE_MIN)
+    if any(AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in leaves):
+        return 1  # even over one device, a loop would have to be told how its slices lie
+    named, _ = flatten_named(tree)
+    whole = net._traces.at(named, x)
+    most = max(_PIECE_BYTES * size // max(whole.widest, 1), _PIECE_MIN)
     piece = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
-    return size // piece if piece >= _PIECE_MIN and traced.examples_apart else 1
+    if not _PIECE_MIN <= piece < size:
+        return 1
+    try:
+        part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((piece, *a.shape[1:]), a.dtype), x)
+        traced = net._traces.at(named, part)
+    except Exception:  # whatever a function raises that only takes batches of this size
+        return 1
+    return size // piece if separable(whole.graph, traced.graph) else 1
 
 
 def _batch(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend import core as jex
 
 from vfjax import _graph
@@ -16,13 +18,16 @@ def is_elementwise(equation: _graph.Equation) -> bool:
     if equation.primitive in ELEMENTWISE:
         return True
     inner = _graph.subjaxpr(equation.eqn)
-    return inner is not None and _elementwise_jaxpr(inner[0])
+    return inner is not None and _elementwise_jaxpr(*inner)
 
 
-def _elementwise_jaxpr(jaxpr: Any) -> bool:
+def _elementwise_jaxpr(jaxpr: Any, consts: Sequence[Any]) -> bool:
+    literals = [v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, jex.Literal)]
+    if any(v.aval.shape for v in (*jaxpr.constvars, *literals)) or any(map(np.ndim, consts)):
+        return False  # an array that is no operand: nobody could tell where it varies
     for eqn in jaxpr.eqns:
         inner = _graph.subjaxpr(eqn)
-        if inner is not None and _elementwise_jaxpr(inner[0]):
+        if inner is not None and _elementwise_jaxpr(*inner):
             continue
         scalar = eqn.primitive.name == "broadcast_in_dim" and all(
             isinstance(v, jex.Literal) or not v.aval.shape for v in eqn.invars

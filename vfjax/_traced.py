@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax import _calls, _examples, _graph, _norms, _outside, _sites, _taps
+from vfjax import _calls, _graph, _norms, _outside, _sites, _taps
 from vfjax._graph import INPUT, PARAM, Graph
 
 
@@ -131,11 +131,6 @@ class Traced:
         """Leaves that act outside of layers, norms and biases: (path, primitive, file:line)."""
         found = _outside.leaves_outside(self.graph, self.layers.values(), self.norms.values())
         return tuple((self.paths[leaf], primitive, where) for leaf, primitive, where in found)
-
-    @functools.cached_property
-    def examples_apart(self) -> bool:
-        """Whether it is certain that every example of a batch (of two or more) stays by itself."""
-        return _examples.apart(self.graph)
 
     @functools.cached_property
     def widest(self) -> int:
