@@ -1,10 +1,11 @@
 """Writes what is in `experiments/results/` into the README, between its markers.
 
     python experiments/cifar_pfm.py --out experiments/results
+    python experiments/cifar_pfm.py --pairs 3 --out experiments/results
     python experiments/cifar_pfm.py --model resnet20 --out experiments/results
     python experiments/update_readme.py
 
-The second needs models that may have to be trained first; it says how. The paragraph on what came
+The paragraph on what came
 out in the head of `cifar_pfm.py` is written, too. No number in those places is typed by hand. With
 `--check` nothing is written, and the exit status says whether both files are up to date.
 """
@@ -28,11 +29,13 @@ RESULTS = _common.ROOT / "experiments" / "results"
 # Which record goes between which markers.
 TABLES = {
     "vgg16": "cifar_pfm-cifar10-vgg16-w0.25",
+    "pairs": "cifar_pfm-cifar10-vgg16-w0.25-3pairs",
     "resnet20": "cifar_pfm-cifar10-resnet20-w0.5",
 }
 # What the paper has to compare with, after what was measured here.
 PAPER = {
     "vgg16": "In the paper, at full width, RESCALE gives 84.7 at l = 0 and reaches it at l = 8.",
+    "pairs": "",
     "resnet20": "In the paper, at full width, RESET gives 64.1 at l = 0.",
 }
 BENCHMARKS = ("routing", "passes", "tracing")
@@ -83,7 +86,7 @@ def findings(marker: str, record: dict[str, Any]) -> str:
         f"Models of {accuracy['model 1']} and {accuracy['model 2']}, ensemble "
         f"{accuracy['ensemble']}. At l = {first['layers']}: {joined(given)}, so {leading} leads. "
         f"{edge}. {PAPER[marker]}"
-    )
+    ).strip()
 
 
 def table(marker: str, name: str) -> str:
