@@ -131,7 +131,7 @@ def _batch(
         _, values = net.run(tree, x, capture=sources)
         mean, var, rest, rows = {}, {}, {}, {}
         for site in plan.sites:
-            value, sample = _arrange(values[site.source], site)
+            value, sample = arrange(values[site.source], site)
             name = site.name
             value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
             counts[site.name] = value.size // max(mean[site.name].size, 1)
@@ -172,11 +172,12 @@ def _batch(
     return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in plan.sites]
 
 
-def _arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
+def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
     """A site's value in float32 or better, channels as axes of their own, and its sample axes."""
     if not hasattr(value, "dtype"):
         raise TypeError(
-            f'site "{site.name}" holds a {type(value).__name__} of arrays; moments need one array'
+            f'site "{site.name}" holds a {type(value).__name__} of arrays; statistics need one '
+            "array"
         )
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     if site.split is not None:
