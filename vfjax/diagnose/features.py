@@ -156,10 +156,14 @@ class Features:
                 "pruning, as features(..., references=[a, b])"
             )
         mine, others = getattr(self, what), getattr(self.references, what)
-        return {
-            name: mine[name] / jnp.dot(jnp.asarray(self.weights, others[name].dtype), others[name])
-            for name in self.names
-        }
+
+        def divided(name: str) -> Array:
+            weights = jnp.asarray(self.weights, others[name].dtype)
+            # By an array: XLA turns the division by a scalar into a product with its inverse, and
+            # a network would not be exactly 1 relative to itself.
+            return mine[name] / jnp.broadcast_to(jnp.dot(weights, others[name]), (self.models,))
+
+        return {name: divided(name) for name in self.names}
 
 
 def features(
