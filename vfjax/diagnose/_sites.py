@@ -88,7 +88,7 @@ def unique(net: Network, names: Sequence[str]) -> tuple[tuple[Site, ...], dict[s
     source = {}
     for name in names:
         keep = _channel_axes(net, name)
-        value = _value(net, name)
+        value = value_of(net, name)
         site = chosen.setdefault((value, keep), Site(name, name, None, keep, ()))
         source[name] = site.name
     return tuple(chosen.values()), source
@@ -113,7 +113,7 @@ def _channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
     return net.layer(_layer_of(net, name)).channel_axes
 
 
-def _value(net: Network, name: str) -> Any:
+def value_of(net: Network, name: str) -> Any:
     """What tells values apart: several names may stand for one value."""
     traced = net._reference
     if name in traced.layers:
@@ -135,7 +135,7 @@ def describe(net: Network, name: str, size: int) -> FeatureSite:
         layer = net.layer(found)
         return FeatureSite(name, found, layer.depth, layer.main, int(size))
     # A norm that follows no layer directly, as where it reads a residual stream.
-    before = set(net._reference.graph.needed([_value(net, name)], ()))
+    before = set(net._reference.graph.needed([value_of(net, name)], ()))
     sites = net._reference.layers.values()
     depth = max((net._reference.depth_of(s) for s in sites if s.index in before), default=0)
     return FeatureSite(name, None, depth, True, int(size))
