@@ -48,7 +48,7 @@ class Rows:
         var: `[P, *channels]`, likewise.
         norm: `[P]`, the mean over examples of `||f(x) - f(0)||`.
         norm_var: `[P]`, its variance over examples.
-        centre: `[P, ...]`, the mean over examples of `f(x) - f(0)`, shaped like one example.
+        centre: `[P, ...]`, the mean over examples of `f(x) - f(0)`, shaped like `f(0)`.
     """
 
     mean: dict[str, Array]
@@ -196,11 +196,12 @@ def _reduce(site: Site, value: Array, at_zero: Array, size: int) -> dict[str, Ar
     """One row: the moments of a value per channel, and of its distance to the value at zero."""
     _, samples = arrange(value, site)
     _, mean, var, _ = shifted_moments(value, samples)
+    single = at_zero.shape
     value, at_zero, axis = _by_example(site, value, at_zero, size)
     feature = value - at_zero
     others = tuple(a for a in range(feature.ndim) if a != axis)
     _, norm, norm_var, _ = shifted_moments(jnp.sqrt(jnp.square(feature).sum(others)), (0,))
-    centre = feature.mean(axis)
+    centre = feature.mean(axis).reshape(single)
     return {"mean": mean, "var": var, "norm": norm, "norm_var": norm_var, "centre": centre}
 
 
