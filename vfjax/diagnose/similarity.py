@@ -305,7 +305,7 @@ def distance(
         >>> found = distance({"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 4.0])})
         >>> found
         Distance(total=5.0, by_leaf={'w': 5.0}, cosine=0.0)
-        >>> distance({"w": jnp.ones(2)}, {"w": 3 * jnp.ones(2)}, relative=True).total
+        >>> distance({"w": jnp.ones(4)}, {"w": 3 * jnp.ones(4)}, relative=True).total
         1.0
 
     Source: the l2 distance of models of "Vanishing Feature: Diagnosing Model Merging and Beyond",
