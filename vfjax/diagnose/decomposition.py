@@ -289,7 +289,7 @@ def _checked(
     weights: Sequence[Any], biases: Sequence[Any | None], x: Any, residual: Collection[int]
 ) -> tuple[Array, list[Array], list[Array | None]]:
     """Arguments of `decompose_matrices` as arrays of one dtype, float32 or better."""
-    if len(weights) != len(biases) or not weights:
+    if len(weights) != len(biases) or len(weights) == 0:
         raise ValueError(
             "weights and biases must be equally many, one of each per layer (None for no bias), "
             f"got {len(weights)} and {len(biases)}"
