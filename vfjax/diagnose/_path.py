@@ -48,7 +48,8 @@ class _Point(NamedTuple):
 
 @jax.jit
 def _mix(trunks: tuple[PyTree, ...], weights: Array) -> PyTree:
-    return merge.interpolate(trunks, tuple(weights))
+    mix: tuple[Any, ...] = tuple(weights)
+    return merge.interpolate(trunks, mix)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -254,8 +254,8 @@ def interpolation(
         curve = [path.evaluate(renormalised(path.at(alpha)), test) for alpha in bar]
     ends = []
     for end in (0.0, 1.0):
-        there = np.flatnonzero(grid == end) if renormalise is None else ()
-        ends.append(curve[there[0]] if len(there) else path.evaluate(path.at(end), test))
+        there = [k for k in np.flatnonzero(grid == end) if renormalise is None]
+        ends.append(curve[there[0]] if there else path.evaluate(path.at(end), test))
     return Interpolation(
         alphas=grid,
         loss=np.array([point.loss for point in curve]),

@@ -134,12 +134,8 @@ def cka(
         raise ValueError(f'estimator must be "exact" or "minibatch", got {estimator!r}')
     models = _model(first, "first"), _model(second, "second")
     _check_alike(*models)
-    names = tuple(
-        _names(model, chosen)
-        for model, chosen in zip(
-            models, (sites, sites if second_sites is None else second_sites), strict=True
-        )
-    )
+    other = sites if second_sites is None else second_sites
+    names = _names(models[0], sites), _names(models[1], other)
     rows = len(names[0])
     if _same(*models) and names[0] == names[1]:
         models, columns = models[:1], slice(0, rows)  # its features are needed once
