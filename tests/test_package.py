@@ -12,7 +12,10 @@ import vfjax
 
 @pytest.mark.parametrize(
     "name",
-    ["align", "checkpoint", "data", "merge", "models", "plot", "renorm", "stats", "train"],
+    [
+        *("align", "checkpoint", "data", "diagnose", "merge", "models", "plot", "renorm", "stats"),
+        "train",
+    ],
 )
 def test_modules_are_attributes(name):
     code = f"import vfjax; print(vfjax.{name}.__name__)"

@@ -464,7 +464,7 @@ def test_vmapped_models_give_the_same_numbers(monkeypatch):
     """The road that accelerators take."""
     net, trees, data = _make(Conv())
     looped = stats.moments(net, trees, [data], covariance=True)
-    monkeypatch.setattr(_streaming, "_vmapped", lambda: True)
+    monkeypatch.setattr(_streaming, "vmapped", lambda: True)
     net, _, _ = _make(Conv())
     jax.tree.map(_close, stats.moments(net, trees, [data], covariance=True), looped)
 

@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 from vfjax import align as align
+from vfjax import diagnose as diagnose
 from vfjax import merge as merge
 from vfjax import renorm as renorm
 from vfjax import stats as stats

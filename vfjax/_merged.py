@@ -110,6 +110,64 @@ class Merged:
             x = self.crossing(x)
         return self.net.run(self.trunk, x, capture=capture, edit=edit, start=self.cut)
 
+    def apart(self, site: str) -> bool:
+        """Whether a site lies inside the stems, where it has a value per model and no average.
+
+        What crosses the cut is averaged, so the layers at the cut are not apart.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Raises:
+            ValueError: If the network has no such site.
+
+        Example:
+            >>> import vfjax
+            >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2), "w2": jnp.eye(2)}
+            >>> net = vfjax.trace(lambda v, x: x @ v["w0"] @ v["w1"] @ v["w2"], a, jnp.ones((1, 2)))
+            >>> model = vfjax.merge.preserve_first(net, [a, a], layers=2)
+            >>> [model.apart(site) for site in ("input", "w0", "w1", "w2")]
+            [True, True, False, False]
+        """
+        return self.net.in_stem(site, self.cut) and not self.net.crosses(site, self.cut)
+
+    def read(self, x: PyTree, sites: Sequence[str]) -> tuple[PyTree, dict[str, tuple[Any, ...]]]:
+        """Evaluates the model with values read anywhere, inside the stems too.
+
+        Args:
+            x: A batch.
+            sites: Names of sites.
+
+        Returns:
+            The output, and by site a tuple: of one value per model where the site is `apart`, of
+            one value elsewhere.
+
+        Raises:
+            TypeError: If `sites` is no sequence of names.
+            ValueError: If a site does not exist, or x is no batch of the traced network.
+
+        Example:
+            >>> import vfjax
+            >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2)}
+            >>> x = jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w0"]) @ v["w1"], a, x)
+            >>> model = vfjax.merge.preserve_first(net, [a, {**a, "w0": 3 * a["w0"]}], layers=2)
+            >>> out, found = model.read(x, ["w0", "w1"])
+            >>> [[value.tolist() for value in found[site]] for site in ("w0", "w1")]
+            [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
+        """
+        if self.cut == 0:
+            out, found = self.run(x, capture=sites)
+            return out, {site: (value,) for site, value in found.items()}
+        inside = [site for site in sites if self.apart(site)]
+        runs = [self.net.run(stem, x, capture=inside, stop=self.cut) for stem in self.stems]
+        crossing = self.net.average_crossings([end for end, _ in runs], self.weights)
+        out, found = self.run(crossing, capture=[site for site in sites if site not in inside])
+        return out, {
+            site: tuple(values[site] for _, values in runs) if site in inside else (found[site],)
+            for site in sites
+        }
+
     def crossing(self, x: PyTree) -> Crossing:
         """Evaluates the stems on a batch and averages what crosses the cut.
 

@@ -83,6 +83,13 @@ class Plan:
         index = equation if equation is not None else self._traced.graph.producer.get(value)
         return index is None or index in self._traced.cut(depth).stem
 
+    def crosses(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is handed from the stem of a cut to the trunk."""
+        if site == "output":
+            return False
+        ids = self._inputs if site == "input" else (self._locate(site)[0],)
+        return set(ids) <= set(self._traced.cut(depth).crossing)
+
     def enter(self, env: Mapping[int, Any]) -> dict[int, Any]:
         """The given values after the edits that concern them."""
         env = dict(env)
@@ -131,10 +138,7 @@ class Plan:
         inside = self.in_stem(site, depth)
         if self._side == "stem" and not inside:
             raise ValueError(f"Site '{site}' lies in the trunk; stop={depth} ends before it.")
-        crossing = self._traced.cut(depth).crossing
-        ids = self._inputs if site == "input" else ()
-        ids = ids or (() if site == "output" else (self._locate(site)[0],))
-        if self._side == "trunk" and inside and not set(ids) <= set(crossing):
+        if self._side == "trunk" and inside and not self.crosses(site, depth):
             raise ValueError(f"Site '{site}' lies in the stem; start={depth} begins after it.")
 
     def _record(self, site: str, change: Edit, value: Array) -> Array:

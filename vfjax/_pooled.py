@@ -80,6 +80,20 @@ def pool(a: Pooled, b: Pooled) -> Pooled:
     return Pooled(count, a.mean + step * share, a.m2 + b.m2 + step * step * (a.count * share))
 
 
+def alive(mean: Any, var: Any) -> Any:
+    """Which channels of a layer vary: neither constant to rounding nor far below the others.
+
+    Args:
+        mean: Means of the channels, a JAX or NumPy array of float32 or better.
+        var: Their variances.
+
+    Returns:
+        Booleans, shaped likewise.
+    """
+    floor = ROUNDINGS * jnp.finfo(mean.dtype).eps * abs(mean)
+    return (var > _DEAD * var.max()) & (var > floor * floor)
+
+
 def coefficients(
     now: Pooled, goal: tuple[Array, Array], centre: bool | Array
 ) -> tuple[Array, Array]:
@@ -98,7 +112,6 @@ def coefficients(
     """
     mean, var = jnp.asarray(now.mean), jnp.asarray(now.var)
     goal_mean, goal_std = goal
-    floor = ROUNDINGS * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
-    alive = (var > _DEAD * var.max()) & (var > floor * floor)
-    scale = jnp.where(alive, goal_std / jnp.sqrt(jnp.where(alive, var, 1)), 1)
+    varies = alive(mean, var)
+    scale = jnp.where(varies, goal_std / jnp.sqrt(jnp.where(varies, var, 1)), 1)
     return scale, jnp.where(centre, goal_mean - scale * mean, 0)

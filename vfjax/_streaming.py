@@ -1,13 +1,14 @@
 """The compiled part of `vfjax.stats`: moments of a batch, and merging batches.
 
 A batch is reduced on the device in one compiled call for all models; what comes out is small, and a
-second, tiny call merges it into what was pooled before, in place.
+second, tiny call merges it into what was pooled before, in place. `stream`, `by_pieces` and
+`merge_moments` serve every pass that works like this.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vfjax._batches import batch_size
+from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
 from vfjax._pooled import ROUNDINGS, shifted_moments
 from vfjax._tree import flatten_named
@@ -59,7 +60,7 @@ class Plan(NamedTuple):
     pairs: tuple[tuple[int, int], ...]
 
 
-def _vmapped() -> bool:
+def vmapped() -> bool:
     """Whether models are vmapped; on CPU that makes their convolutions slow, so it loops."""
     return jax.default_backend() != "cpu"
 
@@ -69,27 +70,13 @@ def measure(
     net: Network, plan: Plan, mesh: Any, trees: tuple[PyTree, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
     """Moments of one batch, and the number of samples at each site."""
-    parts = 1 if mesh is not None else _pieces(net, trees[0], x)
-    if parts == 1:
+    if mesh is not None:
         return on_mesh(functools.partial(_batch, net, plan), mesh)(trees, x)
-    xs = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), x)
-    empty, _ = jax.eval_shape(
-        functools.partial(_batch, net, plan), trees, jax.tree.map(lambda a: a[0], xs)
-    )
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty)
-
-    def step(pooled: dict[str, Any], nth: tuple[Array, PyTree]) -> tuple[dict[str, Any], Any]:
-        batch, counts = _batch(net, plan, trees, nth[1])
-        merged = _merge(plan, pooled, batch, 1 / nth[0])
-        # Not merged with nothing: the square of a large mean may overflow.
-        first = functools.partial(jnp.where, nth[0] == 1)
-        return jax.tree.map(first, batch, merged), counts
-
-    pooled, counts = jax.lax.scan(step, empty, (jnp.arange(1.0, parts + 1), xs))
-    return pooled, [n.sum(dtype=n.dtype) for n in counts]
+    batch = functools.partial(_batch, net, plan, trees)
+    return by_pieces(batch, functools.partial(_merge, plan), pieces(net, trees[0], x), x)
 
 
-def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
+def pieces(net: Network, tree: PyTree, x: PyTree) -> int:
     """Into how many equal pieces a batch is cut, where that only saves time.
 
     The numbers are those of as many small batches. On CPU what a layer makes of a large batch is
@@ -114,6 +101,40 @@ def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
     return size // piece if separable(whole.graph, traced.graph) else 1
 
 
+def by_pieces(
+    fn: Callable[[PyTree], tuple[Any, list[Array]]],
+    merge: Callable[[Any, Any, Any], Any],
+    parts: int,
+    x: PyTree,
+) -> tuple[Any, list[Array]]:
+    """Reduces a batch piece by piece, one after the other in one loop.
+
+    Args:
+        fn: From a batch to what it is reduced to, and the number of samples at each site.
+        merge: Merges what was pooled and a piece, given the piece's share of both together.
+        parts: Number of pieces, which divides the batch.
+        x: The batch.
+
+    Returns:
+        What `fn` returns, of the whole batch.
+    """
+    if parts == 1:
+        return fn(x)
+    xs = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), x)
+    empty, _ = jax.eval_shape(fn, jax.tree.map(lambda a: a[0], xs))
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty)
+
+    def step(pooled: Any, nth: tuple[Array, PyTree]) -> tuple[Any, list[Array]]:
+        piece, counts = fn(nth[1])
+        merged = merge(pooled, piece, 1 / nth[0])
+        # Not merged with nothing: the square of a large mean may overflow.
+        first = functools.partial(jnp.where, nth[0] == 1)
+        return jax.tree.map(first, piece, merged), counts
+
+    pooled, counts = jax.lax.scan(step, empty, (jnp.arange(1.0, parts + 1), xs))
+    return pooled, [n.sum(dtype=n.dtype) for n in counts]
+
+
 def _batch(
     net: Network, plan: Plan, trees: tuple[PyTree, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
@@ -124,7 +145,7 @@ def _batch(
         _, values = net.run(tree, x, capture=sources)
         mean, var, rest, rows = {}, {}, {}, {}
         for site in plan.sites:
-            value, sample = _arrange(values[site.source], site)
+            value, sample = arrange(values[site.source], site)
             name = site.name
             value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
             counts[site.name] = value.size // max(mean[site.name].size, 1)
@@ -133,7 +154,7 @@ def _batch(
                 rows[site.name] = value.transpose(*sample, *keep).reshape(counts[site.name], -1)
         return mean, var, rest, rows
 
-    if _vmapped():
+    if vmapped():
         mean, var, rest, rows = jax.vmap(one)(
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
         )
@@ -165,11 +186,12 @@ def _batch(
     return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in plan.sites]
 
 
-def _arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
+def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
     """A site's value in float32 or better, channels as axes of their own, and its sample axes."""
     if not hasattr(value, "dtype"):
         raise TypeError(
-            f'site "{site.name}" holds a {type(value).__name__} of arrays; moments need one array'
+            f'site "{site.name}" holds a {type(value).__name__} of arrays; statistics need one '
+            "array"
         )
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     if site.split is not None:
@@ -190,21 +212,42 @@ def pool(
 def _merge(
     plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
-    out: dict[str, Any] = {"mean": {}, "var": {}, "covariance": {}}
-    steps = {}
-    for site, mean in pooled["mean"].items():
-        share = jnp.asarray(share, mean.dtype)
-        step = steps[site] = batch["mean"][site] - mean
-        out["mean"][site] = mean + step * share
-        var = pooled["var"][site]
-        out["var"][site] = var + (batch["var"][site] - var) * share
-        out["var"][site] += jnp.square(step) * (share * (1 - share))
+    out: dict[str, Any] = {"covariance": {}}
+    out["mean"], out["var"], steps = merge_moments(
+        (pooled["mean"], pooled["var"]), (batch["mean"], batch["var"]), share
+    )
     for site, old in pooled["covariance"].items():
         rows = steps[site].reshape(steps[site].shape[0], -1)
         between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in plan.pairs])
         new = old + (batch["covariance"][site] - old) * share
         out["covariance"][site] = new + between * (share * (1 - share))
     return out
+
+
+def merge_moments(
+    pooled: tuple[PyTree, PyTree], batch: tuple[PyTree, PyTree], share: float | Array
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Means and variances of the union of two sets of samples (Chan, Golub and LeVeque 1979).
+
+    Args:
+        pooled: Means and variances of the first set, two trees of one structure.
+        batch: Those of the second.
+        share: The second set's part of all samples.
+
+    Returns:
+        Means, variances, and the steps from the first set's means to the second's.
+    """
+    steps = jax.tree.map(jnp.subtract, batch[0], pooled[0])
+
+    def mean(old: Array, step: Array) -> Array:
+        return old + step * jnp.asarray(share, old.dtype)
+
+    def var(old: Array, new: Array, step: Array) -> Array:
+        part = jnp.asarray(share, old.dtype)
+        return old + (new - old) * part + jnp.square(step) * (part * (1 - part))
+
+    means = jax.tree.map(mean, pooled[0], steps)
+    return means, jax.tree.map(var, pooled[1], batch[1], steps), steps
 
 
 def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
@@ -215,14 +258,59 @@ def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
     pooled = jax.tree.map(np.asarray, pooled)
     mean, var, blocks = pooled["mean"], {}, {}
     for site, value in pooled["var"].items():
-        floor = ROUNDINGS * np.finfo(value.dtype).eps * np.abs(mean[site])
-        var[site] = np.where(value <= np.square(floor), 0, value)
+        var[site] = without_rounding(mean[site], value)
     for site, value in pooled["covariance"].items():
         models = len(mean[site])
         blocks[site] = np.full((models, models, *value.shape[1:]), np.nan, value.dtype)
         for (i, j), block in zip(plan.pairs, value, strict=True):
             blocks[site][i, j], blocks[site][j, i] = block, block.T
     return jax.tree.map(jnp.asarray, (mean, var, blocks))
+
+
+def without_rounding(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Variances, zero where they are no larger than the rounding of the values themselves."""
+    floor = ROUNDINGS * np.finfo(var.dtype).eps * np.abs(mean)
+    return np.where(var <= np.square(floor), 0, var)
+
+
+def stream(
+    measure: Callable[[Any, Any, PyTree], tuple[Any, list[Array]]],
+    pool: Callable[[Any, Any, float], Any],
+    state: PyTree,
+    data: Iterable[Any],
+    *,
+    like: PyTree,
+) -> tuple[Any, list[float]]:
+    """Pools what a measurement gives over all batches of `data`, wherever they lie.
+
+    Args:
+        measure: `(mesh, state, x)` to what `pool` takes and the number of samples at each site; the
+            mesh is the one that the batches are sharded over, or None.
+        pool: `(pooled, batch, share)` to what is pooled then; `share` is the batch's part of all
+            examples so far.
+        state: What `measure` needs, placed on the mesh before it gets it.
+        data: As `batches` takes it.
+        like: The traced input.
+
+    Returns:
+        What was pooled over all batches, and the number of samples at each site.
+
+    Raises:
+        TypeError: As `batches`.
+        ValueError: As `batches`.
+    """
+    pooled, samples, counts = None, 0, []
+    for mesh, placed, x in on_meshes(batches(data, like=like), state):
+        size = batch_size(x)
+        batch, each = measure(mesh, placed, x)
+        samples += size
+        if pooled is not None:
+            pooled = pool(replicate(pooled, mesh), batch, size / samples)
+            continue
+        # Every batch has the same number of positions per example.
+        pooled, counts = batch, [int(n) / size for n in each]
+    assert pooled is not None  # `batches` gives one or raises
+    return pooled, [n * samples for n in counts]
 
 
 def replicate(tree: PyTree, mesh: Any) -> PyTree:

@@ -260,6 +260,27 @@ class Structure:
         self.check_depth(depth, "depth")
         return Plan(self, self._reference, None, None, None, None).in_stem(site, depth)
 
+    def crosses(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is handed from the stem of a cut to its trunk.
+
+        Args:
+            site: Name of a site, as in `run`.
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range, or the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [net.crosses(site, 1) for site in ("input", "w0", "w1")]
+            [False, True, False]
+        """
+        self.check_depth(depth, "depth")
+        return Plan(self, self._reference, None, None, None, None).crosses(site, depth)
+
     # ---------------------------------------------------------------------------------- messages
 
     def opaque_hint(self) -> str:

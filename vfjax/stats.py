@@ -20,18 +20,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from vfjax._batches import batch_size, batches, check_finite_means
+from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
-from vfjax._streaming import (
-    GroupAxis,
-    Plan,
-    Site,
-    finish,
-    measure,
-    on_meshes,
-    pool,
-    replicate,
-)
+from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, pool, stream
 from vfjax._tree import check_trees
 from vfjax._weights import resolve_weights
 from vfjax.network import Network, check_net
@@ -218,7 +209,13 @@ def moments(
     check_trees(trees)
     trees = tuple(trees)
     plan = _plan(net, sites, covariance, len(trees))
-    pooled, counts = _one_pass(net, plan, trees, data)
+    pooled, counts = stream(
+        functools.partial(measure, net, plan),
+        functools.partial(pool, plan),
+        trees,
+        data,
+        like=net.x,
+    )
     check_finite_means(pooled["mean"])
     mean, var, blocks = finish(plan, pooled)
     return Moments(
@@ -229,24 +226,6 @@ def moments(
         covariance={name: blocks[name] for name in plan.covariance} or None,
         axes=tuple((site.name, site.axes) for site in plan.sites),
     )
-
-
-def _one_pass(
-    net: Network, plan: Plan, trees: tuple[PyTree, ...], data: Iterable[Any]
-) -> tuple[dict[str, Any], list[float]]:
-    """Moments pooled over all batches, and the number of samples at each site."""
-    pooled, samples, counts = None, 0, []
-    for mesh, placed, x in on_meshes(batches(data, like=net.x), trees):
-        size = batch_size(x)
-        batch, each = measure(net, plan, mesh, placed, x)
-        samples += size
-        if pooled is not None:
-            pooled = pool(plan, replicate(pooled, mesh), batch, size / samples)
-            continue
-        # Every batch has the same number of positions per example.
-        pooled, counts = batch, [int(n) / size for n in each]
-    assert pooled is not None  # `batches` gives one or raises
-    return pooled, [n * samples for n in counts]
 
 
 def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
@@ -287,6 +266,16 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
             f'`sites` must be "paper", "all", "taps" or a list of site names, got "{sites}"'
             + (f'; for this one site pass ["{sites}"]' if sites in _known(net) else "")
         )
+    return check_names(net, sites, _known(net))
+
+
+def check_names(net: Network, sites: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """A list of site names, each once, after checking that they are among the `known` ones.
+
+    Raises:
+        ValueError: If a name is unknown.
+        TypeError: If `sites` is no sequence of strings.
+    """
     names: list[Any] = [*sites] if isinstance(sites, Iterable) else [None]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"`sites` must be a string or a sequence of site names, got {sites!r}")

@@ -1,0 +1,22 @@
+"""Diagnosis: seeing features vanish, in any traced network."""
+
+from vfjax.diagnose.bounds import Bound as Bound
+from vfjax.diagnose.bounds import Collapse as Collapse
+from vfjax.diagnose.bounds import bound_sequence as bound_sequence
+from vfjax.diagnose.bounds import resample as resample
+from vfjax.diagnose.bounds import upper_bound as upper_bound
+from vfjax.diagnose.bounds import variance_collapse as variance_collapse
+from vfjax.diagnose.decomposition import Decomposition as Decomposition
+from vfjax.diagnose.decomposition import decompose as decompose
+from vfjax.diagnose.decomposition import decompose_matrices as decompose_matrices
+from vfjax.diagnose.features import Features as Features
+from vfjax.diagnose.features import FeatureSite as FeatureSite
+from vfjax.diagnose.features import features as features
+from vfjax.diagnose.interpolation import Interpolation as Interpolation
+from vfjax.diagnose.interpolation import barrier as barrier
+from vfjax.diagnose.interpolation import interpolation as interpolation
+from vfjax.diagnose.magnitude import rescale_product as rescale_product
+from vfjax.diagnose.similarity import CKA as CKA
+from vfjax.diagnose.similarity import Distance as Distance
+from vfjax.diagnose.similarity import cka as cka
+from vfjax.diagnose.similarity import distance as distance

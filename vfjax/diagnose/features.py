@@ -1,0 +1,317 @@
+"""How much of every layer's output is caused by the input: `f(x) - f(0)` at every site.
+
+The feature of a layer is what the input adds to the value that the layer has at the input 0, and
+the offset is that value: `f(x) = g(x) + h` with `h = f(0)`. In networks that were averaged or
+pruned, features shrink from layer to layer while offsets do not, until the biases decide the output
+("Vanishing Feature: Diagnosing Model Merging and Beyond", Qu and Horvath).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._batches import check_finite_means
+from vfjax._merged import Merged, check_fits, check_merged
+from vfjax._tree import check_finite, flatten_named
+from vfjax._weights import resolve_weights
+from vfjax.diagnose import _measure
+from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
+from vfjax.network import Network, check_net
+
+__all__ = ["FeatureSite", "Features", "features"]
+
+Array = jax.Array
+PyTree = Any
+
+_FIELDS = ("feature", "feature_std", "offset", "mean", "std", "variance", "dead")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[*_FIELDS, "references"],
+    meta_fields=["sites", "weights"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+    """Features and offsets of K networks, by site; made by `features`.
+
+    A pytree. All numbers are float32 or better, in the units of the site's values. Inside the stems
+    of a `Merged`, where a site exists once per model, each is the weighted average of the models'
+    numbers, so that layers which are kept apart count as whole as their models are.
+
+    Attributes:
+        feature: `[K]`, `E ||f(x) - f(0)||_2`: the norm is over all axes of an example, the mean
+            over examples.
+        feature_std: `[K]`, standard deviation of that norm over examples.
+        offset: `[K]`, `||f(0)||_2`.
+        mean: `[K, *channels]`, mean of each channel over examples and positions.
+        std: `[K, *channels]`, standard deviation likewise, as in `vfjax.stats.moments`.
+        variance: `[K]`, `E ||f(x) - E f(x)||^2 / size`: the variance over examples, averaged over
+            all units (channels and positions). What differs between positions alone is not in it.
+        dead: `[K]`, share of channels that do not vary over examples and positions: those which
+            `vfjax.renorm.repair` does not scale (no variance, or below 1e-12 of the layer's
+            largest).
+        references: The same of the R reference networks, or None.
+        sites: What is known of each site, in the order asked for (static).
+        weights: Of the references in their means, one float each; empty without any (static).
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> v = {"w": 2 * jnp.eye(2), "b": jnp.array([3.0, 4.0])}
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"] + v["b"], v, x)
+        >>> found = features(net, v, [x], sites="layers")
+        >>> found.feature["w"].tolist(), found.offset["w"].tolist(), found.ratio["w"].tolist()
+        ([4.0], [5.0], [0.800000011920929])
+    """
+
+    feature: dict[str, Array]
+    feature_std: dict[str, Array]
+    offset: dict[str, Array]
+    mean: dict[str, Array]
+    std: dict[str, Array]
+    variance: dict[str, Array]
+    dead: dict[str, Array]
+    references: Features | None
+    sites: tuple[FeatureSite, ...]
+    weights: tuple[float, ...] = ()
+
+    @property
+    def models(self) -> int:
+        """Number of networks, K, references apart."""
+        return next(iter(self.feature.values())).shape[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sites, in order."""
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def feature_rms(self) -> dict[str, Array]:
+        """Features by the root mean square over units in place of the norm, `[K]` by site."""
+        return self._per_unit(self.feature)
+
+    @property
+    def offset_rms(self) -> dict[str, Array]:
+        """Offsets by the root mean square over units, `[K]` by site."""
+        return self._per_unit(self.offset)
+
+    @property
+    def ratio(self) -> dict[str, Array]:
+        """Feature over offset, `[K]` by site.
+
+        Infinite where the offset is 0, as in a network without biases; NaN where both are.
+        """
+        return {name: self.feature[name] / self.offset[name] for name in self.names}
+
+    @property
+    def relative(self) -> dict[str, Array]:
+        """Feature over the weighted mean of the references' features, `[K]` by site.
+
+        Section on vanishing features of the paper: the sequence whose bounds `bound_sequence`
+        gives. NaN or infinite where all references' features are 0.
+
+        Raises:
+            ValueError: If there are no references.
+        """
+        return self._relative("feature")
+
+    @property
+    def variance_ratio(self) -> dict[str, Array]:
+        """`variance` over the weighted mean of the references' variances, `[K]` by site.
+
+        Variances are reduced by their mean over units, so this is also the ratio of the traces.
+        NaN or infinite where all references' variances are 0.
+
+        Raises:
+            ValueError: If there are no references.
+        """
+        return self._relative("variance")
+
+    def site(self, name: str) -> FeatureSite:
+        """What is known of a site.
+
+        Raises:
+            ValueError: If there is no such site in the record.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise ValueError(f"nothing was measured at '{name}'; sites are {list(self.names)}")
+
+    def _per_unit(self, values: dict[str, Array]) -> dict[str, Array]:
+        return {site.name: values[site.name] / np.sqrt(max(site.size, 1)) for site in self.sites}
+
+    def _relative(self, what: str) -> dict[str, Array]:
+        if self.references is None:
+            raise ValueError(
+                "there are no references to relate to: give the edge models, or the network before "
+                "pruning, as features(..., references=[a, b])"
+            )
+        mine, others = getattr(self, what), getattr(self.references, what)
+
+        def divided(name: str) -> Array:
+            weights = jnp.asarray(self.weights, others[name].dtype)
+            # By an array: XLA turns the division by a scalar into a product with its inverse, and
+            # a network would not be exactly 1 relative to itself.
+            return mine[name] / jnp.broadcast_to(jnp.dot(weights, others[name]), (self.models,))
+
+        return {name: divided(name) for name in self.names}
+
+
+def features(
+    net: Network,
+    variables: PyTree | Merged | Sequence[PyTree | Merged],
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree | Merged] = (),
+    weights: Sequence[float] | None = None,
+    sites: Sites = "taps",
+) -> Features:
+    """Measures what the input causes at every layer: `g(x) = f(x) - f(0)` against `f(0)`.
+
+    0 is the zero tensor as the network takes it, the mean image if inputs are normalised; for
+    integer inputs, zeros of their dtype. One forward pass of one example gives `f(0)`, then one
+    pass over the data everything else, in one compiled call per batch for all networks together.
+    Results do not depend on how the data is cut into batches; batches that are sharded over devices
+    give the same numbers.
+
+    Args:
+        net: The traced network.
+        variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of such.
+        data: Re-iterable of `x` or `(x, label)`.
+        references: Edge models, or the network before pruning, to compare with.
+        weights: One per reference, summing to one, for means over references; None for 1/R each.
+        sites: `"taps"`: the value after every layer and the elementwise region that follows (norm,
+            activation, residual sum), the last layer's included. `"layers"`: every layer's
+            pre-activation, where the paper measures. `"paper"`: the sites of REPAIR, see
+            `vfjax.stats.resolve_sites`. Or a list of names: `<layer>`, `<layer>:act`, `<norm>:in`,
+            `input`, `output`. Shortcuts are among the first two; `found.sites` tells which.
+
+    Returns:
+        Features, offsets and moments by site.
+
+    Raises:
+        TypeError: If `net` is no traced network, a leaf no array, `sites` no string and no sequence
+            of strings, or data has another structure or dtype than was traced.
+        ValueError: If a tree does not fit the network or holds NaN or infinite values, a site does
+            not exist or holds no axis of examples, weights do not fit, data is empty or exhausted,
+            or a value is NaN or infinite, on data or at 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["a"] + 1) @ v["b"]
+        >>> edges = [{"a": s * jnp.eye(2), "b": jnp.ones((2, 1))} for s in (1.0, -1.0)]
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+        >>> net = vfjax.trace(apply_fn, edges[0], x)
+        >>> merged = vfjax.merge.interpolate(edges)
+        >>> found = features(net, merged, [x], references=edges)
+        >>> {name: value.tolist() for name, value in found.feature.items()}
+        {'a:act': [0.0], 'b:act': [0.0]}
+        >>> found.references.feature["b:act"].tolist(), found.references.offset["b:act"].tolist()
+        ([1.0, 1.0], [2.0, 2.0])
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
+    feature for linear and general networks.
+    """
+    check_net(net)
+    mine = as_networks(net, variables, "variables")
+    others = as_networks(net, references, "references") if _given(references) else ()
+    if weights is not None and not others:
+        raise ValueError("weights are those of the references, and there are none")
+    share = resolve_weights(weights, len(others), of="references") if others else ()
+    names = resolve_sites(net, sites)
+    chosen, source = unique(net, names)
+    job = _measure.Job(net, chosen)
+
+    networks = (*mine, *others)
+    shifts = _measure.offsets(job, networks)
+    at_zero = jax.tree.map(np.asarray, shifts)
+    _check_defined(job, at_zero)
+    rows = _measure.measure(job, networks, shifts, data)
+    means = {
+        site.name: np.concatenate([np.ravel(r.mean[site.name]) for r in rows]) for site in job.sites
+    }
+    check_finite_means(means)
+
+    found = {
+        site.name: [
+            _measure.numbers(site.name, row, zero[site.source], getattr(network, "weights", ()))
+            for network, row, zero in zip(networks, rows, at_zero, strict=True)
+        ]
+        for site in job.sites
+    }
+    sizes = {site.name: rows[0].centre[site.name][0].size for site in job.sites}
+    described = tuple(describe(net, name, sizes[source[name]]) for name in names)
+
+    def record(part: slice, references: Features | None, weights: tuple[float, ...]) -> Features:
+        def stacked(what: str) -> dict[str, Array]:
+            return {
+                name: jnp.asarray(np.stack([n[what] for n in found[source[name]][part]]))
+                for name in names
+            }
+
+        fields = {what: stacked(what) for what in _FIELDS}
+        return Features(**fields, references=references, sites=described, weights=weights)
+
+    count = len(mine)
+    theirs = record(slice(count, None), None, ()) if others else None
+    return record(slice(count), theirs, share)
+
+
+def as_networks(net: Network, given: Any, name: str) -> tuple[PyTree | Merged, ...]:
+    """One network or several, checked: trees of a traced network's variables, or `Merged`s.
+
+    Args:
+        net: The traced network.
+        given: A tree, a `Merged`, or a sequence of such. What has the structure of the traced
+            variables is one tree, even if that is a list.
+        name: The caller's name for it.
+
+    Raises:
+        TypeError: If a leaf is no array.
+        ValueError: If a tree does not fit the network or holds NaN or infinite values, or there is
+            none.
+    """
+    one = isinstance(given, Merged) or jax.tree.structure(given) == net._treedef
+    if one or not isinstance(given, (list, tuple)):
+        given, labels = (given,), [name]
+    else:
+        labels = [f"{name}[{k}]" for k in range(len(given))]
+    if not given:
+        raise ValueError(f"{name} is empty; give at least one tree, or a Merged")
+    for label, network in zip(labels, given, strict=True):
+        if isinstance(network, Merged):
+            check_merged(net, network)
+            leaves = (network.stems, network.trunk, dict(network.corrections))
+            check_finite(flatten_named(leaves, name=label)[0], name=label)
+        else:
+            check_fits(net, network, label)
+            check_finite(flatten_named(network, name=label)[0], name=label)
+    return tuple(given)
+
+
+def _given(references: Any) -> bool:
+    """Whether there are references: an empty list is none, a single tree an error further on."""
+    return references is not None and not (
+        isinstance(references, (list, tuple)) and len(references) == 0
+    )
+
+
+def _check_defined(job: _measure.Job, at_zero: _measure.Offsets) -> None:
+    for site in job.sites:
+        values = [value for zero in at_zero for value in zero[site.source]]
+        bad = sum(int(np.size(v) - np.count_nonzero(np.isfinite(v))) for v in values)
+        if bad:
+            raise ValueError(
+                f"f(0) is NaN or infinite in {bad} entries of '{site.name}': the network is not "
+                "defined at the input 0, from which features are measured"
+            )
