@@ -32,6 +32,12 @@ from vfjax.data import DatasetError
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 PACKAGES += ("scikit-learn", "tensorflow-datasets")
+DATASET_LABELS = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "mnist": "MNIST",
+    "digits": "scikit-learn's 8x8 digits",
+}
 
 
 # --------------------------------------------------------------------------------- command line
@@ -213,6 +219,34 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
     """Writes a JSON record, whole or not at all."""
     write_json(path, finite(record))
     return path
+
+
+def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
+    """The data of a record as in titles, where a fall-back from what was wanted shows.
+
+    Example:
+      >>> dataset_label({"name": "digits", "fallback": True}, "mnist")
+      "MNIST NOT FOUND, SO: scikit-learn's 8x8 digits"
+    """
+    label = DATASET_LABELS[source["name"]]
+    return f"{DATASET_LABELS[wanted]} NOT FOUND, SO: {label}" if source["fallback"] else label
+
+
+def made_on(record: Mapping[str, Any]) -> str:
+    """How long a record took, and on what."""
+    device = record["device"]
+    where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
+    return f"{record['seconds']['total']:.0f} s on {where}"
+
+
+def joined(words: Sequence[str]) -> str:
+    """Words as in a sentence.
+
+    Example:
+      >>> joined(["a", "b", "c"])
+      'a, b and c'
+    """
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def environment() -> dict[str, Any]:

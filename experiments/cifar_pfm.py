@@ -73,8 +73,6 @@ LABELS = {
     "bias_calibration": "bias cal.",
     "reset": "RESET",
 }
-DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
-DATASET_LABELS["digits"] = "scikit-learn's 8x8 digits"
 
 
 # -------------------------------------------------------------------------------------- options
@@ -251,7 +249,7 @@ def architecture(args: argparse.Namespace, dataset: data.Dataset) -> Architectur
             hint = "CIFAR-10 was not found, give --data-dir, or --model digits-conv"
         else:
             hint = "give --dataset cifar10, or --model digits-conv"
-        label = DATASET_LABELS[dataset.name]
+        label = _common.DATASET_LABELS[dataset.name]
         raise _common.UserError(f"--model {name} is not for {label}; {hint}.")
     if width is None:
         family = re.sub(r"\d.*", "", name)
@@ -491,9 +489,7 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
 def title_of(record: dict[str, Any]) -> str:
     """The table's title: data, models, matching, statistics."""
     config, source = record["config"], record["data"]
-    label = DATASET_LABELS[source["name"]]
-    if source["fallback"]:
-        label = f"CIFAR-10 NOT FOUND, SO: {label}"
+    label = _common.dataset_label(source, "cifar10")
     match = "no matching" if config["match"] == "none" else f"{config['match']} matching"
     width, images = config["width"], source["statistics_images"]
     parts = [

@@ -42,23 +42,6 @@ BENCHMARKS = ("routing", "passes", "tracing")
 WAITING = "\n*Not measured yet.*\n"
 
 
-def joined(words: Sequence[str]) -> str:
-    """Words as in a sentence.
-
-    Example:
-      >>> joined(["a", "b", "c"])
-      'a, b and c'
-    """
-    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
-
-
-def made_on(record: dict[str, Any]) -> str:
-    """How long a record took, and on what."""
-    device = record["device"]
-    where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
-    return f"{record['seconds']['total']:.0f} s on {where}"
-
-
 def findings(marker: str, record: dict[str, Any]) -> str:
     """What came out, in sentences."""
     accuracy = {r["name"]: f"{100 * r['cells']['direct']['mean']:.1f}" for r in record["rows"][:3]}
@@ -78,14 +61,14 @@ def findings(marker: str, record: dict[str, Any]) -> str:
     for layers in sorted(reached):
         (row,) = (row for row in rows if row["layers"] == layers)
         cost = f"{row['params_ratio']:.2f} times the parameters, {row['flops_ratio']:.2f} the FLOPs"
-        firsts.append(f"by {joined(reached[layers])} at l = {layers} ({cost})")
+        firsts.append(f"by {_common.joined(reached[layers])} at l = {layers} ({cost})")
     edge = f"The edge models' mean, {100 * record['summary']['edge_mean']:.2f}, is first reached "
-    edge += joined(firsts) if firsts else "by no column at these l"
-    edge += f", by {joined(never)} at none of these l" if firsts and never else ""
+    edge += _common.joined(firsts) if firsts else "by no column at these l"
+    edge += f", by {_common.joined(never)} at none of these l" if firsts and never else ""
     return (
         f"Models of {accuracy['model 1']} and {accuracy['model 2']}, ensemble "
-        f"{accuracy['ensemble']}. At l = {first['layers']}: {joined(given)}, so {leading} leads. "
-        f"{edge}. {PAPER[marker]}"
+        f"{accuracy['ensemble']}. At l = {first['layers']}: {_common.joined(given)}, so {leading} "
+        f"leads. {edge}. {PAPER[marker]}"
     ).strip()
 
 
@@ -99,7 +82,7 @@ def table(marker: str, name: str) -> str:
     notes = (
         "Bold: at or above the mean of the edge models, "
         f"{100 * record['summary']['edge_mean']:.2f}. Made by `{record['command']}` in "
-        f"{made_on(record)}, jax {record['versions']['jax']}."
+        f"{_common.made_on(record)}, jax {record['versions']['jax']}."
     )
     figure = f"![{record['title']}](experiments/results/{name}.png)"
     body = _common.markdown_table(header, lines)
@@ -113,10 +96,10 @@ def headed(text: str) -> str:
     if not path.exists():
         return text
     record = json.loads(path.read_text())
-    title, config = cifar_pfm.DATASET_LABELS[record["data"]["name"]], record["config"]
+    title, config = _common.DATASET_LABELS[record["data"]["name"]], record["config"]
     said = (
         f"What came out here ({title}, {config['model']} at {config['width']:g} of the width, "
-        f"{made_on(record)}): {findings('vgg16', record)}"
+        f"{_common.made_on(record)}): {findings('vgg16', record)}"
     )
     paragraph = textwrap.fill(said, 100, break_on_hyphens=False) + "\n"
     new, count = re.subn(

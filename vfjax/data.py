@@ -164,7 +164,7 @@ class Dataset:
         std: C standard deviations.
         classes: Number of classes.
         source: Where it was read from.
-        fallback: Whether ``"auto"`` fell back to it because CIFAR-10 was not found.
+        fallback: Whether ``"auto"`` fell back to it because what it looked for was not found.
     """
 
     name: str
@@ -209,11 +209,12 @@ def load(
     *,
     train: int | None = None,
     test: int | None = None,
+    prefer: str = "cifar10",
 ) -> Dataset:
     """Loads a data set into memory.
 
     Args:
-        name: ``"cifar10"``, ``"cifar100"``, ``"mnist"``, ``"digits"``, or ``"auto"``: CIFAR-10
+        name: ``"cifar10"``, ``"cifar100"``, ``"mnist"``, ``"digits"``, or ``"auto"``: `prefer`
             where it can be had, else the digits, with a warning in the log and ``fallback=True``.
         data_dir: Folder in which TFDS data sets are looked for first; then come the folder that
             the environment variable ``TFDS_DATA_DIR`` names and TFDS's default one.  Where the data
@@ -221,13 +222,14 @@ def load(
         train: Read only the first so many training images.  TFDS stores records in random order,
             so they are a fair sample.
         test: Likewise for the test split.
+        prefer: What ``"auto"`` looks for.
 
     Returns:
         The `Dataset`.
 
     Raises:
         DatasetError: If the data set is not prepared and cannot be, or cannot be read.
-        ValueError: If `name` is unknown or a count is below one.
+        ValueError: If a name is unknown or a count is below one.
 
     Example:
         >>> load("digits")
@@ -235,13 +237,15 @@ def load(
     """
     if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}.")
+    if prefer not in _FACTS:
+        raise ValueError(f"prefer must be one of {', '.join(_FACTS)}, got {prefer!r}.")
     counts = {"train": train, "test": test}
     for argument, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{argument} must be at least 1, got {count!r}.")
     if name == "auto":
         try:
-            return load("cifar10", data_dir, train=train, test=test)
+            return load(prefer, data_dir, train=train, test=test)
         except _NotPrepared as error:
             _log.warning("FALLING BACK to the 8x8 digits of scikit-learn: %s", error)
         return dataclasses.replace(load("digits", train=train, test=test), fallback=True)

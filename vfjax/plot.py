@@ -7,6 +7,7 @@ use.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from vfjax._files import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_against_layers", "save"]
+__all__ = ["Curve", "Panel", "accuracy_against_layers", "panels", "save"]
 
 # Colours that stay apart for the colour-blind (Okabe and Ito 2008), markers for print in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -107,6 +108,115 @@ def accuracy_against_layers(
     labels, handles = zip(*shown, strict=True)
     place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
     axes.legend(handles, labels, fontsize=_FONT - 2, **place)
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A curve in a panel.
+
+    Attributes:
+        x: `[n]`.
+        y: `[n]`; NaN leaves a gap.
+        error: `[n]`, one standard deviation, drawn as bars; None for none.
+        colour: Number of its colour and marker: equal for curves of one kind.
+        dashed: Whether it is dashed, with hollow markers.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] | None = None
+    colour: int = 0
+    dashed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One of the axes in a row of `panels`.
+
+    Attributes:
+        title: What it shows.
+        x_label: Quantity and unit along x.
+        y_label: Quantity and unit along y.
+        curves: By their names in the legend.
+        log: Whether y is logarithmic.
+        y_limits: Lower and upper limit of y; None for what the curves need.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, Curve]
+    log: bool = False
+    y_limits: tuple[float, float] | None = None
+
+
+def panels(row: Sequence[Panel], *, title: str = "") -> Figure:
+    """Draws panels of curves side by side.
+
+    Args:
+        row: The panels, from left to right.
+        title: Title of the figure.
+
+    Returns:
+        The figure; `save` writes it.
+
+    Raises:
+        ValueError: If there is no panel, a panel has no curve, or the arrays of a curve are not
+            equally long.
+
+    Example:
+        >>> curve = Curve([1, 2], [3.0, 0.5], error=[0.1, 0.1])
+        >>> figure = panels([Panel("features", "layer", "norm", {"midpoint": curve}, log=True)])
+        >>> figure.axes[0].get_yscale()
+        'log'
+    """
+    if not row:
+        raise ValueError("row must hold at least one panel, got none.")
+    for panel in row:
+        if not panel.curves:
+            raise ValueError(f"the panel {panel.title!r} must have at least one curve, got none.")
+        for name, curve in panel.curves.items():
+            sizes = {len(v) for v in (curve.x, curve.y, curve.error) if v is not None}
+            if len(sizes) != 1:
+                raise ValueError(
+                    f"x, y and error of the curve {name!r} must be equally long, got lengths "
+                    f"{sorted(sizes)}."
+                )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(row), 6.6), layout="constrained")
+    for place, panel in enumerate(row, start=1):
+        axes = figure.add_subplot(1, len(row), place)
+        for name, curve in panel.curves.items():
+            shape = _MARKERS[curve.colour % len(_MARKERS)]
+            axes.errorbar(
+                curve.x,
+                np.asarray(curve.y, float),
+                None if curve.error is None else np.asarray(curve.error, float),
+                label=name,
+                color=_COLOURS[curve.colour % len(_COLOURS)],
+                linestyle="--" if curve.dashed else "-",
+                linewidth=2.5,
+                marker=shape,
+                markersize=8,
+                markerfacecolor="white" if curve.dashed else None,
+                capsize=4,
+                elinewidth=1.5,
+            )
+        axes.set_yscale("log" if panel.log else "linear")
+        if panel.y_limits is not None:
+            axes.set_ylim(*panel.y_limits)
+        axes.set_xlabel(panel.x_label, fontsize=_FONT)
+        axes.set_ylabel(panel.y_label, fontsize=_FONT)
+        axes.set_title(panel.title, fontsize=_FONT)
+        axes.tick_params(labelsize=_FONT - 1)
+        axes.grid(alpha=0.3)
+        # Below the axes, where it hides no curve.
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        axes.legend(fontsize=_FONT - 2, frameon=False, **below)
+    if title:
+        figure.suptitle(title, fontsize=_FONT)
     return figure
 
 

@@ -1,0 +1,292 @@
+"""Features vanish in averaged linear networks: the figure of "Vanishing Feature" on them.
+
+    python experiments/linear_networks.py                        # MNIST, two networks
+    python experiments/linear_networks.py --dataset digits       # needs no data
+    python experiments/linear_networks.py --seeds 0 1 2 3 4 5    # mean of three pairs
+
+Two linear networks of 8 layers, 784-32-...-32-10 with biases, that differ in their random seed are
+trained with the paper's recipe (Adam at 0.01, 5 epochs, weights of standard deviation 0.002 at the
+start) and averaged. The output of layer l is g(x) + h, what the input causes and the offset f(0)
+that the biases make. Shown are the mean norms of both, over all test images, in the midpoint and in
+the two networks; the magnitudes of weights and biases; and g times the product over layers of how
+much smaller averaging made the weights. Permuting units before averaging, to match weights or
+activations, changes the accuracies in the table; the record holds the same curves for these.
+
+What the paper found: g fades from layer to layer in the midpoint, while h grows and overtakes it in
+the last layers, so that the output hardly depends on the input and the accuracy is at chance (one
+run of its notebook, per cent: networks 85.8, direct 8.9, after weight matching 16.1, after
+activation matching 53.8). Weights are smaller than in the two networks, though they rise again in
+the final layers. Rescaling removes most of the fading.
+
+What came out here ...
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _common
+import _linear
+import jax
+import numpy as np
+
+import vfjax
+from vfjax import align, data, diagnose, merge, models, plot, train
+
+PyTree = Any
+Curves = dict[str, dict[str, list[float]]]
+
+MODEL = models.LinearNetwork(width=32, depth=8, std=0.002)
+RECIPE = train.RECIPES["paper-linear-8"]
+SEEDS = (0, 1)
+EDGES = "edge models"
+LABELS = {"direct": "direct", "weight": "weights matched", "activation": "activations matched"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    return _linear.parser("linear_networks", __doc__, seeds=SEEDS, epochs=RECIPE.epochs)
+
+
+# ------------------------------------------------------------------------------------- one pair
+
+
+def midpoints(
+    net: vfjax.Network, trees: Sequence[PyTree], statistics: data.Batches, seed: int
+) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """The average of two networks, as they are and matched; and how matching went."""
+    first, second = trees
+    found = {
+        "weight": align.match_weights(net, first, second, key=jax.random.key(seed)),
+        "activation": align.match_activations(net, first, second, statistics),
+    }
+    averages = {"direct": merge.interpolate([first, second])}
+    for name, alignment in found.items():
+        moved = net.spec.permute(second, alignment.permutations)
+        averages[name] = merge.interpolate([first, moved])
+    matching = {
+        name: {"converged": alignment.converged, "moved": alignment.moved, "seed": seed}
+        for name, alignment in found.items()
+    }
+    return averages, matching
+
+
+def magnitudes(net: vfjax.Network, tree: PyTree) -> dict[str, list[float]]:
+    """Mean absolute values of each layer's weights and biases."""
+    params = [tree["params"][layer.kernel.split("/")[-2]] for layer in net.layers]
+    return {
+        "weight": [float(np.abs(p["kernel"]).mean()) for p in params],
+        "bias": [float(np.abs(p["bias"]).mean()) for p in params],
+    }
+
+
+def curves_of(
+    net: vfjax.Network,
+    averages: Mapping[str, PyTree],
+    trees: Sequence[PyTree],
+    test: Any,
+) -> Curves:
+    """By network and quantity, one value for each layer."""
+    merged = list(averages.values())
+    found = diagnose.features(net, merged, test, references=trees, sites="layers")
+    quantities = ("feature", "feature_std", "offset")
+    curves: Curves = {}
+    for index, (name, tree) in enumerate(averages.items()):
+        curve = {q: [float(getattr(found, q)[s][index]) for s in found.names] for q in quantities}
+        product = diagnose.rescale_product(net, tree, trees)
+        curve["rescale_product"] = [product[site] for site in found.names]
+        pairs = zip(curve["feature"], curve["rescale_product"], strict=True)
+        curve["rescaled_feature"] = [feature * factor for feature, factor in pairs]
+        curves[name] = curve | magnitudes(net, tree)
+    edges = {
+        q: [float(np.mean(getattr(found.references, q)[s])) for s in found.names]
+        for q in quantities
+    }
+    curves[EDGES] = edges | mean_of([magnitudes(net, tree) for tree in trees])
+    return curves
+
+
+def mean_of(dicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means of equal dictionaries of lists, or of dictionaries of such.
+
+    Example:
+      >>> mean_of([{"a": [1.0, 2.0]}, {"a": [3.0, 4.0]}])
+      {'a': [2.0, 3.0]}
+    """
+    found = {}
+    for key, value in dicts[0].items():
+        nested = isinstance(value, Mapping)
+        each = [d[key] for d in dicts]
+        found[key] = mean_of(each) if nested else np.mean(each, axis=0).tolist()
+    return found
+
+
+# ------------------------------------------------------------------------------ record and figure
+
+
+def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measures everything; returns the record."""
+    pairs = _linear.pairs_of(args)
+    watch = _common.Stopwatch()
+    with watch("data"):
+        dataset = _linear.load(args)
+    recipe = _linear.recipe_of(args, RECIPE, dataset)
+    with watch("trace"):
+        net = _linear.trace(MODEL, dataset)
+    statistics = dataset.batches("train", batch_size=_linear.BATCH, samples=_linear.SAMPLES)
+    test = dataset.batches("test", batch_size=_linear.BATCH)
+    evaluated, measured = [], []
+    for seeds in pairs:
+        with watch("training"):
+            runs = train.fit_seeds(MODEL, recipe, dataset, seeds=seeds)
+            trees = [run.variables for run in runs]
+        with watch("matching"):
+            averages, matching = midpoints(net, trees, statistics, seeds[0])
+        with watch("features"):
+            curves = curves_of(net, averages, trees, _common.Watched(test, "features"))
+        with watch("accuracies"):
+            rows = {f"model {k}": tree for k, tree in enumerate(trees, start=1)} | averages
+            function = models.apply_fn(MODEL)
+            found = {name: train.evaluate(function, tree, test) for name, tree in rows.items()}
+        evaluated.append({name: (f.accuracy, f.loss) for name, f in found.items()})
+        measured.append(
+            {
+                "models": list(seeds),
+                "matching": matching,
+                "curves": curves,
+                "train_accuracy": [run.history[-1]["accuracy"] for run in runs],
+            }
+        )
+    record = _linear.record_of("linear_networks", args, command, dataset, recipe)
+    record["model"] = _linear.model_record(MODEL, net)
+    record["layers"] = [layer.name for layer in net.layers]
+    record["pairs"] = measured
+    record["curves"] = mean_of([pair["curves"] for pair in measured])
+    record["accuracy"] = {name: [pair[name][0] for pair in evaluated] for name in evaluated[0]}
+    record["loss"] = {name: [pair[name][1] for pair in evaluated] for name in evaluated[0]}
+    record["title"] = _linear.titled(record, "linear networks of 8 layers, 32 wide")
+    record["seconds"] = watch.record()
+    return record | _common.environment()
+
+
+def findings(record: dict[str, Any]) -> str:
+    """What came out, in sentences, and whether the paper has it so."""
+    accuracy = {name: 100 * np.mean(values) for name, values in record["accuracy"].items()}
+    curves, last = record["curves"], len(record["layers"])
+    merged, edges = curves["direct"], curves[EDGES]
+    g, h = np.array(merged["feature"]), np.array(merged["offset"])
+    goal, rescaled = np.array(edges["feature"]), np.array(merged["rescaled_feature"])
+    left = g / goal
+    above = [layer for layer in range(1, last + 1) if h[layer - 1] > g[layer - 1]]
+    overtaken = bool(above) and above == list(range(above[0], last + 1)) and above[0] > 1
+    weight = np.array(merged["weight"])
+    smaller = weight / np.array(edges["weight"])
+    lowest = int(np.argmin(weight))
+    # What part of the fading, as a factor, the product undoes.
+    undone = np.log(rescaled[-1] / g[-1]) / np.log(goal[-1] / g[-1])
+    where = f"from layer {above[0]} on" if overtaken else "in no run of last layers"
+    claims = [
+        (
+            bool(left[-1] < 0.1 * left[0]),
+            f"g of the midpoint falls from {left[0]:.2g} times the networks' at layer 1 to "
+            f"{left[-1]:.2g} times at layer {last}",
+        ),
+        (bool(h[-1] > h[0]), f"h goes from {h[0]:.2g} to {h[-1]:.2g}"),
+        (overtaken, f"h is larger than g {where} (g / h at the end: {g[-1] / h[-1]:.2g})"),
+        (
+            accuracy["direct"] < 20,
+            f"the midpoint has {accuracy['direct']:.1f}%",
+        ),
+        (
+            bool((smaller < 1).all()),
+            f"its weights are {smaller.min():.2g} to {smaller.max():.2g} times the networks'",
+        ),
+        (
+            lowest < last - 1,
+            f"their magnitude is least at layer {lowest + 1} and "
+            f"{weight[-1] / weight[lowest]:.2g} times that at the last",
+        ),
+        (
+            bool(0.5 < undone < 2),
+            f"rescaled, g ends at {rescaled[-1] / goal[-1]:.2g} times the networks', which undoes "
+            f"{100 * undone:.0f}% of the fading in logarithms",
+        ),
+    ]
+    return (
+        f"Networks of {accuracy['model 1']:.1f} and {accuracy['model 2']:.1f}, direct "
+        f"{accuracy['direct']:.1f}, after weight matching {accuracy['weight']:.1f}, after "
+        f"activation matching {accuracy['activation']:.1f}. {_linear.sentences(claims)}"
+    )
+
+
+def figure_of(record: dict[str, Any]) -> Any:
+    """The paper's three panels."""
+    layers = list(range(1, len(record["layers"]) + 1))
+    merged, edges = record["curves"]["direct"], record["curves"][EDGES]
+
+    def curve(values: dict[str, Any], what: str, colour: int, dashed: bool, bars: bool = False):
+        error = values["feature_std"] if bars else None
+        return plot.Curve(layers, values[what], error=error, colour=colour, dashed=dashed)
+
+    norms = {
+        "g, midpoint": curve(merged, "feature", 0, False, bars=True),
+        "h, midpoint": curve(merged, "offset", 1, False),
+        "g, edge models": curve(edges, "feature", 0, True, bars=True),
+        "h, edge models": curve(edges, "offset", 1, True),
+    }
+    sizes = {
+        "weights, midpoint": curve(merged, "weight", 2, False),
+        "biases, midpoint": curve(merged, "bias", 3, False),
+        "weights, edge models": curve(edges, "weight", 2, True),
+        "biases, edge models": curve(edges, "bias", 3, True),
+    }
+    rescaled = {
+        "g, midpoint": norms["g, midpoint"],
+        "g rescaled, midpoint": curve(merged, "rescaled_feature", 4, False),
+        "g, edge models": norms["g, edge models"],
+    }
+    x, unit = "layer", "L2 norm over units (mean, std over images)"
+    row = [
+        plot.Panel("input-caused g, offset h", x, unit, norms, log=True),
+        plot.Panel("magnitude of parameters", x, "mean absolute value", sizes, log=True),
+        plot.Panel("g rescaled by smaller weights", x, unit, rescaled, log=True),
+    ]
+    return plot.panels(row, title=record["title"] + ", direct midpoint")
+
+
+def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: accuracies, and what is left of features at the end."""
+    header = ["network", "test accuracy, %", "g, last layer", "h, last layer", "g rescaled"]
+    rows = []
+    for name, values in record["accuracy"].items():
+        row = [LABELS.get(name, name), _common.percent(values)]
+        curves = record["curves"].get(name, {})
+        for quantity in ("feature", "offset", "rescaled_feature"):
+            row.append(f"{curves[quantity][-1]:.3g}" if curves else "")
+        rows.append(row)
+    edges = record["curves"][EDGES]
+    rows.append(
+        ["mean of models", "", f"{edges['feature'][-1]:.3g}", f"{edges['offset'][-1]:.3g}", ""]
+    )
+    return header, rows
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the experiment; returns the path of the record."""
+    p = parser()
+    args = p.parse_args(argv)
+    with _common.reported(p):
+        record = experiment(args, _common.command("linear_networks.py", argv))
+        name = _linear.file_name(record, seeds=SEEDS, epochs=RECIPE.epochs)
+        path, figure = _linear.finish(record, args, figure_of(record), name)
+    _common.print_table(record["title"], *table_of(record))
+    print(findings(record))
+    print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
