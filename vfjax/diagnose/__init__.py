@@ -16,6 +16,11 @@ from vfjax.diagnose.interpolation import Interpolation as Interpolation
 from vfjax.diagnose.interpolation import barrier as barrier
 from vfjax.diagnose.interpolation import interpolation as interpolation
 from vfjax.diagnose.magnitude import rescale_product as rescale_product
+from vfjax.diagnose.report import Advice as Advice
+from vfjax.diagnose.report import LayerFinding as LayerFinding
+from vfjax.diagnose.report import NormFinding as NormFinding
+from vfjax.diagnose.report import Report as Report
+from vfjax.diagnose.report import report as report
 from vfjax.diagnose.similarity import CKA as CKA
 from vfjax.diagnose.similarity import Distance as Distance
 from vfjax.diagnose.similarity import cka as cka

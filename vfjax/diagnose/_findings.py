@@ -1,0 +1,278 @@
+"""What a report rests on: numbers of every layer and norm, next to those of the references."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax import _graph
+from vfjax._merged import Merged
+from vfjax._pooled import alive
+from vfjax._tree import flatten_named
+from vfjax.diagnose.bounds import Bound
+from vfjax.diagnose.features import Features
+from vfjax.network import Network, Norm
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFinding:
+    """One site of the main path, in a network and in its references' weighted mean.
+
+    Attributes:
+        site: Name of the site.
+        layer: Name of its layer, or None.
+        depth: Depth of that layer.
+        feature: `E ||f(x) - f(0)||`, L2, in units of the value.
+        offset: `||f(0)||`, likewise.
+        reference_feature: The references' feature.
+        reference_offset: The references' offset.
+        relative: Feature over the references' feature.
+        step: `relative` over that of the depth before (geometric mean), 1 before the first layer;
+            1 where nothing was left to lose.
+        bound: Tight upper bound: the largest `relative` from here to the output.
+        smoothed: The same with gamma = 1.4.
+        std_ratio: Mean standard deviation of the channels over the references'.
+        mean_shift: How far means are from the references', root mean square over channels, in
+            the references' root mean square standard deviation.
+        rescaled_shift: `mean_shift` if every channel were scaled to the references' standard
+            deviation, as RESCALE does.
+        dead: Share of channels that do not vary.
+        reference_dead: The references' share.
+        kernel_ratio: Mean absolute value of the kernel over the references'; NaN without a layer
+            and inside stems.
+        cosine: Cosine between the references' kernels, mean over pairs; NaN without a layer or
+            pair, and inside stems.
+    """
+
+    site: str
+    layer: str | None
+    depth: int
+    feature: float
+    offset: float
+    reference_feature: float
+    reference_offset: float
+    relative: float
+    step: float
+    bound: float
+    smoothed: float
+    std_ratio: float
+    mean_shift: float
+    rescaled_shift: float
+    dead: float
+    reference_dead: float
+    kernel_ratio: float
+    cosine: float
+
+    @property
+    def ratio(self) -> float:
+        """Feature over offset; infinite without an offset, NaN without either."""
+        return divided(self.feature, self.offset)
+
+    @property
+    def reference_ratio(self) -> float:
+        """The references' feature over their offset."""
+        return divided(self.reference_feature, self.reference_offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormFinding:
+    """Stored statistics of a norm against the moments of what it reads.
+
+    Attributes:
+        name: Name of the norm.
+        mean_error: Root mean square over channels of measured less stored means, in measured
+            standard deviations (root mean square).
+        std_ratio: Measured over stored standard deviation, each the mean over channels.
+        reference_mean_error: The references' `mean_error`, the largest.
+        reference_std_ratio: The references' `std_ratio`, that furthest from 1.
+        stale: Whether they disagree by more than a tolerance beyond the references' own.
+    """
+
+    name: str
+    mean_error: float
+    std_ratio: float
+    reference_mean_error: float
+    reference_std_ratio: float
+    stale: bool
+
+
+def divided(a: float, b: float) -> float:
+    """`a / b` of non-negative numbers: infinite over 0, NaN for 0 over 0."""
+    if b:
+        return a / b
+    return float("inf") if a else float("nan")
+
+
+def layer_findings(
+    net: Network,
+    model: PyTree | Merged,
+    references: Sequence[PyTree | Merged],
+    found: Features,
+    bound: Bound,
+    smoothed: Bound,
+) -> tuple[LayerFinding, ...]:
+    """Numbers of the sites of a bound sequence, by depth."""
+    kernels = {
+        name: _kernels(net, model, references, name, found.weights)
+        for name in dict.fromkeys(found.site(site).layer for site in bound.sites)
+    }
+    relative = bound.relative[0]
+    rows = []
+    for place, name in enumerate(bound.sites):
+        site = found.site(name)
+        before = relative[bound.depth == max(bound.depth[bound.depth < site.depth], default=-1)]
+        # The mean by exp and log would warn at 0.
+        last = float(np.prod(before) ** (1 / len(before))) if len(before) else 1.0
+        kernel_ratio, cosine = kernels[site.layer]
+        rows.append(
+            LayerFinding(
+                site=name,
+                layer=site.layer,
+                depth=site.depth,
+                feature=float(found.feature[name][0]),
+                offset=float(found.offset[name][0]),
+                reference_feature=float(_goal(found, "feature", name)),
+                reference_offset=float(_goal(found, "offset", name)),
+                relative=float(relative[place]),
+                step=float(relative[place]) / last if last else 1.0,
+                bound=float(bound.bound[0, place]),
+                smoothed=float(smoothed.bound[0, place]),
+                **_moments(found, name),
+                dead=float(found.dead[name][0]),
+                reference_dead=float(_goal(found, "dead", name)),
+                kernel_ratio=kernel_ratio,
+                cosine=cosine,
+            )
+        )
+    return tuple(rows)
+
+
+def norm_findings(
+    net: Network,
+    model: PyTree | Merged,
+    references: Sequence[PyTree | Merged],
+    found: Features,
+    *,
+    mean_error: float,
+    std_ratio: float,
+) -> tuple[NormFinding, ...]:
+    """Norms of the trunk whose input was measured, in the network's order.
+
+    Args:
+        net: The traced network.
+        model: A tree, or a `Merged`.
+        references: Likewise, several.
+        found: Features with the norms' sites among them.
+        mean_error: What a norm's may be beyond the references' own.
+        std_ratio: Likewise, a factor either way.
+    """
+    measured = [norm for norm in net.norms if norm.site in found.names]
+    if isinstance(model, Merged):
+        measured = [norm for norm in measured if not (model.cut and model.apart(norm.site))]
+    findings = []
+    for norm in measured:
+        mine = _disagreement(norm, model, found, 0)
+        if mine is None:
+            continue
+        assert found.references is not None
+        others = [_disagreement(norm, r, found.references, k) for k, r in enumerate(references)]
+        known = [other for other in others if other is not None] or [(0.0, 1.0)]
+        error = max(other[0] for other in known)
+        ratio = max((other[1] for other in known), key=lambda r: abs(np.log(r)))
+        beyond = abs(np.log(mine[1])) - abs(np.log(ratio))
+        stale = mine[0] > mean_error + error or beyond > np.log(std_ratio)
+        findings.append(NormFinding(norm.name, *mine, error, ratio, bool(stale)))
+    return tuple(findings)
+
+
+def _goal(found: Features, what: str, site: str) -> np.ndarray:
+    """The references' weighted mean of a number."""
+    assert found.references is not None
+    values = np.asarray(getattr(found.references, what)[site], np.float64)
+    return np.tensordot(np.asarray(found.weights), values, 1)
+
+
+def _moments(found: Features, site: str) -> dict[str, float]:
+    """How the moments of a site's channels compare with the references'."""
+    mean, std = found.mean[site][0], found.std[site][0]
+    varies = np.asarray(alive(mean, std**2)).ravel()
+    mean, std = (np.asarray(a, np.float64).ravel() for a in (mean, std))
+    goal_mean, goal_std = (_goal(found, what, site).ravel() for what in ("mean", "std"))
+    scale = np.ones_like(std)
+    np.divide(goal_std, std, out=scale, where=varies)
+    unit = float(np.sqrt(np.square(goal_std).mean()))
+    shifts = [float(np.sqrt(np.square(m - goal_mean).mean())) for m in (mean, scale * mean)]
+    now, rescaled = (0.0 if not shift else divided(shift, unit) for shift in shifts)
+    ratio = divided(float(std.mean()), float(goal_std.mean()))
+    return {"std_ratio": ratio, "mean_shift": now, "rescaled_shift": rescaled}
+
+
+def _disagreement(
+    norm: Norm, model: PyTree | Merged, found: Features, k: int
+) -> tuple[float, float] | None:
+    """Error of stored means and ratio of standard deviations, of network k of a record."""
+    tree = model.trunk if isinstance(model, Merged) else model
+    leaves, _ = flatten_named(tree)
+    if norm.mean not in leaves or norm.var not in leaves:
+        return None
+    stored_mean, stored_var = (
+        np.asarray(leaves[path], np.float64).ravel() for path in (norm.mean, norm.var)
+    )
+    mean, std = (
+        np.asarray(part[norm.site][k], np.float64).ravel() for part in (found.mean, found.std)
+    )
+    if mean.shape != stored_mean.shape:  # a stack of which a scan takes one
+        return None
+    stored_std = np.sqrt(np.maximum(stored_var, 0) + norm.eps)
+    unit = np.sqrt((np.square(std) + norm.eps).mean())
+    if not unit or not stored_std.any():
+        return None
+    error = np.sqrt(np.square(mean - stored_mean).mean()) / unit
+    return float(error), float(np.sqrt(np.square(std) + norm.eps).mean() / stored_std.mean())
+
+
+def _kernels(
+    net: Network,
+    model: PyTree | Merged,
+    references: Sequence[PyTree | Merged],
+    name: str | None,
+    weights: Sequence[float],
+) -> tuple[float, float]:
+    """A kernel's magnitude over the references', and the cosine between theirs."""
+    nothing = float("nan"), float("nan")
+    cut = model.cut if isinstance(model, Merged) else 0
+    if name is None or (cut and net.in_stem(name, cut)):
+        return nothing
+    mine = _kernel(net, model, name)
+    others = [_kernel(net, reference, name) for reference in references]
+    known = [other for other in others if other is not None]
+    if mine is None or len(known) < len(others):
+        return nothing
+    goal = sum(w * np.abs(k).mean() for w, k in zip(weights, known, strict=True))
+    units = [k / (np.linalg.norm(k) or 1.0) for k in known]
+    cosines = [float(np.vdot(a, b)) for a, b in itertools.combinations(units, 2)]
+    cosine = float(np.mean(cosines)) if cosines else float("nan")
+    return divided(float(np.abs(mine).mean()), float(goal)), cosine
+
+
+def _kernel(net: Network, model: PyTree | Merged, name: str) -> np.ndarray | None:
+    """The entries of a layer's kernel as the layer uses it; None inside stems."""
+    if isinstance(model, Merged):
+        if model.cut and net.in_stem(name, model.cut):
+            return None
+        model = model.trunk
+    traced = net._reference
+    site = traced.layers[name]
+    operand = traced.graph.equations[site.index].values[site.side]
+    named, _ = flatten_named(model)
+    ids = zip(traced.graph.inputs, traced.paths, strict=False)
+    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
+    kernel = _graph.evaluate(traced.graph, env, [operand])[operand]
+    return np.ravel(np.asarray(kernel, np.float64))
