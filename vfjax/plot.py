@@ -204,7 +204,8 @@ def panels(row: Sequence[Panel], *, title: str = "") -> Figure:
                 capsize=4,
                 elinewidth=1.5,
             )
-        axes.set_yscale("log" if panel.log else "linear")
+        if panel.log:
+            _log_scale(axes)
         if panel.y_limits is not None:
             axes.set_ylim(*panel.y_limits)
         axes.set_xlabel(panel.x_label, fontsize=_FONT)
@@ -218,6 +219,17 @@ def panels(row: Sequence[Panel], *, title: str = "") -> Figure:
     if title:
         figure.suptitle(title, fontsize=_FONT)
     return figure
+
+
+def _log_scale(axes: Any) -> None:
+    """Makes y logarithmic, with enough numbers along it where it spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
