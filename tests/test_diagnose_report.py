@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import diagnose, merge, renorm
+from vfjax import align, diagnose, merge, renorm
 
 # Rounding of float32 through five layers.
 RTOL = 1e-4
@@ -165,6 +165,41 @@ def test_unrelated_networks_are_to_be_matched_first():
         net, merge.interpolate([edges[0], near]), [x], references=[edges[0], near]
     )
     assert "match first" not in _remedies(found)
+
+
+def test_matching_takes_the_advice_to_match_away():
+    net, tree, x = mlp()
+    order = net.spec.random(jax.random.key(1))
+    shuffled = net.spec.permute(tree, order)
+    found = diagnose.report(
+        net, merge.interpolate([tree, shuffled]), [x], references=[tree, shuffled]
+    )
+    assert _remedies(found)[0] == "match first"
+    back = align.match_weights(net, tree, shuffled, key=jax.random.key(0)).permutations
+    matched = net.spec.permute(shuffled, back)
+    found = diagnose.report(
+        net, merge.interpolate([tree, matched]), [x], references=[tree, matched]
+    )
+    assert _remedies(found) == ["nothing to do"]
+
+
+def test_a_pruned_network_is_not_told_to_merge_otherwise():
+    net, tree, x = mlp()
+    pruned = {k: np.where(np.abs(v) < 0.25, 0, v) if k == "w3" else v for k, v in tree.items()}
+    found = diagnose.report(net, pruned, [x], references=[tree])
+    assert found.largest_drop.site == "w3"
+    assert {"PFM", "match first"}.isdisjoint(_remedies(found))
+
+
+def test_stems_keep_the_statistics_they_were_trained_with():
+    net, tree, x = conv()
+    stats = jax.tree.map(lambda leaf: 9 * leaf, tree["batch_stats"])
+    stale = {**tree, "batch_stats": stats}
+    model = merge.preserve_first(net, [stale, stale], layers=2)
+    found = diagnose.report(net, model, [x], references=[tree, tree])
+    # The first norm lies inside the stems, the second at the cut.
+    assert [norm.name for norm in found.norms] == [net.norms[1].name, net.norms[2].name]
+    assert _remedies(found)[0] == "RESET"
 
 
 def test_stale_statistics_ask_for_reset_and_only_for_that():

@@ -18,7 +18,7 @@ MEAN_OFF = 0.5
 # References whose kernels have a smaller cosine are as unrelated rows (0 for independent ones).
 UNRELATED = 0.1
 # Kernels have shrunk below this magnitude, relative to the references.
-SHRUNK = 0.8
+SHRUNK = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +115,15 @@ def _match(case: Case) -> list[Advice]:
     cosine = float(np.mean(cosines))
     if cosine >= UNRELATED:
         return []
-    merged = [row for row in case.rows if row.depth > case.cut]
-    step = merged[-1].relative ** (1 / (merged[-1].depth - case.cut))
+    last = case.rows[-1]
+    # Kernels at the cut are averages still, of their outputs.
+    step = last.relative ** (1 / max(last.depth - max(case.cut - 1, 0), 1))
     unrelated = float(np.linalg.norm(case.weights))
+    magnitude = float(np.mean([row.kernel_ratio for row in case.rows if not np.isnan(row.cosine)]))
     reason = (
-        f"the references' kernels are as unrelated as random ones (cosine {cosine:.2g}), and "
-        f"features fall to {step:.2g} of themselves per layer, about what averages of unrelated "
-        f"rows do ({unrelated:.2g}); if the networks were matched already, matching found little"
+        f"the references' kernels have a cosine of {cosine:.2g}, merged ones are {magnitude:.2g} "
+        f"of their magnitude and features fall to {step:.2g} per layer; averages of unrelated rows "
+        f"fall to {unrelated:.2g} or less. If the networks were matched, matching found little"
     )
     return [Advice("match first", reason, "vfjax.align.match_weights(net, a, b, key=key)")]
 

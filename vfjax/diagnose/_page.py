@@ -50,10 +50,10 @@ def cells(row: LayerFinding) -> tuple[str, ...]:
         row.bound,
         row.smoothed,
         row.std_ratio,
-        row.mean_shift,
     )
     shown = [f"{v:.3g}" if np.isfinite(v) else ("inf" if v > 0 else "-") for v in numbers]
-    return (row.site, str(row.depth), *shown, f"{100 * row.dead:.0f} %")
+    mean = f"{row.mean_shift:.2f}" if np.isfinite(row.mean_shift) else "inf"
+    return (row.site, str(row.depth), *shown, mean, f"{100 * row.dead:.0f} %")
 
 
 def text_table(rows: Sequence[LayerFinding]) -> str:
@@ -86,6 +86,7 @@ def draw(
         title: Title of the figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
@@ -110,6 +111,12 @@ def draw(
         style = {"color": "#444444", "linewidth": 1.5, "linestyle": (0, (2, 2)), "zorder": 1}
         axes.axvline(vanishes.depth / depth, label="features vanish", **style)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # Over few decades powers of ten alone are too few numbers.
+    subs = (1, 2, 5) if high < 50 * low else (1, 3) if high < 3000 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(0, 1.04)
     axes.set_xlabel(f"relative depth l/L (L = {depth} layers)", fontsize=_FONT)
     axes.set_ylabel("root mean square per unit\n(units of the layer's values)", fontsize=_FONT)

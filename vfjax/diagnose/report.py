@@ -155,17 +155,21 @@ class Report:
 
     def _drop(self) -> str:
         drop = self.largest_drop
-        if drop.step >= 1:
-            return "No layer loses features against the references."
+        if drop.step >= 0.99:
+            return "No layer loses more than 1 % of its features against the references."
         text = f"The largest drop is at {self._at(drop)}, to {drop.step:.3g} of what came before"
-        if 0 < self.left < 1 and drop.step > 0:
+        if self.vanishes is not None and self.left > 0:
             share = min(1.0, float(np.log(drop.step) / np.log(self.left)))
             text += f": {100 * share:.0f} % of the loss, on a logarithmic scale"
         return text + "."
 
     def _biases(self) -> str:
         last = self.layers[-1]
-        does = "Biases dominate the output" if self.biases_dominate else "Biases do not decide it"
+        does = (
+            "Biases dominate the output"
+            if self.biases_dominate
+            else "Biases do not dominate the output"
+        )
         return (
             f"{does}: ||f(x) - f(0)|| is {_number(last.ratio)} of ||f(0)|| there, for the "
             f"references {_number(last.reference_ratio)}."
@@ -232,7 +236,7 @@ def report(
     - RESCALE or REPAIR: moments of a layer are off by as much, and the first such layer decides, as
       nothing upstream confounds it: RESCALE if its standard deviation is off and scaling puts its
       means within 0.5 standard deviations of the references', else REPAIR;
-    - bias calibration: biases dominate the output, and kernels are below 0.8 of the references'
+    - bias calibration: biases dominate the output, and kernels are below 0.9 of the references'
       magnitude (geometric mean); it needs no data;
     - PFM, with several references: features vanish in the second half, or half of the loss (on a
       logarithmic scale) is at one layer. l is the least for which the layers after l lose no more
