@@ -183,6 +183,15 @@ def test_matching_takes_the_advice_to_match_away():
     assert _remedies(found) == ["nothing to do"]
 
 
+def test_what_is_no_merge_of_its_references_is_not_to_be_merged_otherwise():
+    net, tree, x = mlp()
+    # One of two unrelated references, with one layer damaged.
+    damaged = _scaled(tree, 0.02, only=3)
+    found = diagnose.report(net, damaged, [x], references=[tree, _draw(1)])
+    assert found.vanishes is not None and found.vanishes.site == "w3"
+    assert {"PFM", "match first"}.isdisjoint(_remedies(found))
+
+
 def test_a_pruned_network_is_not_told_to_merge_otherwise():
     net, tree, x = mlp()
     pruned = {k: np.where(np.abs(v) < 0.25, 0, v) if k == "w3" else v for k, v in tree.items()}
@@ -277,6 +286,9 @@ def test_numbers_are_those_of_the_parts():
         a, b = tree[name].ravel(), other[name].ravel()
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         assert row.cosine == pytest.approx(cosine, rel=RTOL, abs=1e-6)
+        mean = 0.25 * a + 0.75 * b
+        cosine = a @ mean / np.linalg.norm(a) / np.linalg.norm(mean)
+        assert row.merge_cosine == pytest.approx(cosine, rel=RTOL)
 
 
 def test_a_merged_of_as_many_models_gives_the_weights():

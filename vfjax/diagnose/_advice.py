@@ -17,6 +17,9 @@ STD_OFF = 1.25
 MEAN_OFF = 0.5
 # References whose kernels have a smaller cosine are as unrelated rows (0 for independent ones).
 UNRELATED = 0.1
+# A network is the references' merge where its kernels have at least this cosine with their mean;
+# that of one of two unrelated references is 0.71.
+MERGE = 0.9
 # Kernels have shrunk below this magnitude, relative to the references.
 SHRUNK = 0.9
 
@@ -107,10 +110,16 @@ def _inverse(value: float) -> float:
     return 1 / value if value else float("inf")
 
 
+def _merge(case: Case) -> bool:
+    """Whether the network's kernels are averages of several references', up to scales."""
+    known = [row.merge_cosine for row in case.rows if not np.isnan(row.merge_cosine)]
+    return bool(known) and float(np.median(known)) >= MERGE
+
+
 def _match(case: Case) -> list[Advice]:
     """Kernels of the references that have nothing in common lose what unrelated rows lose."""
     cosines = [row.cosine for row in case.rows if not np.isnan(row.cosine)]
-    if case.vanishes is None or not cosines or not case.net.spec.groups:
+    if case.vanishes is None or not _merge(case) or not case.net.spec.groups:
         return []
     cosine = float(np.mean(cosines))
     if cosine >= UNRELATED:
@@ -194,7 +203,7 @@ def _biases(case: Case) -> list[Advice]:
 def _preserve_first(case: Case) -> list[Advice]:
     """Layers that are kept apart lose nothing; worth it where the loss is late or at once."""
     rows, last, total = case.rows, case.rows[-1], case.net.depth
-    if case.vanishes is None or len(case.weights) < 2:
+    if case.vanishes is None or not _merge(case):
         return []
     drop = case.largest_drop
     lost = -np.log(max(last.relative, np.finfo(float).tiny))

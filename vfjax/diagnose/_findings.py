@@ -49,6 +49,8 @@ class LayerFinding:
             and inside stems.
         cosine: Cosine between the references' kernels, mean over pairs; NaN without a layer or
             pair, and inside stems.
+        merge_cosine: Cosine between the kernel and the references' weighted mean: 1 for their
+            merge; NaN likewise.
     """
 
     site: str
@@ -69,6 +71,7 @@ class LayerFinding:
     reference_dead: float
     kernel_ratio: float
     cosine: float
+    merge_cosine: float
 
     @property
     def ratio(self) -> float:
@@ -130,7 +133,7 @@ def layer_findings(
         before = relative[bound.depth == max(bound.depth[bound.depth < site.depth], default=-1)]
         # The mean by exp and log would warn at 0.
         last = float(np.prod(before) ** (1 / len(before))) if len(before) else 1.0
-        kernel_ratio, cosine = kernels[site.layer]
+        kernel_ratio, cosine, merge_cosine = kernels[site.layer]
         rows.append(
             LayerFinding(
                 site=name,
@@ -149,6 +152,7 @@ def layer_findings(
                 reference_dead=float(_goal(found, "dead", name)),
                 kernel_ratio=kernel_ratio,
                 cosine=cosine,
+                merge_cosine=merge_cosine,
             )
         )
     return tuple(rows)
@@ -244,9 +248,9 @@ def _kernels(
     references: Sequence[PyTree | Merged],
     name: str | None,
     weights: Sequence[float],
-) -> tuple[float, float]:
-    """A kernel's magnitude over the references', and the cosine between theirs."""
-    nothing = float("nan"), float("nan")
+) -> tuple[float, float, float]:
+    """A kernel's magnitude over the references', the cosine between theirs, and with their mean."""
+    nothing = float("nan"), float("nan"), float("nan")
     cut = model.cut if isinstance(model, Merged) else 0
     if name is None or (cut and net.in_stem(name, cut)):
         return nothing
@@ -256,10 +260,16 @@ def _kernels(
     if mine is None or len(known) < len(others):
         return nothing
     goal = sum(w * np.abs(k).mean() for w, k in zip(weights, known, strict=True))
-    units = [k / (np.linalg.norm(k) or 1.0) for k in known]
-    cosines = [float(np.vdot(a, b)) for a, b in itertools.combinations(units, 2)]
-    cosine = float(np.mean(cosines)) if cosines else float("nan")
-    return divided(float(np.abs(mine).mean()), float(goal)), cosine
+    ratio = divided(float(np.abs(mine).mean()), float(goal))
+    if len(known) == 1:
+        return ratio, *nothing[1:]
+    cosine = np.mean([_cosine(a, b) for a, b in itertools.combinations(known, 2)])
+    return ratio, float(cosine), _cosine(mine, np.tensordot(weights, known, 1))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """The cosine between two vectors, 0 if one is 0."""
+    return float(np.vdot(a, b) / ((np.linalg.norm(a) * np.linalg.norm(b)) or 1.0))
 
 
 def _kernel(net: Network, model: PyTree | Merged, name: str) -> np.ndarray | None:

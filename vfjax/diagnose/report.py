@@ -229,7 +229,8 @@ def report(
     at the first layer from which on r stays at or below `threshold`, to the output. The advice
     follows from measured numbers:
 
-    - match first: features vanish, and the references' kernels have a cosine below 0.1;
+    - match first: features vanish, the network is a merge of several references (its kernels have
+      a cosine of 0.9 or more with their mean), and theirs have a cosine below 0.1 with each other;
     - RESET: stored statistics of a norm are off what it reads, beyond the references' own, by a
       factor of 1.25 in standard deviation or by 0.5 standard deviations in mean. Moments behind
       such a norm say nothing of layers, so the next two are left to a second report;
@@ -238,7 +239,7 @@ def report(
       means within 0.5 standard deviations of the references', else REPAIR;
     - bias calibration: biases dominate the output, and kernels are below 0.9 of the references'
       magnitude (geometric mean); it needs no data;
-    - PFM, with several references: features vanish in the second half, or half of the loss (on a
+    - PFM, for such a merge: features vanish in the second half, or half of the loss (on a
       logarithmic scale) is at one layer. l is the least for which the layers after l lose no more
       than down to `threshold`;
     - nothing to do: none of these, and features do not vanish.
