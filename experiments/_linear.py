@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import vfjax
-from vfjax import data, models, train
+from vfjax import data, models, plot, train
 
 PyTree = Any
 
@@ -203,7 +203,5 @@ def finish(
     record: dict[str, Any], args: argparse.Namespace, figure: Any, name: str
 ) -> tuple[Path, Path]:
     """Writes record and figure; returns their paths."""
-    from vfjax import plot
-
     path = _common.write_record(Path(args.out) / f"{name}.json", record)
     return path, plot.save(figure, path.with_suffix(".png"))

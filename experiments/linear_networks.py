@@ -18,10 +18,21 @@ What the paper found: g fades from layer to layer in the midpoint, while h grows
 the last layers, so that the output hardly depends on the input and the accuracy is at chance (one
 run of its notebook, per cent: networks 85.8, direct 8.9, after weight matching 16.1, after
 activation matching 53.8). Weights are smaller than in the two networks, though they rise again in
-the final layers. Rescaling removes most of the fading. (Here most means that g ends above
-the geometric mean of what it was and what the edge models have.)
+the final layers. Rescaling largely removes the fading, which is taken here as: more than half of it
+in logarithms.
 
-What came out here ...
+Why it can fall short: the mean magnitude of the average of two unlike matrices falls to about 0.7
+of theirs. But if each passes on few directions (its rank is low) and they share none, averaging
+halves what is passed on, at every layer.
+
+What came out here (MNIST: linear networks of 8 layers, 32 wide, mean of 5 pairs, 36 s on 2 CPU
+cores): Edge models of 42.6 to 88.5, their midpoints direct 10.16 ± 1.41, weights matched 26.66 ±
+12.93 and activations matched 39.42 ± 25.60. As in the paper: g of the midpoint is 0.71 times the
+edge models' at layer 1 and 0.011 times at layer 8; its h goes from 0.21 to 3.3; h is larger than g
+from layer 6 on (g / h at the end: 0.064); the midpoint is near chance; its weights are 0.71 to 0.79
+times the edge models'; they are least at layer 2, and 2.5 times that at the last. Unlike the paper:
+rescaled, g ends at 0.1 times the edge models' (stable ranks of their 32x32 matrices: 2.9 to 3.4),
+so 49% of the fading is undone, in logarithms (so in 3 of 5 pairs).
 """
 
 from __future__ import annotations
@@ -77,12 +88,19 @@ def midpoints(
     return averages, matching
 
 
-def magnitudes(net: vfjax.Network, tree: PyTree) -> dict[str, list[float]]:
-    """Mean absolute values of each layer's weights and biases."""
+def parameters(net: vfjax.Network, tree: PyTree) -> dict[str, list[float]]:
+    """Of each layer, mean absolute values of weights and biases, and the weights' stable rank.
+
+    That is the sum of squared singular values over the largest of them.
+    """
     params = [tree["params"][layer.kernel.split("/")[-2]] for layer in net.layers]
     return {
         "weight": [float(np.abs(p["kernel"]).mean()) for p in params],
         "bias": [float(np.abs(p["bias"]).mean()) for p in params],
+        "stable_rank": [
+            float((np.linalg.norm(p["kernel"]) / np.linalg.norm(p["kernel"], 2)) ** 2)
+            for p in params
+        ],
     }
 
 
@@ -103,12 +121,12 @@ def curves_of(
         curve["rescale_product"] = [product[site] for site in found.names]
         pairs = zip(curve["feature"], curve["rescale_product"], strict=True)
         curve["rescaled_feature"] = [feature * factor for feature, factor in pairs]
-        curves[name] = curve | magnitudes(net, tree)
+        curves[name] = curve | parameters(net, tree)
     edges = {
         q: [float(np.mean(getattr(found.references, q)[s])) for s in found.names]
         for q in quantities
     }
-    curves[EDGES] = edges | mean_of([magnitudes(net, tree) for tree in trees])
+    curves[EDGES] = edges | mean_of([parameters(net, tree) for tree in trees])
     return curves
 
 
@@ -182,6 +200,8 @@ def claims_of(curves: Curves, accuracy: Mapping[str, float]) -> list[tuple[bool,
         np.array(merged[key]) for key in ("feature", "offset", "rescaled_feature", "weight")
     )
     left, reached = g / edges["feature"], rescaled / edges["feature"]
+    ranks = edges["stable_rank"][1:-1]
+    undone = float(np.log(reached[-1] / left[-1]) / -np.log(left[-1]))
     smaller, last = weight / edges["weight"], len(g)
     # The first layer from which on h is larger, to the end.
     first = last - int(np.argmin([*(h > g)[::-1], False])) + 1
@@ -209,9 +229,10 @@ def claims_of(curves: Curves, accuracy: Mapping[str, float]) -> list[tuple[bool,
             "that at the last",
         ),
         (
-            # Half of the fading, as a factor, is undone.
-            bool(reached[-1] > np.sqrt(left[-1])),
-            f"rescaled, g ends at {reached[-1]:.2g} times the edge models'",
+            0.5 < undone < 1.5,
+            f"rescaled, g ends at {reached[-1]:.2g} times the edge models' (stable ranks of their "
+            f"32x32 matrices: {min(ranks):.1f} to {max(ranks):.1f}), so {100 * undone:.0f}% of the "
+            "fading is undone, in logarithms",
         ),
     ]
 
@@ -233,8 +254,8 @@ def findings(record: dict[str, Any]) -> str:
         claims.append((holds, text))
     rows = [f"{LABELS[name]} {_common.percent(record['accuracy'][name])}" for name in LABELS]
     return (
-        f"Edge models of {_common.percent(edges)}, their midpoints {_common.joined(rows)}. "
-        f"{_linear.sentences(claims)}"
+        f"Edge models of {100 * min(edges):.1f} to {100 * max(edges):.1f}, their midpoints "
+        f"{_common.joined(rows)}. {_linear.sentences(claims)}"
     )
 
 

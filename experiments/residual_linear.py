@@ -19,7 +19,11 @@ other skips than the ones that were trained.
 What the paper found (mean of 5 runs): networks with skips lose less accuracy between the two ends,
 averaged directly as well as after weight matching.
 
-What came out here ...
+What came out here (MNIST: linear networks of 5 layers, 32 wide, mean of 5 pairs, 167 s on 2 CPU
+cores): Edge models of 90.19 ± 0.82 with skips and 89.71 ± 0.75 without. As in the paper: direct,
+the midpoint has 24.82 ± 7.95 with skips and 17.21 ± 2.44 without (better with them in 4 of 5 pairs;
+mean barriers 65.4 and 72.5 points); weights matched, the midpoint has 82.73 ± 5.28 with skips and
+46.07 ± 12.11 without (better with them in 5 of 5 pairs; mean barriers 7.5 and 43.6 points).
 """
 
 from __future__ import annotations

@@ -3,34 +3,45 @@
     python experiments/cifar_pfm.py --out experiments/results
     python experiments/cifar_pfm.py --pairs 3 --out experiments/results
     python experiments/cifar_pfm.py --model resnet20 --out experiments/results
+    python experiments/linear_networks.py --out experiments/results
+    python experiments/residual_linear.py --out experiments/results
     python experiments/update_readme.py
 
-The paragraph on what came
-out in the head of `cifar_pfm.py` is written, too. No number in those places is typed by hand. With
-`--check` nothing is written, and the exit status says whether both files are up to date.
+The paragraphs on what came out in the heads of the scripts are written, too. No number in those
+places is typed by hand. With `--check` nothing is written, and the exit status says whether all
+files are up to date.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import _common
 import cifar_pfm
+import linear_networks
+import residual_linear
 
 README = _common.ROOT / "README.md"
-SCRIPT = Path(cifar_pfm.__file__)
 RESULTS = _common.ROOT / "experiments" / "results"
 # Which record goes between which markers.
 TABLES = {
     "vgg16": "cifar_pfm-cifar10-vgg16-w0.25",
     "pairs": "cifar_pfm-cifar10-vgg16-w0.25-3pairs",
     "resnet20": "cifar_pfm-cifar10-resnet20-w0.5",
+}
+# Which record the head of a script tells of.
+HEADS = {
+    cifar_pfm: TABLES["vgg16"],
+    linear_networks: "linear_networks-mnist",
+    residual_linear: "residual_linear-mnist",
 }
 # What the paper has to compare with, after what was measured here.
 PAPER = {
@@ -90,23 +101,30 @@ def table(marker: str, name: str) -> str:
     return "\n" + "\n\n".join(parts) + "\n"
 
 
-def headed(text: str) -> str:
-    """The text of `cifar_pfm.py` with the last paragraph of its head brought up to date."""
-    path = RESULTS / f"{TABLES['vgg16']}.json"
+def outcome(script: ModuleType, record: dict[str, Any]) -> tuple[str, str]:
+    """What a record was made with, and what came out."""
+    if script is not cifar_pfm:
+        return record["title"], script.findings(record)
+    title, config = _common.DATASET_LABELS[record["data"]["name"]], record["config"]
+    setting = f"{title}, {config['model']} at {config['width']:g} of the width"
+    return setting, findings("vgg16", record)
+
+
+def headed(text: str, script: ModuleType = cifar_pfm) -> str:
+    """The text of a script with the last paragraph of its head brought up to date."""
+    path = RESULTS / f"{HEADS[script]}.json"
     if not path.exists():
         return text
     record = json.loads(path.read_text())
-    title, config = _common.DATASET_LABELS[record["data"]["name"]], record["config"]
-    said = (
-        f"What came out here ({title}, {config['model']} at {config['width']:g} of the width, "
-        f"{_common.made_on(record)}): {findings('vgg16', record)}"
-    )
+    setting, found = outcome(script, record)
+    said = f"What came out here ({setting}, {_common.made_on(record)}): {found}"
     paragraph = textwrap.fill(said, 100, break_on_hyphens=False) + "\n"
     new, count = re.subn(
         r'^What came out here.*?(?=^"""$)', lambda _: paragraph, text, count=1, flags=re.M | re.S
     )
     if not count:
-        raise ValueError(f'the head of {SCRIPT} must end with "What came out here ...".')
+        name = Path(str(script.__file__)).name
+        raise ValueError(f'the head of {name} must end with "What came out here ...".')
     return new
 
 
@@ -137,12 +155,13 @@ def filled(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Writes the README and the head of `cifar_pfm.py`, or checks them."""
+    """Writes the README and the heads of the scripts, or checks them."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=_common.Help)
     p.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = p.parse_args(argv)
     late = []
-    for path, bring in ((README, filled), (SCRIPT, headed)):
+    heads = [(Path(str(s.__file__)), functools.partial(headed, script=s)) for s in HEADS]
+    for path, bring in ((README, filled), *heads):
         old = path.read_text(encoding="utf-8")
         new = bring(old)
         if new != old:

@@ -67,3 +67,48 @@ def test_no_global_state(tmp_path):
     assert dict(matplotlib.rcParams) == before
     # The figures that pyplot would show.
     assert not Gcf.figs
+
+
+def panel(**changes):
+    curves = {
+        "g": plot.Curve([1, 2], [3.0, 0.5], error=[0.1, 0.2]),
+        "h": plot.Curve([1, 2], [1, 1]),
+    }
+    return plot.Panel(**{"title": "t", "x_label": "x", "y_label": "y", "curves": curves} | changes)
+
+
+def test_panels_stand_side_by_side():
+    row = [panel(log=True), panel(y_limits=(0, 5)), panel(curves={"a": plot.Curve([0], [1e-3])})]
+    figure = plot.panels(row, title="A title")
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear", "linear"]
+    assert figure.axes[1].get_ylim() == (0, 5)
+    for axes, given in zip(figure.axes, row, strict=True):
+        assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("t", "x", "y")
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == list(given.curves)
+    bars = [container.has_yerr for container in figure.axes[0].containers]
+    assert bars == [True, False]
+
+
+@pytest.mark.parametrize("top", [5.0, 5e5])
+def test_logarithmic_axes_have_numbers(top):
+    curves = {"a": plot.Curve([1, 2], [1.5, top])}
+    figure = plot.panels([panel(curves=curves, log=True)])
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    shown = [t for t in axes.yaxis.get_major_locator()() if low <= t <= high]
+    assert 2 <= len(shown) <= 8
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ([], "row must hold at least one panel"),
+        ([panel(curves={})], "the panel 't' must have at least one curve"),
+        ([panel(curves={"a": plot.Curve([1, 2], [1])})], r"'a' must be equally long.*\[1, 2\]"),
+        ([panel(curves={"a": plot.Curve([1], [1], error=[])})], "'a' must be equally long"),
+    ],
+)
+def test_bad_panels(row, message):
+    with pytest.raises(ValueError, match=message):
+        plot.panels(row)
