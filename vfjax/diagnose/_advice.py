@@ -130,9 +130,10 @@ def _match(case: Case) -> list[Advice]:
     unrelated = float(np.linalg.norm(case.weights))
     magnitude = float(np.mean([row.kernel_ratio for row in case.rows if not np.isnan(row.cosine)]))
     reason = (
-        f"the references' kernels have a cosine of {cosine:.2g}, merged ones are {magnitude:.2g} "
-        f"of their magnitude and features fall to {step:.2g} per layer; averages of unrelated rows "
-        f"fall to {unrelated:.2g} or less. If the networks were matched, matching found little"
+        f"the references' kernels have a cosine of {cosine:.2g} with each other, merged ones are "
+        f"{magnitude:.2g} of their magnitude (averages of unrelated rows are {unrelated:.2g}), and "
+        f"features fall to {step:.2g} per layer; if the networks were matched already, matching "
+        "found little"
     )
     return [Advice("match first", reason, "vfjax.align.match_weights(net, a, b, key=key)")]
 

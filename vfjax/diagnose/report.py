@@ -196,7 +196,10 @@ class Report:
             return ()
         stale = [norm for norm in self.norms if norm.stale]
         if not stale:
-            return (f"The stored statistics of all {len(self.norms)} norms fit what they read.",)
+            return (
+                f"The stored statistics of all {len(self.norms)} norms fit what they read, as well "
+                "as the references' do.",
+            )
         return (
             f"The stored statistics of {len(stale)} of {len(self.norms)} norms do not fit what "
             f"they read, first those of {stale[0].name}.",
