@@ -162,6 +162,20 @@ def test_the_moments_are_those_of_stats():
     _same(found.std, moments.std)
 
 
+def test_large_means_lose_nothing():
+    """Inputs far from 0 have features that are large against their deviations."""
+    net, trees, x = mlp()
+    parts = _cut(x + 1000, 12, 8)
+    found = diagnose.features(net, trees[0], parts, sites=["a", "b"])
+    for site in found.names:
+        values = _values(lambda a, s=site: net.run(trees[0], a, capture=[s])[1], x + 1000, [site])
+        wanted = _wanted(*values[site], (1,))
+        for what in ("feature", "mean", "dead"):
+            _close(getattr(found, what)[site][0], wanted[what])
+        # The values themselves are rounded to 1e3 * 6e-8, their deviations being about 2.
+        _close(found.std[site][0], wanted["std"], 1e-3)
+
+
 def test_sites_and_what_is_known_of_them():
     net, trees, x = residual()
     found = diagnose.features(net, trees[0], [x])

@@ -18,7 +18,7 @@ import numpy as np
 
 from vfjax._batches import batch_size
 from vfjax._merged import Merged
-from vfjax._pooled import ROUNDINGS, alive, shifted_moments
+from vfjax._pooled import ROUNDINGS, alive
 from vfjax._streaming import (
     Site,
     arrange,
@@ -36,6 +36,10 @@ from vfjax.network import Network
 
 Array = jax.Array
 PyTree = Any
+
+# Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
+# it; below, the difference would lose more than two of seven digits, and values are centred.
+_LEAST = 0.02
 
 
 @jax.tree_util.register_dataclass
@@ -193,16 +197,44 @@ def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
 
 
 def _reduce(site: Site, value: Array, at_zero: Array, size: int) -> dict[str, Array]:
-    """One row: the moments of a value per channel, and of its distance to the value at zero."""
+    """One row: the moments of a value per channel, and of its distance to the value at zero.
+
+    Two reads of the value give all: its mean over examples, by unit, and the squares of its
+    distance, summed over positions, by example and channel. The distance is used once, so that XLA
+    need not write it down.
+    """
     _, samples = arrange(value, site)
-    _, mean, var, _ = shifted_moments(value, samples)
-    single = at_zero.shape
-    value, at_zero, axis = _by_example(site, value, at_zero, size)
-    feature = value - at_zero
-    others = tuple(a for a in range(feature.ndim) if a != axis)
-    _, norm, norm_var, _ = shifted_moments(jnp.sqrt(jnp.square(feature).sum(others)), (0,))
-    centre = feature.mean(axis).reshape(single)
-    return {"mean": mean, "var": var, "norm": norm, "norm_var": norm_var, "centre": centre}
+    parts, single, axis = _by_example(site, value, at_zero, size)
+    example = parts.mean(axis).reshape(at_zero.shape)
+    centre = example - at_zero
+
+    # Where an axis of examples was split off, those behind it have moved.
+    moved = parts.ndim - value.ndim
+    channels = [a + moved * (a >= axis) for a in range(value.ndim) if a not in samples]
+    positions = tuple(a for a in range(parts.ndim) if a != axis and a not in channels)
+    # The barrier keeps what follows from reading the values again.
+    squares = jax.lax.optimization_barrier(jnp.square(parts - single).sum(positions))
+    behind = axis - sum(a < axis for a in positions)
+    others = tuple(a for a in range(squares.ndim) if a != behind)
+    norm = jnp.sqrt(squares.sum(others))
+
+    mean = example.mean(samples, keepdims=True)
+    square = squares.sum(behind) * (squares.size // squares.shape[behind] / value.size)
+    # By parts: of every unit about its own mean, and of the units' means.
+    var = square - jnp.square(centre).mean(samples) + jnp.square(example - mean).mean(samples)
+    var = jax.lax.cond(
+        (var >= _LEAST * square).all(),
+        lambda value, mean, var: var,
+        lambda value, mean, var: jnp.square(value - mean).mean(samples),
+        *(value, mean, var),
+    )
+    return {
+        "mean": jnp.squeeze(mean, samples),
+        "var": var,
+        "norm": norm.mean(),
+        "norm_var": norm.var(),
+        "centre": centre,
+    }
 
 
 def _by_example(site: Site, value: Array, at_zero: Array, size: int) -> tuple[Array, Array, int]:

@@ -181,7 +181,8 @@ def features(
     integer inputs, zeros of their dtype. One forward pass of one example gives `f(0)`, then one
     pass over the data everything else, in one compiled call per batch for all networks together.
     Results do not depend on how the data is cut into batches; batches that are sharded over devices
-    give the same numbers.
+    give the same numbers. Which axis of a value holds the examples is read off its shapes; where a
+    network merges them with positions, as by `x.reshape(-1, features)`, they are the outer ones.
 
     Args:
         net: The traced network.
