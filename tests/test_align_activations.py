@@ -208,7 +208,7 @@ def test_a_group_without_a_tap_keeps_its_order(monkeypatch):
 
     measured = stats.moments(net, [a, b], _batches(mlp), sites="taps", covariance="cross")
     others = tuple(tap for tap in net.taps if tap.group != hidden)
-    monkeypatch.setattr(type(net), "taps", others)
+    monkeypatch.setattr(net, "taps", others)
     found = match_moments(net, measured).permutations
     np.testing.assert_array_equal(found[hidden], np.arange(16))
 
