@@ -21,7 +21,7 @@ gives 46.5, with RESCALE 84.7; at l = 8 RESCALE passes the edge models (92.4 at 
 parameters and 1.67 times the FLOPs), at l = 12 it equals the ensemble. ResNet20 with RESET: 64.1 at
 l = 0, and the ensemble at l = 19.
 
-What came out here (CIFAR-10, vgg16 at 0.25 of the width, 167 s on 2 CPU cores): Models of 84.2 and
+What came out here (CIFAR-10, vgg16 at 0.25 of the width, 160 s on 2 CPU cores): Models of 84.2 and
 84.1, ensemble 85.7. At l = 0: direct 10.0, matched 13.6, REPAIR 72.9, RESCALE 70.7 and bias cal.
 41.6, so REPAIR leads. The edge models' mean, 84.15, is first reached by matched, REPAIR and RESCALE
 at l = 12 (1.84 times the parameters, 1.97 the FLOPs), by direct and bias cal. at none of these l.
