@@ -257,6 +257,13 @@ def architecture(args: argparse.Namespace, dataset: data.Dataset) -> Architectur
     return Architecture(name, width, dataset.name)
 
 
+def load(args: argparse.Namespace, **counts: int | None) -> data.Dataset:
+    """The images, as the options have it; `counts` of them, as in `vfjax.data.load`."""
+    # As train_edges.py decides.
+    for_digits = args.dataset == "auto" and args.model and args.model[0].startswith("digits")
+    return data.load("digits" if for_digits else args.dataset, args.data_dir, **counts)
+
+
 def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
     """Traces the network, for which its shapes are enough."""
     options: dict[str, Any] = {"classes": dataset.classes}
@@ -284,10 +291,11 @@ def shipped(args: argparse.Namespace, arch: Architecture, count: int) -> list[Pa
         words += ["--dataset", arch.dataset]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
         words += ["--seeds", *map(str, itertools.islice(seeds, count - len(found)))]
+        other = ("--model", "--dataset", *(["--pairs"] if hasattr(args, "pairs") else []))
         raise _common.UserError(
             f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
             f"train what is missing: {shlex.join(words)} (--retrain trains all {count} into --out)."
-            f" Or choose another --model, --dataset or --pairs: {folder.name}/ has "
+            f" Or choose another {', '.join(other[:-1])} or {other[-1]}: {folder.name}/ has "
             f"{', '.join(kinds) or 'none'}."
         )
     return [found[seed] for seed in sorted(found)[:count]]
@@ -574,10 +582,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         raise _common.UserError("no models of --preset paper are shipped: give --retrain, too.")
     watch = _common.Stopwatch()
     with watch("data"):
-        # As train_edges.py decides.
-        for_digits = args.dataset == "auto" and args.model and args.model[0].startswith("digits")
-        name = "digits" if for_digits else args.dataset
-        dataset = data.load(name, args.data_dir, train=args.samples)
+        dataset = load(args, train=args.samples)
     arch = architecture(args, dataset)
     with watch("trace"):
         net = trace(arch, dataset)

@@ -1,0 +1,418 @@
+"""Where features vanish in merged networks, and what brings them back: "Vanishing Feature".
+
+    python experiments/vanishing_feature.py                      # VGG16, the shipped pair
+    python experiments/vanishing_feature.py --model resnet20     # BatchNorm: RESET
+    python experiments/vanishing_feature.py --dataset digits     # seconds, needs no data
+    python experiments/vanishing_feature.py --retrain --preset paper    # full width, on a GPU
+
+Edge models are found as by `cifar_pfm.py`: two shipped ones that differ in their random seed.
+
+The feature of a layer is what the input adds to its output, f(x) - f(0), where 0 is the mean image;
+the offset is f(0). Shown are mean norms of the features over test images, before norm and
+activation, along the main path of the midpoint of two networks, divided by the mean of the two
+networks' own, and bounded from above by the least sequence that does not rise (its smoothed form
+with gamma = 1.4 is in the record). Midpoints are direct; matched, with the units of the second
+network permuted to match those of the first; matched with REPAIR, RESCALE, bias calibration or
+without the biases of the last 5 layers (a fixed number), or, for networks with BatchNorm, with
+RESET; and matched with the first l layers kept apart ("PFM l/L"), not renormalised. Accuracies are
+those on the same test images.
+
+What the paper found: in direct midpoints, with averaged running statistics if they have BatchNorm,
+features fade strongly with depth, so that logits hardly depend on the image and are close to f(0).
+Matching, REPAIR, RESCALE, bias removal and bias calibration all mitigate this. The more layers are
+kept apart the less features vanish; those kept apart are whole. RESET lowers the running standard
+deviations of VGG16-BN a lot and leaves the running means about the same, which amplifies features.
+
+What came out here (...): not measured yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _common
+import cifar_pfm
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vfjax
+from vfjax import checkpoint, data, diagnose, merge, plot, renorm
+
+PyTree = Any
+
+SAMPLES = 2_000
+GAMMA = 1.4
+POINTS = 20
+# How many of the last layers lose their biases: the paper's figure for VGG16 is 5 to 6.
+REMOVED = 5
+EDGES = ("model 1", "model 2")
+LABELS = cifar_pfm.LABELS | {"bias_removal": f"last {REMOVED} biases removed"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    p = argparse.ArgumentParser(
+        prog="vanishing_feature.py", description=__doc__, formatter_class=_common.Help
+    )
+    p.add_argument(
+        "--dataset",
+        default="auto",
+        choices=data.NAMES,
+        help="images to merge and measure on; auto as in cifar_pfm.py",
+    )
+    p.add_argument(
+        "--model",
+        type=cifar_pfm._model,
+        metavar="NAME[-wWIDTH]",
+        help="architecture of the edge models, as in cifar_pfm.py: vgg16, vgg16-bn, vgg16-ln, "
+        "resnet20, resnet20-ln, digits-conv (default: vgg16 for CIFAR, digits-conv for the digits)",
+    )
+    p.add_argument(
+        "--match",
+        default="activation",
+        choices=("activation", "weight"),
+        help="how units of the second network are matched to those of the first",
+    )
+    p.add_argument(
+        "--samples",
+        type=_count,
+        metavar="N",
+        default=SAMPLES,
+        help="test images, the first N, that features are measured on",
+    )
+    p.add_argument(
+        "--statistics",
+        type=_count,
+        metavar="N",
+        default=cifar_pfm.SAMPLES,
+        help="training images, the first N, not augmented, for matching and renormalisation",
+    )
+    p.add_argument(
+        "--data-dir",
+        help="folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)",
+    )
+    p.add_argument(
+        "--retrain",
+        action="store_true",
+        help="train the edge models instead of loading shipped ones, as in cifar_pfm.py",
+    )
+    p.add_argument(
+        "--preset",
+        default="cpu",
+        choices=("cpu", "paper"),
+        help="width and recipe of the edge models, as in cifar_pfm.py; paper needs --retrain",
+    )
+    p.add_argument(
+        "--out",
+        type=_common.output_folder,
+        default=str(_common.ROOT / "results"),
+        help="folder that the JSON record and the PNG are written to",
+    )
+    return p
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images, from 1 on")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------- networks
+
+
+def midpoints(pair: cifar_pfm.Pair) -> dict[str, merge.Merged]:
+    """All merged networks by name, those of PFM last."""
+    net = pair.net
+    matched = pair.merged(0, aligned=True)
+    found = {"direct": pair.merged(0, aligned=False)}
+    for column in cifar_pfm.columns_of(net, pair.match["method"])[1:]:
+        found[column] = pair.renormalised(column, matched, pair.statistics)
+    if not net.norms:
+        found["bias_removal"] = renorm.remove_bias(net, matched, last=min(REMOVED, net.depth))
+    for number in cifar_pfm.default_layers(net.depth):
+        if number:
+            found[f"PFM {number}/{net.depth}"] = pair.merged(number, aligned=True)
+    return found
+
+
+def main_layers(net: vfjax.Network) -> list[vfjax.Layer]:
+    """The layers of the main path, by depth."""
+    return sorted((layer for layer in net.layers if layer.main), key=lambda layer: layer.depth)
+
+
+def curves_of(
+    net: vfjax.Network,
+    networks: Mapping[str, merge.Merged],
+    edges: Sequence[merge.Merged],
+    test: Any,
+) -> dict[str, dict[str, Any]]:
+    """By network: numbers of every layer, and of the logits."""
+    sites = [layer.name for layer in main_layers(net)]
+    everything = dict(zip(EDGES, edges, strict=True)) | dict(networks)
+    found = diagnose.features(
+        net, list(everything.values()), test, references=list(edges), sites=sites
+    )
+    tight = diagnose.bound_sequence(found, sites=sites)
+    smoothed = diagnose.bound_sequence(found, sites=sites, gamma=GAMMA)
+    resampled = {"tight": tight.resampled(POINTS), "smoothed": smoothed.resampled(POINTS)}
+    zero = jnp.zeros((1, *net.x.shape[1:]), net.x.dtype)
+    curves = {}
+    for index, (name, network) in enumerate(everything.items()):
+        numbers = {
+            key: [float(getattr(found, key)[site][index]) for site in sites]
+            for key in ("feature", "feature_std", "offset")
+        }
+        numbers["relative"] = tight.relative[index].tolist()
+        numbers["bound"] = tight.bound[index].tolist()
+        numbers["smoothed"] = smoothed.bound[index].tolist()
+        numbers["resampled"] = {key: rows[index].tolist() for key, rows in resampled.items()}
+        last = sites[-1]
+        numbers["logits"] = {
+            "mean": np.asarray(found.mean[last][index]).tolist(),
+            "std": np.asarray(found.std[last][index]).tolist(),
+            "at_zero": np.asarray(network.run(zero))[0].tolist(),
+        }
+        curves[name] = numbers
+    return curves
+
+
+def statistics_of(net: vfjax.Network, tree: PyTree) -> dict[str, list[float]]:
+    """Of each norm, means over channels of the stored standard deviation and absolute mean."""
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return {
+        "std": [float(np.sqrt(leaves[norm.var]).mean()) for norm in net.norms],
+        "mean": [float(np.abs(leaves[norm.mean]).mean()) for norm in net.norms],
+    }
+
+
+def resets_of(net: vfjax.Network, networks: Mapping[str, merge.Merged], edges: Any) -> Any:
+    """The stored statistics of every norm of the matched midpoint, before and after RESET."""
+    if not net.norms:
+        return None
+    each = [statistics_of(net, edge.trunk) for edge in edges]
+    depths = {layer.name: layer.depth for layer in net.layers}
+    return {
+        "norms": [norm.name for norm in net.norms],
+        "depth": [depths.get(norm.layer) for norm in net.norms],
+        "main": [norm.layer is None or net.layer(norm.layer).main for norm in net.norms],
+        "before": statistics_of(net, networks["matched"].trunk),
+        "after": statistics_of(net, networks["reset"].trunk),
+        "edge models": {key: np.mean([e[key] for e in each], axis=0).tolist() for key in each[0]},
+    }
+
+
+# ------------------------------------------------------------------------------ record and figure
+
+
+def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measures everything; returns the record."""
+    if args.preset == "paper" and not args.retrain:
+        raise _common.UserError("no models of --preset paper are shipped: give --retrain, too.")
+    watch = _common.Stopwatch()
+    with watch("data"):
+        dataset = cifar_pfm.load(args, train=args.statistics, test=args.samples)
+    arch = cifar_pfm.architecture(args, dataset)
+    with watch("trace"):
+        net = cifar_pfm.trace(arch, dataset)
+    with watch("training" if args.retrain else "checkpoints"):
+        find = cifar_pfm.trained if args.retrain else cifar_pfm.shipped
+        folders = find(args, arch, 2)
+        cards = [checkpoint.card(folder) for folder in folders]
+        trees = [checkpoint.load(folder) for folder in folders]
+    statistics = dataset.batches("train", batch_size=cifar_pfm.BATCH, samples=args.statistics)
+    test = dataset.batches("test", batch_size=cifar_pfm.BATCH, samples=args.samples)
+    # At the midpoint.
+    options = argparse.Namespace(match=args.match, alpha=0.5)
+    pair = cifar_pfm.Pair(net, trees, options, statistics, test, watch)
+    with watch("midpoints"):
+        networks = midpoints(pair)
+        edges = [merge.as_merged(net, tree) for tree in pair.aligned]
+    with watch("features"):
+        curves = curves_of(net, networks, edges, _common.Watched(test, "features"))
+    with watch("accuracies"):
+        for name, network in (dict(zip(EDGES, edges, strict=True)) | networks).items():
+            curves[name] |= pair.evaluate(network, test, name)
+    layers = main_layers(net)
+    record: dict[str, Any] = {
+        "experiment": "vanishing_feature",
+        "command": command,
+        "config": vars(args) | {"model": arch.name, "width": arch.width},
+        "data": {
+            "name": dataset.name,
+            "source": dataset.source.split(" in ")[0],
+            "fallback": dataset.fallback,
+            "statistics_images": len(statistics.images),
+            "test_images": len(test.images),
+            "batch_size": cifar_pfm.BATCH,
+            "augmented": False,
+        },
+        "model": {
+            "name": arch.name,
+            "width": arch.width,
+            "depth": net.depth,
+            "parameters": net.parameters,
+        },
+        "edge_models": [
+            {"checkpoint": folder.name, "seed": card["seed"], "command": card["command"]}
+            for folder, card in zip(folders, cards, strict=True)
+        ],
+        "seeds": {"edge_models": [card["seed"] for card in cards], "matching": 0},
+        "matching": pair.match,
+        "layers": [layer.name for layer in layers],
+        "depth": [layer.depth for layer in layers],
+        "relative_depth": [k / POINTS for k in range(1, POINTS + 1)],
+        "gamma": GAMMA,
+        "removed": None if net.norms else min(REMOVED, net.depth),
+        "networks": curves,
+        "reset": resets_of(net, networks, edges),
+    }
+    record["title"] = title_of(record)
+    record["seconds"] = watch.record()
+    return record | _common.environment()
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """Data, models, matching, images."""
+    config, source = record["config"], record["data"]
+    label = _common.dataset_label(source, "cifar10")
+    width = config["width"]
+    name = config["model"] + ("" if width == 1 else f" at {width:g} of the width")
+    return (
+        f"{label}: {name}, midpoints, {config['match']} matching, "
+        f"{source['test_images']:,} test images"
+    )
+
+
+def label_of(name: str) -> str:
+    """A network's name in legends and tables."""
+    return LABELS.get(name, name)
+
+
+def figure_of(record: dict[str, Any]) -> Any:
+    """Bounds without and with PFM, logits, and what decides them or the norms' statistics."""
+    networks, depth = record["networks"], record["model"]["depth"]
+    merged = [name for name in networks if name not in EDGES]
+    plain = [name for name in merged if not name.startswith("PFM")]
+    kept = ["matched", *(name for name in merged if name.startswith("PFM"))]
+    colours = {name: k for k, name in enumerate(plain)}
+
+    def bounds(names: Sequence[str]) -> dict[str, plot.Curve]:
+        return {
+            label_of(name): plot.Curve(
+                record["relative_depth"],
+                networks[name]["resampled"]["tight"],
+                colour=colours[name] if names is plain else k,
+            )
+            for k, name in enumerate(names)
+        }
+
+    x, y = "relative depth, layer / L", "f(x) - f(0), ratio to edge models, bounded above"
+    row = [
+        plot.Panel(f"features, L = {depth}", x, y, bounds(plain), log=True),
+        plot.Panel("first l layers kept apart (matched)", x, y, bounds(kept), log=True),
+        plot.Panel(
+            "output logits",
+            "class",
+            "logit (mean and std over test images)",
+            logits(networks),
+        ),
+    ]
+    if record["reset"] is None:
+        share = {
+            label_of(name): plot.Curve(
+                [d / depth for d in record["depth"]],
+                np.divide(networks[name]["feature"], networks[name]["offset"]).tolist(),
+                colour=colours.get(name, 6),
+                dashed=name in EDGES,
+            )
+            for name in [EDGES[0], *plain]
+        }
+        y = "norm of f(x) - f(0) / norm of f(0)"
+        row.append(plot.Panel("feature over offset", x, y, share, log=True))
+    else:
+        row.append(reset_panel(record))
+    return plot.panels(row, title=record["title"])
+
+
+def logits(networks: Mapping[str, Any]) -> dict[str, plot.Curve]:
+    """Mean logits of some networks, and of the direct midpoint also those at the mean image."""
+    last = "reset" if "reset" in networks else "rescale"
+    curves = {}
+    names = [EDGES[0], "direct", "matched", last]
+    for k, name in enumerate(names):
+        found = networks[name]["logits"]
+        classes = np.arange(len(found["mean"])) + 0.12 * (k - 1.5)
+        curves[label_of(name)] = plot.Curve(
+            classes, found["mean"], error=found["std"], colour=(6, 0, 1, 3)[k], dashed=k == 0
+        )
+    zero = networks["direct"]["logits"]["at_zero"]
+    curves["direct, at 0"] = plot.Curve(np.arange(len(zero)), zero, colour=4, dashed=True)
+    return curves
+
+
+def reset_panel(record: dict[str, Any]) -> plot.Panel:
+    """Stored statistics of the norms along the main path."""
+    found, curves = record["reset"], {}
+    places = [k for k, main in enumerate(found["main"]) if main]
+    x = [found["depth"][k] / record["model"]["depth"] for k in places]
+    names = {"before": "before RESET", "after": "after RESET", "edge models": "edge models"}
+    for colour, (name, label) in enumerate(names.items()):
+        for key, word in (("std", "std"), ("mean", "|mean|")):
+            values = [found[name][key][k] for k in places]
+            dashed = key == "mean"
+            curves[f"{word}, {label}"] = plot.Curve(x, values, colour=colour, dashed=dashed)
+    title = "stored statistics of norms (matched)"
+    y = "units of pre-activations, mean over channels"
+    return plot.Panel(title, "relative depth, layer / L", y, curves, log=True)
+
+
+def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: accuracy and features at half depth and at the output."""
+    header = ["network", "accuracy, %", "feature at L/2, ratio", "at L", "feature of logits"]
+    header += ["offset of logits", "spread of logits"]
+    rows = []
+    for name, found in record["networks"].items():
+        half = found["relative"][record["model"]["depth"] // 2 - 1]
+        numbers = [half, found["relative"][-1], found["feature"][-1], found["offset"][-1]]
+        numbers += [float(np.mean(found["logits"]["std"]))]
+        cells = [f"{number:.3g}" for number in numbers]
+        rows.append([label_of(name), _common.percent([found["accuracy"]]), *cells])
+    return header, rows
+
+
+def file_name(record: dict[str, Any]) -> str:
+    """Name of record and figure, without suffix: what was asked for and is not default."""
+    config = record["config"]
+    width = "" if config["width"] == 1 else f"-w{config['width']:g}"
+    parts = ["vanishing_feature", record["data"]["name"], config["model"] + width]
+    parts += [config["match"]] if config["match"] != "activation" else []
+    parts += [f"samples{config['samples']}"] if config["samples"] != SAMPLES else []
+    defaults = cifar_pfm.SAMPLES
+    parts += [f"statistics{config['statistics']}"] if config["statistics"] != defaults else []
+    parts += [config["preset"]] if config["preset"] != "cpu" else []
+    parts += ["retrained"] if config["retrain"] else []
+    return "-".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the experiment; returns the path of the record."""
+    p = parser()
+    args = p.parse_args(argv)
+    with _common.reported(p):
+        record = experiment(args, _common.command("vanishing_feature.py", argv))
+        path = _common.write_record(Path(args.out) / f"{file_name(record)}.json", record)
+        figure = plot.save(figure_of(record), path.with_suffix(".png"))
+    _common.print_table(record["title"], *table_of(record))
+    print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
+    return path
+
+
+if __name__ == "__main__":
+    main()
