@@ -5,6 +5,8 @@
     python experiments/cifar_pfm.py --model resnet20 --out experiments/results
     python experiments/linear_networks.py --out experiments/results
     python experiments/residual_linear.py --out experiments/results
+    python experiments/vanishing_feature.py --out experiments/results
+    python experiments/vanishing_feature.py --model resnet20 --out experiments/results
     python experiments/update_readme.py
 
 The paragraphs on what came out in the heads of the scripts are written, too. No number in those
@@ -28,6 +30,7 @@ import _common
 import cifar_pfm
 import linear_networks
 import residual_linear
+import vanishing_feature
 
 README = _common.ROOT / "README.md"
 RESULTS = _common.ROOT / "experiments" / "results"
@@ -37,11 +40,15 @@ TABLES = {
     "pairs": "cifar_pfm-cifar10-vgg16-w0.25-3pairs",
     "resnet20": "cifar_pfm-cifar10-resnet20-w0.5",
 }
-# Which record the head of a script tells of.
+# Which records the head of a script tells of, a paragraph each.
 HEADS = {
-    cifar_pfm: TABLES["vgg16"],
-    linear_networks: "linear_networks-mnist",
-    residual_linear: "residual_linear-mnist",
+    cifar_pfm: (TABLES["vgg16"],),
+    linear_networks: ("linear_networks-mnist",),
+    residual_linear: ("residual_linear-mnist",),
+    vanishing_feature: (
+        "vanishing_feature-cifar10-vgg16-w0.25",
+        "vanishing_feature-cifar10-resnet20-w0.5",
+    ),
 }
 # What the paper has to compare with, after what was measured here.
 PAPER = {
@@ -111,14 +118,17 @@ def outcome(script: ModuleType, record: dict[str, Any]) -> tuple[str, str]:
 
 
 def headed(text: str, script: ModuleType = cifar_pfm) -> str:
-    """The text of a script with the last paragraph of its head brought up to date."""
-    path = RESULTS / f"{HEADS[script]}.json"
-    if not path.exists():
+    """The text of a script with the last paragraphs of its head brought up to date."""
+    paths = [RESULTS / f"{name}.json" for name in HEADS[script]]
+    if not all(path.exists() for path in paths):
         return text
-    record = json.loads(path.read_text())
-    setting, found = outcome(script, record)
-    said = f"What came out here ({setting}, {_common.made_on(record)}): {found}"
-    paragraph = textwrap.fill(said, 100, break_on_hyphens=False) + "\n"
+    paragraphs = []
+    for path in paths:
+        record = json.loads(path.read_text())
+        setting, found = outcome(script, record)
+        said = f"What came out here ({setting}, {_common.made_on(record)}): {found}"
+        paragraphs.append(textwrap.fill(said, 100, break_on_hyphens=False) + "\n")
+    paragraph = "\n".join(paragraphs)
     new, count = re.subn(
         r'^What came out here.*?(?=^"""$)', lambda _: paragraph, text, count=1, flags=re.M | re.S
     )

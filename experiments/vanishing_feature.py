@@ -19,7 +19,8 @@ those on the same test images.
 
 What the paper found: in direct midpoints, with averaged running statistics if they have BatchNorm,
 features fade strongly with depth, so that logits hardly depend on the image and are close to f(0).
-Matching, REPAIR, RESCALE, bias removal and bias calibration all mitigate this. The more layers are
+Matching, REPAIR, RESCALE, bias removal and bias calibration all mitigate this; the last two are
+judged by features against offsets, for they scale down or remove offsets alone. The more layers are
 kept apart the less features vanish; those kept apart are whole. RESET lowers the running standard
 deviations of VGG16-BN a lot and leaves the running means about the same, which amplifies features.
 
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import _common
+import _linear
 import cifar_pfm
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,7 @@ GAMMA = 1.4
 POINTS = 20
 # How many of the last layers lose their biases: the paper's figure for VGG16 is 5 to 6.
 REMOVED = 5
+DEPTH = "relative depth (layer / L)"
 EDGES = ("model 1", "model 2")
 LABELS = cifar_pfm.LABELS | {"bias_removal": f"last {REMOVED} biases removed"}
 
@@ -299,46 +302,40 @@ def figure_of(record: dict[str, Any]) -> Any:
     """Bounds without and with PFM, logits, and what decides them or the norms' statistics."""
     networks, depth = record["networks"], record["model"]["depth"]
     merged = [name for name in networks if name not in EDGES]
-    plain = [name for name in merged if not name.startswith("PFM")]
-    kept = ["matched", *(name for name in merged if name.startswith("PFM"))]
-    colours = {name: k for k, name in enumerate(plain)}
+    plain = {name: k for k, name in enumerate(n for n in merged if not n.startswith("PFM"))}
+    kept = {name: k for k, name in enumerate((n for n in merged if n.startswith("PFM")), 2)}
 
-    def bounds(names: Sequence[str]) -> dict[str, plot.Curve]:
+    def bounds(colours: Mapping[str, int]) -> dict[str, plot.Curve]:
         return {
             label_of(name): plot.Curve(
-                record["relative_depth"],
-                networks[name]["resampled"]["tight"],
-                colour=colours[name] if names is plain else k,
+                record["relative_depth"], networks[name]["resampled"]["tight"], colour=colour
             )
-            for k, name in enumerate(names)
+            for name, colour in colours.items()
         }
 
-    x, y = "relative depth, layer / L", "f(x) - f(0), ratio to edge models, bounded above"
+    # Matching has one colour in both.
+    kept = {"matched": plain["matched"]} | kept
+    y = "norm of f(x) - f(0), ratio to edge models"
     row = [
-        plot.Panel(f"features, L = {depth}", x, y, bounds(plain), log=True),
-        plot.Panel("first l layers kept apart (matched)", x, y, bounds(kept), log=True),
-        plot.Panel(
-            "output logits",
-            "class",
-            "logit (mean and std over test images)",
-            logits(networks),
-        ),
+        plot.Panel(f"upper bounds of features, L = {depth}", DEPTH, y, bounds(plain), log=True),
+        plot.Panel("with the first l layers kept apart", DEPTH, y, bounds(kept), log=True),
+        plot.Panel("logits", "class", "logit (mean, std over images)", logits(networks)),
     ]
     if record["reset"] is None:
         share = {
             label_of(name): plot.Curve(
                 [d / depth for d in record["depth"]],
                 np.divide(networks[name]["feature"], networks[name]["offset"]).tolist(),
-                colour=colours.get(name, 6),
+                colour=colour,
                 dashed=name in EDGES,
             )
-            for name in [EDGES[0], *plain]
+            for name, colour in ({EDGES[0]: 6} | plain).items()
         }
         y = "norm of f(x) - f(0) / norm of f(0)"
-        row.append(plot.Panel("feature over offset", x, y, share, log=True))
+        row.append(plot.Panel("features against offsets", DEPTH, y, share, log=True))
     else:
         row.append(reset_panel(record))
-    return plot.panels(row, title=record["title"])
+    return plot.panels(row, title=record["title"], columns=2)
 
 
 def logits(networks: Mapping[str, Any]) -> dict[str, plot.Curve]:
@@ -368,9 +365,103 @@ def reset_panel(record: dict[str, Any]) -> plot.Panel:
             values = [found[name][key][k] for k in places]
             dashed = key == "mean"
             curves[f"{word}, {label}"] = plot.Curve(x, values, colour=colour, dashed=dashed)
-    title = "stored statistics of norms (matched)"
-    y = "units of pre-activations, mean over channels"
-    return plot.Panel(title, "relative depth, layer / L", y, curves, log=True)
+    title = "stored statistics of norms, midpoint matched"
+    y = "pre-activation, mean over channels"
+    return plot.Panel(title, DEPTH, y, curves, log=True)
+
+
+def claims_of(record: dict[str, Any]) -> list[tuple[bool, str]]:
+    """Each claim of the paper: whether it holds here, and what was measured."""
+    networks = record["networks"]
+    left = {name: np.array(found["relative"]) for name, found in networks.items()}
+    share = {name: found["feature"][-1] / found["offset"][-1] for name, found in networks.items()}
+    spreads = {name: np.mean(found["logits"]["std"]) for name, found in networks.items()}
+    direct, matched = left["direct"], float(left["matched"][-1])
+    found = {key: np.array(value) for key, value in networks["direct"]["logits"].items()}
+    varies = float(spreads["direct"] / np.mean([spreads[name] for name in EDGES]))
+    away = float(
+        np.linalg.norm(found["mean"] - found["at_zero"]) / np.linalg.norm(found["at_zero"])
+    )
+    claims = [
+        (
+            bool(direct[-1] < 0.1 * direct[0]),
+            f"features of the direct midpoint are {direct[0]:.2g} times the edge models' at layer "
+            f"1 and {direct[-1]:.2g} times at layer {len(direct)}",
+        ),
+        (
+            varies < 0.1 and away < 0.25,
+            f"its logits vary over images {varies:.2g} times as much as theirs, and their mean is "
+            f"{100 * away:.2g}% of the norm of f(0) away from f(0)",
+        ),
+        (matched > direct[-1], f"matched, features end at {matched:.2g} times"),
+    ]
+    for name in ("repair", "rescale", "reset"):
+        if name in networks:
+            end = float(left[name][-1])
+            claims.append((end > matched, f"with {LABELS[name]} at {end:.2g} times"))
+    for name in ("bias_calibration", "bias_removal"):
+        if name in networks:
+            end = float(left[name][-1])
+            than = "above" if end > matched else "below"
+            text = (
+                f"with {LABELS[name]} features end at {share[name]:.2g} times the offset (matched: "
+                f"{share['matched']:.2g}), and themselves at {end:.2g} times, {than} matched"
+            )
+            claims.append((share[name] > share["matched"], text))
+    return claims + pfm_claims(record) + reset_claims(record)
+
+
+def pfm_claims(record: dict[str, Any]) -> list[tuple[bool, str]]:
+    """That features vanish less the more layers are kept apart."""
+    depth, ends, whole = record["model"]["depth"], {0: record["networks"]["matched"]}, True
+    for name, found in record["networks"].items():
+        if name.startswith("PFM"):
+            number = int(name.removeprefix("PFM ").partition("/")[0])
+            ends[number] = found
+            whole &= bool(np.allclose(found["relative"][: number - 1], 1, atol=1e-3))
+    values = [found["relative"][-1] for found in ends.values()]
+    words = [f"{value:.2g}" for value in values]
+    return [
+        (
+            whole and values == sorted(values),
+            f"matched with the first {_common.joined([str(n) for n in ends])} of {depth} layers "
+            f"kept apart, features end at {_common.joined(words)} times, not renormalised",
+        )
+    ]
+
+
+def reset_claims(record: dict[str, Any]) -> list[tuple[bool, str]]:
+    """That RESET makes stored standard deviations smaller and leaves means."""
+    if record["reset"] is None:
+        return []
+    found = record["reset"]
+    ratios = {key: np.divide(found["after"][key], found["before"][key]) for key in ("std", "mean")}
+    typical = {key: float(np.exp(np.log(value).mean())) for key, value in ratios.items()}
+    std, mean = typical["std"], typical["mean"]
+    return [
+        (
+            std < 0.7,
+            f"RESET takes stored standard deviations to {std:.2g} times (geometric mean over "
+            f"norms; {ratios['std'].min():.2g} to {ratios['std'].max():.2g})",
+        ),
+        (
+            0.8 < mean < 1.25,
+            f"it takes stored means to {mean:.2g} times, in magnitude ({ratios['mean'].min():.2g} "
+            f"to {ratios['mean'].max():.2g})",
+        ),
+    ]
+
+
+def findings(record: dict[str, Any]) -> str:
+    """What came out, in sentences, and whether the paper has it so."""
+    networks = record["networks"]
+    rows = {name: _common.percent([found["accuracy"]]) for name, found in networks.items()}
+    merged = [f"{label_of(name)} {rows[name]}" for name in rows if name not in EDGES]
+    edges = _common.joined([rows[name] for name in EDGES])
+    return (
+        f"Edge models of {edges}, midpoints {_common.joined(merged)}. "
+        f"{_linear.sentences(claims_of(record))}"
+    )
 
 
 def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -410,6 +501,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         path = _common.write_record(Path(args.out) / f"{file_name(record)}.json", record)
         figure = plot.save(figure_of(record), path.with_suffix(".png"))
     _common.print_table(record["title"], *table_of(record))
+    print(findings(record))
     print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
     return path
 

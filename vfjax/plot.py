@@ -151,19 +151,20 @@ class Panel:
     y_limits: tuple[float, float] | None = None
 
 
-def panels(row: Sequence[Panel], *, title: str = "") -> Figure:
+def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None) -> Figure:
     """Draws panels of curves side by side.
 
     Args:
         row: The panels, from left to right.
         title: Title of the figure.
+        columns: How many stand side by side, before the next row begins; None for all.
 
     Returns:
         The figure; `save` writes it.
 
     Raises:
-        ValueError: If there is no panel, a panel has no curve, or the arrays of a curve are not
-            equally long.
+        ValueError: If there is no panel, a panel has no curve, the arrays of a curve are not
+            equally long, or `columns` is below one.
 
     Example:
         >>> curve = Curve([1, 2], [3.0, 0.5], error=[0.1, 0.1])
@@ -183,11 +184,15 @@ def panels(row: Sequence[Panel], *, title: str = "") -> Figure:
                     f"x, y and error of the curve {name!r} must be equally long, got lengths "
                     f"{sorted(sizes)}."
                 )
+    columns = len(row) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns must be one or more, got {columns}.")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5 * len(row), 6.6), layout="constrained")
+    rows = -(-len(row) // columns)
+    figure = Figure(figsize=(6.5 * columns, 6.6 * rows), layout="constrained")
     for place, panel in enumerate(row, start=1):
-        axes = figure.add_subplot(1, len(row), place)
+        axes = figure.add_subplot(rows, columns, place)
         for name, curve in panel.curves.items():
             shape = _MARKERS[curve.colour % len(_MARKERS)]
             axes.errorbar(
