@@ -131,14 +131,18 @@ def test_table_and_figure_show_the_record(digits, capsys):
 # -------------------------------------------------------------------------- the committed record
 
 
-@pytest.fixture(scope="module")
-def cifar10():
-    """The record of the shipped VGG16 pair, and its accuracies by column and layers."""
-    path = EXPERIMENTS / "results" / "cifar_pfm-cifar10-vgg16-w0.25.json"
-    record = json.loads(path.read_text())
+def committed(name):
+    """A record in the repository, and its accuracies by column and layers."""
+    record = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
     merged = [row for row in record["rows"] if row["layers"] is not None]
     cells = {c: {r["layers"]: r["cells"][c]["mean"] for r in merged} for c in record["columns"]}
     return record, cells
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    """The shipped VGG16 pair."""
+    return committed("cifar_pfm-cifar10-vgg16-w0.25")
 
 
 def test_cifar10_record_is_of_the_default_run(cifar10):
@@ -172,6 +176,28 @@ def test_merged_models_reach_the_edge_models_below_two_of_them(cifar10):
         if all(edge <= cells[column][layers] <= ensemble + 0.01 for column in ("repair", "rescale"))
     ]
     assert reached and min(reached) < record["model"]["depth"]
+
+
+def test_all_pairs_show_the_same():
+    record, cells = committed("cifar_pfm-cifar10-vgg16-w0.25-3pairs")
+    assert len(record["pairs"]) == 3 and record["summary"] == pfm.summary_of(record)
+    assert cells["direct"][0] == pytest.approx(0.1, abs=0.01)
+    for column in ("repair", "rescale"):
+        assert cells[column][0] >= cells["matched"][0] + 0.3
+        assert cells[column][12] >= record["summary"]["edge_mean"]
+
+
+def test_batchnorm_models_need_reset():
+    """Averaged statistics leave even matched networks at chance; RESET gives tens of points."""
+    record, cells = committed("cifar_pfm-cifar10-resnet20-w0.5")
+    assert record["columns"] == ["direct", "matched", "reset"] and record[
+        "summary"
+    ] == pfm.summary_of(record)
+    assert list(cells["reset"]) == [0, 6, 10, 13, 19] and record["model"]["depth"] == 20
+    assert cells["direct"][0] == pytest.approx(0.1, abs=0.02)
+    assert cells["reset"][0] >= cells["matched"][0] + 0.3
+    values = list(cells["reset"].values())
+    assert values == sorted(values) and values[-1] >= record["summary"]["edge_mean"]
 
 
 def test_head_says_what_came_out(cifar10):
