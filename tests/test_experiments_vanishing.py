@@ -25,8 +25,8 @@ RECORDS = {
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vanishing")
-    options = ["--samples", "100", "--statistics", "300", "--out", str(folder)]
-    path = vanishing.main(["--dataset", "digits", *options])
+    options = ["--model", "digits-mlp", "--samples", "100", "--statistics", "300"]
+    path = vanishing.main(["--dataset", "digits", *options, "--out", str(folder)])
     return path, json.loads(path.read_text())
 
 
@@ -45,7 +45,7 @@ def ends(record):
 
 def test_record_is_complete(digits):
     path, record = digits
-    assert path.name == "vanishing_feature-digits-digits-conv-samples100-statistics300.json"
+    assert path.name == "vanishing_feature-digits-digits-mlp-samples100-statistics300.json"
     assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
     assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".png"]
     assert record["experiment"] == "vanishing_feature"
@@ -57,17 +57,17 @@ def test_record_is_complete(digits):
     stages = {"data", "trace", "checkpoints", "matching", "midpoints", "features", "accuracies"}
     assert stages | {"total"} <= set(record["seconds"])
     assert {"python", "vfjax", "jax", "numpy"} <= set(record["versions"])
-    assert record["title"].startswith("scikit-learn's 8x8 digits: digits-conv")
+    assert record["title"].startswith("scikit-learn's 8x8 digits: digits-mlp")
 
 
 def test_numbers_of_every_network(digits):
     _, record = digits
-    kept = [f"PFM {layers}/7" for layers in (2, 3, 4, 6)]
+    kept = [f"PFM {layers}/6" for layers in (1, 3, 5)]
     assert list(record["networks"]) == ["model 1", "model 2", *MERGED, *kept]
-    assert record["depth"] == list(range(1, 8)) and len(record["layers"]) == 7
+    assert record["depth"] == list(range(1, 7)) and len(record["layers"]) == 6
     for found in record["networks"].values():
         for key in ("feature", "feature_std", "offset", "relative", "bound", "smoothed"):
-            assert len(found[key]) == 7
+            assert len(found[key]) == 6
         assert {key: len(row) for key, row in found["resampled"].items()} == {
             "tight": 20,
             "smoothed": 20,
@@ -96,18 +96,19 @@ def test_what_the_paper_found(digits):
     """Averaging makes features vanish; everything that is said to help does."""
     _, record = digits
     end = ends(record)
-    assert end["direct"] < 0.02 and end["direct"] < end["matched"] < 0.2
+    assert end["direct"] < 0.1 and 5 * end["direct"] < end["matched"] < 0.6
     for name in MERGED[2:4]:
-        assert end[name] > 3 * end["matched"]
+        assert end[name] > 1.5 * end["matched"]
     share = {n: v["feature"][-1] / v["offset"][-1] for n, v in record["networks"].items()}
     for name in MERGED[4:]:
-        assert share[name] > 10 * share["matched"]
-    # Layers that are kept apart are whole, and more of them keep more.
-    for layers in (2, 3, 4, 6):
-        found = record["networks"][f"PFM {layers}/7"]
+        assert share[name] > 5 * share["matched"]
+    # Layers that are kept apart are whole, and more of them keep more, but for the first alone:
+    # all networks see the same input.
+    for layers in (1, 3, 5):
+        found = record["networks"][f"PFM {layers}/6"]
         np.testing.assert_allclose(found["relative"][: layers - 1], 1, rtol=1e-5)
-    kept = [end["matched"], *(end[f"PFM {layers}/7"] for layers in (2, 3, 4, 6))]
-    assert kept == sorted(kept)
+    assert end["PFM 1/6"] == pytest.approx(end["matched"], rel=1e-5)
+    assert 1.2 * end["PFM 1/6"] < end["PFM 3/6"] < end["PFM 5/6"] < 1
 
 
 def test_table_has_every_network(digits, capsys):
@@ -127,7 +128,7 @@ def test_sentences_follow_the_record(digits):
     assert all(holds for holds, _ in vanishing.claims_of(record))
     assert "Unlike" not in vanishing.findings(record)
     networks = record["networks"]
-    networks["direct"], networks["PFM 6/7"] = networks["PFM 6/7"], networks["direct"]
+    networks["direct"], networks["PFM 5/6"] = networks["PFM 5/6"], networks["direct"]
     claims = vanishing.claims_of(record)
     assert [holds for holds, _ in claims][:3] == [False] * 3 and not claims[-1][0]
     assert "Unlike the paper: features of the direct midpoint" in vanishing.findings(record)
