@@ -138,6 +138,24 @@ def headed(text: str, script: ModuleType = cifar_pfm) -> str:
     return new
 
 
+def diagnosis() -> str:
+    """The Markdown of the records of the other experiments, a paragraph and a figure each."""
+    parts = []
+    for script in HEADS:
+        if script is cifar_pfm:
+            continue
+        for name in HEADS[script]:
+            path = RESULTS / f"{name}.json"
+            if not path.exists():
+                continue
+            record = json.loads(path.read_text())
+            setting, found = outcome(script, record)
+            how = f"`{record['command']}`, {_common.made_on(record)}"
+            parts.append(f"**{setting}** ({how}). {found}")
+            parts.append(f"![{record['title']}](experiments/results/{name}.png)")
+    return "\n" + "\n\n".join(parts) + "\n" if parts else WAITING
+
+
 def benchmarks() -> str:
     """The Markdown of the benchmarks' records."""
     lines = []
@@ -161,6 +179,7 @@ def filled(text: str) -> str:
     """The README's text with all generated parts brought up to date."""
     for marker, name in TABLES.items():
         text = _common.fill(text, marker, table(marker, name))
+    text = _common.fill(text, "diagnosis", diagnosis())
     return _common.fill(text, "benchmarks", benchmarks())
 
 

@@ -30,8 +30,8 @@ class Yours(nn.Module):
         return nn.Dense(4)(x)
 
 
-def test_the_example_merges_a_flax_model():
-    (example,) = code("python")
+def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
+    example, look = code("python")
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) == 10
     model = Yours()
@@ -45,6 +45,10 @@ def test_the_example_merges_a_flax_model():
     np.testing.assert_allclose(
         model.apply(names["b"], batches[0]), model.apply(b, batches[0]), rtol=1e-4, atol=1e-5
     )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(look, "README.md", "exec"), names)
+    assert names["report"].advice
+    assert "<img" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_commands_are_as_promised():
