@@ -159,11 +159,16 @@ def midpoints(pair: cifar_pfm.Pair) -> dict[str, merge.Merged]:
     for column in cifar_pfm.columns_of(net, pair.match["method"])[1:]:
         found[column] = pair.renormalised(column, matched, pair.statistics)
     if not net.norms:
-        found["bias_removal"] = renorm.remove_bias(net, matched, last=min(REMOVED, net.depth))
+        found["bias_removal"] = renorm.remove_bias(net, matched, last=removed(net))
     for number in cifar_pfm.default_layers(net.depth):
         if number:
             found[f"PFM {number}/{net.depth}"] = pair.merged(number, aligned=True)
     return found
+
+
+def removed(net: vfjax.Network) -> int:
+    """How many layers lose their biases: the first keeps its own in any network."""
+    return min(REMOVED, net.depth - 1)
 
 
 def main_layers(net: vfjax.Network) -> list[vfjax.Layer]:
@@ -296,7 +301,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "depth": [layer.depth for layer in layers],
         "relative_depth": [k / POINTS for k in range(1, POINTS + 1)],
         "gamma": GAMMA,
-        "removed": None if net.norms else min(REMOVED, net.depth),
+        "removed": None if net.norms else removed(net),
         "networks": curves,
         "reset": resets_of(net, networks, edges),
     }
@@ -320,6 +325,17 @@ def title_of(record: dict[str, Any]) -> str:
 def label_of(name: str) -> str:
     """A network's name in legends and tables."""
     return LABELS.get(name, name)
+
+
+def against_offset(found: Mapping[str, Any]) -> list[float]:
+    """Features over offsets, by layer; infinite where there is no offset.
+
+    Example:
+      >>> against_offset({"feature": [1.0, 1.0], "offset": [2.0, 0.0]})
+      [0.5, inf]
+    """
+    pairs = zip(found["feature"], found["offset"], strict=True)
+    return [feature / offset if offset else float("inf") for feature, offset in pairs]
 
 
 def figure_of(record: dict[str, Any]) -> Any:
@@ -349,7 +365,7 @@ def figure_of(record: dict[str, Any]) -> Any:
         share = {
             label_of(name): plot.Curve(
                 [d / depth for d in record["depth"]],
-                np.divide(networks[name]["feature"], networks[name]["offset"]).tolist(),
+                against_offset(networks[name]),
                 colour=colour,
                 dashed=name in EDGES,
             )
@@ -381,7 +397,7 @@ def logits(networks: Mapping[str, Any]) -> dict[str, plot.Curve]:
 def reset_panel(record: dict[str, Any]) -> plot.Panel:
     """Stored statistics of the norms along the main path."""
     found, curves = record["reset"], {}
-    places = [k for k, main in enumerate(found["main"]) if main]
+    places = [k for k, main in enumerate(found["main"]) if main and found["depth"][k] is not None]
     x = [found["depth"][k] / record["model"]["depth"] for k in places]
     for colour, (name, label) in enumerate(
         {"before": "before RESET", "after": "after RESET"}.items()
@@ -399,7 +415,7 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool, str]]:
     """Each claim of the paper: whether it holds here, and what was measured."""
     networks = record["networks"]
     left = {name: np.array(found["relative"]) for name, found in networks.items()}
-    share = {name: found["feature"][-1] / found["offset"][-1] for name, found in networks.items()}
+    share = {name: against_offset(found)[-1] for name, found in networks.items()}
     spreads = {name: np.mean(found["logits"]["std"]) for name, found in networks.items()}
     direct, matched = left["direct"], float(left["matched"][-1])
     found = {key: np.array(value) for key, value in networks["direct"]["logits"].items()}

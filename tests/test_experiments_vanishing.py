@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import json
 import sys
@@ -191,3 +192,8 @@ def test_bad_options(arguments, message, capsys, tmp_path):
     error = " ".join(capsys.readouterr().err.split())
     assert message in error and "--pairs" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_examples_in_docstrings():
+    found = doctest.testmod(vanishing)
+    assert found.attempted and not found.failed

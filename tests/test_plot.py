@@ -90,6 +90,15 @@ def test_panels_stand_side_by_side():
     assert bars == [True, False]
 
 
+def test_panels_in_several_rows():
+    figure = plot.panels([panel() for _ in range(3)], columns=2)
+    assert [axes.get_subplotspec().get_geometry()[:2] for axes in figure.axes] == [(2, 2)] * 3
+    wide = plot.panels([panel() for _ in range(3)])
+    assert figure.get_figwidth() < wide.get_figwidth()
+    with pytest.raises(ValueError, match="columns must be one or more, got 0"):
+        plot.panels([panel()], columns=0)
+
+
 @pytest.mark.parametrize("top", [5.0, 5e5])
 def test_logarithmic_axes_have_numbers(top):
     curves = {"a": plot.Curve([1, 2], [1.5, top])}
