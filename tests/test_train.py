@@ -353,6 +353,15 @@ def test_evaluation_against_numpy(labelled):
     assert found.loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_network_with_nan_has_no_accuracy(bad):
+    data = [(jnp.eye(3), jnp.zeros(3, int))]
+    with pytest.raises(ValueError, match="params holds 1 NaN or infinite value at 'w'"):
+        train.evaluate(lambda p, x: x @ p["w"], {"w": jnp.eye(3).at[0, 0].set(bad)}, data)
+    with pytest.raises(TypeError, match=r"eqx\.partition"):
+        train.evaluate(lambda p, x: x @ p["w"], {"w": jnp.eye(3), "act": jax.nn.relu}, data)
+
+
 def test_evaluation_compiles_once_per_shape(labelled):
     params, x, label = labelled
     batches = [(x[:8], label[:8]), (x[8:16], label[8:16])]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vfjax._batches import labelled
 from vfjax._route import routed
+from vfjax._tree import check_finite, flatten_named
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -83,8 +84,9 @@ def evaluate(
         The `Evaluation`.
 
     Raises:
-        TypeError: If `data` is no iterable, a batch is no pair, or its labels are not integers.
-        ValueError: If `data` is empty or exhausted, a batch has not one label per input or a label
+        TypeError: If `data` is no iterable, a batch is no pair, or its labels are not integers; or
+            if a leaf of `params` is a function.
+        ValueError: If `params` hold NaN or infinity, `data` is empty or exhausted, a batch has not one label per input or a label
             that is none of the classes, or `fn` returns no logits ``[n, classes]``.
 
     Example:
@@ -92,6 +94,7 @@ def evaluate(
         >>> evaluate(lambda scale, x: scale * x, 50.0, data).accuracy
         0.75
     """
+    check_finite(flatten_named(params, name="params")[0], name="params")
     sums = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     count, total = 0, operator.length_hint(data) or None
     bar = tqdm(labelled(data), "evaluating", total, delay=2, leave=False, disable=not progress)
