@@ -2,6 +2,7 @@
 
     python experiments/cifar_pfm.py --out experiments/results
     python experiments/cifar_pfm.py --pairs 3 --out experiments/results
+    python experiments/cifar_pfm.py --layers 12 13 --out experiments/results
     python experiments/cifar_pfm.py --model resnet20 --out experiments/results
     python experiments/linear_networks.py --out experiments/results
     python experiments/residual_linear.py --out experiments/results
@@ -38,6 +39,7 @@ RESULTS = _common.ROOT / "experiments" / "results"
 TABLES = {
     "vgg16": "cifar_pfm-cifar10-vgg16-w0.25",
     "pairs": "cifar_pfm-cifar10-vgg16-w0.25-3pairs",
+    "late": "cifar_pfm-cifar10-vgg16-w0.25-layers12+13",
     "resnet20": "cifar_pfm-cifar10-resnet20-w0.5",
 }
 # Which records the head of a script tells of, a paragraph each.
@@ -54,6 +56,7 @@ HEADS = {
 PAPER = {
     "vgg16": "In the paper, at full width, RESCALE gives 84.7 at l = 0 and reaches it at l = 8.",
     "pairs": "",
+    "late": "",
     "resnet20": "In the paper, at full width, RESET gives 64.1 at l = 0.",
 }
 BENCHMARKS = ("routing", "passes", "tracing")

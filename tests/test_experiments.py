@@ -187,6 +187,12 @@ def test_all_pairs_show_the_same():
         assert cells[column][12] >= record["summary"]["edge_mean"]
 
 
+def test_bias_calibration_reaches_the_edge_models_last():
+    record, cells = committed("cifar_pfm-cifar10-vgg16-w0.25-layers12+13")
+    assert record["summary"]["reaches_edges_at"]["bias_calibration"] == 13
+    assert all(cells[column][13] >= record["summary"]["edge_mean"] for column in PLAIN)
+
+
 def test_batchnorm_models_need_reset():
     """Averaged statistics leave even matched networks at chance; RESET gives tens of points."""
     record, cells = committed("cifar_pfm-cifar10-resnet20-w0.5")

@@ -86,8 +86,9 @@ def evaluate(
     Raises:
         TypeError: If `data` is no iterable, a batch is no pair, or its labels are not integers; or
             if a leaf of `params` is a function.
-        ValueError: If `params` hold NaN or infinity, `data` is empty or exhausted, a batch has not one label per input or a label
-            that is none of the classes, or `fn` returns no logits ``[n, classes]``.
+        ValueError: If `params` hold NaN or infinity, `data` is empty or exhausted, a batch has not
+            one label per input or a label that is none of the classes, or `fn` returns no logits
+            ``[n, classes]``.
 
     Example:
         >>> data = [(jnp.eye(3), jnp.arange(3)), (jnp.eye(3)[:1], jnp.array([2]))]
