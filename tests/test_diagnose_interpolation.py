@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import _evaluate, align, merge, renorm, stats, train
-from vfjax.diagnose import Interpolation, _kept, barrier, interpolation
+from vfjax import _batches, _evaluate, align, merge, renorm, stats, train
+from vfjax.diagnose import Interpolation, barrier, interpolation
 
 # Averages of float32 leaves inside and outside of a compiled call: products and sums may be fused.
 ROUNDING = 1e-5
@@ -345,7 +345,7 @@ def test_data_is_read_once(plain, monkeypatch):
     expected = plain(alphas=3, renormalise="rescale", data=plain.data)
     np.testing.assert_array_equal(found.loss, expected.loss)
     # What does not fit is read anew each time.
-    monkeypatch.setattr(_kept, "_KEEP_BYTES", 100)
+    monkeypatch.setattr(_batches, "_KEEP_BYTES", 100)
     found = plain(alphas=3, renormalise="rescale", data=plain.data)
     np.testing.assert_array_equal(found.loss, expected.loss)
     with pytest.raises(ValueError, match="exhausted"):

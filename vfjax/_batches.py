@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["batch_size", "batches", "check_finite_means", "labelled"]
+__all__ = ["batch_size", "batches", "check_finite_means", "keep", "labelled"]
 
 Array = jax.Array
 PyTree = Any
+
+# What is kept, at most, in bytes: 10,000 images of CIFAR take an eighth of it.
+_KEEP_BYTES = 1 << 30
 
 
 def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterator[PyTree]:
@@ -215,6 +218,31 @@ def _is_pair(x: Any, label: Any) -> bool:
         return _as_array(x).ndim != label.ndim
     except (TypeError, ValueError):  # no arrays
         return False
+
+
+def keep(items: Iterable[Any], again: Iterable[Any]) -> Iterable[Any]:
+    """Reads items once and keeps their arrays on the device, unless they are too large for that.
+
+    Args:
+        items: Pytrees of arrays, checked already.
+        again: What to read from next time if they are too large.
+
+    Returns:
+        A list of the items, or `again`.
+
+    Example:
+        >>> import numpy as np
+        >>> kept = keep((np.ones(2) for _ in range(3)), again=())
+        >>> len(kept), isinstance(kept[0], jax.Array)
+        (3, True)
+    """
+    kept, size = [], 0
+    for item in items:
+        kept.append(jax.tree.map(jnp.asarray, item))
+        size += sum(leaf.nbytes for leaf in jax.tree.leaves(kept[-1]))
+        if size > _KEEP_BYTES:
+            return again
+    return kept
 
 
 def check_finite_means(means: Mapping[str, Any], *, name: str = "data") -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _tree
-from vfjax._batches import batches, check_finite_means
+from vfjax._batches import batches, check_finite_means, keep
 from vfjax._merged import Merged, affine
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
 from vfjax._streaming import on_mesh, on_meshes
@@ -28,9 +28,6 @@ from vfjax.network import Crossing, Network, Norm
 
 Array = jax.Array
 PyTree = Any
-
-# Crossings are kept between the passes of `by_layer` up to this many bytes.
-_KEEP_BYTES = 1 << 30
 
 
 class Job(NamedTuple):
@@ -321,13 +318,11 @@ def _stored(model: Merged, data: Iterable[Any]) -> Iterable[Any]:
     """Data for several passes: the crossings of all batches if they fit into memory."""
     if model.cut == 0:
         return data
-    kept, size = [], 0
-    for x in inputs(model.net, model.cut, data):
-        kept.append(x if isinstance(x, Crossing) else _cross(model, x))
-        size += sum(v.nbytes for v in kept[-1].values)
-        if size > _KEEP_BYTES:
-            return data
-    return kept
+    crossings = (
+        x if isinstance(x, Crossing) else _cross(model, x)
+        for x in inputs(model.net, model.cut, data)
+    )
+    return keep(crossings, data)
 
 
 @jax.jit

@@ -17,8 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm, stats
-from vfjax._batches import batches, labelled
-from vfjax.diagnose._kept import keep
+from vfjax._batches import batches, keep, labelled
 from vfjax.diagnose._path import Path
 from vfjax.merge import Merged
 from vfjax.network import Network, check_net

@@ -13,10 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import _tree
-from vfjax._batches import batch_size, batches
+from vfjax._batches import batch_size, batches, keep
 from vfjax._merged import Merged, as_merged, check_fits
 from vfjax.diagnose import _kernels
-from vfjax.diagnose._kept import keep
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.diagnose.features import as_networks
 from vfjax.network import Network
