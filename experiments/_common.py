@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from vfjax import plot
 from vfjax.checkpoint import CheckpointError, write_json
 from vfjax.data import DatasetError
 
@@ -107,6 +108,72 @@ def output_folder(text: str) -> str:
             with contextlib.suppress(OSError):
                 parent.rmdir()
     return text
+
+
+def folder_options(p: argparse.ArgumentParser) -> None:
+    """Adds the options of where data are and where results go."""
+    p.add_argument(
+        "--data-dir",
+        help="folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)",
+    )
+    p.add_argument(
+        "--out",
+        type=output_folder,
+        default=str(ROOT / "results"),
+        help="folder that the JSON record and the PNG are written to",
+    )
+
+
+def count_of(what: str) -> Callable[[str], int]:
+    """The type of an option that is a number of things, from 1 on.
+
+    Example:
+      >>> count_of("pairs")("0")
+      Traceback (most recent call last):
+        ...
+      argparse.ArgumentTypeError: '0' is no number of pairs, from 1 on
+    """
+
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of {what}, from 1 on")
+        return int(text)
+
+    return count
+
+
+def run(
+    p: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    experiment: Callable[[argparse.Namespace, str], dict[str, Any]],
+    file_name: Callable[[dict[str, Any]], str],
+    figure_of: Callable[[dict[str, Any]], Any],
+    show: Callable[[dict[str, Any]], None],
+) -> Path:
+    """Runs an experiment from its command line, writes record and figure, and shows the record.
+
+    The record is there before the figure is drawn, so that a figure that fails does not lose it.
+
+    Args:
+      p: The parser of the script; its `prog` is the name of the file.
+      argv: The command line, None for that of the process.
+      experiment: From options and command to the record.
+      file_name: Name of record and figure, without suffix.
+      figure_of: The figure of a record.
+      show: Prints a record.
+
+    Returns:
+      The path of the record.
+    """
+    args = p.parse_args(argv)
+    with reported(p):
+        record = experiment(args, command(p.prog, argv))
+        path = write_record(Path(args.out) / f"{file_name(record)}.json", record)
+        figure = plot.save(figure_of(record), path.with_suffix(".png"))
+    show(record)
+    print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
+    return path
 
 
 def command(script: str, argv: Sequence[str] | None) -> str:

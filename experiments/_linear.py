@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import _common
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import vfjax
-from vfjax import data, models, plot, train
+from vfjax import data, models, train
 
 PyTree = Any
 
@@ -48,7 +47,7 @@ def parser(
     )
     p.add_argument(
         "--epochs",
-        type=_epochs,
+        type=_common.count_of("epochs"),
         help=f"passes over the training images (default: {epochs}, the paper's; for the digits as "
         "many as make equally many steps)",
     )
@@ -58,28 +57,13 @@ def parser(
         help=f"one pair, {QUICK_EPOCHS} epoch on {QUICK_IMAGES} images: to see that it runs; the "
         "numbers mean nothing",
     )
-    p.add_argument(
-        "--data-dir",
-        help="folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)",
-    )
-    p.add_argument(
-        "--out",
-        type=_common.output_folder,
-        default=str(_common.ROOT / "results"),
-        help="folder that the JSON record and the PNG are written to",
-    )
+    _common.folder_options(p)
     return p
 
 
 def _seed(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is no seed, from 0 on")
-    return int(text)
-
-
-def _epochs(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of epochs, from 1 on")
     return int(text)
 
 
@@ -197,11 +181,3 @@ def sentences(claims: Sequence[tuple[bool, str]]) -> str:
     parts = [f"As in the paper: {agree}."] if agree else []
     parts += [f"Unlike the paper: {differ}."] if differ else []
     return " ".join(parts)
-
-
-def finish(
-    record: dict[str, Any], args: argparse.Namespace, figure: Any, name: str
-) -> tuple[Path, Path]:
-    """Writes record and figure; returns their paths."""
-    path = _common.write_record(Path(args.out) / f"{name}.json", record)
-    return path, plot.save(figure, path.with_suffix(".png"))

@@ -96,12 +96,6 @@ def _alpha(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of pairs, from 1 on")
-    return int(text)
-
-
 def _model(text: str) -> tuple[str, float | None]:
     name, _, width = text.partition("-w")
     if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
@@ -159,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--pairs",
-        type=_count,
+        type=_common.count_of("pairs"),
         default=1,
         help="number of pairs of edge models; with more than one, cells hold mean and standard "
         "deviation over the pairs; three models make three pairs",
@@ -171,10 +165,6 @@ def parser() -> argparse.ArgumentParser:
         default=SAMPLES,
         help="statistics images: the first N of the training split, not augmented, in batches of "
         "500",
-    )
-    p.add_argument(
-        "--data-dir",
-        help="folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)",
     )
     p.add_argument(
         "--retrain",
@@ -191,12 +181,7 @@ def parser() -> argparse.ArgumentParser:
         "paper's recipe (160 epochs, step decay, weight decay 1e-4), meant for a GPU, where an "
         "epoch is one compiled scan; no such models are shipped, so it needs --retrain",
     )
-    p.add_argument(
-        "--out",
-        type=_common.output_folder,
-        default=str(_common.ROOT / "results"),
-        help="folder that the JSON record and the PNG are written to",
-    )
+    _common.folder_options(p)
     return p
 
 
@@ -683,15 +668,14 @@ def show(record: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the record."""
-    p = parser()
-    args = p.parse_args(argv)
-    with _common.reported(p):
-        record = experiment(args, _common.command("cifar_pfm.py", argv))
-        path = _common.write_record(Path(args.out) / f"{file_name(record)}.json", record)
-        figure = plot.save(figure_of(record), path.with_suffix(".png"))
-    show(record)
-    print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
-    return path
+    return _common.run(
+        parser(),
+        argv,
+        experiment=experiment,
+        file_name=file_name,
+        figure_of=figure_of,
+        show=show,
+    )
 
 
 if __name__ == "__main__":

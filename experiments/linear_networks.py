@@ -38,6 +38,7 @@ so 49% of the fading is undone, in logarithms (so in 3 of 5 pairs).
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,19 +312,23 @@ def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def show(record: dict[str, Any]) -> None:
+    """Prints a record."""
+    _common.print_table(record["title"], *table_of(record))
+    if not record["config"]["quick"]:
+        print(findings(record))
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the experiment; returns the path of the record."""
-    p = parser()
-    args = p.parse_args(argv)
-    with _common.reported(p):
-        record = experiment(args, _common.command("linear_networks.py", argv))
-        name = _linear.file_name(record, seeds=SEEDS, epochs=RECIPE.epochs)
-        path, figure = _linear.finish(record, args, figure_of(record), name)
-    _common.print_table(record["title"], *table_of(record))
-    if not args.quick:
-        print(findings(record))
-    print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
-    return path
+    return _common.run(
+        parser(),
+        argv,
+        experiment=experiment,
+        file_name=functools.partial(_linear.file_name, seeds=SEEDS, epochs=RECIPE.epochs),
+        figure_of=figure_of,
+        show=show,
+    )
 
 
 if __name__ == "__main__":

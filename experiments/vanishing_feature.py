@@ -106,21 +106,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--samples",
-        type=_count,
+        type=_common.count_of("images"),
         metavar="N",
         default=SAMPLES,
         help="test images, the first N, that features are measured on",
     )
     p.add_argument(
         "--statistics",
-        type=_count,
+        type=_common.count_of("images"),
         metavar="N",
         default=cifar_pfm.SAMPLES,
         help="training images, the first N, not augmented, for matching and renormalisation",
-    )
-    p.add_argument(
-        "--data-dir",
-        help="folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)",
     )
     p.add_argument(
         "--retrain",
@@ -133,19 +129,8 @@ def parser() -> argparse.ArgumentParser:
         choices=("cpu", "paper"),
         help="width and recipe of the edge models, as in cifar_pfm.py; paper needs --retrain",
     )
-    p.add_argument(
-        "--out",
-        type=_common.output_folder,
-        default=str(_common.ROOT / "results"),
-        help="folder that the JSON record and the PNG are written to",
-    )
+    _common.folder_options(p)
     return p
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of images, from 1 on")
-    return int(text)
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -534,18 +519,22 @@ def file_name(record: dict[str, Any]) -> str:
     return "-".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the experiment; returns the path of the record."""
-    p = parser()
-    args = p.parse_args(argv)
-    with _common.reported(p):
-        record = experiment(args, _common.command("vanishing_feature.py", argv))
-        path = _common.write_record(Path(args.out) / f"{file_name(record)}.json", record)
-        figure = plot.save(figure_of(record), path.with_suffix(".png"))
+def show(record: dict[str, Any]) -> None:
+    """Prints a record."""
     _common.print_table(record["title"], *table_of(record))
     print(findings(record))
-    print(f"{record['seconds']['total']:.0f} s; wrote {path} and {figure}")
-    return path
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the experiment; returns the path of the record."""
+    return _common.run(
+        parser(),
+        argv,
+        experiment=experiment,
+        file_name=file_name,
+        figure_of=figure_of,
+        show=show,
+    )
 
 
 if __name__ == "__main__":
