@@ -191,3 +191,27 @@ def test_no_path_of_the_writer_stays_in_the_files(tmp_path):
     for file in folder.rglob("*"):
         assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
     assert checkpoint.load(folder)["kernel"].shape == (2, 3)
+
+
+def test_half_the_bits_come_back_rounded_and_in_their_own_dtype(tmp_path):
+    rng = np.random.default_rng(0)
+    tree = {
+        "kernel": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32),
+        "half": jnp.ones(3, jnp.bfloat16),
+        "steps": jnp.arange(3, dtype=jnp.int32),
+    }
+    whole, half = (
+        checkpoint.save(tmp_path / name, tree, storage=storage)
+        for name, storage in (("whole", None), ("half", "float16"))
+    )
+    found = checkpoint.load(half)
+    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda x: x.dtype, tree)
+    np.testing.assert_array_equal(found["kernel"], tree["kernel"].astype("float16"))
+    np.testing.assert_array_equal(found["steps"], tree["steps"])
+    sizes = [sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in (whole, half)]
+    assert sizes[0] - sizes[1] > 1.5 * 64 * 64
+    with pytest.raises(ValueError, match="float16 is too narrow for 'kernel', which holds 1e"):
+        checkpoint.save(half, {"kernel": 1e6 * tree["half"].astype("float32")}, storage="float16")
+    with pytest.raises(ValueError, match="storage must be a floating dtype"):
+        checkpoint.save(half, tree, storage="int8")
+    np.testing.assert_array_equal(checkpoint.load(half)["steps"], tree["steps"])

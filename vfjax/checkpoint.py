@@ -43,7 +43,13 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or damaged."""
 
 
-def save(path: str | os.PathLike[str], tree: Any, meta: Mapping[str, Any] | None = None) -> Path:
+def save(
+    path: str | os.PathLike[str],
+    tree: Any,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    storage: Any = None,
+) -> Path:
     """Saves a tree of arrays, replacing what was at `path` only when all is written.
 
     Args:
@@ -52,13 +58,16 @@ def save(path: str | os.PathLike[str], tree: Any, meta: Mapping[str, Any] | None
             leaves; or an object with a method ``__checkpoint__() -> (kind, tree, meta)``, such as
             `vfjax.merge.Merged`.
         meta: JSON values for ``card.json``.
+        storage: A floating dtype, such as ``"float16"``, to store wider floating leaves in.  They
+            come back in their own dtype, rounded; by default all are stored as they are.
 
     Returns:
         The absolute path.
 
     Raises:
         TypeError: If a leaf is no array, a key no string, or `meta` holds what JSON does not.
-        ValueError: If there is something at `path` that is no checkpoint.
+        ValueError: If there is something at `path` that is no checkpoint, if `storage` is no
+            floating dtype, or if a finite value is too large for it.
 
     Example:
         >>> import tempfile
@@ -77,8 +86,10 @@ def save(path: str | os.PathLike[str], tree: Any, meta: Mapping[str, Any] | None
     kind, object_meta = None, None
     if hasattr(tree, "__checkpoint__"):
         kind, tree, object_meta = tree.__checkpoint__()
+    if storage is not None and not jnp.issubdtype(storage := jnp.dtype(storage), jnp.floating):
+        raise ValueError(f"storage must be a floating dtype such as 'float16', got {storage.name}.")
     leaves: list[np.ndarray] = []
-    packed, description = _pack(tree, "", leaves)
+    packed, description = _pack(tree, "", leaves, storage)
     structure = {
         "format": _FORMAT,
         "kind": kind,
@@ -206,7 +217,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _pack(tree: PyTree, where: str, leaves: list[np.ndarray]) -> tuple[Any, Any]:
+def _pack(
+    tree: PyTree, where: str, leaves: list[np.ndarray], storage: np.dtype | None
+) -> tuple[Any, Any]:
     """Returns (nested dictionaries of arrays or None, JSON description), appending to `leaves`."""
     if tree is None:
         return None, {"none": True}
@@ -229,13 +242,17 @@ def _pack(tree: PyTree, where: str, leaves: list[np.ndarray]) -> tuple[Any, Any]
         items = {str(index): value for index, value in enumerate(tree)}
     else:
         leaf = _leaf(tree, where)
-        leaves.append(leaf)
         description = {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+        narrower = storage is not None and storage.itemsize < leaf.dtype.itemsize
+        if narrower and jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = _narrowed(leaf, where, storage)
+            description["stored"] = storage.name
+        leaves.append(leaf)
         # Orbax stores no empty arrays; their description says all about them.
         return leaf if leaf.size else None, description
     packed, described = {}, {}
     for key, value in items.items():
-        inner, described[key] = _pack(value, f"{where}/{key}" if where else key, leaves)
+        inner, described[key] = _pack(value, f"{where}/{key}" if where else key, leaves, storage)
         if inner is not None:
             packed[key] = inner
     return packed or None, {kind: described}
@@ -256,16 +273,34 @@ def _leaf(value: Any, where: str) -> np.ndarray:
     return np.asarray(value)
 
 
+def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
+    """Rounds a leaf to fewer bits, or says that it does not go."""
+    with np.errstate(over="ignore"):
+        rounded = leaf.astype(storage)
+    if not np.array_equal(np.isfinite(rounded), np.isfinite(leaf)):
+        raise ValueError(
+            f"storage {storage.name} is too narrow for {where or 'the root'!r}, which holds "
+            f"{np.abs(leaf[np.isfinite(leaf)]).max():.3g}: store it in bfloat16 or as it is."
+        )
+    return rounded
+
+
 def _target(description: Mapping[str, Any]) -> Any:
     """Returns the nested dictionaries of arrays that orbax restores into, or None without any."""
     if "none" in description:
         return None
     if "shape" in description:
-        array = np.empty(description["shape"], jnp.dtype(description["dtype"]))
+        array = _stored(description)
         return array if array.size else None
     (items,) = description.values()
     packed = {key: _target(inner) for key, inner in items.items()}
     return {key: value for key, value in packed.items() if value is not None} or None
+
+
+def _stored(description: Mapping[str, Any]) -> np.ndarray:
+    """Returns an array of the shape and dtype that a described leaf has in the files."""
+    dtype = description.get("stored", description["dtype"])
+    return np.empty(description["shape"], jnp.dtype(dtype))
 
 
 def _unpack(tree: Any, description: Mapping[str, Any], leaves: list[np.ndarray]) -> PyTree:
@@ -273,14 +308,15 @@ def _unpack(tree: Any, description: Mapping[str, Any], leaves: list[np.ndarray])
     if "none" in description:
         return None
     if "shape" in description:
-        expected = np.empty(description["shape"], jnp.dtype(description["dtype"]))
+        expected = _stored(description)
         leaf = np.asarray(tree) if expected.size else expected
         if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
             raise CheckpointError(
-                f"an array is {leaf.dtype}{list(leaf.shape)}, not {description['dtype']}"
+                f"an array is {leaf.dtype}{list(leaf.shape)}, not {expected.dtype}"
                 f"{description['shape']}"
             )
         leaves.append(leaf)
+        leaf = leaf.astype(jnp.dtype(description["dtype"]), copy=False)
         canonical = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
         return jnp.asarray(leaf) if canonical else leaf
     ((kind, items),) = description.items()
