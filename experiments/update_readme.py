@@ -59,7 +59,7 @@ PAPER = {
     "late": "",
     "resnet20": "In the paper, at full width, RESET gives 64.1 at l = 0.",
 }
-BENCHMARKS = ("routing", "passes", "tracing")
+BENCHMARKS = ("routing", "passes", "tracing", "diagnosis")
 WAITING = "\n*Not measured yet.*\n"
 
 

@@ -146,6 +146,9 @@ tr.vanishes { background: #fdeedd; }
 code { background: #f3f3f3; padding: 0.1em 0.3em; }
 dt { font-weight: bold; float: left; clear: left; width: 6em; font-size: 0.85em; }
 dd { margin-left: 6em; font-size: 0.85em; }
+td { white-space: nowrap; }
+tr, img { break-inside: avoid; }
+@media print { body { font-size: 10px; margin: 0; } td, th { padding: 0.2em 0.4em; } }
 """
 
 

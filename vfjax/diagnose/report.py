@@ -145,7 +145,8 @@ class Report:
     def _vanishing(self) -> str:
         left = f"at the output {self.left:.3g} of them is left"
         if self.left and self.left < 1:
-            left += f", {1 / self.left:.3g} times less"
+            times = 1 / self.left
+            left += f", {times:,.0f} times less" if times >= 1000 else f", {times:.3g} times less"
         if self.vanishes is None:
             return f"Features do not vanish: {left}, relative to the references."
         return (
