@@ -52,6 +52,12 @@ def parser(
         "many as make equally many steps)",
     )
     p.add_argument(
+        "--preset",
+        default="paper",
+        choices=("paper",),
+        help="networks, recipe and number of models are the paper's, which two cores can train",
+    )
+    p.add_argument(
         "--quick",
         action="store_true",
         help=f"one pair, {QUICK_EPOCHS} epoch on {QUICK_IMAGES} images: to see that it runs; the "
