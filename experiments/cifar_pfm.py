@@ -56,8 +56,9 @@ DEFAULT_MODEL = {
     "mnist": "mlp",
     "digits": "digits-conv",
 }
-# Channel multipliers of the shipped models, and of what two cores train in half an hour.
-CPU_WIDTH = {"vgg": 0.25, "resnet": 0.5}
+# Channel multipliers of the shipped models, and of what two cores train in half an hour: of some
+# models, and of the other ones of a family.
+CPU_WIDTH = {"vgg": 0.25, "vgg16-bn": 0.125, "vgg16-ln": 0.125, "resnet": 0.5, "resnet20-ln": 0.25}
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
 BATCH = 500
@@ -238,7 +239,8 @@ def architecture(args: argparse.Namespace, dataset: data.Dataset) -> Architectur
         raise _common.UserError(f"--model {name} is not for {label}; {hint}.")
     if width is None:
         family = re.sub(r"\d.*", "", name)
-        width = 1.0 if args.preset == "paper" else CPU_WIDTH.get(family, 1.0)
+        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(family, 1.0))
+        width = 1.0 if args.preset == "paper" else narrow
     return Architecture(name, width, dataset.name)
 
 

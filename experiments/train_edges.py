@@ -1,9 +1,15 @@
-"""Trains the edge models that the experiments merge, and writes them as checkpoints with cards.
+r"""Trains the edge models that the experiments merge, and writes them as checkpoints with cards.
 
 The shipped ones, each about as long as its card says:
 
     python experiments/train_edges.py --model vgg16 --width 0.25 --seeds 0 1 2
     python experiments/train_edges.py --model resnet20 --width 0.5 --seeds 0 1
+    python experiments/train_edges.py --model vgg16-bn --width 0.125 --seeds 0 1 --epochs 14 \
+        --storage float16
+    python experiments/train_edges.py --model vgg16-ln --width 0.125 --seeds 0 1 --epochs 14 \
+        --storage float16
+    python experiments/train_edges.py --model resnet20-ln --width 0.25 --seeds 0 1 --epochs 10 \
+        --storage float16
     python experiments/train_edges.py --model digits-mlp --seeds 0 1
     python experiments/train_edges.py --model digits-conv --seeds 0 1
 
