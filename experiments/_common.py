@@ -316,6 +316,40 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
+Claims = Sequence[tuple[bool, str]]
+
+
+def sentences(claims: Claims) -> str:
+    """What agrees with the paper and what does not, plainly.
+
+    Example:
+      >>> sentences([(True, "a"), (False, "b"), (True, "c")])
+      'As in the paper: a; c. Unlike the paper: b.'
+    """
+    agree = "; ".join(text for holds, text in claims if holds)
+    differ = "; ".join(text for holds, text in claims if not holds)
+    parts = [f"As in the paper: {agree}."] if agree else []
+    parts += [f"Unlike the paper: {differ}."] if differ else []
+    return " ".join(parts)
+
+
+def told(intro: str, claims: Claims) -> str:
+    """What came out, in sentences, and whether the paper has it so."""
+    return f"{intro} {sentences(claims)}".strip()
+
+
+def bullets(claims: Claims) -> str:
+    """The same as a list in Markdown.
+
+    Example:
+      >>> print(bullets([(True, "a"), (False, "b")]))
+      - as in the paper: a
+      - **unlike the paper**: b
+    """
+    words = {True: "as in the paper", False: "**unlike the paper**"}
+    return "\n".join(f"- {words[holds]}: {text}" for holds, text in claims)
+
+
 def environment() -> dict[str, Any]:
     """The parts of a record that say where and when it was made."""
     return {

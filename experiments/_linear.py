@@ -173,17 +173,3 @@ def file_name(record: dict[str, Any], *, seeds: Sequence[int], epochs: int) -> s
     if config["asked_epochs"] not in (None, epochs):
         parts.append(f"epochs{config['asked_epochs']}")
     return "-".join(parts)
-
-
-def sentences(claims: Sequence[tuple[bool, str]]) -> str:
-    """What agrees with the paper and what does not, plainly.
-
-    Example:
-      >>> sentences([(True, "a"), (False, "b"), (True, "c")])
-      'As in the paper: a; c. Unlike the paper: b.'
-    """
-    agree = "; ".join(text for holds, text in claims if holds)
-    differ = "; ".join(text for holds, text in claims if not holds)
-    parts = [f"As in the paper: {agree}."] if agree else []
-    parts += [f"Unlike the paper: {differ}."] if differ else []
-    return " ".join(parts)

@@ -238,8 +238,8 @@ def claims_of(curves: Curves, accuracy: Mapping[str, float]) -> list[tuple[bool,
     ]
 
 
-def findings(record: dict[str, Any]) -> str:
-    """What came out, in sentences, and whether the paper has it so."""
+def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
+    """The accuracies in a sentence, and the paper's claims."""
     edges = [value for k in (1, 2) for value in record["accuracy"][f"model {k}"]]
     means = {name: float(np.mean(values)) for name, values in record["accuracy"].items()}
     by_pair = []
@@ -254,10 +254,8 @@ def findings(record: dict[str, Any]) -> str:
             text += f" (so in {each.count(holds)} of {len(each)} pairs)"
         claims.append((holds, text))
     rows = [f"{LABELS[name]} {_common.percent(record['accuracy'][name])}" for name in LABELS]
-    return (
-        f"Edge models of {100 * min(edges):.1f} to {100 * max(edges):.1f}, their midpoints "
-        f"{_common.joined(rows)}. {_linear.sentences(claims)}"
-    )
+    intro = f"Edge models of {100 * min(edges):.1f} to {100 * max(edges):.1f}, their midpoints "
+    return f"{intro}{_common.joined(rows)}.", claims
 
 
 def figure_of(record: dict[str, Any]) -> Any:
@@ -316,7 +314,7 @@ def show(record: dict[str, Any]) -> None:
     """Prints a record."""
     _common.print_table(record["title"], *table_of(record))
     if not record["config"]["quick"]:
-        print(findings(record))
+        print(_common.told(*outcome(record)))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

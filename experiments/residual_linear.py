@@ -129,8 +129,8 @@ def ends(record: dict[str, Any], network: str) -> list[float]:
     return [curve[end] for curve in curves for end in (0, -1)]
 
 
-def findings(record: dict[str, Any]) -> str:
-    """What came out, in sentences, and whether the paper has it so."""
+def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
+    """The accuracies in a sentence, and the paper's claims."""
     count = len(record["pairs"])
     plain, skips = (_common.percent(ends(record, name)) for name in NETWORKS)
     claims = []
@@ -144,7 +144,7 @@ def findings(record: dict[str, Any]) -> str:
             f"mean barriers {100 * barriers[1]:.1f} and {100 * barriers[0]:.1f} points)"
         )
         claims.append((barriers[1] < barriers[0], text))
-    return f"Edge models of {skips} with skips and {plain} without. {_linear.sentences(claims)}"
+    return f"Edge models of {skips} with skips and {plain} without.", claims
 
 
 def figure_of(record: dict[str, Any]) -> Any:
@@ -194,7 +194,7 @@ def show(record: dict[str, Any]) -> None:
     """Prints a record."""
     _common.print_table(record["title"], *table_of(record))
     if not record["config"]["quick"]:
-        print(findings(record))
+        print(_common.told(*outcome(record)))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -114,7 +114,7 @@ def table(marker: str, name: str) -> str:
 def outcome(script: ModuleType, record: dict[str, Any]) -> tuple[str, str]:
     """What a record was made with, and what came out."""
     if script is not cifar_pfm:
-        return record["title"], script.findings(record)
+        return record["title"], _common.told(*script.outcome(record))
     title, config = _common.DATASET_LABELS[record["data"]["name"]], record["config"]
     setting = f"{title}, {config['model']} at {config['width']:g} of the width"
     return setting, findings("vgg16", record)
@@ -142,7 +142,7 @@ def headed(text: str, script: ModuleType = cifar_pfm) -> str:
 
 
 def diagnosis() -> str:
-    """The Markdown of the records of the other experiments, a paragraph and a figure each."""
+    """The Markdown of the other experiments' records: what came out, and a figure each."""
     parts = []
     for script in HEADS:
         if script is cifar_pfm:
@@ -152,9 +152,10 @@ def diagnosis() -> str:
             if not path.exists():
                 continue
             record = json.loads(path.read_text())
-            setting, found = outcome(script, record)
+            intro, claims = script.outcome(record)
             how = f"`{record['command']}`, {_common.made_on(record)}"
-            parts.append(f"**{setting}** ({how}). {found}")
+            parts.append(f"**{record['title']}** ({how}). {intro}")
+            parts.append(_common.bullets(claims))
             parts.append(f"![{record['title']}](experiments/results/{name}.png)")
     return "\n" + "\n\n".join(parts) + "\n" if parts else WAITING
 

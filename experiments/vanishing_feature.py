@@ -59,7 +59,6 @@ from pathlib import Path
 from typing import Any
 
 import _common
-import _linear
 import cifar_pfm
 import jax
 import jax.numpy as jnp
@@ -479,16 +478,13 @@ def reset_claims(record: dict[str, Any]) -> list[tuple[bool, str]]:
     ]
 
 
-def findings(record: dict[str, Any]) -> str:
-    """What came out, in sentences, and whether the paper has it so."""
+def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
+    """The accuracies in a sentence, and the paper's claims."""
     networks = record["networks"]
     rows = {name: _common.percent([found["accuracy"]]) for name, found in networks.items()}
     merged = [f"{label_of(name)} {rows[name]}" for name in rows if name not in EDGES]
     edges = _common.joined([rows[name] for name in EDGES])
-    return (
-        f"Edge models of {edges}, midpoints {_common.joined(merged)}. "
-        f"{_linear.sentences(claims_of(record))}"
-    )
+    return f"Edge models of {edges}, midpoints {_common.joined(merged)}.", claims_of(record)
 
 
 def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -522,7 +518,7 @@ def file_name(record: dict[str, Any]) -> str:
 def show(record: dict[str, Any]) -> None:
     """Prints a record."""
     _common.print_table(record["title"], *table_of(record))
-    print(findings(record))
+    print(_common.told(*outcome(record)))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

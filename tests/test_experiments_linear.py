@@ -16,6 +16,7 @@ if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 shared = importlib.import_module("_linear")
 linear = importlib.import_module("linear_networks")
+common = importlib.import_module("_common")
 residual = importlib.import_module("residual_linear")
 
 NAMES = ("linear_networks", "residual_linear")
@@ -25,6 +26,11 @@ QUANTITIES = ("feature", "feature_std", "offset", "weight", "bias", "stable_rank
 def quick(script, folder):
     path = script.main(["--quick", "--dataset", "digits", "--out", str(folder)])
     return path, json.loads(path.read_text())
+
+
+def said(script, record):
+    """What a script says of a record."""
+    return common.told(*script.outcome(record))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +136,7 @@ def test_heads_say_what_came_out(shipped):
     update = importlib.import_module("update_readme")
     source = Path(script.__file__).read_text(encoding="utf-8")
     assert update.headed(source, script) == source
-    assert " ".join(script.findings(record).split()) in " ".join(script.__doc__.split())
+    assert " ".join(said(script, record).split()) in " ".join(script.__doc__.split())
     assert record["seconds"]["total"] < 600
     assert record["data"]["name"] == "mnist" and len(record["pairs"]) == 5
 
@@ -154,10 +160,10 @@ def test_skips_lower_the_barrier():
 def test_sentences_follow_the_record():
     """What the head says changes with what was measured."""
     record = json.loads((EXPERIMENTS / "results" / "residual_linear-mnist.json").read_text())
-    assert "Unlike" not in residual.findings(record)
+    assert "Unlike" not in said(residual, record)
     for entry in (record["summary"], *record["pairs"]):
         entry["plain"], entry["residual"] = entry["residual"], entry["plain"]
-    assert "As in" not in residual.findings(record)
+    assert "As in" not in said(residual, record)
 
 
 # ---------------------------------------------------------------------------------------- options

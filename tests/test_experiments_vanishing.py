@@ -14,6 +14,7 @@ import pytest
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
+common = importlib.import_module("_common")
 vanishing = importlib.import_module("vanishing_feature")
 
 MERGED = ["direct", "matched", "repair", "rescale", "bias_calibration", "bias_removal"]
@@ -21,6 +22,11 @@ RECORDS = {
     "vgg16": "vanishing_feature-cifar10-vgg16-w0.25",
     "resnet20": "vanishing_feature-cifar10-resnet20-w0.5",
 }
+
+
+def said(script, record):
+    """What a script says of a record."""
+    return common.told(*script.outcome(record))
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +133,12 @@ def test_sentences_follow_the_record(digits):
     """What is said changes with what was measured."""
     record = json.loads(json.dumps(digits[1]))
     assert all(holds for holds, _ in vanishing.claims_of(record))
-    assert "Unlike" not in vanishing.findings(record)
+    assert "Unlike" not in said(vanishing, record)
     networks = record["networks"]
     networks["direct"], networks["PFM 5/6"] = networks["PFM 5/6"], networks["direct"]
     claims = vanishing.claims_of(record)
     assert [holds for holds, _ in claims][:3] == [False] * 3 and not claims[-1][0]
-    assert "Unlike the paper: features of the direct midpoint" in vanishing.findings(record)
+    assert "Unlike the paper: features of the direct midpoint" in said(vanishing, record)
 
 
 # ---------------------------------------------------------------------------------------- records
@@ -143,7 +149,7 @@ def test_head_says_what_came_out(shipped):
     update = importlib.import_module("update_readme")
     source = Path(vanishing.__file__).read_text(encoding="utf-8")
     assert update.headed(source, vanishing) == source
-    assert " ".join(vanishing.findings(shipped).split()) in " ".join(vanishing.__doc__.split())
+    assert " ".join(said(vanishing, shipped).split()) in " ".join(vanishing.__doc__.split())
     assert shipped["seconds"]["total"] < 600
     assert shipped["data"]["test_images"] == 2000 and shipped["data"]["fallback"] is False
 
