@@ -356,7 +356,7 @@ def curve_of(values: np.ndarray, x: Sequence[float], **style: Any) -> plot.Curve
 
 def figure_of(record: dict[str, Any]) -> Any:
     """Accuracy against alpha for both matchings, and against the number of biases removed."""
-    y, limits, row = "test accuracy (%)", (0, 100), []
+    y, limits, row = "test accuracy (%)", (0, 102), []
     for match, title in MATCHES.items():
         curves = {
             label_of(record, match, name): curve_of(
