@@ -404,7 +404,7 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool, str]]:
             ),
             (
                 spread <= EQUAL,
-                f"there {names} are up to {100 * spread:.1f} points apart",
+                f"with weight matching {names} are up to {100 * spread:.1f} points apart",
             ),
         ]
     for match, label in MATCHES.items():
