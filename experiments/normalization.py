@@ -60,7 +60,7 @@ DEFAULTS = {
     "cpu": {"samples": 2_000, "statistics": 5_000, "held_out": 2_000, "runs": 1},
     "paper": {"samples": 10_000, "statistics": 48_000, "held_out": 2_000, "runs": 5},
 }
-# Of a small training split, at most this share is held out.
+# Of a training split with too few images for both, at most this share is held out.
 SHARE = 0.2
 REMEDIES = ("repair", "rescale", "bias_removal", "bias_calibration")
 LABELS = cifar_pfm.LABELS | {"none": "none", "bias_removal": "bias removal"}
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         "held_out",
         "images",
         "training images, those after the statistics images, that choose how many biases are "
-        "removed; at most a fifth of the split",
+        "removed; at most a fifth of a split that is too small for both",
     )
     p.add_argument(
         "--seed",
@@ -145,8 +145,10 @@ class Images:
 
 def images_of(args: argparse.Namespace, dataset: data.Dataset) -> Images:
     """The images; none is in two of the three."""
-    kept = min(args.held_out, int(SHARE * len(dataset.train_images)))
     images, labels = dataset.train_images, dataset.train_labels
+    kept = args.held_out
+    if len(images) < args.statistics + kept:
+        kept = min(kept, int(SHARE * len(images)))
 
     def training(part: slice) -> data.Batches:
         return data.Batches(images[part], labels[part], dataset.mean, dataset.std, cifar_pfm.BATCH)

@@ -119,12 +119,18 @@ def test_no_image_serves_twice():
             dataset, train_images=images, train_labels=np.zeros(count, np.int32)
         )
 
-    for count, statistics, held_out in ((100, 50, 30), (100, 500, 200), (70, 50, 10)):
+    # Numbers asked for, and held-out images given: a fifth where there are not enough for both.
+    for count, statistics, held_out, given in (
+        (100, 50, 30, 30),
+        (100, 50, 50, 50),
+        (100, 500, 200, 20),
+        (100, 95, 10, 10),
+    ):
         args = SimpleNamespace(statistics=statistics, held_out=held_out, samples=7)
         found = normalization.images_of(args, numbered(count))
         first, last = (set(b.images[:, 0]) for b in (found.statistics, found.held_out))
         assert not first & last and max(first) < min(last) and max(last) == count - 1
-        assert 0 < len(last) == min(held_out, count // 5)
+        assert len(last) == given
         assert len(first) == min(statistics, count - len(last))
         np.testing.assert_array_equal(found.test.images, dataset.test_images[:7])
 
