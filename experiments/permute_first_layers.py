@@ -446,7 +446,7 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool, str]]:
 def findings(record: dict[str, Any]) -> str:
     """What came out, in sentences, and whether the paper has it so."""
     edges = _common.joined([f"{100 * edge['accuracy']:.1f}" for edge in record["edges"].values()])
-    names = _common.joined([f"{SHORT[match]}: {MATCHES[match]}" for match in record["curves"]])
+    names = "; ".join([f"{SHORT[match]}: {MATCHES[match]}" for match in record["curves"]])
     return f"Edge models of {edges} ({names}). {_linear.sentences(claims_of(record))}"
 
 
