@@ -453,7 +453,11 @@ def findings(record: dict[str, Any]) -> str:
 def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and cells: accuracies by l."""
     curves = [(match, column) for match in record["curves"] for column in record["columns"]]
-    header = ["l", "groups", *(short(match, column) for match, column in curves)]
+    header = [
+        "first layers matched, l",
+        "groups",
+        *(short(match, column) for match, column in curves),
+    ]
     rows = []
     for layers, groups in zip(record["layers"], record["groups"], strict=True):
         cells = [
@@ -481,8 +485,8 @@ def file_name(record: dict[str, Any]) -> str:
 
 def show(record: dict[str, Any]) -> None:
     """Prints a record."""
-    caption = f"groups of units matched; the edge models' mean is {100 * record['edge_mean']:.2f}"
-    _common.print_table(f"{record['title']}, accuracy, %", *table_of(record), caption=caption)
+    caption = f"accuracy, %; groups of units matched; edge models: {100 * record['edge_mean']:.2f}"
+    _common.print_table(record["title"], *table_of(record), caption=caption)
     print(findings(record))
 
 

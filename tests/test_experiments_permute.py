@@ -210,11 +210,8 @@ def test_figure_and_table(digits):
         assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
         assert "edge models' mean" in axes.get_legend_handles_labels()[1]
     header, rows = permute.table_of(record)
-    assert header == ["l", "groups", "WM", "WM + REPAIR", "WM + RESCALE"] + [
-        "AM",
-        "AM + REPAIR",
-        "AM + RESCALE",
-    ]
+    named = [f"{match}{more}" for match in ("WM", "AM") for more in ("", " + REPAIR", " + RESCALE")]
+    assert header == ["first layers matched, l", "groups", *named]
     assert len(rows) == 7 and {len(row) for row in rows} == {8}
 
 
