@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import _common
+import _edges
 import _linear
 import cifar_pfm
 import jax
@@ -50,7 +51,7 @@ import residual_linear
 from tqdm import tqdm
 
 import vfjax
-from vfjax import align, checkpoint, data, diagnose, merge, plot, renorm, stats, train
+from vfjax import align, data, diagnose, merge, plot, renorm, stats, train
 
 PyTree = Any
 
@@ -75,19 +76,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="normalization.py", description=__doc__, formatter_class=_common.Help
     )
-    p.add_argument(
-        "--dataset",
-        default="auto",
-        choices=data.NAMES,
-        help="images to merge and test on; auto as in cifar_pfm.py",
-    )
-    p.add_argument(
-        "--model",
-        type=cifar_pfm._model,
-        metavar="NAME[-wWIDTH]",
-        help="architecture of the edge models, as in cifar_pfm.py: vgg16, vgg16-ln, resnet20, "
-        "digits-mlp (default: vgg16 for CIFAR, mlp for MNIST, digits-conv for the digits)",
-    )
+    _edges.edge_options(p, examples="vgg16, vgg16-ln, resnet20, digits-mlp")
 
     def count(name: str, what: str, text: str) -> None:
         of = {preset: f"{defaults[name]:,}" for preset, defaults in DEFAULTS.items()}
@@ -115,18 +104,6 @@ def parser() -> argparse.ArgumentParser:
         help="seed of the random order in which weight matching visits layers",
     )
     count("runs", "runs", "runs of weight matching, with seeds from S on")
-    p.add_argument(
-        "--retrain",
-        action="store_true",
-        help="train the edge models instead of loading shipped ones, as in cifar_pfm.py",
-    )
-    p.add_argument(
-        "--preset",
-        default="cpu",
-        choices=tuple(DEFAULTS),
-        help="width and recipe of the edge models, as in cifar_pfm.py, and numbers of images and "
-        "runs; paper needs --retrain",
-    )
     _common.folder_options(p)
     return p
 
@@ -151,12 +128,12 @@ def images_of(args: argparse.Namespace, dataset: data.Dataset) -> Images:
         kept = min(kept, int(SHARE * len(images)))
 
     def training(part: slice) -> data.Batches:
-        return data.Batches(images[part], labels[part], dataset.mean, dataset.std, cifar_pfm.BATCH)
+        return data.Batches(images[part], labels[part], dataset.mean, dataset.std, _edges.BATCH)
 
     return Images(
         training(slice(min(args.statistics, len(images) - kept))),
         training(slice(len(images) - kept, None)),
-        dataset.batches("test", batch_size=cifar_pfm.BATCH, samples=args.samples),
+        dataset.batches("test", batch_size=_edges.BATCH, samples=args.samples),
     )
 
 
@@ -167,7 +144,7 @@ def removals(
     counts = tqdm(range(net.depth + 1), f"removing {side} biases", delay=2, leave=False)
     return [
         train.evaluate(
-            cifar_pfm._forward, renorm.remove_bias(net, midpoint, **{side: k}), images
+            _edges.forward, renorm.remove_bias(net, midpoint, **{side: k}), images
         ).accuracy
         for k in counts
     ]
@@ -224,24 +201,13 @@ def measured(found: diagnose.Interpolation) -> dict[str, Any]:
 
 def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures everything; returns the record."""
-    if args.preset == "paper" and not args.retrain:
-        raise _common.UserError("no models of --preset paper are shipped: give --retrain, too.")
     for name, default in DEFAULTS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     watch = _common.Stopwatch()
-    with watch("data"):
-        read = args.statistics + args.held_out
-        dataset = cifar_pfm.load(args, train=read, test=args.samples)
-        images = images_of(args, dataset)
-    arch = cifar_pfm.architecture(args, dataset)
-    with watch("trace"):
-        net = cifar_pfm.trace(arch, dataset)
-    with watch("training" if args.retrain else "checkpoints"):
-        find = cifar_pfm.trained if args.retrain else cifar_pfm.shipped
-        folders = find(args, arch, 2)
-        cards = [checkpoint.card(folder) for folder in folders]
-        trees = [checkpoint.load(folder) for folder in folders]
+    read = args.statistics + args.held_out
+    models = _edges.found(args, watch, train=read, test=args.samples)
+    net, trees, images = models.net, models.trees, images_of(args, models.dataset)
     # One pass serves activation matching and, carried along, the references of all matchings.
     with watch("statistics of edge models"):
         moments = stats.moments(
@@ -282,32 +248,14 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "experiment": "normalization",
         "command": command,
-        "config": vars(args) | {"model": arch.name, "width": arch.width},
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source.split(" in ")[0],
-            "fallback": dataset.fallback,
-            "statistics_images": len(images.statistics.images),
-            "held_out_images": len(images.held_out.images),
-            "test_images": len(images.test.images),
-            "batch_size": cifar_pfm.BATCH,
-            "augmented": False,
-        },
-        "model": {
-            "name": arch.name,
-            "width": arch.width,
-            "depth": net.depth,
-            "parameters": net.parameters,
-        },
-        "edge_models": [
-            {"checkpoint": folder.name, "seed": card["seed"], "command": card["command"]}
-            for folder, card in zip(folders, cards, strict=True)
-        ],
-        "seeds": {"edge_models": [card["seed"] for card in cards], "weight_matching": seeds},
+        "config": vars(args) | {"model": models.arch.name, "width": models.arch.width},
+        **models.record(images.statistics, images.test),
+        "seeds": {"edge_models": models.seeds, "weight_matching": seeds},
         "alphas": curves["none"].alphas.tolist(),
         "edge_accuracy": curves["none"].edge_accuracy.tolist(),
         "runs": runs,
     }
+    record["data"]["held_out_images"] = len(images.held_out.images)
     record["title"] = title_of(record)
     record["seconds"] = watch.record()
     return record | _common.environment()
@@ -315,10 +263,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def title_of(record: dict[str, Any]) -> str:
     """Data, models, images."""
-    config, source = record["config"], record["data"]
-    label = _common.dataset_label(source, "cifar10")
-    name = str(cifar_pfm.Architecture(config["model"], config["width"], source["name"]))
-    parts = [f"{label}: {name}", f"{source['test_images']:,} test images"]
+    parts = [_edges.networks(record), f"{record['data']['test_images']:,} test images"]
     runs = len(record["runs"]["weight"])
     parts += [f"mean of {runs} runs of weight matching"] if runs > 1 else []
     return ", ".join(parts)
@@ -448,18 +393,15 @@ def removal_claims(record: dict[str, Any], match: str) -> list[tuple[bool, str]]
     ]
 
 
-def findings(record: dict[str, Any]) -> str:
-    """What came out, in sentences, and whether the paper has it so."""
+def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
+    """The accuracies in a sentence, and the paper's claims."""
     parts = []
     for match, label in MATCHES.items():
         found = middles(record, match)
         rows = [f"{LABELS[name]} {100 * value:.1f}" for name, value in found.items()]
         parts.append(f"with {label} {_common.joined(rows)}")
     edges = _common.joined([f"{100 * value:.1f}" for value in record["edge_accuracy"]])
-    return (
-        f"Edge models of {edges}; midpoints {'; '.join(parts)}. "
-        f"{_linear.sentences(claims_of(record))}"
-    )
+    return f"Edge models of {edges}; midpoints {'; '.join(parts)}.", claims_of(record)
 
 
 def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -481,21 +423,17 @@ def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """Name of record and figure, without suffix: what was asked for and is not default."""
-    config = record["config"]
-    width = "" if config["width"] == 1 else f"-w{config['width']:g}"
-    parts = ["normalization", record["data"]["name"], config["model"] + width]
+    """Name of record and figure, without suffix."""
+    config, parts = record["config"], []
     for name, default in (DEFAULTS[config["preset"]] | {"seed": 0}).items():
         parts += [f"{name.replace('_', '')}{config[name]}"] if config[name] != default else []
-    parts += [config["preset"]] if config["preset"] != "cpu" else []
-    parts += ["retrained"] if config["retrain"] else []
-    return "-".join(parts)
+    return _edges.file_name(record, parts)
 
 
 def show(record: dict[str, Any]) -> None:
     """Prints a record."""
     _common.print_table(record["title"], *table_of(record))
-    print(findings(record))
+    print(_common.told(*outcome(record)))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

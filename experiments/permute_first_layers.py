@@ -42,15 +42,14 @@ from pathlib import Path
 from typing import Any
 
 import _common
-import _linear
-import cifar_pfm
+import _edges
 import jax
 import numpy as np
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import vfjax
-from vfjax import align, checkpoint, data, merge, plot, renorm, stats, train
+from vfjax import align, data, merge, plot, renorm, stats, train
 
 PyTree = Any
 
@@ -70,19 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="permute_first_layers.py", description=__doc__, formatter_class=_common.Help
     )
-    p.add_argument(
-        "--dataset",
-        default="auto",
-        choices=data.NAMES,
-        help="images to merge and test on; auto as in cifar_pfm.py",
-    )
-    p.add_argument(
-        "--model",
-        type=cifar_pfm._model,
-        metavar="NAME[-wWIDTH]",
-        help="architecture of the edge models, as in cifar_pfm.py (default: vgg16 for CIFAR, mlp "
-        "for MNIST, digits-conv for the digits)",
-    )
+    _edges.edge_options(p, examples="vgg16, vgg16-ln, resnet20, digits-mlp")
     p.add_argument(
         "--match",
         default="both",
@@ -91,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--alpha",
-        type=cifar_pfm._alpha,
+        type=_edges.alpha_of,
         default=0.5,
         help="weight of the second network in the averages; the first has 1 - ALPHA",
     )
@@ -107,17 +94,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="training images, the first N, not augmented, for matching and renormalisation "
         f"(default: {SAMPLES['cpu']:,}; all with --preset paper)",
-    )
-    p.add_argument(
-        "--retrain",
-        action="store_true",
-        help="train the edge models instead of loading shipped ones, as in cifar_pfm.py",
-    )
-    p.add_argument(
-        "--preset",
-        default="cpu",
-        choices=("cpu", "paper"),
-        help="width and recipe of the edge models, as in cifar_pfm.py; paper needs --retrain",
     )
     _common.folder_options(p)
     return p
@@ -202,7 +178,7 @@ class Pair:
     def evaluate(self, tree: PyTree | merge.Merged) -> dict[str, float]:
         """Accuracy and loss; one compiled function for all networks."""
         model = tree if isinstance(tree, merge.Merged) else merge.as_merged(self.net, tree)
-        found = train.evaluate(cifar_pfm._forward, model, self.test)
+        found = train.evaluate(_edges.forward, model, self.test)
         return {"accuracy": found.accuracy, "loss": found.loss}
 
     def cells(
@@ -282,24 +258,13 @@ def curves_of(
 
 def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures everything; returns the record."""
-    if args.preset == "paper" and not args.retrain:
-        raise _common.UserError("no models of --preset paper are shipped: give --retrain, too.")
+    count = args.statistics or SAMPLES[args.preset]
     samples = args.samples or SAMPLES[args.preset]
-    images = args.statistics or SAMPLES[args.preset]
     matches = list(MATCHES) if args.match == "both" else [args.match]
     watch = _common.Stopwatch()
-    with watch("data"):
-        dataset = cifar_pfm.load(args, train=images, test=samples)
-    arch = cifar_pfm.architecture(args, dataset)
-    with watch("trace"):
-        net = cifar_pfm.trace(arch, dataset)
-    with watch("training" if args.retrain else "checkpoints"):
-        find = cifar_pfm.trained if args.retrain else cifar_pfm.shipped
-        folders = find(args, arch, 2)
-        cards = [checkpoint.card(folder) for folder in folders]
-        trees = [checkpoint.load(folder) for folder in folders]
-    statistics = dataset.batches("train", batch_size=cifar_pfm.BATCH, samples=images)
-    test = dataset.batches("test", batch_size=cifar_pfm.BATCH, samples=samples)
+    models = _edges.found(args, watch, train=count, test=samples)
+    net, trees = models.net, models.trees
+    statistics, test = models.batches("train", count), models.batches("test", samples)
     with watch("statistics of edge models"):
         pair = pair_of(net, trees, matches, args.alpha, statistics, test)
     with watch("matching"):
@@ -313,27 +278,9 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "experiment": "permute_first_layers",
         "command": command,
-        "config": vars(args) | {"model": arch.name, "width": arch.width},
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source.split(" in ")[0],
-            "fallback": dataset.fallback,
-            "statistics_images": len(statistics.images),
-            "test_images": len(test.images),
-            "batch_size": cifar_pfm.BATCH,
-            "augmented": False,
-        },
-        "model": {
-            "name": arch.name,
-            "width": arch.width,
-            "depth": net.depth,
-            "parameters": net.parameters,
-        },
-        "edge_models": [
-            {"checkpoint": folder.name, "seed": card["seed"], "command": card["command"]}
-            for folder, card in zip(folders, cards, strict=True)
-        ],
-        "seeds": {"edge_models": [card["seed"] for card in cards], "matching": 0},
+        "config": vars(args) | {"model": models.arch.name, "width": models.arch.width},
+        **models.record(statistics, test),
+        "seeds": {"edge_models": models.seeds, "matching": 0},
         "matchings": {
             match: {
                 "objective": [float(value) for value in found.objective],
@@ -357,12 +304,9 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def title_of(record: dict[str, Any]) -> str:
     """Data, models, what is averaged, images."""
-    config, source = record["config"], record["data"]
-    label = _common.dataset_label(source, "cifar10")
-    width = config["width"]
-    name = config["model"] + ("" if width == 1 else f" at {width:g} of the width")
-    what = "midpoints" if config["alpha"] == 0.5 else f"averages at alpha {config['alpha']:g}"
-    return f"{label}: {name}, {what}, first l layers matched, {source['test_images']:,} test images"
+    alpha, images = record["config"]["alpha"], record["data"]["test_images"]
+    what = "midpoints" if alpha == 0.5 else f"averages at alpha {alpha:g}"
+    return f"{_edges.networks(record)}, {what}, first l layers matched, {images:,} test images"
 
 
 def figure_of(record: dict[str, Any]) -> Any:
@@ -443,11 +387,11 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool, str]]:
     return claims
 
 
-def findings(record: dict[str, Any]) -> str:
-    """What came out, in sentences, and whether the paper has it so."""
+def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
+    """The edge models in a sentence, and the paper's claims."""
     edges = _common.joined([f"{100 * edge['accuracy']:.1f}" for edge in record["edges"].values()])
     names = "; ".join([f"{SHORT[match]}: {MATCHES[match]}" for match in record["curves"]])
-    return f"Edge models of {edges} ({names}). {_linear.sentences(claims_of(record))}"
+    return f"Edge models of {edges} ({names}).", claims_of(record)
 
 
 def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -469,25 +413,21 @@ def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """Name of record and figure, without suffix: what was asked for and is not default."""
-    config = record["config"]
-    width = "" if config["width"] == 1 else f"-w{config['width']:g}"
-    parts = ["permute_first_layers", record["data"]["name"], config["model"] + width]
+    """Name of record and figure, without suffix."""
+    config, parts = record["config"], []
     parts += [config["match"]] if config["match"] != "both" else []
     parts += [f"alpha{config['alpha']:g}"] if config["alpha"] != 0.5 else []
     for option in ("samples", "statistics"):
         if config[option] not in (None, SAMPLES[config["preset"]]):
             parts += [f"{option}{config[option]}"]
-    parts += [config["preset"]] if config["preset"] != "cpu" else []
-    parts += ["retrained"] if config["retrain"] else []
-    return "-".join(parts)
+    return _edges.file_name(record, parts)
 
 
 def show(record: dict[str, Any]) -> None:
     """Prints a record."""
     caption = f"accuracy, %; groups of units matched; edge models: {100 * record['edge_mean']:.2f}"
     _common.print_table(record["title"], *table_of(record), caption=caption)
-    print(findings(record))
+    print(_common.told(*outcome(record)))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -18,6 +18,8 @@ from vfjax import checkpoint, data, diagnose
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
+common = importlib.import_module("_common")
+edges = importlib.import_module("_edges")
 normalization = importlib.import_module("normalization")
 
 METHODS = ["none", *normalization.REMEDIES]
@@ -141,9 +143,9 @@ def test_k_does_not_depend_on_test_images(digits):
     args.dataset, args.preset = "digits", "cpu"
     dataset = data.load("digits")
     images = normalization.images_of(args, dataset)
-    arch = normalization.cifar_pfm.architecture(args, dataset)
-    net = normalization.cifar_pfm.trace(arch, dataset)
-    folders = normalization.cifar_pfm.shipped(args, arch, 2)
+    arch = edges.architecture(args, dataset)
+    net = edges.trace(arch, dataset)
+    folders = edges.shipped(args, arch, 2)
     trees = [checkpoint.load(folder) for folder in folders]
 
     def wrong(batches):
@@ -176,7 +178,7 @@ def test_the_smallest_of_equal_k(monkeypatch):
 def test_the_outcome_of_the_paper(as_in_paper):
     claims = normalization.claims_of(as_in_paper)
     assert len(claims) == 10 and all(holds for holds, _ in claims)
-    found = normalization.findings(as_in_paper)
+    found = common.told(*normalization.outcome(as_in_paper))
     assert "Unlike" not in found
     assert "with weight matching none 30.0, REPAIR 50.0, RESCALE 80.0, bias removal 79.0" in found
     assert "REPAIR is the worst of four" in found and "up to 2.0 points apart" in found
@@ -219,7 +221,8 @@ def test_each_claim_can_fail(as_in_paper, match, change, flipped, said):
     change(as_in_paper["runs"][match][0])
     claims = normalization.claims_of(as_in_paper)
     assert [k for k, (holds, _) in enumerate(claims) if not holds] == [flipped]
-    assert said in normalization.findings(as_in_paper).partition("Unlike the paper: ")[2]
+    told = common.told(*normalization.outcome(as_in_paper))
+    assert said in told.partition("Unlike the paper: ")[2]
 
 
 def test_networks_with_batchnorm(record):
@@ -228,7 +231,7 @@ def test_networks_with_batchnorm(record):
         run["removal"] = None
         run["curves"] = {"none": run["curves"]["none"], "reset": run["curves"]["repair"]}
     assert [holds for holds, _ in normalization.claims_of(record)] == [True, True]
-    found = normalization.findings(record)
+    found = common.told(*normalization.outcome(record))
     assert "with weight matching RESET improves on none" in found and "bias" not in found
     assert len(normalization.figure_of(record).axes) == 2
     assert [row[0] for row in normalization.table_of(record)[1]][:2] == [

@@ -20,6 +20,7 @@ from vfjax import data, merge, models, renorm
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
+common = importlib.import_module("_common")
 permute = importlib.import_module("permute_first_layers")
 cifar_pfm = importlib.import_module("cifar_pfm")
 
@@ -227,7 +228,7 @@ def test_sentences_follow_the_record(digits):
 
     record["edge_mean"] = 0.9
     assert verdicts([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8]) == [True, True, True]
-    assert "Unlike" not in permute.findings(record)
+    assert "Unlike" not in common.told(*permute.outcome(record))
     assert verdicts([0.8, 0.8, 0.7, 0.6, 0.4, 0.2, 0.1]) == [False, False, True]
     assert verdicts([0.1] * 7) == [False, False, True]
     assert verdicts([0.1, 0.1, 0.1, 0.1, 0.2, 0.8, 0.8]) == [True, False, True]
@@ -237,7 +238,7 @@ def test_sentences_follow_the_record(digits):
     record["curves"]["weight"]["none"]["accuracy"] = [0.1] * 7
     assert [holds for holds, _ in permute.claims_of(record)] == [True, False] * 2 + [True, False]
     assert "Unlike the paper: from l = 0 to 6 accuracy goes from 10.0 to 10.0 (WM;" in (
-        permute.findings(record)
+        common.told(*permute.outcome(record))
     )
 
 
@@ -262,7 +263,7 @@ def test_head_says_what_came_out():
     head = " ".join(permute.__doc__.split())
     assert head.endswith("What came out here: not measured yet.") == (not records)
     for record in records:
-        assert " ".join(permute.findings(record).split()) in head
+        assert " ".join(common.told(*permute.outcome(record)).split()) in head
         assert record["seconds"]["total"] < 600 and record["data"]["fallback"] is False
 
 
