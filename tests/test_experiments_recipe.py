@@ -210,14 +210,17 @@ def test_claims_follow_the_numbers(record):
     changes = {
         "goes from 30.0 points at rate 0.01 to 20.0 at 0.1 (33% less)": (rates, 0.2),
         "goes from 10.0 points at decay 0.003 to 5.0 at 0.015 (50% less)": (decays, 0.05),
-        "their barrier goes from 10.0 to 25.0 points, that of 0.01 ": (after, 0.25),
-        "their barrier goes from 2.0 to 9.0 points, that of 0.003 ": (after_decay, 0.09),
+        "from 10.0 to 25.0 points, that of 0.01 ": (after, 0.25),
+        "from 2.0 to 9.0 points, that of 0.003 ": (after_decay, 0.09),
         "lose 25%, 32% and 10%": ((first, 0.001, 0.003, False), 0.2),
-        "at rate 0.1 the barrier is": ((other, 0.1, 0.003, False), 0.9),
+        "at rate 0.1 the matched barrier is": ((other, 0.1, 0.003, False), 0.9),
     }
     changes = {text: (key, {"matched_barrier": value}) for text, (key, value) in changes.items()}
     low, end = (first, 0.01, 0.003, False), (other, 0.1, 0.003, False)
-    changes["direct, from 50.0 to 70.0"] = low, {"direct_barrier": 0.5}
+    changes["direct, the barrier goes from 50.0 points at rate 0.01 to 70.0"] = (
+        low,
+        {"direct_barrier": 0.5},
+    )
     changes["to 97.00%, those of 0.01 have 95.00%"] = after, {"edge_accuracy": 0.97}
     changes["to 98.00%, those of 0.003 have 97.00%"] = after_decay, {"edge_accuracy": 0.98}
     changes["at rate 0.1 the distance is"] = end, {"direct_distance": 25.0}
@@ -231,7 +234,9 @@ def test_claims_follow_the_numbers(record):
     swapped = values | {keys[0]: values[keys[1]], keys[1]: values[keys[0]]}
     numbers(record, swapped)
     wrong = recipe.findings(record).partition("Unlike the paper: ")[2]
-    assert "at rate 0.01 the barrier is" in wrong and "at rate 0.01 the distance is" in wrong
+    assert (
+        "at rate 0.01 the matched barrier is" in wrong and "at rate 0.01 the distance is" in wrong
+    )
 
 
 # ----------------------------------------------------------------------------------------- plans
