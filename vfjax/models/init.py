@@ -1,10 +1,10 @@
 """Initialisers of the edge models: Kaiming normal and the uniform default of PyTorch.
 
-These are used in "Vanishing Feature" (section 4 of its appendix on settings): the normal one for the
-VGG family, the uniform one for the ResNets.  They differ in what they do to the biases, which start
-the offset ``f(0)`` that a merged network falls back to, so the names are part of an experiment.
-The former is torchvision's, which draws dense kernels too small for networks of dense layers alone;
-for those there is that of He et al.
+The two are used in "Vanishing Feature" (section 4 of its appendix on settings): the normal one for
+the VGG family, the uniform one for the ResNets.  They differ in what they do to the biases, which
+start the offset ``f(0)`` that a merged network falls back to, so the names are part of an
+experiment.  The normal one is torchvision's, whose dense kernels are too small for networks of
+dense layers alone; for those there is that of He et al. (2015).
 """
 
 from __future__ import annotations
