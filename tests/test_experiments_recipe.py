@@ -148,7 +148,7 @@ def test_divergence_is_recorded_and_told(pair, record):
     for entry in record["cells"]:
         if entry["rate"] == 0.1 and entry["decay"] == 0.003:
             entry["pairs"], entry["summary"] = [found], None
-    assert "rate 0.1, decay 0.003, 1 of 1 pairs diverged" in recipe.findings(record)
+    assert "rate 0.1, decay 0.003, 1 of 1 pairs diverged" in common.told(*recipe.outcome(record))
     # No claim holds of what is not there.
     assert all("nan" not in text for holds, text in recipe.claims_of(record) if holds)
     assert "diverged" in str(recipe.table_of(record)[1])
@@ -203,7 +203,7 @@ def test_claims_follow_the_numbers(record):
     values = as_in_the_paper(record)
     numbers(record, values)
     assert all(holds for holds, _ in recipe.claims_of(record)) and recipe.claims_of(record)
-    assert "Unlike" not in recipe.findings(record)
+    assert "Unlike" not in common.told(*recipe.outcome(record))
     count = len(recipe.claims_of(record))
     rates, decays = (first, 0.1, 0.003, False), (first, 0.01, 0.015, False)
     after, after_decay = (first, 0.1, 0.003, True), (first, 0.01, 0.015, True)
@@ -229,11 +229,11 @@ def test_claims_follow_the_numbers(record):
         claims = recipe.claims_of(record)
         wrong = [words for holds, words in claims if not holds]
         assert len(claims) == count and any(text in words for words in wrong), (text, wrong)
-        assert text in recipe.findings(record).partition("Unlike the paper: ")[2]
+        assert text in common.told(*recipe.outcome(record)).partition("Unlike the paper: ")[2]
     keys = [(name, 0.01, 0.003, False) for name in (first, other)]
     swapped = values | {keys[0]: values[keys[1]], keys[1]: values[keys[0]]}
     numbers(record, swapped)
-    wrong = recipe.findings(record).partition("Unlike the paper: ")[2]
+    wrong = common.told(*recipe.outcome(record)).partition("Unlike the paper: ")[2]
     assert (
         "at rate 0.01 the matched barrier is" in wrong and "at rate 0.01 the distance is" in wrong
     )
