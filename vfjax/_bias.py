@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,11 +79,12 @@ def remove_bias(
         count = net.depth
     if isinstance(count, (bool, str)) or not hasattr(count, "__index__"):
         raise TypeError(f'{name} must be an integer or "all", got {count!r}')
-    if not 0 <= count <= net.depth:
+    number = operator.index(count)  # type: ignore[arg-type]
+    if not 0 <= number <= net.depth:
         raise ValueError(f"{name} must be from 0 to {net.depth}, the network's depth, got {count}")
 
     def loses(depth: int) -> bool:
-        return depth > net.depth - count if first is None else depth <= count
+        return depth > net.depth - number if first is None else depth <= number
 
     def zero(bias: Array, index: Bias, depth: int) -> Array:
         return jnp.zeros_like(bias) if loses(depth) else bias
