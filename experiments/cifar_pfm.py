@@ -31,37 +31,23 @@ In the paper, at full width, RESCALE gives 84.7 at l = 0 and reaches it at l = 8
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import _common
+import _edges
 import jax
-import jax.numpy as jnp
-import train_edges
 from tqdm import tqdm
 
 import vfjax
-from vfjax import align, checkpoint, data, merge, models, plot, renorm, stats, train
+from vfjax import align, data, merge, plot, renorm, stats, train
 
 PyTree = Any
 
-DEFAULT_MODEL = {
-    "cifar10": "vgg16",
-    "cifar100": "vgg16",
-    "mnist": "mlp",
-    "digits": "digits-conv",
-}
-# Channel multipliers of the shipped models, and of what two cores train in half an hour: of some
-# models, and of the other ones of a family.
-CPU_WIDTH = {"vgg": 0.25, "vgg16-bn": 0.125, "vgg16-ln": 0.125, "resnet": 0.5, "resnet20-ln": 0.25}
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
-BATCH = 500
 SAMPLES = 10_000
 # Test images, and statistics images, wait at the cut for the columns of a row, up to so many bytes.
 STORE = 1 << 29
@@ -87,48 +73,12 @@ def _samples(text: str) -> int | None:
     return int(text)
 
 
-def _alpha(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
-    return value
-
-
-def _model(text: str) -> tuple[str, float | None]:
-    name, _, width = text.partition("-w")
-    if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
-        known = ", ".join(models.NAMES)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no model; take one of {known}, with -wFRACTION after it for another width"
-        )
-    return name, float(width) if width else None
-
-
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="cifar_pfm.py", description=__doc__, formatter_class=_common.Help
     )
-    p.add_argument(
-        "--dataset",
-        default="auto",
-        choices=data.NAMES,
-        help="images to merge and test on; auto is the digits that come with scikit-learn for the "
-        "digits models, for others CIFAR-10 where it is found, else, with a warning and in the "
-        "table's title, the digits",
-    )
-    p.add_argument(
-        "--model",
-        type=_model,
-        metavar="NAME[-wWIDTH]",
-        help="architecture of the edge models, for example vgg16, vgg16-w0.5, vgg16-bn, resnet20, "
-        "digits-mlp; WIDTH multiplies all channel counts (default: vgg16 for CIFAR, mlp for "
-        "MNIST, digits-conv for the digits; a quarter for VGG and a half for ResNet, as shipped, "
-        "with --preset cpu, 1 with --preset paper)",
-    )
+    _edges.edge_options(p, examples="vgg16, vgg16-w0.5, vgg16-bn, resnet20, digits-mlp")
     p.add_argument(
         "--match",
         default="activation",
@@ -147,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--alpha",
-        type=_alpha,
+        type=_edges.alpha_of,
         default=0.5,
         help="weight of the second network in all averages, the ensemble's too; the first has "
         "1 - ALPHA",
@@ -167,21 +117,6 @@ def parser() -> argparse.ArgumentParser:
         help="statistics images: the first N of the training split, not augmented, in batches of "
         "500",
     )
-    p.add_argument(
-        "--retrain",
-        action="store_true",
-        help="train the edge models instead of loading shipped ones; they are kept in "
-        "OUT/checkpoints-PRESET, where a run that was stopped goes on and finished ones are reused",
-    )
-    p.add_argument(
-        "--preset",
-        default="cpu",
-        choices=("cpu", "paper"),
-        help="width and recipe of the edge models: cpu is what two cores can train (VGG16 at a "
-        "quarter of the width, 24 epochs, about half an hour a model); paper is full width and the "
-        "paper's recipe (160 epochs, step decay, weight decay 1e-4), meant for a GPU, where an "
-        "epoch is one compiled scan; no such models are shipped, so it needs --retrain",
-    )
     _common.folder_options(p)
     return p
 
@@ -197,112 +132,7 @@ def default_layers(depth: int) -> list[int]:
     return list(LAYERS.get(depth, sorted(nearest)))
 
 
-# ---------------------------------------------------------------------------------- edge models
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """Which networks are merged.
-
-    Attributes:
-      name: Name of the model, as in `vfjax.models.create`.
-      width: Multiplier of all channel counts.
-      dataset: Name of the data set that they are trained on.
-    """
-
-    name: str
-    width: float
-    dataset: str
-
-    @property
-    def stem(self) -> str:
-        """Names of checkpoints, up to the seed."""
-        name = train_edges.checkpoint_name(self.dataset, self.name, self.width, 0)
-        return name.removesuffix("0")
-
-    def __str__(self) -> str:
-        """For titles."""
-        return self.name + ("" if self.width == 1 else f" at {self.width:g} of the width")
-
-
-def architecture(args: argparse.Namespace, dataset: data.Dataset) -> Architecture:
-    """Decides which networks, from the options and the data that was found."""
-    name, width = args.model or (DEFAULT_MODEL[dataset.name], None)
-    if name.startswith("digits") != (dataset.name == "digits"):
-        if dataset.name != "digits":
-            hint = "give --dataset digits"
-        elif dataset.fallback:
-            hint = "CIFAR-10 was not found, give --data-dir, or --model digits-conv"
-        else:
-            hint = "give --dataset cifar10, or --model digits-conv"
-        label = _common.DATASET_LABELS[dataset.name]
-        raise _common.UserError(f"--model {name} is not for {label}; {hint}.")
-    if width is None:
-        family = re.sub(r"\d.*", "", name)
-        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(family, 1.0))
-        width = 1.0 if args.preset == "paper" else narrow
-    return Architecture(name, width, dataset.name)
-
-
-def load(args: argparse.Namespace, **counts: int | None) -> data.Dataset:
-    """The images, as the options have it; `counts` of them, as in `vfjax.data.load`."""
-    # As train_edges.py decides.
-    for_digits = args.dataset == "auto" and args.model and args.model[0].startswith("digits")
-    return data.load("digits" if for_digits else args.dataset, args.data_dir, **counts)
-
-
-def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
-    """Traces the network, for which its shapes are enough."""
-    options: dict[str, Any] = {"classes": dataset.classes}
-    if arch.width != 1:
-        options["width"] = arch.width
-    try:
-        model = models.create(arch.name, **options)
-    except ValueError as error:
-        raise _common.UserError(f"--model: {error}") from error
-    x = jax.ShapeDtypeStruct((BATCH, *dataset.test_images.shape[1:]), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    return vfjax.trace(models.apply_fn(model), variables, x)
-
-
-def shipped(args: argparse.Namespace, arch: Architecture, count: int) -> list[Path]:
-    """Finds the first `count` shipped models of an architecture, by seed."""
-    folder = _common.ROOT / "checkpoints"
-    numbers = {path: path.name.removeprefix(arch.stem) for path in folder.glob(f"{arch.stem}*")}
-    found = {int(number): path for path, number in numbers.items() if number.isdigit()}
-    if len(found) < count:
-        kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
-        seeds = (seed for seed in itertools.count() if seed not in found)
-        words = ["python", "experiments/train_edges.py", "--model", arch.name]
-        words += ["--width", f"{arch.width:g}"] if arch.width != 1 else []
-        words += ["--dataset", arch.dataset]
-        words += ["--data-dir", args.data_dir] if args.data_dir else []
-        words += ["--seeds", *map(str, itertools.islice(seeds, count - len(found)))]
-        other = ("--model", "--dataset", *(["--pairs"] if hasattr(args, "pairs") else []))
-        raise _common.UserError(
-            f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
-            f"train what is missing: {shlex.join(words)} (--retrain trains all {count} into --out)."
-            f" Or choose another {', '.join(other[:-1])} or {other[-1]}: {folder.name}/ has "
-            f"{', '.join(kinds) or 'none'}."
-        )
-    return [found[seed] for seed in sorted(found)[:count]]
-
-
-def trained(args: argparse.Namespace, arch: Architecture, count: int) -> list[Path]:
-    """Trains `count` models as `train_edges.py` does, or finds them trained by an earlier run."""
-    words = ["--model", arch.name, "--dataset", arch.dataset, "--preset", args.preset]
-    words += ["--seeds", *map(str, range(count)), "--width", str(arch.width)]
-    words += ["--out", str(Path(args.out) / f"checkpoints-{args.preset}")]
-    words += ["--data-dir", args.data_dir] if args.data_dir else []
-    return train_edges.main(words)
-
-
 # ------------------------------------------------------------------------------------- one pair
-
-
-def _forward(merged: merge.Merged, x: PyTree) -> jax.Array:
-    """One function for all cells, so that the cells of a row share its compilation."""
-    return merged.run(x)
 
 
 @jax.jit
@@ -363,7 +193,7 @@ class Pair:
 
     def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
         """Accuracy and loss on the test images, or on what they are at the cut."""
-        found = train.evaluate(_forward, merged, _common.Watched(batches, description))
+        found = train.evaluate(_edges.forward, merged, _common.Watched(batches, description))
         return {"accuracy": found.accuracy, "loss": found.loss}
 
     def edges(self) -> dict[str, dict[str, float]]:
@@ -484,20 +314,18 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
 def title_of(record: dict[str, Any]) -> str:
     """The table's title: data, models, matching, statistics."""
     config, source = record["config"], record["data"]
-    label = _common.dataset_label(source, "cifar10")
     match = "no matching" if config["match"] == "none" else f"{config['match']} matching"
-    width, images = config["width"], source["statistics_images"]
+    images = source["statistics_images"]
     parts = [
-        label,
-        config["model"] + ("" if width == 1 else f" at {width:g} of the width"),
+        _edges.networks(record),
         match,
         f"statistics over {images:,} image{'' if images == 1 else 's'}",
     ]
     if config["alpha"] != 0.5:
-        parts.insert(3, f"alpha {config['alpha']:g}")
+        parts.insert(2, f"alpha {config['alpha']:g}")
     if len(record["pairs"]) > 1:
         parts.append(f"mean ± standard deviation over {len(record['pairs'])} pairs")
-    return f"{parts[0]}: {', '.join(parts[1:])}"
+    return ", ".join(parts)
 
 
 def table_of(record: dict[str, Any], mark: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
@@ -542,22 +370,15 @@ def figure_of(record: dict[str, Any]) -> Any:
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """Name of the record and the figure, without suffix: what was asked for and is not default.
-
-    So runs that differ in what they measure do not overwrite each other's results.
-    """
-    config = record["config"]
-    width = "" if config["width"] == 1 else f"-w{config['width']:g}"
-    parts = ["cifar_pfm", record["data"]["name"], config["model"] + width]
+    """Name of record and figure, without suffix."""
+    config, parts = record["config"], []
     parts += [config["match"]] if config["match"] != "activation" else []
     if config["layers"] != default_layers(record["model"]["depth"]):
         parts += ["layers" + "+".join(map(str, config["layers"]))]
     parts += [f"alpha{config['alpha']:g}"] if config["alpha"] != 0.5 else []
     parts += [f"{config['pairs']}pairs"] if config["pairs"] != 1 else []
     parts += [f"samples{config['samples']}"] if config["samples"] != SAMPLES else []
-    parts += [config["preset"]] if config["preset"] != "cpu" else []
-    parts += ["retrained"] if config["retrain"] else []
-    return "-".join(parts)
+    return _edges.file_name(record, parts)
 
 
 # ----------------------------------------------------------------------------------------- main
@@ -565,32 +386,20 @@ def file_name(record: dict[str, Any]) -> str:
 
 def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures everything; returns the record."""
-    if args.preset == "paper" and not args.retrain:
-        raise _common.UserError("no models of --preset paper are shipped: give --retrain, too.")
-    watch = _common.Stopwatch()
-    with watch("data"):
-        dataset = load(args, train=args.samples)
-    arch = architecture(args, dataset)
-    with watch("trace"):
-        net = trace(arch, dataset)
-        layers = default_layers(net.depth) if args.layers is None else args.layers
-    wrong = [number for number in layers if not 0 <= number <= net.depth]
-    if wrong:
-        raise _common.UserError(f"--layers must be from 0 to L = {net.depth}, got {wrong[0]}.")
-    layers = sorted(set(layers))
-
     # Three models make three pairs: the smallest number of models that makes enough.
     count = next(k for k in itertools.count(2) if k * (k - 1) // 2 >= args.pairs)
     by_second = sorted(itertools.combinations(range(count), 2), key=lambda pair: pair[::-1])
     pairs = by_second[: args.pairs]
-    with watch("training" if args.retrain else "checkpoints"):
-        folders = trained(args, arch, count) if args.retrain else shipped(args, arch, count)
-        cards = [checkpoint.card(folder) for folder in folders]
-        trees = [checkpoint.load(folder) for folder in folders]
-
+    watch = _common.Stopwatch()
+    models = _edges.found(args, watch, count=count, train=args.samples)
+    net, trees = models.net, models.trees
+    layers = default_layers(net.depth) if args.layers is None else args.layers
+    wrong = [number for number in layers if not 0 <= number <= net.depth]
+    if wrong:
+        raise _common.UserError(f"--layers must be from 0 to L = {net.depth}, got {wrong[0]}.")
+    layers = sorted(set(layers))
     columns = columns_of(net, args.match)
-    statistics = dataset.batches("train", batch_size=BATCH, samples=args.samples)
-    test = dataset.batches("test", batch_size=BATCH)
+    statistics, test = models.batches("train", args.samples), models.batches("test", None)
     edges, rows, matches, costs = [], [], [], {}
     total = len(pairs) * len(layers) * len(columns)
     with tqdm(total=total, unit="cell", leave=False) as bar:
@@ -609,38 +418,14 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
                 merged = pair.merged(number, aligned=True)
                 costs[number] = merged.params, merged.flops
 
-    config = vars(args) | {"model": arch.name, "width": arch.width, "layers": layers}
+    config = vars(args) | {"model": models.arch.name, "width": models.arch.width, "layers": layers}
     config["samples"] = "all" if args.samples is None else args.samples
     record: dict[str, Any] = {
         "experiment": "cifar_pfm",
         "command": command,
         "config": config,
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source.split(" in ")[0],
-            "fallback": dataset.fallback,
-            "statistics_images": len(statistics.images),
-            "test_images": len(test.images),
-            "batch_size": BATCH,
-            "augmented": False,
-        },
-        "model": {
-            "name": arch.name,
-            "width": arch.width,
-            "depth": net.depth,
-            "parameters": net.parameters,
-            "flops": net.flops,
-        },
-        "edge_models": [
-            {
-                "checkpoint": folder.name,
-                "seed": card["seed"],
-                "test_accuracy": card["test"]["accuracy"],
-                "command": card["command"],
-            }
-            for folder, card in zip(folders, cards, strict=True)
-        ],
-        "seeds": {"edge_models": [card["seed"] for card in cards], "matching": 0},
+        **models.record(statistics, test),
+        "seeds": {"edge_models": models.seeds, "matching": 0},
         "pairs": matches,
         "columns": columns,
         "rows": rows_of(net, edges, rows, costs),

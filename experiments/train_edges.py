@@ -8,8 +8,8 @@ The shipped ones, each about as long as its card says:
         --storage float16
     python experiments/train_edges.py --model vgg16-ln --width 0.125 --seeds 0 1 --epochs 14 \
         --storage float16
-    python experiments/train_edges.py --model resnet20-ln --width 0.25 --seeds 0 1 --epochs 10 \
-        --storage float16
+    python experiments/train_edges.py --model resnet20-ln --width 0.25 --seeds 0 1 --epochs 8 \
+        --learning-rate 0.02 --storage float16
     python experiments/train_edges.py --model digits-mlp --seeds 0 1
     python experiments/train_edges.py --model digits-conv --seeds 0 1
 

@@ -7,7 +7,14 @@
     python experiments/linear_networks.py --out experiments/results
     python experiments/residual_linear.py --out experiments/results
     python experiments/vanishing_feature.py --out experiments/results
+    python experiments/vanishing_feature.py --model vgg16-bn --out experiments/results
+    python experiments/vanishing_feature.py --model vgg16-ln --out experiments/results
     python experiments/vanishing_feature.py --model resnet20 --out experiments/results
+    python experiments/vanishing_feature.py --model resnet20-ln --out experiments/results
+    python experiments/normalization.py --out experiments/results
+    python experiments/permute_first_layers.py --out experiments/results
+    python experiments/permute_first_layers.py --model resnet20 --out experiments/results
+    python experiments/training_recipe.py --out experiments/results
     python experiments/update_readme.py
 
 The paragraphs on what came out in the heads of the scripts are written, too. No number in those
@@ -30,7 +37,10 @@ from typing import Any
 import _common
 import cifar_pfm
 import linear_networks
+import normalization
+import permute_first_layers
 import residual_linear
+import training_recipe
 import vanishing_feature
 
 README = _common.ROOT / "README.md"
@@ -49,8 +59,17 @@ HEADS = {
     residual_linear: ("residual_linear-mnist",),
     vanishing_feature: (
         "vanishing_feature-cifar10-vgg16-w0.25",
+        "vanishing_feature-cifar10-vgg16-bn-w0.125",
+        "vanishing_feature-cifar10-vgg16-ln-w0.125",
         "vanishing_feature-cifar10-resnet20-w0.5",
+        "vanishing_feature-cifar10-resnet20-ln-w0.25",
     ),
+    normalization: ("normalization-cifar10-vgg16-w0.25",),
+    permute_first_layers: (
+        "permute_first_layers-cifar10-vgg16-w0.25",
+        "permute_first_layers-cifar10-resnet20-w0.5",
+    ),
+    training_recipe: ("training_recipe-mnist",),
 }
 # What the paper has to compare with, after what was measured here.
 PAPER = {
@@ -105,10 +124,18 @@ def table(marker: str, name: str) -> str:
         f"{100 * record['summary']['edge_mean']:.2f}. Made by `{record['command']}` in "
         f"{_common.made_on(record)}, jax {record['versions']['jax']}."
     )
-    figure = f"![{record['title']}](experiments/results/{name}.png)"
+    figure = f"[{record['title']}](experiments/results/{name}.png)"
+    # Two points make no picture.
+    figure = f"Figure: {figure}" if marker == "late" else f"!{figure}"
     body = _common.markdown_table(header, lines)
     parts = [f"**{record['title']}**", body, findings(marker, record), notes, figure]
     return "\n" + "\n\n".join(parts) + "\n"
+
+
+def records_of(script: ModuleType) -> list[tuple[str, dict[str, Any]]]:
+    """Names and contents of the records that the head of a script tells of."""
+    paths = {name: RESULTS / f"{name}.json" for name in HEADS[script]}
+    return [(name, json.loads(path.read_text())) for name, path in paths.items() if path.exists()]
 
 
 def outcome(script: ModuleType, record: dict[str, Any]) -> tuple[str, str]:
@@ -122,12 +149,11 @@ def outcome(script: ModuleType, record: dict[str, Any]) -> tuple[str, str]:
 
 def headed(text: str, script: ModuleType = cifar_pfm) -> str:
     """The text of a script with the last paragraphs of its head brought up to date."""
-    paths = [RESULTS / f"{name}.json" for name in HEADS[script]]
-    if not all(path.exists() for path in paths):
+    records = [record for _, record in records_of(script)]
+    if not records:
         return text
     paragraphs = []
-    for path in paths:
-        record = json.loads(path.read_text())
+    for record in records:
         setting, found = outcome(script, record)
         said = f"What came out here ({setting}, {_common.made_on(record)}): {found}"
         paragraphs.append(textwrap.fill(said, 100, break_on_hyphens=False) + "\n")
@@ -142,21 +168,18 @@ def headed(text: str, script: ModuleType = cifar_pfm) -> str:
 
 
 def diagnosis() -> str:
-    """The Markdown of the other experiments' records: what came out, and a figure each."""
+    """The Markdown of the other experiments' records: what came out, and the first figure each."""
     parts = []
     for script in HEADS:
         if script is cifar_pfm:
             continue
-        for name in HEADS[script]:
-            path = RESULTS / f"{name}.json"
-            if not path.exists():
-                continue
-            record = json.loads(path.read_text())
+        for place, (name, record) in enumerate(records_of(script)):
             intro, claims = script.outcome(record)
             how = f"`{record['command']}`, {_common.made_on(record)}"
-            parts.append(f"**{record['title']}** ({how}). {intro}")
-            parts.append(_common.bullets(claims))
-            parts.append(f"![{record['title']}](experiments/results/{name}.png)")
+            figure, label = f"(experiments/results/{name}.png)", record["title"]
+            how += f", [figure]{figure}" if place else ""
+            parts += [f"**{label}** ({how}). {intro}", _common.bullets(claims)]
+            parts += [] if place else [f"![{label}]{figure}"]
     return "\n" + "\n\n".join(parts) + "\n" if parts else WAITING
 
 

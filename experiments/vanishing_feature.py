@@ -59,13 +59,14 @@ from pathlib import Path
 from typing import Any
 
 import _common
+import _edges
 import cifar_pfm
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import vfjax
-from vfjax import checkpoint, data, diagnose, merge, plot, renorm
+from vfjax import diagnose, merge, plot, renorm
 
 PyTree = Any
 
@@ -84,19 +85,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="vanishing_feature.py", description=__doc__, formatter_class=_common.Help
     )
-    p.add_argument(
-        "--dataset",
-        default="auto",
-        choices=data.NAMES,
-        help="images to merge and measure on; auto as in cifar_pfm.py",
-    )
-    p.add_argument(
-        "--model",
-        type=cifar_pfm._model,
-        metavar="NAME[-wWIDTH]",
-        help="architecture of the edge models, as in cifar_pfm.py: vgg16, vgg16-bn, vgg16-ln, "
-        "resnet20, resnet20-ln, digits-conv (default: vgg16 for CIFAR, digits-conv for the digits)",
-    )
+    _edges.edge_options(p, examples="vgg16, vgg16-bn, vgg16-ln, resnet20, resnet20-ln, digits-conv")
     p.add_argument(
         "--match",
         default="activation",
@@ -116,17 +105,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         default=cifar_pfm.SAMPLES,
         help="training images, the first N, not augmented, for matching and renormalisation",
-    )
-    p.add_argument(
-        "--retrain",
-        action="store_true",
-        help="train the edge models instead of loading shipped ones, as in cifar_pfm.py",
-    )
-    p.add_argument(
-        "--preset",
-        default="cpu",
-        choices=("cpu", "paper"),
-        help="width and recipe of the edge models, as in cifar_pfm.py; paper needs --retrain",
     )
     _common.folder_options(p)
     return p
@@ -229,21 +207,11 @@ def resets_of(net: vfjax.Network, networks: Mapping[str, merge.Merged], edges: A
 
 def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures everything; returns the record."""
-    if args.preset == "paper" and not args.retrain:
-        raise _common.UserError("no models of --preset paper are shipped: give --retrain, too.")
     watch = _common.Stopwatch()
-    with watch("data"):
-        dataset = cifar_pfm.load(args, train=args.statistics, test=args.samples)
-    arch = cifar_pfm.architecture(args, dataset)
-    with watch("trace"):
-        net = cifar_pfm.trace(arch, dataset)
-    with watch("training" if args.retrain else "checkpoints"):
-        find = cifar_pfm.trained if args.retrain else cifar_pfm.shipped
-        folders = find(args, arch, 2)
-        cards = [checkpoint.card(folder) for folder in folders]
-        trees = [checkpoint.load(folder) for folder in folders]
-    statistics = dataset.batches("train", batch_size=cifar_pfm.BATCH, samples=args.statistics)
-    test = dataset.batches("test", batch_size=cifar_pfm.BATCH, samples=args.samples)
+    models = _edges.found(args, watch, train=args.statistics, test=args.samples)
+    net, trees = models.net, models.trees
+    statistics = models.batches("train", args.statistics)
+    test = models.batches("test", args.samples)
     # At the midpoint.
     options = argparse.Namespace(match=args.match, alpha=0.5)
     pair = cifar_pfm.Pair(net, trees, options, statistics, test, watch)
@@ -259,27 +227,9 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "experiment": "vanishing_feature",
         "command": command,
-        "config": vars(args) | {"model": arch.name, "width": arch.width},
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source.split(" in ")[0],
-            "fallback": dataset.fallback,
-            "statistics_images": len(statistics.images),
-            "test_images": len(test.images),
-            "batch_size": cifar_pfm.BATCH,
-            "augmented": False,
-        },
-        "model": {
-            "name": arch.name,
-            "width": arch.width,
-            "depth": net.depth,
-            "parameters": net.parameters,
-        },
-        "edge_models": [
-            {"checkpoint": folder.name, "seed": card["seed"], "command": card["command"]}
-            for folder, card in zip(folders, cards, strict=True)
-        ],
-        "seeds": {"edge_models": [card["seed"] for card in cards], "matching": 0},
+        "config": vars(args) | {"model": models.arch.name, "width": models.arch.width},
+        **models.record(statistics, test),
+        "seeds": {"edge_models": models.seeds, "matching": 0},
         "matching": pair.match,
         "layers": [layer.name for layer in layers],
         "depth": [layer.depth for layer in layers],
@@ -296,13 +246,9 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def title_of(record: dict[str, Any]) -> str:
     """Data, models, matching, images."""
-    config, source = record["config"], record["data"]
-    label = _common.dataset_label(source, "cifar10")
-    width = config["width"]
-    name = config["model"] + ("" if width == 1 else f" at {width:g} of the width")
     return (
-        f"{label}: {name}, midpoints, {config['match']} matching, "
-        f"{source['test_images']:,} test images"
+        f"{_edges.networks(record)}, midpoints, {record['config']['match']} matching, "
+        f"{record['data']['test_images']:,} test images"
     )
 
 
@@ -502,17 +448,13 @@ def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def file_name(record: dict[str, Any]) -> str:
-    """Name of record and figure, without suffix: what was asked for and is not default."""
-    config = record["config"]
-    width = "" if config["width"] == 1 else f"-w{config['width']:g}"
-    parts = ["vanishing_feature", record["data"]["name"], config["model"] + width]
+    """Name of record and figure, without suffix."""
+    config, parts = record["config"], []
     parts += [config["match"]] if config["match"] != "activation" else []
     parts += [f"samples{config['samples']}"] if config["samples"] != SAMPLES else []
-    defaults = cifar_pfm.SAMPLES
-    parts += [f"statistics{config['statistics']}"] if config["statistics"] != defaults else []
-    parts += [config["preset"]] if config["preset"] != "cpu" else []
-    parts += ["retrained"] if config["retrain"] else []
-    return "-".join(parts)
+    images = config["statistics"]
+    parts += [f"statistics{images}"] if images != cifar_pfm.SAMPLES else []
+    return _edges.file_name(record, parts)
 
 
 def show(record: dict[str, Any]) -> None:

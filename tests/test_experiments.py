@@ -23,6 +23,7 @@ from vfjax import checkpoint, data
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 # Experiments are scripts: they import each other as Python finds them when one is run.
 sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "benchmarks")]
+edges = importlib.import_module("_edges")
 pfm = importlib.import_module("cifar_pfm")
 
 PLAIN = ["direct", "matched", "repair", "rescale", "bias_calibration"]
@@ -240,7 +241,7 @@ def ship(monkeypatch, tmp_path):
     """Makes a random model pass for the shipped ones of a name."""
 
     def make(model, name, shape, count):
-        monkeypatch.setattr(pfm.models, "create", lambda *args, **kwargs: model)
+        monkeypatch.setattr(edges.models, "create", lambda *args, **kwargs: model)
         monkeypatch.setattr(pfm._common, "ROOT", tmp_path)
         for seed in range(count):
             meta = {"seed": seed, "test": {"accuracy": 0.1}, "command": "none"}
@@ -259,7 +260,7 @@ def tiny(monkeypatch, tmp_path, ship):
     arrays = images[25], labels[25], images[20], labels[20]
     dataset = data.Dataset("cifar10", *arrays, (0.5,), (0.25,), 10, "random")
     monkeypatch.setattr(pfm.data, "load", lambda *args, **kwargs: dataset)
-    monkeypatch.setattr(pfm, "BATCH", 10)
+    monkeypatch.setattr(edges, "BATCH", 10)
 
     def make(name, count):
         ship(Tiny(norm=name.endswith("bn")), f"cifar10-{name}-w0.25", (2, 2, 1), count)
@@ -334,7 +335,7 @@ def test_retrain_trains_what_it_merges(tmp_path, monkeypatch):
         return pfm.train.Trained(jax.jit(model.init)(jax.random.key(seed), x), (), 1.0)
 
     asked: list = []
-    monkeypatch.setattr(pfm.train_edges.train, "fit", fit)
+    monkeypatch.setattr(edges.train_edges.train, "fit", fit)
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["--model", "digits-mlp", "--retrain", "--layers", "5", "--match", "none"]
     path = pfm.main(["--dataset", "digits", *options, "--out", str(tmp_path / "out")])
@@ -430,10 +431,10 @@ def test_missing_models_are_named_with_the_command_that_trains_them(tiny, capsys
     error = capsys.readouterr().err
     assert "4 models cifar10-vgg11-w0.25-seed* are needed in checkpoints/, 2 found" in error
     command = re.search(r"python experiments/train_edges.py (.*) \(--retrain", error)[1]
-    args = pfm.train_edges.parser().parse_args(shlex.split(command))
+    args = edges.train_edges.parser().parse_args(shlex.split(command))
     assert (args.model, args.width, args.dataset) == ("vgg11", 0.25, "cifar10")
     assert (args.seeds, args.data_dir, args.preset) == ([1, 3], "my data", "cpu")
-    assert args.out == pfm.train_edges.parser().get_default("out")
+    assert args.out == edges.train_edges.parser().get_default("out")
 
 
 def test_digits_models_are_of_the_digits(tiny, monkeypatch, capsys):

@@ -125,6 +125,13 @@ def test_kaiming_normal():
     assert not params["conv"]["bias"].any() and not params["head"]["bias"].any()
 
 
+def test_he_normal():
+    params = initialised(Layers("he_normal"), jnp.zeros((1, 4, 4, 32)))["params"]
+    assert np.std(params["conv"]["kernel"]) == pytest.approx(math.sqrt(2 / (9 * 32)), rel=0.03)
+    assert np.std(params["head"]["kernel"]) == pytest.approx(math.sqrt(2 / 64), rel=0.03)
+    assert not params["conv"]["bias"].any() and not params["head"]["bias"].any()
+
+
 def test_uniform():
     params = initialised(Layers("uniform"), jnp.zeros((1, 4, 4, 32)))["params"]
     for name, fan_in in (("conv", 9 * 32), ("head", 64)):

@@ -603,47 +603,81 @@ def biases(net, tree):
     return {layer.depth: leaves[layer.bias] for layer in net.layers if layer.bias is not None}
 
 
-def test_the_last_biases_are_removed_counting_the_head():
+@pytest.mark.parametrize("side", ["last", "first"])
+def test_biases_are_removed_from_either_end_counting_the_head(side):
     net, (tree, _), _ = network("plain")
-    for last in range(net.depth + 1):
-        new = renorm.remove_bias(net, tree, last=last)
+    for count in range(net.depth + 1):
+        new = renorm.remove_bias(net, tree, **{side: count})
         for depth, bias in biases(net, new).items():
-            expected = (
-                jnp.zeros_like(bias) if depth > net.depth - last else biases(net, tree)[depth]
-            )
+            lost = depth > net.depth - count if side == "last" else depth <= count
+            expected = jnp.zeros_like(bias) if lost else biases(net, tree)[depth]
             np.testing.assert_array_equal(bias, expected)
         kernels = {k: v for k, v in new.items() if k not in ("b1", "b2", "b3", "bias")}
         trees_close(kernels, {k: tree[k] for k in kernels}, tol=0)
-    trees_close(renorm.remove_bias(net, tree, last="all"), renorm.remove_bias(net, tree, last=4), 0)
+    trees_close(renorm.remove_bias(net, tree, **{side: 0}), tree, tol=0)
+    trees_close(renorm.remove_bias(net, tree, **{side: "all"}), new, tol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "shared", "masked"])
+def test_first_and_last_together_are_all(name):
+    """Each bias is of the first k layers or of the last L - k, and of one of them only."""
+    net, (tree, _), _ = network(name)
+    everything = renorm.remove_bias(net, tree, last="all")
+    for count in range(net.depth + 1):
+        first = renorm.remove_bias(net, tree, first=count)
+        last = renorm.remove_bias(net, tree, last=net.depth - count)
+        trees_close(renorm.remove_bias(net, first, last=net.depth - count), everything, tol=0)
+        jax.tree.map(
+            lambda a, b, whole, none: np.testing.assert_array_equal(a + b, whole + none),
+            *(biases(net, v) for v in (first, last, tree, everything)),
+        )
 
 
 def test_removal_leaves_norms_and_stems_alone():
     net, edges, _ = network("residual")
-    new = renorm.remove_bias(net, edges[0], last="all")
-    np.testing.assert_array_equal(new["bias"], 0)
-    trees_close(new["a"], edges[0]["a"], tol=0)
+    for side in ("last", "first"):
+        new = renorm.remove_bias(net, edges[0], **{side: "all"})
+        np.testing.assert_array_equal(new["bias"], 0)
+        trees_close(new["a"], edges[0]["a"], tol=0)
     net, edges, _ = network("plain")
     model = merge.preserve_first(net, edges, layers=2)
-    new = renorm.remove_bias(net, model, last="all")
-    trees_close(new.stems, model.stems, tol=0)
+    for side in ("last", "first"):
+        new = renorm.remove_bias(net, model, **{side: "all"})
+        trees_close(new.stems, model.stems, tol=0)
+        np.testing.assert_array_equal(new.trunk["b3"], 0)
+        assert new.trunk["b2"] is None and new.weights == model.weights
+    # Layers in stems count, though they keep their biases.
+    trees_close(renorm.remove_bias(net, model, first=2), model, tol=0)
+    new = renorm.remove_bias(net, model, first=3)
     np.testing.assert_array_equal(new.trunk["b3"], 0)
-    assert new.trunk["b2"] is None and new.weights == model.weights
+    trees_close(new.trunk["bias"], model.trunk["bias"], tol=0)
+
+
+@pytest.mark.parametrize("side", ["last", "first"])
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (-1, ValueError, "must be from 0 to 4"),
+        (5, ValueError, "must be from 0 to 4"),
+        (1.5, TypeError, 'must be an integer or "all"'),
+        ("every", TypeError, 'must be an integer or "all"'),
+        (True, TypeError, 'must be an integer or "all"'),
+    ],
+)
+def test_bad_counts_of_biases(side, count, error, message):
+    net, edges, _ = network("plain")
+    with pytest.raises(error, match=f"{side} {message}"):
+        renorm.remove_bias(net, edges[0], **{side: count})
 
 
 @pytest.mark.parametrize(
-    ("last", "error", "message"),
-    [
-        (-1, ValueError, "last must be from 0 to 4"),
-        (5, ValueError, "last must be from 0 to 4"),
-        (1.5, TypeError, 'last must be an integer or "all"'),
-        ("every", TypeError, 'last must be an integer or "all"'),
-        (True, TypeError, 'last must be an integer or "all"'),
-    ],
+    ("given", "message"),
+    [({}, "got neither"), ({"last": 1, "first": 0}, "got last=1 and first=0")],
 )
-def test_bad_counts_of_biases(last, error, message):
+def test_biases_are_removed_from_one_end(given, message):
     net, edges, _ = network("plain")
-    with pytest.raises(error, match=message):
-        renorm.remove_bias(net, edges[0], last=last)
+    with pytest.raises(ValueError, match=f"exactly one of last and first must be given, {message}"):
+        renorm.remove_bias(net, edges[0], **given)
 
 
 @pytest.mark.parametrize("weights", [(0.3, 0.7), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0)])
@@ -712,6 +746,9 @@ def test_a_bias_of_several_depths_cannot_be_calibrated():
         renorm.calibrate_bias(net, tree)
     with pytest.raises(ValueError, match="'b' serves layers of depths"):
         renorm.remove_bias(net, tree, last=2)
+    with pytest.raises(ValueError, match="'b' serves layers of depths"):
+        renorm.remove_bias(net, tree, first=1)
+    np.testing.assert_array_equal(renorm.remove_bias(net, tree, first=2)["b"], 0)
     np.testing.assert_array_equal(renorm.remove_bias(net, tree, last=1)["b"], 1)
     np.testing.assert_array_equal(renorm.remove_bias(net, tree, last="all")["b"], 0)
 
@@ -730,6 +767,8 @@ def test_biases_of_an_unrolled_scan_are_told_apart():
     net = vfjax.trace(fn, tree, jnp.ones((1, 2)))
     new = renorm.remove_bias(net, tree, last=2)
     np.testing.assert_array_equal(new["layers"]["b"], [[1, 1], [1, 1], [0, 0]])
+    new = renorm.remove_bias(net, tree, first=2)
+    np.testing.assert_array_equal(new["layers"]["b"], [[0, 0], [0, 0], [1, 1]])
     new = renorm.calibrate_bias(net, tree)
     np.testing.assert_array_equal(new["layers"]["b"][:, 0], [1, 0.5, 0.25])
 

@@ -251,6 +251,96 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     assert again.history == resumed.history
 
 
+def test_variables_of_every_epoch_may_be_kept(digits, uninterrupted, tmp_path):
+    seen = []
+    options = {"seed": 3, "work_dir": tmp_path, "progress": False}
+    train.fit(SmallBatchNorm(), TINY, digits, on_epoch=lambda *found: seen.append(found), **options)
+    assert [epoch for epoch, _ in seen] == [1, 2, 3]
+    # Nothing of them was used up by later steps.
+    for epoch, variables in seen[:2]:
+        assert not all(
+            np.array_equal(a, b)
+            for a, b in zip(*map(jax.tree.leaves, (variables, seen[epoch][1])), strict=True)
+        )
+    assert_equal(seen[-1][1], uninterrupted.variables)
+    # A complete run has no epoch left.
+    train.fit(SmallBatchNorm(), TINY, digits, on_epoch=lambda *_: pytest.fail(), **options)
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_an_epoch_is_shown_again_if_it_was_not_saved(digits, tmp_path, moment):
+    """A run that is killed and resumed shows every epoch, with the numbers of one that was not."""
+    seen = {}
+
+    def show(epoch, variables):
+        seen.setdefault(epoch, []).append(variables)
+        if epoch == moment and len(seen[epoch]) == 1:
+            raise Killed
+
+    options = {"work_dir": tmp_path, "on_epoch": show, "progress": False}
+    with pytest.raises(Killed):
+        train.fit(SmallBatchNorm(), TINY, digits, **options)
+    train.fit(SmallBatchNorm(), TINY, digits, **options)
+    assert {epoch: len(found) for epoch, found in seen.items()} == {1: 1, 2: 1, 3: 1} | {moment: 2}
+    assert_equal(*seen[moment])
+
+
+@pytest.mark.parametrize("convert", [jnp.asarray, np.asarray])
+def test_starting_from_given_variables(digits, uninterrupted, tmp_path, convert):
+    start = jax.tree.map(convert, uninterrupted.variables)
+    kept = jax.tree.map(np.array, start)
+    recipe = dataclasses.replace(TINY, learning_rate=1e-12, epochs=1)
+    frozen = dataclasses.replace(recipe, weight_decay=0.0)
+    found = train.fit(SmallBatchNorm(), frozen, digits, start=start, progress=False)
+    assert_equal(start, kept)  # not used up by the step either
+    assert_equal(found.variables["params"], start["params"])
+    assert found.history[0]["loss"] < 0.8 * uninterrupted.history[0]["loss"]
+
+
+def test_starting_from_its_own_beginning_changes_nothing(digits, uninterrupted):
+    x = jnp.zeros((1, 8, 8, 1))
+    start = SmallBatchNorm().init(jax.random.key(3), x)
+    found = train.fit(SmallBatchNorm(), TINY, digits, seed=3, start=start, progress=False)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        found.variables,
+        uninterrupted.variables,
+    )
+
+
+def test_a_run_is_resumed_with_its_start_only(digits, uninterrupted, tmp_path, monkeypatch):
+    start = uninterrupted.variables
+    options = {"seed": 4, "progress": False}
+    whole = train.fit(SmallBatchNorm(), TINY, digits, start=start, **options)
+    options["work_dir"] = tmp_path
+    with monkeypatch.context() as patch:
+        kill_at(patch, "before", train, "_step", 7)
+        with pytest.raises(Killed):
+            train.fit(SmallBatchNorm(), TINY, digits, start=start, **options)
+    other = jax.tree.map(lambda leaf: leaf + 1, start)
+    for wrong in (None, other):
+        with pytest.raises(ValueError, match="another run: its start differ"):
+            train.fit(SmallBatchNorm(), TINY, digits, start=wrong, **options)
+    resumed = train.fit(SmallBatchNorm(), TINY, digits, start=start, **options)
+    assert_equal(resumed.variables, whole.variables)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {"params": v["params"]}, "at 'batch_stats/norm1/mean' it has nothing, the mod"),
+        (lambda v: {**v, "other": jnp.ones(2)}, r"at 'other' it has float32\[2\], the model noth"),
+        (lambda v: jax.tree.map(lambda a: a[:3], v), r"/mean' it has float32\[3\].*float32\[8\]"),
+        (lambda v: jax.tree.map(lambda a: a.astype("float16"), v), r"float16\[8\], the model floa"),
+        (lambda v: jax.tree.map(lambda a: a * jnp.nan, v), "start holds 8 NaN"),
+    ],
+)
+def test_a_start_that_does_not_fit(digits, uninterrupted, change, message):
+    start = change(uninterrupted.variables)
+    with pytest.raises(ValueError, match=message):
+        train.fit(SmallBatchNorm(), TINY, digits, start=start, progress=False)
+
+
 def test_a_damaged_state_is_skipped_and_told(digits, uninterrupted, tmp_path, caplog):
     train.fit(SmallBatchNorm(), TINY, digits, seed=3, work_dir=tmp_path, progress=False)
     (tmp_path / "epoch-0003" / "structure.json").unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,27 +22,37 @@ PyTree = Any
 Bias = tuple[str, int | None]
 
 
-def remove_bias(net: Network, merged: PyTree | Merged, *, last: int | str) -> PyTree | Merged:
-    """Sets the biases of the last layers to zero.
+def remove_bias(
+    net: Network,
+    merged: PyTree | Merged,
+    *,
+    last: int | str | None = None,
+    first: int | str | None = None,
+) -> PyTree | Merged:
+    """Sets the biases of the last layers, or of the first ones, to zero.
 
     In a merged network features fade with depth while biases do not; without the late biases the
-    features decide again. Layers count by depth, so the last k are those deeper than `net.depth -
-    k`: the head is the last one, and a shortcut layer, which has the depth of the main layer beside
-    it, goes with that. Biases of norms, and those in the stems of a `Merged`, stay.
+    features decide again. Layers count by depth from the network's input, so the first k are those
+    of depth 1 to k, and the last k those deeper than `net.depth - k`: the head is the last one, and
+    a shortcut layer, which has the depth of the main layer beside it, goes with that. Biases of
+    norms, and those in the stems of a `Merged`, stay.
 
     Args:
         net: The traced network.
         merged: A merged tree, or a `Merged`.
         last: How many layers lose their biases, counting the head: 0 for none, to `net.depth`; or
             "all".
+        first: How many lose them from the other end, likewise. Layers in stems count, though they
+            keep theirs.
 
     Returns:
         A tree or a `Merged`, as given. Layers without a bias are passed over.
 
     Raises:
-        TypeError: If `last` is neither an integer nor "all".
-        ValueError: If `last` is out of range, if `merged` does not fit the network, or if one bias
-            leaf serves layers of which only some would lose it.
+        TypeError: If the number is neither an integer nor "all".
+        ValueError: If not exactly one of `last` and `first` is given, if it is out of range, if
+            `merged` does not fit the network, or if one bias leaf serves layers of which only some
+            would lose it.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -52,22 +63,33 @@ def remove_bias(net: Network, merged: PyTree | Merged, *, last: int | str) -> Py
         >>> new = remove_bias(net, tree, last=1)
         >>> new["b1"].tolist(), new["b2"].tolist()
         ([1.0, 1.0], [0.0, 0.0])
+        >>> new = remove_bias(net, tree, first=1)
+        >>> new["b1"].tolist(), new["b2"].tolist()
+        ([0.0, 0.0], [1.0, 1.0])
 
-    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias removal.
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias removal, forward (first)
+    and backward (last).
     """
     check_merged(net, merged)
-    if last == "all":
-        last = net.depth
-    if isinstance(last, (bool, str)) or not hasattr(last, "__index__"):
-        raise TypeError(f'last must be an integer or "all", got {last!r}')
-    if not 0 <= last <= net.depth:
-        raise ValueError(f"last must be from 0 to {net.depth}, the network's depth, got {last}")
-    first = net.depth - last
+    if (last is None) == (first is None):
+        given = "neither" if last is None else f"last={last!r} and first={first!r}"
+        raise ValueError(f"exactly one of last and first must be given, got {given}")
+    name, count = ("last", last) if first is None else ("first", first)
+    if count == "all":
+        count = net.depth
+    if isinstance(count, (bool, str)) or not hasattr(count, "__index__"):
+        raise TypeError(f'{name} must be an integer or "all", got {count!r}')
+    number = operator.index(count)  # type: ignore[arg-type]
+    if not 0 <= number <= net.depth:
+        raise ValueError(f"{name} must be from 0 to {net.depth}, the network's depth, got {count}")
+
+    def loses(depth: int) -> bool:
+        return depth > net.depth - number if first is None else depth <= number
 
     def zero(bias: Array, index: Bias, depth: int) -> Array:
-        return jnp.zeros_like(bias) if depth > first else bias
+        return jnp.zeros_like(bias) if loses(depth) else bias
 
-    return _map_biases(net, merged, zero, same=lambda a, b: (a > first) == (b > first))
+    return _map_biases(net, merged, zero, same=lambda a, b: loses(a) == loses(b))
 
 
 def calibrate_bias(

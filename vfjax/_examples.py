@@ -131,7 +131,8 @@ def _same_operands(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
     def same(one: Any, two: Any) -> bool:
         if isinstance(one, jex.Literal) and isinstance(two, jex.Literal):
-            return one.aval.dtype == two.aval.dtype and _equal(one.val, two.val)
+            types: list[Any] = [one.aval, two.aval]
+            return types[0].dtype == types[1].dtype and _equal(one.val, two.val)
         return isinstance(one, int) and isinstance(two, int) and one == two
 
     return len(a) == len(b) and all(map(same, a, b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -11,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from vfjax import checkpoint
 
 PyTree = Any
 
 _log = logging.getLogger(__name__)
+
+
+def checksum(tree: PyTree) -> str:
+    """A digest of the leaves of a tree, by which runs that start from them are told apart."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 class Saved:
@@ -62,7 +72,8 @@ class Saved:
                 _log.warning("skipping %s: %s", path, error)
                 continue
             if meta["run"] != self.identity:
-                differ = [k for k, v in self.identity.items() if meta["run"].get(k) != v]
+                keys = dict.fromkeys((*self.identity, *meta["run"]))
+                differ = [k for k in keys if self.identity.get(k) != meta["run"].get(k)]
                 raise ValueError(
                     f"work_dir {self.folder} holds the state of another run: its "
                     f"{' and '.join(differ)} differ. Choose another folder, or pass "

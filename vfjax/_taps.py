@@ -23,7 +23,8 @@ def is_elementwise(equation: _graph.Equation) -> bool:
 
 def _elementwise_jaxpr(jaxpr: Any, consts: Sequence[Any]) -> bool:
     literals = [v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, jex.Literal)]
-    if any(v.aval.shape for v in (*jaxpr.constvars, *literals)) or any(map(np.ndim, consts)):
+    shapes = [v.aval.shape for v in jaxpr.constvars] + [np.shape(v.val) for v in literals]
+    if any(shapes) or any(map(np.ndim, consts)):
         return False  # an array that is no operand: nobody could tell where it varies
     for eqn in jaxpr.eqns:
         inner = _graph.subjaxpr(eqn)

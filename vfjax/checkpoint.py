@@ -243,10 +243,10 @@ def _pack(
     else:
         leaf = _leaf(tree, where)
         description = {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
-        narrower = storage is not None and storage.itemsize < leaf.dtype.itemsize
-        if narrower and jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = _narrowed(leaf, where, storage)
-            description["stored"] = storage.name
+        if storage is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            if storage.itemsize < leaf.dtype.itemsize:
+                leaf = _narrowed(leaf, where, storage)
+                description["stored"] = storage.name
         leaves.append(leaf)
         # Orbax stores no empty arrays; their description says all about them.
         return leaf if leaf.size else None, description

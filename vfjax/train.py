@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from tqdm import tqdm
 from vfjax._evaluate import Evaluation, evaluate
 from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
 from vfjax._route import routed
-from vfjax._saved import Saved
+from vfjax._saved import Saved, checksum
+from vfjax._tree import check_finite, flatten_named
 from vfjax.data import Dataset, normalise
 
 __all__ = [
@@ -99,9 +100,10 @@ class _Task:
     def optimizer(self) -> optax.GradientTransformation:
         return self.recipe.transformation(self.steps_per_epoch)
 
-    def init(self, seed: int, shape: Sequence[int]) -> PyTree:
+    def init(self, seed: int, shape: Sequence[int], start: PyTree | None = None) -> PyTree:
         """Returns the state before the first step, for images of `shape`."""
-        variables = _variables(self.model, tuple(shape), jax.random.key(seed))
+        initial = functools.partial(_variables, self.model, tuple(shape), jax.random.key(seed))
+        variables = initial() if start is None else _started(start, jax.eval_shape(initial))
         return {
             "variables": variables,
             "optimizer": self.optimizer.init(variables["params"]),
@@ -158,6 +160,29 @@ def _variables(model: nn.Module, shape: tuple[int, ...], key: Array) -> PyTree:
     return model.lazy_init(key, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
 
 
+# What is handed in or out must not be what a step is given to use up.
+_copy = functools.partial(jnp.array, copy=True)
+
+
+def _started(start: PyTree, like: PyTree) -> PyTree:
+    """A copy of the variables to start from, once they are found to be those of the model."""
+    flat, expected = flatten_named(start, name="start")[0], flatten_named(like)[0]
+    for path in sorted(flat.keys() | expected.keys()):
+        kinds = [
+            f"{jnp.result_type(tree[path])}{list(np.shape(tree[path]))}"
+            if path in tree
+            else "nothing"
+            for tree in (flat, expected)
+        ]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"start must be variables of the model: at {path!r} it has {kinds[0]}, the model "
+                f"{kinds[1]}."
+            )
+    check_finite(flat, name="start")
+    return jax.tree.unflatten(jax.tree.structure(like), [_copy(flat[path]) for path in expected])
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _step(
     task: _Task, state: PyTree, seed: Array, images: Array, labels: Array, order: Array, row: Array
@@ -212,11 +237,13 @@ def fit(
     dataset: Dataset,
     *,
     seed: int = 0,
+    start: PyTree | None = None,
+    on_epoch: Callable[[int, PyTree], None] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> Trained:
-    """Trains a model from scratch, or on from where a killed run stopped.
+    """Trains a model from scratch, from given variables, or on from where a killed run stopped.
 
     Args:
         model: A model of `vfjax.models`, called as ``model.apply(variables, x, train=...)``.
@@ -224,6 +251,11 @@ def fit(
         dataset: Its training split is used and nothing else; it lies on the device as uint8 and is
             gathered, augmented and normalised inside the compiled step.
         seed: Of the initial parameters, the order of the images and their augmentation.
+        start: Variables to start from in place of the model's own initial ones, for instance those
+            of a `Trained`; they are copied. Momentum and learning rate begin anew.
+        on_epoch: Called after every epoch, before its state is saved, with how many are done (from
+            1 on) and a copy of the variables, which may be kept. Not for epochs of an earlier call
+            that are resumed from.
         work_dir: Folder, for this run alone, in which the state is saved after each epoch; None
             saves nothing.
         resume: Whether to go on from the state in `work_dir`; if False that is removed.
@@ -233,8 +265,9 @@ def fit(
         The `Trained` variables with their history.
 
     Raises:
-        ValueError: If `work_dir` holds the state of another run, or the data set has more classes
-            than the model.
+        ValueError: If `work_dir` holds the state of another run (one with another `start`, too),
+            the data set has more classes than the model, or `start` does not fit the model or holds
+            NaN or infinity.
         FloatingPointError: If the loss is no longer finite; the last finite state stays saved.
 
     Example:
@@ -250,7 +283,7 @@ def fit(
             f"with classes={dataset.classes}."
         )
     task = _Task(model, recipe, dataset.mean, dataset.std, len(dataset.train_images))
-    state, epoch, history = task.init(seed, dataset.train_images.shape[1:]), 0, []
+    state, epoch, history = task.init(seed, dataset.train_images.shape[1:], start), 0, []
     saved = None
     if work_dir is not None:
         identity = {
@@ -259,6 +292,8 @@ def fit(
             "data": [dataset.name, list(dataset.train_images.shape)],
             "seed": seed,
         }
+        if start is not None:
+            identity["start"] = checksum(start)
         saved = Saved(work_dir, identity)
         if not resume:
             saved.clear()
@@ -297,6 +332,8 @@ def fit(
             _log.info("seed %d: %s", seed, record)
             zeros = {name: jnp.zeros_like(state[name]) for name in ("loss", "correct")}
             state = {**state, **zeros}
+            if on_epoch is not None:
+                on_epoch(epoch, jax.tree.map(_copy, state["variables"]))
             if saved is not None:
                 saved.write(state, epoch, history)
     seconds = sum(record["seconds"] for record in history)
@@ -316,6 +353,7 @@ def fit_seeds(
     """Trains one model per seed, one after the other; see `fit`.
 
     The runs share their compiled step.  On CPU several at once would be slower than this loop.
+    What differs by run, such as where it starts from, is given to `fit`.
 
     Args:
         model: As in `fit`.

@@ -19,7 +19,8 @@ class MLP(nn.Module):
     Attributes:
         features: Widths of the hidden layers.
         classes: Number of classes.
-        initialiser: ``"uniform"`` or ``"kaiming_normal"``, see `vfjax.models.init`.
+        initialiser: ``"uniform"``, ``"he_normal"`` or ``"kaiming_normal"``, see
+            `vfjax.models.init`.
 
     Example:
         >>> import jax, jax.numpy as jnp
