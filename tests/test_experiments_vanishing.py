@@ -20,7 +20,10 @@ vanishing = importlib.import_module("vanishing_feature")
 MERGED = ["direct", "matched", "repair", "rescale", "bias_calibration", "bias_removal"]
 RECORDS = {
     "vgg16": "vanishing_feature-cifar10-vgg16-w0.25",
+    "vgg16-bn": "vanishing_feature-cifar10-vgg16-bn-w0.125",
+    "vgg16-ln": "vanishing_feature-cifar10-vgg16-ln-w0.125",
     "resnet20": "vanishing_feature-cifar10-resnet20-w0.5",
+    "resnet20-ln": "vanishing_feature-cifar10-resnet20-ln-w0.25",
 }
 
 
@@ -139,6 +142,17 @@ def test_sentences_follow_the_record(digits):
     claims = vanishing.claims_of(record)
     assert [holds for holds, _ in claims][:3] == [False] * 3 and not claims[-1][0]
     assert "Unlike the paper: features of the direct midpoint" in said(vanishing, record)
+
+
+def test_layernorm_is_expected_to_fade_mildly(digits):
+    record = json.loads(json.dumps(digits[1]))
+    plain = vanishing.claims_of(record)
+    record["config"]["model"] = "vgg16-ln"
+    claims = vanishing.claims_of(record)
+    assert plain[0][0] and not claims[0][0] and plain[0][1] == claims[0][1]
+    assert plain[2:] == claims[1:]
+    record["networks"]["direct"]["relative"][-1] = 0.3
+    assert vanishing.claims_of(record)[0][0]
 
 
 # ---------------------------------------------------------------------------------------- records
