@@ -29,10 +29,10 @@ COLUMNS = {
     "f/o": "feature over offset",
     "refs' f/o": "the same of the references",
     "relative": "feature over the references' feature",
-    "step": "relative, over that of the depth before",
+    "step": "relative, over that of the last depth before with features left",
     "bound": "largest relative from here to the output",
     "smooth": "the same with gamma = 1.4",
-    "std": "standard deviation over the references'",
+    "std": "standard deviation over the references', of the channels that vary",
     "mean off": "distance of means from the references', in their standard deviations",
     "dead": "share of channels that do not vary",
 }
