@@ -75,13 +75,17 @@ class Case:
     @property
     def vanishes(self) -> LayerFinding | None:
         """Where features vanish: from there to the end they are at or below the threshold."""
-        return next((row for row in self.rows if row.bound <= self.threshold), None)
+        return next((row for row in self._passed if row.bound <= self.threshold), None)
 
     @property
     def largest_drop(self) -> LayerFinding:
-        """Where the smallest step is, but for dead sites that features go around."""
-        rows = (row for row in self.rows if row.relative > 0 or row.bound == 0)
-        return min(rows, key=lambda row: row.step)
+        """Where the smallest step is."""
+        return min(self._passed, key=lambda row: row.step)
+
+    @property
+    def _passed(self) -> list[LayerFinding]:
+        """Findings, but for dead branches: no feature there, and there is one further on."""
+        return [row for row in self.rows if row.relative > 0 or row.bound == 0]
 
     @property
     def biases_dominate(self) -> bool:

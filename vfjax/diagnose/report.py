@@ -56,9 +56,9 @@ class Report:
             single array that has features.
         threshold: The share of the references' features at or below which they count as vanished.
         vanishes: The first site from which on features stay at or below that share, up to the
-            end (the first whose tight bound is), or None.
-        largest_drop: The site with the smallest `step`; not one without any feature that others go
-            around.
+            end (the first whose tight bound is), or None. Dead branches, which have no feature
+            while there is one further on, do not count.
+        largest_drop: The site with the smallest `step`, dead branches apart.
         biases_dominate: Whether at the end the offset exceeds the feature, and the ratio of feature
             to offset is at or below `threshold` times the references'.
         advice: Likely remedies, what to do first first.
@@ -255,12 +255,13 @@ def report(
 
     With r the features relative to the references' mean, by layer of the main path and at the
     output, features vanish at the first layer from which on r stays at or below `threshold`, to the
-    output. (Where the output is no single array with an axis of examples, the last layer stands for
-    it.) The network counts as a merge of its references if there are several, all trees, and its
-    kernels have a cosine of 0.9 or more with their mean. The advice follows from measured numbers:
+    output; dead branches, where r is 0 but not further on, apart. Where the output is no single
+    array with an axis of examples, the last layer stands for it. The network counts as a merge of
+    its references if these are several, all trees, and its kernels have a cosine of 0.9 or more
+    with their mean. The advice follows from measured numbers:
 
-    - match first, for such a merge: features vanish, and the references' kernels have a cosine
-      below 0.1 with each other;
+    - match first, for such a merge: features vanish, the references' kernels have a cosine below
+      0.1 with each other, and there is something to permute;
     - RESET: stored statistics of a norm are off what it reads, beyond the references' own, by a
       factor of 1.25 in standard deviation or by 0.5 standard deviations in mean. Moments behind
       such a norm say nothing of layers, so the next two are left to a second report;
@@ -269,13 +270,14 @@ def report(
       scaling puts its means within 0.5 standard deviations of the references', else REPAIR. No
       scale brings back features where none are left: such layers decide last, by their means;
     - bias calibration, for such a merge: biases dominate the output, some feature is left there,
-      kernels are below 0.9 of the references' magnitude (geometric mean), and biases behind the
-      first layer serve layers of one depth each; it needs no data;
+      kernels are below 0.9 of the references' magnitude (geometric mean), layers behind the first
+      have biases, and no bias serves layers of several depths; it needs no data;
     - PFM, for such a merge: features vanish, but not altogether, in the second half, or half of the
       loss (on a logarithmic scale) is at one layer. l is the least for which the layers after l
       lose no more than down to `threshold`;
-    - nothing to do: none of these, features do not vanish, and no layer is without any;
-    - none known: none of these, but for that.
+    - nothing to do: none of these, features do not vanish, biases do not dominate, and every layer
+      varies with the input;
+    - none known: none of these either.
 
     Calls name what was passed here `net`, `merged`, `data` and `references`, and a random key
     `key`; they pass the references' weights wherever they would take others by themselves.
