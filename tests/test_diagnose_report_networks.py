@@ -61,6 +61,9 @@ def test_the_output_is_measured_where_something_joins_after_the_last_layer():
     assert f"||f(x) - f(0)|| is {ratio:.3g} of ||f(0)||" in str(found)
     assert "bias calibration" not in _remedies(found) and "PFM" not in _remedies(found)
     assert found.advice[0].remedy in ("RESCALE", "REPAIR") and "at b " in found.advice[0].reason
+    (axes,) = found.figure().axes
+    assert axes.get_lines()[0].get_xdata().tolist() == [0.5, 1, 1.25]
+    assert "and the output" in axes.get_xlabel()
     steps = [row.step for row in found.layers]
     np.testing.assert_allclose(np.cumprod(steps), [row.relative for row in found.layers], rtol=RTOL)
 

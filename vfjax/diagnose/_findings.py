@@ -177,7 +177,7 @@ def layer_findings(
     rows = []
     for place, name in enumerate(bound.sites):
         site = found.site(name)
-        kernel_ratio, cosine, merge_cosine = kernels.get(site.layer, _UNKNOWN)
+        kernel_ratio, cosine, merge_cosine = kernels.get(site.layer or "", _UNKNOWN)
         rows.append(
             LayerFinding(
                 site=name,
