@@ -494,22 +494,31 @@ def figure_of(record: dict[str, Any]) -> Any:
         row.append(
             plot.Panel("by weight decay", f"weight decay (rate {grid.rate:g})", unit, sweeps)
         )
-    points = {}
+    points: dict[str, tuple[str, plot.Curve]] = {}
     for group, (name, cells) in enumerate(results.ablations()):
         to = cells[1]["then"][0 if name == "rate" else 1]
         labels = [f"{name} {cells[0][name]:g}", f"then {to:g}, 1 epoch", f"{name} {to:g}"]
         for k, (label, cell) in enumerate(zip(labels, cells, strict=True)):
             if k == 1:
                 label = f"{labels[0]}, {label}"
-            points[label] = curve(
+            if cell["name"] in points:
+                # Both ablations may compare with the same networks.
+                label = f"{points[cell['name']][0]}, {label}"
+            found = curve(
                 [cell],
                 lambda c: results.value(c, "edge_accuracy"),
                 "matched_barrier",
                 colour=3 * group + k,
                 dashed=k == 1,
             )
+            points[cell["name"]] = label, found
     row.append(
-        plot.Panel("one more epoch", "test accuracy of the networks, %", unit + ", matched", points)
+        plot.Panel(
+            "one more epoch",
+            "test accuracy of the networks, %",
+            unit + ", matched",
+            dict(points.values()),
+        )
     )
     if any("distances" in pair for cell in record["cells"] for pair in cell["pairs"]):
         row.append(distance_panel(results))

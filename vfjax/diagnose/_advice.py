@@ -262,7 +262,7 @@ def _biases(case: Case) -> list[Advice]:
 
 def _calibrates(case: Case) -> bool:
     """Whether there are biases behind the first layer, and each serves layers of one depth."""
-    depths = [set(found) for found in _bias._depths(case.net, case.cut).values()]
+    depths = [set(found) for found in _bias.bias_depths(case.net, case.cut).values()]
     return all(len(found) == 1 for found in depths) and any(max(found) > 1 for found in depths)
 
 
