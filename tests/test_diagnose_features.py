@@ -174,6 +174,49 @@ def test_large_means_lose_nothing():
             _close(getattr(found, what)[site][0], wanted[what])
         # The values themselves are rounded to 1e3 * 6e-8, their deviations being about 2.
         _close(found.std[site][0], wanted["std"], 1e-3)
+        _close(found.variance[site][0], wanted["variance"], 1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(20,), (7, 13), (12, 7, 1)])
+@pytest.mark.parametrize("centre", [0.0, 3000.0])
+def test_the_variance_of_examples_around_a_point(centre, sizes):
+    net, trees, x = mlp()
+    x = np.float32(centre + 1 + (1e-2 if centre == 0 else 1) * x)
+    found = diagnose.features(net, trees[:2], _cut(x, *sizes), references=trees[2:], sites=["a"])
+    for k, tree in enumerate(trees[:2]):
+        wanted = (x.astype(np.float64) @ tree["a"]).var(0).mean()
+        _close(found.variance["a"][k], wanted, 1e-3)
+    assert np.isfinite(found.variance_ratio["a"]).all()
+    ends = diagnose.variance_collapse(found, eps=1e-6, sites=["a"])
+    assert not ends.collapsed.any()
+
+
+@pytest.mark.parametrize("size", [2.0**60, 2.0**-60])
+def test_the_size_of_the_values_makes_no_difference(size):
+    """Of numbers whose squares float32 hardly holds, or does not."""
+    net, trees, x = mlp()
+    plain = diagnose.features(net, trees[0], _cut(x, 12, 8), sites=["a"])
+    scale = np.float32(size)
+    scaled = {**trees[0], "a": trees[0]["a"] * scale, "p": trees[0]["p"] * scale}
+    found = diagnose.features(net, scaled, _cut(x, 12, 8), sites=["a"])
+    for what in ("feature", "feature_std", "offset", "mean", "std"):
+        _close(getattr(found, what)["a"] / scale, getattr(plain, what)["a"], 1e-6)
+    _close(np.float64(found.variance["a"]) / size**2, plain.variance["a"], 1e-6)
+    assert found.dead["a"] == plain.dead["a"] == 0
+
+
+def test_values_whose_squares_float32_does_not_hold():
+    net, trees, x = mlp()
+    low = {k: v * np.float32(2.0**-100) for k, v in trees[0].items()}
+    found = diagnose.features(net, low, _cut(x, 12, 8), sites=["a"])
+    plain = diagnose.features(net, trees[0], _cut(x, 12, 8), sites=["a"])
+    for what in ("feature", "std"):
+        values = np.float64(getattr(found, what)["a"])
+        _close(values * 2.0**100, getattr(plain, what)["a"], 1e-6)
+    assert found.dead["a"] == found.variance["a"] == 0
+    high = {k: v * np.float32(2.0**70) for k, v in trees[0].items()}
+    with pytest.raises(ValueError, match="variance of 'a' is too large for float32"):
+        diagnose.features(net, high, [x], sites=["a"])
 
 
 def test_sites_and_what_is_known_of_them():

@@ -55,6 +55,7 @@ class Features:
         std: `[K, *channels]`, standard deviation likewise, as in `vfjax.stats.moments`.
         variance: `[K]`, `E ||f(x) - E f(x)||^2 / size`: the variance over examples, averaged over
             all units (channels and positions). What differs between positions alone is not in it.
+            Unlike the other numbers it is a square: of values below 1e-19 it counts as 0.
         dead: `[K]`, share of channels that do not vary over examples and positions: those which
             `vfjax.renorm.repair` does not scale (no variance, or below 1e-12 of the layer's
             largest).
@@ -204,7 +205,8 @@ def features(
             of strings, or data has another structure or dtype than was traced.
         ValueError: If a tree does not fit the network or holds NaN or infinite values, a site does
             not exist or holds no axis of examples, weights do not fit, data is empty or exhausted,
-            or a value is NaN or infinite, on data or at 0.
+            a value is NaN or infinite, on data or at 0, or a variance exceeds the dtype (values of
+            1e19 in float32).
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -250,6 +252,7 @@ def features(
         ]
         for site in job.sites
     }
+    _check_range(found)
     sizes = {site.name: rows[0].centre[site.name][0].size for site in job.sites}
     described = tuple(describe(net, name, sizes[source[name]]) for name in names)
 
@@ -305,6 +308,17 @@ def _given(references: Any) -> bool:
     return references is not None and not (
         isinstance(references, (list, tuple)) and len(references) == 0
     )
+
+
+def _check_range(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """Checks the numbers of every site: values may be finite, and their squares not."""
+    for site, networks in found.items():
+        for what, value in ((w, v) for numbers in networks for w, v in numbers.items()):
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"the {what} of '{site}' is too large for {value.dtype}: its values are finite "
+                    "on the data, but the network is about to overflow"
+                )
 
 
 def _check_defined(job: _measure.Job, at_zero: _measure.Offsets) -> None:
