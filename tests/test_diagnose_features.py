@@ -345,6 +345,29 @@ def test_references_are_averaged_with_weights():
         _close(found.relative[site], found.feature[site] / (0.25 * a + 0.75 * b))
 
 
+def test_weights_are_those_of_the_merged_models():
+    net, trees, x = mlp()
+    models = [
+        merge.preserve_first(net, trees[:2], layers=2, weights=w) for w in ((0.2, 0.8), (0.7, 0.3))
+    ]
+    found = diagnose.features(net, models, [x], references=trees[:2], sites=["a", "c"])
+    assert found.shares == ((0.2, 0.8), (0.7, 0.3))
+    # Kept apart, the first layer has lost nothing.
+    _close(found.relative["a"], [1.0, 1.0], 1e-6)
+    a, b = found.references.feature["c"]
+    _close(
+        found.relative["c"], found.feature["c"] / np.array([0.2 * a + 0.8 * b, 0.7 * a + 0.3 * b])
+    )
+    with pytest.raises(ValueError, match="different weights of the references"):
+        _ = found.weights
+    given = diagnose.features(
+        net, models, [x], references=trees[:2], weights=(0.5, 0.5), sites=["c"]
+    )
+    assert given.shares == ((0.5, 0.5),) * 2 and given.weights == (0.5, 0.5)
+    three = diagnose.features(net, models[0], [x], references=trees, sites=["c"])
+    assert three.weights == (1 / 3,) * 3
+
+
 def test_variance_leaves_out_what_differs_between_positions_alone():
     """At padded borders a constant image has other values than inside."""
 
