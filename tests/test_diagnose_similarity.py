@@ -138,6 +138,24 @@ def test_itself(nets, estimator):
     np.testing.assert_allclose(other, found, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e10, 1e15])
+@pytest.mark.parametrize("form", ["covariance", "gram", "minibatch"])
+def test_the_size_of_the_features_makes_no_difference(nets, monkeypatch, form, scale):
+    net, a, _, _ = nets
+    estimator = "minibatch" if form == "minibatch" else "exact"
+    if form != "minibatch":
+        monkeypatch.setattr(_kernels, f"{form}_bytes", lambda *_: 0)
+    # A linear head, of which only the size changes.
+    scaled = {**a, "w3": a["w3"] * np.float32(scale)}
+    data = [inputs(12), inputs(8, seed=4)]
+    options = {"sites": ["w1:act", "output"], "estimator": estimator, "progress": False}
+    wanted = cka((net, a), (net, dict(a)), data, **options).matrix
+    found = cka((net, scaled), (net, a), data, **options).matrix
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING)
+    if estimator == "exact":
+        assert (found <= 1).all() and (wanted <= 1).all()
+
+
 @pytest.mark.parametrize("estimator", ["exact", "minibatch"])
 def test_symmetry(nets, estimator):
     mlp_net, a, cnn_net, c = nets

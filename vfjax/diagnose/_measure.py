@@ -31,6 +31,7 @@ from vfjax._streaming import (
     stream,
     vmapped,
 )
+from vfjax.diagnose._sites import by_example
 from vfjax.network import Network
 
 Array = jax.Array
@@ -160,11 +161,11 @@ def _union(old: Rows, new: Rows, share: Any) -> Rows:
 
 def _length(a: Array, axes: tuple[int, ...]) -> Array:
     """L2 norms over some axes."""
-    scale = _scale(a)
+    scale = scale_of(a)
     return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale
 
 
-def _scale(*arrays: Array) -> Array:
+def scale_of(*arrays: Array) -> Array:
     """A power of two that brings the largest entry near one, so that it scales without rounding."""
     largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
     exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
@@ -237,11 +238,12 @@ def _reduce(site: Site, value: Array, at_zero: Array, size: int) -> dict[str, Ar
     need not write it down.
     """
     _, samples = arrange(value, site)
-    parts, single, axis = _by_example(site, value, at_zero, size)
+    parts, axis = by_example(site.name, value, at_zero.shape, size)
+    single = at_zero.reshape(*parts.shape[:axis], 1, *parts.shape[axis + 1 :])
     example = parts.mean(axis).reshape(at_zero.shape)
     mean = example.mean(samples, keepdims=True)
     centre = example - at_zero
-    scale = _scale(centre, example - mean)
+    scale = scale_of(centre, example - mean)
 
     # Where an axis of examples was split off, those behind it have moved.
     moved = parts.ndim - value.ndim
@@ -274,31 +276,6 @@ def _reduce(site: Site, value: Array, at_zero: Array, size: int) -> dict[str, Ar
         "centre": centre,
         "spread": jnp.sqrt(spread) / scale,
     }
-
-
-def _by_example(site: Site, value: Array, at_zero: Array, size: int) -> tuple[Array, Array, int]:
-    """Values of `size` examples and of one, with an axis of examples alone, and that axis.
-
-    It is the one along which the value of one example is shorter, whatever the network did to
-    layouts.
-    """
-    many, single = value.shape, at_zero.shape
-    axes = [a for a, (n, m) in enumerate(zip(many, single, strict=False)) if n != m]
-    if size == 1 and not axes:
-        return value[None], at_zero[None], 0
-    if len(many) != len(single) or len(axes) != 1 or many[axes[0]] != size * single[axes[0]]:
-        raise ValueError(
-            f'site "{site.name}" has shape {list(many)} at {size} examples and {list(single)} at '
-            "one: no axis of it holds the examples, so it has no features; leave it out of `sites`"
-        )
-    axis = axes[0]
-    if single[axis] == 1:
-        return value, at_zero, axis
-    # Examples were merged with positions, as by x.reshape(-1, features): they are outermost.
-    value, at_zero = (
-        a.reshape(*a.shape[:axis], -1, single[axis], *a.shape[axis + 1 :]) for a in (value, at_zero)
-    )
-    return value, at_zero, axis
 
 
 def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict[str, np.ndarray]:
