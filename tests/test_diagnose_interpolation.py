@@ -238,6 +238,25 @@ def test_calibrated_biases_keep_the_ends(plain):
     np.testing.assert_allclose(found.loss, found.edge_loss, rtol=ROUNDING)
 
 
+def test_a_barrier_is_not_negative():
+    """The paper's maximum runs over the ends too."""
+    assert barrier([0.5], [0.9], ends=(0.5, 0.5)) == 0
+    assert barrier([0.5], [0.9], ends=(0.5, 0.5), definition="reference") == pytest.approx(-0.4)
+    assert np.isnan(barrier([0.5], [np.nan], ends=(0.5, 0.5)))
+
+
+def test_matching_where_nothing_can_be_permuted():
+    def apply_fn(v, x):
+        return jax.nn.relu(x @ v["w"])
+
+    trees = [draw(seed, {"w": (P, C)}) for seed in (0, 1)]
+    net = vfjax.trace(apply_fn, trees[0], inputs(0, 4))
+    test = [(inputs(3, 8), np.zeros(8, np.int32))]
+    options = {"alphas": 3, "progress": False, "data": [inputs(2, 8)]}
+    found = interpolation(net, trees, test, match="activation", **options)
+    np.testing.assert_array_equal(found.loss, interpolation(net, trees, test, **options).loss)
+
+
 def test_a_model_and_itself_have_no_barrier(plain):
     found = plain([plain.a, plain.a], alphas=5)
     assert found.barrier == found.reference_barrier == 0
