@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import equinox as eqx
 import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
@@ -11,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import vfjax
 from vfjax import diagnose, merge, models
+from vfjax._tree import flatten_named
 from vfjax.diagnose import decomposition
 
 # Sums of a few dozen products in float32, relative to the largest part of the sum.
@@ -473,6 +476,51 @@ def test_the_rescale_product_takes_the_weights_of_the_merged_model():
     assert diagnose.rescale_product(net, model, edges) == pytest.approx({"a": 1.0, "b": 1.0})
     equal = diagnose.rescale_product(net, model, edges, weights=(0.5, 0.5))
     assert abs(equal["a"] - 1) > 1e-3
+
+
+def test_the_rescale_product_of_modules_and_dictionaries():
+    rng = np.random.default_rng(4)
+    x = {"token": np.arange(5, dtype=np.int32), "more": _normal(rng, 5, 3)}
+
+    def looked_up(v, x):
+        return jax.nn.relu(v["table"][x["token"]] + x["more"] @ v["w"]) @ v["head"]
+
+    shapes = {"table": (7, 4), "w": (3, 4), "head": (4, 2)}
+    plain = [{k: _normal(rng, *s) for k, s in shapes.items()} for _ in range(2)]
+    parts = [
+        eqx.partition(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(k)), eqx.is_array) for k in (0, 1)
+    ]
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.head = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.first(x)))
+
+    graphs, states = zip(*(nnx.split(Net(nnx.Rngs(k))) for k in (0, 1)), strict=True)
+    for fn, edges, data in (
+        (looked_up, plain, x),
+        (
+            lambda p, x: jax.vmap(eqx.combine(p, parts[0][1]))(x),
+            [params for params, _ in parts],
+            x["more"],
+        ),
+        (lambda s, x: nnx.merge(graphs[0], s)(x), states, x["more"]),
+    ):
+        net = vfjax.trace(fn, edges[0], data)
+        merged = merge.interpolate(edges)
+        sizes = [
+            {k: np.abs(np.asarray(v)).mean() for k, v in flatten_named(tree)[0].items()}
+            for tree in (*edges, merged)
+        ]
+        wanted, product = {}, 1.0
+        for layer in net.layers:
+            a, b, mine = (size[layer.kernel] for size in sizes)
+            product *= (a + b) / 2 / mine
+            wanted[layer.name] = product
+        assert len(wanted) == 2
+        assert diagnose.rescale_product(net, merged, edges) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_errors_of_the_rescale_product():

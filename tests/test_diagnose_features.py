@@ -563,6 +563,65 @@ def test_equinox_and_nnx():
         _close(found.feature[found.names[-1]], [wanted])
 
 
+def _looped(v, x):
+    """A layer that is used twice, then three that are stacked."""
+    for _ in range(2):
+        x = jnp.tanh(x @ v["w"])
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, v["stack"])
+    return x @ v["head"]
+
+
+def test_shared_and_stacked_layers():
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 4), "stack": (3, 4, 4), "head": (4, 2)}
+    edges = [{k: np.float32(rng.normal(size=s)) for k, s in shapes.items()} for _ in range(2)]
+    merged = merge.interpolate(edges)
+    x = np.float32(rng.normal(size=(10, 4)))
+    net = vfjax.trace(_looped, edges[0], x[:2])
+    found = diagnose.features(net, merged, _cut(x, 6, 4), references=edges, sites="layers")
+    kernels = {
+        "w": ("w", ...),
+        "w#2": ("w", ...),
+        **{f"stack[{k}]": ("stack", k) for k in range(3)},
+        "head": ("head", ...),
+    }
+    assert found.names == tuple(kernels)
+    assert [site.depth for site in found.sites] == [1, 2, 3, 4, 5, 6]
+    value, product, sizes = np.float64(x), 1.0, {}
+    for name, (leaf, part) in kernels.items():
+        value = value @ merged[leaf][part]
+        _close(found.feature[name][0], np.linalg.norm(value, axis=1).mean())
+        value = np.tanh(value)
+        goal = np.mean([np.abs(edge[leaf][part]).mean() for edge in edges])
+        product *= goal / np.abs(merged[leaf][part]).mean()
+        sizes[name] = product
+    assert diagnose.rescale_product(net, merged, edges) == pytest.approx(sizes, rel=1e-5)
+
+
+def test_bfloat16_batchnorm():
+    """Statistics are kept in float32 beside kernels and inputs of 16 bits."""
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), dtype=jnp.bfloat16, name="conv")(x)
+            x = nn.BatchNorm(use_running_average=True, dtype=jnp.bfloat16, name="norm")(x)
+            return nn.Dense(2, dtype=jnp.bfloat16, name="head")(nn.relu(x).mean((1, 2)))
+
+    model, x = Half(), jnp.asarray(conv()[2][:12], jnp.bfloat16)
+    tree = _draw(jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(0))
+    net = vfjax.trace(lambda v, x: model.apply(v, x), tree, x)
+    sites = [net.norms[0].site, "params/conv/kernel:act", "output"]
+    found = diagnose.features(net, tree, [x[:5], x[5:]], sites=sites)
+    assert {a.dtype for a in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+    values = _values(lambda a: net.run(tree, a, capture=sites)[1], x, sites)
+    for site in sites:
+        wanted = _wanted(*values[site], _keep(net, site))
+        for what in ("feature", "offset", "variance", "std"):
+            # Eight bits in every value, rounded another way in other batches.
+            _close(getattr(found, what)[site][0], wanted[what], 1e-2)
+
+
 def test_a_tree_that_is_a_list_is_one_network():
     v = [jnp.eye(3), jnp.ones((3, 2))]
     x = jnp.ones((4, 3))
