@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _graph
-from vfjax._merged import Merged, check_merged
+from vfjax._merged import Merged, check_merged, weights_for
 from vfjax._tree import flatten_named
-from vfjax._weights import resolve_weights
 from vfjax.diagnose.features import as_networks
 from vfjax.network import Layer, Network
 
@@ -44,7 +43,8 @@ def rescale_product(
         merged: A merged tree, or a `Merged`. Inside its stems a layer's magnitude is the weighted
             average of the models'.
         references: The edge models, or the network before pruning.
-        weights: One per reference, summing to one, for means over references; None for 1/R each.
+        weights: One per reference, summing to one, for means over references. None for those of
+            `merged`, if that is a `Merged` of as many models, and for 1/R each otherwise.
 
     Returns:
         R by layer, for the layers of the main path, by depth. Layers of one depth count as one,
@@ -67,7 +67,7 @@ def rescale_product(
     """
     check_merged(net, merged)
     others = as_networks(net, references, "references")
-    share = resolve_weights(weights, len(others), of="references")
+    share = weights_for(merged, weights, len(others))
     product, factors = 1.0, {}
     main = [layer for layer in net.layers if layer.main]
     for depth in sorted({layer.depth for layer in main}):
