@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
+import vfjax
 from vfjax import diagnose
 from vfjax.diagnose import Features, FeatureSite
 
@@ -131,6 +133,21 @@ def test_branches_of_one_depth_are_one_entry():
         )
     tight = diagnose.bound_sequence(found)
     np.testing.assert_allclose(tight.resampled(6)[0], [1, 1, 0.625, 0.25, 0.25, 0.25])
+
+
+def test_the_output_follows_the_last_layer():
+    """What is added behind it is an entry of its own."""
+    v = {"a": jnp.eye(3), "b": jnp.eye(3)}
+    net = vfjax.trace(lambda v, x: x @ v["a"] + x @ v["a"] @ v["b"], v, jnp.ones((1, 3)))
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    weak = v | {"b": v["b"] / 4}
+    found = diagnose.features(net, weak, [x], references=[v], sites=["a", "b", "output"])
+    bound = diagnose.bound_sequence(found, sites=["a", "b", "output"])
+    assert bound.depth.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(bound.bound, [[1, 0.625, 0.625]], rtol=1e-6)
+    np.testing.assert_allclose(bound.resampled(3), [[1, 0.625, 0.625]], rtol=1e-6)
+    alone = diagnose.bound_sequence(found, sites=["a", "output"])
+    assert alone.depth.tolist() == [1, 2]
 
 
 def test_sites_are_resampled_where_they_are():

@@ -79,6 +79,7 @@ def match_activations(
     if not net.taps:
         return _in_place(net)
     if moments is None:
+        assert data is not None
         moments = stats.moments(net, [a, b], data, sites="taps", covariance="cross")
     elif moments.models != 2:
         raise ValueError(
@@ -136,7 +137,7 @@ def match_moments(
             )
         found = correlation(block[to, model], std[site][to], std[site][model])
         total[tap.group] = total.get(tap.group, 0.0) + found
-    permutations, objective = _in_place(net).permutations, 0.0
+    permutations, objective = dict(_in_place(net).permutations), 0.0
     for group, gain in total.items():
         n = len(gain)
         permutations[group] = assign(gain + _PLACE * np.eye(n))

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _graph
 from vfjax._batches import batch_size
 from vfjax._merged import Merged
 from vfjax._pooled import alive
 from vfjax._tree import flatten_named
-from vfjax.diagnose._sites import describe, value_of
+from vfjax.diagnose._sites import describe, kernels, value_of
 from vfjax.diagnose.bounds import Bound
 from vfjax.diagnose.features import Features
 from vfjax.network import Network, Norm
@@ -344,21 +343,3 @@ def _in_stem(net: Network, network: PyTree | Merged, name: str) -> bool:
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     """The cosine between two vectors, 0 if one is 0."""
     return float(np.vdot(a, b) / ((np.linalg.norm(a) * np.linalg.norm(b)) or 1.0))
-
-
-def kernels(net: Network, tree: PyTree, names: Sequence[str]) -> list[np.ndarray]:
-    """The entries of layers' kernels as the layers use them, masks and sums included: `[n]` each.
-
-    Args:
-        net: The traced network.
-        tree: Its variables; leaves that these layers do not read may be None.
-        names: Names of the layers.
-    """
-    traced = net._reference
-    sites = [traced.layers[name] for name in names]
-    operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
-    named, _ = flatten_named(tree)
-    ids = zip(traced.graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
-    found = _graph.evaluate(traced.graph, env, operands)
-    return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]

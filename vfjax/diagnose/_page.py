@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -109,7 +109,8 @@ def draw(
         if not (values > 0).any():
             label += " (0)"
         face = colour if line == "-" else "white"
-        style = {"color": colour, "marker": marker, "linestyle": line, "markerfacecolor": face}
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line}
+        style["markerfacecolor"] = face
         axes.plot(xs, shown, label=label, linewidth=2.5, markersize=9, **style)
     if vanishes is not None:
         style = {"color": "#444444", "linewidth": 1.5, "linestyle": (0, (2, 2)), "zorder": 1}

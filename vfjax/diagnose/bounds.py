@@ -36,7 +36,8 @@ class Bound:
 
     Attributes:
         sites: Names of the L sites, from input to output.
-        depth: `[L]` integers, depth of each site's layer.
+        depth: `[L]` integers, depth of each site's layer; `output` next to the last layer is one
+            further.
         relative: `[K, L]` float64, features over the references' mean.
         bound: `[K, L]` float64, their upper bounds; equal at sites of one depth.
         total: Depth of the network, of which a relative depth is a fraction.
@@ -57,7 +58,7 @@ class Bound:
             ValueError: If `points` is not positive.
         """
         levels, first = np.unique(self.depth, return_index=True)
-        return resample(self.bound[:, first], points, at=levels / self.total)
+        return resample(self.bound[:, first], points, at=levels / max(self.total, levels[-1]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +174,7 @@ def bound_sequence(
     """Upper bounds of features over depth, in units of the references' features.
 
     Sites of one depth, as of parallel branches, are one entry of the sequence: the largest of their
-    features, and one bound.
+    features, and one bound. `output` follows the last layer.
 
     Args:
         found: From `features(..., references=...)`.
@@ -211,6 +212,9 @@ def bound_sequence(
             " leave these out of `sites`"
         )
     depth = np.array([found.site(name).depth for name in names])
+    last = np.array([name == "output" for name in names])
+    # What follows the last layer may lose features, too.
+    depth[last] += found.depth in depth[~last]
     levels, level = np.unique(depth, return_inverse=True)
     largest = np.stack([relative[:, depth == d].max(1) for d in levels], axis=-1)
     return Bound(

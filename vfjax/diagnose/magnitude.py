@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _graph
 from vfjax._merged import Merged, check_merged, weights_for
-from vfjax._tree import flatten_named
+from vfjax.diagnose._sites import kernels
 from vfjax.diagnose.features import as_networks
 from vfjax.network import Layer, Network
 
@@ -91,13 +89,5 @@ def _magnitude(net: Network, network: PyTree | Merged, layers: Sequence[Layer]) 
             each = [_magnitude(net, stem, layers) for stem in network.stems]
             return float(np.dot(network.weights, each))
         return _magnitude(net, network.trunk, layers)
-    traced = net._reference
-    graph = traced.graph
-    named, _ = flatten_named(network)
-    sites = [traced.layers[layer.name] for layer in layers]
-    operands = [graph.equations[site.index].values[site.side] for site in sites]
-    ids = zip(graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
-    kernels = _graph.evaluate(graph, env, operands)
-    flat = [np.abs(np.asarray(kernels[v], np.float64)).ravel() for v in operands]
-    return float(np.concatenate(flat).mean())
+    found = kernels(net, network, [layer.name for layer in layers])
+    return float(np.abs(np.concatenate(found)).mean())
