@@ -29,7 +29,19 @@ only the last of these is asked. Forward removal hurts (taken as: with 1 to 5 bi
 accuracy is on average more than a point below that with none removed), while it is enough to remove
 the last 5 or 6 biases (taken as: k is 5 or 6, and 5 have 95% of the best accuracy of all k).
 
-What came out here: not measured yet.
+What came out here (CIFAR-10: vgg16 at 0.25 of the width, 2,000 test images, 283 s on 2 CPU cores):
+Edge models of 85.0 and 84.2; midpoints with weight matching none 16.1, REPAIR 63.6, RESCALE 58.5,
+bias removal 52.2 and bias cal. 45.6; with activation matching none 13.7, REPAIR 74.0, RESCALE 72.2,
+bias removal 65.8 and bias cal. 41.9. As in the paper: with weight matching REPAIR, RESCALE, bias
+removal and bias cal. improve on none; with activation matching REPAIR, RESCALE, bias removal and
+bias cal. improve on none; with activation matching, 1 to 5 of the first biases removed give 11.1 on
+average, none removed 13.7; with activation matching held-out images choose k = 5; with activation
+matching, 5 of the last biases removed give 65.8, 100% of the 65.8 that the best k, 5, gives. Unlike
+the paper: with weight matching REPAIR is the best of four at the midpoint; with weight matching
+RESCALE, bias removal and bias cal. are up to 12.9 points apart; with weight matching, 1 to 5 of the
+first biases removed give 15.1 on average, none removed 16.1; with weight matching held-out images
+choose k = 7; with weight matching, 5 of the last biases removed give 41.9, 80% of the 52.2 that the
+best k, 7, gives.
 """
 
 from __future__ import annotations

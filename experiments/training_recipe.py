@@ -34,7 +34,21 @@ rate; at the high one the difference is gone (taken as: less than a quarter is l
 MNIST cannot be merged if trained at 0.001, but can at 0.01 and 0.1 (taken as: no more than half
 of the accuracy is lost).
 
-What came out here: not measured yet.
+What came out here (MNIST: MLPs, 3 x 128, mean of 3 pairs, 240 s on 2 CPU cores): Networks of 93.9
+to 98.1%. As in the paper: matched, the barrier goes from 24.3 points at rate 0.01 to 0.3 at 0.1
+(99% less); direct, the barrier goes from 50.5 points at decay 0.003 to 42.7 at 0.015 (15% less);
+matched, the barrier goes from 24.3 points at decay 0.003 to 1.2 at 0.015 (95% less); one more epoch
+takes the matched barrier of networks of rate 0.1 from 0.3 to 0.3 points, that of 0.01 is 24.3; one
+more epoch takes the matched barrier of networks of decay 0.015 from 1.2 to 0.4 points, that of
+0.003 is 24.3; at rate 0.01 the matched barrier is 24.3 points with the normal initialisation, 0.9
+with the uniform one; at rate 0.1 the matched barrier is 0.3 points with the normal initialisation,
+0.2 with the uniform one; at rate 0.01 the distance is 29.4 with the normal initialisation, 15.3
+with the uniform one; at rate 0.1 the distance is 12.7 with the normal initialisation, 12.6 with the
+uniform one. Unlike the paper: direct, the barrier goes from 50.5 points at rate 0.01 to 22.7 at 0.1
+(55% less); one more epoch at rate 0.01 takes networks of 0.1 from 98.03% to 97.85%, those of 0.01
+have 97.23%; one more epoch at decay 0.003 takes networks of 0.015 from 95.77% to 96.47%, those of
+0.003 have 97.23%; matched, networks of rates 0.001, 0.01 and 0.1 lose 47%, 25% and 0% of their
+accuracy.
 """
 
 from __future__ import annotations
