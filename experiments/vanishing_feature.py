@@ -105,7 +105,9 @@ from vfjax import diagnose, merge, plot, renorm
 
 PyTree = Any
 
-SAMPLES = 2_000
+# By preset, test images and statistics images; None for all.
+SAMPLES = {"cpu": 2_000, "paper": None}
+STATISTICS = {"cpu": 10_000, "paper": None}
 GAMMA = 1.4
 POINTS = 20
 # How many of the last layers lose their biases: the paper's figure for VGG16 is 5 to 6.
@@ -133,15 +135,15 @@ def parser() -> argparse.ArgumentParser:
         "--samples",
         type=_common.count_of("images"),
         metavar="N",
-        default=SAMPLES,
-        help="test images, the first N, that features are measured on",
+        help="test images, the first N, that features are measured on (default: "
+        f"{SAMPLES['cpu']:,}; all with --preset paper)",
     )
     p.add_argument(
         "--statistics",
         type=_common.count_of("images"),
         metavar="N",
-        default=cifar_pfm.SAMPLES,
-        help="training images, the first N, not augmented, for matching and renormalisation",
+        help="training images, the first N, not augmented, for matching and renormalisation "
+        f"(default: {STATISTICS['cpu']:,}; all with --preset paper)",
     )
     _common.folder_options(p)
     return p
@@ -244,6 +246,8 @@ def resets_of(net: vfjax.Network, networks: Mapping[str, merge.Merged], edges: A
 
 def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures everything; returns the record."""
+    args.samples = args.samples or SAMPLES[args.preset]
+    args.statistics = args.statistics or STATISTICS[args.preset]
     watch = _common.Stopwatch()
     models = _edges.found(args, watch, train=args.statistics, test=args.samples)
     net, trees = models.net, models.trees
@@ -491,9 +495,9 @@ def file_name(record: dict[str, Any]) -> str:
     """Name of record and figure, without suffix."""
     config, parts = record["config"], []
     parts += [config["match"]] if config["match"] != "activation" else []
-    parts += [f"samples{config['samples']}"] if config["samples"] != SAMPLES else []
-    images = config["statistics"]
-    parts += [f"statistics{images}"] if images != cifar_pfm.SAMPLES else []
+    for option, defaults in (("samples", SAMPLES), ("statistics", STATISTICS)):
+        count = config[option]
+        parts += [f"{option}{count}"] if count != defaults[config["preset"]] else []
     return _edges.file_name(record, parts)
 
 

@@ -549,6 +549,8 @@ def test_heads_and_readme_say_what_is_in_the_records():
         for name, record in found:
             assert record["seconds"]["total"] < 600 and not record["data"]["fallback"]
             assert (EXPERIMENTS / "results" / f"{name}.png").exists()
+            if hasattr(script, "file_name"):
+                assert script.file_name(record) == name
 
 
 @pytest.mark.parametrize("name", ["_common", "cifar_pfm", "train_edges"])
