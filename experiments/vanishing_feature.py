@@ -110,19 +110,16 @@ Not in the paper: RESET takes stored standard deviations to 0.76 times (median o
 first, 0.84 to 1.1 in others).
 
 What came out here (CIFAR-10: resnet20-ln at 0.25 of the width, midpoints, activation matching,
-2,000 test images, 112 s on 2 CPU cores): Edge models of 43.90 and 46.45, midpoints direct 10.10,
-matched 15.30, REPAIR 32.10, RESCALE 18.35, bias cal. 14.70, last 5 biases removed 14.70, PFM 6/20
-15.85, PFM 10/20 38.30, PFM 13/20 36.85 and PFM 19/20 45.95. As in the paper: features of the direct
-midpoint are 0.88 times the edge models' at layer 1 and 0.23 times at layer 20; matched, features
-are 0.55 times the edge models' (geometric mean over layers) and end at 0.84 times; with REPAIR
-features are 1 times the edge models' (geometric mean over layers) and end at 1.5 times; with
-RESCALE features are 0.86 times the edge models' (geometric mean over layers) and end at 0.82 times.
-Unlike the paper: with bias cal. features end at 0.74 times the offset (matched: 0.75), and at 0.84
-times the edge models', so by themselves below matched; with last 5 biases removed features end at
-0.74 times the offset (matched: 0.75), and at 0.84 times the edge models', so by themselves below
-matched. Not in the paper: its logits vary over images 0.13 times as much as theirs, and their mean
-is 72% of the norm of f(0) away from f(0); matched with the first 0, 6, 10, 13 and 19 of 20 layers
-kept apart, features end at 0.84, 0.41, 1.1, 1.3 and 0.84 times the edge models', not renormalised.
+2,000 test images, 242 s on 2 CPU cores): Edge models of 43.90 and 46.45, midpoints direct 10.10,
+matched 15.30, REPAIR 32.10, RESCALE 18.35, PFM 6/20 15.85, PFM 10/20 38.30, PFM 13/20 36.85 and PFM
+19/20 45.95. As in the paper: features of the direct midpoint are 0.88 times the edge models' at
+layer 1 and 0.23 times at layer 20; matched, features are 0.55 times the edge models' (geometric
+mean over layers) and end at 0.84 times; with REPAIR features are 1 times the edge models'
+(geometric mean over layers) and end at 1.5 times; with RESCALE features are 0.86 times the edge
+models' (geometric mean over layers) and end at 0.82 times. Not in the paper: its logits vary over
+images 0.13 times as much as theirs, and their mean is 72% of the norm of f(0) away from f(0);
+matched with the first 0, 6, 10, 13 and 19 of 20 layers kept apart, features end at 0.84, 0.41, 1.1,
+1.3 and 0.84 times the edge models', not renormalised.
 """
 
 from __future__ import annotations
