@@ -187,20 +187,29 @@ def headed(text: str, script: ModuleType = cifar_pfm) -> str:
 
 
 def diagnosis() -> str:
-    """The Markdown of the other experiments' records: what came out, and the first figure each."""
+    """The Markdown of the other experiments' records: what came out, the first in full."""
     parts = []
     for script in HEADS:
         if script is cifar_pfm:
             continue
         asked = ASKED[Path(str(script.__file__)).stem]
         for place, (name, record) in enumerate(records_of(script)):
-            parts += [] if place else [f"*{asked}*"]
             intro, claims = script.outcome(record)
+            label, figure = record["title"], f"experiments/results/{name}.png"
             how = f"`{record['command']}`, {_common.made_on(record)}"
-            figure, label = f"(experiments/results/{name}.png)", record["title"]
-            how += f", [figure]{figure}" if place else ""
-            parts += [f"**{label}** ({how}). {intro}", _common.bullets(claims)]
-            parts += [] if place else [f"![{label}]{figure}"]
+            if not place:
+                parts += [f"*{asked}*", f"**{label}** ({how}). {intro}", _common.bullets(claims)]
+                parts.append(f"![{label}]({figure})")
+                continue
+            verdicts = [holds for holds, _ in claims]
+            counts = [
+                f"{verdicts.count(verdict)} {text.lower()}"
+                for verdict, text in _common.VERDICTS.items()
+                if verdict in verdicts
+            ]
+            summary = f"{label}: {_common.joined(counts)}"
+            parts.append(f"<details><summary>{summary}</summary>")
+            parts += [f"{how}, [figure]({figure}). {intro}", _common.bullets(claims), "</details>"]
     return "\n" + "\n\n".join(parts) + "\n" if parts else WAITING
 
 
