@@ -316,21 +316,23 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-Claims = Sequence[tuple[bool, str]]
+# Whether what was measured is as in the paper, or None where the paper has nothing on it.
+Claims = Sequence[tuple[bool | None, str]]
+VERDICTS = {True: "As in the paper", False: "Unlike the paper", None: "Not in the paper"}
 
 
 def sentences(claims: Claims) -> str:
     """What agrees with the paper and what does not, plainly.
 
     Example:
-      >>> sentences([(True, "a"), (False, "b"), (True, "c")])
-      'As in the paper: a; c. Unlike the paper: b.'
+      >>> sentences([(True, "a"), (False, "b"), (True, "c"), (None, "d")])
+      'As in the paper: a; c. Unlike the paper: b. Not in the paper: d.'
     """
-    agree = "; ".join(text for holds, text in claims if holds)
-    differ = "; ".join(text for holds, text in claims if not holds)
-    parts = [f"As in the paper: {agree}."] if agree else []
-    parts += [f"Unlike the paper: {differ}."] if differ else []
-    return " ".join(parts)
+    found = {
+        label: "; ".join(text for holds, text in claims if holds is verdict)
+        for verdict, label in VERDICTS.items()
+    }
+    return " ".join(f"{label}: {texts}." for label, texts in found.items() if texts)
 
 
 def told(intro: str, claims: Claims) -> str:
@@ -346,7 +348,8 @@ def bullets(claims: Claims) -> str:
       - as in the paper: a
       - **unlike the paper**: b
     """
-    words = {True: "as in the paper", False: "**unlike the paper**"}
+    words = {verdict: label.lower() for verdict, label in VERDICTS.items()}
+    words[False] = f"**{words[False]}**"
     return "\n".join(f"- {words[holds]}: {text}" for holds, text in claims)
 
 
@@ -460,7 +463,7 @@ def benchmark_parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--out",
         type=output_folder,
-        default=str(Path("experiments", "results", "benchmarks")),
+        default=str(ROOT / "results" / "benchmarks"),
         help="folder that the JSON record is written to",
     )
     return p
@@ -484,6 +487,7 @@ def finish_benchmark(
         "repeats": args.repeats,
         "rows": list(rows),
     }
-    path = write_record(Path(args.out) / f"{name}.json", record | environment())
+    quick = "-quick" if args.quick else ""
+    path = write_record(Path(args.out) / f"{name}{quick}.json", record | environment())
     print(f"wrote {path}")
     return path

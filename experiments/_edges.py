@@ -282,6 +282,8 @@ def found(
         raise _common.UserError("no models of --preset paper are shipped: give --retrain, too.")
     with watch("data"):
         dataset = load(args, train=train, test=test)
+    if args.preset == "paper" and dataset.fallback:
+        raise _common.UserError("CIFAR-10 was not found, which --preset paper is for: --data-dir.")
     arch = architecture(args, dataset)
     with watch("trace"):
         net = trace(arch, dataset)

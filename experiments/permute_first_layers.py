@@ -27,10 +27,32 @@ the classes, which keep their order.
 
 What the paper found (left panel of its figure on Preserve-First Merging): accuracy rises with l
 and saturates below the edge models. Taken here as: the rank correlation of accuracy and l is above
-0.8, and accuracy is higher at L than at 0; the last third of the layers adds at most a sixth of the
-whole rise, half of its even share; and no l reaches the edge models' mean.
+0.8, and accuracy is higher at L than at 0 by 5 points or more; the last third of the layers adds at
+most a sixth of the whole rise, half of its even share; and no l reaches the edge models' mean.
+Where accuracy hardly rises, as at chance, nothing of this holds.
 
-What came out here: not measured yet.
+What came out here (CIFAR-10: vgg16 at 0.25 of the width, midpoints, first l layers matched, 5,000
+test images, 293 s on 2 CPU cores): Edge models of 84.3 and 83.6 (WM: weights matched; AM:
+activations matched). As in the paper: from l = 0 to 14 accuracy goes from 22.3 to 62.6 (WM +
+REPAIR; rank correlation 0.84), 15.0 to 58.5 (WM + RESCALE; rank correlation 1.00), 22.3 to 73.1 (AM
++ REPAIR; rank correlation 0.96) and 15.0 to 71.2 (AM + RESCALE; rank correlation 1.00); of the
+rise, l = 10 to 14 adds 0.0 of 40.3 points (WM + REPAIR), 3.1 of 43.6 points (WM + RESCALE), 1.5 of
+50.7 points (AM + REPAIR) and 6.1 of 56.2 points (AM + RESCALE); against 84.0, the edge models'
+mean, the best are 16.4 at l = 13 (WM), 63.4 at l = 11 (WM + REPAIR), 58.5 at l = 13 (WM + RESCALE),
+73.1 at l = 13 (AM + REPAIR) and 71.2 at l = 13 (AM + RESCALE). Unlike the paper: from l = 0 to 14
+accuracy goes from 10.3 to 16.4 (WM; rank correlation 0.59) and 10.3 to 13.6 (AM; rank correlation
+0.59); of the rise, l = 10 to 14 adds 6.1 of 6.1 points (WM) and 3.2 of 3.2 points (AM); against
+84.0, the edge models' mean, the best are 13.6 at l = 13 (AM).
+
+What came out here (CIFAR-10: resnet20 at 0.5 of the width, midpoints, first l layers matched, 5,000
+test images, 312 s on 2 CPU cores): Edge models of 84.0 and 83.3 (WM: weights matched; AM:
+activations matched). As in the paper: from l = 0 to 20 accuracy goes from 15.3 to 39.1 (WM + RESET;
+rank correlation 0.94) and 15.3 to 57.3 (AM + RESET; rank correlation 0.98); against 83.7, the edge
+models' mean, the best are 39.1 at l = 18 (WM + RESET) and 57.3 at l = 18 (AM + RESET). Unlike the
+paper: from l = 0 to 20 accuracy goes from 10.3 to 12.1 (WM; rank correlation 0.91) and 10.3 to 9.5
+(AM; rank correlation 0.46); of the rise, l = 14 to 20 adds 0.8 of 1.8 points (WM), 14.4 of 23.8
+points (WM + RESET), -0.8 of -0.8 points (AM) and 29.0 of 42.0 points (AM + RESET); against 83.7,
+the edge models' mean, the best are 13.6 at l = 15 (WM) and 12.4 at l = 10 (AM).
 """
 
 from __future__ import annotations
@@ -59,7 +81,9 @@ MATCHES = {"weight": "weights matched", "activation": "activations matched"}
 LABELS = {"none": "no normalisation", "repair": "REPAIR", "rescale": "RESCALE", "reset": "RESET"}
 # In tables and sentences.
 SHORT = {"weight": "WM", "activation": "AM"}
-# When accuracy counts as rising with l, and up to which part of the rise may come last.
+# When accuracy counts as rising with l, and up to which part of the rise may come last. Networks
+# that stay at chance neither rise nor saturate.
+LEAST = 0.05
 CORRELATION = 0.8
 LAST_PART = 1 / 6
 
@@ -363,17 +387,20 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool, str]]:
             rank = rank_correlation(values)
             ends = f"{100 * values[0]:.1f} to {100 * values[-1]:.1f}"
             rises.append(
-                (rise > 0 and rank > CORRELATION, f"{ends} ({name}; rank correlation {rank:.2f})")
+                (
+                    rise > LEAST and rank > CORRELATION,
+                    f"{ends} ({name}; rank correlation {rank:.2f})",
+                )
             )
             saturates.append(
                 (
-                    rise > 0 and last <= LAST_PART * rise,
+                    rise > LEAST and last <= LAST_PART * rise,
                     f"{100 * last:.1f} of {100 * rise:.1f} points ({name})",
                 )
             )
             best = int(np.argmax(values))
             at = f"{100 * values[best]:.1f} at l = {best} ({name})"
-            below.append((values[best] < edge, at))
+            below.append((rise > LEAST and values[best] < edge, at))
     claims = []
     for text, cases in (
         (f"from l = 0 to {depth} accuracy goes from", rises),

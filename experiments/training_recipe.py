@@ -34,7 +34,21 @@ rate; at the high one the difference is gone (taken as: less than a quarter is l
 MNIST cannot be merged if trained at 0.001, but can at 0.01 and 0.1 (taken as: no more than half
 of the accuracy is lost).
 
-What came out here: not measured yet.
+What came out here (MNIST: MLPs, 3 x 128, mean of 3 pairs, 240 s on 2 CPU cores): Networks of 93.9
+to 98.1%. As in the paper: matched, the barrier goes from 24.3 points at rate 0.01 to 0.3 at 0.1
+(99% less); direct, the barrier goes from 50.5 points at decay 0.003 (all at rate 0.01) to 42.7 at
+0.015 (15% less); matched, the barrier goes from 24.3 points at decay 0.003 (all at rate 0.01) to
+1.2 at 0.015 (95% less); at rate 0.01 the matched barrier is 24.3 points with the normal
+initialisation, 0.9 with the uniform one; at rate 0.1 the matched barrier is 0.3 points with the
+normal initialisation, 0.2 with the uniform one; at rate 0.01 the distance is 29.4 with the normal
+initialisation, 15.3 with the uniform one; at rate 0.1 the distance is 12.7 with the normal
+initialisation, 12.6 with the uniform one. Unlike the paper: direct, the barrier goes from 50.5
+points at rate 0.01 to 22.7 at 0.1 (55% less); one more epoch at rate 0.01 takes networks of 0.1
+from 98.03% to 97.85%, those of 0.01 have 97.23%; one more epoch takes the matched barrier of
+networks of rate 0.1 from 0.3 to 0.3 points, that of 0.01 is 24.3; one more epoch at decay 0.003
+takes networks of 0.015 from 95.77% to 96.47%, those of 0.003 have 97.23%; one more epoch takes the
+matched barrier of networks of decay 0.015 from 1.2 to 0.4 points, that of 0.003 is 24.3; matched,
+networks of rates 0.001, 0.01 and 0.1 lose 47%, 25% and 0% of their accuracy.
 """
 
 from __future__ import annotations
@@ -353,7 +367,8 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool, str]]:
             if match == "direct":
                 holds = abs(end - start) < 0.2 * max(start, end)
             less = f" ({100 * drop:.0f}% less)" if drop > 0 else ""
-            text = f"{match}, the barrier goes from {start:.1f} points at {name} {low} to "
+            at = f" (all at rate {grid.rate:g})" if name == "decay" else ""
+            text = f"{match}, the barrier goes from {start:.1f} points at {name} {low}{at} to "
             claims.append((holds, f"{text}{end:.1f} at {high}{less}"))
     for name, (own, after, other) in results.ablations():
         claims += ablation_claims(results, name, own, after, other)
@@ -373,14 +388,16 @@ def ablation_claims(
         for key in ("edge_accuracy", "matched_barrier")
     )
     to = after["then"][0 if name == "rate" else 1]
+    alike = abs(accuracy[1] - accuracy[2]) <= 0.5
     return [
         (
-            abs(accuracy[1] - accuracy[2]) <= 0.5,
+            alike,
             f"one more epoch at {name} {to:g} takes networks of {own[name]:g} from "
             f"{accuracy[0]:.2f}% to {accuracy[1]:.2f}%, those of {to:g} have {accuracy[2]:.2f}%",
         ),
         (
-            abs(barrier[1] - barrier[0]) < abs(barrier[1] - barrier[2]),
+            # At unlike accuracy it says nothing of what accuracy explains.
+            alike and abs(barrier[1] - barrier[0]) < abs(barrier[1] - barrier[2]),
             f"one more epoch takes the matched barrier of networks of {name} {own[name]:g} from "
             f"{barrier[0]:.1f} to {barrier[1]:.1f} points, that of {to:g} is {barrier[2]:.1f}",
         ),
@@ -494,22 +511,31 @@ def figure_of(record: dict[str, Any]) -> Any:
         row.append(
             plot.Panel("by weight decay", f"weight decay (rate {grid.rate:g})", unit, sweeps)
         )
-    points = {}
+    points: dict[str, tuple[str, plot.Curve]] = {}
     for group, (name, cells) in enumerate(results.ablations()):
         to = cells[1]["then"][0 if name == "rate" else 1]
         labels = [f"{name} {cells[0][name]:g}", f"then {to:g}, 1 epoch", f"{name} {to:g}"]
         for k, (label, cell) in enumerate(zip(labels, cells, strict=True)):
             if k == 1:
                 label = f"{labels[0]}, {label}"
-            points[label] = curve(
+            if cell["name"] in points:
+                # Both ablations may compare with the same networks.
+                label = f"{points[cell['name']][0]}, {label}"
+            found = curve(
                 [cell],
                 lambda c: results.value(c, "edge_accuracy"),
                 "matched_barrier",
                 colour=3 * group + k,
                 dashed=k == 1,
             )
+            points[cell["name"]] = label, found
     row.append(
-        plot.Panel("one more epoch", "test accuracy of the networks, %", unit + ", matched", points)
+        plot.Panel(
+            "one more epoch",
+            "test accuracy of the networks, %",
+            unit + ", matched",
+            dict(points.values()),
+        )
     )
     if any("distances" in pair for cell in record["cells"] for pair in cell["pairs"]):
         row.append(distance_panel(results))

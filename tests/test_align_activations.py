@@ -213,6 +213,23 @@ def test_a_group_without_a_tap_keeps_its_order(monkeypatch):
     np.testing.assert_array_equal(found[hidden], np.arange(16))
 
 
+def test_a_network_without_groups_stays_as_it_is():
+    def recurrent(v, x):
+        for _ in range(3):
+            x = jnp.tanh(x @ v["w"])
+        return x
+
+    v, x = {"w": np.eye(3, dtype=np.float32)}, np.ones((4, 3), np.float32)
+    for fn in (lambda v, x: jax.nn.relu(x @ v["w"]), recurrent):
+        net = vfjax.trace(fn, v, x)
+        assert not net.spec.groups
+        measured = stats.moments(net, [v, v], [x], sites="taps")
+        for found in (match_activations(net, v, v, [x]), match_moments(net, measured)):
+            assert found.permutations == {} and found.moved == 0
+        with pytest.raises(ValueError, match="of no site"):
+            _ = measured.models
+
+
 def test_bfloat16_networks():
     net = vfjax.trace(
         mlp,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
+import vfjax
 from vfjax import diagnose
 from vfjax.diagnose import Features, FeatureSite
 
@@ -38,9 +40,8 @@ def record(features, references=None, *, main=None, depth=None, size=1):
             FeatureSite(n, n, d, m, size) for n, d, m in zip(names, depth, main, strict=True)
         )
         count = 0 if others is None else others.models
-        return Features(
-            **fields, references=others, sites=sites, weights=(1 / max(count, 1),) * count
-        )
+        shares = ((1 / count,) * count,) * len(values) if count else ()
+        return Features(**fields, references=others, sites=sites, depth=max(depth), shares=shares)
 
     others = None if references is None else made(np.asarray(references, np.float32), None)
     return made(features, others)
@@ -118,6 +119,48 @@ def test_a_bound_sequence_is_normalised_by_the_references():
     np.testing.assert_array_equal(bound.resampled(5), diagnose.resample(bound.bound, 5))
 
 
+def test_branches_of_one_depth_are_one_entry():
+    """As `a -> {q, k, u} -> o`."""
+    values = [[1.0, 0.2, 0.25, 0.1, 0.25], [0.1, 0.5, 0.2, 0.3, 0.1]]
+    found = record(values, [[1.0] * 5], depth=[1, 2, 2, 2, 3])
+    for gamma in (1.0, 1.4):
+        bound = diagnose.bound_sequence(found, gamma=gamma)
+        levels = [[1, 0.25, 0.25], [0.1, 0.5, 0.1]]
+        wanted = diagnose.upper_bound(np.float32(levels), gamma=gamma)
+        np.testing.assert_allclose(bound.bound, wanted[:, [0, 1, 1, 1, 2]], rtol=1e-6)
+        np.testing.assert_array_equal(
+            bound.resampled(6), diagnose.resample(bound.bound[:, [0, 1, 4]], 6)
+        )
+    tight = diagnose.bound_sequence(found)
+    np.testing.assert_allclose(tight.resampled(6)[0], [1, 1, 0.625, 0.25, 0.25, 0.25])
+
+
+def test_the_output_follows_the_last_layer():
+    """What is added behind it is an entry of its own."""
+    v = {"a": jnp.eye(3), "b": jnp.eye(3)}
+    net = vfjax.trace(lambda v, x: x @ v["a"] + x @ v["a"] @ v["b"], v, jnp.ones((1, 3)))
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    weak = v | {"b": v["b"] / 4}
+    found = diagnose.features(net, weak, [x], references=[v], sites=["a", "b", "output"])
+    bound = diagnose.bound_sequence(found, sites=["a", "b", "output"])
+    assert bound.depth.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(bound.bound, [[1, 0.625, 0.625]], rtol=1e-6)
+    np.testing.assert_allclose(bound.resampled(3), [[1, 0.625, 0.625]], rtol=1e-6)
+    alone = diagnose.bound_sequence(found, sites=["a", "output"])
+    assert alone.depth.tolist() == [1, 2]
+
+
+def test_sites_are_resampled_where_they_are():
+    """Those of a residual network's REPAIR leave out the first and the last layer."""
+    values = [[4.0, 3.0, 2.0, 1.0]]
+    found = record(values, [[1.0] * 4])
+    some = diagnose.bound_sequence(found, sites=["s1", "s2"])
+    assert some.total == 4
+    assert some.resampled(4).tolist() == [[3, 3, 2, 2]]
+    chain = diagnose.bound_sequence(found)
+    np.testing.assert_array_equal(chain.resampled(7), diagnose.resample(chain.bound, 7))
+
+
 def test_a_network_bounds_itself_by_one():
     features = np.random.default_rng(0).uniform(1, 2, (1, 5))
     for references in (features, np.repeat(features, 2, axis=0)):
@@ -184,3 +227,6 @@ def test_errors():
     for points in (0, 2.5, True):
         with pytest.raises(ValueError, match="points must be a positive whole number"):
             diagnose.resample([1.0], points)
+    for at in ([0.5], [0.5, 0.5], [0.5, 1.5]):
+        with pytest.raises(ValueError, match="at must hold 2 increasing relative depths"):
+            diagnose.resample([1.0, 2.0], at=at)

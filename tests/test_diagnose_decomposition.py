@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import equinox as eqx
 import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
@@ -11,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import vfjax
 from vfjax import diagnose, merge, models
+from vfjax._tree import flatten_named
+from vfjax.diagnose import decomposition
 
 # Sums of a few dozen products in float32, relative to the largest part of the sum.
 RTOL = 1e-5
@@ -288,12 +292,6 @@ def test_a_decomposition_is_a_pytree_and_takes_labels():
         (lambda y: y / (1 + y), "div"),
         (lambda y: jnp.where(y > 0, y, 0.0), "gt"),
         (lambda y: y.astype(jnp.int32).astype(jnp.float32), "convert_element_type"),
-        (
-            lambda y: jax.lax.while_loop(
-                lambda s: s[0] < 3, lambda s: (s[0] + 1, 2 * s[1]), (0, y)
-            )[1],
-            "while",
-        ),
     ],
 )
 def test_what_is_not_affine_is_told(bend, primitive):
@@ -335,6 +333,63 @@ def test_what_is_affine_passes(straight):
     found = diagnose.decompose(net, v, x, sites=["output"])
     wanted = apply_fn(v, x) - apply_fn(v, np.zeros_like(x))
     _close(found.feature["output"], wanted)
+
+
+def test_what_may_be_affine_is_told_apart_from_what_is_not():
+    v, x = {"a": np.eye(4, dtype=np.float32)}, np.ones((2, 4), np.float32)
+
+    def doubled(y):
+        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, 2 * s[1]), (0, y))[1]
+
+    def filtered(y):
+        return jnp.fft.irfft(jnp.fft.rfft(y))
+
+    for straight, primitive in ((doubled, "while"), (filtered, "fft")):
+        net = vfjax.trace(lambda v, x, straight=straight: straight(x @ v["a"]), v, x)
+        wanted = f"cannot tell whether net is affine in its input: `{primitive}`"
+        with pytest.raises(ValueError, match=wanted) as error:
+            diagnose.decompose(net, v, x)
+        assert "at unknown" not in str(error.value)
+
+
+def test_full_precision():
+    v = {"a": np.eye(2, dtype=np.float32), "bias": np.ones(2, np.float32)}
+    x = np.ones((2, 2), np.float32)
+    net = vfjax.trace(lambda v, x: (x @ v["a"] + v["bias"][None]) @ v["a"], v, x)
+    biases = tuple(decomposition._biases(net))
+    jaxpr = jax.make_jaxpr(decomposition._evaluate, static_argnums=(0, 1, 2))(
+        net, ("output",), biases, v, x, x[:1] * 0
+    )
+    text = str(jaxpr)
+    products = text.count("dot_general[")
+    assert (
+        products >= 8
+        and text.count("precision=(Precision.HIGHEST") + text.count("precision=Precision.HIGHEST")
+        == products
+    )
+
+
+def test_a_merged_model_is_a_network_of_its_own():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "p": (4,), "b": (4, 2), "q": (2,)}
+    trees = [{k: _normal(rng, *s) for k, s in shapes.items()} for _ in range(2)]
+    x = _normal(rng, 5, 3)
+
+    def apply_fn(v, x):
+        return (x @ v["a"] + v["p"][None]) @ v["b"] + v["q"][None]
+
+    net = vfjax.trace(apply_fn, trees[0], x)
+    merged = merge.preserve_first(net, trees, layers=1)
+    with pytest.raises(
+        TypeError, match=r"decompose\(vfjax.trace\(lambda m, x: m\(x\), merged, x\)"
+    ):
+        diagnose.decompose(net, merged, x)
+    whole = vfjax.trace(lambda m, x: m(x), merged, x)
+    found = diagnose.decompose(whole, merged, x, sites=["output"])
+    _close(found.value["output"], merged(x))
+    parts = found.contributions["output"]
+    assert len(parts) == 3  # a bias in each stem, one in the trunk
+    _close(sum(parts.values()), found.offset["output"])
 
 
 def test_errors():
@@ -412,6 +467,60 @@ def test_the_rescale_product_of_a_network_with_itself_is_one():
     whole = diagnose.rescale_product(net, merge.interpolate(edges), edges)
     found = diagnose.rescale_product(net, one, edges)
     assert found == pytest.approx({"a": 1.0, "b": whole["b"] / whole["a"]})
+
+
+def test_the_rescale_product_takes_the_weights_of_the_merged_model():
+    edges = _edges(np.random.default_rng(3))
+    net = vfjax.trace(_two, edges[0], np.ones((2, 4), np.float32))
+    model = merge.preserve_first(net, edges, layers=2, weights=(0.2, 0.8))
+    assert diagnose.rescale_product(net, model, edges) == pytest.approx({"a": 1.0, "b": 1.0})
+    equal = diagnose.rescale_product(net, model, edges, weights=(0.5, 0.5))
+    assert abs(equal["a"] - 1) > 1e-3
+
+
+def test_the_rescale_product_of_modules_and_dictionaries():
+    rng = np.random.default_rng(4)
+    x = {"token": np.arange(5, dtype=np.int32), "more": _normal(rng, 5, 3)}
+
+    def looked_up(v, x):
+        return jax.nn.relu(v["table"][x["token"]] + x["more"] @ v["w"]) @ v["head"]
+
+    shapes = {"table": (7, 4), "w": (3, 4), "head": (4, 2)}
+    plain = [{k: _normal(rng, *s) for k, s in shapes.items()} for _ in range(2)]
+    parts = [
+        eqx.partition(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(k)), eqx.is_array) for k in (0, 1)
+    ]
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.head = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.first(x)))
+
+    graphs, states = zip(*(nnx.split(Net(nnx.Rngs(k))) for k in (0, 1)), strict=True)
+    for fn, edges, data in (
+        (looked_up, plain, x),
+        (
+            lambda p, x: jax.vmap(eqx.combine(p, parts[0][1]))(x),
+            [params for params, _ in parts],
+            x["more"],
+        ),
+        (lambda s, x: nnx.merge(graphs[0], s)(x), states, x["more"]),
+    ):
+        net = vfjax.trace(fn, edges[0], data)
+        merged = merge.interpolate(edges)
+        sizes = [
+            {k: np.abs(np.asarray(v)).mean() for k, v in flatten_named(tree)[0].items()}
+            for tree in (*edges, merged)
+        ]
+        wanted, product = {}, 1.0
+        for layer in net.layers:
+            a, b, mine = (size[layer.kernel] for size in sizes)
+            product *= (a + b) / 2 / mine
+            wanted[layer.name] = product
+        assert len(wanted) == 2
+        assert diagnose.rescale_product(net, merged, edges) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_errors_of_the_rescale_product():

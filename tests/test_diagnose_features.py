@@ -174,6 +174,49 @@ def test_large_means_lose_nothing():
             _close(getattr(found, what)[site][0], wanted[what])
         # The values themselves are rounded to 1e3 * 6e-8, their deviations being about 2.
         _close(found.std[site][0], wanted["std"], 1e-3)
+        _close(found.variance[site][0], wanted["variance"], 1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(20,), (7, 13), (12, 7, 1)])
+@pytest.mark.parametrize("centre", [0.0, 3000.0])
+def test_the_variance_of_examples_around_a_point(centre, sizes):
+    net, trees, x = mlp()
+    x = np.float32(centre + 1 + (1e-2 if centre == 0 else 1) * x)
+    found = diagnose.features(net, trees[:2], _cut(x, *sizes), references=trees[2:], sites=["a"])
+    for k, tree in enumerate(trees[:2]):
+        wanted = (x.astype(np.float64) @ tree["a"]).var(0).mean()
+        _close(found.variance["a"][k], wanted, 1e-3)
+    assert np.isfinite(found.variance_ratio["a"]).all()
+    ends = diagnose.variance_collapse(found, eps=1e-6, sites=["a"])
+    assert not ends.collapsed.any()
+
+
+@pytest.mark.parametrize("size", [2.0**60, 2.0**-60])
+def test_the_size_of_the_values_makes_no_difference(size):
+    """Of numbers whose squares float32 hardly holds, or does not."""
+    net, trees, x = mlp()
+    plain = diagnose.features(net, trees[0], _cut(x, 12, 8), sites=["a"])
+    scale = np.float32(size)
+    scaled = {**trees[0], "a": trees[0]["a"] * scale, "p": trees[0]["p"] * scale}
+    found = diagnose.features(net, scaled, _cut(x, 12, 8), sites=["a"])
+    for what in ("feature", "feature_std", "offset", "mean", "std"):
+        _close(getattr(found, what)["a"] / scale, getattr(plain, what)["a"], 1e-6)
+    _close(np.float64(found.variance["a"]) / size**2, plain.variance["a"], 1e-6)
+    assert found.dead["a"] == plain.dead["a"] == 0
+
+
+def test_values_whose_squares_float32_does_not_hold():
+    net, trees, x = mlp()
+    low = {k: v * np.float32(2.0**-100) for k, v in trees[0].items()}
+    found = diagnose.features(net, low, _cut(x, 12, 8), sites=["a"])
+    plain = diagnose.features(net, trees[0], _cut(x, 12, 8), sites=["a"])
+    for what in ("feature", "std"):
+        values = np.float64(getattr(found, what)["a"])
+        _close(values * 2.0**100, getattr(plain, what)["a"], 1e-6)
+    assert found.dead["a"] == found.variance["a"] == 0
+    high = {k: v * np.float32(2.0**70) for k, v in trees[0].items()}
+    with pytest.raises(ValueError, match="variance of 'a' is too large for float32"):
+        diagnose.features(net, high, [x], sites=["a"])
 
 
 def test_sites_and_what_is_known_of_them():
@@ -300,6 +343,29 @@ def test_references_are_averaged_with_weights():
     for site in found.names:
         a, b = found.references.feature[site]
         _close(found.relative[site], found.feature[site] / (0.25 * a + 0.75 * b))
+
+
+def test_weights_are_those_of_the_merged_models():
+    net, trees, x = mlp()
+    models = [
+        merge.preserve_first(net, trees[:2], layers=2, weights=w) for w in ((0.2, 0.8), (0.7, 0.3))
+    ]
+    found = diagnose.features(net, models, [x], references=trees[:2], sites=["a", "c"])
+    assert found.shares == ((0.2, 0.8), (0.7, 0.3))
+    # Kept apart, the first layer has lost nothing.
+    _close(found.relative["a"], [1.0, 1.0], 1e-6)
+    a, b = found.references.feature["c"]
+    _close(
+        found.relative["c"], found.feature["c"] / np.array([0.2 * a + 0.8 * b, 0.7 * a + 0.3 * b])
+    )
+    with pytest.raises(ValueError, match="different weights of the references"):
+        _ = found.weights
+    given = diagnose.features(
+        net, models, [x], references=trees[:2], weights=(0.5, 0.5), sites=["c"]
+    )
+    assert given.shares == ((0.5, 0.5),) * 2 and given.weights == (0.5, 0.5)
+    three = diagnose.features(net, models[0], [x], references=trees, sites=["c"])
+    assert three.weights == (1 / 3,) * 3
 
 
 def test_variance_leaves_out_what_differs_between_positions_alone():
@@ -495,6 +561,65 @@ def test_equinox_and_nnx():
         out = jax.jit(fn)(tree, np.concatenate([x, np.zeros_like(x[:1])]))
         wanted = np.linalg.norm(np.float64(out[:-1]) - np.float64(out[-1:]), axis=1).mean()
         _close(found.feature[found.names[-1]], [wanted])
+
+
+def _looped(v, x):
+    """A layer that is used twice, then three that are stacked."""
+    for _ in range(2):
+        x = jnp.tanh(x @ v["w"])
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, v["stack"])
+    return x @ v["head"]
+
+
+def test_shared_and_stacked_layers():
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 4), "stack": (3, 4, 4), "head": (4, 2)}
+    edges = [{k: np.float32(rng.normal(size=s)) for k, s in shapes.items()} for _ in range(2)]
+    merged = merge.interpolate(edges)
+    x = np.float32(rng.normal(size=(10, 4)))
+    net = vfjax.trace(_looped, edges[0], x[:2])
+    found = diagnose.features(net, merged, _cut(x, 6, 4), references=edges, sites="layers")
+    kernels = {
+        "w": ("w", ...),
+        "w#2": ("w", ...),
+        **{f"stack[{k}]": ("stack", k) for k in range(3)},
+        "head": ("head", ...),
+    }
+    assert found.names == tuple(kernels)
+    assert [site.depth for site in found.sites] == [1, 2, 3, 4, 5, 6]
+    value, product, sizes = np.float64(x), 1.0, {}
+    for name, (leaf, part) in kernels.items():
+        value = value @ merged[leaf][part]
+        _close(found.feature[name][0], np.linalg.norm(value, axis=1).mean())
+        value = np.tanh(value)
+        goal = np.mean([np.abs(edge[leaf][part]).mean() for edge in edges])
+        product *= goal / np.abs(merged[leaf][part]).mean()
+        sizes[name] = product
+    assert diagnose.rescale_product(net, merged, edges) == pytest.approx(sizes, rel=1e-5)
+
+
+def test_bfloat16_batchnorm():
+    """Statistics are kept in float32 beside kernels and inputs of 16 bits."""
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), dtype=jnp.bfloat16, name="conv")(x)
+            x = nn.BatchNorm(use_running_average=True, dtype=jnp.bfloat16, name="norm")(x)
+            return nn.Dense(2, dtype=jnp.bfloat16, name="head")(nn.relu(x).mean((1, 2)))
+
+    model, x = Half(), jnp.asarray(conv()[2][:12], jnp.bfloat16)
+    tree = _draw(jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(0))
+    net = vfjax.trace(lambda v, x: model.apply(v, x), tree, x)
+    sites = [net.norms[0].site, "params/conv/kernel:act", "output"]
+    found = diagnose.features(net, tree, [x[:5], x[5:]], sites=sites)
+    assert {a.dtype for a in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+    values = _values(lambda a: net.run(tree, a, capture=sites)[1], x, sites)
+    for site in sites:
+        wanted = _wanted(*values[site], _keep(net, site))
+        for what in ("feature", "offset", "variance", "std"):
+            # Eight bits in every value, rounded another way in other batches.
+            _close(getattr(found, what)[site][0], wanted[what], 1e-2)
 
 
 def test_a_tree_that_is_a_list_is_one_network():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import vfjax
 from vfjax import _batches, _evaluate, align, merge, renorm, stats, train
@@ -236,6 +238,70 @@ def test_calibrated_biases_keep_the_ends(plain):
     found = plain(alphas=2, renormalise="bias_calibration")
     np.testing.assert_array_equal(found.accuracy, found.edge_accuracy)
     np.testing.assert_allclose(found.loss, found.edge_loss, rtol=ROUNDING)
+
+
+def test_a_barrier_is_not_negative():
+    """The paper's maximum runs over the ends too."""
+    assert barrier([0.5], [0.9], ends=(0.5, 0.5)) == 0
+    assert barrier([0.5], [0.9], ends=(0.5, 0.5), definition="reference") == pytest.approx(-0.4)
+    assert np.isnan(barrier([0.5], [np.nan], ends=(0.5, 0.5)))
+
+
+def test_matching_where_nothing_can_be_permuted():
+    def apply_fn(v, x):
+        return jax.nn.relu(x @ v["w"])
+
+    trees = [draw(seed, {"w": (P, C)}) for seed in (0, 1)]
+    net = vfjax.trace(apply_fn, trees[0], inputs(0, 4))
+    test = [(inputs(3, 8), np.zeros(8, np.int32))]
+    options = {"alphas": 3, "progress": False, "data": [inputs(2, 8)]}
+    found = interpolation(net, trees, test, match="activation", **options)
+    np.testing.assert_array_equal(found.loss, interpolation(net, trees, test, **options).loss)
+
+
+def test_modules_and_dictionaries():
+    """An Equinox module, an NNX one, and inputs that are a dict with integers."""
+    x = inputs(3, 16)
+    label = np.arange(16) % C
+    tokens = {"token": np.arange(16, dtype=np.int32) % 4, "x": x}
+
+    def looked_up(v, x):
+        return jax.nn.relu(v["table"][x["token"]] + x["x"] @ v["w"]) @ v["head"]
+
+    plain = [draw(k, {"table": (4, H), "w": (P, H), "head": (H, C)}) for k in (0, 1)]
+    parts = [
+        eqx.partition(eqx.nn.MLP(P, C, H, 1, key=jax.random.key(k)), eqx.is_array) for k in (0, 1)
+    ]
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.head = nnx.Linear(P, H, rngs=rngs), nnx.Linear(H, C, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.first(x)))
+
+    graphs, states = zip(*(nnx.split(Net(nnx.Rngs(k))) for k in (0, 1)), strict=True)
+    for fn, trees, batch in (
+        (looked_up, plain, tokens),
+        (
+            lambda p, x: jax.vmap(eqx.combine(p, parts[0][1]))(x),
+            [params for params, _ in parts],
+            x,
+        ),
+        (lambda s, x: nnx.merge(graphs[0], s)(x), states, x),
+    ):
+        net = vfjax.trace(fn, trees[0], batch)
+        options = {"alphas": 3, "progress": False}
+        found = interpolation(net, trees, [(batch, label)], **options)
+        for alpha, loss in zip(found.alphas, found.loss, strict=True):
+            logits = jax.jit(fn)(merge.interpolate(trees, (1 - alpha, alpha)), batch)
+            wanted = -np.asarray(jax.nn.log_softmax(logits))[np.arange(16), label].mean()
+            assert loss == pytest.approx(wanted, rel=ROUNDING)
+        repaired = interpolation(
+            net, trees, [(batch, label)], match="activation", renormalise="repair", data=[batch],
+            **options,
+        )  # fmt: skip
+        assert np.isfinite(repaired.loss).all()
 
 
 def test_a_model_and_itself_have_no_barrier(plain):

@@ -90,7 +90,8 @@ def test_a_network_merged_with_itself_needs_nothing():
 
 def test_smaller_weights_beside_kept_biases_vanish_from_the_first_layer_on():
     net, tree, x = mlp()
-    found = diagnose.report(net, _scaled(tree, 0.5), [x], references=[tree])
+    # Half of a weight beside a whole bias, as where two references' weights cancel.
+    found = diagnose.report(net, _scaled(tree, 0.5), [x], references=[tree, tree])
     # The first layer is linear in its weights, so exactly half of its feature is left.
     assert found.layers[0].relative == pytest.approx(0.5, rel=1e-6)
     assert found.vanishes is found.layers[0] or found.vanishes is found.layers[1]
@@ -307,7 +308,10 @@ def test_a_network_without_biases_or_any_feature_left():
     found = diagnose.report(net, dead, [x], references=[tree])
     assert found.left == 0 and found.vanishes.site == "b" and not found.biases_dominate
     assert found.collapse.collapsed[0]
-    assert "undefined" in str(found) and _remedies(found)
+    assert "there is neither feature nor offset, in the references there is no offset" in str(found)
+    # No scale revives b, but its means can be put right.
+    assert _remedies(found) == ["REPAIR"] and "only they can be put right" in str(found)
+    assert "What is left at b (depth 2 of 2) does not vary with the input" in str(found)
     assert found.figure().axes
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
@@ -136,6 +138,72 @@ def test_itself(nets, estimator):
     # The same numbers in another tree: nothing is known to be equal.
     other = cka((net, a), (net, dict(a)), [inputs(30)], sites=SITES, estimator=estimator).matrix
     np.testing.assert_allclose(other, found, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e10, 1e15])
+@pytest.mark.parametrize("form", ["covariance", "gram", "minibatch"])
+def test_the_size_of_the_features_makes_no_difference(nets, monkeypatch, form, scale):
+    net, a, _, _ = nets
+    estimator = "minibatch" if form == "minibatch" else "exact"
+    if form != "minibatch":
+        monkeypatch.setattr(_kernels, f"{form}_bytes", lambda *_: 0)
+    # A linear head, of which only the size changes.
+    scaled = {**a, "w3": a["w3"] * np.float32(scale)}
+    data = [inputs(12), inputs(8, seed=4)]
+    options = {"sites": ["w1:act", "output"], "estimator": estimator, "progress": False}
+    wanted = cka((net, a), (net, dict(a)), data, **options).matrix
+    found = cka((net, scaled), (net, a), data, **options).matrix
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING)
+    if estimator == "exact":
+        assert (found <= 1).all() and (wanted <= 1).all()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "minibatch"])
+def test_modules_and_dictionaries(estimator):
+    """One function as an Equinox module, an NNX one, and of a dict with integers."""
+    rng = np.random.default_rng(0)
+    v = {"table": (4, 6), "w1": (P, 6), "w2": (6, 3)}
+    v = {name: np.float32(rng.normal(size=shape)) for name, shape in v.items()}
+    data = [{"token": np.arange(8, dtype=np.int32) % 4, "x": inputs(8, seed=s)} for s in (0, 1)]
+
+    def plain(v, x):
+        return jnp.tanh(v["table"][x["token"]] + x["x"] @ v["w1"]) @ v["w2"]
+
+    def linear(kernel):
+        made = eqx.nn.Linear(*kernel.shape, use_bias=False, key=jax.random.key(0))
+        return eqx.tree_at(lambda m: m.weight, made, jnp.asarray(kernel.T))
+
+    module = {"table": jnp.asarray(v["table"]), "w1": linear(v["w1"]), "w2": linear(v["w2"])}
+    params, static = eqx.partition(module, eqx.is_array)
+
+    def equinox(p, x):
+        m = eqx.combine(p, static)
+        hidden = jnp.tanh(m["table"][x["token"]] + jax.vmap(m["w1"])(x["x"]))
+        return jax.vmap(m["w2"])(hidden)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.table, self.w1, self.w2 = (nnx.Param(jnp.asarray(a)) for a in v.values())
+
+        def __call__(self, x):
+            hidden = jnp.tanh(self.table[...][x["token"]] + x["x"] @ self.w1[...])
+            return hidden @ self.w2[...]
+
+    graph, state = nnx.split(Net())
+    nets = [
+        (vfjax.trace(fn, tree, data[0]), tree)
+        for fn, tree in (
+            (plain, v),
+            (equinox, params),
+            (lambda s, x: nnx.merge(graph, s)(x), state),
+        )
+    ]
+    options = {"sites": "layers", "estimator": estimator, "progress": False}
+    wanted = cka(nets[0], nets[0], data, **options).matrix
+    for other in nets[1:]:
+        found = cka(nets[0], other, data, **options)
+        assert len(found.second) == 2
+        np.testing.assert_allclose(found.matrix, wanted, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "minibatch"])

@@ -540,6 +540,19 @@ def test_one_image_is_singular(digits):
 # --------------------------------------------------------------------------------- other scripts
 
 
+def test_heads_and_readme_say_what_is_in_the_records():
+    update = importlib.import_module("update_readme")
+    update.main(["--check"])
+    for script, names in update.HEADS.items():
+        found = update.records_of(script)
+        assert [name for name, _ in found] == list(names)
+        for name, record in found:
+            assert record["seconds"]["total"] < 600 and not record["data"]["fallback"]
+            assert (EXPERIMENTS / "results" / f"{name}.png").exists()
+            if hasattr(script, "file_name"):
+                assert script.file_name(record) == name
+
+
 @pytest.mark.parametrize("name", ["_common", "cifar_pfm", "train_edges"])
 def test_examples_in_docstrings(name):
     found = doctest.testmod(importlib.import_module(name))

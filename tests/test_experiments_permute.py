@@ -229,14 +229,16 @@ def test_sentences_follow_the_record(digits):
     record["edge_mean"] = 0.9
     assert verdicts([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8]) == [True, True, True]
     assert "Unlike" not in common.told(*permute.outcome(record))
-    assert verdicts([0.8, 0.8, 0.7, 0.6, 0.4, 0.2, 0.1]) == [False, False, True]
-    assert verdicts([0.1] * 7) == [False, False, True]
+    assert verdicts([0.8, 0.8, 0.7, 0.6, 0.4, 0.2, 0.1]) == [False, False, False]
+    # To stay at chance is neither to saturate nor to come close to the edge models.
+    assert verdicts([0.1] * 7) == [False, False, False]
+    assert verdicts([0.1, 0.11, 0.12, 0.13, 0.14, 0.14, 0.14]) == [False, False, False]
     assert verdicts([0.1, 0.1, 0.1, 0.1, 0.2, 0.8, 0.8]) == [True, False, True]
-    assert verdicts([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8][::-1]) == [False, False, True]
+    assert verdicts([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8][::-1]) == [False, False, False]
     assert verdicts([0.1, 0.4, 0.6, 0.7, 0.91, 0.92, 0.92]) == [True, True, False]
     # Curves that disagree are told apart.
     record["curves"]["weight"]["none"]["accuracy"] = [0.1] * 7
-    assert [holds for holds, _ in permute.claims_of(record)] == [True, False] * 2 + [True, False]
+    assert [holds for holds, _ in permute.claims_of(record)] == [True, False] * 2 + [False]
     assert "Unlike the paper: from l = 0 to 6 accuracy goes from 10.0 to 10.0 (WM;" in (
         common.told(*permute.outcome(record))
     )

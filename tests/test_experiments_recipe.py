@@ -209,7 +209,7 @@ def test_claims_follow_the_numbers(record):
     after, after_decay = (first, 0.1, 0.003, True), (first, 0.01, 0.015, True)
     changes = {
         "goes from 30.0 points at rate 0.01 to 20.0 at 0.1 (33% less)": (rates, 0.2),
-        "goes from 30.0 points at decay 0.003 to 15.0 at 0.015 (50% less)": (decays, 0.15),
+        "30.0 points at decay 0.003 (all at rate 0.01) to 15.0 at 0.015 (50% less)": (decays, 0.15),
         "from 10.0 to 25.0 points, that of 0.01 ": (after, 0.25),
         "from 2.0 to 25.0 points, that of 0.003 ": (after_decay, 0.25),
         "lose 25%, 32% and 10%": ((first, 0.001, 0.003, False), 0.2),

@@ -20,7 +20,11 @@ vanishing = importlib.import_module("vanishing_feature")
 MERGED = ["direct", "matched", "repair", "rescale", "bias_calibration", "bias_removal"]
 RECORDS = {
     "vgg16": "vanishing_feature-cifar10-vgg16-w0.25",
+    "vgg16-bn": "vanishing_feature-cifar10-vgg16-bn-w0.125",
+    "vgg16-bn, weight": "vanishing_feature-cifar10-vgg16-bn-w0.125-weight",
+    "vgg16-ln": "vanishing_feature-cifar10-vgg16-ln-w0.125",
     "resnet20": "vanishing_feature-cifar10-resnet20-w0.5",
+    "resnet20-ln": "vanishing_feature-cifar10-resnet20-ln-w0.25",
 }
 
 
@@ -132,13 +136,26 @@ def test_table_has_every_network(digits, capsys):
 def test_sentences_follow_the_record(digits):
     """What is said changes with what was measured."""
     record = json.loads(json.dumps(digits[1]))
+    assert "Not in the paper: its logits" in said(vanishing, record)
+    record["config"]["model"] = "resnet20"
     assert all(holds for holds, _ in vanishing.claims_of(record))
-    assert "Unlike" not in said(vanishing, record)
+    assert "Unlike" not in said(vanishing, record) and "Not in" not in said(vanishing, record)
     networks = record["networks"]
     networks["direct"], networks["PFM 5/6"] = networks["PFM 5/6"], networks["direct"]
     claims = vanishing.claims_of(record)
     assert [holds for holds, _ in claims][:3] == [False] * 3 and not claims[-1][0]
     assert "Unlike the paper: features of the direct midpoint" in said(vanishing, record)
+
+
+def test_layernorm_is_expected_to_fade_mildly(digits):
+    record = json.loads(json.dumps(digits[1]))
+    plain = vanishing.claims_of(record)
+    record["config"]["model"] = "vgg16-ln"
+    claims = vanishing.claims_of(record)
+    assert plain[0][0] and not claims[0][0] and plain[0][1] == claims[0][1]
+    assert plain[1:] == claims[1:]
+    record["networks"]["direct"]["relative"][-1] = 0.3
+    assert vanishing.claims_of(record)[0][0]
 
 
 # ---------------------------------------------------------------------------------------- records
@@ -203,3 +220,11 @@ def test_bad_options(arguments, message, capsys, tmp_path):
 def test_examples_in_docstrings():
     found = doctest.testmod(vanishing)
     assert found.attempted and not found.failed
+
+
+def test_networks_without_biases_have_none_removed():
+    """Those of ResNet20 with LayerNorm are of norms, but for the classifier's."""
+    path = EXPERIMENTS / "results" / f"{RECORDS['resnet20-ln']}.json"
+    record = json.loads(path.read_text())
+    assert not {"bias_calibration", "bias_removal"} & set(record["networks"])
+    assert record["removed"] is None and {"repair", "rescale"} <= set(record["networks"])

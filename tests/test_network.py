@@ -394,3 +394,13 @@ def test_abstract_keeps_what_tracing_needs():
     assert _retrace.abstract(2.0).weak_type and not _retrace.abstract(jnp.float32(2)).weak_type
     assert _retrace.abstract(np.ones(3)).dtype == jnp.float32
     assert _retrace.abstract(jax.random.key(0)).shape == ()
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_layers_are_not_called_like_the_ends_of_the_network(name):
+    v, x = {name: jnp.eye(2)}, jnp.ones((1, 2))
+    with pytest.raises(ValueError, match=f"kernel '{name}' would name a layer like the site"):
+        vfjax.trace(lambda v, x: x @ v[name], v, x)
+    nested = {name: {"kernel": jnp.eye(2)}}
+    net = vfjax.trace(lambda v, x: x @ v[name]["kernel"], nested, x)
+    assert net.layers[0].name == f"{name}/kernel"

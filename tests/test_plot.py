@@ -90,6 +90,13 @@ def test_panels_stand_side_by_side():
     assert bars == [True, False]
 
 
+@pytest.mark.parametrize("x, whole", [(range(21), True), (np.arange(11) / 10, False)])
+def test_whole_numbers_have_whole_ticks(x, whole):
+    row = [plot.Panel("a", "layer", "y", {"one": plot.Curve(list(x), list(x))})]
+    (axes,) = plot.panels(row).axes
+    assert all(float(tick).is_integer() for tick in axes.get_xticks()) is whole
+
+
 def test_panels_in_several_rows():
     figure = plot.panels([panel() for _ in range(3)], columns=2)
     assert [axes.get_subplotspec().get_geometry()[:2] for axes in figure.axes] == [(2, 2)] * 3

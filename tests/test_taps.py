@@ -69,3 +69,24 @@ def test_the_tap_of_a_residual_block_is_after_the_join():
     expected = model.apply(variables, x, mutable="intermediates")[1]["intermediates"]["join"][0]
     value = tap_value(model.apply, variables, x, "params/b/kernel")
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_vmapped_layers_without_bias_have_the_tap_of_others():
+    """`vmap` leaves a transpose between such a layer and its activation."""
+    rng = np.random.default_rng(0)
+    v = {"w": rng.normal(size=(6, 5)), "u": rng.normal(size=(6, 3))}
+    v, x = jax.tree.map(np.float32, v), np.float32(rng.normal(size=(8, 5)))
+
+    def vmapped(v, x):
+        hidden = jnp.tanh(jax.vmap(lambda row: v["w"] @ row)(x))
+        return hidden @ v["u"]
+
+    net = vfjax.trace(vmapped, v, x)
+    assert net.run(v, x, capture=["w"])[1]["w"].shape == (6, 8)
+    np.testing.assert_allclose(
+        tap_value(vmapped, v, x, "w"), np.tanh(x @ v["w"].T), rtol=1e-5, atol=1e-6
+    )
+    b = net.spec.permute(v, net.spec.random(jax.random.key(1)))
+    found = vfjax.align.match_activations(net, v, b, [x])
+    back = net.spec.permute(b, found.permutations)
+    np.testing.assert_array_equal(back["w"], v["w"])

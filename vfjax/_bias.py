@@ -188,7 +188,7 @@ def _map_biases(
             UserWarning,
             stacklevel=3,
         )
-    depths = _depths(net, merged.cut if isinstance(merged, Merged) else 0)
+    depths = bias_depths(net, merged.cut if isinstance(merged, Merged) else 0)
     tree = merged.trunk if isinstance(merged, Merged) else merged
     leaves, treedef = _tree.flatten_named(tree)
     for index, found in depths.items():
@@ -207,7 +207,7 @@ def _map_biases(
     return dataclasses.replace(merged, trunk=tree) if isinstance(merged, Merged) else tree
 
 
-def _depths(net: Network, cut: int) -> dict[Bias, list[int]]:
+def bias_depths(net: Network, cut: int) -> dict[Bias, list[int]]:
     """Depths of the layers of the trunk that add a bias, by bias."""
     found: dict[Bias, list[int]] = {}
     for layer in net.layers:

@@ -43,7 +43,10 @@ def tap_of(graph: Graph, value: int) -> int:
 
     A reduction whose result comes back to the region, as a LayerNorm's moments do, belongs to it;
     the region ends at the first value that a layer, a pool, a reshape or another reduction reads.
+    A transpose between the pre-activation and the region, as `vmap` leaves it behind a layer
+    without bias, is passed over.
     """
+    value = _transposed(graph, value)
     shape = graph.avals[value].shape
     region = {value}
     order = [value]
@@ -65,6 +68,16 @@ def tap_of(graph: Graph, value: int) -> int:
         region.update(following)
         order += [v for v in following if v not in order]
     return max(region)
+
+
+def _transposed(graph: Graph, value: int) -> int:
+    """The value behind transposes that alone read it."""
+    while value not in graph.output_ids:
+        users = graph.users.get(value, ())
+        if len(users) != 1 or graph.equations[users[0]].primitive != "transpose":
+            break
+        value = graph.equations[users[0]].result
+    return value
 
 
 def _returns(graph: Graph, index: int, region: set[int], shape: tuple[int, ...]) -> bool:

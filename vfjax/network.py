@@ -46,8 +46,9 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
     Raises:
         TypeError: If `apply_fn` cannot be called, or a leaf is no array (an unpartitioned Equinox
             module).
-        ValueError: If the weights are closed over instead of passed in `variables`, or `apply_fn`
-            raises a KeyError, as where it looks up a key that the trees have not.
+        ValueError: If the weights are closed over instead of passed in `variables`, `apply_fn`
+            raises a KeyError, as where it looks up a key that the trees have not, or a kernel's
+            path is `input` or `output`, the names of the network's ends.
 
     Warns:
         UserWarning: If the network has no layers, or some weights are closed over.
@@ -89,6 +90,12 @@ class Network(Structure):
                 f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
             )
         super().__init__(_retrace.Retracer(apply_fn, variables, x))
+        taken = next((name for name in self._reference.layers if name in ("input", "output")), None)
+        if taken is not None:
+            raise ValueError(
+                f"the kernel '{taken}' would name a layer like the site '{taken}' of the network "
+                f"itself: rename it, or put it into a dict, {{'{taken}': {{'kernel': ...}}}}"
+            )
         _outside.report_missing_layers(self._reference)
 
     def __repr__(self) -> str:

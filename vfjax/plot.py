@@ -188,6 +188,7 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
     if columns < 1:
         raise ValueError(f"columns must be one or more, got {columns}.")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = -(-len(row) // columns)
     figure = Figure(figsize=(6.5 * columns, 6.6 * rows), layout="constrained")
@@ -211,6 +212,9 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
             )
         if panel.log:
             _log_scale(axes)
+        if all(float(x).is_integer() for curve in panel.curves.values() for x in curve.x):
+            # Layers and epochs have no halves.
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.y_limits is not None:
             axes.set_ylim(*panel.y_limits)
         axes.set_xlabel(panel.x_label, fontsize=_FONT)

@@ -63,7 +63,13 @@ class Moments:
 
     @property
     def models(self) -> int:
-        """Number of models, K."""
+        """Number of models, K.
+
+        Raises:
+            ValueError: If there are no sites, which would tell.
+        """
+        if not self.mean:
+            raise ValueError("these moments are of no site, so they do not tell of how many models")
         return next(iter(self.mean.values())).shape[0]
 
     @property

@@ -50,7 +50,8 @@ def match_activations(
 
     Returns:
         The alignment; its objective is the sum of the correlations of all pairs at all taps. Groups
-        without a tap keep their order. A unit that does not vary on the data has correlation 0.
+        without a tap keep their order; if there are none with one, no data is read. A unit that
+        does not vary on the data has correlation 0.
 
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
@@ -73,9 +74,12 @@ def match_activations(
     """
     check_net(net)
     check_trees([a, b])
+    if moments is None and data is None:
+        raise ValueError("`data` is None: give batches to measure on, or `moments`")
+    if not net.taps:
+        return _in_place(net)
     if moments is None:
-        if data is None:
-            raise ValueError("`data` is None: give batches to measure on, or `moments`")
+        assert data is not None
         moments = stats.moments(net, [a, b], data, sites="taps", covariance="cross")
     elif moments.models != 2:
         raise ValueError(
@@ -118,6 +122,8 @@ def match_moments(
         [[1, 2, 0], [1, 0, 2]]
     """
     check_net(net)
+    if not net.taps:
+        return _in_place(net)
     for name, index in (("to", to), ("model", model)):
         if not 0 <= index < moments.models:
             raise ValueError(f"`{name}` must be in 0..{moments.models - 1}, got {index}")
@@ -131,15 +137,18 @@ def match_moments(
             )
         found = correlation(block[to, model], std[site][to], std[site][model])
         total[tap.group] = total.get(tap.group, 0.0) + found
-    permutations, objective = {}, 0.0
-    for group, n in net.spec.sizes.items():
-        gain = total.get(group)
-        if gain is None:
-            permutations[group] = np.arange(n, dtype=np.int32)
-            continue
+    permutations, objective = dict(_in_place(net).permutations), 0.0
+    for group, gain in total.items():
+        n = len(gain)
         permutations[group] = assign(gain + _PLACE * np.eye(n))
         objective += float(gain[np.arange(n), permutations[group]].sum())
     return Alignment(permutations, (objective,), converged=True)
+
+
+def _in_place(net: Network) -> Alignment:
+    """The alignment that moves nothing."""
+    order = {group: np.arange(n, dtype=np.int32) for group, n in net.spec.sizes.items()}
+    return Alignment(order, (0.0,), converged=True)
 
 
 def correlation(covariance: Array, std_a: Array, std_b: Array) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfjax import stats
+from vfjax import _bias, stats
 from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.network import Network
 
@@ -54,33 +54,69 @@ class Case:
         net: The traced network.
         cut: How many layers the network keeps apart already.
         weights: Of the references.
-        rows: Findings by depth.
+        own_weights: Those that a function takes which is given the network and no weights.
+        trees: Whether all references are trees, which remedies need, and none a `Merged`.
+        rows: Findings by depth, the end last.
+        end: What the last one stands for: `the output`, or which site.
         norms: Findings of norms.
         threshold: Features vanish at or below this share of the references'.
-        vanishes: Where they do.
-        largest_drop: Where the smallest step is.
-        biases_dominate: Whether offsets decide the output, and not the references'.
     """
 
     net: Network
     cut: int
     weights: tuple[float, ...]
+    own_weights: tuple[float, ...]
+    trees: bool
     rows: Sequence[LayerFinding]
     norms: Sequence[NormFinding]
+    end: str
     threshold: float
-    vanishes: LayerFinding | None
-    largest_drop: LayerFinding
-    biases_dominate: bool
+
+    @property
+    def vanishes(self) -> LayerFinding | None:
+        """Where features vanish: from there to the end they are at or below the threshold."""
+        return next((row for row in self._passed if row.bound <= self.threshold), None)
+
+    @property
+    def largest_drop(self) -> LayerFinding:
+        """Where the smallest step is."""
+        return min(self._passed, key=lambda row: row.step)
+
+    @property
+    def _passed(self) -> list[LayerFinding]:
+        """Findings, but for dead branches: no feature there, and there is one further on."""
+        return [row for row in self.rows if row.relative > 0 or row.bound == 0]
+
+    @property
+    def biases_dominate(self) -> bool:
+        """Whether offsets decide the end, and do not in the references to that extent."""
+        last = self.rows[-1]
+        # Both NaN, without feature or offset, and infinite ratios come out as no.
+        return last.ratio < 1 and last.ratio <= self.threshold * last.reference_ratio
+
+    @property
+    def left(self) -> float:
+        """Share of the references' features at the end."""
+        return self.rows[-1].relative
+
+    @property
+    def layers(self) -> list[LayerFinding]:
+        """Findings of layers that a renormalisation can correct."""
+        return [row for row in self.rows if row.layer is not None and not row.apart]
 
 
 def std_off(row: LayerFinding) -> bool:
-    """Whether a site's standard deviations differ from the references'."""
-    return not 1 / STD_OFF <= row.std_ratio <= STD_OFF
+    """Whether a scale puts a site's standard deviations right, and they are not."""
+    return not row.silent and not 1 / STD_OFF <= row.std_ratio <= STD_OFF
 
 
 def faulty(rows: Sequence[LayerFinding]) -> LayerFinding | None:
-    """The first site whose moments are off: what comes before it is as in the references."""
-    return next((row for row in rows if std_off(row) or row.mean_shift > MEAN_OFF), None)
+    """The first site whose moments are off: what comes before it is as in the references.
+
+    Dead ones come last, since only their means can be put right.
+    """
+    off = [row for row in rows if std_off(row) or row.mean_shift > MEAN_OFF]
+    return min(off, key=lambda row: row.silent, default=None)
 
 
 def advise(case: Case) -> tuple[Advice, ...]:
@@ -89,18 +125,25 @@ def advise(case: Case) -> tuple[Advice, ...]:
     found = [advice for rule in rules for advice in rule(case)]
     if found:
         return tuple(found)
-    last = case.rows[-1]
-    if case.vanishes is not None or case.biases_dominate:
+    silent = next((row for row in case.rows if row.silent), None)
+    if silent is not None:
         reason = (
-            f"only {last.relative:.3g} of the references' features reach the output, yet the "
-            "moments of all layers are the references', so no renormalisation changes that"
+            f"what is left at {silent.site} (depth {silent.depth}) does not vary with the input, "
+            "and no scale changes that"
         )
         return (Advice("none known", reason),)
-    worst = max(max(r.std_ratio, _inverse(r.std_ratio)) for r in case.rows)
+    if case.vanishes is not None or case.biases_dominate:
+        reason = (
+            f"only {case.left:.3g} of the references' features reach {case.end}, yet the moments "
+            "of all layers are the references', so no renormalisation changes that"
+        )
+        return (Advice("none known", reason),)
+    worst = max((max(r.std_ratio, _inverse(r.std_ratio)) for r in case.layers), default=1.0)
+    means = max((r.mean_shift for r in case.layers), default=0.0)
     reason = (
-        f"{last.relative:.3g} of the references' features reach the output; standard deviations "
-        f"are within a factor of {worst:.3g} and means within "
-        f"{max(r.mean_shift for r in case.rows):.2g} standard deviations of theirs"
+        f"{case.left:.3g} of the references' features reach {case.end}; standard deviations "
+        f"are within a factor of {worst:.3g} and means within {means:.2g} standard deviations of "
+        "theirs"
     )
     return (Advice("nothing to do", reason),)
 
@@ -113,7 +156,12 @@ def _inverse(value: float) -> float:
 def _merge(case: Case) -> bool:
     """Whether the network's kernels are averages of several references', up to scales."""
     known = [row.merge_cosine for row in case.rows if not np.isnan(row.merge_cosine)]
-    return bool(known) and float(np.median(known)) >= MERGE
+    return case.trees and bool(known) and float(np.median(known)) >= MERGE
+
+
+def _weights(case: Case, default: Sequence[float]) -> str:
+    """The argument that passes the references' weights, if the call would take others."""
+    return "" if case.weights == tuple(default) else f", weights={case.weights}"
 
 
 def _match(case: Case) -> list[Advice]:
@@ -126,7 +174,7 @@ def _match(case: Case) -> list[Advice]:
         return []
     last = case.rows[-1]
     # Kernels at the cut are averages still, of their outputs.
-    step = last.relative ** (1 / max(last.depth - max(case.cut - 1, 0), 1))
+    step = case.left ** (1 / max(last.depth - max(case.cut - 1, 0), 1))
     unrelated = float(np.linalg.norm(case.weights))
     magnitude = float(np.mean([row.kernel_ratio for row in case.rows if not np.isnan(row.cosine)]))
     reason = (
@@ -135,7 +183,9 @@ def _match(case: Case) -> list[Advice]:
         f"features fall to {step:.2g} per layer; if the networks were matched already, matching "
         "found little"
     )
-    return [Advice("match first", reason, "vfjax.align.match_weights(net, a, b, key=key)")]
+    # All to the first, whose alignment with itself is the identity.
+    found = "vfjax.align.match_weights(net, references[0], b, key=key).permutations"
+    return [Advice("match first", reason, f"[net.spec.permute(b, {found}) for b in references]")]
 
 
 def _reset(case: Case) -> list[Advice]:
@@ -152,73 +202,87 @@ def _reset(case: Case) -> list[Advice]:
 
 
 def _moments(case: Case) -> list[Advice]:
-    """RESCALE or REPAIR, by the first site that is off: upstream nothing confounds it."""
-    row = faulty(case.rows)
+    """RESCALE or REPAIR, by the first layer that is off: upstream nothing confounds it."""
+    row = faulty(case.layers)
     # Moments behind stale statistics say nothing of the layers themselves.
     if row is None or any(norm.stale for norm in case.norms):
         return []
-    sites = ""
-    if row.layer is not None and row.layer not in stats.resolve_sites(case.net, "paper"):
-        sites = ', sites="all"'
-    call = "vfjax.renorm.{}(net, merged, data, references=references" + sites + ")"
-    at = f"at {row.site} (depth {row.depth}), the first layer that is off, "
+    dead = any(r.silent and r.depth < row.depth for r in case.layers)
+    first = f"the first layer that is off{', dead ones apart' if dead else ''}"
+    at = f"at {row.site} (depth {row.depth}), {first}, "
     deviation = f"standard deviations are {row.std_ratio:.2g} of the references'"
+    away = f"means are {row.mean_shift:.2g} standard deviations from the references'"
+    if row.silent:
+        return [_renormalise(case, row, "REPAIR", f"{at}{away}; only they can be put right there")]
     if not std_off(row):
-        reason = (
-            f"{at}means are {row.mean_shift:.2g} standard deviations from the references', while "
-            f"{deviation}, so scaling does not help"
-        )
-        return [Advice("REPAIR", reason, call.format("repair"))]
+        reason = f"{at}{away}, while {deviation}, so scaling does not help"
+        return [_renormalise(case, row, "REPAIR", reason)]
     if row.rescaled_shift > MEAN_OFF:
         reason = (
             f"{at}{deviation}, and with these put right means would still be "
             f"{row.rescaled_shift:.2g} standard deviations away"
         )
-        return [Advice("REPAIR", reason, call.format("repair"))]
+        return [_renormalise(case, row, "REPAIR", reason)]
     reason = (
         f"{at}{deviation}, and with these put right means are within "
         f"{row.rescaled_shift:.2g} standard deviations: no shift is needed"
     )
-    return [Advice("RESCALE", reason, call.format("rescale"))]
+    return [_renormalise(case, row, "RESCALE", reason)]
+
+
+def _renormalise(case: Case, row: LayerFinding, remedy: str, reason: str) -> Advice:
+    """A renormalisation from data that reaches a layer."""
+    if not case.trees:
+        return Advice(remedy, f"{reason}; it needs the references as trees")
+    sites = "" if row.layer in stats.resolve_sites(case.net, "paper") else ', sites="all"'
+    weights = _weights(case, case.own_weights)
+    arguments = f"net, merged, data, references=references{weights}{sites}"
+    return Advice(remedy, reason, f"vfjax.renorm.{remedy.lower()}({arguments})")
 
 
 def _biases(case: Case) -> list[Advice]:
-    """What biases that stayed as they were ask for, without data."""
+    """What biases ask for that merging left as they were, without data."""
     ratios = [row.kernel_ratio for row in case.rows if not np.isnan(row.kernel_ratio)]
-    if not case.biases_dominate or not ratios or min(ratios) <= 0:
+    if not case.biases_dominate or not _merge(case) or not case.left or min(ratios) <= 0:
         return []
-    if any(norm.stale for norm in case.norms):
+    if any(norm.stale for norm in case.norms) or not _calibrates(case):
         return []
     shrunk = float(np.exp(np.mean(np.log(ratios))))
     if shrunk >= SHRUNK:
         return []
     last = case.rows[-1]
     reason = (
-        f"the offset is {_inverse(last.ratio):.3g} times the feature at the output (the "
+        f"the offset is {_inverse(last.ratio):.3g} times the feature at {case.end} (the "
         f"references': {_inverse(last.reference_ratio):.2g}), and weights are "
         f"{shrunk:.2g} of theirs per layer; it needs no data, where RESCALE or REPAIR do"
     )
-    return [Advice("bias calibration", reason, "vfjax.renorm.calibrate_bias(net, merged)")]
+    arguments = f"net, merged, references=references{_weights(case, case.own_weights)}"
+    return [Advice("bias calibration", reason, f"vfjax.renorm.calibrate_bias({arguments})")]
+
+
+def _calibrates(case: Case) -> bool:
+    """Whether there are biases behind the first layer, and each serves layers of one depth."""
+    depths = [set(found) for found in _bias.bias_depths(case.net, case.cut).values()]
+    return all(len(found) == 1 for found in depths) and any(max(found) > 1 for found in depths)
 
 
 def _preserve_first(case: Case) -> list[Advice]:
     """Layers that are kept apart lose nothing; worth it where the loss is late or at once."""
-    rows, last, total = case.rows, case.rows[-1], case.net.depth
-    if case.vanishes is None or not _merge(case):
+    total = case.net.depth
+    if case.vanishes is None or not _merge(case) or not case.left:
         return []
     drop = case.largest_drop
-    lost = -np.log(max(last.relative, np.finfo(float).tiny))
-    share = -np.log(max(drop.step, np.finfo(float).tiny)) / lost
+    share = float(np.log(drop.step) / np.log(case.left))
     late = case.vanishes.depth > total / 2
     if not late and share < 0.5:
         return []
+    # What survives the layers after a depth, by the worst site there that has any features.
+    survives = {}
+    for row in case.rows:
+        if row.relative > 0:
+            survives[row.depth] = max(survives.get(row.depth, 0.0), case.left / row.relative)
     # The fewest layers to keep, such that features survive the rest.
-    depths = sorted({row.depth for row in rows})
-    kept = next(
-        depth
-        for depth in depths
-        if last.relative >= case.threshold * min(r.relative for r in rows if r.depth == depth)
-    )
+    kept = min(depth for depth, share_left in survives.items() if share_left >= case.threshold)
     if not max(1, case.cut) < kept < total:
         return []
     extra = (len(case.weights) - 1) * case.net.stem_parameters(kept) / case.net.parameters
@@ -227,10 +291,10 @@ def _preserve_first(case: Case) -> list[Advice]:
         if share >= 0.5
         else f"features vanish late, at depth {case.vanishes.depth} of {total}"
     )
-    left = last.relative / min(r.relative for r in rows if r.depth == kept)
     reason = (
-        f"{how}; keep the first l = {kept} of {total} layers apart, and {left:.2g} of the "
-        f"features survive the rest, for {100 * extra:.0f} % more parameters"
+        f"{how}; keep the first l = {kept} of {total} layers apart, and {survives[kept]:.2g} of "
+        f"the features survive the rest, for {100 * extra:.0f} % more parameters"
     )
-    call = f"vfjax.merge.preserve_first(net, references, layers={kept})"
+    equal = (1 / len(case.weights),) * len(case.weights)
+    call = f"vfjax.merge.preserve_first(net, references, layers={kept}{_weights(case, equal)})"
     return [Advice("PFM", reason, call, kept)]

@@ -22,15 +22,23 @@ Flags = Sequence[bool]
 
 
 class Culprit(NamedTuple):
-    """The first equation that is not affine.
+    """The first equation that is not affine, or not known to be.
 
     Attributes:
         primitive: Name of its primitive.
-        where: Source line, as `file:line`.
+        where: Source line, as `file:line`, or "unknown".
     """
 
     primitive: str
     where: str
+
+    @property
+    def why(self) -> str:
+        """What it says of the network, in words."""
+        at = "" if self.where == "unknown" else f" at {self.where}"
+        if self.primitive in _RULES or self.primitive in _BENT:
+            return f"net is not affine in its input, because of `{self.primitive}`{at}"
+        return f"cannot tell whether net is affine in its input: `{self.primitive}`{at} is unknown"
 
 
 def culprit(graph: Graph, values: Collection[int]) -> Culprit | None:
@@ -101,6 +109,16 @@ def _first(flags: Flags) -> bool:
     """Linear in the first operand; what comes after it says where."""
     return not any(flags[1:])
 
+
+# Of what has no rule, primitives that are certainly not affine; the others may be.
+_BENT = frozenset(
+    """
+    abs and argmax argmin atan2 cbrt ceil clamp cos cosh cumlogsumexp cummax cummin cumprod eq erf
+    erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min
+    ne not or pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_window_max rem round
+    rsqrt sign sin sinh sort sqrt square tan tanh top_k xor
+    """.split()
+)
 
 _RULES: dict[str, Callable[[Flags], bool]] = {
     **dict.fromkeys(CAST | SPREAD | {"add", "add_any", "sub", "neg"}, _every),

@@ -7,18 +7,23 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _graph
+from vfjax._batches import batch_size
 from vfjax._merged import Merged
 from vfjax._pooled import alive
 from vfjax._tree import flatten_named
+from vfjax.diagnose._sites import describe, kernels, value_of
 from vfjax.diagnose.bounds import Bound
 from vfjax.diagnose.features import Features
 from vfjax.network import Network, Norm
 
 PyTree = Any
+
+# Of a site without a kernel to compare: its ratio, and both cosines.
+_UNKNOWN = (float("nan"),) * 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +33,19 @@ class LayerFinding:
     Attributes:
         site: Name of the site.
         layer: Name of its layer, or None.
-        depth: Depth of that layer.
+        depth: Depth of that layer; L for the output.
+        apart: Whether it lies inside the stems of a `Merged`, which no renormalisation reaches.
         feature: `E ||f(x) - f(0)||`, L2, in units of the value.
         offset: `||f(0)||`, likewise.
         reference_feature: The references' feature.
         reference_offset: The references' offset.
         relative: Feature over the references' feature.
-        step: `relative` over that of the depth before (geometric mean), 1 before the first layer;
-            1 where nothing was left to lose.
+        step: `relative` over that of the nearest depth before at which features were left
+            (geometric mean), 1 before the first layer; 1 where nothing was left to lose.
         bound: Tight upper bound: the largest `relative` from here to the output.
         smoothed: The same with gamma = 1.4.
-        std_ratio: Mean standard deviation of the channels over the references'.
+        std_ratio: Mean standard deviation of the channels that vary over the references' of these
+            channels: what scaling can put right. 0 where none varies.
         mean_shift: How far means are from the references', root mean square over channels, in
             the references' root mean square standard deviation.
         rescaled_shift: `mean_shift` if every channel were scaled to the references' standard
@@ -56,6 +63,7 @@ class LayerFinding:
     site: str
     layer: str | None
     depth: int
+    apart: bool
     feature: float
     offset: float
     reference_feature: float
@@ -82,6 +90,11 @@ class LayerFinding:
     def reference_ratio(self) -> float:
         """The references' feature over their offset."""
         return divided(self.reference_feature, self.reference_offset)
+
+    @property
+    def silent(self) -> bool:
+        """Whether no scale brings features back: none are left, or no channel varies."""
+        return self.relative == 0 or self.std_ratio == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +126,41 @@ def divided(a: float, b: float) -> float:
     return float("inf") if a else float("nan")
 
 
+def main_path(net: Network, names: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """The sites that a report follows, from input to output, and what the last one stands for.
+
+    Those of the main path by depth, and `output`, unless the last of them has its value or it is no
+    single array of floating-point numbers with one axis of examples.
+
+    Args:
+        net: The traced network.
+        names: Names of sites.
+    """
+    sites = [site for site in (describe(net, name, 0) for name in names) if site.main]
+    sites.sort(key=lambda site: (site.depth, site.name == "output"))
+    path = tuple(site.name for site in sites if site.name != "input")
+    if not path:
+        return path, "the output"
+    if path[-1] == "output" or net._reference.graph.outputs == (value_of(net, path[-1]),):
+        return path, "the output"
+    if _output_has_features(net):
+        return (*path, "output"), "the output"
+    return path, f"'{path[-1]}', the last site"
+
+
+def _output_has_features(net: Network) -> bool:
+    variables = jax.tree.unflatten(net._treedef, list(net._avals.values()))
+    traced = jax.eval_shape(net.run, variables, net.x)
+    if not isinstance(traced, jax.ShapeDtypeStruct):
+        return False
+    size = 2 if batch_size(net.x) == 1 else 1
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), net.x)
+    other = jax.eval_shape(net.run, variables, x)
+    if not jnp.issubdtype(traced.dtype, jnp.floating) or traced.ndim != other.ndim:
+        return False
+    return sum(n != m for n, m in zip(traced.shape, other.shape, strict=True)) == 1
+
+
 def layer_findings(
     net: Network,
     model: PyTree | Merged,
@@ -122,29 +170,25 @@ def layer_findings(
     smoothed: Bound,
 ) -> tuple[LayerFinding, ...]:
     """Numbers of the sites of a bound sequence, by depth."""
-    kernels = {
-        name: _kernels(net, model, references, name, found.weights)
-        for name in dict.fromkeys(found.site(site).layer for site in bound.sites)
-    }
-    relative = bound.relative[0]
+    layers = tuple(dict.fromkeys(found.site(site).layer for site in bound.sites))
+    kernels = _kernels(net, model, references, [n for n in layers if n], found.weights)
+    relative, steps = bound.relative[0], _steps(bound)
     rows = []
     for place, name in enumerate(bound.sites):
         site = found.site(name)
-        before = relative[bound.depth == max(bound.depth[bound.depth < site.depth], default=-1)]
-        # The mean by exp and log would warn at 0.
-        last = float(np.prod(before) ** (1 / len(before))) if len(before) else 1.0
-        kernel_ratio, cosine, merge_cosine = kernels[site.layer]
+        kernel_ratio, cosine, merge_cosine = kernels.get(site.layer or "", _UNKNOWN)
         rows.append(
             LayerFinding(
                 site=name,
                 layer=site.layer,
                 depth=site.depth,
+                apart=isinstance(model, Merged) and bool(model.cut) and model.apart(name),
                 feature=float(found.feature[name][0]),
                 offset=float(found.offset[name][0]),
                 reference_feature=float(_goal(found, "feature", name)),
                 reference_offset=float(_goal(found, "offset", name)),
                 relative=float(relative[place]),
-                step=float(relative[place]) / last if last else 1.0,
+                step=float(steps[place]),
                 bound=float(bound.bound[0, place]),
                 smoothed=float(smoothed.bound[0, place]),
                 **_moments(found, name),
@@ -196,6 +240,24 @@ def norm_findings(
     return tuple(findings)
 
 
+def _steps(bound: Bound) -> np.ndarray:
+    """`LayerFinding.step` of every site of the first network."""
+    relative, steps = bound.relative[0], np.ones(len(bound.sites))
+    ranks = [
+        (depth, site == "output") for site, depth in zip(bound.sites, bound.depth, strict=True)
+    ]
+    last, lost = 1.0, False
+    for rank in sorted(set(ranks)):
+        here = np.array([other == rank for other in ranks])
+        values = relative[here]
+        steps[here] = np.where((values == 0) & lost, 1.0, values / last)
+        alive = values[values > 0]
+        lost = not alive.size
+        # A branch that died and was gone around is nothing to measure what follows by.
+        last = last if lost else float(np.exp(np.log(alive).mean()))
+    return steps
+
+
 def _goal(found: Features, what: str, site: str) -> np.ndarray:
     """The references' weighted mean of a number."""
     assert found.references is not None
@@ -214,7 +276,10 @@ def _moments(found: Features, site: str) -> dict[str, float]:
     unit = float(np.sqrt(np.square(goal_std).mean()))
     shifts = [float(np.sqrt(np.square(m - goal_mean).mean())) for m in (mean, scale * mean)]
     now, rescaled = (0.0 if not shift else divided(shift, unit) for shift in shifts)
-    ratio = divided(float(std.mean()), float(goal_std.mean()))
+    if varies.any():
+        ratio = divided(float(std[varies].mean()), float(goal_std[varies].mean()))
+    else:
+        ratio = 0.0 if unit else 1.0
     return {"std_ratio": ratio, "mean_shift": now, "rescaled_shift": rescaled}
 
 
@@ -246,43 +311,35 @@ def _kernels(
     net: Network,
     model: PyTree | Merged,
     references: Sequence[PyTree | Merged],
-    name: str | None,
+    names: Sequence[str],
     weights: Sequence[float],
-) -> tuple[float, float, float]:
-    """A kernel's magnitude over the references', the cosine between theirs, and with their mean."""
-    nothing = float("nan"), float("nan"), float("nan")
-    cut = model.cut if isinstance(model, Merged) else 0
-    if name is None or (cut and net.in_stem(name, cut)):
-        return nothing
-    mine = _kernel(net, model, name)
-    others = [_kernel(net, reference, name) for reference in references]
-    known = [other for other in others if other is not None]
-    if mine is None or len(known) < len(others):
-        return nothing
-    goal = sum(w * np.abs(k).mean() for w, k in zip(weights, known, strict=True))
-    ratio = divided(float(np.abs(mine).mean()), float(goal))
-    if len(known) == 1:
-        return ratio, *nothing[1:]
-    cosine = np.mean([_cosine(a, b) for a, b in itertools.combinations(known, 2)])
-    return ratio, float(cosine), _cosine(mine, np.tensordot(weights, known, 1))
+) -> dict[str, tuple[float, float, float]]:
+    """A kernel's magnitude over the references', the cosine between theirs, and with their mean.
+
+    By layer, but for those inside the stems of one of the networks.
+    """
+    networks = (model, *references)
+    found = {}
+    for name in names:
+        if any(_in_stem(net, network, name) for network in networks):
+            continue
+        trees = (n.trunk if isinstance(n, Merged) else n for n in networks)
+        mine, *others = (kernels(net, tree, [name])[0] for tree in trees)
+        goal = sum(w * np.abs(k).mean() for w, k in zip(weights, others, strict=True))
+        ratio = divided(float(np.abs(mine).mean()), float(goal))
+        if len(others) == 1:
+            found[name] = (ratio, *_UNKNOWN[1:])
+            continue
+        cosine = np.mean([_cosine(a, b) for a, b in itertools.combinations(others, 2)])
+        found[name] = (ratio, float(cosine), _cosine(mine, np.tensordot(weights, others, 1)))
+    return found
+
+
+def _in_stem(net: Network, network: PyTree | Merged, name: str) -> bool:
+    """Whether a network has a kernel per model at a layer, or none."""
+    return isinstance(network, Merged) and bool(network.cut) and net.in_stem(name, network.cut)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     """The cosine between two vectors, 0 if one is 0."""
     return float(np.vdot(a, b) / ((np.linalg.norm(a) * np.linalg.norm(b)) or 1.0))
-
-
-def _kernel(net: Network, model: PyTree | Merged, name: str) -> np.ndarray | None:
-    """The entries of a layer's kernel as the layer uses it; None inside stems."""
-    if isinstance(model, Merged):
-        if model.cut and net.in_stem(name, model.cut):
-            return None
-        model = model.trunk
-    traced = net._reference
-    site = traced.layers[name]
-    operand = traced.graph.equations[site.index].values[site.side]
-    named, _ = flatten_named(model)
-    ids = zip(traced.graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
-    kernel = _graph.evaluate(traced.graph, env, [operand])[operand]
-    return np.ravel(np.asarray(kernel, np.float64))

@@ -9,6 +9,7 @@ site's features are held at once. Which of the two is smaller depends on the net
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,12 +20,16 @@ import numpy as np
 
 from vfjax._batches import batch_size, batches
 from vfjax._pooled import ROUNDINGS
-from vfjax._streaming import on_mesh, stream
+from vfjax._streaming import on_mesh, on_meshes, stream
+from vfjax.diagnose._measure import scale_of
+from vfjax.diagnose._sites import by_example
 from vfjax.merge import Merged
 
 Array = jax.Array
 PyTree = Any
 Shape = tuple[int, ...]
+# Models, and the scales of their features, the sites of all models in one row.
+_State = tuple[tuple[Merged, ...], list[Array]]
 
 # Entries of a Gram matrix that are multiplied at a time, in float64 on the host.
 _BLOCK = 1 << 18
@@ -88,26 +93,37 @@ def _features(job: Job, models: Sequence[Merged], x: PyTree) -> list[Array]:
         if names:
             _, values = model.run(x, capture=names)
             for name, shape in zip(names, shapes, strict=True):
-                found.append(_by_example(name, values[name], shape, batch_size(x)))
+                value = values[name].astype(jnp.promote_types(values[name].dtype, jnp.float32))
+                value, axis = by_example(name, value, shape, batch_size(x))
+                found.append(jnp.moveaxis(value, axis, 0).reshape(batch_size(x), -1))
     return found
 
 
-def _by_example(name: str, value: Array, single: Shape, size: int) -> Array:
-    """A value as `[size, p]`: examples lie along the axis by which one example is shorter."""
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    many = value.shape
-    if size == 1 and many == single:
-        return value.reshape(1, -1)
-    axes = [a for a, (n, m) in enumerate(zip(many, single, strict=False)) if n != m]
-    if len(many) != len(single) or len(axes) != 1 or many[axes[0]] != size * single[axes[0]]:
-        raise ValueError(
-            f'site "{name}" has shape {list(many)} at {size} examples and {list(single)} at one: '
-            "no axis of it holds the examples; leave it out of the sites"
-        )
-    axis = axes[0]
-    # Where examples were merged with positions, they are outermost.
-    value = value.reshape(*many[:axis], size, single[axis], *many[axis + 1 :])
-    return jnp.moveaxis(value, axis, 0).reshape(size, -1)
+def _scaled(job: Job, state: _State, x: PyTree) -> list[Array]:
+    """Features in units in which their products do not leave float32."""
+    models, scales = state
+    return [f * scale for f, scale in zip(_features(job, models, x), scales, strict=True)]
+
+
+def _with_scales(
+    job: Job, models: tuple[Merged, ...], data: Iterable[PyTree]
+) -> tuple[_State, Iterable[PyTree]]:
+    """Scales of all sites beside the models, and the data again, from its first batch on.
+
+    Batches must share their scales, and CKA does not depend on them.
+    """
+    data = iter(data)
+    first = next(data)
+    mesh, placed, x = next(on_meshes([first], models))
+    return (models, _scales(job, mesh, placed, x)), itertools.chain([first], data)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scales(job: Job, mesh: Any, models: Any, x: PyTree) -> list[Array]:
+    def found(models: Any, x: PyTree) -> list[Array]:
+        return [scale_of(f) for f in _features(job, models, x)]
+
+    return on_mesh(found, mesh)(models, x)
 
 
 def _centred(x: Array) -> tuple[Array, Array]:
@@ -136,6 +152,8 @@ def by_covariances(
 ) -> np.ndarray:
     """`H / n^2` `[sites, sites]` from the covariances of pairs of sites, in one pass.
 
+    In units of its own for every site.
+
     Args:
         job: What is read.
         models: Of whom.
@@ -145,10 +163,11 @@ def by_covariances(
     Returns:
         float64, 0 where a pair was not asked for.
     """
+    state, data = _with_scales(job, models, data)
     found, _ = stream(
         functools.partial(_covariances, job, pairs),
         functools.partial(_pool, pairs),
-        models,
+        state,
         data,
         like=models[0].net.x,
     )
@@ -167,16 +186,16 @@ def by_covariances(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _covariances(
-    job: Job, pairs: tuple[tuple[int, int], ...], mesh: Any, models: Any, x: PyTree
+    job: Job, pairs: tuple[tuple[int, int], ...], mesh: Any, state: Any, x: PyTree
 ) -> tuple[Any, list[Array]]:
     """Means of the sites of one batch, and covariances of the pairs."""
 
-    def batch(models: Any, x: PyTree) -> tuple[list[Array], list[Array]]:
-        found = [_centred(f) for f in _features(job, models, x)]
+    def batch(state: Any, x: PyTree) -> tuple[list[Array], list[Array]]:
+        found = [_centred(f) for f in _scaled(job, state, x)]
         blocks = [_product(found[i][0].T, found[j][0]) / batch_size(x) for i, j in pairs]
         return [mean for _, mean in found], blocks
 
-    return on_mesh(batch, mesh)(models, x), []
+    return on_mesh(batch, mesh)(state, x), []
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -207,7 +226,7 @@ def by_grams(
     count: int,
     memory: int,
 ) -> np.ndarray:
-    """`H` `[sites, sites]` from the Gram matrices of all sites.
+    """`H` `[sites, sites]` from the Gram matrices of all sites, in units of its own for every site.
 
     One pass serves as many sites as have their features fit into what memory is left.
 
@@ -262,7 +281,8 @@ def _append(pooled: list[list[Array]], batch: list[list[Array]], share: float) -
 
 @jax.jit
 def _gram(parts: list[Array]) -> Array:
-    x, _ = _centred(jnp.concatenate(parts))
+    x = jnp.concatenate(parts)
+    x, _ = _centred(x * scale_of(x))
     return _product(x, x.T)
 
 
@@ -274,7 +294,8 @@ def by_minibatches(
 ) -> tuple[np.ndarray, int]:
     """Unbiased estimates of HSIC `[sites, sites]`, averaged over batches by their examples.
 
-    Batches of fewer than four examples, for which there is no such estimate, are left out.
+    In units of its own for every site. Batches of fewer than four examples, for which there is no
+    such estimate, are left out.
 
     Returns:
         float64, and the number of examples that count.
@@ -290,7 +311,8 @@ def by_minibatches(
         if not count:
             raise ValueError('estimator="minibatch" needs batches of 4 examples or more')
 
-    found, _ = stream(functools.partial(_hsic, job), _mean, models, counted(), like=like)
+    state, counted_data = _with_scales(job, models, counted())
+    found, _ = stream(functools.partial(_hsic, job), _mean, state, counted_data, like=like)
     return np.asarray(found, np.float64), count
 
 
@@ -300,13 +322,13 @@ def _mean(pooled: Array, batch: Array, share: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _hsic(job: Job, mesh: Any, models: Any, x: PyTree) -> tuple[Array, list[Array]]:
+def _hsic(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, list[Array]]:
     """The estimate of one batch, of all pairs of sites (Song et al. 2012)."""
     n = batch_size(x)
 
-    def batch(models: Any, x: PyTree) -> Array:
+    def batch(state: Any, x: PyTree) -> Array:
         grams = []
-        for found in _features(job, models, x):
+        for found in _scaled(job, state, x):
             centred, _ = _centred(found)  # which changes nothing but the rounding
             grams.append(_product(centred, centred.T) * (1 - jnp.eye(n, dtype=found.dtype)))
         stack = jnp.stack(grams)
@@ -316,4 +338,4 @@ def _hsic(job: Job, mesh: Any, models: Any, x: PyTree) -> tuple[Array, list[Arra
         found -= _product(rows, rows.T) * (2 / (n - 2))
         return found / (n * (n - 3))
 
-    return on_mesh(batch, mesh)(models, x), []
+    return on_mesh(batch, mesh)(state, x), []

@@ -1,8 +1,9 @@
 """The compiled part of `features`: what one batch tells of several networks at once.
 
-Everything is a mean or a variance over samples, so that batches, and pieces of a batch, merge as
-moments do. At a site, a network has one row of numbers, or one per model where the site lies inside
-the stems of a `Merged`.
+Everything is a mean or a deviation over samples, so that batches, and pieces of a batch, merge as
+moments do. All of it is in the unit of the values, none in its square, so that whatever float32
+holds is measured: squares are taken of values that were scaled near one. At a site, a network has
+one row of numbers, or one per model where the site lies inside the stems of a `Merged`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ from vfjax._streaming import (
     Site,
     arrange,
     by_pieces,
-    merge_moments,
     mesh_of,
     on_mesh,
     pieces,
     replicate,
     stream,
     vmapped,
-    without_rounding,
 )
+from vfjax.diagnose._sites import by_example
 from vfjax.network import Network
 
 Array = jax.Array
@@ -40,6 +40,8 @@ PyTree = Any
 # Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
 # it; below, the difference would lose more than two of seven digits, and values are centred.
 _LEAST = 0.02
+# The largest exponent of two by which values are scaled: float32 holds its inverse too.
+_EXPONENT = 120
 
 
 @jax.tree_util.register_dataclass
@@ -49,17 +51,19 @@ class Rows:
 
     Attributes:
         mean: `[P, *channels]`, over examples and positions.
-        var: `[P, *channels]`, likewise.
+        std: `[P, *channels]`, likewise.
         norm: `[P]`, the mean over examples of `||f(x) - f(0)||`.
-        norm_var: `[P]`, its variance over examples.
+        norm_std: `[P]`, its standard deviation over examples.
         centre: `[P, ...]`, the mean over examples of `f(x) - f(0)`, shaped like `f(0)`.
+        spread: `[P]`, the root of `E ||f(x) - E f(x)||^2`.
     """
 
     mean: dict[str, Array]
-    var: dict[str, Array]
+    std: dict[str, Array]
     norm: dict[str, Array]
-    norm_var: dict[str, Array]
+    norm_std: dict[str, Array]
     centre: dict[str, Array]
+    spread: dict[str, Array]
 
 
 class Job(NamedTuple):
@@ -126,19 +130,46 @@ def _pool(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tupl
 
 
 def _merge(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tuple[Rows, ...]:
-    def moments(rows: tuple[Rows, ...]) -> tuple[PyTree, PyTree]:
-        return [(r.mean, r.norm) for r in rows], [(r.var, r.norm_var) for r in rows]
+    return tuple(_union(old, new, share) for old, new in zip(pooled, batch, strict=True))
 
-    means, variances, _ = merge_moments(moments(pooled), moments(batch), share)
-    centres = jax.tree.map(
-        lambda old, new: old + (new - old) * jnp.asarray(share, old.dtype),
-        [r.centre for r in pooled],
-        [r.centre for r in batch],
+
+def _union(old: Rows, new: Rows, share: Any) -> Rows:
+    """The rows of the union of two sets of samples (Chan, Golub and LeVeque 1979)."""
+
+    def mean(old: Array, step: Array) -> Array:
+        return old + step * jnp.asarray(share, old.dtype)
+
+    def deviation(old: Array, new: Array, step: Array) -> Array:
+        part = jnp.asarray(share, old.dtype)
+        within, between = jnp.sqrt(jnp.stack([1 - part, part])), jnp.sqrt(part * (1 - part))
+        return _length(jnp.stack([old * within[0], new * within[1], step * between]), (0,))
+
+    def length(step: Array) -> Array:
+        return _length(step, tuple(range(1, step.ndim)))
+
+    known = (old.mean, old.norm, old.centre)
+    steps = jax.tree.map(jnp.subtract, (new.mean, new.norm, new.centre), known)
+    means = jax.tree.map(mean, known, steps)
+    std, norm_std, spread = jax.tree.map(
+        deviation,
+        (old.std, old.norm_std, old.spread),
+        (new.std, new.norm_std, new.spread),
+        (*steps[:2], jax.tree.map(length, steps[2])),
     )
-    return tuple(
-        Rows(mean=mean, var=var, norm=norm, norm_var=norm_var, centre=centre)
-        for (mean, norm), (var, norm_var), centre in zip(means, variances, centres, strict=True)
-    )
+    return Rows(*(means[0], std, means[1], norm_std, means[2], spread))
+
+
+def _length(a: Array, axes: tuple[int, ...]) -> Array:
+    """L2 norms over some axes."""
+    scale = scale_of(a)
+    return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale
+
+
+def scale_of(*arrays: Array) -> Array:
+    """A power of two that brings the largest entry near one, so that it scales without rounding."""
+    largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
+    exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
+    return jnp.ldexp(jnp.ones((), largest.dtype), -exponent)
 
 
 def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple[Rows, ...]:
@@ -176,6 +207,9 @@ def _each(
         alike.setdefault(jax.tree.structure(network), []).append(k)
     found: list[Any] = [None] * len(networks)
     for members in alike.values():
+        if len(members) == 1:  # under vmap, `cond` would take both of its branches
+            found[members[0]] = fn(networks[members[0]], x)
+            continue
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[networks[k] for k in members])
         results = jax.vmap(fn, (0, None))(stacked, x)
         for place, k in enumerate(members):
@@ -204,62 +238,44 @@ def _reduce(site: Site, value: Array, at_zero: Array, size: int) -> dict[str, Ar
     need not write it down.
     """
     _, samples = arrange(value, site)
-    parts, single, axis = _by_example(site, value, at_zero, size)
+    parts, axis = by_example(site.name, value, at_zero.shape, size)
+    single = at_zero.reshape(*parts.shape[:axis], 1, *parts.shape[axis + 1 :])
     example = parts.mean(axis).reshape(at_zero.shape)
+    mean = example.mean(samples, keepdims=True)
     centre = example - at_zero
+    scale = scale_of(centre, example - mean)
 
     # Where an axis of examples was split off, those behind it have moved.
     moved = parts.ndim - value.ndim
     channels = [a + moved * (a >= axis) for a in range(value.ndim) if a not in samples]
     positions = tuple(a for a in range(parts.ndim) if a != axis and a not in channels)
     # The barrier keeps what follows from reading the values again.
-    squares = jax.lax.optimization_barrier(jnp.square(parts - single).sum(positions))
+    squares = jax.lax.optimization_barrier(jnp.square((parts - single) * scale).sum(positions))
     behind = axis - sum(a < axis for a in positions)
     others = tuple(a for a in range(squares.ndim) if a != behind)
     norm = jnp.sqrt(squares.sum(others))
 
-    mean = example.mean(samples, keepdims=True)
+    total = squares.sum() / size
     square = squares.sum(behind) * (squares.size // squares.shape[behind] / value.size)
+    drift = jnp.square(centre * scale)
+    spread = total - drift.sum()
     # By parts: of every unit about its own mean, and of the units' means.
-    var = square - jnp.square(centre).mean(samples) + jnp.square(example - mean).mean(samples)
-    var = jax.lax.cond(
-        (var >= _LEAST * square).all(),
-        lambda value, mean, var: var,
-        lambda value, mean, var: jnp.square(value - mean).mean(samples),
-        *(value, mean, var),
-    )
+    var = square - drift.mean(samples) + jnp.square((example - mean) * scale).mean(samples)
+
+    def centred() -> tuple[Array, Array]:
+        about = jnp.square((parts - example.reshape(single.shape)) * scale)
+        return jnp.square((value - mean) * scale).mean(samples), about.sum() / size
+
+    enough = (var >= _LEAST * square).all() & (spread >= _LEAST * total)
+    var, spread = jax.lax.cond(enough, lambda: (var, spread), centred)
     return {
         "mean": jnp.squeeze(mean, samples),
-        "var": var,
-        "norm": norm.mean(),
-        "norm_var": norm.var(),
+        "std": jnp.sqrt(var) / scale,
+        "norm": norm.mean() / scale,
+        "norm_std": norm.std() / scale,
         "centre": centre,
+        "spread": jnp.sqrt(spread) / scale,
     }
-
-
-def _by_example(site: Site, value: Array, at_zero: Array, size: int) -> tuple[Array, Array, int]:
-    """Values of `size` examples and of one, with an axis of examples alone, and that axis.
-
-    It is the one along which the value of one example is shorter, whatever the network did to
-    layouts.
-    """
-    many, single = value.shape, at_zero.shape
-    axes = [a for a, (n, m) in enumerate(zip(many, single, strict=False)) if n != m]
-    if size == 1 and not axes:
-        return value[None], at_zero[None], 0
-    if len(many) != len(single) or len(axes) != 1 or many[axes[0]] != size * single[axes[0]]:
-        raise ValueError(
-            f'site "{site.name}" has shape {list(many)} at {size} examples and {list(single)} at '
-            "one: no axis of it holds the examples, so it has no features; leave it out of `sites`"
-        )
-    axis = axes[0]
-    if single[axis] == 1:
-        return value, at_zero, axis
-    # Examples were merged with positions, as by x.reshape(-1, features): they are outermost.
-    value, at_zero = (
-        a.reshape(*a.shape[:axis], -1, single[axis], *a.shape[axis + 1 :]) for a in (value, at_zero)
-    )
-    return value, at_zero, axis
 
 
 def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict[str, np.ndarray]:
@@ -274,21 +290,31 @@ def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict
     Returns:
         The fields of `Features`, of one network.
     """
-    mean, norm = rows.mean[site], rows.norm[site]
-    var = without_rounding(mean, rows.var[site])
-    square = np.square(norm) + rows.norm_var[site]
-    examples = tuple(range(1, rows.centre[site].ndim))
-    # E||g - E g||^2 = E||g||^2 - ||E g||^2, of which rounding leaves about its eps.
-    spread = square - np.square(rows.centre[site]).sum(examples)
-    spread = np.where(spread <= ROUNDINGS * np.finfo(norm.dtype).eps * square, 0, spread)
+    dtype = rows.norm[site].dtype
+    row = {f.name: getattr(rows, f.name)[site].astype(np.float64) for f in dataclasses.fields(rows)}
+    zero = np.stack([np.asarray(value, np.float64) for value in at_zero])
+    # What is no larger than the rounding of the values themselves is none.
+    rounding = ROUNDINGS * np.finfo(dtype).eps
+    std = np.where(row["std"] <= rounding * np.abs(row["mean"]), 0, row["std"])
+    example = _lengths(zero + row["centre"])
+    spread = np.where(row["spread"] <= rounding * example, 0, row["spread"])
+    # Nothing is nearer to the values than their mean; 0 where they are f(0), to the last bit.
+    spread = np.minimum(spread, np.hypot(row["norm"], row["norm_std"]))
+    mean = rows.mean[site]
     found = {
-        "feature": norm,
-        "feature_std": np.sqrt(rows.norm_var[site]),
-        "offset": np.stack([np.linalg.norm(np.ravel(value)) for value in at_zero]),
-        "mean": mean,
-        "std": np.sqrt(var),
-        "variance": spread / max(rows.centre[site][0].size, 1),
-        "dead": np.stack([1 - alive(m, v).mean() for m, v in zip(mean, var, strict=True)]),
+        "feature": row["norm"],
+        "feature_std": row["norm_std"],
+        "offset": _lengths(zero),
+        "mean": row["mean"],
+        "std": std,
+        "variance": np.square(spread) / max(zero[0].size, 1),
+        "dead": np.stack([1 - alive(m, s**2).mean() for m, s in zip(mean, std, strict=True)]),
     }
-    share = np.asarray(weights) if len(norm) > 1 else np.ones(1)
-    return {what: np.tensordot(share, v, 1).astype(norm.dtype) for what, v in found.items()}
+    share = np.asarray(weights) if len(zero) > 1 else np.ones(1)
+    with np.errstate(over="ignore"):  # which is reported, with the name of the site
+        return {what: np.tensordot(share, v, 1).astype(dtype) for what, v in found.items()}
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    """L2 norm of each row."""
+    return np.linalg.norm(rows.reshape(len(rows), -1), axis=1)

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -29,10 +29,10 @@ COLUMNS = {
     "f/o": "feature over offset",
     "refs' f/o": "the same of the references",
     "relative": "feature over the references' feature",
-    "step": "relative, over that of the depth before",
+    "step": "relative, over that of the last depth before with features left",
     "bound": "largest relative from here to the output",
     "smooth": "the same with gamma = 1.4",
-    "std": "standard deviation over the references'",
+    "std": "standard deviation over the references', of the channels that vary",
     "mean off": "distance of means from the references', in their standard deviations",
     "dead": "share of channels that do not vary",
 }
@@ -78,6 +78,8 @@ def draw(
 ) -> Figure:
     """Features and offsets of a network and its references over relative depth.
 
+    An output beside the last layer, which it shares its depth with, is drawn half a layer further.
+
     Args:
         rows: Findings by depth.
         sizes: Entries of each site's value.
@@ -90,7 +92,9 @@ def draw(
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
-    xs = np.array([row.depth / depth for row in rows])
+    further = rows[-1].site == "output" and rows[-1].depth in [row.depth for row in rows[:-1]]
+    xs = np.array([row.depth for row in rows]) / depth
+    xs[-1] += further * 0.5 / depth
     units = np.sqrt(np.maximum(sizes, 1))
     curves = (
         ("feature, this network", "feature", _FEATURE, "o", "-"),
@@ -105,11 +109,12 @@ def draw(
         if not (values > 0).any():
             label += " (0)"
         face = colour if line == "-" else "white"
-        style = {"color": colour, "marker": marker, "linestyle": line, "markerfacecolor": face}
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line}
+        style["markerfacecolor"] = face
         axes.plot(xs, shown, label=label, linewidth=2.5, markersize=9, **style)
     if vanishes is not None:
         style = {"color": "#444444", "linewidth": 1.5, "linestyle": (0, (2, 2)), "zorder": 1}
-        axes.axvline(vanishes.depth / depth, label="features vanish", **style)
+        axes.axvline(xs[list(rows).index(vanishes)], label="features vanish", **style)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     # Over few decades powers of ten alone are too few numbers.
@@ -117,8 +122,9 @@ def draw(
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(0, 1.04)
-    axes.set_xlabel(f"relative depth l/L (L = {depth} layers)", fontsize=_FONT)
+    axes.set_xlim(0, xs.max() + 0.04)
+    then = ", and the output" if further else ""
+    axes.set_xlabel(f"relative depth l/L (L = {depth} layers){then}", fontsize=_FONT)
     axes.set_ylabel("root mean square per unit\n(units of the layer's values)", fontsize=_FONT)
     axes.tick_params(labelsize=_FONT - 1)
     axes.grid(alpha=0.3)

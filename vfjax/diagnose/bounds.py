@@ -36,23 +36,29 @@ class Bound:
 
     Attributes:
         sites: Names of the L sites, from input to output.
-        depth: `[L]` integers, depth of each site's layer.
+        depth: `[L]` integers, depth of each site's layer; `output` next to the last layer is one
+            further.
         relative: `[K, L]` float64, features over the references' mean.
-        bound: `[K, L]` float64, their upper bounds.
+        bound: `[K, L]` float64, their upper bounds; equal at sites of one depth.
+        total: Depth of the network, of which a relative depth is a fraction.
     """
 
     sites: tuple[str, ...]
     depth: np.ndarray
     relative: np.ndarray
     bound: np.ndarray
+    total: int
 
     def resampled(self, points: int = 20) -> np.ndarray:
         """The bounds at `points` relative depths, `[K, points]`: see `resample`.
 
+        A site sits at its depth over the network's. Behind the last one, its value stays.
+
         Raises:
             ValueError: If `points` is not positive.
         """
-        return resample(self.bound, points)
+        levels, first = np.unique(self.depth, return_index=True)
+        return resample(self.bound[:, first], points, at=levels / max(self.total, levels[-1]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,21 +126,24 @@ def upper_bound(values: Any, *, gamma: float = 1.0, index: str = "text") -> np.n
     return bound
 
 
-def resample(values: Any, points: int = 20) -> np.ndarray:
+def resample(values: Any, points: int = 20, *, at: Any = None) -> np.ndarray:
     """Reads a sequence at equally spaced relative depths.
 
-    Entry l of L sits at the relative depth l/L. The result's k-th entry is the value at k/points,
-    by linear interpolation; before the first layer it is the first one's.
+    Entry l of L sits at the relative depth l/L, or where `at` says. The result's k-th entry is the
+    value at k/points, by linear interpolation; before the first entry it is the first one's, behind
+    the last the last one's.
 
     Args:
         values: `[L]`, first layer first; or `[..., L]`, many at once.
         points: How many; the last is the output's.
+        at: `[L]`, the increasing relative depths of the entries, in [0, 1]; None for l/L.
 
     Returns:
         Float64 `[..., points]`.
 
     Raises:
-        ValueError: If there are no values, one is NaN or infinite, or `points` is not positive.
+        ValueError: If there are no values, one is NaN or infinite, `points` is not positive, or
+            `at` does not increase from entry to entry within [0, 1].
 
     Example:
         >>> resample([4.0, 2.0], points=4).tolist()
@@ -144,8 +153,14 @@ def resample(values: Any, points: int = 20) -> np.ndarray:
     if isinstance(points, bool) or not isinstance(points, (int, np.integer)) or points < 1:
         raise ValueError(f"points must be a positive whole number, got {points!r}")
     length = values.shape[-1]
-    at, known = np.arange(1, points + 1) / points, np.arange(1, length + 1) / length
-    rows = [np.interp(at, known, row) for row in values.reshape(-1, length)]
+    known = np.arange(1, length + 1) / length if at is None else np.asarray(at, np.float64)
+    inside = known.shape == (length,) and known.min() >= 0 and known.max() <= 1
+    if not inside or not (np.diff(known) > 0).all():
+        raise ValueError(
+            f"at must hold {length} increasing relative depths from 0 to 1, got {known.tolist()}"
+        )
+    wanted = np.arange(1, points + 1) / points
+    rows = [np.interp(wanted, known, row) for row in values.reshape(-1, length)]
     return np.reshape(rows, (*values.shape[:-1], points))
 
 
@@ -158,10 +173,13 @@ def bound_sequence(
 ) -> Bound:
     """Upper bounds of features over depth, in units of the references' features.
 
+    Sites of one depth, as of parallel branches, are one entry of the sequence: the largest of their
+    features, and one bound. `output` follows the last layer.
+
     Args:
         found: From `features(..., references=...)`.
-        sites: Names of sites, from input to output; None for all on the main path, by depth. A
-            network's `input` is no feature and left out.
+        sites: Names of sites; None for all on the main path, by depth. A network's `input` is no
+            feature and left out.
         gamma: As in `upper_bound`.
         index: As in `upper_bound`.
 
@@ -193,11 +211,18 @@ def bound_sequence(
             f"the references' features are 0 at {bad[:3]}, so that nothing can be relative to them;"
             " leave these out of `sites`"
         )
+    depth = np.array([found.site(name).depth for name in names])
+    last = np.array([name == "output" for name in names])
+    # What follows the last layer may lose features, too.
+    depth[last] += found.depth in depth[~last]
+    levels, level = np.unique(depth, return_inverse=True)
+    largest = np.stack([relative[:, depth == d].max(1) for d in levels], axis=-1)
     return Bound(
         sites=names,
-        depth=np.array([found.site(name).depth for name in names]),
+        depth=depth,
         relative=relative,
-        bound=upper_bound(relative, gamma=gamma, index=index),
+        bound=upper_bound(largest, gamma=gamma, index=index)[:, level],
+        total=found.depth,
     )
 
 

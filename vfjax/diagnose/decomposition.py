@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from vfjax._batches import batches
 from vfjax._graph import INPUT
-from vfjax._merged import check_fits
+from vfjax._merged import Merged, check_fits
 from vfjax._tree import check_finite, flatten_named
 from vfjax._views import view_of
 from vfjax.diagnose._affine import culprit
@@ -72,6 +72,9 @@ def decompose(
     `g(x) = f(x; theta_0) - f(0; theta_0)`, and the contribution of bias j is
     `f(0; theta_j) - f(0; theta_0)`; `f(0; theta_0)` is 0 unless there are other constants.
 
+    A `vfjax.merge.Merged` is a network of its own, with biases of its own: trace it, as in
+    `decompose(vfjax.trace(lambda m, x: m(x), merged, x), merged, x)`.
+
     Args:
         net: The traced network.
         variables: A tree of its variables.
@@ -83,10 +86,10 @@ def decompose(
         Values, features, offsets and contributions.
 
     Raises:
-        TypeError: If `net` is no traced network, a leaf no array, or x has another structure or
-            dtype than was traced.
-        ValueError: If the network is not affine (the message says where), if the tree does not fit
-            it or holds NaN or infinite values, or a site does not exist.
+        TypeError: If `net` is no traced network, or that of a `Merged`, a leaf no array, or x has
+            another structure or dtype than was traced.
+        ValueError: If the network is not known to be affine (the message says why), if the tree
+            does not fit it or holds NaN or infinite values, or a site does not exist.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -105,6 +108,11 @@ def decompose(
     residual linear networks, without their misprints.
     """
     check_net(net)
+    if isinstance(variables, Merged) and variables.net is net:
+        raise TypeError(
+            "variables must be a tree of net's variables, got a Merged, which is a network of its "
+            "own: decompose(vfjax.trace(lambda m, x: m(x), merged, x), merged, x)"
+        )
     check_fits(net, variables, "variables")
     named, _ = flatten_named(variables)
     check_finite(named, name="variables")
@@ -247,9 +255,8 @@ def _check_affine(net: Network) -> None:
     found = culprit(net._reference.graph, _inputs(net))
     if found is not None:
         raise ValueError(
-            f"net is not affine in its input, because of `{found.primitive}` at {found.where}. "
-            "Only linear networks are the sum of a feature and the contributions of biases; "
-            "vfjax.diagnose.features measures any network"
+            f"{found.why}. Only linear networks are the sum of a feature and the contributions of "
+            "biases; vfjax.diagnose.features measures any network"
         )
 
 
@@ -262,11 +269,15 @@ def _evaluate(
     x: PyTree,
     zero: PyTree,
 ) -> tuple[Any, ...]:
-    """Values on x with all biases and with none, then at 0 with all, none, and each alone."""
+    """Values on x with all biases and with none, then at 0 with all, none, and each alone.
+
+    In full precision, whatever the accelerator's default: the parts are to add up to the value.
+    """
     named, treedef = flatten_named(variables)
 
     def run(leaves: Mapping[str, Array], x: PyTree) -> dict[str, Array]:
-        _, found = net.run(jax.tree.unflatten(treedef, list(leaves.values())), x, capture=names)
+        with jax.default_matmul_precision("highest"):
+            _, found = net.run(jax.tree.unflatten(treedef, list(leaves.values())), x, capture=names)
         return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), found)
 
     def kept(keep: Array) -> dict[str, Array]:

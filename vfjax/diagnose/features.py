@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._batches import check_finite_means
-from vfjax._merged import Merged, check_fits, check_merged
+from vfjax._merged import Merged, check_fits, check_merged, weights_for
 from vfjax._tree import check_finite, flatten_named
-from vfjax._weights import resolve_weights
 from vfjax.diagnose import _measure
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
 from vfjax.network import Network, check_net
@@ -36,7 +35,7 @@ _FIELDS = ("feature", "feature_std", "offset", "mean", "std", "variance", "dead"
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[*_FIELDS, "references"],
-    meta_fields=["sites", "weights"],
+    meta_fields=["sites", "depth", "shares"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
@@ -55,12 +54,15 @@ class Features:
         std: `[K, *channels]`, standard deviation likewise, as in `vfjax.stats.moments`.
         variance: `[K]`, `E ||f(x) - E f(x)||^2 / size`: the variance over examples, averaged over
             all units (channels and positions). What differs between positions alone is not in it.
+            Unlike the other numbers it is a square: of values below 1e-19 it counts as 0.
         dead: `[K]`, share of channels that do not vary over examples and positions: those which
             `vfjax.renorm.repair` does not scale (no variance, or below 1e-12 of the layer's
             largest).
         references: The same of the R reference networks, or None.
         sites: What is known of each site, in the order asked for (static).
-        weights: Of the references in their means, one float each; empty without any (static).
+        depth: Depth of the network, L (static).
+        shares: By network, the weights of the references in their means, one float each; empty
+            without references (static).
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -81,12 +83,24 @@ class Features:
     dead: dict[str, Array]
     references: Features | None
     sites: tuple[FeatureSite, ...]
-    weights: tuple[float, ...] = ()
+    depth: int
+    shares: tuple[tuple[float, ...], ...] = ()
 
     @property
     def models(self) -> int:
         """Number of networks, K, references apart."""
         return next(iter(self.feature.values())).shape[0]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the references that all networks share; empty without references.
+
+        Raises:
+            ValueError: If networks have different ones, which `shares` tells.
+        """
+        if len(set(self.shares)) > 1:
+            raise ValueError(f"networks have different weights of the references: {self.shares}")
+        return self.shares[0] if self.shares else ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -158,10 +172,10 @@ class Features:
         mine, others = getattr(self, what), getattr(self.references, what)
 
         def divided(name: str) -> Array:
-            weights = jnp.asarray(self.weights, others[name].dtype)
+            shares = jnp.asarray(self.shares, others[name].dtype)
             # By an array: XLA turns the division by a scalar into a product with its inverse, and
             # a network would not be exactly 1 relative to itself.
-            return mine[name] / jnp.broadcast_to(jnp.dot(weights, others[name]), (self.models,))
+            return mine[name] / (shares * others[name][None]).sum(1)
 
         return {name: divided(name) for name in self.names}
 
@@ -189,7 +203,9 @@ def features(
         variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of such.
         data: Re-iterable of `x` or `(x, label)`.
         references: Edge models, or the network before pruning, to compare with.
-        weights: One per reference, summing to one, for means over references; None for 1/R each.
+        weights: One per reference, summing to one, for means over references. None for those that a
+            network was made with, where it is a `Merged` of as many models (each network by its
+            own, if there are several), and for 1/R each otherwise.
         sites: `"taps"`: the value after every layer and the elementwise region that follows (norm,
             activation, residual sum), the last layer's included. `"layers"`: every layer's
             pre-activation, where the paper measures. `"paper"`: the sites of REPAIR, see
@@ -204,7 +220,8 @@ def features(
             of strings, or data has another structure or dtype than was traced.
         ValueError: If a tree does not fit the network or holds NaN or infinite values, a site does
             not exist or holds no axis of examples, weights do not fit, data is empty or exhausted,
-            or a value is NaN or infinite, on data or at 0.
+            a value is NaN or infinite, on data or at 0, or a variance exceeds the dtype (values of
+            1e19 in float32).
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -228,7 +245,7 @@ def features(
     others = as_networks(net, references, "references") if _given(references) else ()
     if weights is not None and not others:
         raise ValueError("weights are those of the references, and there are none")
-    share = resolve_weights(weights, len(others), of="references") if others else ()
+    shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
     names = resolve_sites(net, sites)
     chosen, source = unique(net, names)
     job = _measure.Job(net, chosen)
@@ -250,10 +267,12 @@ def features(
         ]
         for site in job.sites
     }
+    _check_range(found)
     sizes = {site.name: rows[0].centre[site.name][0].size for site in job.sites}
     described = tuple(describe(net, name, sizes[source[name]]) for name in names)
+    static = {"sites": described, "depth": net.depth}
 
-    def record(part: slice, references: Features | None, weights: tuple[float, ...]) -> Features:
+    def record(part: slice, references: Features | None, shares: Any) -> Features:
         def stacked(what: str) -> dict[str, Array]:
             return {
                 name: jnp.asarray(np.stack([n[what] for n in found[source[name]][part]]))
@@ -261,11 +280,11 @@ def features(
             }
 
         fields = {what: stacked(what) for what in _FIELDS}
-        return Features(**fields, references=references, sites=described, weights=weights)
+        return Features(**fields, references=references, **static, shares=shares)
 
     count = len(mine)
     theirs = record(slice(count, None), None, ()) if others else None
-    return record(slice(count), theirs, share)
+    return record(slice(count), theirs, shares)
 
 
 def as_networks(net: Network, given: Any, name: str) -> tuple[PyTree | Merged, ...]:
@@ -305,6 +324,17 @@ def _given(references: Any) -> bool:
     return references is not None and not (
         isinstance(references, (list, tuple)) and len(references) == 0
     )
+
+
+def _check_range(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """Checks the numbers of every site: values may be finite, and their squares not."""
+    for site, networks in found.items():
+        for what, value in ((w, v) for numbers in networks for w, v in numbers.items()):
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"the {what} of '{site}' is too large for {value.dtype}: its values are finite "
+                    "on the data, but the network is about to overflow"
+                )
 
 
 def _check_defined(job: _measure.Job, at_zero: _measure.Offsets) -> None:

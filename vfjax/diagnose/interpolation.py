@@ -44,7 +44,8 @@ def barrier(
     """By how much a curve between two networks falls below its ends.
 
     - `"paper"`: `max over alpha of (1 - alpha) Acc_0 + alpha Acc_1 - Acc(alpha)`, the largest
-      distance below the straight line between the ends;
+      distance below the straight line between the ends. Alpha runs over all of [0, 1], so the ends
+      count, where it is 0, and no barrier is negative;
     - `"reference"`: `(Acc_0 + Acc_1) / 2 - min over alpha of Acc(alpha)`, as the reference code has
       it. The two differ where the ends do.
 
@@ -89,7 +90,7 @@ def barrier(
     elif np.shape(ends) != (2,):
         raise ValueError(f"ends must be two accuracies, got shape {list(np.shape(ends))}")
     if definition == "paper":
-        return float(np.max(ends[0] + at * (ends[1] - ends[0]) - values))
+        return float(np.max(ends[0] + at * (ends[1] - ends[0]) - values, initial=0.0))
     if definition == "reference":
         return float((ends[0] + ends[1]) / 2 - np.min(values))
     raise ValueError(f'definition must be "paper" or "reference", got {definition!r}')
@@ -143,7 +144,10 @@ class Interpolation:
 
     @property
     def loss_barrier(self) -> float:
-        """Largest distance of the loss above the line between the networks' losses, in nats."""
+        """Largest distance of the loss above the line between the networks' losses, in nats.
+
+        Not negative, like `barrier`.
+        """
         return barrier(self.alphas, -self.loss, ends=-self.edge_loss)
 
     def __repr__(self) -> str:

@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _graph
-from vfjax._merged import Merged, check_merged
-from vfjax._tree import flatten_named
-from vfjax._weights import resolve_weights
+from vfjax._merged import Merged, check_merged, weights_for
+from vfjax.diagnose._sites import kernels
 from vfjax.diagnose.features import as_networks
 from vfjax.network import Layer, Network
 
@@ -44,7 +41,8 @@ def rescale_product(
         merged: A merged tree, or a `Merged`. Inside its stems a layer's magnitude is the weighted
             average of the models'.
         references: The edge models, or the network before pruning.
-        weights: One per reference, summing to one, for means over references; None for 1/R each.
+        weights: One per reference, summing to one, for means over references. None for those of
+            `merged`, if that is a `Merged` of as many models, and for 1/R each otherwise.
 
     Returns:
         R by layer, for the layers of the main path, by depth. Layers of one depth count as one,
@@ -67,7 +65,7 @@ def rescale_product(
     """
     check_merged(net, merged)
     others = as_networks(net, references, "references")
-    share = resolve_weights(weights, len(others), of="references")
+    share = weights_for(merged, weights, len(others))
     product, factors = 1.0, {}
     main = [layer for layer in net.layers if layer.main]
     for depth in sorted({layer.depth for layer in main}):
@@ -91,13 +89,5 @@ def _magnitude(net: Network, network: PyTree | Merged, layers: Sequence[Layer]) 
             each = [_magnitude(net, stem, layers) for stem in network.stems]
             return float(np.dot(network.weights, each))
         return _magnitude(net, network.trunk, layers)
-    traced = net._reference
-    graph = traced.graph
-    named, _ = flatten_named(network)
-    sites = [traced.layers[layer.name] for layer in layers]
-    operands = [graph.equations[site.index].values[site.side] for site in sites]
-    ids = zip(graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
-    kernels = _graph.evaluate(graph, env, operands)
-    flat = [np.abs(np.asarray(kernels[v], np.float64)).ravel() for v in operands]
-    return float(np.concatenate(flat).mean())
+    found = kernels(net, network, [layer.name for layer in layers])
+    return float(np.abs(np.concatenate(found)).mean())

@@ -34,6 +34,8 @@ PyTree = Any
 
 # The smoothing of the paper's detailed plots.
 _GAMMA = 1.4
+# Ratios this close are called equal.
+_SAME = 0.99
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -46,14 +48,18 @@ class Report:
         bound: Relative features and their tight bound, along the main path.
         smoothed: Their bound with gamma = 1.4.
         collapse: Variance collapse, relative to the references, with `eps = threshold ** 2`.
-        layers: Findings of every site of the main path, by depth.
+        layers: Findings of every site of the main path, by depth, and of the output where that is
+            a further value.
         norms: Findings of every norm with stored statistics outside of stems.
         depth: L, the network's number of layers.
+        end: What the last of `layers` stands for: `"the output"`, or the site, if the output is no
+            single array that has features.
         threshold: The share of the references' features at or below which they count as vanished.
         vanishes: The first site from which on features stay at or below that share, up to the
-            output (the first whose tight bound is), or None.
-        largest_drop: The site with the smallest `step`.
-        biases_dominate: Whether the output's offset exceeds its feature, and its ratio of feature
+            end (the first whose tight bound is), or None. Dead branches, which have no feature
+            while there is one further on, do not count.
+        largest_drop: The site with the smallest `step`, dead branches apart.
+        biases_dominate: Whether at the end the offset exceeds the feature, and the ratio of feature
             to offset is at or below `threshold` times the references'.
         advice: Likely remedies, what to do first first.
 
@@ -74,6 +80,7 @@ class Report:
     layers: tuple[LayerFinding, ...]
     norms: tuple[NormFinding, ...]
     depth: int
+    end: str
     threshold: float
     vanishes: LayerFinding | None
     largest_drop: LayerFinding
@@ -82,7 +89,7 @@ class Report:
 
     @property
     def left(self) -> float:
-        """Share of the references' features that reaches the last layer: the factor in total."""
+        """Share of the references' features that reaches the end: the factor in total."""
         return self.layers[-1].relative
 
     @property
@@ -93,6 +100,7 @@ class Report:
             self._drop(),
             self._biases(),
             self._variance(),
+            *self._silent(),
             self._dead(),
             *self._stored(),
         )
@@ -138,12 +146,12 @@ class Report:
         """The outcome, in one line."""
         where = f"features vanish at '{self.vanishes.site}'" if self.vanishes else "features live"
         remedies = ", ".join(one.remedy for one in self.advice)
-        return f"Report({where}, {self.left:.3g} left at the output, advice: {remedies})"
+        return f"Report({where}, {self.left:.3g} left at {self.end}, advice: {remedies})"
 
     # --------------------------------------------------------------------------------- sentences
 
     def _vanishing(self) -> str:
-        left = f"at the output {self.left:.3g} of them is left"
+        left = f"at {self.end} {self.left:.3g} of them is left"
         if self.left and self.left < 1:
             times = 1 / self.left
             left += f", {times:,.0f} times less" if times >= 1000 else f", {times:.3g} times less"
@@ -166,21 +174,34 @@ class Report:
 
     def _biases(self) -> str:
         last = self.layers[-1]
-        does = (
-            "Biases dominate the output"
-            if self.biases_dominate
-            else "Biases do not dominate the output"
-        )
-        return (
-            f"{does}: ||f(x) - f(0)|| is {_number(last.ratio)} of ||f(0)|| there, for the "
-            f"references {_number(last.reference_ratio)}."
-        )
+        mine, theirs = last.ratio, last.reference_ratio
+        if not mine < 1:
+            does = f"Biases do not dominate {self.end}"
+        elif self.biases_dominate:
+            does = f"Biases dominate {self.end}, and far more than in the references"
+        elif mine < _SAME * theirs:
+            does = f"Biases dominate {self.end}, somewhat more than in the references"
+        else:
+            does = f"Biases dominate {self.end}, but no more than in the references"
+        known = f"||f(x) - f(0)|| is {mine:.3g} of ||f(0)|| there"
+        reference = _undefined(theirs) or f"it is {theirs:.3g}"
+        return f"{does}: {_undefined(mine) or known}, in the references {reference}."
 
     def _variance(self) -> str:
         does = "collapses" if self.collapse.collapsed[0] else "does not collapse"
         return (
-            f"The variance {does}: that of the output is {self.collapse.final[0]:.3g} of the "
+            f"The variance {does}: that of {self.end} is {self.collapse.final[0]:.3g} of the "
             f"references' (collapsed at or below {self.collapse.eps:.3g})."
+        )
+
+    def _silent(self) -> tuple[str, ...]:
+        silent = [row for row in self.layers if row.silent]
+        if not silent:
+            return ()
+        others = f" and at {len(silent) - 1} more" if len(silent) > 1 else ""
+        return (
+            f"What is left at {self._at(silent[0])}{others} does not vary with the input: no scale "
+            "brings features back there.",
         )
 
     def _dead(self) -> str:
@@ -210,8 +231,11 @@ class Report:
         return f"{row.site} (depth {row.depth} of {self.depth})"
 
 
-def _number(value: float) -> str:
-    return "undefined (both are 0)" if np.isnan(value) else f"{value:.3g}"
+def _undefined(ratio: float) -> str:
+    """What to say in place of a ratio of feature to offset that is no number."""
+    if np.isnan(ratio):
+        return "there is neither feature nor offset"
+    return "there is no offset" if np.isinf(ratio) else ""
 
 
 def report(
@@ -229,24 +253,34 @@ def report(
 ) -> Report:
     """Says where features vanish, whether biases dominate the output, and what likely helps.
 
-    With r the features relative to the references' mean, by layer of the main path, features vanish
-    at the first layer from which on r stays at or below `threshold`, to the output. The advice
-    follows from measured numbers:
+    With r the features relative to the references' mean, by layer of the main path and at the
+    output, features vanish at the first layer from which on r stays at or below `threshold`, to the
+    output; dead branches, where r is 0 but not further on, apart. Where the output is no single
+    array with an axis of examples, the last layer stands for it. The network counts as a merge of
+    its references if these are several, all trees, and its kernels have a cosine of 0.9 or more
+    with their mean. The advice follows from measured numbers:
 
-    - match first: features vanish, the network is a merge of several references (its kernels have
-      a cosine of 0.9 or more with their mean), and theirs have a cosine below 0.1 with each other;
+    - match first, for such a merge: features vanish, the references' kernels have a cosine below
+      0.1 with each other, and there is something to permute;
     - RESET: stored statistics of a norm are off what it reads, beyond the references' own, by a
       factor of 1.25 in standard deviation or by 0.5 standard deviations in mean. Moments behind
       such a norm say nothing of layers, so the next two are left to a second report;
-    - RESCALE or REPAIR: moments of a layer are off by as much, and the first such layer decides, as
-      nothing upstream confounds it: RESCALE if its standard deviation is off and scaling puts its
-      means within 0.5 standard deviations of the references', else REPAIR;
-    - bias calibration: biases dominate the output, and kernels are below 0.9 of the references'
-      magnitude (geometric mean); it needs no data;
-    - PFM, for such a merge: features vanish in the second half, or half of the loss (on a
-      logarithmic scale) is at one layer. l is the least for which the layers after l lose no more
-      than down to `threshold`;
-    - nothing to do: none of these, and features do not vanish.
+    - RESCALE or REPAIR: moments of a layer outside of stems are off by as much, and the first such
+      layer decides, as nothing upstream confounds it: RESCALE if its standard deviation is off and
+      scaling puts its means within 0.5 standard deviations of the references', else REPAIR. No
+      scale brings back features where none are left: such layers decide last, by their means;
+    - bias calibration, for such a merge: biases dominate the output, some feature is left there,
+      kernels are below 0.9 of the references' magnitude (geometric mean), layers behind the first
+      have biases, and no bias serves layers of several depths; it needs no data;
+    - PFM, for such a merge: features vanish, but not altogether, in the second half, or half of the
+      loss (on a logarithmic scale) is at one layer. l is the least for which the layers after l
+      lose no more than down to `threshold`;
+    - nothing to do: none of these, features do not vanish, biases do not dominate, and every layer
+      varies with the input;
+    - none known: none of these either.
+
+    Calls name what was passed here `net`, `merged`, `data` and `references`, and a random key
+    `key`; they pass the references' weights wherever they would take others by themselves.
 
     Args:
         net: The traced network.
@@ -255,8 +289,8 @@ def report(
         references: The edge models, aligned as they were merged, or the network before pruning.
         weights: One per reference, summing to one. None for those of `variables`, if that is a
             `Merged` of as many models, else 1/R each.
-        sites: As in `features`; those on the main path count. Remedies act on pre-activations, so
-            leave `"layers"` unless one of them cannot be measured.
+        sites: As in `features`; those on the main path count, and the output always. Remedies act
+            on pre-activations, so leave `"layers"` unless one of them cannot be measured.
         threshold: Share of the references' features, in (0, 1).
         title: What the network is called in figure and page.
         page: A file to write the page to, if any.
@@ -301,19 +335,18 @@ def report(
     others = as_networks(net, references, "references")
     names = resolve_sites(net, sites)
     norms = [norm.site for norm in net.norms if norm.site not in names]
+    path, end = _findings.main_path(net, names)
     found = features(
         net,
         model,
         data,
         references=list(others),
         weights=weights_for(model, weights, len(others)),
-        sites=[*names, *norms],
+        sites=list(dict.fromkeys([*names, *norms, *path])),
     )
-    main = [s for s in map(found.site, names) if s.main and s.name != "input"]
-    ordered = [site.name for site in sorted(main, key=lambda site: site.depth)]
-    bound = bound_sequence(found, sites=ordered)
-    smoothed = bound_sequence(found, sites=ordered, gamma=_GAMMA)
-    collapse = variance_collapse(found, eps=threshold**2, sites=ordered, relative=True)
+    bound = bound_sequence(found, sites=path)
+    smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
+    collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
     rows = _findings.layer_findings(net, model, others, found, bound, smoothed)
     stored = _findings.norm_findings(
         net, model, others, found, mean_error=_advice.MEAN_OFF, std_ratio=_advice.STD_OFF
@@ -322,12 +355,12 @@ def report(
         net=net,
         cut=model.cut if isinstance(model, Merged) else 0,
         weights=found.weights,
+        own_weights=weights_for(model, None, len(others)),
+        trees=not any(isinstance(other, Merged) for other in others),
         rows=rows,
         norms=stored,
+        end=end,
         threshold=float(threshold),
-        vanishes=next((row for row in rows if row.bound <= threshold), None),
-        largest_drop=min(rows, key=lambda row: row.step),
-        biases_dominate=_dominate(rows[-1], threshold),
     )
     made = Report(
         title=title,
@@ -338,6 +371,7 @@ def report(
         layers=rows,
         norms=stored,
         depth=net.depth,
+        end=end,
         threshold=case.threshold,
         vanishes=case.vanishes,
         largest_drop=case.largest_drop,
@@ -357,9 +391,3 @@ def _one(networks: tuple[PyTree | Merged, ...]) -> PyTree | Merged:
     if len(networks) != 1:
         raise ValueError(f"variables must be one network, got {len(networks)}; report on each")
     return networks[0]
-
-
-def _dominate(last: LayerFinding, threshold: float) -> bool:
-    """Whether offsets decide the output, and do not in the references to that extent."""
-    # Both NaN, without feature or offset, and infinite ratios come out as no.
-    return last.ratio < 1 and last.ratio <= threshold * last.reference_ratio

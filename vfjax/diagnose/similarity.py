@@ -80,7 +80,8 @@ def cka(
     With features `X` `[n, p]` and `Y` `[n, q]` of two sites (rows are examples, columns are all
     channels at all positions) less their means over the examples, it is
     `||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F)`: in [0, 1], 1 for features that are equal up to an
-    orthogonal map and a scale, so permuting a network's units leaves it unchanged.
+    orthogonal map and a scale, so permuting a network's units leaves it unchanged. Every site is
+    measured in a unit of its own, whatever the size of its values.
 
     `"exact"` takes all of the data as one sample, however it is cut into batches. It holds either
     the covariances of all pairs of sites, twice (`2 p q` numbers of 4 bytes for each pair), or the
@@ -166,6 +167,8 @@ def cka(
     scale = np.sqrt(np.outer(np.maximum(own[:rows], 0), np.maximum(own[columns], 0)))
     matrix = np.full(scale.shape, np.nan)
     np.divide(inner[:rows, columns], scale, out=matrix, where=scale > 0)
+    if estimator == "exact":
+        np.clip(matrix, 0, 1, out=matrix)  # of the rounding
     return CKA(matrix, *names, int(count), estimator)
 
 
