@@ -54,7 +54,8 @@ def zip_features(
             all are between models.
 
     Returns:
-        The maps. Groups without a tap are averaged as they are.
+        The maps. Groups without a tap are averaged as they are. The variances that a BatchNorm
+        stores are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
@@ -125,9 +126,7 @@ def zip_moments(
     for group, similarity in correlations(net, moments).items():
         n = net.spec.sizes[group]
         place = np.tile(np.eye(n), (models, models))
-        labels = greedy_groups(
-            similarity + _PLACE * place, [n] * models, n, alpha=alpha, beta=beta
-        )
+        labels = greedy_groups(similarity + _PLACE * place, [n] * models, n, alpha=alpha, beta=beta)
         found[group] = labels
     return Maps.of_labels(found, models)
 
