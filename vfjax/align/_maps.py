@@ -45,7 +45,7 @@ class Maps:
             for model, (merge, unmerge) in enumerate(
                 zip(np.split(shares, models), np.split(member, models), strict=True)
             ):
-                maps[model][group] = np.float32(merge.T), np.float32(unmerge)
+                maps[model][group] = merge.T.astype(np.float32), unmerge.astype(np.float32)
         return cls(tuple(maps), sizes)
 
     def apply(self, net: Network, trees: Sequence[PyTree]) -> list[PyTree]:

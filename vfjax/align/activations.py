@@ -151,7 +151,9 @@ def _in_place(net: Network) -> Alignment:
     return Alignment(order, (0.0,), converged=True)
 
 
-def correlation(covariance: Array, std_a: Array, std_b: Array) -> np.ndarray:
+def correlation(
+    covariance: Array | np.ndarray, std_a: Array | np.ndarray, std_b: Array | np.ndarray
+) -> np.ndarray:
     """Pearson correlations `[n, n]` in float64; 0 for a unit without variance.
 
     Args:
