@@ -1,8 +1,8 @@
 """The compiled part of `vfjax.stats`: moments of a batch, and merging batches.
 
 A batch is reduced on the device in one compiled call for all models; what comes out is small, and a
-second, tiny call merges it into what was pooled before, in place. `stream`, `by_pieces` and
-`merge_moments` serve every pass that works like this.
+second, tiny call merges it into what was pooled before, in place. `stream` and `by_pieces` serve
+every pass that works like this.
 """
 
 from __future__ import annotations
