@@ -174,14 +174,10 @@ class Pair:
                     renormalise=None if statistics is None else "reset",
                     data=statistics,
                 )
-            found[name] = {
-                "accuracy": curve.accuracy.tolist(),
-                "loss": curve.loss.tolist(),
-                "barrier": curve.barrier,
+            found[name] = _common.measured(curve) | {
                 "reference_barrier": curve.reference_barrier,
-                "loss_barrier": curve.loss_barrier,
+                "distance": diagnose.distance(*ends, net=self.net).total,
             }
-            found[name]["distance"] = diagnose.distance(*ends, net=self.net).total
             found["edge_accuracy"] = curve.edge_accuracy.tolist()
         return found
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from vfjax import plot
 from vfjax.checkpoint import CheckpointError, write_json
 from vfjax.data import DatasetError
+from vfjax.diagnose import Interpolation
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
@@ -140,6 +141,13 @@ def count_of(what: str) -> Callable[[str], int]:
         return int(text)
 
     return count
+
+
+def seed_of(text: str) -> int:
+    """The type of an option that is a seed."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed, from 0 on")
+    return int(text)
 
 
 def run(
@@ -286,6 +294,16 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
     """Writes a JSON record, whole or not at all."""
     write_json(path, finite(record))
     return path
+
+
+def measured(found: Interpolation) -> dict[str, Any]:
+    """What the record holds of the way from one network to another."""
+    return {
+        "accuracy": found.accuracy.tolist(),
+        "loss": found.loss.tolist(),
+        "barrier": found.barrier,
+        "loss_barrier": found.loss_barrier,
+    }
 
 
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:

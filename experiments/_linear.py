@@ -38,7 +38,7 @@ def parser(
     )
     p.add_argument(
         "--seeds",
-        type=_seed,
+        type=_common.seed_of,
         nargs="+",
         default=list(seeds),
         metavar="S",
@@ -65,12 +65,6 @@ def parser(
     )
     _common.folder_options(p)
     return p
-
-
-def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed, from 0 on")
-    return int(text)
 
 
 def pairs_of(args: argparse.Namespace) -> list[tuple[int, int]]:

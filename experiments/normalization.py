@@ -60,11 +60,9 @@ from typing import Any
 
 import _common
 import _edges
-import _linear
 import cifar_pfm
 import jax
 import numpy as np
-import residual_linear
 from tqdm import tqdm
 
 import vfjax
@@ -115,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--seed",
-        type=_linear._seed,
+        type=_common.seed_of,
         default=0,
         metavar="S",
         help="seed of the random order in which weight matching visits layers",
@@ -210,7 +208,7 @@ def curves_of(
 
 def measured(found: diagnose.Interpolation) -> dict[str, Any]:
     """What the record holds of a curve."""
-    return residual_linear.measured(found) | {"reference_barrier": found.reference_barrier}
+    return _common.measured(found) | {"reference_barrier": found.reference_barrier}
 
 
 # ------------------------------------------------------------------------------ record and figure

@@ -56,16 +56,6 @@ def parser() -> argparse.ArgumentParser:
     return _linear.parser("residual_linear", __doc__, seeds=SEEDS, epochs=RECIPE.epochs)
 
 
-def measured(found: diagnose.Interpolation) -> dict[str, Any]:
-    """What the record holds of the way from one network to another."""
-    return {
-        "accuracy": found.accuracy.tolist(),
-        "loss": found.loss.tolist(),
-        "barrier": found.barrier,
-        "loss_barrier": found.loss_barrier,
-    }
-
-
 def summary_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over pairs, at each alpha and of the barriers."""
     summary: dict[str, Any] = {}
@@ -107,7 +97,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
                         match=match,
                         key=None if match is None else jax.random.key(seeds[0]),
                     )
-                row[name][label] = measured(found)
+                row[name][label] = _common.measured(found)
                 record["alphas"] = found.alphas.tolist()
         record["summary"][name] = {
             label: summary_of([row[name][label] for row in record["pairs"]]) for label in MATCHES

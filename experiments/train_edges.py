@@ -153,7 +153,7 @@ def card(
     dataset: data.Dataset,
     seed: int,
     trained: train.Trained,
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[dict[str, Any], str]:
     """Measures the model; returns all that its card says, and the dtype to store it in."""
     fn, variables = models.apply_fn(model), trained.variables
 
@@ -161,7 +161,7 @@ def card(
         samples = TRAIN_SUBSET if split == "train" else None
         return train.evaluate(fn, variables, dataset.batches(split, samples=samples))
 
-    stored, storage, rounding = None, args.storage, None
+    storage, rounding = args.storage, None
     if storage != "float32":
         # Judged on training images: the test split chooses nothing.
         exact = measure("train").accuracy
@@ -170,7 +170,6 @@ def card(
         if abs(rounding) > ROUNDING:
             log.warning("%s would change train accuracy by %+.4f: float32", storage, rounding)
             variables, storage = trained.variables, "float32"
-        stored = storage if storage != "float32" else None
     measured = {split: measure(split) for split in ("test", "train")}
     options = {
         field.name: getattr(model, field.name)
@@ -193,7 +192,7 @@ def card(
         **_common.environment(),
         "history": trained.history,
     }
-    return found, stored
+    return found, storage
 
 
 def main(argv: list[str] | None = None) -> list[Path]:

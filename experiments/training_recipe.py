@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--seeds",
-        type=_linear._seed,
+        type=_common.seed_of,
         nargs="+",
         default=list(SEEDS),
         metavar="S",
