@@ -1,4 +1,4 @@
-"""Flax Linen models of the experiments: VGG, ResNet, MLPs, linear networks, networks for digits.
+"""Flax Linen models of the experiments: VGG, ResNet, ViT, MLPs, linear networks, digits.
 
 All are called as ``model.apply(variables, x, train=False)``, take images ``[N, H, W, C]`` and
 return logits ``[N, classes]``.  Only training and the experiments depend on them; the rest of the
@@ -18,6 +18,7 @@ from vfjax.models.linear import LinearNetwork
 from vfjax.models.mlp import MLP
 from vfjax.models.resnet import ResNet
 from vfjax.models.vgg import VGG
+from vfjax.models.vit import ViT
 
 __all__ = [
     "MLP",
@@ -28,6 +29,7 @@ __all__ = [
     "DigitsMLP",
     "LinearNetwork",
     "ResNet",
+    "ViT",
     "apply_fn",
     "create",
 ]
@@ -54,6 +56,9 @@ def _families() -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
         table[f"resnet{depth}-bn"] = (ResNet, {"depth": depth, "norm": "batch"})
         table[f"resnet{depth}-ln"] = (ResNet, {"depth": depth, "norm": "layer"})
         table[f"resnet{depth}-plain"] = (ResNet, {"depth": depth, "norm": None})
+    # The one of transformer fusion, and DeiT-tiny's shape.
+    table["vit"] = (ViT, {})
+    table["deit-tiny"] = (ViT, {"blocks": 12, "patch": 16, "features": 192, "heads": 3})
     return table
 
 
