@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,12 +90,15 @@ def draw(name, seed, classes=3):
     rng = np.random.default_rng([seed, len(name)])
     if name == "mlp":
         sizes = (4, 6, 7, 5, classes)
-        found = {f"w{i}": normal(rng, a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1)}
+        found = {
+            f"w{i}": normal(rng, a, b) for i, (a, b) in enumerate(itertools.pairwise(sizes), 1)
+        }
         return found | {f"b{i}": 0.1 * normal(rng, n) for i, n in enumerate(sizes[1:], 1)}
     if name == "chain":
         sizes = (2, 4, 5, 6)
         found = {
-            f"w{i}": normal(rng, 3, 3, a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]), 1)
+            f"w{i}": normal(rng, 3, 3, a, b)
+            for i, (a, b) in enumerate(itertools.pairwise(sizes), 1)
         }
         found |= {f"n{i}": norms(rng, n) for i, n in enumerate(sizes[1:], 1)}
         return found | {"w4": normal(rng, 6, classes), "b4": normal(rng, classes)}

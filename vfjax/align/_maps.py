@@ -173,12 +173,15 @@ class Maps:
 
     def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
         """One model mapped; see `apply`."""
-        return self.mix(net, net.spec.permute(tree, self.permutations[model]), model)
+        if self.permutations[model]:
+            tree = net.spec.permute(tree, self.permutations[model])
+        return self.mix(net, tree, model)
 
     def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
         """One model mapped but not permuted."""
-        tree = _without(tree, self.unknown(net))
-        return net.spec.apply(tree, self.mixing[model])
+        unknown = self.unknown(net)
+        tree = _without(tree, unknown) if unknown else tree
+        return net.spec.apply(tree, self.mixing[model]) if self.mixing[model] else tree
 
     def unknown(self, net: Network) -> frozenset[str]:
         """Paths of stored variances along groups that are mixed."""
