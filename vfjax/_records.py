@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._axes import Axis, map_axis, resized, size_at
+from vfjax._maps import check_matrix, contract, take
 from vfjax._weights import resolve_weights, weighted_mean
 
 Array = jax.Array
@@ -164,3 +166,36 @@ def average(
             )
         values.append(weighted_mean(column, weights))
     return Crossing(tuple(values), first.depth, first.origin)
+
+
+def mapped(
+    crossing: Crossing, places: Sequence[Sequence[tuple[str, Axis]]], maps: Mapping[str, Any]
+) -> Crossing:
+    """See `Network.map_crossing`; `places` are the groups of each value, with their places."""
+    values = []
+    for value, found in zip(crossing.values, places, strict=True):
+        todo = [(group, place) for group, place in found if group in maps]
+        while todo:
+            (group, place), *todo = todo
+            length = value.shape[place.axis]
+            value = _mapped(value, group, place, maps[group])
+            if value.shape[place.axis] != length:
+                m = len(maps[group])
+                todo = [
+                    (g, p if p.axis != place.axis else resized(p, place, length, m))
+                    for g, p in todo
+                ]
+        values.append(value)
+    return Crossing(tuple(values), crossing.depth, crossing.origin)
+
+
+def _mapped(value: Array, group: str, place: Axis, found: Any) -> Array:
+    if np.ndim(found) == 1:
+        return map_axis(value, place, lambda view, axis: take(view, found, axis))
+    check_matrix(group, found, size_at(group, place, value.shape))
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise ValueError(
+            f"A value of dtype {value.dtype} that carries the group {group!r} crosses the cut, and "
+            "a matrix cannot map it. Cut elsewhere."
+        )
+    return map_axis(value, place, lambda view, axis: contract(found, view, axis))
