@@ -308,14 +308,16 @@ def test_gradients_and_polynomials_are_those_of_the_objective(apply_fn):
     ]
     a, b = ({g: np.eye(p.shape[1])[p] for g, p in end.items()} for end in ends)
     step = {g: b[g] - a[g] for g in a}
-    curve = np.polynomial.Polynomial(objective.along(a, step))
+    curve = np.polynomial.Polynomial(objective.along(a, ends[1]))
     scale = objective.scale
     assert curve(0.0) == pytest.approx(objective.value(ends[0]), abs=1e-12 * scale)
     assert curve(1.0) == pytest.approx(objective.value(ends[1]), abs=1e-12 * scale)
     middle = {g: a[g] + 0.3 * step[g] for g in a}
     slope = sum(np.vdot(objective.gradient(middle)[g], step[g]) for g in a)
     assert slope == pytest.approx(curve.deriv()(0.3), abs=1e-12 * scale)
-    assert objective.along(middle, step)[0] == pytest.approx(curve(0.3), abs=1e-12 * scale)
+    rest = np.polynomial.Polynomial(objective.along(middle, ends[1]))
+    for t in (0.0, 0.5, 1.0):
+        assert rest(t) == pytest.approx(curve(0.3 + 0.7 * t), abs=1e-12 * scale)
 
 
 def test_the_relaxation_finds_better_permutations_than_its_start():

@@ -10,6 +10,7 @@ for every place in the universe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -47,8 +48,11 @@ class Objective(Protocol):
         """The gradient of the relaxed F."""
         ...
 
-    def along(self, at: Mapping[str, np.ndarray], step: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Coefficients of the polynomial `t -> F(at + t step)`, that of `t^0` first."""
+    def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Coefficients of the polynomial `t -> F(at + t (end - at))`, that of `t^0` first.
+
+        The end is a corner: permutations, int `[K, n]` by group.
+        """
         ...
 
 
@@ -80,10 +84,11 @@ class Correlations:
         ((group, p),) = at.items()
         return {group: np.einsum("iua,ijab->jub", p, self.blocks, optimize=True)}
 
-    def along(self, at: Mapping[str, np.ndarray], step: Mapping[str, np.ndarray]) -> np.ndarray:
-        (p,), (d,) = at.values(), step.values()
-        (slope,), (bend,) = self.gradient(at).values(), self.gradient(step).values()
-        return np.array([np.vdot(slope, p) / 2, np.vdot(slope, d), np.vdot(bend, d) / 2])
+    def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
+        ((group, p),), (q,) = at.items(), end.values()
+        step = np.eye(p.shape[1])[q] - p
+        slope, bend = self.gradient(at)[group], self.gradient({group: step})[group]
+        return np.array([np.vdot(slope, p) / 2, np.vdot(slope, step), np.vdot(bend, step) / 2])
 
 
 class Weights:
@@ -133,16 +138,19 @@ class Weights:
     def gradient(self, at: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = {group: np.zeros(p.shape) for group, p in at.items()}
         for path, places in self.places.items():
-            mapped = [self._mapped(path, k, at, places) for k in range(self.models)]
+            # By model and place, the leaf with all other places mapped; and with that one, too.
+            but = []
+            for k in range(self.models):
+                leaf = self.leaves[k][path]
+                but.append([self._mapped(leaf, k, at, _without(places, p)) for p in places])
+            mapped = [self._mapped(own[0], k, at, places[:1]) for k, own in enumerate(but)]
             total = np.sum(mapped, 0)
             for k in range(self.models):
-                for index, (group, axis) in enumerate(places):
-                    others = places[:index] + places[index + 1 :]
-                    leaf = self._mapped(path, k, at, others)
+                for (group, axis), leaf in zip(places, but[k], strict=True):
                     found[group][k] += _inner(total - mapped[k], leaf, axis)
         return found
 
-    def along(self, at: Mapping[str, np.ndarray], step: Mapping[str, np.ndarray]) -> np.ndarray:
+    def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
         # A leaf has a power of t for every place of a group, and products of leaves twice as many.
         found = np.zeros(1 + 2 * max(map(len, self.places.values()), default=0))
         for path, places in self.places.items():
@@ -151,9 +159,10 @@ class Weights:
                 powers = [self.leaves[k][path]]
                 for group, axis in places:
                     still = [_contract(at[group][k], leaf, axis) for leaf in powers]
-                    moved = [_contract(step[group][k], leaf, axis) for leaf in powers]
-                    both = [a + b for a, b in zip(still[1:], moved[:-1], strict=True)]
-                    powers = [still[0], *both, moved[-1]]
+                    moved = [_permute(leaf, (axis,), end[group][k]) for leaf in powers]
+                    steps = [a - b for a, b in zip(moved, still, strict=True)]
+                    both = [a + b for a, b in zip(still[1:], steps[:-1], strict=True)]
+                    powers = [still[0], *both, steps[-1]]
                 for i, a in enumerate(before):
                     for j, b in enumerate(powers):
                         found[i + j] += _dot(a, b)
@@ -169,22 +178,32 @@ class Weights:
 
     def _mapped(
         self,
-        path: str,
+        leaf: np.ndarray,
         model: int,
         at: Mapping[str, np.ndarray],
         places: Sequence[tuple[str, Axis]],
     ) -> np.ndarray:
-        """A leaf of a model, some of its axes mapped."""
-        leaf = self.leaves[model][path]
+        """A leaf of a model with some of its places mapped."""
         for group, axis in places:
             leaf = _contract(at[group][model], leaf, axis)
         return leaf
 
 
+def _without(places: Sequence[tuple[str, Axis]], one: tuple[str, Axis]) -> list[tuple[str, Axis]]:
+    return [place for place in places if place != one]
+
+
 def _contract(matrix: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
-    """Maps a place of a group by a matrix, on the host."""
+    """Maps a place of a group by a square matrix, on the host, without transposing the leaf."""
     matrix = matrix.astype(leaf.dtype)
-    return map_axis(leaf, axis, lambda v, k: np.moveaxis(np.tensordot(matrix, v, (1, k)), 0, k))
+
+    def product(view: np.ndarray, k: int) -> np.ndarray:
+        flat = view.reshape(math.prod(view.shape[:k]), view.shape[k], -1)
+        last = flat.shape[2] == 1
+        found = flat[..., 0] @ matrix.T if last else np.matmul(matrix, flat)
+        return found.reshape(view.shape)
+
+    return map_axis(leaf, axis, product)
 
 
 def nearby(gain: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -244,24 +263,21 @@ def relax(
     at = {group: np.eye(p.shape[1])[p] for group, p in start.items()}
     for _ in range(max_steps):
         slope = objective.gradient(at)
-        step = {
-            group: np.stack(
-                [
-                    np.eye(len(g))[nearby(g, p)]
-                    for g, p in zip(slope[group], _nearest(at[group]), strict=True)
-                ]
-            )
-            - at[group]
-            for group in at
+        end = {
+            group: np.stack([nearby(*pair) for pair in zip(slope[group], _nearest(p), strict=True)])
+            for group, p in at.items()
         }
-        curve = np.polynomial.Polynomial(objective.along(at, step))
+        curve = np.polynomial.Polynomial(objective.along(at, end))
         turns = curve.deriv().roots()
         inside = turns.real[(np.abs(turns.imag) < 1e-9) & (turns.real > 0) & (turns.real < 1)]
         lengths = np.array([1.0, *inside])
         length = lengths[curve(lengths).argmax()]
         if curve(length) - curve(0.0) <= _RELAXED * objective.scale:
             break
-        at = {group: p + length * step[group] for group, p in at.items()}
+        at = {
+            group: (1 - length) * p + length * np.eye(p.shape[1])[end[group]]
+            for group, p in at.items()
+        }
     return {group: _nearest(p) for group, p in at.items()}
 
 
