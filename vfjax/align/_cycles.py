@@ -1,0 +1,325 @@
+"""Permutations of K models to a shared universe: the objective, its relaxation, and the ascent.
+
+All pairs of models count alike: `F = sum_{i<j} <P_i model_i, P_j model_j>`. Two kinds of objective
+share the search: correlations, one matrix for every pair of models, a group by itself; and weights,
+whose leaves couple the groups.
+
+Permutations are int `[K, n]` by group; their relaxations are doubly stochastic, `[K, n, n]`, a row
+for every place in the universe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import scipy.linalg
+
+from vfjax._axes import Axis, map_axis
+from vfjax.align._record import assign
+from vfjax.align.weights import _dot, _inner, _permute, _search
+from vfjax.symmetry import PermutationSpec
+
+# Ties go to the unit that is in place; relative to the gains, far below their rounding.
+_PLACE = 1e-9
+# Rises that are less than this, relative to the objective's scale, are rounding.
+_RISE = 1e-10
+# The relaxation is left where steps become this small: it is a way to better permutations only.
+_RELAXED = 1e-6
+
+
+class Objective(Protocol):
+    """What the search needs to know of F."""
+
+    models: int
+    scale: float
+
+    def value(self, found: Mapping[str, np.ndarray]) -> float:
+        """F at permutations."""
+        ...
+
+    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Permutations of one model, `[n]` by group, that match it to the others as they are."""
+        ...
+
+    def gradient(self, at: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The gradient of the relaxed F."""
+        ...
+
+    def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Coefficients of the polynomial `t -> F(at + t (end - at))`, that of `t^0` first.
+
+        The end is a corner: permutations, int `[K, n]` by group.
+        """
+        ...
+
+
+class Correlations:
+    """One group: `F = sum_{i<j} tr(P_i C_ij P_j^T)`.
+
+    Args:
+        blocks: `[K, K, n, n]` with `blocks[j, i]` the transpose of `blocks[i, j]`; those of a model
+            with itself do not count.
+    """
+
+    def __init__(self, blocks: np.ndarray) -> None:
+        self.models = len(blocks)
+        self.blocks = np.array(blocks, np.float64)
+        self.blocks[np.arange(self.models), np.arange(self.models)] = 0.0
+        self.scale = float(np.abs(self.blocks).max(-1, initial=0.0).sum()) / 2
+
+    def value(self, found: Mapping[str, np.ndarray]) -> float:
+        (p,) = found.values()
+        pairs = zip(*np.triu_indices(self.models, 1), strict=True)
+        return float(sum(self.blocks[i, j][p[i], p[j]].sum() for i, j in pairs))
+
+    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ((group, p),) = found.items()
+        gain = sum(self.blocks[other, model][p[other]] for other in range(self.models))
+        return {group: nearby(np.asarray(gain), p[model])}
+
+    def gradient(self, at: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ((group, p),) = at.items()
+        return {group: np.einsum("iua,ijab->jub", p, self.blocks, optimize=True)}
+
+    def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
+        ((group, p),), (q,) = at.items(), end.values()
+        step = np.eye(p.shape[1])[q] - p
+        slope, bend = self.gradient(at)[group], self.gradient({group: step})[group]
+        return np.array([np.vdot(slope, p) / 2, np.vdot(slope, step), np.vdot(bend, step) / 2])
+
+
+class Weights:
+    """All groups at once: `F = sum_{i<j} sum over leaves <P_i leaf_i, P_j leaf_j>`.
+
+    Args:
+        spec: Which axes carry which group.
+        leaves: The leaves that count by path, on the host, one mapping per model.
+        counted: Their axes, by path and group.
+        seed: Decides the order of the groups in the sweeps of `respond`, alike for all models.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        leaves: Sequence[Mapping[str, np.ndarray]],
+        counted: Mapping[str, Mapping[str, tuple[Axis, ...]]],
+        seed: int,
+    ) -> None:
+        self.spec, self.leaves, self.seed = spec, leaves, seed
+        self.models = len(leaves)
+        self.counted = counted
+        self.places = {
+            path: [(group, axis) for group, axes in held.items() for axis in axes]
+            for path, held in counted.items()
+        }
+        norms = np.sqrt([[_dot(leaf, leaf) for leaf in held.values()] for held in leaves])
+        self.scale = float((norms.sum(0) ** 2 - (norms**2).sum(0)).sum()) / 2
+
+    def value(self, found: Mapping[str, np.ndarray]) -> float:
+        total = 0.0
+        for path in self.counted:
+            moved = [self._moved(path, k, found) for k in range(self.models)]
+            for k in range(1, self.models):
+                total += _dot(moved[k], np.sum(moved[:k], 0, np.float64))
+        return total
+
+    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        others = [k for k in range(self.models) if k != model]
+        rest = {p: np.sum([self._moved(p, k, found) for k in others], 0) for p in self.counted}
+        start = {group: p[model] for group, p in found.items()}
+        random = np.random.default_rng(self.seed)
+        return _search(
+            self.spec, rest, self.leaves[model], self.counted, start, random, 100, 1e-12
+        ).permutations
+
+    def gradient(self, at: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = {group: np.zeros(p.shape) for group, p in at.items()}
+        for path, places in self.places.items():
+            # By model and place, the leaf with all other places mapped; and with that one, too.
+            but = []
+            for k in range(self.models):
+                leaf = self.leaves[k][path]
+                but.append([self._mapped(leaf, k, at, _without(places, p)) for p in places])
+            mapped = [self._mapped(own[0], k, at, places[:1]) for k, own in enumerate(but)]
+            total = np.sum(mapped, 0)
+            for k in range(self.models):
+                for (group, axis), leaf in zip(places, but[k], strict=True):
+                    found[group][k] += _inner(total - mapped[k], leaf, axis)
+        return found
+
+    def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
+        # A leaf has a power of t for every place of a group, and products of leaves twice as many.
+        found = np.zeros(1 + 2 * max(map(len, self.places.values()), default=0))
+        for path, places in self.places.items():
+            before: list[np.ndarray] = []
+            for k in range(self.models):
+                powers = [self.leaves[k][path]]
+                for group, axis in places:
+                    still = [_contract(at[group][k], leaf, axis) for leaf in powers]
+                    moved = [_permute(leaf, (axis,), end[group][k]) for leaf in powers]
+                    steps = [a - b for a, b in zip(moved, still, strict=True)]
+                    both = [a + b for a, b in zip(still[1:], steps[:-1], strict=True)]
+                    powers = [still[0], *both, steps[-1]]
+                for i, a in enumerate(before):
+                    for j, b in enumerate(powers):
+                        found[i + j] += _dot(a, b)
+                before = [a + b for a, b in zip(before, powers, strict=True)] if before else powers
+        return found
+
+    def _moved(self, path: str, model: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A leaf of a model, permuted."""
+        leaf = self.leaves[model][path]
+        for group, axes in self.counted[path].items():
+            leaf = _permute(leaf, axes, found[group][model])
+        return leaf
+
+    def _mapped(
+        self,
+        leaf: np.ndarray,
+        model: int,
+        at: Mapping[str, np.ndarray],
+        places: Sequence[tuple[str, Axis]],
+    ) -> np.ndarray:
+        """A leaf of a model with some of its places mapped."""
+        for group, axis in places:
+            leaf = _contract(at[group][model], leaf, axis)
+        return leaf
+
+
+def _without(places: Sequence[tuple[str, Axis]], one: tuple[str, Axis]) -> list[tuple[str, Axis]]:
+    return [place for place in places if place != one]
+
+
+def _contract(matrix: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
+    """Maps a place of a group by a square matrix, on the host, without transposing the leaf."""
+    matrix = matrix.astype(leaf.dtype)
+
+    def product(view: np.ndarray, k: int) -> np.ndarray:
+        flat = view.reshape(math.prod(view.shape[:k]), view.shape[k], -1)
+        last = flat.shape[2] == 1
+        found = flat[..., 0] @ matrix.T if last else np.matmul(matrix, flat)
+        return found.reshape(view.shape)
+
+    return map_axis(leaf, axis, product)
+
+
+def nearby(gain: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The permutation of the largest gain, that at `place` among equals."""
+    gain = np.array(gain, np.float64)
+    gain[np.arange(len(place)), place] += _PLACE * np.abs(gain).max(initial=0.0) + 1e-300
+    return assign(gain)
+
+
+class Found(NamedTuple):
+    """What a search ends with.
+
+    Attributes:
+        permutations: int32 `[K, n]` by group.
+        history: F after every step of the ascent.
+        converged: Whether no model can be improved, rather than the limit on steps ending it.
+    """
+
+    permutations: dict[str, np.ndarray]
+    history: list[float]
+    converged: bool
+
+
+def solve(
+    objective: Objective, starts: Sequence[Mapping[str, np.ndarray]], *, max_steps: int
+) -> Found:
+    """Permutations at least as good as all starts: ascends from the best, and from its relaxation.
+
+    Args:
+        objective: F.
+        starts: Permutations, int `[K, n]` by group; the first wins ties.
+        max_steps: The most steps of the relaxation, and of the ascent.
+    """
+    values = [objective.value(start) for start in starts]
+    # Starts that differ by rounding are the same: the first is that of models as they are.
+    near = max(values) - _RISE * objective.scale
+    start = next(s for s, value in zip(starts, values, strict=True) if value >= near)
+    direct = ascend(objective, start, max_steps=max_steps)
+    relaxed = ascend(objective, relax(objective, start, max_steps=max_steps), max_steps=max_steps)
+    better = relaxed.history[-1] - direct.history[-1] > _RISE * objective.scale
+    return relaxed if better else direct
+
+
+def relax(
+    objective: Objective, start: Mapping[str, np.ndarray], *, max_steps: int
+) -> dict[str, np.ndarray]:
+    """Frank-Wolfe over the doubly stochastic matrices of all models and groups at once.
+
+    Every step goes from where it is towards the permutations that are best by the gradient, all of
+    them together, as far as F rises most: along the way it is a polynomial.
+
+    Returns:
+        The permutations next to where it ends.
+
+    Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), algorithm 1.
+    """
+    at = {group: np.eye(p.shape[1])[p] for group, p in start.items()}
+    for _ in range(max_steps):
+        slope = objective.gradient(at)
+        end = {
+            group: np.stack([nearby(*pair) for pair in zip(slope[group], _nearest(p), strict=True)])
+            for group, p in at.items()
+        }
+        curve = np.polynomial.Polynomial(objective.along(at, end))
+        turns = curve.deriv().roots()
+        inside = turns.real[(np.abs(turns.imag) < 1e-9) & (turns.real > 0) & (turns.real < 1)]
+        lengths = np.array([1.0, *inside])
+        length = lengths[curve(lengths).argmax()]
+        if curve(length) - curve(0.0) <= _RELAXED * objective.scale:
+            break
+        at = {
+            group: (1 - length) * p + length * np.eye(p.shape[1])[end[group]]
+            for group, p in at.items()
+        }
+    return {group: _nearest(p) for group, p in at.items()}
+
+
+def _nearest(stochastic: np.ndarray) -> np.ndarray:
+    """The permutations nearest to doubly stochastic matrices `[K, n, n]`."""
+    return np.stack([assign(matrix) for matrix in stochastic])
+
+
+def ascend(objective: Objective, start: Mapping[str, np.ndarray], *, max_steps: int) -> Found:
+    """Steepest ascent: of all models, the one is moved of which it helps most, until none helps."""
+    found = {group: np.array(p, np.int32) for group, p in start.items()}
+    history, converged = [objective.value(found)], False
+    while not converged and len(history) <= max_steps:
+        tried = []
+        for model in range(objective.models):
+            new = {group: p.copy() for group, p in found.items()}
+            for group, p in objective.respond(model, found).items():
+                new[group][model] = p
+            tried.append((objective.value(new), new))
+        best, new = max(tried, key=lambda pair: pair[0])
+        converged = best - history[-1] <= _RISE * objective.scale
+        if not converged:
+            found = new
+            history.append(best)
+    return Found(found, history, converged)
+
+
+def synchronised(blocks: np.ndarray) -> list[np.ndarray]:
+    """Permutations that all blocks agree on best in the mean square, one guess per model.
+
+    The leading n eigenvectors of the whole matrix are what permutations of all models would span
+    ("Solving the multi-way matching problem by permutation synchronization", Pachauri, Kondor &
+    Singh, 2013); they are rounded next to each model in turn.
+
+    Args:
+        blocks: `[K, K, n, n]`, symmetric as a whole.
+
+    Returns:
+        K arrays, int32 `[K, n]`.
+    """
+    models, _, n, _ = blocks.shape
+    whole = blocks.transpose(0, 2, 1, 3).reshape(models * n, models * n)
+    span = (models * n - n, models * n - 1)
+    factors = scipy.linalg.eigh(whole, subset_by_index=span)[1].reshape(models, n, n)
+    return [np.stack([assign(to @ factor.T) for factor in factors]) for to in factors]
