@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from vfjax._axes import map_axis, permute_axis, size_at
 from vfjax._maps import check_permutation
 from vfjax._streaming import GroupAxis
 
@@ -42,6 +44,10 @@ def _check(group: str, maps: Sequence[Any], n: int) -> None:
         )
 
 
+def _product(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
+    return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
+
+
 def carry(
     mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -49,11 +55,13 @@ def carry(
     mean, var = np.asarray(mean), np.asarray(var)
     covariance = None if covariance is None else np.asarray(covariance)
     size = mean.shape[1 + axis.axis]
-    n = size // (axis.outer * axis.inner)
+    n = size_at(axis.group, axis.place, (size,))
     _check(axis.group, maps, n)
     if all(m is None or np.ndim(m) == 1 for m in maps):
-        whole = np.arange(size).reshape(axis.outer, n, axis.inner)
-        order = [whole.reshape(-1) if m is None else whole[:, np.asarray(m)].ravel() for m in maps]
+        whole = np.arange(size)
+        order = [
+            whole if m is None else permute_axis(whole, axis.place, np.asarray(m)) for m in maps
+        ]
         mean, var = (
             np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
             for value in (mean, var)
@@ -74,8 +82,8 @@ def carry(
     matrices = []
     for m in maps:
         matrix = np.eye(n) if m is None else np.eye(n)[np.asarray(m)] if np.ndim(m) == 1 else m
-        matrix = np.kron(np.eye(axis.outer), np.kron(np.asarray(matrix), np.eye(axis.inner)))
-        matrices.append(matrix.astype(covariance.dtype))
+        whole = map_axis(np.eye(size), axis.place, functools.partial(_product, np.asarray(matrix)))
+        matrices.append(whole.astype(covariance.dtype))
     stacked = np.stack(matrices)
     covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
     mean = (stacked @ mean[..., None])[..., 0]

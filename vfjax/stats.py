@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from vfjax._axes import Axis
 from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
 from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, pool, stream
@@ -151,19 +152,24 @@ class Moments:
         covariance: dict[str, Any] | None = None
         if self.covariance is not None:
             covariance = dict(self.covariance)
-        for site, axes in self.axes:
-            for axis in axes:
+        places = {site: list(axes) for site, axes in self.axes}
+        for site, axes in places.items():
+            for k, axis in enumerate(axes):
                 chosen = [single(m[axis.group]) if m and axis.group in m else None for m in maps]
                 if all(m is None for m in chosen):
                     continue
                 block = None if covariance is None else covariance.get(site)
+                length = mean[site].shape[1 + axis.axis]
                 mean[site], var[site], block = carry(
-                    mean[site], var[site], block, axis, chosen, site
+                    mean[site], var[site], block, axes[k], chosen, site
                 )
+                m = next(len(found) for found in chosen if found is not None)
+                axes[:] = [other.after(axes[k], length, m) for other in axes]
                 if covariance is not None and block is not None:
                     covariance[site] = block
         mean, var, covariance = jax.tree.map(jnp.asarray, (mean, var, covariance))
-        return dataclasses.replace(self, mean=mean, var=var, covariance=covariance)
+        axes = tuple((site, tuple(found)) for site, found in places.items())
+        return dataclasses.replace(self, mean=mean, var=var, covariance=covariance, axes=axes)
 
 
 def moments(
@@ -343,12 +349,11 @@ def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mo
 def _site(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
     if name in taps:
         tap = taps[name]
-        n = net.spec.sizes[tap.group]
         return Site(
             name,
             tap.name,
-            (tap.axis, tap.outer, n, tap.inner),
-            (tap.axis + 1,),
+            Axis("", tap.axis, "elementwise", tap.outer, tap.inner, tap.windows),
+            (1,),
             (GroupAxis(tap.group, 0, 1, 1),),
         )
     if name in ("input", "output"):
@@ -362,7 +367,7 @@ def _site(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
 def _layer_axes(net: Network, layer: Any) -> tuple[GroupAxis, ...]:
     """Which channel axes of a layer carry which group, read off the spec's axes of its kernel."""
     return tuple(
-        GroupAxis(group, 0, axis.outer, axis.inner)
+        GroupAxis(group, 0, axis.outer, axis.inner, axis.windows)
         for group, axes in net.spec.groups.items()
         for axis in axes
         if axis.path == layer.kernel and axis.role == "out" and len(layer.channel_axes) == 1
