@@ -271,12 +271,12 @@ LINEN = {
     "resnet batch norm": (ResNet(), IMAGES, [4] * 4 + [8] * 4 + [16] * 4),
     "resnet layer norm": (ResNet((1, 2), "layer"), IMAGES, [4, 4, 8, 8, 8]),
     "transformer": (Transformer(), TOKENS, [12, 2, 6, 6, 14]),
-    "transformer fused": (Transformer(True), TOKENS, [12, 2, 6, 14]),
+    "transformer fused": (Transformer(True), TOKENS, [12, 2, 6, 6, 14]),
     "depthwise": (Mixed("depthwise"), IMAGES, [12, 6]),
     "multiplied": (Mixed("multiplied"), IMAGES, [12, 2, 6]),
     "grouped": (Mixed("grouped"), IMAGES, [3, 4, 8, 6]),
     "groupnorm": (Mixed("groupnorm"), IMAGES, [4, 3, 6]),
-    "concatenated": (Mixed("concatenated"), IMAGES, [6]),
+    "concatenated": (Mixed("concatenated"), IMAGES, [12, 8, 6]),
 }
 
 
@@ -333,6 +333,6 @@ def test_grouped_convolution_names_and_blocks():
     names = ["params/Conv_0:groups", "params/Conv_0:channels", "params/Conv_1", "params/Conv_2"]
     assert list(spec.groups) == names
     places = {(a.path, a.axis): a for a in spec.groups["params/Conv_0:groups"]}
-    assert places["params/Conv_0/kernel", 3][2:] == ("out", 1, 4)
+    assert places["params/Conv_0/kernel", 3][2:5] == ("out", 1, 4)
     # Groups are no matrix product, so exchanging them is neither "out" nor "in" here.
-    assert places["params/Conv_1/kernel", 3][2:] == ("elementwise", 1, 8)
+    assert places["params/Conv_1/kernel", 3][2:5] == ("elementwise", 1, 8)

@@ -165,6 +165,124 @@ def concatenate(h, n, leaf):
 
 
 @operation
+def concatenate_layers(h, n, leaf):
+    """As in a DenseNet: features, and those that a layer makes of them."""
+    parts = [h, jnp.tanh(h @ leaf((h.shape[-1], 4)))]
+    if n % 2:
+        parts.append(parts[0] @ leaf((h.shape[-1], 3)))
+    return jnp.concatenate(parts[::-1] if n % 3 else parts, axis=-1)
+
+
+@operation
+def split_and_gate(h, n, leaf):
+    """As a gated linear unit; the parts may be of unequal size, and one may be dropped."""
+    axis = along(h, n)
+    size = h.shape[axis]
+    cut = size // 2 if n % 2 else max(1, size // 3)
+    first, second = jnp.split(h, [cut], axis=axis)
+    if first.shape == second.shape:
+        return first * jax.nn.sigmoid(second)
+    return jnp.concatenate([jnp.sin(second), first], axis=axis) if n % 3 else second
+
+
+@operation
+def slices(h, n, leaf):
+    axis = along(h, n)
+    size = h.shape[axis]
+    part = lax.slice_in_dim(h, size // 4, size - size // 4, axis=axis)
+    return part + lax.slice_in_dim(h, 0, part.shape[axis], axis=axis) if n % 2 else part
+
+
+@operation
+def pad(h, n, leaf):
+    config = [(0, 0, 0)] * h.ndim
+    config[along(h, n)] = [(1, 2, 0), (2, 0, 0), (-1, 1, 0), (0, 1, 1)][n % 4]
+    return lax.pad(h, jnp.asarray(0.5, h.dtype), config)
+
+
+@operation
+def padded_shortcut(h, n, leaf):
+    """As option A of a ResNet: the shortcut's new channels are zero."""
+    wide = jnp.tanh(h @ leaf((h.shape[-1], h.shape[-1] + 3)))
+    return wide + jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(1, 2)])
+
+
+@operation
+def mix_parts(h, n, leaf):
+    """A residual layer after a concatenation of parts of other sizes."""
+    size = h.shape[-1]
+    parts = [h @ leaf((size, k)) for k in (size // 3, size - size // 3)]
+    return h + jnp.concatenate(parts, axis=-1) if parts[0].size else h
+
+
+@operation
+def depthwise_pointwise(h, n, leaf):
+    flat = h.reshape(BATCH, -1, h.shape[-1])
+    channels, dims = flat.shape[-1], ("NHC", "HIO", "NHC")
+    flat = lax.conv_general_dilated(
+        flat,
+        leaf((3, 1, channels)),
+        (1,),
+        "SAME",
+        dimension_numbers=dims,
+        feature_group_count=channels,
+    )
+    return flat @ leaf((channels, 6))
+
+
+@operation
+def shuffle(h, n, leaf):
+    """The channel shuffle between grouped convolutions."""
+    groups = (2, 3)[n % 2]
+    if h.shape[-1] % groups:
+        return h
+    parts = h.reshape(*h.shape[:-1], groups, -1)
+    return jnp.swapaxes(parts, -1, -2).reshape(h.shape)
+
+
+@operation
+def fused_attention(h, n, leaf):
+    """Queries, keys and values of one kernel, in the orders that libraries use."""
+    heads, dims = 2, 3
+    flat = h.reshape(BATCH, -1, h.shape[-1])
+    fused = flat @ leaf((flat.shape[-1], 3 * heads * dims)) + leaf((1, 1, 3 * heads * dims))
+    if n == 0:
+        parts = [p.reshape(*p.shape[:2], heads, dims) for p in jnp.split(fused, 3, axis=-1)]
+    elif n in (1, 2):
+        parts = fused.reshape(*flat.shape[:2], 3, heads, dims)
+        parts = list(jnp.moveaxis(parts, 2, 0)) if n == 1 else [parts[:, :, k] for k in range(3)]
+    elif n == 3:
+        parts = jnp.split(fused.reshape(*flat.shape[:2], heads, 3 * dims), 3, axis=-1)
+    elif n == 4:
+        parts = fused.reshape(*flat.shape[:2], heads, 3, dims)
+        parts = [parts[..., k, :] for k in range(3)]
+    else:  # rank 3 after all, and two of the three summed
+        parts = fused.reshape(*flat.shape[:2], 3, heads, dims)
+        parts = [parts[:, :, 0], parts[:, :, 1], parts.sum(2)]
+    query, key, value = parts
+    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+    out = jnp.einsum("bhqk,bkhd->bqhd", scores, value)
+    return out.reshape(*flat.shape[:2], heads * dims) @ leaf((heads * dims, 6))
+
+
+@operation
+def split_attention(h, n, leaf):
+    """Attention with a kernel each, and the heads an axis of the kernels or not."""
+    flat = h.reshape(BATCH, -1, h.shape[-1])
+    if n % 2:
+        parts = [jnp.einsum("btc,chd->bthd", flat, leaf((flat.shape[-1], 2, 3))) for _ in range(3)]
+    else:
+        parts = [flat @ leaf((flat.shape[-1], 6)) for _ in range(3)]
+        parts = [p.reshape(*p.shape[:2], 2, 3) for p in parts]
+    if n % 3 == 1:
+        parts[0] = parts[0] * leaf((1, 1, 1, 3))  # a scale that the heads share
+    if n % 3 == 2:
+        parts[2] = jnp.einsum("bthd,hg->btgd", parts[2], leaf((2, 2)))
+    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", parts[0], parts[1]))
+    return jnp.einsum("bhqk,bkhd->bqhd", scores, parts[2]).reshape(*flat.shape[:2], 6)
+
+
+@operation
 def tile(h, n, leaf):
     return jnp.tile(h, shaped(np.broadcast_to(2, (2,) * h.ndim), along(h, n)))
 
@@ -272,6 +390,12 @@ FAULTS = {  # an operation, its primitive, and a rule that forgets what breaks t
     "reverse": ("rev", lambda step: [step.inputs[0].axes]),
     "cumulate": ("cumsum", lambda step: [step.inputs[0].axes]),
     "bias": ("add", lambda step: [max((v.axes for v in step.inputs), key=len)]),
+    "pad": ("pad", lambda step: [[step.free(n) for n in step.shapes[0]]]),
+    "split_and_gate": (
+        "split",
+        lambda step: [[step.free(n) for n in shape] for shape in step.shapes],
+    ),
+    "concatenate_layers": ("concatenate", lambda step: [[step.free(n) for n in step.shapes[0]]]),
     "pool": (
         "reduce_window_max",
         lambda step: [

@@ -299,3 +299,87 @@ def test_check_spec_of_infinite_parameters():
 def test_check_spec_of_no_network(net):
     with pytest.raises(TypeError, match=rf"net must be a Network.* was a {type(net).__name__}"):
         check_spec(net, tree(), X)
+
+
+# Two layers side by side, joined, split elsewhere and in heads: places in windows.
+JOINED = PermutationSpec(
+    {
+        "a": [("a", 1, "out"), ("c", 0, "in", 1, 1, ((1, 0, 5, 1),))],
+        "b": [("b", 1, "out"), ("c", 0, "in", 1, 1, ((1, 5, 4, 1),))],
+        "heads": [("c", 1, "out", 1, 7), ("d", 0, "in")],
+        "low": [("c", 1, "out", 1, 1, ((2, 0, 3, 1),)), ("d", 1, "in", 1, 1, ((1, 0, 3, 1),))],
+        "high": [("c", 1, "out", 1, 1, ((2, 3, 4, 1),)), ("d", 1, "in", 1, 1, ((1, 3, 4, 1),))],
+    }
+)
+JOINED_SHAPES = {"a": (3, 5), "b": (3, 4), "c": (9, 14), "d": (2, 7, 2)}
+
+
+def joined_tree():
+    rng = np.random.default_rng(0)
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in JOINED_SHAPES.items()}
+
+
+def joined(p, x, heads=2):
+    h = jnp.concatenate([jnp.tanh(x @ p["a"]), jnp.tanh(x @ p["b"])], axis=1)
+    return jnp.einsum("bhd,hdo->bo", jnp.sin(h @ p["c"]).reshape(len(x), heads, -1), p["d"])
+
+
+ROWS = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+
+
+def test_places_in_windows():
+    v = joined_tree()
+    sizes = {"a": 5, "b": 4, "heads": 2, "low": 3, "high": 4}
+    assert JOINED.validate(v) == sizes
+    net = types.SimpleNamespace(spec=JOINED, run=joined)
+    assert check_spec(net, v, ROWS) < 1e-5 * float(jnp.abs(joined(v, ROWS)).max())
+    p = {name: np.random.default_rng(2).permutation(n) for name, n in sizes.items()}
+    moved = JOINED.permute(v, p)
+    assert all(isinstance(leaf, np.ndarray) for leaf in moved.values())
+    np.testing.assert_array_equal(
+        moved["c"][5:], JOINED.permute(v, p | {"a": np.arange(5)})["c"][5:]
+    )
+    assert same(JOINED.permute(moved, invert(p)), v)
+    assert same(jax.jit(JOINED.permute)(v, p), moved)
+    matrices = {n: (np.eye(len(q), dtype=np.float32)[q], np.eye(len(q))[q].T) for n, q in p.items()}
+    assert same(jax.tree.map(np.asarray, JOINED.apply(v, matrices)), moved)
+
+
+def split_unit(n, j):
+    """Maps that split a unit into two halves: what writes it is copied, what reads it halved."""
+    merge = np.eye(n, dtype=np.float32)[[*range(n), j]]
+    return merge, merge.T / merge.sum(0)[:, None]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_groups_may_grow_along_one_axis(order):
+    """Segments and blocks of a leaf move as others along its axis get more entries."""
+    v = joined_tree()
+    spec = PermutationSpec(dict(list(JOINED.groups.items())[::order]))
+    maps = {name: split_unit(n, n - 1) for name, n in spec.validate(v).items()}
+    grown = spec.apply(v, maps)
+    shapes = {"a": (3, 6), "b": (3, 5), "c": (11, 27), "d": (3, 9, 2)}
+    assert {k: leaf.shape for k, leaf in grown.items()} == shapes
+    np.testing.assert_allclose(joined(grown, ROWS, 3), joined(v, ROWS), rtol=1e-4, atol=1e-5)
+
+
+def test_windows_are_checked():
+    v = joined_tree()
+    with pytest.raises(ValueError, match="the window 5:10 ends after them"):
+        PermutationSpec({"g": [("c", 0, "in", 1, 1, ((1, 5, 5, 1),))]}).validate(v)
+    with pytest.raises(ValueError, match="cannot be viewed as .2, n, 1."):
+        PermutationSpec({"g": [("c", 0, "in", 1, 1, ((2, 0, 3, 1),))]}).validate(v)
+    with pytest.raises(ValueError, match="sizes of windows are at least 1"):
+        PermutationSpec({"g": [("c", 0, "in", 1, 1, ((1, 0, 0, 1),))]})
+    with pytest.raises(ValueError, match="a window starts at 0 or later"):
+        PermutationSpec({"g": [("c", 0, "in", 1, 1, ((1, -1, 2, 1),))]})
+    for windows in (3, ((1, 0, 2),), ((1, 0, 2.0, 1),)):
+        with pytest.raises(TypeError, match="a tuple of windows"):
+            PermutationSpec({"g": [("c", 0, "in", 1, 1, windows)]})
+    whole = ("c", 0, "in")
+    for other in (("c", 0, "in", 1, 1, ((1, 2, 3, 1),)), ("c", 0, "in", 1, 3)):
+        with pytest.raises(ValueError, match="groups 'g' and 'h' overlap on axis 0 of 'c'"):
+            PermutationSpec({"g": [whole], "h": [other]}).validate(v)
+    one, two = (("c", 0, "in", 1, 1, ((1, start, 4, 1),)) for start in (0, 3))
+    with pytest.raises(ValueError, match="overlap"):
+        PermutationSpec({"g": [one], "h": [two]}).validate(v)

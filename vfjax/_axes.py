@@ -2,18 +2,28 @@
 
 A group's entries lie along an axis of a leaf, and not always alone: after a flattened 4x4 map, each
 channel owns 16 rows of a dense kernel. Its place is then the middle of a row-major
-(outer, n, inner) view of the axis.
+(outer, n, inner) view of the axis. Where features were concatenated it is a segment of the axis:
+windows, each a part of the middle of such a view, are looked into first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from vfjax._maps import take
+
 ROLES = ("out", "in", "elementwise")
+
+Window = tuple[int, int, int, int]
+"""(outer, start, size, inner): of a row-major (outer, n, inner) view, a part of the n entries."""
 
 
 class Axis(NamedTuple):
@@ -28,6 +38,10 @@ class Axis(NamedTuple):
         outer: The group's n entries sit in the middle of a row-major (outer, n, inner) view of the
             axis. A dense layer after a flattened 4x4 map has outer 16 and inner 1.
         inner: See `outer`. An axis of heads, each of size 8, has inner 8.
+        windows: Segments to look into first, one inside the other, as (outer, start, size, inner):
+            what has been looked into so far is viewed as (outer, n, inner), and of the n entries
+            those from start on are kept, size of them. The last 4 of 12 concatenated features are
+            `((1, 8, 4, 1),)`.
     """
 
     path: str
@@ -35,11 +49,18 @@ class Axis(NamedTuple):
     role: str = "elementwise"
     outer: int = 1
     inner: int = 1
+    windows: tuple[Window, ...] = ()
 
     def __str__(self) -> str:
-        block = "" if self.outer == self.inner == 1 else f"({self.outer},n,{self.inner})"
         role = "" if self.role == "elementwise" else f" {self.role}"
-        return f"{self.path}[{self.axis}]{block}{role}"
+        return f"{self.path}[{self.axis}]{self.block}{role}"
+
+    @property
+    def block(self) -> str:
+        """How the group lies along the axis, as text: empty if it fills it."""
+        parts = [(o, f"{start}:{start + size}", i) for o, start, size, i in self.windows]
+        parts += [] if self.outer == self.inner == 1 else [(self.outer, "n", self.inner)]
+        return "".join(f"[{n}]" if o == i == 1 else f"({o},{n},{i})" for o, n, i in parts)
 
 
 class FixedAxis(NamedTuple):
@@ -65,7 +86,8 @@ def as_axis(group: str, place: Any) -> Axis:
 
     Args:
         group: Name of its group, for messages.
-        place: `(path, axis)`, `(path, axis, role)` or `(path, axis, role, outer, inner)`.
+        place: `(path, axis)`, `(path, axis, role)`, `(path, axis, role, outer, inner)` or that and
+            windows.
 
     Returns:
         The place.
@@ -76,25 +98,34 @@ def as_axis(group: str, place: Any) -> Axis:
     """
     try:
         a = Axis(*place)
+        numbers = [a.axis, a.outer, a.inner, *itertools.chain.from_iterable(a.windows)]
     except TypeError:
-        a = None
+        a, numbers = None, []
     if (
         a is None
         or not isinstance(a.path, str)
-        or not all(isinstance(n, (int, np.integer)) for n in (a.axis, a.outer, a.inner))
+        or not all(isinstance(n, (int, np.integer)) for n in numbers)
+        or any(len(window) != 4 for window in a.windows)
     ):
         raise TypeError(
-            f"group {group!r} lists {place!r}; a place is (path, axis), (path, axis, role) or "
-            "(path, axis, role, outer, inner)."
+            f"group {group!r} lists {place!r}; a place is (path, axis), (path, axis, role), "
+            "(path, axis, role, outer, inner) or that and a tuple of windows "
+            "(outer, start, size, inner)."
         )
     if a.role not in ROLES:
         raise ValueError(f"group {group!r}: role {a.role!r} of '{a.path}' must be one of {ROLES}.")
-    if a.axis < 0 or a.outer < 1 or a.inner < 1:
+    if (
+        a.axis < 0
+        or min([a.outer, a.inner, *(n for o, _, s, i in a.windows for n in (o, s, i))]) < 1
+    ):
         raise ValueError(
-            f"group {group!r} lists {tuple(a)!r}; the axis is counted from 0, and outer and inner "
-            "are at least 1."
+            f"group {group!r} lists {tuple(a)!r}; the axis is counted from 0, and outer, inner and "
+            "the sizes of windows are at least 1."
         )
-    return a._replace(axis=int(a.axis), outer=int(a.outer), inner=int(a.inner))
+    if any(start < 0 for _, start, _, _ in a.windows):
+        raise ValueError(f"group {group!r} lists {tuple(a)!r}; a window starts at 0 or later.")
+    windows = tuple(tuple(int(n) for n in window) for window in a.windows)
+    return a._replace(axis=int(a.axis), outer=int(a.outer), inner=int(a.inner), windows=windows)
 
 
 def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
@@ -104,13 +135,32 @@ def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
             f"group {group!r}: axis {a.axis} of '{a.path}' is out of range; the leaf has shape "
             f"{shape}."
         )
-    length, block = shape[a.axis], a.outer * a.inner
-    if length % block:
-        raise ValueError(
-            f"group {group!r}: axis {a.axis} of '{a.path}' has {length} entries, which cannot be "
-            f"viewed as ({a.outer}, n, {a.inner})."
-        )
-    return length // block
+    length = shape[a.axis]
+    for outer, start, size, inner in (*a.windows, (a.outer, 0, 0, a.inner)):
+        if length % (outer * inner):
+            raise ValueError(
+                f"group {group!r}: axis {a.axis} of '{a.path}' has {length} entries, which cannot "
+                f"be viewed as ({outer}, n, {inner})."
+            )
+        length //= outer * inner
+        if start + size > length:
+            raise ValueError(
+                f"group {group!r}: axis {a.axis} of '{a.path}' has {length} entries to look into, "
+                f"and the window {start}:{start + size} ends after them."
+            )
+        length = size or length
+    return length
+
+
+@functools.lru_cache(maxsize=4096)
+def overlap(places: tuple[Axis, ...], length: int) -> tuple[int, int] | None:
+    """Two places along one axis that share entries without being each other's blocks, or None."""
+    for i, j in itertools.combinations(range(len(places)), 2):
+        try:
+            resized(places[i], places[j], length, 1)
+        except ValueError:
+            return i, j
+    return None
 
 
 def resized(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
@@ -121,11 +171,48 @@ def resized(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
         mapped: Another place along the same axis.
         length: Length of the axis before.
         m: Number of entries of the group at `mapped` after.
+
+    Raises:
+        ValueError: If the two share entries without being each other's blocks.
     """
-    n = length // (mapped.outer * mapped.inner)
-    if a.inner % (n * mapped.inner) == 0:
-        return a._replace(inner=a.inner // n * m)
-    return a._replace(outer=a.outer // n * m)
+    levels, _ = _resized(_levels(a), _levels(mapped), length, m)
+    *windows, (outer, _, _, inner) = levels
+    return a._replace(outer=outer, inner=inner, windows=tuple(windows))
+
+
+def _levels(a: Axis) -> list[Window]:
+    """The windows, and the group itself as one without end."""
+    return [*a.windows, (a.outer, 0, 0, a.inner)]
+
+
+def _grown(levels: Sequence[Window], length: int, m: int) -> int:
+    """How long an axis becomes as the group inside some windows gets m entries."""
+    (outer, _, size, inner), *rest = levels
+    n = length // (outer * inner)
+    return outer * inner * (n - size + _grown(rest, size, m) if rest else m)
+
+
+def _resized(
+    levels: Sequence[Window], mapped: Sequence[Window], length: int, m: int
+) -> tuple[list[Window], int]:
+    """The windows after the change, and the length of the axis."""
+    (outer, start, size, inner), *rest = levels
+    (outside, first, count, inside), *deeper = mapped
+    new = _grown(mapped, length, m)
+    n, old = length // (outer * inner), length // (outside * inside)
+    now = new // (outside * inside)
+    if (outer, inner) == (outside, inside):
+        if rest and deeper and (start, size) == (first, count):
+            rest, size = _resized(rest, deeper, size, m)
+            return [(outer, start, size, inner), *rest], new
+        if rest and deeper and (start + size <= first or first + count <= start):
+            start += now - old if start > first else 0
+            return [(outer, start, size, inner), *rest], new
+    elif outer % (outside * old) == 0 and inside % (n * inner) == 0:
+        return [(outer // old * now, start, size, inner), *rest], new
+    elif inner % (inside * old) == 0 and outside % (n * outer) == 0:
+        return [(outer, start, size, inner // old * now), *rest], new
+    raise ValueError("the two places overlap")
 
 
 def absent_paths(variables: Any) -> list[str]:
@@ -133,6 +220,24 @@ def absent_paths(variables: Any) -> list[str]:
     flat, _ = jax.tree_util.tree_flatten_with_path(variables, is_leaf=lambda v: v is None)
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, v in flat if v is None]
     return [path.removesuffix("/value") for path in paths]
+
+
+def rows(leaf: Any, a: Axis) -> Any:
+    """A leaf as `[before, n, after]`, where a place's n entries are in the middle."""
+    before, length = math.prod(leaf.shape[: a.axis]), leaf.shape[a.axis]
+    after = math.prod(leaf.shape[a.axis + 1 :])
+    for outer, start, size, inner in a.windows:
+        before, after, length = before * outer, inner * after, length // (outer * inner)
+        leaf, length = leaf.reshape(before, length, after)[:, start : start + size], size
+    return leaf.reshape(before * a.outer, length // (a.outer * a.inner), a.inner * after)
+
+
+def permute_axis(leaf: Any, a: Axis, permutation: Any) -> Any:
+    """Reorders the entries at a place: `new = take(old, permutation)`."""
+    if a.outer != 1 or a.inner != 1 or a.windows:
+        line, order = a._replace(axis=0), np.arange(leaf.shape[a.axis])
+        permutation = map_axis(order, line, lambda view, k: take(view, permutation, k))
+    return take(leaf, permutation, a.axis)
 
 
 def map_axis(leaf: Any, a: Axis, fn: Callable[[Any, int], Any]) -> Any:
@@ -146,9 +251,40 @@ def map_axis(leaf: Any, a: Axis, fn: Callable[[Any, int], Any]) -> Any:
     Returns:
         The array, with the axis put together again.
     """
-    if a.outer == a.inner == 1:
-        return fn(leaf, a.axis)
-    before, after = leaf.shape[: a.axis], leaf.shape[a.axis + 1 :]
-    n = leaf.shape[a.axis] // (a.outer * a.inner)
-    result = fn(leaf.reshape(*before, a.outer, n, a.inner, *after), a.axis + 1)
-    return result.reshape(*before, a.outer * result.shape[a.axis + 1] * a.inner, *after)
+    if a.windows:
+        (outer, start, size, inner), *deeper = a.windows
+        return _inside(
+            leaf,
+            a.axis,
+            outer,
+            inner,
+            fn=functools.partial(
+                _window,
+                start=start,
+                stop=start + size,
+                place=a._replace(windows=tuple(deeper)),
+                fn=fn,
+            ),
+        )
+    return _inside(leaf, a.axis, a.outer, a.inner, fn)
+
+
+def _inside(leaf: Any, axis: int, outer: int, inner: int, fn: Callable[[Any, int], Any]) -> Any:
+    """Applies `fn(view, dimension)` to the middle of a row-major (outer, n, inner) view."""
+    if outer == inner == 1:
+        return fn(leaf, axis)
+    before, after = leaf.shape[:axis], leaf.shape[axis + 1 :]
+    n = leaf.shape[axis] // (outer * inner)
+    result = fn(leaf.reshape(*before, outer, n, inner, *after), axis + 1)
+    return result.reshape(*before, outer * result.shape[axis + 1] * inner, *after)
+
+
+def _window(
+    leaf: Any, axis: int, *, start: int, stop: int, place: Axis, fn: Callable[[Any, int], Any]
+) -> Any:
+    """Applies a function to a place inside a segment of a dimension."""
+    whole = (slice(None),) * axis
+    middle = map_axis(leaf[(*whole, slice(start, stop))], place._replace(axis=axis), fn)
+    parts = leaf[(*whole, slice(start))], middle, leaf[(*whole, slice(stop, None))]
+    library = np if isinstance(middle, np.ndarray) else jnp
+    return library.concatenate(parts, axis=axis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vfjax._axes import map_axis, permute_axis, size_at
 from vfjax._maps import check_permutation
 from vfjax._streaming import GroupAxis
 
@@ -46,7 +48,15 @@ def _check(group: str, maps: Sequence[Any], n: int) -> None:
 def _flat(axis: GroupAxis, shape: tuple[int, ...]) -> GroupAxis:
     """The same along all channel axes of moments `[K, *channels]`, laid out as one."""
     before, after = math.prod(shape[1 : 1 + axis.axis]), math.prod(shape[2 + axis.axis :])
-    return axis._replace(axis=0, outer=axis.outer * before, inner=axis.inner * after)
+    if not axis.windows:
+        return axis._replace(axis=0, outer=axis.outer * before, inner=axis.inner * after)
+    (outer, start, size, inner), *rest = axis.windows
+    first = (outer * before, start, size, inner * after)
+    return axis._replace(axis=0, windows=(first, *rest))
+
+
+def _product(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
+    return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
 
 
 def carry(
@@ -62,11 +72,13 @@ def carry(
         return mean.reshape(*before, -1, *after), var.reshape(*before, -1, *after), covariance
     covariance = None if covariance is None else np.asarray(covariance)
     size = mean.shape[1 + axis.axis]
-    n = size // (axis.outer * axis.inner)
+    n = size_at(axis.group, axis.place, (size,))
     _check(axis.group, maps, n)
     if all(m is None or np.ndim(m) == 1 for m in maps):
-        whole = np.arange(size).reshape(axis.outer, n, axis.inner)
-        order = [whole.reshape(-1) if m is None else whole[:, np.asarray(m)].ravel() for m in maps]
+        whole = np.arange(size)
+        order = [
+            whole if m is None else permute_axis(whole, axis.place, np.asarray(m)) for m in maps
+        ]
         mean, var = (
             np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
             for value in (mean, var)
@@ -87,8 +99,8 @@ def carry(
     matrices = []
     for m in maps:
         matrix = np.eye(n) if m is None else np.eye(n)[np.asarray(m)] if np.ndim(m) == 1 else m
-        matrix = np.kron(np.eye(axis.outer), np.kron(np.asarray(matrix), np.eye(axis.inner)))
-        matrices.append(matrix.astype(covariance.dtype))
+        whole = map_axis(np.eye(size), axis.place, functools.partial(_product, np.asarray(matrix)))
+        matrices.append(whole.astype(covariance.dtype))
     stacked = np.stack(matrices)
     covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
     mean = (stacked @ mean[..., None])[..., 0]

@@ -76,13 +76,11 @@ def describe_taps(traced: Traced, *, axes: Axes, groups: Mapping[int, str]) -> t
     found: dict[tuple[int, str], Tap] = {}
     for name, value in traced.taps.items():
         for axis, atoms in enumerate(axes.get(value, ())):
-            sizes = [atom.size for atom in atoms]
-            for k, atom in enumerate(atoms):
+            for atom in atoms:
                 group = groups.get(atom.group)
-                if group is None or (value, group) in found:
-                    continue
-                outer, inner = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
-                found[value, group] = Tap(f"{name}:act", group, axis, outer, inner)
+                if group is not None and (value, group) not in found:
+                    where = atom.outer, atom.inner, atom.windows
+                    found[value, group] = Tap(f"{name}:act", group, axis, *where)
     return tuple(found.values())
 
 

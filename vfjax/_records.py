@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import Axis, map_axis, resized, size_at
+from vfjax._axes import Axis, Window, map_axis, resized, size_at
 from vfjax._maps import check_matrix, contract, take
 from vfjax._weights import resolve_weights, weighted_mean
 
@@ -117,6 +117,7 @@ class Tap:
         axis: The axis of the value that holds it.
         outer: The axis is a row-major `(outer, n, inner)`; the group's n entries are in the middle.
         inner: See `outer`.
+        windows: Segments of the axis to look into first, as in `vfjax.symmetry.Axis`.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Tap:
     axis: int
     outer: int = 1
     inner: int = 1
+    windows: tuple[Window, ...] = ()
 
 
 @jax.tree_util.register_dataclass

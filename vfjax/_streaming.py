@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vfjax._axes import Axis, Window, resized, rows
 from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
 from vfjax._pooled import ROUNDINGS, shifted_moments
@@ -32,12 +33,25 @@ _PIECE_MIN = 16
 
 
 class GroupAxis(NamedTuple):
-    """A channel axis that carries a group: its `n` entries in a row-major `(outer, n, inner)`."""
+    """A channel axis that carries a group, as in `vfjax.symmetry.Axis`."""
 
     group: str
     axis: int
     outer: int
     inner: int
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def place(self) -> Axis:
+        """The same as a place of a value that has one axis."""
+        return Axis("", 0, "elementwise", self.outer, self.inner, self.windows)
+
+    def after(self, mapped: GroupAxis, length: int, m: int) -> GroupAxis:
+        """Where it lies after another group of an axis of some length has got m entries."""
+        if mapped.axis != self.axis or mapped.place == self.place:
+            return self
+        place = resized(self.place, mapped.place, length, m)
+        return self._replace(outer=place.outer, inner=place.inner, windows=place.windows)
 
 
 class Site(NamedTuple):
@@ -45,8 +59,9 @@ class Site(NamedTuple):
 
     name: str
     source: str
-    # Axis, outer, n, inner: what to split before `keep` counts axes; None to split nothing.
-    split: tuple[int, int, int, int] | None
+    # Where the channels are, of a value that becomes `[before, n, after]` before `keep` counts its
+    # axes; None to leave it as it is.
+    split: Axis | None
     # Channel axes; None for all but the first.
     keep: tuple[int, ...] | None
     axes: tuple[GroupAxis, ...]
@@ -221,8 +236,7 @@ def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
         )
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     if site.split is not None:
-        axis, *parts = site.split
-        value = value.reshape(*value.shape[:axis], *parts, *value.shape[axis + 1 :])
+        value = rows(value, site.split)
     keep = tuple(range(1, value.ndim)) if site.keep is None else site.keep
     return value, tuple(a for a in range(value.ndim) if a not in keep)
 

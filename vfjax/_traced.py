@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -156,12 +155,10 @@ class Traced:
         """Groups that the axes of a value carry, each with its place there."""
         found = []
         for axis, atoms in enumerate(self.propagation.axes[value]):
-            sizes = [atom.size for atom in atoms]
-            for k, atom in enumerate(atoms):
+            for atom in atoms:
                 if atom.group is not None and atom.group in self.groups:
-                    outer, inner = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
-                    place = Axis("", axis, "elementwise", outer, inner)
-                    found.append((self.groups[atom.group], place))
+                    where = atom.outer, atom.inner, atom.windows
+                    found.append((self.groups[atom.group], Axis("", axis, "elementwise", *where)))
         return tuple(found)
 
     def norm_after(self, site: _sites.LinearSite) -> str | None:

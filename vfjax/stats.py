@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from vfjax._axes import Axis
 from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
 from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, pool, stream
@@ -151,19 +152,24 @@ class Moments:
         covariance: dict[str, Any] | None = None
         if self.covariance is not None:
             covariance = dict(self.covariance)
-        for site, axes in self.axes:
-            for axis in axes:
+        places = {site: list(axes) for site, axes in self.axes}
+        for site, axes in places.items():
+            for k, axis in enumerate(axes):
                 chosen = [single(m[axis.group]) if m and axis.group in m else None for m in maps]
                 if all(m is None for m in chosen):
                     continue
                 block = None if covariance is None else covariance.get(site)
+                length = mean[site].shape[1 + axis.axis]
                 mean[site], var[site], block = carry(
-                    mean[site], var[site], block, axis, chosen, site
+                    mean[site], var[site], block, axes[k], chosen, site
                 )
+                m = next(len(found) for found in chosen if found is not None)
+                axes[:] = [other.after(axes[k], length, m) for other in axes]
                 if covariance is not None and block is not None:
                     covariance[site] = block
         mean, var, covariance = jax.tree.map(jnp.asarray, (mean, var, covariance))
-        return dataclasses.replace(self, mean=mean, var=var, covariance=covariance)
+        axes = tuple((site, tuple(found)) for site, found in places.items())
+        return dataclasses.replace(self, mean=mean, var=var, covariance=covariance, axes=axes)
 
 
 def moments(
@@ -344,12 +350,11 @@ def site_of(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
     """How a site is read, by its name; `taps` are `taps_by_site(net)`."""
     if name in taps:
         tap = taps[name]
-        n = net.spec.sizes[tap.group]
         return Site(
             name,
             tap.name,
-            (tap.axis, tap.outer, n, tap.inner),
-            (tap.axis + 1,),
+            Axis("", tap.axis, "elementwise", tap.outer, tap.inner, tap.windows),
+            (1,),
             (GroupAxis(tap.group, 0, 1, 1),),
         )
     if name in ("input", "output"):

@@ -23,7 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import Axis, FixedAxis, absent_paths, as_axis, map_axis, size_at
+from vfjax._axes import (
+    Axis,
+    FixedAxis,
+    absent_paths,
+    as_axis,
+    map_axis,
+    overlap,
+    permute_axis,
+    resized,
+    size_at,
+)
 from vfjax._maps import (
     as_array,
     check_matrices,
@@ -31,7 +41,6 @@ from vfjax._maps import (
     compose,
     contract,
     invert,
-    take,
 )
 from vfjax._propagate import Propagation
 from vfjax._propagate.groups import named_groups
@@ -60,8 +69,8 @@ class PermutationSpec:
     spec written by hand equals an inferred one.
 
     Attributes:
-        groups: Places by name of the group, in order. Tuples `(path, axis)`, `(path, axis, role)`
-            and `(path, axis, role, outer, inner)` are turned into `Axis`.
+        groups: Places by name of the group, in order. Tuples of the first fields of an `Axis`,
+            `(path, axis)` at least, are turned into one.
         sizes: Number of entries by group; empty in a spec written by hand, whose sizes are found
             on use (`validate` returns them).
         fixed: Axes without symmetry, and why.
@@ -146,27 +155,26 @@ class PermutationSpec:
         """
         flat, absent = flatten_named(variables)[0], absent_paths(variables)
         sizes: dict[str, int] = {}
-        spans: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+        along: dict[tuple[str, int], list[tuple[Axis, str]]] = {}
         for name, axes in self.groups.items():
             for a in axes:
                 if a.path in flat:
                     size = size_at(name, a, np.shape(flat[a.path]))
                     self._check_size(name, a, size, sizes)
-                    span = (a.inner, a.inner * size, name)
-                    spans.setdefault((a.path, a.axis), []).append(span)
+                    along.setdefault((a.path, a.axis), []).append((a, name))
                 elif not any(a.path == p or a.path.startswith(p + "/") for p in absent):
                     raise ValueError(
                         f"variables has no leaf '{a.path}', which group {name!r} of the spec "
                         f"lists; it has {some(flat)}."
                     )
-        for (path, axis), along in spans.items():
-            along.sort()
-            for (_, end, one), (start, _, other) in zip(along, along[1:], strict=False):
-                if end and start % end:
-                    raise ValueError(
-                        f"groups {one!r} and {other!r} overlap on axis {axis} of '{path}'; check "
-                        "their outer and inner."
-                    )
+        for (path, axis), places in along.items():
+            found = overlap(tuple(a for a, _ in places), np.shape(flat[path])[axis])
+            if found is not None:
+                one, other = (places[k][1] for k in found)
+                raise ValueError(
+                    f"groups {one!r} and {other!r} overlap on axis {axis} of '{path}'; check "
+                    "their outer, inner and windows."
+                )
         if permutations is not None:
             self._check_permutations(permutations, {**self.sizes, **sizes})
         return sizes
@@ -197,10 +205,7 @@ class PermutationSpec:
         self.validate(variables, permutations)
         indices = {name: as_array(p) for name, p in permutations.items()}
 
-        def reorder(leaf: Any, a: Axis, permutation: Any) -> Any:
-            return map_axis(leaf, a, lambda view, k: take(view, permutation, k))
-
-        return self._map(variables, indices, reorder)
+        return self._map(variables, indices, permute_axis)
 
     def apply(self, variables: PyTree, maps: Mapping[str, tuple[Any, Any]]) -> PyTree:
         """Maps the axes of every group linearly, in float32 or better.
@@ -247,7 +252,9 @@ class PermutationSpec:
             matrix = jnp.asarray(pair[1]).T if a.role == "in" else pair[0]
             return map_axis(leaf, a, lambda view, k: contract(matrix, view, k))
 
-        return self._map(variables, maps, transform)
+        return self._map(
+            variables, maps, transform, {n: np.shape(m[0])[0] for n, m in maps.items()}
+        )
 
     def random(self, key: Array, variables: PyTree | None = None) -> dict[str, Array]:
         """Random permutations of all groups.
@@ -282,13 +289,33 @@ class PermutationSpec:
     def _partition(self) -> frozenset[frozenset[Axis]]:
         return frozenset(frozenset(axes) for axes in self.groups.values() if axes)
 
-    def _map(self, variables: PyTree, by_group: Mapping[str, Any], fn: Callable) -> PyTree:
-        """Replaces a leaf by `fn(leaf, axis, by_group[name])`, for each place of a given group."""
+    def _map(
+        self,
+        variables: PyTree,
+        by_group: Mapping[str, Any],
+        fn: Callable,
+        sizes: Mapping[str, int] | None = None,
+    ) -> PyTree:
+        """Replaces a leaf by `fn(leaf, axis, by_group[name])`, for each place of a given group.
+
+        `sizes` tells how many entries groups have afterwards, where `fn` changes that.
+        """
         flat, treedef = flatten_named(variables)
+        places: dict[str, list[tuple[str, Axis]]] = {}
         for name, axes in self.groups.items():
             for a in axes if name in by_group else ():
                 if a.path in flat:
-                    flat[a.path] = fn(flat[a.path], a, by_group[name])
+                    places.setdefault(a.path, []).append((name, a))
+        for path, todo in places.items():
+            while todo:
+                (name, a), *todo = todo
+                length = np.shape(flat[path])[a.axis]
+                flat[path] = fn(flat[path], a, by_group[name])
+                if sizes is not None and np.shape(flat[path])[a.axis] != length:
+                    todo = [
+                        (other, resized(b, a, length, sizes[name]) if b.axis == a.axis else b)
+                        for other, b in todo
+                    ]
         return jax.tree.unflatten(treedef, list(flat.values()))
 
     def _check_size(self, name: str, a: Axis, size: int, sizes: dict[str, int]) -> None:

@@ -1,9 +1,9 @@
 """How permutation symmetries spread through a network, read off its equations.
 
-Every axis of every leaf starts as one free atom (see `algebra`), every axis of the network's input
-as a fixed one. Each equation then ties, splits or fixes the atoms of its operands by the rule of
-its primitive (see `registry`; the rules are grouped by family), and at last the outputs are fixed.
-What is still free can be permuted without changing what the network computes.
+Every axis of every leaf starts as one free atom (see `atoms`), every axis of the network's input as
+a fixed one. Each equation then ties, refines or fixes the atoms of its operands (see `algebra`) by
+the rule of its primitive (see `registry`; the rules are grouped by family), and at last the outputs
+are fixed. What is still free can be permuted without changing what the network computes.
 
 A primitive without a rule fixes what it touches: symmetries may be missed, never invented.
 """
@@ -17,7 +17,8 @@ from jax.extend import core as jex
 
 from vfjax._graph import INPUT, PARAM, Graph
 from vfjax._propagate import calls, elementwise, indexing, layout, linear, reduce
-from vfjax._propagate.algebra import Algebra, Axis, Cause
+from vfjax._propagate.atoms import Axis, Cause, Window
+from vfjax._propagate.folds import Folds
 from vfjax._propagate.registry import RULES, Step, Use, Value, apply, constant, rule, shape_of
 
 __all__ = ["RULES", "Atom", "Fixed", "Propagation", "Tie", "propagate", "rule"]
@@ -26,15 +27,22 @@ _FAMILIES = (calls, elementwise, indexing, layout, linear, reduce)  # imported f
 
 
 class Atom(NamedTuple):
-    """A factor of an axis.
+    """A part of an axis that moves as one, and where it lies.
 
     Attributes:
         size: Number of entries.
         group: Which atoms it moves with; None if it is fixed or touches no leaf.
+        outer: In its last window (or the axis) its entries are in the middle of a row-major
+            (outer, size, inner) view.
+        inner: See `outer`.
+        windows: Nested segments of the axis to look into first, as (outer, start, size, inner).
     """
 
     size: int
     group: int | None
+    outer: int = 1
+    inner: int = 1
+    windows: tuple[Window, ...] = ()
 
 
 class Fixed(NamedTuple):
@@ -61,7 +69,7 @@ class Tie(NamedTuple):
         primitive: The layer's primitive.
         leaf: Id of the leaf's value.
         axis: The axis.
-        position: Which atom of the axis.
+        position: Which of the axis's atoms.
         role: "in" if the layer contracts it with data that depends on x, "out" if it keeps it.
     """
 
@@ -77,8 +85,7 @@ class Propagation:
     """What is known of all axes of a graph.
 
     Attributes:
-        axes: By value id, one axis per dimension, each the row-major product of its atoms (atoms of
-            size 1 are left out).
+        axes: By value id, for each dimension the atoms of its axis (those of size 1 are left out).
         leaves: Ids of the variables' leaves, in their order.
         fixed: Axes of leaves that no group touches.
         ties: What layers do with the leaves, in graph order.
@@ -101,7 +108,7 @@ def propagate(graph: Graph) -> Propagation:
     Returns:
         Groups of tied axes, for every value of the graph.
     """
-    algebra = Algebra()
+    algebra = Folds()
     env: dict[int, Value] = {}
     for k, value in enumerate(graph.inputs):
         cause = None if k < graph.num_leaves else Cause("input")
@@ -127,10 +134,11 @@ def propagate(graph: Graph) -> Propagation:
         maker = None if producer is None else graph.equations[producer]
         for axis in env[value].axes:
             algebra.fix(axis, Cause("output", maker))
+    algebra.close()
     return _collect(graph, algebra, env, uses)
 
 
-def _collect(graph: Graph, algebra: Algebra, env: dict[int, Value], uses: list[Use]) -> Propagation:
+def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], uses: list[Use]) -> Propagation:
     """Numbers the groups and reads everything out of the algebra."""
     leaves = graph.inputs[: graph.num_leaves]
     used = [leaf for leaf in leaves if graph.users.get(leaf) or leaf in graph.output_ids]
@@ -139,31 +147,32 @@ def _collect(graph: Graph, algebra: Algebra, env: dict[int, Value], uses: list[U
     fixed = []
     for leaf in leaves:
         for k, axis in enumerate(env[leaf].axes):
-            atoms = algebra.expand(axis)
-            causes = [algebra.cause(atom) for atom in atoms]
+            atoms = [place.atom for place in algebra.places(axis)]
             if leaf not in used:
                 fixed.append(Fixed(leaf, k, "unused", ""))
                 continue
             origin.update((atom, (leaf, k, position)) for position, atom in enumerate(atoms))
-            free = [atom for atom, cause in zip(atoms, causes, strict=True) if cause is None]
+            free = [atom for atom in atoms if algebra.cause(atom) is None]
             for atom in free:
                 groups.setdefault(algebra.find(atom), len(groups))
-            if atoms and not free:
+            if causes := [] if free else algebra.causes(axis):
                 fixed.append(Fixed(leaf, k, *_blame(causes)))
 
     def read(axis: Axis) -> tuple[Atom, ...]:
         return tuple(
-            Atom(algebra.size(atom), groups.get(algebra.find(atom)))
-            for atom in algebra.expand(axis)
+            Atom(
+                algebra.size(p.atom), groups.get(algebra.find(p.atom)), p.outer, p.inner, p.windows
+            )
+            for p in algebra.places(axis)
         )
 
     ties = []
     for use in uses:
         for role, axes in (("out", use.kept), ("in", use.contracted)):
             for axis in axes:
-                for atom in algebra.expand(axis):
-                    if atom in origin:
-                        ties.append(Tie(use.primitive, *origin[atom], role))
+                for place in algebra.places(axis):
+                    if place.atom in origin:
+                        ties.append(Tie(use.primitive, *origin[place.atom], role))
     return Propagation(
         axes={v: tuple(read(axis) for axis in value.axes) for v, value in env.items()},
         leaves=leaves,
@@ -172,9 +181,8 @@ def _collect(graph: Graph, algebra: Algebra, env: dict[int, Value], uses: list[U
     )
 
 
-def _blame(causes: list[Cause | None]) -> tuple[str, str]:
+def _blame(causes: list[Cause]) -> tuple[str, str]:
     """The most telling cause: a primitive before the network's ends."""
-    known = [cause for cause in causes if cause is not None]
-    telling = [cause for cause in known if cause.primitive not in ("input", "output")]
-    cause = (telling or known)[0]
+    telling = [cause for cause in causes if cause.primitive not in ("input", "output")]
+    cause = (telling or causes)[0]
     return cause.primitive, "" if cause.equation is None else cause.equation.where

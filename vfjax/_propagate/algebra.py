@@ -1,137 +1,91 @@
-"""The algebra of axes: row-major products of atoms, which can be tied, split and fixed.
+"""The algebra of axes: products and sums of atoms, which can be tied, refined and fixed.
 
-An *axis* of an array is a list of atoms, its row-major factors: the axis of length 320 that comes
-out of flattening a 4x4 map of 20 channels is `[4, 4, 20]`. An *atom* is a factor that moves as one:
-to permute it permutes every axis in which it occurs. Three operations are all that the rules of the
-primitives need:
+An axis is a row-major product of atoms, and an atom may be a sum of segments (see `atoms`). Four
+operations are all that the rules of the primitives need:
 
-* `unify` ties two axes, since an equation pairs their entries one with one;
-* `split`, used by `unify` and `reshape`, refines an atom into a product of two, since an equation
-  looks inside it;
+* `unify` ties two axes, since an equation pairs their entries one with one; where they are made up
+  differently it refines both to what they have in common;
+* `divide` and `reshape` refine an axis into segments or factors, since an equation looks inside;
 * `fix` gives up an axis, since an equation treats its entries differently.
 
-Each only ever removes symmetries: tying identifies two permutations, splitting keeps those that
-respect the product, fixing keeps the identity. A rule that was right for the atoms as it found them
-therefore stays right whatever later equations do, and one pass over the equations suffices, loops
-included.
-
-Atoms are integers. Tied atoms form a class (union-find), and size, split and fixedness are facts
-about the class, while each atom keeps its own identity: layout operations pass atoms on untouched,
-which lets `Propagation` trace an operand of a layer back to the axis of the leaf that it came from.
+Each only ever removes symmetries: tying identifies two permutations, refining keeps those that
+respect the product or the sum, fixing keeps the identity. A rule that was right for the atoms as it
+found them therefore stays right whatever later equations do, and one pass over the equations
+suffices, loops included.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
 
-Axis = list[int]
-"""Atoms of one axis, in row-major order. Atoms of size 1 may be left out."""
+from vfjax._propagate.atoms import Atoms, Axis, Cause
 
-
-class Cause(NamedTuple):
-    """Why an atom is fixed.
-
-    Attributes:
-        primitive: Name of the primitive, or "input" or "output".
-        equation: An object with a `where` ("file:line"), or None where no equation is to blame.
-    """
-
-    primitive: str
-    equation: Any = None
+__all__ = ["Algebra", "Axis", "Cause"]
 
 
-class Algebra:
-    """Classes of atoms: union-find with splitting."""
-
-    def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._size: list[int] = []
-        self._cause: list[Cause | None] = []
-        self._halves: dict[int, tuple[int, int]] = {}
-
-    def atom(self, size: int, cause: Cause | None = None) -> int:
-        """A new atom; a `cause` makes it fixed."""
-        self._parent.append(len(self._parent))
-        self._size.append(size)
-        self._cause.append(cause)
-        return len(self._parent) - 1
-
-    def find(self, atom: int) -> int:
-        """The representative of the atom's class."""
-        parent = self._parent
-        while parent[atom] != atom:
-            parent[atom] = parent[parent[atom]]
-            atom = parent[atom]
-        return atom
-
-    def size(self, atom: int) -> int:
-        """Number of entries."""
-        return self._size[atom]
-
-    def cause(self, atom: int) -> Cause | None:
-        """Why the atom is fixed, or None if it is free. For atoms that `expand` returned."""
-        return self._cause[self.find(atom)]
-
-    def length(self, axis: Iterable[int]) -> int:
-        """Number of entries of an axis."""
-        return math.prod(self._size[atom] for atom in axis)
-
-    def expand(self, axis: Iterable[int]) -> Axis:
-        """The axis in atoms that are not split, without those of size 1."""
-        expanded: Axis = []
-        stack = list(axis)[::-1]
-        while stack:
-            atom = stack.pop()
-            halves = self._halves_of(atom)
-            if halves is not None:
-                stack += halves[::-1]
-            elif self._size[atom] != 1:
-                expanded.append(atom)
-        return expanded
-
-    def fix(self, axis: Iterable[int], cause: Cause) -> None:
-        """Takes every symmetry from an axis. The first cause is remembered."""
-        for atom in self.expand(axis):
-            root = self.find(atom)
-            self._cause[root] = self._cause[root] or cause
+class Algebra(Atoms):
+    """Atoms, and the operations on axes of them."""
 
     def unify(self, left: Iterable[int], right: Iterable[int], cause: Cause) -> None:
-        """Ties two axes of equal length, splitting atoms where their products differ.
+        """Ties two axes of equal length, refining atoms where they are made up differently.
 
         Args:
             left: An axis.
             right: Another.
             cause: The equation that pairs them, blamed if no common refinement exists.
         """
-        left, right = self.expand(left), self.expand(right)
-        while left and right:
-            a, b = left.pop(), right.pop()
-            halves_a, halves_b = self._halves_of(a), self._halves_of(b)
-            if halves_a is not None or halves_b is not None:  # an earlier turn split its class
-                left += halves_a or (a,)
-                right += halves_b or (b,)
-                continue
-            m, n = self._size[a], self._size[b]
-            if m == n:
-                self._union(a, b, cause)
-            elif n and m % n == 0:
-                left += self._split(a, m // n, n)
-                right.append(b)
-            elif m and n % m == 0:
-                left.append(a)
-                right += self._split(b, n // m, m)
-            else:
-                self.fix([a, b], cause)
-                break
-        self.fix([*left, *right], cause)
+        left, right = list(left), list(right)
+        if self.length(left) != self.length(right):
+            self.fix([*left, *right], cause)
+            return
+        if not self.length(left):
+            return
+        sides = self.segments(left), self.segments(right)
+        if len(sides[0]) == len(sides[1]) == 1:
+            self._pair(sides[0][0], sides[1][0], cause)
+            return
+        points = sorted({end for side in sides for end in self._ends(side)[:-1]})
+        divided = self.divide(left, points, cause), self.divide(right, points, cause)
+        for a, b in zip(*divided, strict=True):
+            self.unify(a, b, cause)
+
+    def divide(self, axis: Iterable[int], points: Sequence[int], cause: Cause) -> list[Axis]:
+        """Cuts an axis at increasing positions inside it.
+
+        A product is cut through its first factor; a cut that no entry of that factor begins fixes
+        the product.
+
+        Args:
+            axis: An axis.
+            points: Where to cut it.
+            cause: The equation that cuts.
+
+        Returns:
+            The `len(points) + 1` pieces.
+        """
+        if not points:
+            return [list(axis)]
+        pieces: list[list[Axis]] = [[]]
+        start = 0
+        for segment in self.segments(axis):
+            stop = start + self.length(segment)
+            inside = [point - start for point in points if start < point < stop]
+            for piece in self._cut(segment, inside, cause) if inside else [segment]:
+                pieces[-1].append(piece)
+                start += self.length(piece)
+                if start in points:
+                    pieces.append([])
+        return [self.total(piece, cause) for piece in pieces]
 
     def reshape(self, axes: Sequence[Axis], shape: Sequence[int], cause: Cause) -> list[Axis]:
         """The axes after a row-major reshape to `shape`.
 
         Boundaries that no refinement of the atoms can express fix what lies left of them.
         """
+        if not math.prod(shape):
+            return [[self.atom(n, cause)] for n in shape]
         flat = [atom for axis in axes for atom in self.expand(axis)]
         result: list[Axis] = []
         for n in reversed(shape):
@@ -139,15 +93,14 @@ class Algebra:
             missing = n
             while missing > 1 and flat:
                 atom = flat.pop()
-                halves = self._halves_of(atom)
-                size = self._size[atom]
-                if halves is not None:
-                    flat += halves
-                elif size and missing % size == 0:
+                expanded = self.expand([atom])
+                if expanded != [atom]:  # an earlier turn refined its class
+                    flat += expanded
+                elif missing % self.size(atom) == 0:
                     axis.insert(0, atom)
-                    missing //= size
-                elif size % missing == 0:
-                    flat += self._split(atom, size // missing, missing)
+                    missing //= self.size(atom)
+                elif (factors := self._factor(atom, missing, cause)) is not None:
+                    flat += [*factors[0], *factors[1]]
                 else:
                     self.fix([*flat, atom, *axis], cause)
                     rest = shape[: len(shape) - len(result)]
@@ -155,33 +108,59 @@ class Algebra:
             result.insert(0, axis)
         return result
 
-    def _split(self, atom: int, high: int, low: int) -> tuple[int, int]:
-        """Refines the atom's class into a row-major product; returns the atom's own halves."""
-        root = self.find(atom)
-        cause = self._cause[root]
-        self._halves[root] = (self.atom(high, cause), self.atom(low, cause))
-        return self._halves_of(atom)  # type: ignore[return-value]
+    def _ends(self, segments: Sequence[Axis]) -> list[int]:
+        return list(accumulate(map(self.length, segments)))
 
-    def _halves_of(self, atom: int) -> tuple[int, int] | None:
-        if atom in self._halves:
-            return self._halves[atom]
-        shared = self._halves.get(self.find(atom))
-        if shared is None:
+    def _cut(self, segment: Axis, points: Sequence[int], cause: Cause) -> list[Axis]:
+        """Cuts a product through its first factor."""
+        first, *rest = segment
+        if self.parts(first) is not None:  # an earlier cut refined its class
+            return self.divide(segment, points, cause)
+        inner = self.length(rest)
+        sizes = [b - a for a, b in pairwise([0, *points, self.length(segment)])]
+        if any(size % inner for size in sizes):
+            self.fix(segment, cause)
+            return [[self.atom(size, cause)] for size in sizes]
+        parts = self.refine(first, "sum", [size // inner for size in sizes], cause)
+        return [[part, *rest] for part in parts]
+
+    def _pair(self, left: Axis, right: Axis, cause: Cause) -> None:
+        """Ties two products from the right, factoring where their factors differ."""
+        left, right = list(left), list(right)
+        while left and right:
+            a, b = left.pop(), right.pop()
+            expanded = self.expand([a]), self.expand([b])
+            m, n = self.size(a), self.size(b)
+            if expanded != ([a], [b]):  # an earlier turn refined its class
+                left += expanded[0]
+                right += expanded[1]
+            elif m == n and self.parts(a) is None and self.parts(b) is None:
+                self.tie(a, b, cause)
+            elif m == n:
+                self.unify([a], [b], cause)
+            else:
+                factors = self._factor(a, n, cause) if m > n else self._factor(b, m, cause)
+                if factors is None:
+                    self.fix([a, b], cause)
+                    break
+                high, low = factors
+                (left if m > n else right).extend(high)
+                self.unify(low, [b if m > n else a], cause)
+        self.fix([*left, *right], cause)
+
+    def _factor(self, atom: int, low: int, cause: Cause) -> tuple[Axis, Axis] | None:
+        """An atom or a sum as a product with `low` entries inside, or None if it is no such one."""
+        size = self.size(atom)
+        if size % low:
             return None
-        # Halves of its own, tied to its class's, so that the atom keeps its identity.
-        high, low = (self.atom(self._size[half]) for half in shared)
-        own = high, low
-        for mine, theirs in zip(own, shared, strict=True):
-            self._parent[mine] = self.find(theirs)
-        self._halves[atom] = own
-        return own
-
-    def _union(self, a: int, b: int, cause: Cause) -> None:
-        a, b = self.find(a), self.find(b)
-        if a == b:
-            return
-        why = self._cause[a] or self._cause[b]
-        if why is not None and why.equation is None:
-            why = Cause(why.primitive, cause.equation)  # where the fixed axis met the free one
-        self._parent[b] = a
-        self._cause[a] = why
+        if self.parts(atom) is None:
+            high, inner = self.refine(atom, "product", (size // low, low), cause)
+            return [high], [inner]
+        segments = self.segments([atom])
+        if any(self.length(segment) % low for segment in segments):
+            return None
+        shapes = [(self.length(segment) // low, low) for segment in segments]
+        pairs = [self.reshape([s], shape, cause) for s, shape in zip(segments, shapes, strict=True)]
+        for _, inner in pairs[1:]:
+            self.unify(pairs[0][1], inner, cause)
+        return self.total([high for high, _ in pairs], cause), pairs[0][1]

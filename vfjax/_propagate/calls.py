@@ -51,6 +51,7 @@ def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
+    lazy=True,
 )
 def call(step: Step) -> list[Axes]:
     """Evaluates a jaxpr once."""

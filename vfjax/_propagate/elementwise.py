@@ -25,7 +25,7 @@ _PLACEMENT = """
 """.split()
 
 
-@rule(*_UNARY, *_SEVERAL)
+@rule(*_UNARY, *_SEVERAL, lazy=True)
 def elementwise(step: Step) -> list[Axes]:
     """Ties the operands along every dimension in which they are not broadcast.
 
@@ -45,7 +45,7 @@ def elementwise(step: Step) -> list[Axes]:
     return [axes]
 
 
-@rule(*_PLACEMENT)
+@rule(*_PLACEMENT, lazy=True)
 def placement(step: Step) -> list[Axes]:
     """Hands every operand through."""
     return [value.axes for value in step.inputs]

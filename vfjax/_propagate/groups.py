@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vfjax._propagate import Propagation, Tie
+from vfjax._propagate import Atom, Propagation, Tie
+from vfjax._propagate.atoms import Window
 
-# What two groups on the output axes of one kernel most often are.
+# What a group on the output axes of a kernel most often is whose entries own copies of another, and
+# what that one is.
 _SUFFIXES = {"conv_general_dilated": (":groups", ":channels")}
 _DEFAULT_SUFFIXES = (":heads", ":dims")
 
 
 class Entry(NamedTuple):
-    """Where a group sits: in the middle of a row-major (outer, size, inner) view of an axis."""
+    """Where a group sits: the fields of `vfjax._axes.Axis`."""
 
     path: str
     axis: int
     role: str
     outer: int
     inner: int
+    windows: tuple[Window, ...]
 
 
 def named_groups(
@@ -58,11 +60,9 @@ def named_groups(
             for position, atom in enumerate(atoms):
                 if atom.group is None:
                     continue
-                outer = math.prod(a.size for a in atoms[:position])
-                inner = math.prod(a.size for a in atoms[position + 1 :])
                 role = roles.get((leaf, k, position), "elementwise")
                 name = names[atom.group]
-                groups[name].append(Entry(path, k, role, outer, inner))
+                groups[name].append(Entry(path, k, role, atom.outer, atom.inner, atom.windows))
                 sizes[name] = atom.size
     return {name: tuple(entries) for name, entries in groups.items()}, sizes, names
 
@@ -90,11 +90,20 @@ def _names(propagation: Propagation, path_of: dict[int, str]) -> dict[int, str]:
         parent = _parent(path)
         base = parent if parent and siblings[parent] == 1 else path
         suffix = ""
-        if len(groups) == 2:
+        if len(groups) > 1:
+            this = tie.axis, propagation.axes[tie.leaf][tie.axis][tie.position]
+            others = [
+                (axis, atom)
+                for axis, atoms in enumerate(propagation.axes[tie.leaf])
+                for atom in atoms
+                if atom.group in groups and atom.group != group
+            ]
+            around = any(_inside(other, this) for other in others)
             pair = _SUFFIXES.get(tie.primitive, _DEFAULT_SUFFIXES)
-            suffix = pair[groups.index(group)]
-        elif len(groups) > 2:
-            suffix = f":{groups.index(group)}"
+            if around != any(_inside(this, other) for other in others):
+                suffix = pair[0] if around else pair[1]
+            else:
+                suffix = f":{groups.index(group)}"
         names[group] = _unique(base + suffix, names)
     for leaf, path in path_of.items():
         for atoms in propagation.axes[leaf]:
@@ -102,6 +111,20 @@ def _names(propagation: Propagation, path_of: dict[int, str]) -> dict[int, str]:
                 if atom.group is not None and atom.group not in names:
                     names[atom.group] = _unique(path, names)
     return names
+
+
+def _inside(one: tuple[int, Atom], other: tuple[int, Atom]) -> bool:
+    """Whether each entry of the other atom of a leaf owns a copy of this one."""
+    (axis, a), (along, b) = one, other
+    if axis != along:
+        return axis > along
+    depth = min(len(a.windows), len(b.windows))
+    if a.windows[:depth] != b.windows[:depth]:
+        return False
+    if len(b.windows) > depth:
+        return b.windows[depth][3] % (a.size * a.inner) == 0
+    outer = a.windows[depth][0] if len(a.windows) > depth else a.outer
+    return outer % (b.outer * b.size) == 0
 
 
 def _parent(path: str) -> str:

@@ -1,8 +1,13 @@
-"""Primitives that pick, place or reorder entries: what they touch is fixed, the other axes pass."""
+"""Primitives that pick, place, join or reorder entries.
+
+Consecutive entries are segments of an axis, and may be picked, joined and padded. Whatever else is
+done to the entries of an axis fixes it; the other axes pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 from vfjax._graph import INPUT, PARAM
 from vfjax._propagate.registry import Axes, Step, Use, opaque, rule
@@ -32,11 +37,29 @@ def rev(step: Step) -> list[Axes]:
     return touch(step, step.params["dimensions"])
 
 
-@rule("slice")
+@rule("slice", lazy=True)
 def slice_(step: Step) -> list[Axes]:
-    """Touches the dimensions of which it leaves something out."""
-    (shape,) = step.shapes
-    return touch(step, [k for k, n in enumerate(step.inputs[0].shape) if shape[k] != n])
+    """Takes a segment of every dimension; with a stride, it touches the dimension."""
+    value, (shape,) = step.inputs[0], step.shapes
+    starts, stops = step.params["start_indices"], step.params["limit_indices"]
+    strides = step.params["strides"] or (1,) * len(shape)
+    axes = list(value.axes)
+    for k, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        if strides[k] != 1 and shape[k] != value.shape[k]:
+            step.fix(axes[k])
+            axes[k] = step.fixed(shape[k])
+        else:
+            axes = segment(step, axes, k, start, stop)
+    return [axes]
+
+
+def segment(step: Step, axes: Axes, dim: int, start: int, stop: int) -> Axes:
+    """The axes of what lies between two positions of a dimension."""
+    n = step.algebra.length(axes[dim])
+    if start == stop:
+        return [*axes[:dim], step.free(0), *axes[dim + 1 :]]
+    points = [point for point in (start, stop) if 0 < point < n]
+    return step.cut(axes, dim, points)[1 if start else 0] if points else axes
 
 
 @rule("dynamic_slice")
@@ -58,18 +81,28 @@ def dynamic_update_slice(step: Step) -> list[Axes]:
 
 @rule("pad")
 def pad(step: Step) -> list[Axes]:
-    """Touches the dimensions that it pads, crops or dilates."""
-    config = step.params["padding_config"]
-    return touch(step, [k for k, edges in enumerate(config) if tuple(edges) != (0, 0, 0)])
+    """Adds segments of entries that are all alike, or crops; dilated dimensions are touched."""
+    axes, (shape,) = list(step.inputs[0].axes), step.shapes
+    for k, (low, high, interior) in enumerate(step.params["padding_config"]):
+        n = step.inputs[0].shape[k]
+        if interior and n > 1:
+            step.fix(axes[k])
+            axes[k] = step.fixed(shape[k])
+        elif low or high:
+            axes = segment(step, axes, k, max(0, -low), n - max(0, -high))
+            edges = [step.free(max(0, edge)) for edge in (low, high)]
+            axes[k] = step.joined([edges[0], axes[k], edges[1]])
+    return [axes]
 
 
 @rule("concatenate")
 def concatenate(step: Step) -> list[Axes]:
-    """Touches the dimension that it joins along, and ties the others."""
+    """Makes the operands segments of one dimension, and ties the others."""
     joined = step.params["dimension"]
-    step.fix(*(value.axes[joined] for value in step.inputs))
     step.tie(step.inputs, [k for k in range(len(step.shapes[0])) if k != joined])
-    return touch(step, [joined])
+    axes = list(step.inputs[0].axes)
+    axes[joined] = step.joined([value.axes[joined] for value in step.inputs])
+    return [axes]
 
 
 @rule("stack")
@@ -82,19 +115,22 @@ def stack(step: Step) -> list[Axes]:
     return [axes]
 
 
-@rule("split")
+@rule("split", lazy=True)
 def split(step: Step) -> list[Axes]:
-    """Touches the dimension that it cuts."""
-    return touch(step, [step.params["axis"]])
+    """Takes a dimension apart into segments."""
+    dim, sizes = step.params["axis"], step.params["sizes"]
+    if not all(sizes):
+        step.algebra.settle(step.inputs[0].axes)
+        return touch(step, [dim])
+    return step.cut(step.inputs[0].axes, dim, [int(end) for end in accumulate(sizes)][:-1])
 
 
-@rule("unstack")
+@rule("unstack", lazy=True)
 def unstack(step: Step) -> list[Axes]:
-    """Touches the dimension that it takes apart, which no result has."""
-    axes, cut = step.inputs[0].axes, step.params["axis"]
-    step.fix(axes[cut])
-    kept = [axis for k, axis in enumerate(axes) if k != cut]
-    return [kept for _ in step.shapes]
+    """Takes a dimension apart into single entries, which no result has."""
+    dim = step.params["axis"]
+    pieces = step.cut(step.inputs[0].axes, dim, range(1, len(step.shapes)))
+    return [[*axes[:dim], *axes[dim + 1 :]] for axes in pieces]
 
 
 @rule("gather")

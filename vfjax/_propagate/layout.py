@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from vfjax._propagate.registry import Axes, Step, opaque, rule
 
 
-@rule("reshape")
+@rule("reshape", "squeeze", "expand_dims", lazy=True)
 def reshape(step: Step) -> list[Axes]:
-    """Regroups the atoms of the flattened array, splitting those that a boundary cuts."""
-    if step.params.get("dimensions") is not None:
+    """Regroups dimensions: joins them, or folds one into several."""
+    value, (shape,) = step.inputs[0], step.shapes
+    if step.params.get("dimensions") is not None and step.primitive == "reshape":
         return opaque(step)
-    return [step.reshape(step.inputs[0].axes, step.shapes[0])]
+    if not math.prod(shape):
+        return [[step.free(n) for n in shape]]
+    axes: Axes = [[] for _ in shape]  # what is left so is of size 1
+    for before, after in _blocks(value.shape, shape):
+        operands, sizes = [value.axes[k] for k in before], [shape[k] for k in after]
+        if len(before) == 1:
+            found = step.algebra.fold(operands[0], sizes, step.cause)
+        elif len(after) == 1:
+            found = [[atom for axis in operands for atom in axis]]
+        else:
+            found = step.reshape(operands, sizes)
+        for k, axis in zip(after, found, strict=True):
+            axes[k] = axis
+    return [axes]
 
 
-@rule("squeeze", "expand_dims")
-def squeeze(step: Step) -> list[Axes]:
-    """Drops or adds dimensions of size 1."""
-    return [step.reshape(step.inputs[0].axes, step.shapes[0])]
+def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of dimensions, none of size 1, that a reshape turns into one another."""
+    left, right = ([k for k, n in enumerate(shape) if n != 1] for shape in (before, after))
+    blocks = []
+    while left:
+        old, new = [left.pop(0)], [right.pop(0)]
+        while (m := math.prod(before[k] for k in old)) != (n := math.prod(after[k] for k in new)):
+            old.append(left.pop(0)) if m < n else new.append(right.pop(0))
+        blocks.append((old, new))
+    return blocks
 
 
-@rule("transpose")
+@rule("transpose", lazy=True)
 def transpose(step: Step) -> list[Axes]:
     """Reorders the axes."""
     return [[step.inputs[0].axes[k] for k in step.params["permutation"]]]
 
 
-@rule("broadcast_in_dim")
+@rule("broadcast_in_dim", lazy=True)
 def broadcast_in_dim(step: Step) -> list[Axes]:
     """Places the operand's axes; along the new ones all entries are alike."""
     operand, (shape,) = step.inputs[0], step.shapes

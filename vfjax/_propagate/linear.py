@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vfjax._propagate.registry import Axes, Step, Value, opaque, rule
+from vfjax._propagate.registry import Axes, Step, opaque, rule
 
 
 @rule("dot_general")
@@ -43,24 +43,20 @@ def conv_general_dilated(step: Step) -> list[Axes]:
     outgoing, incoming = (right.axes[k] for k in dims.rhs_spec[:2])
     step.fix(*(left.axes[k] for k in dims.lhs_spec[2:]))
     step.fix(*(right.axes[k] for k in dims.rhs_spec[2:]))
-    within = outgoing
+    kept = [outgoing]
     if groups > 1:
         shared = step.free(groups)
         step.unify(channels, shared + incoming)
         within = step.free(right.shape[dims.rhs_spec[0]] // groups)
         step.unify(outgoing, shared + within)
-        # The same atoms as the kernel's own, so that they can be traced back to its leaf.
-        within = _last(step, right, dims.rhs_spec[0], len(step.algebra.expand(within)))
+        # The kernel's own atoms, which can be traced back to its leaf: groups may be in segments.
+        count = len(step.algebra.expand(within))
+        segments = step.algebra.segments(outgoing)
+        kept = [segment[max(0, len(segment) - count) :] for segment in segments]
     else:
         step.unify(channels, incoming)
-    step.layer(right, left, [incoming], [within])
+    step.layer(right, left, [incoming], kept)
     axes = [step.fixed(n) for n in step.shapes[0]]
     axes[dims.out_spec[0]] = examples
     axes[dims.out_spec[1]] = outgoing
     return [axes]
-
-
-def _last(step: Step, value: Value, dim: int, count: int) -> list[int]:
-    """The last `count` atoms of a dimension, with the identity that they have there."""
-    atoms = step.algebra.expand(value.axes[dim])
-    return atoms[len(atoms) - count :]

@@ -10,7 +10,7 @@ A rule says how the axes of a primitive's results follow from those of its opera
 Where entries are paired, a rule calls `step.unify`; where they are treated differently, `step.fix`,
 and the result gets a fixed axis too (`step.fixed(n)`). Every permutation of the operands' free
 atoms must then permute the results as their axes say, and change nothing else. That is the whole
-contract of a rule.
+contract of a rule. A rule is `lazy` if it may meet axes that are folded (see `folds`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._graph import INPUT, PARAM
-from vfjax._propagate.algebra import Algebra, Axis, Cause
+from vfjax._propagate.atoms import Axis, Cause
+from vfjax._propagate.folds import Folds
 
 Axes = list[Axis]
 """One axis per dimension of an array."""
@@ -65,7 +66,7 @@ class Step:
         uses: Where layers are recorded.
     """
 
-    algebra: Algebra
+    algebra: Folds
     eqn: Any
     inputs: list[Value]
     equation: Any
@@ -112,6 +113,14 @@ class Step:
         """The axes after a row-major reshape."""
         return self.algebra.reshape(axes, shape, self.cause)
 
+    def cut(self, axes: Axes, dim: int, points: Sequence[int]) -> list[Axes]:
+        """The axes of an array's pieces, cut along a dimension at positions inside it."""
+        return self.algebra.pick(axes, dim, points, self.cause)
+
+    def joined(self, axes: Axes) -> Axis:
+        """The axis in which axes follow one another."""
+        return self.algebra.total(axes, self.cause)
+
     def tie(self, values: Sequence[Value], dims: Iterable[int]) -> None:
         """Ties dimensions of several values of equal rank."""
         for k in dims:
@@ -126,9 +135,10 @@ class Step:
 
 Rule = Callable[[Step], list[Axes]]
 RULES: dict[str, Rule] = {}
+LAZY: set[str] = set()
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
+def rule(*primitives: str, lazy: bool = False) -> Callable[[Rule], Rule]:
     """Registers a rule for primitives, by name."""
 
     def register(function: Rule) -> Rule:
@@ -136,6 +146,7 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
             if name in RULES:
                 raise ValueError(f"two rules for the primitive {name!r}")
             RULES[name] = function
+        LAZY.update(primitives if lazy else ())
         return function
 
     return register
@@ -151,6 +162,9 @@ def opaque(step: Step) -> list[Axes]:
 def apply(step: Step) -> list[Value]:
     """Applies the primitive's rule; whatever goes wrong in it costs symmetries, not the trace."""
     function = RULES.get(step.primitive, opaque)
+    if step.primitive not in LAZY:
+        for value in step.inputs:
+            step.algebra.settle(value.axes)
     try:
         results = function(step)
     except (LookupError, AttributeError, TypeError, ValueError):
@@ -170,7 +184,7 @@ def shape_of(aval: Any) -> tuple[int, ...]:
     return tuple(getattr(aval, "shape", ()))
 
 
-def constant(algebra: Algebra, array: Any, shape: tuple[int, ...]) -> Value:
+def constant(algebra: Folds, array: Any, shape: tuple[int, ...]) -> Value:
     """What is known of a constant: an axis along which it does not vary breaks no symmetry."""
     cause = Cause("constant")
     try:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import map_axis
+from vfjax._axes import permute_axis, rows
 from vfjax._tree import check_finite, check_like, flatten_named
 from vfjax.align._record import Alignment, assign
 from vfjax.network import Network, check_net
@@ -214,15 +214,14 @@ def _search(
 def _permute(leaf: np.ndarray, axes: tuple[Axis, ...], permutation: np.ndarray) -> np.ndarray:
     """A leaf with one group's axes permuted."""
     for axis in axes:
-        leaf = map_axis(leaf, axis, lambda v, k: np.take(v, permutation, axis=k))
+        leaf = permute_axis(leaf, axis, permutation)
     return leaf
 
 
 def _inner(a: np.ndarray, b: np.ndarray, axis: Axis) -> np.ndarray:
     """Inner products `[n, n]` of the slices of two leaves along one group's axis."""
-    before = int(np.prod(a.shape[: axis.axis])) * axis.outer
-    after = int(np.prod(a.shape[axis.axis + 1 :])) * axis.inner
-    a, b = a.reshape(before, -1, after), b.reshape(before, -1, after)
+    a, b = rows(a, axis), rows(b, axis)
+    before, _, after = a.shape
     if after == 1:
         return a[..., 0].T @ b[..., 0]
     if before <= after:
@@ -245,7 +244,5 @@ def _rise(
     if len(axes) == 1:
         # Only what moves can differ: towards the end of a search, little.
         units = np.flatnonzero(step != np.arange(len(step)))
-        a, old, new = (
-            map_axis(v, axes[0], lambda w, k: np.take(w, units, k)) for v in (a, old, new)
-        )
+        a, old, new = (np.take(rows(v, axes[0]), units, axis=1) for v in (a, old, new))
     return float(np.vdot(a.astype(np.float64, copy=False), new.astype(np.float64) - old))
