@@ -31,7 +31,7 @@ class Yours(nn.Module):
 
 
 def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
-    example, look = code("python")
+    example, mix, look = code("python")
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) == 10
     model = Yours()
@@ -45,6 +45,9 @@ def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
     np.testing.assert_allclose(
         model.apply(names["b"], batches[0]), model.apply(b, batches[0]), rtol=1e-4, atol=1e-5
     )
+    exec(compile(mix, "README.md", "exec"), dict(names), mixed := {})
+    assert mixed["several"].heads
+    assert mixed["ours"].shape == mixed["theirs"].shape == (20, 4)
     monkeypatch.chdir(tmp_path)
     exec(compile(look, "README.md", "exec"), names)
     assert names["report"].advice
