@@ -223,10 +223,10 @@ def _merge(
         for k, tree in enumerate(trees)
     ]
     mapped = [_keep(tree, kept) for tree in trees]
-    if maps.mixed:
+    own = any(other is not net for other in nets)
+    if maps.mixed or own:
         mapped = [maps.mix(nets[k], tree, k) for k, tree in enumerate(mapped)]
         _check_trunks(net, mapped)
-    own = any(other is not net for other in nets)
     return Merged(
         stems=tuple(_keep(t, n.stem_leaves(start)) for t, n in zip(trees, nets, strict=True))
         if start
