@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import Window
+from vfjax._axes import Axis, Window
 from vfjax._weights import resolve_weights, weighted_mean
 
 Array = jax.Array
@@ -125,6 +125,27 @@ class Tap:
     outer: int = 1
     inner: int = 1
     windows: tuple[Window, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class JointTap:
+    """Where a group shows in the activations together with the one that it moves within.
+
+    Attributes:
+        name: Site name, `<layer>:act[<group> in <owner>]`.
+        layer: Name of the layer.
+        group: The group, such as the dims of heads.
+        owner: The group that it is within, such as the heads.
+        place: Where in the value the group lies, as for a leaf.
+        around: Where its owner lies.
+    """
+
+    name: str
+    layer: str
+    group: str
+    owner: str
+    place: Axis
+    around: Axis
 
 
 @jax.tree_util.register_dataclass

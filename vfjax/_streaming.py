@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vfjax._axes import Axis, Window, resized, rows
+from vfjax._axes import Axis, Window, grid, resized, rows
 from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
 from vfjax._pooled import ROUNDINGS, shifted_moments
@@ -40,6 +40,8 @@ class GroupAxis(NamedTuple):
     outer: int
     inner: int
     windows: tuple[Window, ...] = ()
+    # Where the group lies that this one moves within, if its entries are told apart along the axis.
+    owner: Axis | None = None
 
     @property
     def place(self) -> Axis:
@@ -51,7 +53,10 @@ class GroupAxis(NamedTuple):
         if mapped.axis != self.axis or mapped.place == self.place:
             return self
         place = resized(self.place, mapped.place, length, m)
-        return self._replace(outer=place.outer, inner=place.inner, windows=place.windows)
+        owner = self.owner and resized(self.owner, mapped.place, length, m)
+        return self._replace(
+            outer=place.outer, inner=place.inner, windows=place.windows, owner=owner
+        )
 
 
 class Site(NamedTuple):
@@ -65,6 +70,8 @@ class Site(NamedTuple):
     # Channel axes; None for all but the first.
     keep: tuple[int, ...] | None
     axes: tuple[GroupAxis, ...]
+    # Where the owners lie, of a value that becomes `[owners * n, rest]`; None for one without.
+    around: Axis | None = None
 
 
 class Plan(NamedTuple):
@@ -209,7 +216,10 @@ def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
             "array"
         )
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    if site.split is not None:
+    if site.split is not None and site.around is not None:
+        value = grid(value, site.split, site.around)
+        value = value.reshape(-1, value.shape[-1])
+    elif site.split is not None:
         value = rows(value, site.split)
     keep = tuple(range(1, value.ndim)) if site.keep is None else site.keep
     return value, tuple(a for a in range(value.ndim) if a not in keep)
