@@ -329,6 +329,13 @@ def network(program, leaf, x):
     return h @ leaf((h.shape[-1], 2))
 
 
+def draw(rng, spec, name):
+    """A permutation, or one for each entry of the group that it is within."""
+    heads = spec.sizes[spec.within[name]] if name in spec.within else None
+    found = [rng.permutation(spec.sizes[name]) for _ in range(heads or 1)]
+    return found[0] if heads is None else np.stack(found)
+
+
 def change(program):
     """Largest relative change of a random network's output, and the number of its groups."""
     with jax.enable_x64(True):
@@ -355,7 +362,7 @@ def change(program):
         before = np.asarray(compiled(leaves, x))
         moved = 0.0
         for _ in range(3):
-            permutations = {name: rng.permutation(n) for name, n in spec.sizes.items()}
+            permutations = {name: draw(rng, spec, name) for name in spec.groups}
             after = np.asarray(compiled(spec.permute(leaves, permutations), x))
             moved = max(moved, np.abs(after - before).max())
         return moved / (np.abs(before).max() + 1e-9), len(spec.groups)

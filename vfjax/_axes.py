@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -157,6 +157,8 @@ def overlap(places: tuple[Axis, ...], length: int) -> tuple[int, int] | None:
     """Two places along one axis that share entries without being each other's blocks, or None."""
     for i, j in itertools.combinations(range(len(places)), 2):
         try:
+            if places[i][3:] == places[j][3:]:
+                return i, j
             resized(places[i], places[j], length, 1)
         except ValueError:
             return i, j
@@ -164,11 +166,11 @@ def overlap(places: tuple[Axis, ...], length: int) -> tuple[int, int] | None:
 
 
 def resized(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
-    """Where a place lies after the group at another place of its axis has got m entries.
+    """Where a place lies after the group at a place of its axis has got m entries.
 
     Args:
         a: A place.
-        mapped: Another place along the same axis.
+        mapped: A place along the same axis.
         length: Length of the axis before.
         m: Number of entries of the group at `mapped` after.
 
@@ -202,6 +204,8 @@ def _resized(
     n, old = length // (outer * inner), length // (outside * inside)
     now = new // (outside * inside)
     if (outer, inner) == (outside, inside):
+        if not rest and not deeper:
+            return [(outer, start, size, inner)], new  # the group itself
         if rest and deeper and (start, size) == (first, count):
             rest, size = _resized(rest, deeper, size, m)
             return [(outer, start, size, inner), *rest], new
@@ -222,6 +226,16 @@ def absent_paths(variables: Any) -> list[str]:
     return [path.removesuffix("/value") for path in paths]
 
 
+def owners(a: Axis, others: Iterable[Axis]) -> list[Axis]:
+    """Those of other places in its leaf that each entry at a place belongs to one entry of."""
+    return [
+        b
+        for b in others
+        if b.path == a.path
+        and (b.windows == a.windows[: len(b.windows)] if a.axis == b.axis else not b.windows)
+    ]
+
+
 def rows(leaf: Any, a: Axis) -> Any:
     """A leaf as `[before, n, after]`, where a place's n entries are in the middle."""
     before, length = math.prod(leaf.shape[: a.axis]), leaf.shape[a.axis]
@@ -232,12 +246,56 @@ def rows(leaf: Any, a: Axis) -> Any:
     return leaf.reshape(before * a.outer, length // (a.outer * a.inner), a.inner * after)
 
 
+def permute_at(leaf: Any, a: Axis, owner: Axis | None, permutation: Any) -> Any:
+    """Permutes a place; with one permutation for each entry of an owner, inside each of these."""
+    if owner is None or permutation.ndim == 1:
+        return permute_axis(leaf, a, permutation)
+    return map_within(leaf, a, owner, lambda view, k, i: take(view, permutation[i], k))
+
+
 def permute_axis(leaf: Any, a: Axis, permutation: Any) -> Any:
     """Reorders the entries at a place: `new = take(old, permutation)`."""
     if a.outer != 1 or a.inner != 1 or a.windows:
         line, order = a._replace(axis=0), np.arange(leaf.shape[a.axis])
         permutation = map_axis(order, line, lambda view, k: take(view, permutation, k))
     return take(leaf, permutation, a.axis)
+
+
+def grid(leaf: Any, a: Axis, owner: Axis) -> Any:
+    """A leaf as `[owners, n, rest]`: a place's n entries inside each entry of its owner's place."""
+    library = np if isinstance(leaf, np.ndarray) else jnp
+    parts = [library.moveaxis(rows(part, inner), 1, 0) for part, inner in _entries(leaf, a, owner)]
+    return library.stack([part.reshape(len(part), -1) for part in parts])
+
+
+def map_within(leaf: Any, a: Axis, owner: Axis, fn: Callable[[Any, int, int], Any]) -> Any:
+    """As `map_axis`, by `fn(view, dimension, i)` inside the i-th entry of an owner's place."""
+    parts, views = [], []
+    alone = resized(owner, owner, leaf.shape[owner.axis], 1)
+    for i, (part, inner) in enumerate(_entries(leaf, a, owner)):
+        parts.append(map_axis(part, inner, lambda view, k, i=i: fn(view, k, i)))
+        length, longer = part.shape[a.axis], parts[-1].shape[a.axis]
+        if i == 0 and length != longer and a.axis == owner.axis:
+            block = math.prod(outer * inside for outer, _, _, inside in _levels(inner))
+            m = size_at("", inner, part.shape) + (longer - length) // block
+            alone = resized(alone, inner, length, m)
+
+    def keep(view: Any, k: int) -> Any:
+        views.append(view)
+        return view
+
+    for part in parts:
+        map_axis(part, alone, keep)
+    library = np if all(isinstance(view, np.ndarray) for view in views) else jnp
+    return map_axis(parts[0], alone, lambda _, k: library.concatenate(views, axis=k))
+
+
+def _entries(leaf: Any, a: Axis, owner: Axis) -> Iterator[tuple[Any, Axis]]:
+    """The leaf with one entry at the owner's place, each in turn, and where the place is then."""
+    inner = resized(a, owner, leaf.shape[a.axis], 1) if a.axis == owner.axis else a
+    for i in range(size_at("", owner, leaf.shape)):
+        index = slice(i, i + 1)
+        yield map_axis(leaf, owner, lambda v, k, s=index: v[(*(slice(None),) * k, s)]), inner
 
 
 def map_axis(leaf: Any, a: Axis, fn: Callable[[Any, int], Any]) -> Any:

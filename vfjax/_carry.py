@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._axes import map_axis, permute_axis, size_at
+from vfjax._axes import Axis, map_axis, permute_at, size_at
 from vfjax._maps import check_permutation
 from vfjax._streaming import GroupAxis
 
@@ -18,41 +18,60 @@ Array = jax.Array
 
 
 def single(found: Any) -> np.ndarray | Array:
-    """The merge map of a group: a permutation or a matrix."""
+    """The merge map of a group: a permutation (for each entry of another, maybe) or a matrix."""
     found = found[0] if isinstance(found, tuple) else found
     if np.ndim(found) not in (1, 2):
         raise ValueError(
-            "a group's map must be a permutation [n], a matrix [m, n] or a pair of matrices, got "
-            f"an array of shape {np.shape(found)}"
+            "a group's map must be a permutation [n] or [h, n], a matrix [m, n] or a pair of "
+            f"matrices, got an array of shape {np.shape(found)}"
         )
     return found
 
 
-def _check(group: str, maps: Sequence[Any], n: int) -> None:
+def _is_matrix(found: Any) -> bool:
+    return np.ndim(found) == 2 and not np.issubdtype(np.asarray(found).dtype, np.integer)
+
+
+def _check(axis: GroupAxis, maps: Sequence[Any], n: int, heads: int | None, site: str) -> None:
     """Checks the models' maps of a group with n entries; None is the identity."""
     for found in maps:
-        if np.ndim(found) == 2 and np.shape(found)[1] != n:
+        if found is None:
+            continue
+        if _is_matrix(found):
+            if np.shape(found)[1] != n:
+                raise ValueError(
+                    f"maps[{axis.group!r}] must be a matrix [m, {n}], got {np.shape(found)}: the "
+                    f"group has {n} entries"
+                )
+            continue
+        if np.ndim(found) == 2 and heads is None:
             raise ValueError(
-                f"maps[{group!r}] must be a matrix [m, {n}], got {np.shape(found)}: the group has "
-                f"{n} entries"
+                f"maps[{axis.group!r}] holds a permutation for each entry of another group, and "
+                f'the moments at "{site}" are pooled over these; carry those of other sites'
             )
-        if np.ndim(found) == 1:
-            check_permutation(group, found, n)
-    rows = [np.shape(found)[0] if np.ndim(found) == 2 else n for found in maps]
+        check_permutation(axis.group, found, n, heads, within=heads is not None)
+    rows = [np.shape(found)[0] if _is_matrix(found) else n for found in maps]
     if len(set(rows)) > 1:
         raise ValueError(
-            f"maps[{group!r}]: matrices [m, {n}] of all models must agree in m, got {rows}"
+            f"maps[{axis.group!r}]: matrices [m, {n}] of all models must agree in m, got {rows}"
         )
 
 
 def _flat(axis: GroupAxis, shape: tuple[int, ...]) -> GroupAxis:
     """The same along all channel axes of moments `[K, *channels]`, laid out as one."""
-    before, after = math.prod(shape[1 : 1 + axis.axis]), math.prod(shape[2 + axis.axis :])
-    if not axis.windows:
-        return axis._replace(axis=0, outer=axis.outer * before, inner=axis.inner * after)
-    (outer, start, size, inner), *rest = axis.windows
-    first = (outer * before, start, size, inner * after)
-    return axis._replace(axis=0, windows=(first, *rest))
+    place, owner = (_laid_out(place, shape) for place in (axis.place, axis.owner))
+    return GroupAxis(axis.group, 0, *place[3:], owner=owner)
+
+
+def _laid_out(place: Axis | None, shape: tuple[int, ...]) -> Any:
+    """A place along one of the channel axes as it lies where all are one."""
+    if place is None:
+        return None
+    before, after = math.prod(shape[1 : 1 + place.axis]), math.prod(shape[2 + place.axis :])
+    if not place.windows:
+        return place._replace(axis=0, outer=place.outer * before, inner=place.inner * after)
+    (outer, start, size, inner), *rest = place.windows
+    return place._replace(axis=0, windows=((outer * before, start, size, inner * after), *rest))
 
 
 def _product(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
@@ -73,12 +92,15 @@ def carry(
     covariance = None if covariance is None else np.asarray(covariance)
     size = mean.shape[1 + axis.axis]
     n = size_at(axis.group, axis.place, (size,))
-    _check(axis.group, maps, n)
-    if all(m is None or np.ndim(m) == 1 for m in maps):
+    heads = None if axis.owner is None else size_at(axis.group, axis.owner, (size,))
+    _check(axis, maps, n, heads, site)
+
+    def ordered(line: np.ndarray, permutation: Any) -> np.ndarray:
+        return permute_at(line, axis.place, axis.owner, np.asarray(permutation))
+
+    if not any(map(_is_matrix, maps)):
         whole = np.arange(size)
-        order = [
-            whole if m is None else permute_axis(whole, axis.place, np.asarray(m)) for m in maps
-        ]
+        order = [whole if m is None else ordered(whole, m) for m in maps]
         mean, var = (
             np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
             for value in (mean, var)
@@ -98,8 +120,11 @@ def carry(
         )
     matrices = []
     for m in maps:
-        matrix = np.eye(n) if m is None else np.eye(n)[np.asarray(m)] if np.ndim(m) == 1 else m
-        whole = map_axis(np.eye(size), axis.place, functools.partial(_product, np.asarray(matrix)))
+        whole = np.eye(size)
+        if _is_matrix(m):
+            whole = map_axis(whole, axis.place, functools.partial(_product, np.asarray(m)))
+        elif m is not None:
+            whole = ordered(whole, m)
         matrices.append(whole.astype(covariance.dtype))
     stacked = np.stack(matrices)
     covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]

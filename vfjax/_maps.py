@@ -14,34 +14,53 @@ from jax.core import Tracer
 Array = jax.Array
 
 
-def check_permutation(name: str, permutation: Any, n: int | None) -> None:
-    """Checks the permutation of a group with n entries; of a tracer, shape and dtype only."""
+def check_permutation(
+    name: str, permutation: Any, n: int | None, heads: int | None = None, *, within: bool = False
+) -> None:
+    """Checks the permutation of a group with n entries; of a tracer, shape and dtype only.
+
+    If it moves `within` another group, of `heads` entries, it may be one for each of these.
+    """
     if not isinstance(permutation, jax.Array):
         permutation = np.asarray(permutation)
     if not jnp.issubdtype(permutation.dtype, jnp.integer):
         raise TypeError(f"permutations[{name!r}] must hold integers; it holds {permutation.dtype}.")
-    if permutation.ndim != 1 or n not in (None, permutation.size):
+    shape = tuple(permutation.shape)
+    size = shape[-1] if shape else 0
+    if not shape or n not in (None, size) or len(shape) > (2 if within else 1):
+        wanted = f"({'n' if n is None else n},)"
         raise ValueError(
-            f"permutations[{name!r}] must have shape ({'n' if n is None else n},); it has "
-            f"{permutation.shape}."
+            f"permutations[{name!r}] must have shape {wanted}; it has {shape}."
+            + (
+                " One for each entry of another group needs the spec's `within`."
+                * (len(shape) == 2)
+            )
+        )
+    if len(shape) == 2 and heads not in (None, shape[0]):
+        raise ValueError(
+            f"permutations[{name!r}] must have shape ({size},) or ({heads}, {size}); it "
+            f"has {shape}."
         )
     if isinstance(permutation, Tracer):
         return
-    if not np.array_equal(np.sort(np.asarray(permutation)), np.arange(permutation.size)):
+    if not (np.sort(np.asarray(permutation)) == np.arange(size)).all():
         raise ValueError(
-            f"permutations[{name!r}] is no permutation: each of 0 to {permutation.size - 1} must "
-            "occur exactly once."
+            f"permutations[{name!r}] is no permutation: each of 0 to {size - 1} must occur "
+            "exactly once."
         )
 
 
-def check_matrices(name: str, pair: Any, n: int | None) -> None:
-    """Checks the merge and unmerge matrix of a group with n entries."""
+def check_matrices(name: str, pair: Any, n: int | None, *, within: bool = False) -> None:
+    """Checks the merge and unmerge matrix of a group with n entries, or those of each head."""
     try:
         merge, unmerge = (np.shape(matrix) for matrix in pair)
     except (TypeError, ValueError):
         raise TypeError(f"maps[{name!r}] must be a pair of matrices (M, U).") from None
     n = merge[-1] if n is None and merge else n
-    if len(merge) != 2 or merge[1] != n or unmerge != merge[::-1]:
+    one, other = merge, unmerge
+    if within and len(merge) == len(unmerge) == 3 and merge[0] == unmerge[0]:
+        one, other = merge[1:], unmerge[1:]
+    if len(one) != 2 or one[1] != n or other != one[::-1]:
         raise ValueError(
             f"maps[{name!r}] must be matrices M [m, {n}] and U [{n}, m]; they have shapes {merge} "
             f"and {unmerge}."
@@ -83,14 +102,17 @@ def contract(matrix: Any, array: Any, axis: int) -> Array:
     return jnp.moveaxis(product, 0, axis).astype(array.dtype)
 
 
-def invert(permutations: Mapping[str, Any]) -> dict[str, Any]:
+def invert(
+    permutations: Mapping[str, Any], *, within: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The permutations that undo others.
 
     Args:
-        permutations: By group, an integer array `[n]`.
+        permutations: By group, an integer array `[n]`, or `[h, n]` for a group in `within`.
+        within: `spec.within`; needed if a group has a permutation for each entry of another.
 
     Returns:
-        By group, the inverse `[n]`.
+        By group, the inverse, of the same shape.
 
     Raises:
         TypeError: If one is not of integers.
@@ -100,22 +122,31 @@ def invert(permutations: Mapping[str, Any]) -> dict[str, Any]:
         >>> invert({"h": np.array([2, 0, 1])})["h"]
         array([1, 2, 0])
     """
-    for name, permutation in permutations.items():
-        check_permutation(name, permutation, None)
-    return {name: as_array(p).argsort() for name, p in permutations.items()}
+    within = within or {}
+    check_permutations(permutations, {}, within)
+    inverse = {name: as_array(p).argsort(axis=-1) for name, p in permutations.items()}
+    for name, permutation in inverse.items():
+        # What is undone inside a head is what was done inside the head that it goes back to.
+        if permutation.ndim == 2 and within[name] in inverse:
+            inverse[name] = take(permutation, inverse[within[name]], 0)
+    return inverse
 
 
-def compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def compose(
+    first: Mapping[str, Any], second: Mapping[str, Any], *, within: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """One permutation for two, applied one after the other.
 
     `spec.permute(v, compose(p, q))` equals `spec.permute(spec.permute(v, p), q)`.
 
     Args:
-        first: By group, an integer array `[n]`; the one applied first.
-        second: By group, an integer array `[n]`. A group that only one of them has keeps that one.
+        first: By group, an integer array `[n]`, or `[h, n]` for a group in `within`; the one
+            applied first.
+        second: The same. A group that only one of them has keeps that one.
+        within: `spec.within`; needed if a group has a permutation for each entry of another.
 
     Returns:
-        By group, an integer array `[n]`.
+        By group, an integer array `[n]` or `[h, n]`.
 
     Raises:
         TypeError: If one is not of integers.
@@ -125,12 +156,40 @@ def compose(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         >>> compose({"h": np.array([2, 0, 1])}, {"h": np.array([1, 0, 2])})["h"]
         array([0, 2, 1])
     """
-    for name, permutation in [*first.items(), *second.items()]:
-        check_permutation(name, permutation, np.size(first.get(name, permutation)))
+    within = within or {}
+    sizes = {name: np.shape(p)[-1] for name, p in [*second.items(), *first.items()] if np.ndim(p)}
+    for given in (first, second):
+        check_permutations(given, sizes, within)
     composed = {**first, **second}
-    for name in first.keys() & second.keys():
-        composed[name] = take(as_array(first[name]), as_array(second[name]), 0)
+    for name in first:
+        one, other = as_array(first[name]), second.get(name)
+        heads = second.get(within.get(name, ""))
+        if one.ndim == 2 and heads is not None:
+            one = take(one, as_array(heads), 0)  # by the heads' new order
+        if other is None:
+            composed[name] = one if one.ndim == 2 else first[name]
+            continue
+        other = as_array(other)
+        if one.ndim == other.ndim == 1:
+            composed[name] = take(one, other, 0)
+            continue
+        library: Any = np if isinstance(one, np.ndarray) and isinstance(other, np.ndarray) else jnp
+        one, other = library.broadcast_arrays(*map(library.atleast_2d, (one, other)))
+        composed[name] = library.take_along_axis(one, other, axis=1)
     return composed
+
+
+def check_permutations(
+    permutations: Mapping[str, Any], sizes: Mapping[str, int | None], within: Mapping[str, str]
+) -> None:
+    """Checks permutations by group, and those for each entry of another group against it."""
+    for name, permutation in permutations.items():
+        owner = within.get(name)
+        heads = None
+        if owner is not None:
+            known = permutations.get(owner)
+            heads = np.size(known) if known is not None else sizes.get(owner)
+        check_permutation(name, permutation, sizes.get(name), heads, within=owner is not None)
 
 
 def as_array(array: Any) -> Any:

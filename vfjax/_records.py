@@ -129,6 +129,27 @@ class Tap:
     windows: tuple[Window, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class JointTap:
+    """Where a group shows in the activations together with the one that it moves within.
+
+    Attributes:
+        name: Site name, `<layer>:act[<group> in <owner>]`.
+        layer: Name of the layer.
+        group: The group, such as the dims of heads.
+        owner: The group that it is within, such as the heads.
+        place: Where in the value the group lies, as for a leaf.
+        around: Where its owner lies.
+    """
+
+    name: str
+    layer: str
+    group: str
+    owner: str
+    place: Axis
+    around: Axis
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Crossing:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vfjax._axes import Axis, Window, resized, rows
+from vfjax._axes import Axis, Window, grid, resized, rows
 from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
 from vfjax._pooled import ROUNDINGS, shifted_moments
@@ -40,18 +40,23 @@ class GroupAxis(NamedTuple):
     outer: int
     inner: int
     windows: tuple[Window, ...] = ()
+    # Where the group lies that this one moves within, if the channel axes tell its entries apart.
+    owner: Axis | None = None
 
     @property
     def place(self) -> Axis:
-        """The same as a place of a value that has one axis."""
-        return Axis("", 0, "elementwise", self.outer, self.inner, self.windows)
+        """The same as a place of a value that has the channel axes alone."""
+        return Axis("", self.axis, "elementwise", self.outer, self.inner, self.windows)
 
     def after(self, mapped: GroupAxis, length: int, m: int) -> GroupAxis:
         """Where it lies after another group of an axis of some length has got m entries."""
-        if mapped.axis != self.axis or mapped.place == self.place:
-            return self
-        place = resized(self.place, mapped.place, length, m)
-        return self._replace(outer=place.outer, inner=place.inner, windows=place.windows)
+        place, owner = (
+            place
+            if place is None or place.axis != mapped.axis or place == mapped.place
+            else resized(place, mapped.place, length, m)
+            for place in (self.place, self.owner)
+        )
+        return GroupAxis(self.group, self.axis, *place[3:], owner=owner)
 
 
 class Site(NamedTuple):
@@ -65,6 +70,8 @@ class Site(NamedTuple):
     # Channel axes; None for all but the first.
     keep: tuple[int, ...] | None
     axes: tuple[GroupAxis, ...]
+    # Where the owners lie, of a value that becomes `[owners * n, rest]`; None for one without.
+    around: Axis | None = None
 
 
 class Plan(NamedTuple):
@@ -235,7 +242,10 @@ def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
             "array"
         )
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    if site.split is not None:
+    if site.split is not None and site.around is not None:
+        value = grid(value, site.split, site.around)
+        value = value.reshape(-1, value.shape[-1])
+    elif site.split is not None:
         value = rows(value, site.split)
     keep = tuple(range(1, value.ndim)) if site.keep is None else site.keep
     return value, tuple(a for a in range(value.ndim) if a not in keep)

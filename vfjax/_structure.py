@@ -12,7 +12,7 @@ import numpy as np
 from vfjax import _describe, _graph, _retrace, _summary, symmetry
 from vfjax._axes import Axis
 from vfjax._plan import Plan
-from vfjax._records import Layer, Norm, Tap
+from vfjax._records import JointTap, Layer, Norm, Tap
 
 PyTree = Any
 
@@ -71,6 +71,16 @@ class Structure:
         """Where each group shows: one per tap of a layer and group, each value once."""
         return _describe.describe_taps(
             self._reference, axes=self._propagation.axes, groups=self._symmetry[1]
+        )
+
+    @functools.cached_property
+    def joint_taps(self) -> tuple[JointTap, ...]:
+        """Where groups show inside the entries of the groups that they are within."""
+        return _describe.describe_joint_taps(
+            self._reference,
+            axes=self._propagation.axes,
+            groups=self._symmetry[1],
+            within=self.spec.within,
         )
 
     @property

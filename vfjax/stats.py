@@ -20,9 +20,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from vfjax._axes import Axis
+from vfjax._axes import Axis, owners
 from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
+from vfjax._records import JointTap
 from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, pool, stream
 from vfjax._tree import check_trees
 from vfjax._weights import resolve_weights
@@ -121,9 +122,9 @@ class Moments:
 
         Args:
             maps: One per model, None for the identity: by group a permutation `int[n]` (new axis =
-                `take(old, p)`), a matrix `[m, n]`, or a pair of merge and unmerge matrix `(M, U)`
-                of which the first is used. Groups left out stay. At one site, the models' matrices
-                must agree in m.
+                `take(old, p)`), or `int[h, n]` for a group within another; a matrix `[m, n]`; or a
+                pair of merge and unmerge matrix `(M, U)` of which the first is used. Groups left
+                out stay. At one site, the models' matrices must agree in m.
 
         Returns:
             Moments at the same sites.
@@ -163,8 +164,9 @@ class Moments:
                 mean[site], var[site], block = carry(
                     mean[site], var[site], block, axes[k], chosen, site
                 )
-                m = next(len(found) for found in chosen if found is not None)
-                axes[:] = [other.after(axes[k], length, m) for other in axes]
+                if mean[site].shape[1 + axis.axis] != length:
+                    m = next(len(found) for found in chosen if found is not None)
+                    axes[:] = [other.after(axes[k], length, m) for other in axes]
                 if covariance is not None and block is not None:
                     covariance[site] = block
         mean, var, covariance = jax.tree.map(jnp.asarray, (mean, var, covariance))
@@ -191,7 +193,8 @@ def moments(
         trees: One parameter tree per model.
         data: Re-iterable of `x` or `(x, label)`.
         sites: `"paper"`, `"all"`, `"taps"` or a list of site names: see `resolve_sites`. At a tap
-            the channels are the `n` features of its group, at a layer or norm its channel axes, at
+            the channels are the `n` features of its group (at a joint tap those of all entries of
+            the group that it is within, `h * n`), at a layer or norm its channel axes, at
             `"input"` and `"output"` all axes but the first.
         covariance: True for the covariances between all pairs of models (each with itself too) at
             the requested taps, or at all taps if none is among the sites; `"cross"` for pairs of
@@ -273,7 +276,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
         if sites == "all":
             return tuple(layer.name for layer in net.layers)
         if sites == "taps":
-            return tuple(dict.fromkeys(tap.name for tap in net.taps))
+            return (*taps_by_site(net), *joint_taps(net))
         raise ValueError(
             f'`sites` must be "paper", "all", "taps" or a list of site names, got "{sites}"'
             + (f'; for this one site pass ["{sites}"]' if sites in _known(net) else "")
@@ -312,6 +315,11 @@ def taps_by_site(net: Network) -> dict[str, Any]:
     }
 
 
+def joint_taps(net: Network) -> dict[str, JointTap]:
+    """Joint taps by the name of their site."""
+    return {tap.name: tap for tap in net.joint_taps}
+
+
 def _known(net: Network) -> list[str]:
     """All names that a site may have."""
     layers = [layer.name for layer in net.layers]
@@ -319,7 +327,8 @@ def _known(net: Network) -> list[str]:
     shared = {tap.name for name, tap in taps.items() if name != tap.name}
     acts = [f"{name}:act" for name in layers if f"{name}:act" not in shared]
     norms = [f"{norm.name}:in" for norm in net.norms]
-    return list(dict.fromkeys(["input", *layers, *acts, *taps, *norms, "output"]))
+    joint = joint_taps(net)
+    return list(dict.fromkeys(["input", *layers, *acts, *taps, *joint, *norms, "output"]))
 
 
 def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], models: int) -> Plan:
@@ -329,11 +338,12 @@ def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mo
             f"got {models}. Pass True for the covariances within a model"
         )
     names = resolve_sites(net, sites)
-    taps = taps_by_site(net)
+    taps, joint = taps_by_site(net), joint_taps(net)
     if isinstance(covariance, bool) or covariance == "cross":
-        chosen = tuple(name for name in names if name in taps) if covariance else ()
+        known = (*taps, *joint)
+        chosen = tuple(name for name in names if name in known) if covariance else ()
         if covariance and not chosen:
-            chosen = tuple(taps)
+            chosen = known
     elif isinstance(covariance, str):
         raise ValueError(
             f'`covariance` must be a bool, "cross" or a list of site names, got "{covariance}"'
@@ -357,6 +367,12 @@ def site_of(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
             (1,),
             (GroupAxis(tap.group, 0, 1, 1),),
         )
+    if name in (joint := joint_taps(net)):
+        tap = joint[name]
+        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
+        owner = GroupAxis(tap.owner, 0, 1, n)
+        axes = owner, GroupAxis(tap.group, 0, h, 1, owner=owner.place)
+        return Site(name, f"{tap.layer}:act", tap.place, (0,), axes, tap.around)
     if name in ("input", "output"):
         return Site(name, name, None, None, ())
     if name.endswith(":in") and name not in {layer.name for layer in net.layers}:
@@ -367,9 +383,17 @@ def site_of(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
 
 
 def _group_axes(net: Network, name: str, keep: tuple[int, ...]) -> tuple[GroupAxis, ...]:
-    """Which of a site's channel axes carry which group."""
-    return tuple(
-        GroupAxis(group, keep.index(place.axis), *place[3:])
-        for group, place in net.places(name)
-        if place.axis in keep
-    )
+    """Which of a site's channel axes carry which group.
+
+    Groups within others come last: what they do inside the others' entries counts them anew.
+    """
+    within, places = net.spec.within, net.places(name)
+    found = []
+    for group, place in sorted(places, key=lambda entry: entry[0] in within):
+        if place.axis not in keep:
+            continue
+        around = owners(place, [p for g, p in places if g == within.get(group)])
+        owner = around[0] if len(around) == 1 and around[0].axis in keep else None
+        owner = owner and owner._replace(axis=keep.index(owner.axis))
+        found.append(GroupAxis(group, keep.index(place.axis), *place[3:], owner=owner))
+    return tuple(found)

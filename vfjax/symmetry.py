@@ -8,6 +8,11 @@ together. `vfjax.trace` reads it off the network (`net.spec`); it can also be wr
         "hidden": [("dense_0/kernel", 1, "out"), ("dense_0/bias", 0), ("dense_1/kernel", 0, "in")],
     })
 
+A group may move by itself inside each entry of another, as the dims of an attention head inside
+their head: `spec.within` says so. Its permutation is then one for all, `[n]`, or one for each,
+`[h, n]`, where the owners count in their new order: entry k of owner i is what was entry `p[i, k]`
+of owner `q[i]`, if the owners are permuted by q.
+
 More general maps of a group, such as the merge and unmerge matrices of ZipIt! or transport plans,
 go through the same description: see `PermutationSpec.apply`.
 """
@@ -15,8 +20,9 @@ go through the same description: see `PermutationSpec.apply`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +35,17 @@ from vfjax._axes import (
     absent_paths,
     as_axis,
     map_axis,
+    map_within,
     overlap,
-    permute_axis,
+    owners,
+    permute_at,
     resized,
     size_at,
 )
 from vfjax._maps import (
     as_array,
     check_matrices,
-    check_permutation,
+    check_permutations,
     compose,
     contract,
     invert,
@@ -65,8 +73,8 @@ class PermutationSpec:
     """Which axes of a parameter tree can be permuted together.
 
     Two specs are equal if they partition the same places (path, axis, block) with the same roles
-    into the same groups. Names of groups, their order, sizes and `fixed` do not count, so that a
-    spec written by hand equals an inferred one.
+    into the same groups. Names of groups, their order, sizes, `fixed` and `within` do not count, so
+    that a spec written by hand equals an inferred one.
 
     Attributes:
         groups: Places by name of the group, in order. Tuples of the first fields of an `Axis`,
@@ -74,10 +82,13 @@ class PermutationSpec:
         sizes: Number of entries by group; empty in a spec written by hand, whose sizes are found
             on use (`validate` returns them).
         fixed: Axes without symmetry, and why.
+        within: By group, the group inside each entry of which it may move by itself. Wherever it
+            has a place, the other has one in the same leaf, around it or on another axis.
 
     Raises:
         TypeError: If a place is no such tuple.
-        ValueError: If a role is unknown, an axis negative, or a place listed twice.
+        ValueError: If a role is unknown, an axis negative, a place listed twice, or `within` names
+            groups that are not there, or one inside another that is itself inside one.
 
     Example:
         >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("b", 0), ("v", 0, "in")]})
@@ -92,6 +103,7 @@ class PermutationSpec:
     groups: Mapping[str, Sequence[Axis]]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     fixed: Sequence[FixedAxis] = ()
+    within: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = {name: tuple(as_axis(name, a) for a in axes) for name, axes in self.groups.items()}
@@ -108,6 +120,13 @@ class PermutationSpec:
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "sizes", {name: int(n) for name, n in self.sizes.items()})
         object.__setattr__(self, "fixed", tuple(FixedAxis(*entry) for entry in self.fixed))
+        object.__setattr__(self, "within", dict(self.within))
+        self.check_known("within", [*self.within, *self.within.values()])
+        for name, around in self.within.items():
+            if around in self.within:
+                raise ValueError(
+                    f"within puts {name!r} inside {around!r}, which is inside another group itself."
+                )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PermutationSpec):
@@ -122,6 +141,7 @@ class PermutationSpec:
         lines = [f"PermutationSpec({count} group{'' if count == 1 else 's'})"]
         for name, axes in self.groups.items():
             size = f" ({self.sizes[name]})" if name in self.sizes else ""
+            size += f" in each of {self.within[name]}" if name in self.within else ""
             shown = ", ".join(str(a) for a in axes[:6])
             more = f", and {len(axes) - 6} more" if len(axes) > 6 else ""
             lines.append(f"  {name}{size}: {shown}{more}")
@@ -162,6 +182,7 @@ class PermutationSpec:
                     size = size_at(name, a, np.shape(flat[a.path]))
                     self._check_size(name, a, size, sizes)
                     along.setdefault((a.path, a.axis), []).append((a, name))
+                    self.owner(name, a)
                 elif not any(a.path == p or a.path.startswith(p + "/") for p in absent):
                     raise ValueError(
                         f"variables has no leaf '{a.path}', which group {name!r} of the spec "
@@ -184,8 +205,10 @@ class PermutationSpec:
 
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.
-            permutations: By group, an integer array `[n]`. Groups left out keep their order. May
-                be traced (under `jit` or `vmap`).
+            permutations: By group, an integer array `[n]`, or `[h, n]` for a group within one of h
+                entries: along it then, inside the i-th of these as they lie afterwards, `new =
+                take(old, permutation[i])`. Groups left out keep their order. May be traced (under
+                `jit` or `vmap`).
 
         Returns:
             A tree like `variables`, of the same dtypes; numpy leaves stay numpy unless a
@@ -205,7 +228,7 @@ class PermutationSpec:
         self.validate(variables, permutations)
         indices = {name: as_array(p) for name, p in permutations.items()}
 
-        return self._map(variables, indices, permute_axis)
+        return self._map(variables, indices, permute_at)
 
     def apply(self, variables: PyTree, maps: Mapping[str, tuple[Any, Any]]) -> PyTree:
         """Maps the axes of every group linearly, in float32 or better.
@@ -216,8 +239,9 @@ class PermutationSpec:
 
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.
-            maps: By group, a pair of a merge matrix `M [m, n]` and an unmerge matrix `U [n, m]`.
-                Groups left out stay as they are.
+            maps: By group, a pair of a merge matrix `M [m, n]` and an unmerge matrix `U [n, m]`;
+                for a group within one of h entries also `[h, m, n]` and `[h, n, m]`, a map for each
+                of these as they lie afterwards. Groups left out stay as they are.
 
         Returns:
             A tree like `variables`, of the same dtypes, with m entries in place of n.
@@ -241,20 +265,22 @@ class PermutationSpec:
         sizes = {**self.sizes, **self.validate(variables)}
         self.check_known("maps", maps)
         for name, pair in maps.items():
-            check_matrices(name, pair, sizes.get(name))
+            check_matrices(name, pair, sizes.get(name), within=name in self.within)
+        self._check_owners(maps, sizes)
 
-        def transform(leaf: Any, a: Axis, pair: tuple[Any, Any]) -> Any:
+        def transform(leaf: Any, a: Axis, owner: Axis | None, pair: tuple[Any, Any]) -> Any:
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
                 raise TypeError(
                     f"variables holds {jnp.result_type(leaf)} at '{a.path}', and a matrix cannot "
                     "map integers; leave its group out of `maps`, or the leaf out of the spec."
                 )
-            matrix = jnp.asarray(pair[1]).T if a.role == "in" else pair[0]
-            return map_axis(leaf, a, lambda view, k: contract(matrix, view, k))
+            matrix = jnp.asarray(pair[1]).mT if a.role == "in" else jnp.asarray(pair[0])
+            if owner is None or matrix.ndim == 2:
+                return map_axis(leaf, a, lambda view, k: contract(matrix, view, k))
+            return map_within(leaf, a, owner, lambda view, k, i: contract(matrix[i], view, k))
 
-        return self._map(
-            variables, maps, transform, {n: np.shape(m[0])[0] for n, m in maps.items()}
-        )
+        grown = {name: np.shape(pair[0])[-2] for name, pair in maps.items()}
+        return self._map(variables, maps, transform, grown)
 
     def random(self, key: Array, variables: PyTree | None = None) -> dict[str, Array]:
         """Random permutations of all groups.
@@ -264,7 +290,7 @@ class PermutationSpec:
             variables: A parameter tree, needed where the spec was written by hand.
 
         Returns:
-            By group, a permutation, int32 `[n]`.
+            By group, a permutation, int32 `[n]`, or `[h, n]` for a group within one of h entries.
 
         Raises:
             ValueError: If sizes are unknown.
@@ -282,9 +308,38 @@ class PermutationSpec:
                 "leaves of these groups."
             )
         keys = jax.random.split(key, max(len(self.groups), 1))
-        return {
-            name: jax.random.permutation(keys[k], sizes[name]) for k, name in enumerate(self.groups)
-        }
+        drawn = {}
+        for key, name in zip(keys, self.groups, strict=False):
+            draw = functools.partial(jax.random.permutation, x=sizes[name])
+            if name in self.within:
+                each = jax.random.split(key, sizes[self.within[name]])
+                drawn[name] = jnp.stack([draw(k) for k in each])
+            else:
+                drawn[name] = draw(key)
+        return drawn
+
+    def owner(self, name: str, a: Axis) -> Axis | None:
+        """Where the group that another is `within` has its place around one of the latter's.
+
+        Args:
+            name: A group.
+            a: One of its places.
+
+        Returns:
+            The place in the same leaf, or None if the group is within no other.
+
+        Raises:
+            ValueError: If there is none, or more than one.
+        """
+        if name not in self.within:
+            return None
+        found = owners(a, self.groups[self.within[name]])
+        if len(found) != 1:
+            raise ValueError(
+                f"within: at {a}, {name!r} must be inside one place of {self.within[name]!r}, "
+                f"which has {len(found)} in that leaf around it or on another axis."
+            )
+        return found[0]
 
     def _partition(self) -> frozenset[frozenset[Axis]]:
         return frozenset(frozenset(axes) for axes in self.groups.values() if axes)
@@ -296,26 +351,25 @@ class PermutationSpec:
         fn: Callable,
         sizes: Mapping[str, int] | None = None,
     ) -> PyTree:
-        """Replaces a leaf by `fn(leaf, axis, by_group[name])`, for each place of a given group.
+        """Replaces a leaf by `fn(leaf, axis, owner's, by_group[name])` at each place of each group.
 
         `sizes` tells how many entries groups have afterwards, where `fn` changes that.
         """
         flat, treedef = flatten_named(variables)
-        places: dict[str, list[tuple[str, Axis]]] = {}
-        for name, axes in self.groups.items():
-            for a in axes if name in by_group else ():
+        places: dict[str, list[tuple[str, Axis, Axis | None]]] = {}
+        # Owners first: what is within them counts them in their new order.
+        for name in sorted(self.groups, key=self.within.__contains__):
+            for a in self.groups[name] if name in by_group else ():
                 if a.path in flat:
-                    places.setdefault(a.path, []).append((name, a))
+                    places.setdefault(a.path, []).append((name, a, self.owner(name, a)))
         for path, todo in places.items():
             while todo:
-                (name, a), *todo = todo
+                (name, a, owner), *todo = todo
                 length = np.shape(flat[path])[a.axis]
-                flat[path] = fn(flat[path], a, by_group[name])
+                flat[path] = fn(flat[path], a, owner, by_group[name])
                 if sizes is not None and np.shape(flat[path])[a.axis] != length:
-                    todo = [
-                        (other, resized(b, a, length, sizes[name]) if b.axis == a.axis else b)
-                        for other, b in todo
-                    ]
+                    move = functools.partial(_moved, mapped=a, length=length, m=sizes[name])
+                    todo = [(other, move(b), c and move(c)) for other, b, c in todo]
         return jax.tree.unflatten(treedef, list(flat.values()))
 
     def _check_size(self, name: str, a: Axis, size: int, sizes: dict[str, int]) -> None:
@@ -327,12 +381,12 @@ class PermutationSpec:
                 f"before ({', '.join(map(str, self.groups[name][:3]))}); a group has one size."
             )
 
-    def check_known(self, argument: str, given: Mapping[str, Any]) -> None:
+    def check_known(self, argument: str, given: Iterable[str]) -> None:
         """Checks that maps by group are of groups of this spec.
 
         Args:
             argument: The caller's name for them.
-            given: Anything by group.
+            given: Names of groups, or anything by them.
 
         Raises:
             ValueError: If a group is unknown.
@@ -346,8 +400,23 @@ class PermutationSpec:
 
     def _check_permutations(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         self.check_known("permutations", given)
-        for name, permutation in given.items():
-            check_permutation(name, permutation, sizes.get(name))
+        check_permutations(given, sizes, self.within)
+
+    def _check_owners(self, maps: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        """Checks that there is a map for each entry of the group that one is within."""
+        for name, owner in self.within.items():
+            heads = np.shape(maps[owner][0])[0] if owner in maps else sizes.get(owner)
+            shape = np.shape(maps[name][0]) if name in maps else ()
+            if len(shape) == 3 and heads not in (None, shape[0]):
+                raise ValueError(
+                    f"maps[{name!r}] must hold one map for each of the {heads} entries of "
+                    f"{owner!r}; it holds {shape[0]}."
+                )
+
+
+def _moved(a: Axis, *, mapped: Axis, length: int, m: int) -> Axis:
+    """A place after the group at another, maybe along its axis, has got m entries."""
+    return resized(a, mapped, length, m) if a.axis == mapped.axis else a
 
 
 def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = None) -> float:
@@ -413,4 +482,5 @@ def from_propagation(
     path_of = dict(zip(propagation.leaves, paths, strict=True))
     fixed = [FixedAxis(path_of[f.leaf], f.axis, f.primitive, f.where) for f in propagation.fixed]
     places = {name: tuple(Axis(*entry) for entry in entries) for name, entries in groups.items()}
-    return PermutationSpec(places, sizes, fixed), names
+    within = {names[group]: names[other] for group, other in propagation.within.items()}
+    return PermutationSpec(places, sizes, fixed, within), names

@@ -19,7 +19,8 @@ from vfjax._graph import INPUT, PARAM, Graph
 from vfjax._propagate import calls, elementwise, indexing, layout, linear, reduce
 from vfjax._propagate.atoms import Axis, Cause, Window
 from vfjax._propagate.folds import Folds
-from vfjax._propagate.registry import RULES, Step, Use, Value, apply, constant, rule, shape_of
+from vfjax._propagate.registry import RULES, Step, Value, apply, constant, rule, shape_of
+from vfjax._propagate.within import Record, independent
 
 __all__ = ["RULES", "Atom", "Fixed", "Propagation", "Tie", "propagate", "rule"]
 
@@ -89,12 +90,14 @@ class Propagation:
         leaves: Ids of the variables' leaves, in their order.
         fixed: Axes of leaves that no group touches.
         ties: What layers do with the leaves, in graph order.
+        within: By group, another inside each entry of which it moves by itself (see `within`).
     """
 
     axes: dict[int, tuple[tuple[Atom, ...], ...]]
     leaves: tuple[int, ...]
     fixed: tuple[Fixed, ...]
     ties: tuple[Tie, ...]
+    within: dict[int, int]
 
 
 def propagate(graph: Graph) -> Propagation:
@@ -108,23 +111,23 @@ def propagate(graph: Graph) -> Propagation:
     Returns:
         Groups of tied axes, for every value of the graph.
     """
-    algebra = Folds()
+    algebra, record = Folds(), Record()
     env: dict[int, Value] = {}
     for k, value in enumerate(graph.inputs):
         cause = None if k < graph.num_leaves else Cause("input")
         shape = shape_of(graph.avals[value])
         axes = [[algebra.atom(n, cause)] for n in shape]
         env[value] = Value(axes, shape, INPUT if cause else PARAM)
+        record.see(axes)
     for value, array in graph.consts.items():
         env[value] = constant(algebra, array, shape_of(graph.avals[value]))
 
-    uses: list[Use] = []
     for equation in graph.equations:
         operands = [
             constant(algebra, v.val, shape_of(v.aval)) if isinstance(v, jex.Literal) else env[v]
             for v in equation.inputs
         ]
-        step = Step(algebra, equation.eqn, operands, equation, uses)
+        step = Step(algebra, equation.eqn, operands, equation, record)
         for value, result in zip(equation.outputs, apply(step), strict=True):
             if value is not None:
                 env[value] = result
@@ -135,10 +138,10 @@ def propagate(graph: Graph) -> Propagation:
         for axis in env[value].axes:
             algebra.fix(axis, Cause("output", maker))
     algebra.close()
-    return _collect(graph, algebra, env, uses)
+    return _collect(graph, algebra, env, record)
 
 
-def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], uses: list[Use]) -> Propagation:
+def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record) -> Propagation:
     """Numbers the groups and reads everything out of the algebra."""
     leaves = graph.inputs[: graph.num_leaves]
     used = [leaf for leaf in leaves if graph.users.get(leaf) or leaf in graph.output_ids]
@@ -158,6 +161,8 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], uses: list[Use
             if causes := [] if free else algebra.causes(axis):
                 fixed.append(Fixed(leaf, k, *_blame(causes)))
 
+    sizes = {group: algebra.size(root) for root, group in groups.items()}
+
     def read(axis: Axis) -> tuple[Atom, ...]:
         return tuple(
             Atom(
@@ -167,7 +172,7 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], uses: list[Use
         )
 
     ties = []
-    for use in uses:
+    for use in record.uses:
         for role, axes in (("out", use.kept), ("in", use.contracted)):
             for axis in axes:
                 for place in algebra.places(axis):
@@ -178,6 +183,7 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], uses: list[Use
         leaves=leaves,
         fixed=tuple(fixed),
         ties=tuple(ties),
+        within=independent(algebra, record, lambda atom: groups.get(algebra.find(atom)), sizes),
     )
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from itertools import accumulate
 
 from vfjax._graph import INPUT, PARAM
-from vfjax._propagate.registry import Axes, Step, Use, opaque, rule
+from vfjax._propagate.registry import Axes, Step, opaque, rule
+from vfjax._propagate.within import Use
 
 
 def touch(step: Step, dims: Iterable[int]) -> list[Axes]:
@@ -157,6 +158,10 @@ def gather(step: Step) -> list[Axes]:
     axes: Axes = [[] for _ in shape]
     for target, k in zip(dims.offset_dims, sliced, strict=True):
         axes[target] = step.fixed(shape[target]) if k in touched else operand.axes[k]
+    for value, paired in ((operand, batch), (indices, index_batch)):
+        step.record.keep(value.axes, paired)
+        others = (k for k in range(len(value.shape)) if k not in paired)
+        step.record.keep(value.axes, others, paired)
     rest = iter(indices.axes[:-1])
     for target in range(len(shape)):
         if target not in dims.offset_dims:
@@ -164,5 +169,5 @@ def gather(step: Step) -> list[Axes]:
     if operand.depends == PARAM and indices.depends & INPUT:
         # A table writes its rows into the network as a layer writes its outputs.
         kept = [operand.axes[k] for k in sliced if k not in touched]
-        step.uses.append(Use(step.primitive, [], kept))
+        step.record.uses.append(Use(step.primitive, [], kept))
     return [axes]

@@ -20,7 +20,10 @@ def dot_general(step: Step) -> list[Axes]:
     sides = []
     for k, value in enumerate((left, right)):
         taken = {*contract[k], *batch[k]}
-        sides.append([axis for dim, axis in enumerate(value.axes) if dim not in taken])
+        kept = [dim for dim in range(len(value.shape)) if dim not in taken]
+        sides.append([value.axes[dim] for dim in kept])
+        step.record.keep(value.axes, taken)
+        step.record.keep(value.axes, kept, batch[k])
     for k, (kernel, other) in enumerate(((left, right), (right, left))):
         step.layer(kernel, other, [kernel.axes[d] for d in contract[k]], sides[k])
     return [[left.axes[i] for i in batch[0]] + sides[0] + sides[1]]
@@ -43,6 +46,10 @@ def conv_general_dilated(step: Step) -> list[Axes]:
     outgoing, incoming = (right.axes[k] for k in dims.rhs_spec[:2])
     step.fix(*(left.axes[k] for k in dims.lhs_spec[2:]))
     step.fix(*(right.axes[k] for k in dims.rhs_spec[2:]))
+    for dim in dims.lhs_spec[:2]:
+        step.record.keep(left.axes, [dim])
+    step.record.keep(right.axes, dims.rhs_spec[:1])
+    step.record.keep(right.axes, dims.rhs_spec[1:2], dims.rhs_spec[:1])
     kept = [outgoing]
     if groups > 1:
         shared = step.free(groups)

@@ -10,7 +10,11 @@ A rule says how the axes of a primitive's results follow from those of its opera
 Where entries are paired, a rule calls `step.unify`; where they are treated differently, `step.fix`,
 and the result gets a fixed axis too (`step.fixed(n)`). Every permutation of the operands' free
 atoms must then permute the results as their axes say, and change nothing else. That is the whole
-contract of a rule. A rule is `lazy` if it may meet axes that are folded (see `folds`).
+contract of a rule.
+
+A rule that does not treat all dimensions of an operand alike, but ties some and keeps others, also
+says so by `step.record.keep` (see `within`). A rule is `lazy` if it may meet axes that are folded
+(see `folds`).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from jax.core import Tracer
 from vfjax._graph import INPUT, PARAM
 from vfjax._propagate.atoms import Axis, Cause
 from vfjax._propagate.folds import Folds
+from vfjax._propagate.within import Record, Use
 
 Axes = list[Axis]
 """One axis per dimension of an array."""
@@ -46,14 +51,6 @@ class Value(NamedTuple):
     depends: int
 
 
-class Use(NamedTuple):
-    """A parameter-only operand of a layer, and which of its axes the layer contracts or keeps."""
-
-    primitive: str
-    contracted: Axes
-    kept: Axes
-
-
 @dataclasses.dataclass
 class Step:
     """One equation, as a rule sees it.
@@ -63,14 +60,14 @@ class Step:
         eqn: The `JaxprEqn`.
         inputs: Its operands.
         equation: The `Equation` of the graph that it is, or lies inside.
-        uses: Where layers are recorded.
+        record: Where layers and values are recorded.
     """
 
     algebra: Folds
     eqn: Any
     inputs: list[Value]
     equation: Any
-    uses: list[Use]
+    record: Record
 
     @property
     def primitive(self) -> str:
@@ -130,7 +127,7 @@ class Step:
     def layer(self, kernel: Value, other: Value, contracted: Axes, kept: Axes) -> None:
         """Records `kernel` if it holds parameters alone and meets data that depends on x."""
         if kernel.depends == PARAM and other.depends & INPUT:
-            self.uses.append(Use(self.primitive, contracted, kept))
+            self.record.uses.append(Use(self.primitive, contracted, kept))
 
 
 Rule = Callable[[Step], list[Axes]]
@@ -176,6 +173,8 @@ def apply(step: Step) -> list[Value]:
     depends = 0
     for value in step.inputs:
         depends |= value.depends
+    for axes in results if depends else ():  # a constant does not vary along what is free in it
+        step.record.see(axes)
     return [Value(a, s, depends) for a, s in zip(results, step.shapes, strict=True)]
 
 

@@ -16,7 +16,8 @@ class Alignment:
     `net.spec.permute(b, found.permutations)` aligns b to a.
 
     Attributes:
-        permutations: By group, int32 `[n]`: the aligned axis is `take(old, permutation)`.
+        permutations: By group, int32 `[n]`: the aligned axis is `take(old, permutation)`. For a
+            group within another of h entries (the dims of heads), int32 `[h, n]`.
         objective: What was maximised, after each sweep over the groups; never decreasing. One
             entry, the optimum, from a method that needs no sweeps.
         converged: Whether the last sweep found nothing to improve, rather than the limit on sweeps
@@ -31,12 +32,12 @@ class Alignment:
     def moved(self) -> int:
         """Number of units that do not stay in place."""
         return sum(
-            int(np.count_nonzero(p != np.arange(len(p)))) for p in self.permutations.values()
+            int(np.count_nonzero(p != np.arange(p.shape[-1]))) for p in self.permutations.values()
         )
 
     def __repr__(self) -> str:
         """How far it moved and how it ended, in one line."""
-        count, units = len(self.permutations), sum(map(len, self.permutations.values()))
+        count, units = len(self.permutations), sum(map(np.size, self.permutations.values()))
         last = f"{self.objective[-1]:.6g}" if self.objective else "none"
         sweeps = len(self.objective)
         return (
@@ -69,3 +70,41 @@ def assign(gain: np.ndarray) -> np.ndarray:
             "entries: products of these weights or activations overflow; look for diverged models"
         )
     return linear_sum_assignment(gain, maximize=True)[1].astype(np.int32)
+
+
+def assign_within(
+    gain: np.ndarray, inner: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The best assignment of owners (heads), given the best ones of what is within each pair.
+
+    Args:
+        gain: `[h, h]`, finite: what pairing two owners gains by itself.
+        inner: By group within, `[h, h, n, n]`: what pairing two of its entries gains, for each pair
+            of owners.
+
+    Returns:
+        The permutation of the owners, int32 `[h]`, and by group the permutations inside owners, in
+        their new order, int32 `[h, n]`.
+
+    Raises:
+        ValueError: If an entry is NaN or infinite.
+
+    Example:
+        >>> inner = np.zeros((2, 2, 2, 2))
+        >>> inner[0, 1] = [[0.0, 3.0], [3.0, 0.0]]
+        >>> outer, found = assign_within(np.zeros((2, 2)), {"dims": inner})
+        >>> outer.tolist(), found["dims"].tolist()
+        ([1, 0], [[1, 0], [0, 1]])
+
+    Source: heads are matched by the assignments of their dims as in "Merging Text Transformer
+    Models from Different Initializations" (Verma & Elbayad, 2024).
+    """
+    total, found = np.array(gain, np.float64), {}
+    for name, gains in inner.items():
+        h, _, n, _ = gains.shape
+        pairs = [assign(each) for each in gains.reshape(h * h, n, n)]
+        best = np.take_along_axis(gains.reshape(h * h, n, n), np.stack(pairs)[..., None], axis=2)
+        total += best.sum((1, 2)).reshape(h, h)
+        found[name] = np.stack(pairs).reshape(h, h, n)
+    outer = assign(total)
+    return outer, {name: pairs[np.arange(len(outer)), outer] for name, pairs in found.items()}

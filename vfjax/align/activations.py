@@ -5,6 +5,10 @@ modulo Permutation Symmetries", Ainsworth, Hayase & Srinivasa, 2023, section 3.1
 in place of the inner product, as in "REPAIR", Jordan et al., 2023). Moments are pooled exactly over
 all samples, in one pass. A group shows at several taps where a residual stream carries it; its
 correlations are summed, and one linear assignment per group gives the optimum.
+
+Heads of attention and the dims inside each are matched together, by the correlations of the dims of
+every head with those of every other: the best assignment of dims for each pair of heads tells what
+the pair is worth, and one of heads over these gives the optimum.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import numpy as np
 
 from vfjax import stats
 from vfjax._tree import check_trees
-from vfjax.align._record import Alignment, assign
+from vfjax.align._record import Alignment, assign_within
 from vfjax.network import Network, check_net
 
 __all__ = ["match_activations", "match_moments"]
@@ -127,27 +131,51 @@ def match_moments(
     for name, index in (("to", to), ("model", model)):
         if not 0 <= index < moments.models:
             raise ValueError(f"`{name}` must be in 0..{moments.models - 1}, got {index}")
-    std, total = moments.std, {}
-    for site, tap in stats.taps_by_site(net).items():
+    spec, std = net.spec, moments.std
+
+    def correlations(site: str) -> np.ndarray:
         block = None if moments.covariance is None else moments.covariance.get(site)
         if block is None or np.isnan(block[to, model]).any():
             raise ValueError(
                 f'`moments` has no covariance between models {to} and {model} at the tap "{site}"; '
                 'measure with sites="taps", covariance="cross"'
             )
-        found = correlation(block[to, model], std[site][to], std[site][model])
+        return correlation(block[to, model], std[site][to], std[site][model])
+
+    inner: dict[str, dict[str, np.ndarray]] = {}
+    for site, tap in stats.joint_taps(net).items():
+        h, n = spec.sizes[tap.owner], spec.sizes[tap.group]
+        found = correlations(site).reshape(h, n, h, n).swapaxes(1, 2)
+        total = inner.setdefault(tap.owner, {})
         total[tap.group] = total.get(tap.group, 0.0) + found
+    outer: dict[str, np.ndarray] = {}
+    for site, tap in stats.taps_by_site(net).items():
+        # Pooled over dims, heads say less than with them; dims pooled over heads say nothing.
+        if tap.group not in inner and tap.group not in spec.within:
+            outer[tap.group] = outer.get(tap.group, 0.0) + correlations(site)
     permutations, objective = dict(_in_place(net).permutations), 0.0
-    for group, gain in total.items():
-        n = len(gain)
-        permutations[group] = assign(gain + PLACE * np.eye(n))
-        objective += float(gain[np.arange(n), permutations[group]].sum())
+    for group in (*outer, *inner):
+        n, within = spec.sizes[group], inner.get(group, {})
+        gain = outer.get(group, np.zeros((n, n)))
+        chosen, inside = assign_within(
+            gain + PLACE * np.eye(n),
+            {name: each + PLACE * np.eye(spec.sizes[name]) for name, each in within.items()},
+        )
+        permutations |= {group: chosen, **inside}
+        objective += float(gain[np.arange(n), chosen].sum())
+        for name, each in within.items():
+            pairs = each[np.arange(n), chosen]
+            objective += float(np.take_along_axis(pairs, inside[name][..., None], axis=2).sum())
     return Alignment(permutations, (objective,), converged=True)
 
 
 def _in_place(net: Network) -> Alignment:
     """The alignment that moves nothing."""
-    order = {group: np.arange(n, dtype=np.int32) for group, n in net.spec.sizes.items()}
+    spec = net.spec
+    order = {}
+    for group, n in spec.sizes.items():
+        shape = (spec.sizes[spec.within[group]], n) if group in spec.within else (n,)
+        order[group] = np.broadcast_to(np.arange(n, dtype=np.int32), shape).copy()
     return Alignment(order, (0.0,), converged=True)
 
 

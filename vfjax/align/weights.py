@@ -4,7 +4,8 @@ Coordinate ascent of "Git Re-Basin: Merging Models modulo Permutation Symmetries
 & Srinivasa, 2023, algorithm 1). With the permutations of all groups but one held fixed, the best
 permutation of that group is a linear assignment: every leaf that the group touches adds its inner
 products, unit by unit, to the gain matrix. Sweeps over the groups in random order end when none of
-them can be improved.
+them can be improved. Heads of attention and the dims inside each are one block: the best assignment
+of dims for each pair of heads tells what the pair is worth to the assignment of heads.
 
 Everything here runs on the host: the matrices are products of unfolded leaves, for which NumPy's
 BLAS needs neither compilation nor, with the views chosen below, copies.
@@ -12,18 +13,18 @@ BLAS needs neither compilation nor, with the views chosen below, copies.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import permute_axis, rows
+from vfjax._axes import grid, permute_at, rows
 from vfjax._tree import check_finite, check_like, flatten_named
-from vfjax.align._record import Alignment, assign
+from vfjax.align._record import Alignment, assign_within
 from vfjax.network import Network, check_net
-from vfjax.symmetry import Axis, PermutationSpec
+from vfjax.symmetry import Axis, PermutationSpec, compose
 
 __all__ = ["match_weights"]
 
@@ -102,10 +103,7 @@ def match_weights(
     right = {path: _host(other[path]) for path in counted}
     best: Alignment | None = None
     for attempt in range(restarts + 1):
-        start = {
-            group: (random.permutation(n) if attempt else np.arange(n)).astype(np.int32)
-            for group, n in sizes.items()
-        }
+        start = {group: _start(spec, sizes, group, random, attempt) for group in sizes}
         found = _search(spec, left, right, counted, start, random, max_sweeps, tol)
         if best is None or found.objective[-1] > best.objective[-1]:
             best = found
@@ -159,6 +157,32 @@ def _host(leaf: Any) -> np.ndarray:
     return np.ascontiguousarray(leaf, np.float64 if leaf.dtype == np.float64 else np.float32)
 
 
+def _start(
+    spec: PermutationSpec,
+    sizes: Mapping[str, int],
+    group: str,
+    random: np.random.Generator,
+    attempt: int,
+) -> np.ndarray:
+    """The identity at the first attempt, then at random."""
+    n = sizes[group]
+    shape = (sizes[spec.within[group]], n) if group in spec.within else (n,)
+    start = np.broadcast_to(np.arange(n), shape)
+    return (random.permuted(start, axis=-1) if attempt else start).astype(np.int32)
+
+
+def _blocks(
+    spec: PermutationSpec, counted: Mapping[str, Mapping[str, tuple[Axis, ...]]]
+) -> dict[str, tuple[str, ...]]:
+    """Groups that are assigned together, by their first: it, and those within it."""
+    groups = [g for g in spec.groups if any(g in held for held in counted.values())]
+    return {
+        group: (group, *(g for g in groups if spec.within.get(g) == group))
+        for group in groups
+        if group not in spec.within
+    }
+
+
 def _search(
     spec: PermutationSpec,
     left: Mapping[str, np.ndarray],
@@ -171,50 +195,88 @@ def _search(
 ) -> Alignment:
     """One coordinate ascent from a start."""
     permutations = dict(start)
+    blocks = _blocks(spec, counted)
     # The leaves of b as the current permutations have them: gains below are relative to these, and
     # the identity assignment means that nothing changes.
-    moved = {}
-    for path, leaf in right.items():
-        for group in counted[path]:
-            leaf = _permute(leaf, counted[path][group], start[group])
-        moved[path] = leaf
+    moved = dict(right)
+    for block in blocks.values():
+        moved = {path: _permute(spec, v, counted[path], block, start) for path, v in moved.items()}
     objective = sum(_dot(left[path], moved[path]) for path in counted)
     norms = {path: np.sqrt(_dot(left[path], left[path]) * _dot(b, b)) for path, b in moved.items()}
-    groups = [g for g in permutations if any(g in held for held in counted.values())]
-    # Groups whose gains may have changed since they were last assigned; the others are at their
+    # Blocks whose gains may have changed since they were last assigned; the others are at their
     # optimum, and looking again would find that nothing moves.
-    stale = set(groups)
+    stale, order = set(blocks), list(blocks)
     history: list[float] = []
     while not history or (stale and len(history) < max_sweeps):
-        for group in (groups[index] for index in random.permutation(len(groups))):
+        for group in (order[index] for index in random.permutation(len(order))):
             if group not in stale:
                 continue
             stale.remove(group)
-            held = {path: axes[group] for path, axes in counted.items() if group in axes}
-            places = [(path, axis) for path, axes in held.items() for axis in axes]
-            gain = sum(_inner(left[path], moved[path], axis) for path, axis in places)
-            step = assign(cast(np.ndarray, gain))
-            if np.array_equal(step, np.arange(len(step))):
+            block = blocks[group]
+            held = {p: axes for p, axes in counted.items() if any(g in axes for g in block)}
+            step = _assign(spec, left, moved, held, block)
+            if all((p == np.arange(p.shape[-1])).all() for p in step.values()):
                 continue
-            new = {path: _permute(moved[path], axes, step) for path, axes in held.items()}
+            new = {path: _permute(spec, moved[path], held[path], block, step) for path in held}
             # Summed anew in float64: float32 gains may promise what rounding made up, and for a
             # leaf with the group on two axes they are only the linear part.
-            rise = sum(_rise(left[path], moved[path], new[path], held[path], step) for path in held)
+            places = {path: [a for g in block for a in held[path].get(g, ())] for path in held}
+            rise = sum(
+                _rise(left[path], moved[path], new[path], places[path], step[group])
+                for path in held
+            )
             if rise > tol * sum(norms[path] for path in held):
                 moved.update(new)
-                permutations[group] = permutations[group][step]
+                current = {g: permutations[g] for g in block}
+                permutations.update(compose(current, step, within=spec.within))
                 objective += rise
-                stale.update(g for path in held for g in counted[path] if g != group)
-                if any(len(axes) > 1 for axes in held.values()):
+                touched = {spec.within.get(g, g) for axes in held.values() for g in axes}
+                stale.update(touched - {group})
+                if any(len(axes.get(g, ())) > 1 for axes in held.values() for g in block):
                     stale.add(group)
         history.append(float(objective))
     return Alignment(permutations, tuple(history), not stale)
 
 
-def _permute(leaf: np.ndarray, axes: tuple[Axis, ...], permutation: np.ndarray) -> np.ndarray:
-    """A leaf with one group's axes permuted."""
-    for axis in axes:
-        leaf = permute_axis(leaf, axis, permutation)
+def _assign(
+    spec: PermutationSpec,
+    left: Mapping[str, np.ndarray],
+    moved: Mapping[str, np.ndarray],
+    held: Mapping[str, Mapping[str, tuple[Axis, ...]]],
+    block: tuple[str, ...],
+) -> dict[str, np.ndarray]:
+    """The best permutations of a block's groups, the others held fixed."""
+    group, *inside = block
+    places = [(path, a) for path, axes in held.items() for a in axes.get(group, ())]
+    gain = cast(np.ndarray, sum(_inner(left[path], moved[path], a) for path, a in places))
+    inner = {}
+    for name in inside:
+        found = 0
+        for path, axes in held.items():
+            for a in axes.get(name, ()):
+                owner = cast(Axis, spec.owner(name, a))
+                one, other = (grid(leaf, a, owner) for leaf in (left[path], moved[path]))
+                h, n, _ = one.shape
+                product = one.reshape(h * n, -1) @ other.reshape(h * n, -1).T
+                found = found + product.reshape(h, n, h, n).swapaxes(1, 2)
+        inner[name] = cast(np.ndarray, found)
+        # The owners' own gain is what is left when nothing moves inside them.
+        gain = gain - np.einsum("ijkk->ij", inner[name])
+    outer, within = assign_within(gain, inner)
+    return {group: outer, **within}
+
+
+def _permute(
+    spec: PermutationSpec,
+    leaf: np.ndarray,
+    axes: Mapping[str, tuple[Axis, ...]],
+    block: tuple[str, ...],
+    permutations: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """A leaf with the axes of a block's groups permuted, those within another last."""
+    for group in block:
+        for a in axes.get(group, ()):
+            leaf = permute_at(leaf, a, spec.owner(group, a), permutations[group])
     return leaf
 
 
@@ -238,7 +300,7 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _rise(
-    a: np.ndarray, old: np.ndarray, new: np.ndarray, axes: tuple[Axis, ...], step: np.ndarray
+    a: np.ndarray, old: np.ndarray, new: np.ndarray, axes: Sequence[Axis], step: np.ndarray
 ) -> float:
     """By how much the inner product with `a` rises from `old` to `new`, in float64."""
     if len(axes) == 1:
