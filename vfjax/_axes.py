@@ -63,6 +63,20 @@ class Axis(NamedTuple):
         return "".join(f"[{n}]" if o == i == 1 else f"({o},{n},{i})" for o, n, i in parts)
 
 
+class Place(NamedTuple):
+    """Where a group lies along an axis of a value.
+
+    Attributes:
+        group: Name of the group.
+        at: The place; its path is empty.
+        owner: Where the group lies that this one moves within, if both are told apart there.
+    """
+
+    group: str
+    at: Axis
+    owner: Axis | None
+
+
 class FixedAxis(NamedTuple):
     """An axis of a leaf that has no symmetry, and why.
 
@@ -180,6 +194,11 @@ def resized(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
     levels, _ = _resized(_levels(a), _levels(mapped), length, m)
     *windows, (outer, _, _, inner) = levels
     return a._replace(outer=outer, inner=inner, windows=tuple(windows))
+
+
+def moved(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
+    """As `resized`, of a place along any axis."""
+    return resized(a, mapped, length, m) if a.axis == mapped.axis else a
 
 
 def _levels(a: Axis) -> list[Window]:

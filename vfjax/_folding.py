@@ -60,7 +60,7 @@ def _fold_into_stems(model: Merged, name: str, scale: Array, shift: Array | None
     on its way is in another basis inside the stems.
     """
     net = model.net
-    carried = {group for group, _ in net.places(name)}
+    carried = {place.group for place in net.places(name)}
     if any(carried & maps.keys() for maps in model.merge):
         raise FoldError(f"the channels of '{name}' are mapped at the cut")
     norm = net.layer(name).norm

@@ -132,7 +132,7 @@ def _measured(
         )
     net = nets[0]
     mixed = frozenset() if maps is None else maps.mixed
-    covariance = [s for s in sites if any(group in mixed for group, _ in net.places(s))]
+    covariance = [s for s in sites if any(place.group in mixed for place in net.places(s))]
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
     if all(own is net for own in nets) and all(found == shapes[0] for found in shapes):
         return [moments(net, trees, data, sites=sites, covariance=covariance or False)]

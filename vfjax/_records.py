@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import Axis, Window, map_axis, resized, size_at
-from vfjax._maps import check_matrix, contract, take
+from vfjax._axes import Axis, Place, Window, map_axis, map_within, moved, permute_at, size_at
+from vfjax._maps import check_matrix, contract
 from vfjax._weights import resolve_weights, weighted_mean
 
 Array = jax.Array
-Places = Sequence[tuple[str, Axis]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,9 @@ def average(
     return Crossing(tuple(values), first.depth, first.origin)
 
 
-def mapped(crossing: Crossing, places: Sequence[Places], maps: Mapping[str, Any]) -> Crossing:
+def mapped(
+    crossing: Crossing, places: Sequence[Sequence[Place]], maps: Mapping[str, Any]
+) -> Crossing:
     """See `Network.map_crossing`; `places` are the groups of each value, with their places."""
     values = [
         mapped_value(value, found, maps)
@@ -201,28 +203,30 @@ def mapped(crossing: Crossing, places: Sequence[Places], maps: Mapping[str, Any]
     return Crossing(tuple(values), crossing.depth, crossing.origin)
 
 
-def mapped_value(value: Array, places: Places, maps: Mapping[str, Any]) -> Array:
-    """See `Network.map_site`; `places` are the groups of the value, with their places."""
-    todo = [(group, place) for group, place in places if group in maps]
+def mapped_value(value: Array, places: Sequence[Place], maps: Mapping[str, Any]) -> Array:
+    """See `Network.map_site`; `places` are the groups of the value, those within others last."""
+    todo = [place for place in places if place.group in maps]
     while todo:
-        (group, place), *todo = todo
-        length = value.shape[place.axis]
-        value = _mapped(value, group, place, maps[group])
-        if value.shape[place.axis] != length:
-            m = len(maps[group])
-            todo = [
-                (g, p if p.axis != place.axis else resized(p, place, length, m)) for g, p in todo
-            ]
+        place, *todo = todo
+        length, at = value.shape[place.at.axis], place.at
+        found = maps[place.group]
+        value = _mapped(value, place, found)
+        if value.shape[at.axis] != length:
+            move = functools.partial(moved, mapped=at, length=length, m=np.shape(found)[-2])
+            todo = [Place(group, move(a), owner and move(owner)) for group, a, owner in todo]
     return value
 
 
-def _mapped(value: Array, group: str, place: Axis, found: Any) -> Array:
-    if np.ndim(found) == 1:
-        return map_axis(value, place, lambda view, axis: take(view, found, axis))
-    check_matrix(group, found, size_at(group, place, value.shape))
+def _mapped(value: Array, place: Place, found: Any) -> Array:
+    group, at, owner = place
+    if np.issubdtype(found.dtype, np.integer):
+        return permute_at(value, at, owner, found)
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         raise ValueError(
             f"A value of dtype {value.dtype} that carries the group {group!r} crosses the cut, and "
             "a matrix cannot map it. Cut elsewhere."
         )
-    return map_axis(value, place, lambda view, axis: contract(found, view, axis))
+    if owner is not None and np.ndim(found) == 3:
+        return map_within(value, at, owner, lambda view, axis, i: contract(found[i], view, axis))
+    check_matrix(group, found, size_at(group, at, value.shape))
+    return map_axis(value, at, lambda view, axis: contract(found, view, axis))

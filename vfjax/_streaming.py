@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vfjax._axes import Axis, Window, grid, resized, rows
+from vfjax._axes import Axis, Window, grid, moved, rows
 from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
 from vfjax._pooled import ROUNDINGS, shifted_moments
@@ -50,13 +50,10 @@ class GroupAxis(NamedTuple):
 
     def after(self, mapped: GroupAxis, length: int, m: int) -> GroupAxis:
         """Where it lies after another group of an axis of some length has got m entries."""
-        place, owner = (
-            place
-            if place is None or place.axis != mapped.axis or place == mapped.place
-            else resized(place, mapped.place, length, m)
-            for place in (self.place, self.owner)
+        move = functools.partial(moved, mapped=mapped.place, length=length, m=m)
+        return GroupAxis(
+            self.group, self.axis, *move(self.place)[3:], owner=self.owner and move(self.owner)
         )
-        return GroupAxis(self.group, self.axis, *place[3:], owner=owner)
 
 
 class Site(NamedTuple):

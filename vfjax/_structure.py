@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _describe, _graph, _retrace, _summary, symmetry
-from vfjax._axes import Axis
+from vfjax._axes import Place
 from vfjax._plan import Plan
 from vfjax._records import JointTap, Layer, Norm, Tap
 
@@ -260,12 +260,12 @@ class Structure:
         return tuple(
             (
                 traced.graph.avals[v],
-                frozenset(group for group, _ in traced.places(v)),
+                frozenset(place.group for place in traced.places(v)),
             )
             for v in traced.cut(depth).crossing
         )
 
-    def places(self, site: str) -> tuple[tuple[str, Axis], ...]:
+    def places(self, site: str) -> tuple[Place, ...]:
         """Groups that the axes of a site's value carry, each with its place there.
 
         Args:
@@ -402,7 +402,7 @@ class Structure:
         total, traced = 0, self._reference
         for value in traced.cut(depth).crossing:
             entries = int(np.prod(traced.graph.avals[value].shape))
-            for group, _ in traced.places(value):
+            for group, *_ in traced.places(value):
                 if group in widths:
                     size = self.spec.sizes[group]
                     entries = entries // size * widths[group]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vfjax import _calls, _graph, _norms, _outside, _propagate, _sites, _taps
-from vfjax._axes import Axis
+from vfjax._axes import Axis, Place, owners
 from vfjax._graph import INPUT, PARAM, Graph
 from vfjax._propagate.groups import named_groups
 
@@ -151,15 +151,22 @@ class Traced:
         """Names of the groups, by their ids in `propagation`."""
         return named_groups(self.propagation, self.paths)[2]
 
-    def places(self, value: int) -> tuple[tuple[str, Axis], ...]:
-        """Groups that the axes of a value carry, each with its place there."""
-        found = []
+    def places(self, value: int) -> tuple[Place, ...]:
+        """Groups that the axes of a value carry, those within others last."""
+        found: dict[int, list[Axis]] = {}
         for axis, atoms in enumerate(self.propagation.axes[value]):
             for atom in atoms:
                 if atom.group is not None and atom.group in self.groups:
                     where = atom.outer, atom.inner, atom.windows
-                    found.append((self.groups[atom.group], Axis("", axis, "elementwise", *where)))
-        return tuple(found)
+                    place = Axis("", axis, "elementwise", *where)
+                    found.setdefault(atom.group, []).append(place)
+        within, places = self.propagation.within, []
+        for group in sorted(found, key=within.__contains__):
+            for place in found[group]:
+                around = owners(place, found.get(within.get(group, -1), ()))
+                owner = around[0] if len(around) == 1 else None
+                places.append(Place(self.groups[group], place, owner))
+        return tuple(places)
 
     def norm_after(self, site: _sites.LinearSite) -> str | None:
         """The norm that alone reads a layer's pre-activation, casts and layout aside, or None."""

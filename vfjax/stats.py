@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from vfjax._axes import Axis, owners
+from vfjax._axes import Axis
 from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
 from vfjax._records import JointTap
@@ -387,13 +387,11 @@ def _group_axes(net: Network, name: str, keep: tuple[int, ...]) -> tuple[GroupAx
 
     Groups within others come last: what they do inside the others' entries counts them anew.
     """
-    within, places = net.spec.within, net.places(name)
     found = []
-    for group, place in sorted(places, key=lambda entry: entry[0] in within):
+    for group, place, owner in net.places(name):
         if place.axis not in keep:
             continue
-        around = owners(place, [p for g, p in places if g == within.get(group)])
-        owner = around[0] if len(around) == 1 and around[0].axis in keep else None
-        owner = owner and owner._replace(axis=keep.index(owner.axis))
+        if owner is not None:
+            owner = owner._replace(axis=keep.index(owner.axis)) if owner.axis in keep else None
         found.append(GroupAxis(group, keep.index(place.axis), *place[3:], owner=owner))
     return tuple(found)

@@ -36,10 +36,10 @@ from vfjax._axes import (
     as_axis,
     map_axis,
     map_within,
+    moved,
     overlap,
     owners,
     permute_at,
-    resized,
     size_at,
 )
 from vfjax._maps import (
@@ -368,7 +368,7 @@ class PermutationSpec:
                 length = np.shape(flat[path])[a.axis]
                 flat[path] = fn(flat[path], a, owner, by_group[name])
                 if sizes is not None and np.shape(flat[path])[a.axis] != length:
-                    move = functools.partial(_moved, mapped=a, length=length, m=sizes[name])
+                    move = functools.partial(moved, mapped=a, length=length, m=sizes[name])
                     todo = [(other, move(b), c and move(c)) for other, b, c in todo]
         return jax.tree.unflatten(treedef, list(flat.values()))
 
@@ -412,11 +412,6 @@ class PermutationSpec:
                     f"maps[{name!r}] must hold one map for each of the {heads} entries of "
                     f"{owner!r}; it holds {shape[0]}."
                 )
-
-
-def _moved(a: Axis, *, mapped: Axis, length: int, m: int) -> Axis:
-    """A place after the group at another, maybe along its axis, has got m entries."""
-    return resized(a, mapped, length, m) if a.axis == mapped.axis else a
 
 
 def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = None) -> float:

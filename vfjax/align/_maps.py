@@ -23,7 +23,8 @@ class Maps:
 
     Attributes:
         maps: Per model and group, `(M [m, n], U [n, m])`: what writes the group takes M, what reads
-            it takes U. A group that a model's mapping lacks is left as it is.
+            it takes U. A group that a model's mapping lacks is left as it is. One that moves within
+            another of h entries (`net.spec.within`) may have `(M [h, m, n], U [h, n, m])`.
         sizes: By group, how many features of all models each merged feature is made of, int `[m]`;
             empty where merged features are no plain means of others.
 
@@ -66,7 +67,8 @@ class Maps:
 
         Args:
             permutations: One per model: by group an integer array `[n]`, new axis =
-                `take(old, p)`; None or an empty mapping for a model that stays.
+                `take(old, p)`, or `[h, n]` for a group within one of h entries; None or an empty
+                mapping for a model that stays.
 
         Returns:
             Maps with `M[i, p[i]] = 1` and `U = M^T`; they are applied by indexing.
@@ -89,9 +91,10 @@ class Maps:
         for of_model in permutations:
             matrices = {}
             for group, permutation in (of_model or {}).items():
-                check_permutation(group, permutation, None)
-                matrix = np.eye(len(permutation), dtype=np.float32)[np.asarray(permutation)]
-                matrices[group] = matrix, matrix.T
+                check_permutation(group, permutation, None, within=True)
+                order = np.asarray(permutation)
+                matrix = np.eye(order.shape[-1], dtype=np.float32)[order]
+                matrices[group] = matrix, matrix.swapaxes(-1, -2)
             maps.append(matrices)
         return cls(tuple(maps))
 
@@ -102,7 +105,7 @@ class Maps:
 
     @functools.cached_property
     def permutations(self) -> tuple[dict[str, np.ndarray], ...]:
-        """Per model, the groups that are only permuted, with their permutations, int32 `[n]`."""
+        """Per model, the permutations of groups that are only permuted, int32 `[n]` or `[h, n]`."""
         return tuple(
             {group: p for group, pair in of.items() if (p := _permutation(*pair)) is not None}
             for of in self.maps
@@ -120,7 +123,7 @@ class Maps:
     def merging(self) -> tuple[dict[str, np.ndarray], ...]:
         """Per model and group, what maps its features into the basis of the merge.
 
-        A permutation `int[n]` where it is one, else M `[m, n]`.
+        A permutation `int[n]` or `int[h, n]` where it is one, else M `[m, n]` or `[h, m, n]`.
         """
         return tuple(
             permuted | {group: pair[0] for group, pair in mixed.items()}
@@ -148,10 +151,11 @@ class Maps:
         for net, of in zip(nets, self.maps, strict=True):
             net.spec.check_known("maps", of)
             for group, pair in of.items():
-                check_matrices(group, pair, net.spec.sizes.get(group))
+                size, within = net.spec.sizes.get(group), group in net.spec.within
+                check_matrices(group, pair, size, within=within)
         for group in dict.fromkeys(group for of in self.maps for group in of):
             width = {
-                len(of[group][0]) if group in of else net.spec.sizes.get(group)
+                np.shape(of[group][0])[-2] if group in of else net.spec.sizes.get(group)
                 for net, of in zip(nets, self.maps, strict=True)
             }
             if len(width) > 1:
@@ -246,8 +250,11 @@ def _without(tree: PyTree, paths: frozenset[str]) -> PyTree:
 
 
 def _permutation(merge: Any, unmerge: Any) -> np.ndarray | None:
-    """The permutation that a pair of matrices is, or None."""
+    """The permutation that a pair of matrices is, one for each of a stack, or None."""
     merge, unmerge = np.asarray(merge), np.asarray(unmerge)
+    if merge.ndim == 3:
+        each = [_permutation(*pair) for pair in zip(merge, unmerge, strict=True)]
+        return None if any(p is None for p in each) else np.stack(each)
     if merge.shape[0] != merge.shape[1]:
         return None
     order = merge.argmax(1)
