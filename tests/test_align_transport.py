@@ -311,18 +311,22 @@ def attention(v, x):
     heads = {name: jnp.einsum("btd,dhk->bthk", x, v[name]) for name in "qkv"}
     scores = jnp.einsum("bthk,bshk->bhts", heads["q"], heads["k"])
     mixed = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), heads["v"])
-    return jnp.einsum("bthk,hkd->btd", mixed, v["o"])
+    return jax.nn.relu(jnp.einsum("bthk,hkd->btd", mixed, v["o"]) + v["b"]) @ v["head"]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_heads_and_their_dimensions_wait_for_each_other(seed):
-    """Neither has a writer without the other: norms that no order changes break the circle."""
+    """Neither has a writer without the other: norms that no order changes break the circle.
+
+    The layer that reads them waits for both, though its bias could be compared before.
+    """
     rng = np.random.default_rng(seed)
-    shapes = {name: (6, 3, 4) for name in "qkv"} | {"o": (3, 4, 5)}
+    shapes = {name: (6, 3, 4) for name in "qkv"} | {"o": (3, 4, 5), "head": (5, 2)}
     tree = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+    tree["b"] = np.zeros((1, 1, 5), np.float32)
     x = np.float32(rng.normal(size=(2, 5, 6)))
     net = vfjax.trace(attention, tree, x)
-    assert len(net.spec.groups) == 3
+    assert len(net.spec.groups) == 4
     other = net.spec.permute(tree, net.spec.random(jax.random.key(seed)))
     found = align.transport(net, [tree, other], on="weights")
     for path, leaf in net.spec.apply(other, found.maps[1]).items():
