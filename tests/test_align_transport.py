@@ -161,6 +161,61 @@ def test_doubled_units_are_brought_together_and_taken_apart(on, wide, times):
     np.testing.assert_allclose(mlp(whole, x), mlp(narrow, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("on", ["activations", "weights"])
+def test_doubled_channels_with_norms_and_a_flattened_map(on):
+    narrow = make(convnet, 0)
+    wide = {
+        path: np.repeat(leaf, 2 if path.endswith("0") else 3, axis=-1)
+        for path, leaf in narrow.items()
+        if not path.startswith("d")
+    }
+    wide["k1"] = np.repeat(wide["k1"], 2, axis=2) / 2
+    rows = np.repeat(narrow["d0"].reshape(16, 12, 10), 3, axis=1) / 3
+    wide |= {"d0": rows.reshape(-1, 10), "d1": narrow["d1"]}
+    data = batches(convnet)
+    net = vfjax.trace(convnet, wide, data[0])
+    wide = net.spec.permute(wide, net.spec.random(jax.random.key(0)))
+    np.testing.assert_allclose(convnet(wide, data[0]), convnet(narrow, data[0]), atol=1e-5)
+    given = data if on == "activations" else None
+    found = align.transport([traced(convnet), net], [narrow, wide], given, on=on)
+    for path, leaf in net.spec.apply(wide, found.maps[1]).items():
+        np.testing.assert_allclose(leaf, narrow[path], rtol=1e-5, atol=1e-6)
+
+
+def test_classes_may_differ():
+    trees = [make(mlp, 0), {**make(mlp, 1), "w2": np.ones((12, 7), np.float32)}]
+    trees[1]["b2"] = np.ones(7, np.float32)
+    nets = [traced(mlp), vfjax.trace(mlp, trees[1], batches(mlp)[0])]
+    for on, data in (("weights", None), ("activations", batches(mlp))):
+        found = align.transport(nets, trees, data, on=on).maps[1]
+        assert nets[1].spec.apply(trees[1], found)["w2"].shape == (12, 7)
+
+
+def test_widths_agree_where_groups_share_an_axis():
+    """The blocks of one group on an axis depend on the width of the other."""
+
+    def flat(v, x):
+        q, k = ((x @ v[name]).reshape(2, 5, 2, -1) for name in "qk")
+        scores = jnp.einsum("bthk,bshk->bhts", q, k)
+        mixed = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), (x @ v["v"]).reshape(q.shape))
+        return mixed.reshape(2, 5, -1) @ v["o"]
+
+    def make(dims):
+        rng = np.random.default_rng(dims)
+        shapes = {name: (6, 2 * dims) for name in "qkv"} | {"o": (2 * dims, 5)}
+        return {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+    x = np.ones((2, 5, 6), np.float32)
+    trees = [make(3), make(4)]
+    nets = [vfjax.trace(flat, tree, x) for tree in trees]
+    with pytest.raises(ValueError, match="other widths in .* and shares an axis of"):
+        align.transport(nets, trees, on="weights")
+    other = nets[0].spec.permute(trees[0], nets[0].spec.random(jax.random.key(0)))
+    found = align.transport(nets[0], [trees[0], other], on="weights")
+    for path, leaf in nets[0].spec.apply(other, found.maps[1]).items():
+        np.testing.assert_array_equal(leaf, trees[0][path])
+
+
 @pytest.mark.parametrize("regularization", [0, 0.05])
 @pytest.mark.parametrize("on", ["activations", "weights"])
 def test_other_widths_run_on_the_first_network(on, regularization):
@@ -256,18 +311,22 @@ def attention(v, x):
     heads = {name: jnp.einsum("btd,dhk->bthk", x, v[name]) for name in "qkv"}
     scores = jnp.einsum("bthk,bshk->bhts", heads["q"], heads["k"])
     mixed = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), heads["v"])
-    return jnp.einsum("bthk,hkd->btd", mixed, v["o"])
+    return jax.nn.relu(jnp.einsum("bthk,hkd->btd", mixed, v["o"]) + v["b"]) @ v["head"]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_heads_and_their_dimensions_wait_for_each_other(seed):
-    """Neither has a writer without the other: norms that no order changes break the circle."""
+    """Neither has a writer without the other: norms that no order changes break the circle.
+
+    The layer that reads them waits for both, though its bias could be compared before.
+    """
     rng = np.random.default_rng(seed)
-    shapes = {name: (6, 3, 4) for name in "qkv"} | {"o": (3, 4, 5)}
+    shapes = {name: (6, 3, 4) for name in "qkv"} | {"o": (3, 4, 5), "head": (5, 2)}
     tree = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+    tree["b"] = np.zeros((1, 1, 5), np.float32)
     x = np.float32(rng.normal(size=(2, 5, 6)))
     net = vfjax.trace(attention, tree, x)
-    assert len(net.spec.groups) == 3
+    assert len(net.spec.groups) == 4
     other = net.spec.permute(tree, net.spec.random(jax.random.key(seed)))
     found = align.transport(net, [tree, other], on="weights")
     for path, leaf in net.spec.apply(other, found.maps[1]).items():

@@ -105,10 +105,11 @@ def match_incoming(
     """Maps of all models but the first onto it, group by group.
 
     A group is compared at those of its writers whose other axes are mapped already, or have no
-    group. Groups come in the order in which the network writes them, but one that has no such
-    writer waits for the others. If all that are left wait, as the heads and dimensions of one
-    kernel do for each other, the first of them is compared at all its writers, by norms along the
-    axes that are not mapped yet. A further sweep compares every group at all its writers.
+    group. Groups come in the order in which the network writes them, but one that has layers and
+    none such among them waits for the others, since a bias alone tells little. If all that are left
+    wait, as the heads and dimensions of one kernel do for each other, the first of them is compared
+    at all its writers, by norms along the axes that are not mapped yet. A further sweep compares
+    every group at all its writers.
 
     Args:
         nets: One per tree.
@@ -134,6 +135,12 @@ def match_incoming(
             if all(other in maps[0] for other, _ in first.others(group, writer))
         ]
 
+    def waits(group: str) -> bool:
+        """Whether none of the layers that write a group can be compared, or else no writer."""
+        writers = first.writers(group)
+        layers = {k for k, writer in enumerate(writers) if writer.role == "out"}
+        return not set(ready(group)) & (layers or {*range(len(writers))})
+
     def match(group: str, writers: Sequence[int]) -> bool:
         """Maps a group; whether that changes anything."""
         problems = {
@@ -151,8 +158,8 @@ def match_incoming(
 
     order = []
     while waiting:
-        group = next((group for group in waiting if ready(group)), waiting[0])
-        match(group, ready(group) or range(len(first.writers(group))))
+        group = next((group for group in waiting if not waits(group)), waiting[0])
+        match(group, range(len(first.writers(group))) if waits(group) else ready(group))
         waiting.remove(group)
         order.append(group)
     for _ in range(sweeps):

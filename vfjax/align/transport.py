@@ -10,11 +10,10 @@ onto the first one's.
 A plan `T [n, m]` gives two maps, whose rows sum to one: what writes the group takes
 `M = diag(1 / T^T 1) T^T`, so that each unit of the first network is met by the mean of the units
 sent to it; what reads the group takes `U = diag(1 / T 1) T`, so that weights on a unit go, in
-parts, to the units that it was sent to. OTFusion takes `M^T` for `U`. In equal shares
-`U = M^T m / n` is m / n of that, n being the other width and m the first: the same where widths
-agree, while for widths that differ only U keeps what all units together give. A network whose units
-are doubled, with half the outgoing weights each, is mapped by U to the network itself, and by `M^T`
-to one with half the outgoing weights.
+parts, to the units that it was sent to. OTFusion takes `M^T` for `U`. In equal shares U is n / m
+times that: the same where widths agree, while for widths that differ only U keeps what all units
+together give to a reader. A network whose units are doubled, with half the outgoing weights each,
+is mapped by U to the network itself, and by `M^T` to one with half the outgoing weights.
 """
 
 from __future__ import annotations
@@ -119,14 +118,14 @@ def transport(
     neither biases nor norms, maps the output layer too, and compares activations before the
     non-linearity.
     """
-    if isinstance(net, Network):
-        check_trees(trees)
     nets = networks(net, len(trees))
+    alike = all(other is nets[0] for other in nets)
+    if alike:
+        check_trees(trees)
+    else:
+        _check_widths(nets, trees)
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
-    alike = all(other is nets[0] for other in nets)
-    if not alike:
-        _check_widths(nets, trees)
     solver = Solver(regularization, tolerance, max_iterations)
     if sweeps < 0 or (sweeps and on != "weights"):
         raise ValueError(f'sweeps must be 0, or more with on="weights", got {sweeps!r}')
