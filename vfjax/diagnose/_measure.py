@@ -238,7 +238,7 @@ def _tree_of(network: Any) -> PyTree:
 
 def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
     """Values at every site, one per row, in float32 or better."""
-    maps = network.maps if isinstance(network, Carried) else ()
+    maps: tuple[Any, ...] = network.maps if isinstance(network, Carried) else ()
     network = network.network if isinstance(network, Carried) else network
     if isinstance(network, Merged):
         _, found = network.read(x, job.sources)

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._arguments import check_merged, weights_for
 from vfjax._batches import check_finite_means
 from vfjax._fits import check_fits
-from vfjax._merged import Merged, check_merged, weights_for
+from vfjax._merged import Merged
 from vfjax._tree import check_finite, flatten_named
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
