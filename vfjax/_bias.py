@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from vfjax import _tree
+from vfjax._arguments import check_merged, weights_for
 from vfjax._fits import check_models
-from vfjax._merged import Merged, check_merged, weights_for
+from vfjax._merged import Merged
 from vfjax._weights import resolve_weights
 from vfjax.network import Network
 

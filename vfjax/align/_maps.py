@@ -188,9 +188,12 @@ class Maps:
 
     def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
         """One model mapped; see `apply`."""
-        if self.permutations[model]:
-            tree = net.spec.permute(tree, self.permutations[model])
-        return self.mix(net, tree, model)
+        return self.mix(net, self.permute(net, tree, model), model)
+
+    def permute(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model permuted but not mixed."""
+        moves = self.permutations[model]
+        return net.spec.permute(tree, moves) if moves else tree
 
     def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
         """One model mapped but not permuted."""

@@ -72,12 +72,13 @@ class Carried:
     """A network whose values count in the basis of a merge.
 
     Attributes:
-        tree: Its variables.
-        maps: By group, what maps its features there: `[m, n]`, or a permutation `int[n]`.
+        network: Its variables, or a `Merged` whose stems and heads are the models' own.
+        maps: Of each model, by group, what maps its features there: `[m, n]`, or a permutation
+            `int[n]`.
     """
 
-    tree: PyTree
-    maps: dict[str, Array]
+    network: PyTree | Merged
+    maps: tuple[dict[str, Array], ...]
 
 
 class Job(NamedTuple):
@@ -231,24 +232,29 @@ def _each(
 
 
 def _tree_of(network: Any) -> PyTree:
-    if isinstance(network, Merged):
-        return network.trunk
-    return network.tree if isinstance(network, Carried) else network
+    network = network.network if isinstance(network, Carried) else network
+    return network.trunk if isinstance(network, Merged) else network
 
 
 def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
     """Values at every site, one per row, in float32 or better."""
+    maps: tuple[Any, ...] = network.maps if isinstance(network, Carried) else ()
+    network = network.network if isinstance(network, Carried) else network
     if isinstance(network, Merged):
         _, found = network.read(x, job.sources)
+        trees = {True: network.stems, False: network.heads}
+        for source in job.sources if maps else ():
+            if network.apart(source):
+                parts = trees[network.in_stems(source)]
+                found[source] = tuple(
+                    network.net_of(k).map_site(parts[k], x, source, value, maps[k])
+                    for k, value in enumerate(found[source])
+                )
     else:
-        tree = _tree_of(network)
-        _, found = job.net.run(tree, x, capture=job.sources)
-        if isinstance(network, Carried):
-            found = {
-                source: job.net.map_site(tree, x, source, value, network.maps)
-                for source, value in found.items()
-            }
-        found = {source: (value,) for source, value in found.items()}
+        _, values = job.net.run(network, x, capture=job.sources)
+        found = {source: (value,) for source, value in values.items()}
+        for source in job.sources if maps else ():
+            found[source] = (job.net.map_site(network, x, source, values[source], maps[0]),)
     return {
         site.source: tuple(arrange(value, site)[0] for value in found[site.source])
         for site in job.sites

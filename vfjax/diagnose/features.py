@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._arguments import check_merged, weights_for
 from vfjax._batches import check_finite_means
 from vfjax._fits import check_fits
-from vfjax._merged import Merged, check_merged, weights_for
+from vfjax._merged import Merged
 from vfjax._tree import check_finite, flatten_named
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
@@ -248,7 +249,7 @@ def features(
     check_net(net)
     mine = as_networks(net, variables, "variables")
     others = as_networks(net, references, "references") if _given(references) else ()
-    carried = others if maps is None else carry(net, others, maps)
+    carried = (*mine, *others) if maps is None else carry(net, mine, others, maps)
     if weights is not None and not others:
         raise ValueError("weights are those of the references, and there are none")
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
@@ -256,12 +257,12 @@ def features(
     chosen, source = unique(net, names)
     job = _measure.Job(net, chosen)
 
-    networks = (*mine, *carried)
-    shifts = _measure.offsets(job, networks)
+    networks = (*mine, *others)
+    shifts = _measure.offsets(job, carried)
     at_zero = jax.tree.map(np.asarray, shifts)
     _check_rows(job, at_zero)
     _check_defined(job, at_zero)
-    rows = _measure.measure(job, networks, shifts, data)
+    rows = _measure.measure(job, carried, shifts, data)
     means = {
         site.name: np.concatenate([np.ravel(r.mean[site.name]) for r in rows]) for site in job.sites
     }
@@ -326,9 +327,11 @@ def as_networks(net: Network, given: Any, name: str) -> tuple[PyTree | Merged, .
 
 
 def carry(
-    net: Network, networks: Sequence[PyTree | Merged], maps: Maps
-) -> tuple[_measure.Carried, ...]:
-    """Edge models whose values count in the basis of their merge.
+    net: Network, merged: Sequence[PyTree | Merged], edges: Sequence[PyTree | Merged], maps: Maps
+) -> tuple[Any, ...]:
+    """Merged networks and edge models, whose values count in the basis of the merge.
+
+    What is the models' own, in edge models and in stems and heads, is mapped there.
 
     Raises:
         TypeError: If `maps` is no `Maps`.
@@ -336,13 +339,19 @@ def carry(
     """
     if not isinstance(maps, Maps):
         raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
-    if any(isinstance(network, Merged) for network in networks):
+    if any(isinstance(network, Merged) for network in edges):
         raise ValueError("maps carry edge models, and references has a Merged; give trees")
-    maps.check((net,) * len(networks), len(networks))
-    return tuple(
-        _measure.Carried(tree, {g: jnp.asarray(m) for g, m in maps.merging[k].items()})
-        for k, tree in enumerate(networks)
-    )
+    maps.check((net,) * len(edges), len(edges))
+    # Stems and heads are permuted already.
+    mixing = tuple({g: jnp.asarray(pair[0]) for g, pair in of.items()} for of in maps.mixing)
+    merging = [{g: jnp.asarray(m) for g, m in of.items()} for of in maps.merging]
+    own = [
+        _measure.Carried(network, mixing)
+        if isinstance(network, Merged) and (network.stems or network.heads)
+        else network
+        for network in merged
+    ]
+    return (*own, *(_measure.Carried(e, (m,)) for e, m in zip(edges, merging, strict=True)))
 
 
 def _check_rows(job: _measure.Job, at_zero: _measure.Offsets) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._merged import Merged, check_merged, weights_for
+from vfjax._arguments import check_merged, weights_for
+from vfjax._merged import Merged
 from vfjax.diagnose._sites import kernels
 from vfjax.diagnose.features import as_networks
 from vfjax.network import Layer, Network

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vfjax._arguments import weights_for
 from vfjax._files import write_whole
-from vfjax._merged import Merged, weights_for
+from vfjax._merged import Merged
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
