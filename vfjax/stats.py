@@ -267,7 +267,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
         if sites == "all":
             return tuple(layer.name for layer in net.layers)
         if sites == "taps":
-            return tuple(dict.fromkeys(tap.name for tap in net.taps))
+            return tuple(taps_by_site(net))
         raise ValueError(
             f'`sites` must be "paper", "all", "taps" or a list of site names, got "{sites}"'
             + (f'; for this one site pass ["{sites}"]' if sites in _known(net) else "")
