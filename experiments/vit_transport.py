@@ -118,7 +118,10 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, what in (
         ("samples", "statistics images: the first N of the training split, not augmented"),
-        ("held_out", "training images after these that choose how soft plans are; at most a fifth "),
+        (
+            "held_out",
+            "training images after these that choose how soft plans are; at most a fifth ",
+        ),
         ("test", "test images, the first N"),
     ):
         of = {preset: f"{values[name]:,}" for preset, values in DEFAULTS.items()}
