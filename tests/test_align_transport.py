@@ -84,7 +84,7 @@ def find(net, trees, on, apply_fn, **options):
     return align.transport(net, trees, data, on=on, **options)
 
 
-@pytest.mark.parametrize("on", ["activations"])
+@pytest.mark.parametrize("on", ["activations", "weights"])
 @pytest.mark.parametrize("apply_fn", FUNCTIONS)
 def test_a_network_is_left_as_it_is_by_itself(apply_fn, on):
     net, tree = traced(apply_fn), make(apply_fn, 0)
@@ -96,7 +96,7 @@ def test_a_network_is_left_as_it_is_by_itself(apply_fn, on):
             np.testing.assert_array_equal(matrix, np.eye(len(matrix)))
 
 
-@pytest.mark.parametrize("on", ["activations"])
+@pytest.mark.parametrize("on", ["activations", "weights"])
 @pytest.mark.parametrize("apply_fn", FUNCTIONS)
 def test_permuted_copies_are_put_back(apply_fn, on):
     net, tree = traced(apply_fn), make(apply_fn, 0)
