@@ -59,7 +59,7 @@ MODELS = ("vit", "deit-tiny")
 PER_BLOCK = 4
 # By preset: statistics, held-out and test images.
 DEFAULTS = {
-    "cpu": {"samples": 2_000, "held_out": 1_000, "test": 5_000},
+    "cpu": {"samples": 2_000, "held_out": 1_000, "test": 3_000},
     "paper": {"samples": 10_000, "held_out": 2_000, "test": 10_000},
 }
 # Weights of the entropy, in parts of the mean distance: from next to exact to next to uniform.
@@ -149,10 +149,20 @@ def _regularization(text: str) -> float:
 # ---------------------------------------------------------------------------------- edge models
 
 
-def edges_of(args: argparse.Namespace, watch: _common.Stopwatch) -> _edges.Edges:
-    """The two networks: small ones trained here for the digits, else as the options have it."""
+def rows_of(args: argparse.Namespace) -> tuple[list[int], int]:
+    """The numbers of blocks kept apart, a row each, and how many blocks there are."""
     if args.model[0] not in MODELS:
         raise _common.UserError(f"--model must be a vision transformer: {' or '.join(MODELS)}.")
+    model = DIGITS if args.dataset == "digits" else models.create(args.model[0])
+    rows = sorted(set(range(model.blocks + 1) if args.blocks is None else args.blocks))
+    if not 0 <= rows[0] <= rows[-1] <= model.blocks:
+        wrong = next(k for k in args.blocks if not 0 <= k <= model.blocks)
+        raise _common.UserError(f"--blocks must be from 0 to {model.blocks}, got {wrong}.")
+    return rows, model.blocks
+
+
+def edges_of(args: argparse.Namespace, watch: _common.Stopwatch) -> _edges.Edges:
+    """The two networks: small ones trained here for the digits, else as the options have it."""
     if args.dataset != "digits":
         return _edges.found(args, watch, train=args.samples + args.held_out, test=args.test)
     if args.preset == "paper" or args.retrain or args.model != ("vit", None):
@@ -198,11 +208,6 @@ def images_of(args: argparse.Namespace, dataset: data.Dataset) -> Images:
 
 
 # ------------------------------------------------------------------------------------- merging
-
-
-def blocks_of(net: vfjax.Network) -> int:
-    """How many blocks a vision transformer has: its layers but the patches' and the head."""
-    return (net.depth - 2) // PER_BLOCK
 
 
 def layers_of(blocks: int) -> int:
@@ -278,17 +283,13 @@ def softness_of(
 
 def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures everything; returns the record."""
-    asked = {name: getattr(args, name) for name in (*DEFAULTS["cpu"], "blocks", "regularization")}
     for name, default in DEFAULTS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    rows, count = rows_of(args)
     watch = _common.Stopwatch()
     found = edges_of(args, watch)
     net, trees, images = found.net, found.trees, images_of(args, found.dataset)
-    count = blocks_of(net)
-    rows = sorted(set(range(count + 1) if args.blocks is None else args.blocks))
-    if not 0 <= rows[0] <= rows[-1] <= count:
-        raise _common.UserError(f"--blocks must be from 0 to {count}, got {args.blocks}.")
     with watch("statistics of edge models"):
         moments = stats.moments(
             net,
@@ -331,7 +332,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "experiment": "vit_transport",
         "command": command,
-        "config": config | {"asked": asked},
+        "config": config,
         **found.record(images.statistics, images.test),
         "seeds": {"edge_models": found.seeds or [0, 1]},
         "blocks": rows,
@@ -519,10 +520,11 @@ def table_of(
 
 def file_name(record: Mapping[str, Any]) -> str:
     """Name of record and figure, without suffix."""
-    config, asked, parts = record["config"], record["config"]["asked"], []
+    config, parts = record["config"], []
     if config["blocks"] != list(range(record["model"]["blocks"] + 1)):
         parts += ["blocks" + "+".join(map(str, config["blocks"]))]
-    parts += [f"regularization{asked['regularization']:g}"] if asked["regularization"] else []
+    if config["regularization"]:
+        parts += [f"regularization{config['regularization']:g}"]
     for name, default in DEFAULTS[config["preset"]].items():
         if config[name] != default:
             parts += [f"{name.replace('_', '')}{config[name]}"]
