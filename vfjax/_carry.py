@@ -56,8 +56,9 @@ def carry(
     mean, var = np.asarray(mean), np.asarray(var)
     if mean.ndim > 2:  # covariances run over all channel axes as one
         before, after = mean.shape[: 1 + axis.axis], mean.shape[2 + axis.axis :]
-        flat = [value.reshape(len(mean), -1) for value in (mean, var)]
-        mean, var, covariance = carry(*flat, covariance, _flat(axis, mean.shape), maps, site)
+        flat = _flat(axis, mean.shape)
+        mean, var = (value.reshape(len(mean), -1) for value in (mean, var))
+        mean, var, covariance = carry(mean, var, covariance, flat, maps, site)
         return mean.reshape(*before, -1, *after), var.reshape(*before, -1, *after), covariance
     covariance = None if covariance is None else np.asarray(covariance)
     size = mean.shape[1 + axis.axis]

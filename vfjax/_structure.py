@@ -188,6 +188,22 @@ class Structure:
         self.check_depth(depth, "depth")
         return self._leaves(depth, stop)
 
+    def head_leaves(self, start: int, end: int | None) -> frozenset[str]:
+        """Paths of the leaves that heads alone read, and neither stems nor the trunk between.
+
+        Args:
+            start: Depth at which the trunk begins, from 0 to `net.depth`.
+            end: Depth at which heads begin; None where there are none.
+        """
+        if end is None:
+            return frozenset()
+        shared = self.trunk_leaves(start, end) | self.stem_leaves(start)
+        return self.trunk_leaves(end) - shared
+
+    def leaves(self, paths: Iterable[str]) -> dict[str, Any]:
+        """Types of leaves of the variables, by path."""
+        return {path: self._avals[path] for path in paths}
+
     def stem_parameters(self, depth: int) -> int:
         """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
         return self._count(self.stem_leaves(depth))

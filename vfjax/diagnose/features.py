@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._batches import check_finite_means
-from vfjax._merged import Merged, check_fits, check_merged, weights_for
+from vfjax._fits import check_fits
+from vfjax._merged import Merged, check_merged, weights_for
 from vfjax._tree import check_finite, flatten_named
+from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
 from vfjax.network import Network, check_net
@@ -42,8 +44,8 @@ class Features:
     """Features and offsets of K networks, by site; made by `features`.
 
     A pytree. All numbers are float32 or better, in the units of the site's values. Inside the stems
-    of a `Merged`, where a site exists once per model, each is the weighted average of the models'
-    numbers, so that layers which are kept apart count as whole as their models are.
+    and heads of a `Merged`, where a site exists once per model, each is the weighted average of the
+    models' numbers, so that layers which are kept apart count as whole as their models are.
 
     Attributes:
         feature: `[K]`, `E ||f(x) - f(0)||_2`: the norm is over all axes of an example, the mean
@@ -186,6 +188,7 @@ def features(
     data: Iterable[Any],
     *,
     references: Sequence[PyTree | Merged] = (),
+    maps: Maps | None = None,
     weights: Sequence[float] | None = None,
     sites: Sites = "taps",
 ) -> Features:
@@ -203,6 +206,8 @@ def features(
         variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of such.
         data: Re-iterable of `x` or `(x, label)`.
         references: Edge models, or the network before pruning, to compare with.
+        maps: What the edge models, as trees, were merged through, if they are not aligned: their
+            values are carried into the basis of the merge.
         weights: One per reference, summing to one, for means over references. None for those that a
             network was made with, where it is a `Merged` of as many models (each network by its
             own, if there are several), and for 1/R each otherwise.
@@ -243,6 +248,7 @@ def features(
     check_net(net)
     mine = as_networks(net, variables, "variables")
     others = as_networks(net, references, "references") if _given(references) else ()
+    carried = others if maps is None else carry(net, others, maps)
     if weights is not None and not others:
         raise ValueError("weights are those of the references, and there are none")
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
@@ -250,9 +256,10 @@ def features(
     chosen, source = unique(net, names)
     job = _measure.Job(net, chosen)
 
-    networks = (*mine, *others)
+    networks = (*mine, *carried)
     shifts = _measure.offsets(job, networks)
     at_zero = jax.tree.map(np.asarray, shifts)
+    _check_rows(job, at_zero)
     _check_defined(job, at_zero)
     rows = _measure.measure(job, networks, shifts, data)
     means = {
@@ -311,12 +318,42 @@ def as_networks(net: Network, given: Any, name: str) -> tuple[PyTree | Merged, .
     for label, network in zip(labels, given, strict=True):
         if isinstance(network, Merged):
             check_merged(net, network)
-            leaves = (network.stems, network.trunk, dict(network.corrections))
-            check_finite(flatten_named(leaves, name=label)[0], name=label)
+            network.check(label)
         else:
             check_fits(net, network, label)
             check_finite(flatten_named(network, name=label)[0], name=label)
     return tuple(given)
+
+
+def carry(
+    net: Network, networks: Sequence[PyTree | Merged], maps: Maps
+) -> tuple[_measure.Carried, ...]:
+    """Edge models whose values count in the basis of their merge.
+
+    Raises:
+        TypeError: If `maps` is no `Maps`.
+        ValueError: If there are not as many trees as it maps, or it does not fit the network.
+    """
+    if not isinstance(maps, Maps):
+        raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+    if any(isinstance(network, Merged) for network in networks):
+        raise ValueError("maps carry edge models, and references has a Merged; give trees")
+    maps.check((net,) * len(networks), len(networks))
+    return tuple(
+        _measure.Carried(tree, {g: jnp.asarray(m) for g, m in maps.merging[k].items()})
+        for k, tree in enumerate(networks)
+    )
+
+
+def _check_rows(job: _measure.Job, at_zero: _measure.Offsets) -> None:
+    for site in job.sites:
+        for zero in at_zero:
+            shapes = {np.shape(value) for value in zero[site.source]}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"'{site.name}' has values of shapes {sorted(shapes)} in the heads of the "
+                    "models, which have no mean; name other sites"
+                )
 
 
 def _given(references: Any) -> bool:
