@@ -462,11 +462,19 @@ def claims_of(record: Mapping[str, Any]) -> list[tuple[bool | None, str]]:
         others = ("permuted", "weights", "uniform")
         found = [f"{LABELS[name]} {listed([table[name][i] for i in low])}" for name in others]
         claims.append((None, f"at {at} {_common.joined(found)}"))
+        found = []
+        for name in ("exact", "soft"):
+            above = [str(rows[i]) for i in low if table[name][i] > table["uniform"][i]]
+            where = f"at k = {_common.joined(above)}" if above else "nowhere"
+            found.append(f"{label_of(record, name)} {where}")
+        claims.append(
+            (None, f"of these, above the uniform plan, which matches nothing, {'; '.join(found)}")
+        )
         found = [
             f"{label} {listed([accuracies(record, kind, 'kinds')[i] for i in low])}"
             for kind, label in KINDS.items()
         ]
-        claims.append((None, f"there, exact plans of one kind of units give {'; '.join(found)}"))
+        claims.append((None, f"there, exact plans of one kind of units give: {', '.join(found)}"))
     means = {
         value: f"{100 * np.mean(values):.1f}"
         for value, values in record["regularization"]["held_out_accuracy"].items()

@@ -186,8 +186,8 @@ def test_sentences_follow_the_record(digits):
             values = {"direct": direct, "exact": transport, "soft": transport}.get(name, direct)
             record["columns"][name] = [{"accuracy": value, "loss": 1.0} for value in values]
         found = [holds for holds, _ in vit.claims_of(record)]
-        decided, others = found[:-3], found[-3:]
-        assert others == [None] * 3 and decided[: len(decided) // 2] * 2 == decided
+        decided, others = found[:-4], found[-4:]
+        assert others == [None] * 4 and decided[: len(decided) // 2] * 2 == decided
         return decided[: len(decided) // 2]
 
     assert verdicts([0.1, 0.5, 0.9], [0.6, 0.88, 0.9]) == [True, True, True]
@@ -196,6 +196,10 @@ def test_sentences_follow_the_record(digits):
         common.told(*vit.outcome(record))
     )
     assert verdicts([0.1, 0.5, 0.9], [0.6, 0.4, 0.9]) == [False, False, False]
+    # The uniform plan is as direct averaging here.
+    assert "which matches nothing, OT-acts at k = 0; OT-acts soft (0.1) at k = 0." in (
+        common.told(*vit.outcome(record)).replace("; there", ".")
+    )
     assert verdicts([0.1, 0.5, 0.9], [0.1, 0.6, 0.9]) == [False, True, False]
     assert verdicts([0.1, 0.5, 0.9], [0.88, 0.88, 0.9]) == [True, False, True]
     # Direct averaging that loses nothing at some k is not held against transport there.
