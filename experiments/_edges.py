@@ -31,7 +31,14 @@ DEFAULT_MODEL = {
 }
 # Channel multipliers of the shipped models, and of what two cores train in half an hour: of some
 # models, and of the other ones of a family.
-CPU_WIDTH = {"vgg": 0.25, "vgg16-bn": 0.125, "vgg16-ln": 0.125, "resnet": 0.5, "resnet20-ln": 0.25}
+CPU_WIDTH = {
+    "vgg": 0.25,
+    "vgg16-bn": 0.125,
+    "vgg16-ln": 0.125,
+    "resnet": 0.5,
+    "resnet20-ln": 0.25,
+    "vit": 0.125,
+}
 
 # -------------------------------------------------------------------------------------- options
 

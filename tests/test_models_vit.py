@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import merge, models
+from vfjax import merge, models, stats
 
 SMALL = {"blocks": 2, "features": 12, "heads": 3, "patch": 4, "classes": 5}
 
@@ -63,6 +63,17 @@ def test_permuting_every_group_keeps_the_function(small):
     net, (tree, _), x = small
     size = float(jnp.abs(net.run(tree, x)).max())
     assert vfjax.check_spec(net, tree, x) < 1e-5 * size
+
+
+def test_groups_that_share_a_tap_all_have_covariances(small):
+    """Heads and the dimensions inside them show in the same values."""
+    net, trees, x = small
+    found = stats.moments(net, trees, [x], sites="taps", covariance="cross")
+    assert found.covariance is not None and set(found.covariance) == set(found.sites)
+    site = "params/block1/attention/value/kernel:act"
+    for kind, group, n in (("heads", "query", 3), ("dims", "value", 4)):
+        name = f"{site}[params/block1/attention/{group}:{kind}]"
+        assert found.covariance[name].shape == (2, 2, n, n)
 
 
 def test_a_block_adds_four_to_the_depth(small):
