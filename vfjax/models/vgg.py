@@ -10,8 +10,8 @@ from vfjax.models.layers import conv, dense, normalise, scaled
 __all__ = ["VGG"]
 
 # Channels of the convolutions between two max-pools.  The last pool of the ImageNet network is left
-# out, so that a 32x32 image ends as a 2x2 map, of which the mean is taken.  Seven layers are none of
-# the published networks: one convolution for each map size down to 4x4, which trains in minutes at
+# out, so that a 32x32 image ends as a 2x2 map, of which the mean is taken.  Seven layers are none
+# of the published networks: one convolution for each map size down to 4x4, trained in minutes at
 # a width that is still large.
 _STAGES = {
     7: ((64,), (128,), (256,), (256,)),
