@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,56 @@ class Headed:
     def __call__(self, variables: PyTree, x: Array) -> Array:
         """Returns the logits ``[n, classes]``."""
         return self.head(self.fn(variables, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """How classes are told by one network, or by several that know some of the classes each.
+
+    Attributes:
+        head: Of all classes.
+        tasks: The classes of each network; together all of them, each once.
+    """
+
+    head: Head
+    tasks: tuple[tuple[int, ...], ...]
+
+    def __call__(self, outputs: Array | tuple[Array, ...]) -> Array:
+        """Scores ``[n, classes]`` of an output, or of one output for each task."""
+        if isinstance(outputs, Array):
+            if self.head.scale is not None:
+                return self.head(outputs)
+            outputs = (outputs,) * len(self.tasks)
+        # Probabilities, within the classes of each: logits of two networks are not comparable.
+        parts = zip(self.tasks, outputs, strict=True)
+        scores = [jax.nn.softmax(self.head.of(task)(output)) for task, output in parts]
+        order = np.argsort([label for task in self.tasks for label in task])
+        return jnp.concatenate(scores, -1)[:, order]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(heads: Heads, model: Any, x: Array) -> Array:
+    return heads(tuple(m(x) for m in model) if type(model) is tuple else model(x))
+
+
+def accuracy(
+    heads: Heads, model: Any, batches: Iterable[tuple[Array, Array]]
+) -> dict[str, float | list[float]]:
+    """Accuracy over all classes, among those of each task, and the mean of the latter.
+
+    Args:
+        heads: How classes are told.
+        model: What is called with images: a pytree, or a tuple of one for each task.
+        batches: Of images and labels.
+    """
+    scored = [(_scores(heads, model, x), label) for x, label in batches]
+    scores, labels = (np.concatenate(part) for part in zip(*scored, strict=True))
+    tasks = []
+    for task in heads.tasks:
+        own = np.isin(labels, task)
+        tasks.append(float(np.mean(np.take(task, scores[own][:, task].argmax(1)) == labels[own])))
+    joint = float(np.mean(scores.argmax(1) == labels))
+    return {"joint": joint, "tasks": tasks, "average": float(np.mean(tasks))}
 
 
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
@@ -124,21 +175,14 @@ LOSSES = ("cosine", "cross-entropy")
 SCALE = 10.0
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which classes a network is trained on, and towards which embeddings."""
-    parser.add_argument(
-        "--classes",
-        type=int,
-        nargs="+",
-        metavar="CLASS",
-        help="train on these classes alone, as one of several networks (default: on all)",
-    )
+def embedding_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says towards which embeddings networks are trained."""
     parser.add_argument(
         "--loss",
         default="cosine",
         choices=LOSSES,
-        help="with --classes: cross-entropy of cosines with the class embeddings, or of the plain "
-        "outputs for these classes (default: cosine)",
+        help="for networks on some of the classes: cross-entropy of the cosines with the class "
+        "embeddings, or of the plain outputs for these classes (default: cosine)",
     )
     parser.add_argument(
         "--embeddings",
@@ -150,7 +194,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--dimensions",
         type=int,
         metavar="N",
-        help="of the orthonormal embeddings (default: as many as classes)",
+        help="of the orthonormal embeddings; at least as many as classes",
     )
     parser.add_argument(
         "--scale", type=float, default=SCALE, help=f"of the cosines (default: {SCALE:g})"
@@ -183,9 +227,9 @@ def checked(found: Sequence[int], classes: int) -> Sequence[int]:
     return found
 
 
-def described(args: argparse.Namespace) -> dict[str, Any]:
+def described(args: argparse.Namespace, classes: Sequence[int]) -> dict[str, Any]:
     """What a card or record says of the head, once `head_of` has completed the options."""
-    found = {"classes": list(args.classes)} if args.classes is not None else {}
+    found = {"classes": list(classes)}
     if args.loss == "cross-entropy":
         return {**found, "loss": args.loss}
     kind = Path(args.embeddings).name if args.embeddings else "orthonormal, seed 0"
@@ -196,15 +240,16 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def words(args: argparse.Namespace) -> list[str]:
+def words(args: argparse.Namespace, classes: Sequence[int]) -> list[str]:
     """The options as words of a command line."""
-    found = ["--classes " + " ".join(map(str, args.classes))]
+    found = ["--classes", *map(str, classes)]
     if args.loss != "cosine":
-        return [*found, f"--loss {args.loss}"]
-    found.append(
-        f"--embeddings {args.embeddings}" if args.embeddings else f"--dimensions {args.dimensions}"
-    )
-    return found if args.scale == SCALE else [*found, f"--scale {args.scale:g}"]
+        return [*found, "--loss", args.loss]
+    if args.embeddings:
+        found += ["--embeddings", str(args.embeddings)]
+    else:
+        found += ["--dimensions", str(args.dimensions)]
+    return found if args.scale == SCALE else [*found, "--scale", f"{args.scale:g}"]
 
 
 def named(classes: Sequence[int]) -> str:

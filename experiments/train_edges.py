@@ -103,7 +103,14 @@ def parser() -> argparse.ArgumentParser:
     for name, (kind, text) in CHANGES.items():
         option = "--" + name.replace("_", "-")
         p.add_argument(option, type=kind, metavar="N", help=f"{text}, instead of the recipe's")
-    _heads.options(p)
+    p.add_argument(
+        "--classes",
+        type=int,
+        nargs="+",
+        metavar="CLASS",
+        help="train on these classes alone, as one of several networks (default: on all)",
+    )
+    _heads.embedding_options(p)
     p.add_argument(
         "--storage",
         choices=("float32", "float16"),
@@ -153,7 +160,7 @@ def command(args: argparse.Namespace, seed: int) -> str:
         if value != parser().get_default(name):
             words.append(f"--{name.replace('_', '-')} {value}")
     if args.classes is not None:
-        words += _heads.words(args)
+        words += _heads.words(args, args.classes)
     return " ".join(words)
 
 
@@ -203,7 +210,7 @@ def card(
         "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "seed": seed,
-        **({} if head is None else _heads.described(args)),
+        **({} if head is None else _heads.described(args, args.classes)),
         **{split: result._asdict() for split, result in measured.items()},
         "recipe": dataclasses.asdict(recipe),
         "command": command(args, seed),
