@@ -13,16 +13,18 @@ from typing import Any
 import _common
 import _heads
 import jax
+import normalization
 import numpy as np
 from tqdm import tqdm
 
 import vfjax
-from vfjax import align, data, merge, renorm, stats
+from vfjax import align, merge, renorm, stats
+from vfjax.align.zip import correlations
 
 PyTree = Any
 
 ALPHAS = (0.01, 0.1, 0.3, 1.0)
-BETAS = (0.0, 0.0375, 0.075, 0.125, 0.25, 1.0)
+BETAS = (0.0, 0.0375, 0.075, 0.125, 0.25, 0.5, 1.0)
 IMAGES = (10, 30, 100, 300, 1_000)
 MATCHERS = ("identity", "permutation", "kmeans", "greedy", "optimal")
 # Where partial zips end, by L: the ends of stages; at others each layer, or thirds.
@@ -36,14 +38,12 @@ class Setting:
     Attributes:
         net: The traced network, whose outputs are embeddings.
         head: What makes logits of them, for all classes.
-        statistics: Batches to measure statistics on.
-        test: Batches to test on.
+        images: To measure statistics on, to choose alpha and beta on, to test on.
     """
 
     net: vfjax.Network
     head: _heads.Head
-    statistics: data.Batches
-    test: data.Batches
+    images: normalization.Images
 
 
 def tasks_of(classes: int, pair: int) -> tuple[tuple[int, ...], ...]:
@@ -70,49 +70,57 @@ class Pair:
         args: argparse.Namespace,
         watch: _common.Stopwatch,
     ) -> None:
-        self.setting, self.net, self.trees, self.watch = setting, setting.net, list(trees), watch
-        self.heads = _heads.Heads(setting.head, tuple(map(tuple, tasks)))
-        self.args = args
+        self.net, self.images, self.watch, self.args = setting.net, setting.images, watch, args
+        self.heads, self.trees = _heads.Heads(setting.head, tuple(map(tuple, tasks))), list(trees)
         with watch("statistics"):
             self.moments = self.measure(None)
         self.zip = align.zip_moments(self.net, self.moments, alpha=args.alpha, beta=args.beta)
+        self.permutation = _permuted(align.match_moments(self.net, self.moments))
 
-    def measure(self, images: int | None) -> stats.Moments:
+    def measure(self, count: int | None) -> stats.Moments:
         """Correlations of all features, over so many of the statistics images."""
-        batches = _common.Watched(self.setting.statistics.samples(images), "statistics")
+        batches = _common.Watched(self.images.statistics.samples(count), "statistics")
         return stats.moments(self.net, self.trees, batches, sites="taps", covariance=True)
 
     def accuracy(self, model: Any, what: str) -> dict[str, Any]:
-        """Joint and per task, once BatchNorm has statistics of its own.
+        """Joint and per task, and cost relative to one network's.
 
         Args:
-            model: A tree, a partial merge, or a tuple of trees: one head each.
+            model: A tree, a partial merge, or a tuple of trees: one head each. Statistics of norms
+                are measured first.
             what: For the progress bar.
         """
-        if self.net.norms:
-            with self.watch("RESET"):
-                model = self.reset(model, what)
+        with self.watch("RESET"):
+            model = self.reset(model, what)
+        parts = model if type(model) is tuple else (model,)
         with self.watch("test"):
-            batches = _common.Watched(self.setting.test, f"testing {what}")
-            return _heads.accuracy(self.heads, _runnable(self.net, model), batches)
+            found = _heads.accuracy(self.heads, model, self.images.test)
+            held_out = _heads.accuracy(self.heads, model, self.images.held_out)
+        return {
+            **found,
+            "held_out": held_out["joint"],
+            "params_ratio": sum(part.params for part in parts) / self.net.parameters,
+            "flops_ratio": sum(part.flops for part in parts) / self.net.flops,
+        }
 
     def reset(self, model: Any, what: str) -> Any:
-        """The same with the statistics of its norms measured."""
+        """What can be called, with the statistics of its norms measured."""
         if type(model) is tuple:
             return tuple(self.reset(tree, what) for tree in model)
-        batches = _common.Watched(self.setting.statistics, f"RESET of {what}")
-        return renorm.reset(self.net, model, batches)
+        if self.net.norms:
+            images = _common.Watched(self.images.statistics, f"RESET of {what}")
+            model = renorm.reset(self.net, model, images)
+        return model if isinstance(model, merge.Merged) else merge.as_merged(self.net, model)
 
     def merged(self, maps: Any, what: str) -> dict[str, Any]:
         """Accuracy of the average of the mapped networks."""
         return self.accuracy(merge.interpolate(maps.apply(self.net, self.trees)), what)
 
-    def partial(self, maps: Any, layers: int, what: str) -> dict[str, Any]:
-        """Accuracy with the first layers merged, a head per network after them."""
-        if layers == self.net.depth:
-            return self.merged(maps, what)
-        model = merge.partial(self.net, self.trees, maps, merged=slice(None, layers))
-        return self.accuracy(model, f"{what} {layers}/{self.net.depth}")
+    @functools.cached_property
+    def whole(self) -> dict[str, dict[str, Any]]:
+        """Accuracy with all layers merged, by the two ways that return in several places."""
+        both = {"zip": self.zip, "permutation": self.permutation}
+        return {name: self.merged(maps, name) for name, maps in both.items()}
 
     def found(self, bar: tqdm) -> dict[str, Any]:
         """Everything."""
@@ -122,7 +130,7 @@ class Pair:
             "partial": self.partials,
             "sweep": self.sweep,
             "matchers": self.matchers,
-            "images": self.images,
+            "images": self.few,
             "layers": self.layers,
         }
         record: dict[str, Any] = {"tasks": [list(task) for task in self.heads.tasks]}
@@ -130,11 +138,6 @@ class Pair:
             bar.set_description(name)
             record[name] = part()
             bar.update()
-        # Computed once, shown twice.
-        record["methods"]["zip"] = record["partial"]["zip"][str(self.net.depth)]
-        record["methods"]["permutation"] = record["partial"]["permutation"][str(self.net.depth)]
-        record["methods"]["ensemble"] = record["partial"]["ensemble"]
-        del record["partial"]["ensemble"]
         return record
 
     def networks(self) -> dict[str, Any]:
@@ -143,46 +146,48 @@ class Pair:
         return {f"network {name}": self.accuracy(tree, f"network {name}") for name, tree in names}
 
     def methods(self) -> dict[str, Any]:
-        """What is merged whole and without these statistics."""
+        """What is merged whole, and the ensemble."""
         by_weights = align.match_weights(self.net, *self.trees, key=jax.random.key(0))
         return {
-            "average": self.accuracy(merge.interpolate(self.trees), "the weight average"),
-            "weights": self.merged(_permuted(by_weights), "weights matched"),
+            "average": self.accuracy(merge.interpolate(self.trees), "weight average"),
+            "weights": self.merged(_permuted(by_weights), "networks matched by weights"),
+            **self.whole,
+            "ensemble": self.accuracy(tuple(self.trees), "ensemble"),
         }
 
-    @functools.cached_property
-    def permutation(self) -> Any:
-        """The maps that permute the second network's units."""
-        return _permuted(align.match_moments(self.net, self.moments))
-
     def partials(self) -> dict[str, Any]:
-        """The first layers merged, none (the ensemble) to all."""
-        found: dict[str, Any] = {"ensemble": self.accuracy(tuple(self.trees), "ensemble")}
+        """The first layers merged, then a head for each network."""
+        found: dict[str, Any] = {}
         for name, maps in (("zip", self.zip), ("permutation", self.permutation)):
-            found[name] = {
-                str(layers): self.partial(maps, layers, name) for layers in stops_of(self.net.depth)
-            }
+            found[name] = {}
+            for stop in stops_of(self.net.depth)[:-1]:
+                model = merge.partial(self.net, self.trees, maps, merged=slice(None, stop))
+                found[name][str(stop)] = self.accuracy(model, f"{name} {stop}/{self.net.depth}")
+            found[name][str(self.net.depth)] = self.whole[name]
         return found
 
     def sweep(self) -> list[dict[str, Any]]:
         """Sweeps alpha at the beta asked for, and beta at the alpha asked for."""
-        args, found = self.args, []
-        grid = [(alpha, args.beta) for alpha in (*ALPHAS, args.alpha)]
-        grid += [(args.alpha, beta) for beta in (*BETAS, args.beta)]
-        for alpha, beta in sorted(set(grid)):
-            maps = align.zip_moments(self.net, self.moments, alpha=alpha, beta=beta)
-            accuracy = self.merged(maps, f"alpha {alpha:g}, beta {beta:g}")
+        asked, found = (self.args.alpha, self.args.beta), []
+        grid = {asked} | {(alpha, asked[1]) for alpha in ALPHAS}
+        for alpha, beta in sorted(grid | {(asked[0], beta) for beta in BETAS}):
+            accuracy = self.whole["zip"]
+            if (alpha, beta) != asked:
+                maps = align.zip_moments(self.net, self.moments, alpha=alpha, beta=beta)
+                accuracy = self.merged(maps, f"alpha {alpha:g}, beta {beta:g}")
             found.append({"alpha": alpha, "beta": beta, **accuracy})
         return found
 
     def matchers(self) -> dict[str, Any]:
         """Ways to match, with the seconds from correlations to maps."""
+        known = {"permutation": "permutation", "greedy": "zip"}
         found = {}
         for name in MATCHERS:
             start = time.perf_counter()
             maps = self.matched(name)
             seconds = time.perf_counter() - start
-            found[name] = {"seconds": seconds, **self.merged(maps, f"{name} matching")}
+            accuracy = self.whole[known[name]] if name in known else self.merged(maps, name)
+            found[name] = {"seconds": seconds, **accuracy}
         return found
 
     def matched(self, name: str) -> Any:
@@ -190,27 +195,25 @@ class Pair:
         if name == "permutation":
             return _permuted(align.match_moments(self.net, self.moments))
         if name == "greedy":
-            args = self.args
-            return align.zip_moments(self.net, self.moments, alpha=args.alpha, beta=args.beta)
+            alpha, beta = self.args.alpha, self.args.beta
+            return align.zip_moments(self.net, self.moments, alpha=alpha, beta=beta)
         return align.match_pairs(self.net, self.moments, matcher=name)
 
-    def images(self) -> dict[str, Any]:
-        """ZipIt! with the statistics of few images."""
-        found, args = {}, self.args
-        for count in (*(n for n in IMAGES if n < args.samples), args.samples):
-            maps = self.zip
-            if count < args.samples:
-                with self.watch("statistics of few images"):
-                    moments = self.measure(count)
-                maps = align.zip_moments(self.net, moments, alpha=args.alpha, beta=args.beta)
+    def few(self) -> dict[str, Any]:
+        """ZipIt! with the statistics of few images, and of all."""
+        found, args, most = {}, self.args, len(self.images.statistics.images)
+        for count in (count for count in IMAGES if count < most):
+            with self.watch("statistics of few images"):
+                moments = self.measure(count)
+            maps = align.zip_moments(self.net, moments, alpha=args.alpha, beta=args.beta)
             found[str(count)] = self.merged(maps, f"{count} statistics images")
-        return found
+        return {**found, str(most): self.whole["zip"]}
 
     def layers(self) -> list[dict[str, Any]]:
         """By group, what ZipIt! merged: correlation, and the share within a network."""
         found = []
         depths = {layer.group: layer.depth for layer in reversed(self.net.layers) if layer.group}
-        for group, similarity in align.correlations(self.net, self.moments).items():
+        for group, similarity in correlations(self.net, self.moments).items():
             member = np.concatenate([maps[group][1] for maps in self.zip.maps])
             features = len(member) // len(self.trees)
             model = np.repeat(np.arange(len(self.trees)), features)
@@ -235,13 +238,6 @@ class Pair:
 def _permuted(found: align.Alignment) -> Any:
     """A matching of the second network's units to the first's, as maps of both."""
     return align.Maps.of_permutations([{}, found.permutations])
-
-
-def _runnable(net: vfjax.Network, model: Any) -> Any:
-    """What can be called: trees become merged networks of one."""
-    if type(model) is tuple:
-        return tuple(_runnable(net, tree) for tree in model)
-    return model if callable(model) else merge.as_merged(net, model)
 
 
 def stops_of(depth: int) -> list[int]:

@@ -25,9 +25,11 @@ two heads, the class of the largest probability, where each head's are among its
 plain classifiers that is so for one output, too. Accuracy per task is among the classes of the
 image's own half, by its own head where there are two; the average is that of both tasks.
 
-Further: sweeps of alpha and beta; other ways to match (identity, permutation, k-means, the optimal
-pairs) with the seconds that they take once the statistics are there; how many images the statistics
-need (RESET has them all); and by layer the correlation of the features merged.
+Further: sweeps of alpha and beta, and which of them held-out images would choose: training images
+that come after those that statistics are measured on, and which the networks have seen in training;
+other ways to match (identity, permutation, k-means, the optimal pairs) with the seconds that they
+take once the statistics are there; how many images the statistics need (RESET has them all); and by
+layer the correlation of the features merged.
 
 What the paper found (ResNet20, 4 times as wide, joint accuracy in per cent, CIFAR-10 5+5): Git
 Re-Basin 46.2, permutation 58.4, ZipIt! 79.1, ZipIt! 13/20 83.8, ensemble 87.4. Identity 43.0 and
@@ -52,6 +54,7 @@ import _common
 import _disjoint
 import _edges
 import _heads
+import normalization
 import numpy as np
 import train_edges
 from tqdm import tqdm
@@ -59,8 +62,11 @@ from tqdm import tqdm
 from vfjax import checkpoint, data, plot
 
 ALPHA, BETA = 0.3, 0.125
-# Statistics images, by preset; None for all.
-SAMPLES = {"cpu": 5_000, "paper": None}
+# Images, by preset.
+DEFAULTS = {
+    "cpu": {"samples": 10_000, "statistics": 5_000, "held_out": 2_000},
+    "paper": {"samples": 10_000, "statistics": 48_000, "held_out": 2_000},
+}
 # Networks by preset and data: their names, dimensions of the embeddings, and epochs.
 NETWORKS = {
     ("cpu", "cifar10"): ("vgg7-bn", 0.5, 32, 12),
@@ -131,13 +137,20 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             f"--{name}", type=_edges.alpha_of, default=default, help=f"of ZipIt!: {what}"
         )
-    p.add_argument(
-        "--samples",
-        type=_common.count_of("images"),
-        metavar="N",
-        help="statistics images, of all classes: the first N of the training split, not augmented "
-        f"(default: {SAMPLES['cpu']:,}; with --preset paper all)",
-    )
+    images = {
+        "samples": "test images, the first N",
+        "statistics": "statistics images, the first N ",
+    }
+    images["statistics"] += "of the training split, of all classes, not augmented"
+    images["held_out"] = "training images after those, on which alpha and beta are compared"
+    for name, text in images.items():
+        of = {preset: f"{defaults[name]:,}" for preset, defaults in DEFAULTS.items()}
+        p.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_common.count_of("images"),
+            metavar="N",
+            help=f"{text} (default: {of['cpu']}; with --preset paper {of['paper']})",
+        )
     _common.folder_options(p)
     return p
 
@@ -155,8 +168,8 @@ def completed(args: argparse.Namespace, dataset: data.Dataset) -> _heads.Head:
     args.model, args.width = name, width
     args.epochs = args.epochs or epochs
     args.dimensions = args.dimensions or dimensions
-    args.samples = args.samples or SAMPLES[args.preset] or len(dataset.train_images)
-    args.samples = min(args.samples, len(dataset.train_images))
+    for key, default in DEFAULTS[args.preset].items():
+        setattr(args, key, getattr(args, key) or default)
     args.retrain |= dataset.name == "digits"
     return _heads.head_of(args, dataset.classes)
 
@@ -223,12 +236,8 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         folders = networks_of(args, dataset.classes)
         cards = [[checkpoint.card(folder) for folder in pair] for pair in folders]
         trees = [[checkpoint.load(folder) for folder in pair] for pair in folders]
-    setting = _disjoint.Setting(
-        net,
-        head,
-        dataset.batches("train", batch_size=_edges.BATCH, samples=args.samples),
-        dataset.batches("test", batch_size=_edges.BATCH),
-    )
+    images = normalization.images_of(args, dataset)
+    setting = _disjoint.Setting(net, head, images)
     pairs = []
     with tqdm(total=7 * len(trees), unit="part", leave=False, delay=2) as bar:
         for number, pair in enumerate(trees):
@@ -247,12 +256,13 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "experiment": "zipit_disjoint",
         "command": command,
         "config": vars(args) | {"dataset": asked},
-        **edges.record(setting.statistics, setting.test),
+        **edges.record(images.statistics, images.test),
         "seeds": {"networks": edges.seeds, "embeddings": 0, "splits": list(range(args.pairs))},
         "head": described,
         "classes": dataset.classes,
         "pairs": pairs,
     }
+    record["data"]["held_out_images"] = len(images.held_out.images)
     record["title"] = title_of(record)
     record["seconds"] = watch.record()
     return record | _common.environment()
@@ -287,6 +297,14 @@ def swept(record: Mapping[str, Any], by: str) -> tuple[list[float], list[float]]
     places = [k for k, row in enumerate(rows) if row[other] == record["config"][other]]
     values = [rows[k][by] for k in places]
     return values, [mean(record, "sweep", k, "joint") for k in places]
+
+
+def chosen(record: Mapping[str, Any]) -> tuple[float, float, float]:
+    """The alpha and beta of the sweep that do best on held-out images, and their test accuracy."""
+    rows = range(len(record["pairs"][0]["sweep"]))
+    best = max(rows, key=lambda k: mean(record, "sweep", k, "held_out"))
+    row = record["pairs"][0]["sweep"][best]
+    return row["alpha"], row["beta"], mean(record, "sweep", best, "joint")
 
 
 def figure_of(record: dict[str, Any]) -> Any:
@@ -346,6 +364,7 @@ def figure_of(record: dict[str, Any]) -> Any:
         values = [mean(record, "layers", k, key) for k in range(len(depths))]
         return plot.Curve(depths, values, **style)
 
+    row.append(matchers_panel(record, y))
     curves = {
         "merged by ZipIt!": by_layer("correlation"),
         "merged permuted": by_layer("permutation", colour=1),
@@ -354,6 +373,18 @@ def figure_of(record: dict[str, Any]) -> Any:
     label = "correlation of features, share"
     row.append(plot.Panel("what is merged", "layer", label, curves, y_limits=(0, 1)))
     return plot.panels(row, title=record["title"], columns=3)
+
+
+def matchers_panel(record: Mapping[str, Any], y: str) -> plot.Panel:
+    """Joint accuracy against time, a point for each way to match; identity takes none."""
+    curves = {}
+    for colour, name in enumerate(_disjoint.MATCHERS):
+        joint = 100 * mean(record, "matchers", name, "joint")
+        if name != "identity":
+            seconds = mean(record, "matchers", name, "seconds")
+            label = MATCHER_LABELS.get(name, name)
+            curves[label] = plot.Curve([math.log10(seconds)], [joint], colour=colour)
+    return plot.Panel("ways to match", "seconds (log10)", y, curves, y_limits=(0, 101))
 
 
 def claims_of(record: Mapping[str, Any]) -> list[tuple[bool | None, str]]:
@@ -396,6 +427,9 @@ def claims_of(record: Mapping[str, Any]) -> list[tuple[bool | None, str]]:
     betas, by_beta = swept(record, "beta")
     none = by_beta[betas.index(0)]
     best = max((k for k, beta in enumerate(betas) if beta > 0), key=lambda k: by_beta[k])
+    alpha, beta, tuned = chosen(record)
+    text = f"alpha {alpha:g} and beta {beta:g}, chosen on held-out training images, give"
+    claims.append((None, f"{text} {100 * tuned:.1f}"))
     claims.append(
         (
             by_beta[best] > none + MORE,
@@ -474,10 +508,12 @@ def table_of(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and cells: joint accuracy, that on each task, and their mean."""
     header = ["test accuracy, %", "joint", "task A", "task B", "mean of tasks"]
     keys: list[tuple[Any, ...]] = [("joint",), ("tasks", 0), ("tasks", 1), ("average",)]
-    return header, [
-        [label, *(_common.percent(over_pairs(record, *place, *key)) for key in keys)]
-        for label, place in rows_of(record)
-    ]
+    lines = []
+    for label, place in rows_of(record):
+        cells = [_common.percent(over_pairs(record, *place, *key)) for key in keys]
+        costs = [f"{mean(record, *place, f'{key}_ratio'):.2f}" for key in ("params", "flops")]
+        lines.append([label, *cells, *costs])
+    return [*header, "params, ratio", "FLOPs, ratio"], lines
 
 
 def file_name(record: Mapping[str, Any]) -> str:
@@ -495,9 +531,8 @@ def file_name(record: Mapping[str, Any]) -> str:
     for key, default in defaults.items():
         parts += [f"{key}{config[key]:g}"] if config[key] != default else []
     parts += [f"{config['pairs']}pairs"] if config["pairs"] != 1 else []
-    samples = SAMPLES[config["preset"]]
-    if config["samples"] != samples and record["data"]["name"] != "digits" and samples:
-        parts.append(f"samples{config['samples']}")
+    for key, default in DEFAULTS[config["preset"]].items():
+        parts += [f"{key.replace('_', '')}{config[key]}"] if config[key] != default else []
     # The digits are always trained.
     config["retrain"] &= record["data"]["name"] != "digits"
     return _edges.file_name({**record, "config": config}, parts)
