@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +24,8 @@ from vfjax import align, merge, renorm, stats
 from vfjax.align.zip import correlations
 
 PyTree = Any
+
+_log = logging.getLogger(__name__)
 
 ALPHAS = (0.01, 0.1, 0.3, 1.0)
 BETAS = (0.0, 0.0375, 0.075, 0.125, 0.25, 0.5, 1.0)
@@ -183,6 +187,9 @@ class Pair:
         known = {"permutation": "permutation", "greedy": "zip"}
         found = {}
         for name in MATCHERS:
+            if name == "optimal" and importlib.util.find_spec("networkx") is None:
+                _log.warning("the optimal matching is left out: it needs the package networkx")
+                continue
             start = time.perf_counter()
             maps = self.matched(name)
             seconds = time.perf_counter() - start

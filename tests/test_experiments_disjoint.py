@@ -311,6 +311,13 @@ def test_each_claim_can_fail(as_in_paper, change, flipped, said):
     assert said in zipit.findings(as_in_paper).partition("Unlike the paper: ")[2]
 
 
+def test_without_the_optimal_matching(as_in_paper):
+    del as_in_paper["pairs"][0]["matchers"]["optimal"]
+    assert len(zipit.claims_of(as_in_paper)) == 12
+    assert "optimal" not in zipit.findings(as_in_paper)
+    assert zipit.figure_of(as_in_paper).axes
+
+
 def test_held_out_images_choose(as_in_paper):
     """By their accuracy alone: that on test images has no say."""
     (pair,) = as_in_paper["pairs"]
