@@ -162,6 +162,9 @@ def completed(args: argparse.Namespace, dataset: data.Dataset) -> _heads.Head:
     """Fills in what the options leave open; returns the head of all classes."""
     name, width, dimensions, epochs = NETWORKS[args.preset, dataset.name]
     args.dataset = dataset.name
+    args.retrain |= dataset.name == "digits"
+    if args.epochs and not args.retrain:
+        raise _common.UserError("--epochs is for networks that are trained: give --retrain, too.")
     if args.model is not None:
         name, given = args.model
         width = 1.0 if given is None else given
@@ -170,7 +173,6 @@ def completed(args: argparse.Namespace, dataset: data.Dataset) -> _heads.Head:
     args.dimensions = args.dimensions or dimensions
     for key, default in DEFAULTS[args.preset].items():
         setattr(args, key, getattr(args, key) or default)
-    args.retrain |= dataset.name == "digits"
     return _heads.head_of(args, dataset.classes)
 
 
@@ -280,6 +282,11 @@ def title_of(record: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def percents(values: Sequence[float]) -> list[float]:
+    """Accuracies in per cent."""
+    return [100 * value for value in values]
+
+
 def over_pairs(record: Mapping[str, Any], *keys: Any) -> list[float]:
     """The number at some keys, of each pair."""
     return [functools.reduce(lambda found, key: found[key], keys, p) for p in record["pairs"]]
@@ -315,7 +322,7 @@ def figure_of(record: dict[str, Any]) -> Any:
     def partial(name: str, key: str, **style: Any) -> plot.Curve:
         values = [mean(record, "methods", "ensemble", key)]
         values += [mean(record, "partial", name, str(stop), key) for stop in stops[1:]]
-        return plot.Curve(stops, 100 * np.array(values), **style)
+        return plot.Curve(stops, percents(values), **style)
 
     def level(value: float, colour: int) -> plot.Curve:
         return plot.Curve((0, depth), (100 * value,) * 2, colour=colour, dashed=True)
@@ -344,16 +351,16 @@ def figure_of(record: dict[str, Any]) -> Any:
     config = record["config"]
     permuted = 100 * mean(record, "methods", "permutation", "joint")
     curves = {
-        f"beta, at alpha {config['alpha']:g}": plot.Curve(betas, 100 * np.array(by_beta)),
-        f"alpha, at beta {config['beta']:g}": plot.Curve(
-            alphas, 100 * np.array(by_alpha), colour=2
-        ),
+        f"beta, at alpha {config['alpha']:g}": plot.Curve(betas, percents(by_beta)),
+        f"alpha, at beta {config['beta']:g}": plot.Curve(alphas, percents(by_alpha), colour=2),
         "permuted": plot.Curve((0, 1), (permuted,) * 2, colour=1, dashed=True),
     }
     row.append(plot.Panel(f"ZipIt! {depth}/{depth}", "beta or alpha", y, curves))
     counts = list(record["pairs"][0]["images"])
     joint = [100 * mean(record, "images", count, "joint") for count in counts]
-    curves = {f"ZipIt! {depth}/{depth}": plot.Curve(np.log10([int(c) for c in counts]), joint)}
+    curves = {
+        f"ZipIt! {depth}/{depth}": plot.Curve([math.log10(int(count)) for count in counts], joint)
+    }
     ends = (math.log10(int(counts[0])), math.log10(int(counts[-1])))
     curves["permuted, all images"] = plot.Curve(ends, (permuted,) * 2, colour=1, dashed=True)
     label = "statistics images (log10 of their number)"
