@@ -4,6 +4,10 @@ from vfjax.align._maps import Maps as Maps
 from vfjax.align._record import Alignment as Alignment
 from vfjax.align.activations import match_activations as match_activations
 from vfjax.align.activations import match_moments as match_moments
+from vfjax.align.cca import canonical_correlations as canonical_correlations
+from vfjax.align.cca import cca as cca
+from vfjax.align.cca import cca_moments as cca_moments
 from vfjax.align.weights import match_weights as match_weights
+from vfjax.align.zip import merged_correlation as merged_correlation
 from vfjax.align.zip import zip_features as zip_features
 from vfjax.align.zip import zip_moments as zip_moments
