@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import vfjax
 from vfjax import align, merge, renorm, stats
-from vfjax.align.zip import correlations
 
 PyTree = Any
 
@@ -30,7 +29,7 @@ _log = logging.getLogger(__name__)
 ALPHAS = (0.01, 0.1, 0.3, 1.0)
 BETAS = (0.0, 0.0375, 0.075, 0.125, 0.25, 0.5, 1.0)
 IMAGES = (10, 30, 100, 300, 1_000)
-MATCHERS = ("identity", "permutation", "kmeans", "greedy", "optimal")
+MATCHERS = ("identity", "permute", "kmeans", "greedy", "optimal")
 # Where partial zips end, by L: the ends of stages; at others each layer, or thirds.
 STOPS = {20: (7, 13, 19, 20)}
 
@@ -116,7 +115,7 @@ class Pair:
             model = renorm.reset(self.net, model, images)
         return model if isinstance(model, merge.Merged) else merge.as_merged(self.net, model)
 
-    def merged(self, maps: Any, what: str) -> dict[str, Any]:
+    def merged(self, maps: align.Maps, what: str) -> dict[str, Any]:
         """Accuracy of the average of the mapped networks."""
         return self.accuracy(merge.interpolate(maps.apply(self.net, self.trees)), what)
 
@@ -183,9 +182,8 @@ class Pair:
         return found
 
     def matchers(self) -> dict[str, Any]:
-        """Ways to match, with the seconds from correlations to maps."""
-        known = {"permutation": "permutation", "greedy": "zip"}
-        found = {}
+        """Ways to match, with the seconds from statistics to maps."""
+        known, found = {"permute": "permutation", "greedy": "zip"}, {}
         for name in MATCHERS:
             if name == "optimal" and importlib.util.find_spec("networkx") is None:
                 _log.warning("the optimal matching is left out: it needs the package networkx")
@@ -197,14 +195,11 @@ class Pair:
             found[name] = {"seconds": seconds, **accuracy}
         return found
 
-    def matched(self, name: str) -> Any:
+    def matched(self, matcher: Any) -> align.Maps:
         """The maps that a way to match finds."""
-        if name == "permutation":
-            return _permuted(align.match_moments(self.net, self.moments))
-        if name == "greedy":
-            alpha, beta = self.args.alpha, self.args.beta
-            return align.zip_moments(self.net, self.moments, alpha=alpha, beta=beta)
-        return align.match_pairs(self.net, self.moments, matcher=name)
+        alpha, beta = self.args.alpha, self.args.beta
+        options = {"alpha": alpha, "beta": beta, "key": jax.random.key(0)}
+        return align.zip_moments(self.net, self.moments, matcher=matcher, **options)
 
     def few(self) -> dict[str, Any]:
         """ZipIt! with the statistics of few images, and of all."""
@@ -217,32 +212,32 @@ class Pair:
         return {**found, str(most): self.whole["zip"]}
 
     def layers(self) -> list[dict[str, Any]]:
-        """By group, what ZipIt! merged: correlation, and the share within a network."""
+        """By group, what was merged: mean correlation, and the share of it within a network."""
+        maps = {"correlation": self.zip, "permutation": self.permutation}
+        totals = {
+            name: align.merged_correlation(self.net, self.moments, found)
+            for name, found in maps.items()
+        }
+        depths = {layer.group: layer.depth for layer in reversed(self.net.layers)}
         found = []
-        depths = {layer.group: layer.depth for layer in reversed(self.net.layers) if layer.group}
-        for group, similarity in correlations(self.net, self.moments).items():
-            member = np.concatenate([maps[group][1] for maps in self.zip.maps])
-            features = len(member) // len(self.trees)
-            model = np.repeat(np.arange(len(self.trees)), features)
-            first, second = np.nonzero(np.triu(member @ member.T, 1))
-            within = model[first] == model[second]
-            order = np.nonzero(self.permutation.maps[1][group][0])[1]
-            across = similarity[:features, features:][np.arange(features), order]
+        for group, sizes in self.zip.sizes.items():
+            # By merged feature, how many of each network's features it is made of.
+            parts = np.stack([of[group][1].sum(0) for of in self.zip.maps])
+            pairs, within = (n * (n - 1) / 2 for n in (parts.sum(0), parts))
             found.append(
                 {
                     "group": group,
                     "depth": depths[group],
-                    "features": features,
-                    "correlation": float(similarity[first, second].mean()),
-                    "within": float(within.mean()),
-                    "largest": int(member.sum(0).max()),
-                    "permutation": float(across.mean()),
+                    "features": len(sizes),
+                    "largest": int(sizes.max()),
+                    "within": float(within.sum() / pairs.sum()),
+                    **{name: total[group] / len(sizes) for name, total in totals.items()},
                 }
             )
         return sorted(found, key=lambda row: row["depth"])
 
 
-def _permuted(found: align.Alignment) -> Any:
+def _permuted(found: align.Alignment) -> align.Maps:
     """A matching of the second network's units to the first's, as maps of both."""
     return align.Maps.of_permutations([{}, found.permutations])
 

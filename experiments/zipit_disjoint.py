@@ -81,7 +81,12 @@ METHODS = {
     "permutation": "permuted by activations",
     "zip": "ZipIt!",
 }
-MATCHER_LABELS = {"kmeans": "k-means", "optimal": "optimal pairs", "greedy": "greedy pairs"}
+MATCHER_LABELS: dict[str, str] = {
+    "permute": "permutation",
+    "kmeans": "k-means",
+    "optimal": "optimal pairs",
+    "greedy": "greedy pairs",
+}
 # What claims are decided by: what counts as more, as equal, and as close to the ensemble.
 MORE, EQUAL, CLOSE = 0.01, 0.02, 0.05
 
@@ -389,7 +394,7 @@ def matchers_panel(record: Mapping[str, Any], y: str) -> plot.Panel:
         joint = 100 * mean(record, "matchers", name, "joint")
         if name != "identity":
             seconds = mean(record, "matchers", name, "seconds")
-            label = MATCHER_LABELS.get(name, name)
+            label = MATCHER_LABELS.get(name) or name
             curves[label] = plot.Curve([math.log10(seconds)], [joint], colour=colour)
     return plot.Panel("ways to match", "seconds (log10)", y, curves, y_limits=(0, 101))
 
@@ -450,9 +455,8 @@ def claims_of(record: Mapping[str, Any]) -> list[tuple[bool | None, str]]:
     told = {name: f"{100 * matched[name]:.1f} ({seconds[name]:.2g} s)" for name in names}
     claims += [
         (
-            matched[name] < matched["permutation"] - MORE,
-            f"{MATCHER_LABELS.get(name, name)} gives {told[name]}, permutation "
-            f"{told['permutation']}",
+            matched[name] < matched["permute"] - MORE,
+            f"{MATCHER_LABELS.get(name) or name} gives {told[name]}, permutation {told['permute']}",
         )
         for name in ("identity", "kmeans")
     ]
@@ -549,7 +553,7 @@ def show(record: Mapping[str, Any]) -> None:
         ["matching", "joint, %", "seconds"],
         [
             [
-                MATCHER_LABELS.get(name, name),
+                MATCHER_LABELS.get(name) or name,
                 _common.percent(over_pairs(record, "matchers", name, "joint")),
                 f"{mean(record, 'matchers', name, 'seconds'):.3g}",
             ]
