@@ -369,7 +369,7 @@ def figure_of(record: dict[str, Any]) -> Any:
     ends = (math.log10(int(counts[0])), math.log10(int(counts[-1])))
     curves["permuted, all images"] = plot.Curve(ends, (permuted,) * 2, colour=1, dashed=True)
     label = "statistics images (log10 of their number)"
-    row.append(plot.Panel("how many images matching needs", label, y, curves))
+    row.append(plot.Panel("how many images matching needs", label, y, curves, y_limits=limits))
     depths = [found["depth"] for found in record["pairs"][0]["layers"]]
 
     def by_layer(key: str, **style: Any) -> plot.Curve:
