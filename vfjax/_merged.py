@@ -226,7 +226,8 @@ class Merged:
 
     def in_stems(self, site: str) -> bool:
         """Whether a site lies inside the stems, where it has a value per model."""
-        return self.net.in_stem(site, self.cut) and not self.net.crosses(site, self.cut)
+        inside = self.net.in_stem(site, self.cut)  # which checks the name
+        return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
 
     def in_heads(self, site: str) -> bool:
         """Whether a site lies inside the heads, where it has a value per model."""
@@ -258,7 +259,7 @@ class Merged:
             [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
         """
         sites = check_capture(sites)
-        inside = [site for site in sites if self.cut > 0 and self.in_stems(site)]
+        inside = [site for site in sites if self.in_stems(site)]
         runs = [
             self.net_of(k).run(stem, x, capture=inside, stop=self.cut)
             for k, stem in enumerate(self.stems)
@@ -314,6 +315,19 @@ class Merged:
                 for k, crossing in enumerate(crossings)
             ]
         return self.net.average_crossings(crossings, self.weights)
+
+    def check(self, name: str) -> None:
+        """Checks that a model can be evaluated: all is finite, and no variance unknown.
+
+        Args:
+            name: What to call it.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        kept, leaves = self.net.trunk_leaves(self.cut, self.end), _tree.flatten_named(self.trunk)[0]
+        self.net.check_variances([p for p in self.net.paths if p in kept - leaves.keys()], name)
+        _tree.check_finite(_tree.flatten_named(self.arrays._asdict())[0], name=name)
 
     @property
     def params(self) -> int:
