@@ -10,12 +10,18 @@ The shipped ones, each about as long as its card says:
         --storage float16
     python experiments/train_edges.py --model resnet20-ln --width 0.25 --seeds 0 1 --epochs 8 \
         --learning-rate 0.02 --storage float16
+    python experiments/train_edges.py --model vgg7-bn --width 0.5 --classes 0 1 2 3 4 --seeds 0 \
+        --dimensions 32 --epochs 12 --storage float16
+    python experiments/train_edges.py --model vgg7-bn --width 0.5 --classes 5 6 7 8 9 --seeds 1 \
+        --dimensions 32 --epochs 12 --storage float16
     python experiments/train_edges.py --model digits-mlp --seeds 0 1
     python experiments/train_edges.py --model digits-conv --seeds 0 1
 
 Rate and length of the ResNet20 with LayerNorm are what two cores had time for: at 0.1 it had not
 begun to learn after three epochs, and 0.005 to 0.05 made no difference to how it began, as seen on
 training images.
+
+With `--classes` a network is trained on these alone, to point at their embeddings.
 
 A run that is stopped, at any moment and by anything, goes on where it was when it is started again.
 """
@@ -26,10 +32,12 @@ import argparse
 import dataclasses
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import _common
+import _heads
 import jax
 
 from vfjax import checkpoint, data, models, train
@@ -96,6 +104,14 @@ def parser() -> argparse.ArgumentParser:
         option = "--" + name.replace("_", "-")
         p.add_argument(option, type=kind, metavar="N", help=f"{text}, instead of the recipe's")
     p.add_argument(
+        "--classes",
+        type=int,
+        nargs="+",
+        metavar="CLASS",
+        help="train on these classes alone, as one of several networks (default: on all)",
+    )
+    _heads.embedding_options(p)
+    p.add_argument(
         "--storage",
         choices=("float32", "float16"),
         default="float32",
@@ -119,16 +135,21 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def checkpoint_name(dataset: str, model: str, width: float, seed: int) -> str:
+def checkpoint_name(
+    dataset: str, model: str, width: float, seed: int, classes: Sequence[int] | None = None
+) -> str:
     """Returns the folder name of a shipped model.
 
     Example:
         >>> checkpoint_name("cifar10", "vgg16", 0.25, 0)
         'cifar10-vgg16-w0.25-seed0'
+        >>> checkpoint_name("cifar10", "vgg7-bn", 0.5, 1, range(5, 10))
+        'cifar10-vgg7-bn-w0.5-classes5to9-seed1'
     """
     model = model.removeprefix("digits-") if dataset == "digits" else model
     width_part = "" if width == 1.0 else f"-w{width:g}"
-    return f"{dataset}-{model}{width_part}-seed{seed}"
+    classes_part = "" if classes is None else f"-classes{_heads.named(classes)}"
+    return f"{dataset}-{model}{width_part}{classes_part}-seed{seed}"
 
 
 def command(args: argparse.Namespace, seed: int) -> str:
@@ -138,6 +159,8 @@ def command(args: argparse.Namespace, seed: int) -> str:
         value = getattr(args, name)
         if value != parser().get_default(name):
             words.append(f"--{name.replace('_', '-')} {value}")
+    if args.classes is not None:
+        words += _heads.words(args, args.classes)
     return " ".join(words)
 
 
@@ -153,9 +176,12 @@ def card(
     dataset: data.Dataset,
     seed: int,
     trained: train.Trained,
+    head: _heads.Head | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Measures the model; returns all that its card says, and the dtype to store it in."""
     fn, variables = models.apply_fn(model), trained.variables
+    if head is not None:
+        fn = _heads.Headed(fn, head)
 
     def measure(split: str) -> train.Evaluation:
         samples = TRAIN_SUBSET if split == "train" else None
@@ -184,6 +210,7 @@ def card(
         "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "seed": seed,
+        **({} if head is None else _heads.described(args, args.classes)),
         **{split: result._asdict() for split, result in measured.items()},
         "recipe": dataclasses.asdict(recipe),
         "command": command(args, seed),
@@ -207,8 +234,12 @@ def main(argv: list[str] | None = None) -> list[Path]:
     options: dict[str, Any] = {}
     if args.width != 1.0:
         options["width"] = args.width
-    if args.dataset == "cifar100":
-        options["classes"] = 100
+    classes, head = 100 if args.dataset == "cifar100" else 10, None
+    if args.classes is not None:
+        head = _heads.head_of(args, classes).of(_heads.checked(args.classes, classes))
+        options["classes"] = args.dimensions
+    elif classes != 10:
+        options["classes"] = classes
     if args.recipe:
         recipe = train.RECIPES[args.recipe]
     else:
@@ -220,7 +251,10 @@ def main(argv: list[str] | None = None) -> list[Path]:
     except ValueError as error:
         raise _common.UserError(str(error)) from error
 
-    names = {s: checkpoint_name(args.dataset, args.model, args.width, s) for s in args.seeds}
+    names = {
+        seed: checkpoint_name(args.dataset, args.model, args.width, seed, args.classes)
+        for seed in args.seeds
+    }
     folders = {seed: Path(args.out).expanduser().absolute() / name for seed, name in names.items()}
     missing = [s for s in args.seeds if args.overwrite or args.restart or not folders[s].exists()]
     for seed in args.seeds:
@@ -230,12 +264,20 @@ def main(argv: list[str] | None = None) -> list[Path]:
         return list(folders.values())
 
     dataset = data.load(args.dataset, args.data_dir)
+    if args.classes is not None:
+        dataset = _heads.only(dataset, args.classes)
     for seed in missing:
         work_dir = Path(args.work_dir).expanduser() / names[seed]
         trained = train.fit(
-            model, recipe, dataset, seed=seed, work_dir=work_dir, resume=not args.restart
+            model,
+            recipe,
+            dataset,
+            seed=seed,
+            logits=head,
+            work_dir=work_dir,
+            resume=not args.restart,
         )
-        meta, storage = card(args, model, recipe, dataset, seed, trained)
+        meta, storage = card(args, model, recipe, dataset, seed, trained, head)
         # The variables alone: momentum is of no use to who merges, and as large as the model.
         checkpoint.save(folders[seed], trained.variables, meta, storage=storage)
         log.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])

@@ -25,8 +25,8 @@ class Recipe:
     Attributes:
         optimizer: ``"sgd"`` (with momentum, not Nesterov's), ``"adam"`` or ``"adamw"``.
         learning_rate: Its peak.
-        schedule: ``"constant"``, ``"cosine"`` (to zero after the last step) or ``"step"`` (times
-            `factor` from each of `milestones` on).
+        schedule: ``"constant"``, ``"cosine"`` or ``"linear"`` (both to zero after the last step) or
+            ``"step"`` (times `factor` from each of `milestones` on).
         milestones: Iterations counted from the first one, warm-up included.
         factor: What the learning rate is multiplied with at a milestone.
         warmup_epochs: Epochs over which the rate rises linearly from 1e-6 to its peak.
@@ -64,7 +64,7 @@ class Recipe:
         """Checks the values that are easily mistyped."""
         for name, known in (
             ("optimizer", ("sgd", "adam", "adamw")),
-            ("schedule", ("constant", "cosine", "step")),
+            ("schedule", ("constant", "cosine", "linear", "step")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -90,11 +90,15 @@ class Recipe:
             after = optax.piecewise_constant_schedule(
                 self.learning_rate, {step: self.factor for step in self.milestones}
             )
-        elif self.schedule == "cosine":
-            cosine = optax.cosine_decay_schedule(self.learning_rate, max(1, total - warmup))
+        elif self.schedule in ("cosine", "linear"):
+            steps = max(1, total - warmup)
+            if self.schedule == "cosine":
+                fall = optax.cosine_decay_schedule(self.learning_rate, steps)
+            else:
+                fall = optax.linear_schedule(self.learning_rate, 0.0, steps)
 
             def delayed(step: Any) -> Any:
-                return cosine(step - warmup)
+                return fall(step - warmup)
 
             after = delayed
         else:
@@ -160,6 +164,17 @@ RECIPES: dict[str, Recipe] = {
         epochs=25,
         batch_size=100,
         weight_decay=5e-4,
+    ),
+    # The networks on disjoint classes of "ZipIt!" and of its code; neither tells the weight decay.
+    "paper-zipit": Recipe(
+        learning_rate=0.4,
+        schedule="linear",
+        warmup_epochs=5.0,
+        epochs=100,
+        batch_size=500,
+        weight_decay=5e-4,
+        crop=4,
+        flip=True,
     ),
     "cpu-vgg": _CPU_VGG,
     "cpu-resnet": dataclasses.replace(_CPU_VGG, learning_rate=0.1, epochs=15),

@@ -91,6 +91,7 @@ class _Task:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     count: int
+    logits: Callable[[Array], Array] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -137,7 +138,8 @@ class _Task:
             return self.model.apply(variables, x, train=True, mutable=list(others))
 
         def objective(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
-            logits, changed = routed(forward)(params, others, x)
+            outputs, changed = routed(forward)(params, others, x)
+            logits = outputs if self.logits is None else self.logits(outputs)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
             correct = jnp.sum(jnp.argmax(logits, -1) == label, dtype=jnp.int32)
             return loss, (changed, correct)
@@ -238,6 +240,7 @@ def fit(
     *,
     seed: int = 0,
     start: PyTree | None = None,
+    logits: Callable[[Array], Array] | None = None,
     on_epoch: Callable[[int, PyTree], None] | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     resume: bool = True,
@@ -253,6 +256,9 @@ def fit(
         seed: Of the initial parameters, the order of the images and their augmentation.
         start: Variables to start from in place of the model's own initial ones, for instance those
             of a `Trained`; they are copied. Momentum and learning rate begin anew.
+        logits: What makes logits ``[N, dataset.classes]`` of what the model returns, such as the
+            cosines with class embeddings; hashable, and equal where it is the same function. None
+            where the model returns logits.
         on_epoch: Called after every epoch, before its state is saved, with how many are done (from
             1 on) and a copy of the variables, which may be kept. Not for epochs of an earlier call
             that are resumed from.
@@ -277,12 +283,12 @@ def fit(
         >>> trained.history[-1]["loss"] < trained.history[0]["loss"]
         True
     """
-    if dataset.classes > getattr(model, "classes", dataset.classes):
+    if logits is None and dataset.classes > getattr(model, "classes", dataset.classes):
         raise ValueError(
             f"model has {model.classes} classes, {dataset.name} has {dataset.classes}: create it "
             f"with classes={dataset.classes}."
         )
-    task = _Task(model, recipe, dataset.mean, dataset.std, len(dataset.train_images))
+    task = _Task(model, recipe, dataset.mean, dataset.std, len(dataset.train_images), logits)
     state, epoch, history = task.init(seed, dataset.train_images.shape[1:], start), 0, []
     saved = None
     if work_dir is not None:
@@ -294,6 +300,8 @@ def fit(
         }
         if start is not None:
             identity["start"] = checksum(start)
+        if logits is not None:
+            identity["logits"] = repr(logits)
         saved = Saved(work_dir, identity)
         if not resume:
             saved.clear()

@@ -46,7 +46,7 @@ def _families() -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
         "digits-mlp": (DigitsMLP, {}),
         "digits-conv": (DigitsConv, {}),
     }
-    for depth in (11, 13, 16, 19):
+    for depth in (7, 11, 13, 16, 19):
         table[f"vgg{depth}"] = (VGG, {"depth": depth})
         table[f"vgg{depth}-bn"] = (VGG, {"depth": depth, "norm": "batch"})
         table[f"vgg{depth}-ln"] = (VGG, {"depth": depth, "norm": "layer"})

@@ -1,0 +1,265 @@
+"""Heads that share a space: classes are fixed embeddings, and a network's output is one, too.
+
+A network trained on some of the classes is told to point at their embeddings; where several such
+networks have become one, its output is compared with the embeddings of all classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import _common
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax import data
+
+Array = jax.Array
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What makes logits of a network's output.
+
+    Attributes:
+        embeddings: One row for each class that is told apart.
+        scale: What cosines are multiplied with; None takes inner products as they are, with which
+            the rows of an identity matrix are a plain classifier.
+    """
+
+    embeddings: tuple[tuple[float, ...], ...]
+    scale: float | None
+
+    def __call__(self, outputs: Array) -> Array:
+        """Returns the logits ``[n, classes]`` of outputs ``[n, dimensions]``."""
+        rows = jnp.asarray(self.embeddings, jnp.float32)
+        if self.scale is None:
+            return outputs @ rows.T
+        # The rows have length one. An output of zero points nowhere: all cosines are zero.
+        length = jnp.sqrt(jnp.sum(outputs**2, -1, keepdims=True) + 1e-12)
+        return self.scale * (outputs / length) @ rows.T
+
+    def of(self, classes: Sequence[int]) -> Head:
+        """Returns the head of some of the classes, in the order given."""
+        return Head(tuple(self.embeddings[label] for label in classes), self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Headed:
+    """A network with its head: ``(variables, x) -> logits``; equal ones share compiled code."""
+
+    fn: Callable[[PyTree, Array], Array]
+    head: Head
+
+    def __call__(self, variables: PyTree, x: Array) -> Array:
+        """Returns the logits ``[n, classes]``."""
+        return self.head(self.fn(variables, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """How classes are told by one network, or by several that know some of the classes each.
+
+    Attributes:
+        head: Of all classes.
+        tasks: The classes of each network; together all of them, each once.
+    """
+
+    head: Head
+    tasks: tuple[tuple[int, ...], ...]
+
+    def __call__(self, outputs: Array | tuple[Array, ...]) -> Array:
+        """Scores ``[n, classes]`` of an output, or of one output for each task."""
+        if isinstance(outputs, Array):
+            if self.head.scale is not None:
+                return self.head(outputs)
+            outputs = (outputs,) * len(self.tasks)
+        # Probabilities, within the classes of each: logits of two networks are not comparable.
+        parts = zip(self.tasks, outputs, strict=True)
+        scores = [jax.nn.softmax(self.head.of(task)(output)) for task, output in parts]
+        order = np.argsort([label for task in self.tasks for label in task])
+        return jnp.concatenate(scores, -1)[:, order]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(heads: Heads, model: Any, x: Array) -> Array:
+    return heads(tuple(m(x) for m in model) if type(model) is tuple else model(x))
+
+
+def accuracy(
+    heads: Heads, model: Any, batches: Iterable[tuple[Array, Array]]
+) -> dict[str, float | list[float]]:
+    """Accuracy over all classes, among those of each task, and the mean of the latter.
+
+    Args:
+        heads: How classes are told.
+        model: What is called with images: a pytree, or a tuple of one for each task.
+        batches: Of images and labels.
+    """
+    scored = [(_scores(heads, model, x), label) for x, label in batches]
+    scores, labels = (np.concatenate(part) for part in zip(*scored, strict=True))
+    tasks = []
+    for task in heads.tasks:
+        own = np.isin(labels, task)
+        tasks.append(float(np.mean(np.take(task, scores[own][:, task].argmax(1)) == labels[own])))
+    joint = float(np.mean(scores.argmax(1) == labels))
+    return {"joint": joint, "tasks": tasks, "average": float(np.mean(tasks))}
+
+
+def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
+    """Class embeddings that stand in for those of a text encoder: orthonormal, at random.
+
+    Example:
+        >>> rows = orthonormal(3, 5)
+        >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
+        True
+    """
+    if dimensions < classes:
+        raise ValueError(f"{classes} orthonormal rows need as many dimensions, got {dimensions}")
+    gaussian = np.random.default_rng(seed).normal(size=(dimensions, classes))
+    return np.linalg.qr(gaussian)[0].T.astype(np.float32)
+
+
+def read(path: str, classes: int) -> np.ndarray:
+    """Class embeddings from a file, made to have length one.
+
+    Args:
+        path: A ``.npy`` file, or an ``.npz`` one with one array, with a row for each class.
+        classes: How many rows there must be.
+
+    Raises:
+        UserError: If the file cannot be read or holds something else.
+    """
+    try:
+        found = np.load(Path(path).expanduser())
+        if not isinstance(found, np.ndarray):
+            (found,) = (found[name] for name in found.files)
+        rows = np.asarray(found, np.float64)
+    except (OSError, ValueError) as error:
+        raise _common.UserError(f"--embeddings {path}: no array could be read: {error}") from error
+    length = np.linalg.norm(rows, axis=-1, keepdims=True) if rows.ndim == 2 else np.zeros(1)
+    if len(rows) != classes or not (np.isfinite(length) & (length > 0)).all():
+        raise _common.UserError(
+            f"--embeddings {path}: must hold {classes} finite rows other than zero, one for each "
+            f"class, got shape {list(rows.shape)}"
+        )
+    return (rows / length).astype(np.float32)
+
+
+def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
+    """Returns the head of class embeddings, one row each."""
+    return Head(tuple(tuple(float(value) for value in row) for row in rows), scale)
+
+
+def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
+    """The images of some classes, whose labels become 0, 1, ... in the order given."""
+    place = np.full(dataset.classes, -1, np.int32)
+    place[list(classes)] = np.arange(len(classes))
+    arrays = {}
+    for split in ("train", "test"):
+        labels = place[getattr(dataset, f"{split}_labels")]
+        arrays[f"{split}_images"] = getattr(dataset, f"{split}_images")[labels >= 0]
+        arrays[f"{split}_labels"] = labels[labels >= 0]
+    return dataclasses.replace(dataset, **arrays, classes=len(classes))
+
+
+LOSSES = ("cosine", "cross-entropy")
+# Cosines alone tell two classes apart by no more than e^2.
+SCALE = 10.0
+
+
+def embedding_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says towards which embeddings networks are trained."""
+    parser.add_argument(
+        "--loss",
+        default="cosine",
+        choices=LOSSES,
+        help="for networks on some of the classes: cross-entropy of the cosines with the class "
+        "embeddings, or of the plain outputs for these classes (default: cosine)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        metavar="FILE",
+        help="class embeddings: a .npy or .npz file with a row for each class, such as CLIP's of "
+        "their names (default: orthonormal ones at random)",
+    )
+    parser.add_argument(
+        "--dimensions",
+        type=int,
+        metavar="N",
+        help="of the orthonormal embeddings; at least as many as classes",
+    )
+    parser.add_argument(
+        "--scale", type=float, default=SCALE, help=f"of the cosines (default: {SCALE:g})"
+    )
+
+
+def head_of(args: argparse.Namespace, classes: int) -> Head:
+    """Returns the head of all classes that the options ask for, and completes the options."""
+    if args.loss == "cross-entropy":
+        args.dimensions = classes
+        return of_embeddings(np.eye(classes), None)
+    if args.embeddings:
+        rows = read(args.embeddings, classes)
+    else:
+        try:
+            rows = orthonormal(classes, args.dimensions or classes)
+        except ValueError as error:
+            raise _common.UserError(f"--dimensions: {error}") from error
+    args.dimensions = rows.shape[1]
+    return of_embeddings(rows, args.scale)
+
+
+def checked(found: Sequence[int], classes: int) -> Sequence[int]:
+    """Returns the classes to train on, once they are found to be different ones of the data set."""
+    if len(set(found)) < max(2, len(found)) or not set(found) <= set(range(classes)):
+        raise _common.UserError(
+            f"--classes must be two or more different ones from 0 to {classes - 1}, got "
+            f"{' '.join(map(str, found))}"
+        )
+    return found
+
+
+def described(args: argparse.Namespace, classes: Sequence[int]) -> dict[str, Any]:
+    """What a card or record says of the head, once `head_of` has completed the options."""
+    found = {"classes": list(classes)}
+    if args.loss == "cross-entropy":
+        return {**found, "loss": args.loss}
+    kind = Path(args.embeddings).name if args.embeddings else "orthonormal, seed 0"
+    return {
+        **found,
+        "loss": args.loss,
+        "embeddings": {"kind": kind, "dimensions": args.dimensions, "scale": args.scale},
+    }
+
+
+def words(args: argparse.Namespace, classes: Sequence[int]) -> list[str]:
+    """The options as words of a command line."""
+    found = ["--classes", *map(str, classes)]
+    if args.loss != "cosine":
+        return [*found, "--loss", args.loss]
+    if args.embeddings:
+        found += ["--embeddings", str(args.embeddings)]
+    else:
+        found += ["--dimensions", str(args.dimensions)]
+    return found if args.scale == SCALE else [*found, "--scale", f"{args.scale:g}"]
+
+
+def named(classes: Sequence[int]) -> str:
+    """Returns classes in few letters, for the name of a folder.
+
+    Example:
+        >>> named(range(5)), named((0, 3, 4))
+        ('0to4', '0-3-4')
+    """
+    first, last = classes[0], classes[-1]
+    if list(classes) == list(range(first, last + 1)) and first < last:
+        return f"{first}to{last}"
+    return "-".join(map(str, classes))
