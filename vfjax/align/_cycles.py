@@ -260,12 +260,12 @@ def relax(
 
     Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), algorithm 1.
     """
-    at = {group: np.eye(p.shape[1])[p] for group, p in start.items()}
+    at, end = {group: np.eye(p.shape[1])[p] for group, p in start.items()}, start
     for _ in range(max_steps):
         slope = objective.gradient(at)
         end = {
-            group: np.stack([nearby(*pair) for pair in zip(slope[group], _nearest(p), strict=True)])
-            for group, p in at.items()
+            group: np.stack([nearby(*pair) for pair in zip(g, end[group], strict=True)])
+            for group, g in slope.items()
         }
         curve = np.polynomial.Polynomial(objective.along(at, end))
         turns = curve.deriv().roots()
@@ -278,12 +278,7 @@ def relax(
             group: (1 - length) * p + length * np.eye(p.shape[1])[end[group]]
             for group, p in at.items()
         }
-    return {group: _nearest(p) for group, p in at.items()}
-
-
-def _nearest(stochastic: np.ndarray) -> np.ndarray:
-    """The permutations nearest to doubly stochastic matrices `[K, n, n]`."""
-    return np.stack([assign(matrix) for matrix in stochastic])
+    return {group: np.stack([assign(matrix) for matrix in p]) for group, p in at.items()}
 
 
 def ascend(objective: Objective, start: Mapping[str, np.ndarray], *, max_steps: int) -> Found:
