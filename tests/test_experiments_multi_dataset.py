@@ -14,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from vfjax import data
+import vfjax
+from vfjax import data, models
+from vfjax.models import layers
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
@@ -164,6 +167,31 @@ def test_heads_are_tested_on_their_classes(sets):
     nines = np.where(np.concatenate(bright)[: tests.counts[0]], 9, 0)
     assert first["digits"] == pytest.approx(np.mean(nines == sets[0].test_labels))
     assert second["digits"] == pytest.approx(np.mean(9 - nines == sets[0].test_labels))
+
+
+class Small(nn.Module):
+    """Two layers and a BatchNorm between them."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = layers.conv(x, 6, name="conv", init="kaiming_normal")
+        x = nn.relu(layers.normalise(x, "batch", name="norm", train=train))
+        return layers.dense(x.mean((1, 2)), 10, name="head", init="kaiming_normal")
+
+
+def test_a_network_merged_with_itself_is_itself(sets):
+    """In every way, with BatchNorm's statistics measured anew in all of them."""
+    model = Small()
+    x = jax.ShapeDtypeStruct((multi.BATCH, 8, 8, 1), jnp.float32)
+    tree = jax.jit(model.lazy_init)(jax.random.key(0), x)
+    net = vfjax.trace(models.apply_fn(model), tree, x)
+    watch = common.Stopwatch()
+    found = multi.Combination(net, sets, [tree, tree], watch).measure((1,))
+    first, second = found["edges"].values()
+    assert first == second and "RESET" in watch.seconds
+    assert [row["method"] for row in found["rows"]] == list(multi.METHODS)
+    for row in found["rows"]:
+        assert row["accuracy"] == pytest.approx(found["ensemble"]["accuracy"], abs=0.011)
 
 
 def test_all_networks_take_as_many_steps(sets):
