@@ -40,6 +40,7 @@ import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 import vfjax
 from vfjax import align, data, merge, models, plot, renorm, stats, train
@@ -89,7 +90,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(width=0.25, size=16, images=20_000, test=1_000, steps=800),
+    "cpu": Preset(width=0.25, size=16, images=20_000, test=2_000, steps=800),
     "paper": Preset(width=1.0, size=32, images=None, test=None, steps=20_000),
 }
 QUICK = Preset(width=1.0, size=8, images=300, test=200, steps=3, layers=(1, 2))
@@ -246,12 +247,13 @@ class Combination:
             (edges[name],) = self.evaluated(merge.as_merged(self.net, tree))
         ensemble = {name: edges[name][name] for name in self.names}
         rows = []
-        for method, maps in self.maps().items():
-            for count in layers:
-                model = merge.partial(self.net, self.trees, maps, merged=slice(None, count))
-                heads = self.evaluated(model)
-                own = {name: head[name] for name, head in zip(self.names, heads, strict=True)}
-                rows.append({"method": method, "layers": count} | self.numbers(own, model))
+        jobs = list(itertools.product(self.maps().items(), layers))
+        bar = tqdm(jobs, desc=f"merging {', '.join(self.names)}", delay=2, leave=False)
+        for (method, maps), count in bar:
+            model = merge.partial(self.net, self.trees, maps, merged=slice(None, count))
+            heads = self.evaluated(model)
+            own = {name: head[name] for name, head in zip(self.names, heads, strict=True)}
+            rows.append({"method": method, "layers": count} | self.numbers(own, model))
         return {
             "datasets": self.names,
             "statistics_images": sum(map(len, self.statistics)),
