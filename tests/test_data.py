@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -170,3 +171,23 @@ def test_cifar10():
     # The deviations within single images that CIFAR is divided by are a fifth too small.
     assert np.std(x) == pytest.approx(1.23, abs=0.05)
     assert np.bincount(label, minlength=10).min() > 70
+
+
+def test_grey_images_of_another_size(digits):
+    grey = data.grey(digits, size=16)
+    assert grey.train_images.shape == (1300, 16, 16, 1) and grey.train_images.dtype == np.uint8
+    np.testing.assert_array_equal(grey.test_labels, digits.test_labels)
+    # What is only grey stays so, and a size that is there already changes nothing.
+    np.testing.assert_array_equal(data.grey(digits, size=8).test_images, digits.test_images)
+    np.testing.assert_allclose(np.mean(grey.train_images / 255), grey.mean, rtol=1e-6)
+    np.testing.assert_allclose(np.std(grey.train_images / 255), grey.std, rtol=1e-6)
+    # Half the size is near the mean of what it covers, colours as the eye weighs them.
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[0, ..., 1], images[1] = 200, 90
+    colour = dataclasses.replace(digits, train_images=images, test_images=images)
+    small = data.grey(colour, size=2).test_images
+    assert (abs(small[0].astype(int) - 0.587 * 200) <= 1).all() and (small[1] == 90).all()
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        data.grey(digits, size=0)
+    with pytest.raises(ValueError, match="1 or 3 channels, it has 2"):
+        data.grey(dataclasses.replace(digits, train_images=images[..., :2]), size=2)

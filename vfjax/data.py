@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-__all__ = ["NAMES", "Batches", "Dataset", "DatasetError", "load", "normalise"]
+__all__ = ["NAMES", "Batches", "Dataset", "DatasetError", "grey", "load", "normalise"]
 
 Array = jax.Array
 
@@ -262,6 +262,50 @@ def load(
     facts = _FACTS[name]
     return Dataset(
         name, *arrays["train"], *arrays["test"], facts.mean, facts.std, facts.classes, source
+    )
+
+
+def grey(dataset: Dataset, *, size: int) -> Dataset:
+    """A data set in grey and at another size, so that it fits networks of other data sets.
+
+    Args:
+        dataset: A data set of grey or RGB images.
+        size: Pixels along each side.
+
+    Returns:
+        Images uint8 ``[N, size, size, 1]``: the luma of ITU-R BT.601, resampled bilinearly (over
+        all pixels that a new one covers). Mean and standard deviation are those of the training
+        images.
+
+    Raises:
+        ValueError: If `size` is below one, or images are neither grey nor RGB.
+
+    Example:
+        >>> grey(load("digits"), size=16)
+        Dataset(digits: 1300 train, 497 test, 16x16x1, 10 classes, from scikit-learn)
+    """
+    from PIL import Image
+
+    channels = dataset.train_images.shape[-1]
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size!r}.")
+    if channels not in (1, 3):
+        raise ValueError(f"dataset must have 1 or 3 channels, it has {channels}.")
+
+    def convert(images: np.ndarray) -> np.ndarray:
+        found = np.empty((len(images), size, size, 1), np.uint8)
+        for row, image in enumerate(images):
+            picture = Image.fromarray(image if channels == 3 else image[..., 0]).convert("L")
+            found[row, ..., 0] = picture.resize((size, size), Image.Resampling.BILINEAR)
+        return found
+
+    train = convert(dataset.train_images)
+    return dataclasses.replace(
+        dataset,
+        train_images=train,
+        test_images=convert(dataset.test_images),
+        mean=(float(train.mean()) / 255,),
+        std=(float(train.std()) / 255,),
     )
 
 

@@ -19,7 +19,7 @@ import scipy.linalg
 
 from vfjax._axes import Axis, map_axis
 from vfjax.align._record import assign
-from vfjax.align.weights import _dot, _inner, _permute, _search
+from vfjax.align.weights import _dot, _inner, _search
 from vfjax.symmetry import PermutationSpec
 
 # Ties go to the unit that is in place; relative to the gains, far below their rounding.
@@ -104,13 +104,14 @@ class Weights:
     def __init__(
         self,
         spec: PermutationSpec,
-        leaves: Sequence[Mapping[str, np.ndarray]],
+        leaves: Sequence[dict[str, np.ndarray]],
         counted: Mapping[str, Mapping[str, tuple[Axis, ...]]],
         seed: int,
     ) -> None:
         self.spec, self.leaves, self.seed = spec, leaves, seed
-        self.models = len(leaves)
-        self.counted = counted
+        self.models, self.counted = len(leaves), counted
+        # Leaves that do not count are none to permute.
+        self.absent = {a.path: None for axes in spec.groups.values() for a in axes}
         self.places = {
             path: [(group, axis) for group, axes in held.items() for axis in axes]
             for path, held in counted.items()
@@ -119,16 +120,16 @@ class Weights:
         self.scale = float((norms.sum(0) ** 2 - (norms**2).sum(0)).sum()) / 2
 
     def value(self, found: Mapping[str, np.ndarray]) -> float:
-        total = 0.0
-        for path in self.counted:
-            moved = [self._moved(path, k, found) for k in range(self.models)]
-            for k in range(1, self.models):
-                total += _dot(moved[k], np.sum(moved[:k], 0, np.float64))
-        return total
+        moved = [self._moved(k, found) for k in range(self.models)]
+        return sum(
+            _dot(moved[k][path], np.sum([other[path] for other in moved[:k]], 0, np.float64))
+            for k in range(1, self.models)
+            for path in self.counted
+        )
 
     def respond(self, model: int, found: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        others = [k for k in range(self.models) if k != model]
-        rest = {p: np.sum([self._moved(p, k, found) for k in others], 0) for p in self.counted}
+        others = [self._moved(k, found) for k in range(self.models) if k != model]
+        rest = {path: np.sum([other[path] for other in others], 0) for path in self.counted}
         start = {group: p[model] for group, p in found.items()}
         random = np.random.default_rng(self.seed)
         return _search(
@@ -159,7 +160,7 @@ class Weights:
                 powers = [self.leaves[k][path]]
                 for group, axis in places:
                     still = [_contract(at[group][k], leaf, axis) for leaf in powers]
-                    moved = [_permute(leaf, (axis,), end[group][k]) for leaf in powers]
+                    moved = [_take(end[group][k], leaf, axis) for leaf in powers]
                     steps = [a - b for a, b in zip(moved, still, strict=True)]
                     both = [a + b for a, b in zip(still[1:], steps[:-1], strict=True)]
                     powers = [still[0], *both, steps[-1]]
@@ -169,12 +170,11 @@ class Weights:
                 before = [a + b for a, b in zip(before, powers, strict=True)] if before else powers
         return found
 
-    def _moved(self, path: str, model: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
-        """A leaf of a model, permuted."""
-        leaf = self.leaves[model][path]
-        for group, axes in self.counted[path].items():
-            leaf = _permute(leaf, axes, found[group][model])
-        return leaf
+    def _moved(self, model: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The leaves of a model, permuted."""
+        return self.spec.permute(
+            self.absent | self.leaves[model], {group: p[model] for group, p in found.items()}
+        )
 
     def _mapped(
         self,
@@ -204,6 +204,11 @@ def _contract(matrix: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
         return found.reshape(view.shape)
 
     return map_axis(leaf, axis, product)
+
+
+def _take(permutation: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
+    """Permutes one place of a group."""
+    return map_axis(leaf, axis, lambda view, k: np.take(view, permutation, k))
 
 
 def nearby(gain: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -260,12 +265,12 @@ def relax(
 
     Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), algorithm 1.
     """
-    at = {group: np.eye(p.shape[1])[p] for group, p in start.items()}
+    at, end = {group: np.eye(p.shape[1])[p] for group, p in start.items()}, start
     for _ in range(max_steps):
         slope = objective.gradient(at)
         end = {
-            group: np.stack([nearby(*pair) for pair in zip(slope[group], _nearest(p), strict=True)])
-            for group, p in at.items()
+            group: np.stack([nearby(*pair) for pair in zip(g, end[group], strict=True)])
+            for group, g in slope.items()
         }
         curve = np.polynomial.Polynomial(objective.along(at, end))
         turns = curve.deriv().roots()
@@ -278,12 +283,7 @@ def relax(
             group: (1 - length) * p + length * np.eye(p.shape[1])[end[group]]
             for group, p in at.items()
         }
-    return {group: _nearest(p) for group, p in at.items()}
-
-
-def _nearest(stochastic: np.ndarray) -> np.ndarray:
-    """The permutations nearest to doubly stochastic matrices `[K, n, n]`."""
-    return np.stack([assign(matrix) for matrix in stochastic])
+    return {group: np.stack([assign(matrix) for matrix in p]) for group, p in at.items()}
 
 
 def ascend(objective: Objective, start: Mapping[str, np.ndarray], *, max_steps: int) -> Found:

@@ -20,7 +20,7 @@ import numpy as np
 from vfjax import stats
 from vfjax._tree import check_trees, flatten_named
 from vfjax.align import _cycles
-from vfjax.align.activations import correlation
+from vfjax.align.activations import _in_place, correlation
 from vfjax.align.weights import _counted, _generator, _host, match_weights
 from vfjax.network import Network, check_net
 from vfjax.symmetry import compose, invert
@@ -34,6 +34,9 @@ PyTree = Any
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Universe:
     """Permutations of K models to a shared universe.
+
+    `found.apply(net, trees)` aligns them all; `Maps.of_permutations(found.permutations)` is what
+    `vfjax.merge.partial` takes.
 
     Attributes:
         permutations: Per model and group, int32 `[n]`: the axis in the universe's order is
@@ -172,7 +175,7 @@ def match_universe(
         assert key is not None
         found = _of_weights(net, chosen, key, max_steps)
     elif not net.taps:
-        found = _in_place(net, len(trees))
+        found = Universe((_in_place(net).permutations,) * len(trees), (0.0,), converged=True)
     else:
         moments = stats.moments(net, chosen, data, sites="taps", covariance="cross")
         found = match_universe_moments(net, moments, max_steps=max_steps)
@@ -215,7 +218,7 @@ def match_universe_moments(
         raise ValueError(f"moments must be of two models or more, got {models}")
     parts = [*moments.mean.values(), *moments.var.values()]
     order = _canonical([[part[k] for part in parts] for k in range(models)])
-    found = [dict(p) for p in _in_place(net, models).permutations]
+    found = [dict(_in_place(net).permutations) for _ in range(models)]
     ends = []
     for group, blocks in _correlations(net, moments).items():
         end = _of_correlations(group, blocks[np.ix_(order, order)], max_steps)
@@ -252,7 +255,7 @@ def _of_weights(net: Network, trees: Sequence[PyTree], key: Array, max_steps: in
     seed = int(_generator(key).integers(2**63))
     objective = _cycles.Weights(net.spec, leaves, counted, seed)
     models, sizes = len(trees), net.spec.sizes
-    in_place = {group: np.arange(n) for group, n in sizes.items()}
+    in_place = _in_place(net).permutations
     pairs = [
         [
             in_place if a == b else match_weights(net, trees[a], trees[b], key=key).permutations
@@ -311,12 +314,6 @@ def _reordered(found: Universe, order: Sequence[int]) -> Universe:
     """What was found for models in some order, for them in their own."""
     permutations = [found.permutations[index] for index in np.argsort(order)]
     return dataclasses.replace(found, permutations=tuple(permutations))
-
-
-def _in_place(net: Network, models: int) -> Universe:
-    """The permutations that move nothing."""
-    order = {group: np.arange(n, dtype=np.int32) for group, n in net.spec.sizes.items()}
-    return Universe((order,) * models, (0.0,), converged=True)
 
 
 def _check_steps(max_steps: Any) -> None:
