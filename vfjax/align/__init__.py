@@ -3,6 +3,8 @@
 from vfjax.align._record import Alignment as Alignment
 from vfjax.align.activations import match_activations as match_activations
 from vfjax.align.activations import match_moments as match_moments
+from vfjax.align.transport import transport as transport
+from vfjax.align.transport import transport_moments as transport_moments
 from vfjax.align.weights import match_weights as match_weights
 from vfjax.align.zip import zip_features as zip_features
 from vfjax.align.zip import zip_moments as zip_moments
