@@ -27,7 +27,7 @@ PyTree = Any
 
 # Ties, as between units that are dead in both networks, go to the unit that is in place: a network
 # matched with itself then stays as it is. Far below the rounding of a correlation.
-_PLACE = 1e-9
+PLACE = 1e-9
 
 
 def match_activations(
@@ -140,7 +140,7 @@ def match_moments(
     permutations, objective = dict(_in_place(net).permutations), 0.0
     for group, gain in total.items():
         n = len(gain)
-        permutations[group] = assign(gain + _PLACE * np.eye(n))
+        permutations[group] = assign(gain + PLACE * np.eye(n))
         objective += float(gain[np.arange(n), permutations[group]].sum())
     return Alignment(permutations, (objective,), converged=True)
 

@@ -16,18 +16,16 @@ import numpy as np
 
 from vfjax import stats
 from vfjax._tree import check_trees
+from vfjax.align._covariances import tap_covariances
 from vfjax.align._greedy import greedy_groups
 from vfjax.align._maps import Maps
-from vfjax.align.activations import correlation
+from vfjax.align.activations import PLACE, correlation
 from vfjax.network import Network, check_net
 
 __all__ = ["zip_features", "zip_moments"]
 
 Array = jax.Array
 PyTree = Any
-
-# Ties go to features in the same place: a network zipped with itself then stays as it is.
-_PLACE = 1e-9
 
 
 def zip_features(
@@ -84,6 +82,8 @@ def zip_features(
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     _check(alpha, beta, len(trees))
+    if not net.taps:
+        return Maps(tuple({} for _ in trees), {})
     moments = stats.moments(net, trees, data, sites="taps", covariance=True)
     return zip_moments(net, moments, alpha=alpha, beta=beta)
 
@@ -126,27 +126,19 @@ def zip_moments(
     for group, similarity in correlations(net, moments).items():
         n = net.spec.sizes[group]
         place = np.tile(np.eye(n), (models, models))
-        labels = greedy_groups(similarity + _PLACE * place, [n] * models, n, alpha=alpha, beta=beta)
+        labels = greedy_groups(similarity + PLACE * place, [n] * models, n, alpha=alpha, beta=beta)
         found[group] = labels
     return Maps.of_labels(found, models)
 
 
 def correlations(net: Network, moments: stats.Moments) -> dict[str, np.ndarray]:
     """By group, the correlations `[K n, K n]` of all models' features, the mean over its taps."""
-    std, total, count = moments.std, {}, {}
-    for site, tap in stats.taps_by_site(net).items():
-        block = None if moments.covariance is None else moments.covariance.get(site)
-        if block is None or np.isnan(np.asarray(block)).any():
-            raise ValueError(
-                f'moments has not all covariances at the tap "{site}"; measure with sites="taps", '
-                "covariance=True"
-            )
-        models, n = block.shape[0], block.shape[2]
-        whole = np.asarray(block, np.float64).transpose(0, 2, 1, 3).reshape(models * n, models * n)
-        spread = np.asarray(std[site]).reshape(-1)
-        total[tap.group] = total.get(tap.group, 0.0) + correlation(whole, spread, spread)
-        count[tap.group] = count.get(tap.group, 0) + 1
-    return {group: found / count[group] for group, found in total.items()}
+    taps: dict[str, list[np.ndarray]] = {}
+    for group, block, std in tap_covariances(net, moments):
+        models, n = std.shape
+        whole = block.transpose(0, 2, 1, 3).reshape(models * n, models * n)
+        taps.setdefault(group, []).append(correlation(whole, std.reshape(-1), std.reshape(-1)))
+    return {group: np.mean(found, axis=0) for group, found in taps.items()}
 
 
 def _check(alpha: float, beta: float, models: int) -> None:
