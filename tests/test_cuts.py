@@ -338,8 +338,8 @@ def test_bad_crossings():
         net.run(p, ROWS, start=1)
     with pytest.raises(ValueError, match="x is a Crossing.*start=1"):
         net.run(p, one)
-    with pytest.raises(ValueError, match="not both"):
-        net.run(p, one, start=1, stop=2)
+    with pytest.raises(ValueError, match="stop was 1, before start, 2"):
+        net.run(p, two, start=2, stop=1)
     with pytest.raises(ValueError, match="different cuts"):
         net.average_crossings([one, two])
     with pytest.raises(ValueError, match="different inputs"):

@@ -48,6 +48,15 @@ def check_matrices(name: str, pair: Any, n: int | None) -> None:
         )
 
 
+def check_matrix(name: str, matrix: Any, n: int) -> None:
+    """Checks one matrix of a group with n entries."""
+    if np.ndim(matrix) != 2 or np.shape(matrix)[1] != n:
+        raise ValueError(
+            f"maps[{name!r}] must be a matrix [m, {n}]: the group has {n} entries; its shape is "
+            f"{np.shape(matrix)}."
+        )
+
+
 def take(array: Any, permutation: Any, axis: int) -> Any:
     """Reorders a dimension, keeping dtype and sharding.
 

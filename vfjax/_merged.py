@@ -1,32 +1,41 @@
-"""`Merged`: several models up to a depth, one from there on, as a pytree that can be called."""
+"""`Merged`: models apart, then one, then apart again, as a pytree that can be called."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from vfjax import _tree
-from vfjax._plan import check_edit
+from vfjax._plan import check_capture, check_edit
 from vfjax._weights import resolve_weights
-from vfjax.network import Crossing, Layer, Network, check_net
+from vfjax.network import Crossing, Layer, Network, check_net, networks
 
 Array = jax.Array
 PyTree = Any
+Edits = Mapping[str, Callable[[Array], Array]]
+# By group, a matrix.
+Matrices = Mapping[str, Array]
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["stems", "trunk", "corrections"],
-    meta_fields=["net", "cut", "weights"],
+    data_fields=["stems", "trunk", "corrections", "heads", "merge", "unmerge"],
+    meta_fields=["net", "cut", "weights", "end", "nets"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Merged:
-    """Several models up to a depth, one from there on: what `vfjax.merge.preserve_first` returns.
+    """Several models that share a range of layers: what `vfjax.merge.partial` returns.
+
+    Every model runs its own stem; what crosses is mapped into the basis of the merge and averaged;
+    one averaged trunk follows; what crosses then is mapped back into each model's own basis, where
+    its head finishes. Without heads, as `vfjax.merge.preserve_first` makes it, the trunk finishes.
 
     A frozen pytree whose leaves are parameters: `model(x)`, `jax.jit(model)(x)`, `jax.grad`,
     `jax.jit(lambda m, x: m(x))(model, x)`, `jax.device_put` and `jax.tree.map` all work. Equality
@@ -35,14 +44,21 @@ class Merged:
     Attributes:
         stems: One tree per model with the leaves that its stem reads, None in place of the others;
             empty at cut 0.
-        trunk: The averaged tree, None in place of leaves that the trunk does not read; at cut 0 the
-            whole tree.
+        trunk: The averaged tree, None in place of leaves that the trunk does not read; at cut 0 and
+            without heads the whole tree. Also None: variances that merging left unknown, until
+            `vfjax.renorm.reset` measures them.
         corrections: `{layer name: (scale, shift)}`, float32 or better, shaped like the layer's
             channels: `z <- scale * z + shift` on its pre-activation (averaged, at the cut). Only
             those that could not be folded into leaves.
-        net: The traced network (static).
-        cut: How many layers are kept per model, from 0 to `net.depth` (static).
+        net: The traced network, of the trunk (static).
+        cut: How many layers are kept per model in front, from 0 to `net.depth` (static).
         weights: The weights of the averages, one float per model (static).
+        heads: One tree per model with the leaves that its head reads; empty without heads.
+        merge: Per model, the matrices `[m, n]` of groups that cross into the trunk, float32; empty
+            where none is mapped. Permutations are none: leaves are permuted beforehand.
+        unmerge: Likewise `[n, m]`, of groups that cross into the heads.
+        end: Depth of the last merged layer, where heads begin; None without heads (static).
+        nets: One network per model, where they have their own (static); else empty.
 
     Example:
         >>> import vfjax
@@ -62,33 +78,53 @@ class Merged:
     net: Network
     cut: int
     weights: tuple[float, ...]
+    heads: tuple[PyTree, ...] = ()
+    merge: tuple[Matrices, ...] = ()
+    unmerge: tuple[Matrices, ...] = ()
+    end: int | None = None
+    nets: tuple[Network, ...] = ()
 
     def __call__(self, x: PyTree) -> PyTree:
-        """Evaluates the model on a batch x, as the traced `apply_fn` would."""
+        """Evaluates the model on a batch x, as the traced `apply_fn` would.
+
+        With heads, the result is a tuple of their outputs, one per model.
+        """
         return self.run(x)
+
+    @property
+    def merged(self) -> slice:
+        """The layers that are merged, of a list of all by depth."""
+        return slice(self.cut, self.net.depth if self.end is None else self.end)
+
+    def net_of(self, model: int) -> Network:
+        """The network of a model's stem and head."""
+        return self.nets[model] if self.nets else self.net
 
     def run(
         self,
         x: PyTree,
         *,
         capture: Sequence[str] | None = None,
-        edit: Mapping[str, Callable[[Array], Array]] | None = None,
+        edit: Edits | None = None,
     ) -> PyTree:
-        """Evaluates the model with values of the trunk read or replaced, like `Network.run`.
+        """Evaluates the model with values of trunk and heads read or replaced, as `Network.run`.
 
         Args:
             x: A batch, or the `Crossing` that `crossing` made of one.
-            capture: Names of sites to return; of the trunk, or the layers at the cut, whose
-                pre-activation is the average over the stems.
-            edit: `{site: function}`. Where a correction sits, it comes first.
+            capture: Names of sites to return; of the trunk (or the layers at the cut, whose
+                pre-activation is the average over the stems), or of the heads.
+            edit: `{site: function}`. Where a correction sits, it comes first. At sites of the heads
+                all of them are edited alike.
 
         Returns:
-            The output, or with `capture` the pair `(output, {name: value})`.
+            The output, or with `capture` the pair `(output, {name: value})`. With heads, outputs
+            and what is captured inside of them are tuples, of one value per model.
 
         Raises:
             TypeError: If `capture` is no sequence of names, or `edit` no mapping to functions.
             ValueError: If a site does not exist or lies inside the stems, x is no batch of the
-                traced network and no `Crossing` of this cut, or an edit changes shape or dtype.
+                traced network and no `Crossing` of this cut, an edit changes shape or dtype, or a
+                variance is unknown.
 
         Example:
             >>> import vfjax
@@ -101,19 +137,75 @@ class Merged:
             ([[-2.0, -4.0]], [[-2.0, -4.0]])
         """
         check_edit(edit)
+        edit, sites = dict(edit or {}), check_capture(capture)
+        in_heads = {site for site in (*sites, *edit) if self._in_heads(site)}
+        out, found = self.run_trunk(
+            x,
+            capture=[site for site in sites if site not in in_heads],
+            edit={site: change for site, change in edit.items() if site not in in_heads},
+        )
+        if self.heads:
+            inside = [site for site in sites if site in in_heads]
+            change = {site: edit[site] for site in edit if site in in_heads}
+            runs = [
+                self.run_head(k, out, capture=inside, edit=change) for k in range(len(self.heads))
+            ]
+            out = tuple(end for end, _ in runs)
+            found |= {site: tuple(values[site] for _, values in runs) for site in inside}
+        return out if capture is None else (out, {site: found[site] for site in sites})
+
+    def run_trunk(
+        self, x: PyTree, *, capture: Sequence[str] = (), edit: Edits | None = None
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """Evaluates stems and trunk: the output or, with heads, what crosses into them.
+
+        Args:
+            x: A batch, or a `Crossing` at the cut.
+            capture: Sites of the trunk.
+            edit: By site of the trunk, a function; corrections come first.
+
+        Returns:
+            The output, or the `Crossing` in the basis of the merge; and the captured values.
+        """
         edit = dict(edit or {})
         for name, (scale, shift) in self.corrections.items():
             edit[name] = _chain(affine(self.net.layer(name), scale, shift), edit.get(name))
-        if self.cut == 0:
-            return self.net.run(self.trunk, x, capture=capture, edit=edit)
-        if not isinstance(x, Crossing):
+        if self.cut > 0 and not isinstance(x, Crossing):
             x = self.crossing(x)
-        return self.net.run(self.trunk, x, capture=capture, edit=edit, start=self.cut)
+        return self.net.run(
+            self.trunk, x, capture=capture, edit=edit, start=self.cut or None, stop=self.end
+        )
+
+    def run_head(
+        self,
+        model: int,
+        crossing: Crossing,
+        *,
+        capture: Sequence[str] = (),
+        edit: Edits | None = None,
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """Evaluates one head on what crosses from the trunk.
+
+        Args:
+            model: Whose head.
+            crossing: What `run_trunk` returned.
+            capture: Sites of the head.
+            edit: By site of the head, a function.
+
+        Returns:
+            The model's output, and the captured values.
+        """
+        if self.unmerge:
+            crossing = self.net.map_crossing(self.trunk, crossing, self.unmerge[model])
+        return self.net_of(model).run(
+            self.heads[model], crossing, capture=capture, edit=edit, start=self.end
+        )
 
     def apart(self, site: str) -> bool:
-        """Whether a site lies inside the stems, where it has a value per model and no average.
+        """Whether a site lies inside stems or heads, where it has a value per model.
 
-        What crosses the cut is averaged, so the layers at the cut are not apart.
+        What crosses the cut is averaged, so the layers at the cut are not apart; nor is what
+        crosses into the heads.
 
         Args:
             site: Name of a site, as in `Network.run`.
@@ -129,7 +221,13 @@ class Merged:
             >>> [model.apart(site) for site in ("input", "w0", "w1", "w2")]
             [True, True, False, False]
         """
+        return self._in_stems(site) or self._in_heads(site)
+
+    def _in_stems(self, site: str) -> bool:
         return self.net.in_stem(site, self.cut) and not self.net.crosses(site, self.cut)
+
+    def _in_heads(self, site: str) -> bool:
+        return self.end is not None and not self.net.in_stem(site, self.end)
 
     def read(self, x: PyTree, sites: Sequence[str]) -> tuple[PyTree, dict[str, tuple[Any, ...]]]:
         """Evaluates the model with values read anywhere, inside the stems too.
@@ -156,15 +254,21 @@ class Merged:
             >>> [[value.tolist() for value in found[site]] for site in ("w0", "w1")]
             [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
         """
-        if self.cut == 0:
-            out, found = self.run(x, capture=sites)
-            return out, {site: (value,) for site, value in found.items()}
-        inside = [site for site in sites if self.apart(site)]
-        runs = [self.net.run(stem, x, capture=inside, stop=self.cut) for stem in self.stems]
-        crossing = self.net.average_crossings([end for end, _ in runs], self.weights)
-        out, found = self.run(crossing, capture=[site for site in sites if site not in inside])
+        sites = check_capture(sites)
+        inside = [site for site in sites if self.cut > 0 and self._in_stems(site)]
+        runs = [
+            self.net_of(k).run(stem, x, capture=inside, stop=self.cut)
+            for k, stem in enumerate(self.stems)
+        ]
+        if self.cut > 0:
+            x = self._join([end for end, _ in runs])
+        out, found = self.run(x, capture=[site for site in sites if site not in inside])
         return out, {
-            site: tuple(values[site] for _, values in runs) if site in inside else (found[site],)
+            site: tuple(values[site] for _, values in runs)
+            if site in inside
+            else found[site]
+            if self._in_heads(site)
+            else (found[site],)
             for site in sites
         }
 
@@ -195,53 +299,111 @@ class Merged:
         """
         if self.cut == 0:
             raise ValueError("a model merged from its first layer on (cut 0) has no crossing")
-        crossings = [self.net.run(stem, x, stop=self.cut) for stem in self.stems]
+        return self._join(
+            [self.net_of(k).run(stem, x, stop=self.cut) for k, stem in enumerate(self.stems)]
+        )
+
+    def _join(self, crossings: Sequence[Crossing]) -> Crossing:
+        """Averages what comes from the stems, in the basis of the merge."""
+        if self.merge:
+            crossings = [
+                self.net_of(k).map_crossing(self.stems[k], crossing, self.merge[k])
+                for k, crossing in enumerate(crossings)
+            ]
         return self.net.average_crossings(crossings, self.weights)
 
     @property
     def params(self) -> int:
-        """Number of parameters: those of every stem and of the trunk, running statistics apart."""
-        net = self.net
-        if self.cut == 0:  # the whole tree, also leaves that nothing reads
-            return net.parameters
-        return len(self.stems) * net.stem_parameters(self.cut) + net.trunk_parameters(self.cut)
+        """Number of parameters: those of every stem, of the trunk, and of every head.
+
+        Running statistics are none. Matrices at the cuts count, but for those that select.
+        """
+        parts = [(self.net_of(k), stem) for k, stem in enumerate(self.stems)]
+        parts += [(self.net, self.trunk)]
+        parts += [(self.net_of(k), head) for k, head in enumerate(self.heads)]
+        matrices = [m for maps in (*self.merge, *self.unmerge) for m in maps.values()]
+        return sum(net.count(_tree.flatten_named(tree)[0]) for net, tree in parts) + sum(
+            int(np.prod(np.shape(m))) for m in matrices if not _selects(m)
+        )
 
     parameters = params
 
     @property
     def flops(self) -> int:
-        """Multiply-accumulates per example: those of every stem and of the trunk."""
-        net = self.net
-        return len(self.stems) * net.stem_flops(self.cut) + net.trunk_flops(self.cut)
+        """Multiply-accumulates per example: those of every stem, of the trunk, of every head.
+
+        Matrices at the cuts count, but for those that select.
+        """
+        total = self.net.part_flops(_tree.flatten_named(self.trunk)[0], self.cut or None, self.end)
+        for k, stem in enumerate(self.stems):
+            total += self.net_of(k).part_flops(_tree.flatten_named(stem)[0], None, self.cut)
+        for k, head in enumerate(self.heads):
+            total += self.net_of(k).part_flops(_tree.flatten_named(head)[0], self.end, None)
+        for k, maps in enumerate(self.merge):
+            total += self.net_of(k).map_flops(self.cut, _widths(maps))
+        for maps in self.unmerge:
+            assert self.end is not None  # there are heads
+            total += self.net.map_flops(self.end, _widths(maps))
+        return total
 
     def __repr__(self) -> str:
         """Says what it is in a line, without arrays."""
+        heads = "" if self.end is None else f"heads after {self.end}, "
+        maps = sorted({group for of in (*self.merge, *self.unmerge) for group in of})
         return (
-            f"Merged(cut={self.cut} of {self.net.depth}, models={len(self.weights)}, "
+            f"Merged(cut={self.cut} of {self.net.depth}, {heads}models={len(self.weights)}, "
             f"weights={self.weights}, params={self.params}, flops={self.flops}, "
-            f"corrections={list(self.corrections)})"
+            f"corrections={list(self.corrections)}{f', mapped={maps}' if maps else ''})"
+        )
+
+    @property
+    def frame(self) -> Frame:
+        """All but the arrays and the weights: hashable, the key of a compilation."""
+        return Frame(self.net, self.cut, self.end, self.nets)
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays, the weights among them: what a compiled call of a `Frame` takes."""
+        return Arrays(
+            self.stems,
+            self.trunk,
+            dict(self.corrections),
+            np.asarray(self.weights),
+            self.heads,
+            self.merge,
+            self.unmerge,
         )
 
     def __checkpoint__(self) -> tuple[str, PyTree, dict[str, Any]]:
         """Returns (kind, arrays, JSON) for `vfjax.checkpoint.save`."""
         trees = {"trunk": _tree.flatten_named(self.trunk)[0]}
         trees |= {f"stem{k}": _tree.flatten_named(s)[0] for k, s in enumerate(self.stems)}
+        trees |= {f"head{k}": _tree.flatten_named(s)[0] for k, s in enumerate(self.heads)}
+        trees |= {f"merge{k}": dict(maps) for k, maps in enumerate(self.merge)}
+        trees |= {f"unmerge{k}": dict(maps) for k, maps in enumerate(self.unmerge)}
         # Leaves go by number, their paths into the JSON: a path may hold any character.
         arrays = {name: list(leaves.values()) for name, leaves in trees.items()}
         arrays["corrections"] = [list(pair) for pair in self.corrections.values()]
         meta = {
             "cut": self.cut,
+            "end": self.end,
             "weights": list(self.weights),
             "stems": len(self.stems),
+            "heads": len(self.heads),
+            "merge": len(self.merge),
+            "unmerge": len(self.unmerge),
+            "nets": len(self.nets),
             "paths": {name: list(leaves) for name, leaves in trees.items()},
             "corrections": list(self.corrections),
             "layers": _signature(self.net),
         }
+        if self.nets:
+            meta["layers_of"] = [_signature(net) for net in self.nets]
         return "vfjax.merge.Merged", arrays, meta
 
     @classmethod
     def __from_checkpoint__(
-        cls, tree: PyTree, meta: Mapping[str, Any], *, net: Network | None
+        cls, tree: PyTree, meta: Mapping[str, Any], *, net: Network | Sequence[Network] | None
     ) -> Merged:
         """Rebuilds what `__checkpoint__` took apart."""
         if net is None:
@@ -249,26 +411,82 @@ class Merged:
                 "this checkpoint holds a merged model, which needs its traced network: "
                 "load(path, net=vfjax.trace(apply_fn, variables, x))"
             )
-        if meta["layers"] != _signature(net):
-            raise ValueError(
-                "net is not the network of this checkpoint: its layers are "
-                f"{_signature(net)}, those saved {meta['layers']}"
-            )
+        nets = networks(net, len(meta["weights"]))
+        own = meta.get("layers_of", [meta["layers"]] * len(nets))
+        for k, (found, saved) in enumerate(zip(nets, own, strict=True)):
+            if saved != _signature(found):
+                raise ValueError(
+                    f"net{f'[{k}]' if meta.get('nets') else ''} is not the network of this "
+                    f"checkpoint: its layers are {_signature(found)}, those saved {saved}"
+                )
 
-        def rebuild(name: str) -> PyTree:
+        def rebuild(name: str, net: Network) -> PyTree:
             leaves = dict(zip(meta["paths"][name], tree[name], strict=True))
             ordered = [leaves.get(path) for path in net.paths]
             return jax.tree.unflatten(net._treedef, ordered)
 
+        def trees(kind: str) -> tuple[PyTree, ...]:
+            return tuple(rebuild(f"{kind}{k}", nets[k]) for k in range(meta.get(f"{kind}s", 0)))
+
+        def maps(kind: str) -> tuple[Matrices, ...]:
+            names = [f"{kind}{k}" for k in range(meta.get(kind, 0))]
+            return tuple(dict(zip(meta["paths"][n], tree[n], strict=True)) for n in names)
+
         corrections = zip(meta["corrections"], tree["corrections"], strict=True)
         return cls(
-            stems=tuple(rebuild(f"stem{k}") for k in range(meta["stems"])),
-            trunk=rebuild("trunk"),
+            stems=trees("stem"),
+            trunk=rebuild("trunk", nets[0]),
             corrections={name: (scale, shift) for name, (scale, shift) in corrections},
-            net=net,
+            net=nets[0],
             cut=meta["cut"],
             weights=tuple(meta["weights"]),
+            heads=trees("head"),
+            merge=maps("merge"),
+            unmerge=maps("unmerge"),
+            end=meta.get("end"),
+            nets=nets if meta.get("nets") else (),
         )
+
+
+class Arrays(NamedTuple):
+    """The arrays of a `Merged`, weights included, which it keeps static itself."""
+
+    stems: tuple[PyTree, ...]
+    trunk: PyTree
+    corrections: Mapping[str, tuple[Array, Array]]
+    weights: Any
+    heads: tuple[PyTree, ...]
+    merge: tuple[Matrices, ...]
+    unmerge: tuple[Matrices, ...]
+
+
+class Frame(NamedTuple):
+    """A `Merged` without its arrays: evaluates all models that differ in these alone."""
+
+    net: Network
+    cut: int
+    end: int | None = None
+    nets: tuple[Network, ...] = ()
+
+    def model(self, arrays: Arrays) -> Merged:
+        """The model of some arrays."""
+        return Merged(
+            stems=arrays.stems,
+            trunk=arrays.trunk,
+            corrections=arrays.corrections,
+            net=self.net,
+            cut=self.cut,
+            weights=tuple(arrays.weights),
+            heads=arrays.heads,
+            merge=arrays.merge,
+            unmerge=arrays.unmerge,
+            end=self.end,
+            nets=self.nets,
+        )
+
+    def __call__(self, arrays: Arrays, x: PyTree) -> PyTree:
+        """Evaluates the model of some arrays."""
+        return self.model(arrays).run(x)
 
 
 def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = None) -> Merged:
@@ -293,7 +511,7 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
         >>> as_merged(net, tree)(x).shape
         (4, 2)
     """
-    check_fits(net, tree, "tree")
+    check_fits(net, tree, "tree", variances=False)
     weights = (0.5, 0.5) if weights is None else resolve_weights(weights, None)
     return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
 
@@ -318,8 +536,14 @@ def affine(layer: Layer, scale: Array, shift: Array) -> Callable[[Array], Array]
     return apply
 
 
-def check_fits(net: Network, tree: PyTree, name: str) -> None:
+def check_fits(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> None:
     """Checks that a tree has the leaves of a traced network's variables.
+
+    Args:
+        net: The traced network.
+        tree: The tree.
+        name: What to call it.
+        variances: Whether it must have the stored variances, which merging may leave unknown.
 
     Raises:
         TypeError: If `net` is no traced network, or a leaf no array.
@@ -327,7 +551,13 @@ def check_fits(net: Network, tree: PyTree, name: str) -> None:
     """
     check_net(net)
     leaves, _ = _tree.flatten_named(tree, name=name)
-    _tree.check_like(leaves, net._avals, name=name, other="the traced network's variables")
+    like = net._avals
+    if variances:
+        net.check_variances([path for path in like if path not in leaves], name)
+    else:
+        unknown = {norm.var for norm in net.norms} - leaves.keys()
+        like = {path: aval for path, aval in like.items() if path not in unknown}
+    _tree.check_like(leaves, like, name=name, other="the traced network's variables")
 
 
 def check_merged(net: Network, merged: PyTree | Merged) -> None:
@@ -340,7 +570,7 @@ def check_merged(net: Network, merged: PyTree | Merged) -> None:
     check_net(net)
     if not isinstance(merged, Merged):
         leaves, _ = _tree.flatten_named(merged, name="merged")
-        check_fits(net, merged, "merged")
+        check_fits(net, merged, "merged", variances=False)
         _tree.check_finite(leaves, name="merged")
     elif merged.net is not net:
         raise ValueError("merged was made with another network than net; pass net=merged.net")
@@ -366,3 +596,16 @@ def _chain(first: Callable, second: Callable | None) -> Callable:
 def _signature(net: Network) -> list[list[Any]]:
     """What a network must share with another for their trees to be interchangeable, as JSON."""
     return [[layer.name, list(layer.shape), layer.depth] for layer in net.layers]
+
+
+def _selects(matrix: Any) -> bool:
+    """Whether a matrix only selects: each row is zero but for a one."""
+    if isinstance(matrix, (Tracer, jax.ShapeDtypeStruct)):
+        return False
+    matrix = np.asarray(matrix)
+    return bool(((matrix != 0).sum(1) == 1).all() and (matrix.sum(1) == 1).all())
+
+
+def _widths(maps: Matrices) -> dict[str, int]:
+    """How many entries the matrices make of their groups; those that select cost nothing."""
+    return {group: len(m) for group, m in maps.items() if not _selects(m)}

@@ -34,10 +34,7 @@ class Plan:
         start: int | None,
     ) -> None:
         """Resolves the sites; see `Network.run` for the arguments and errors."""
-        capture, edit = () if capture is None else capture, edit or {}
-        if isinstance(capture, str) or not isinstance(capture, Iterable):
-            raise TypeError(f"capture must be a sequence of site names; it was {capture!r}.")
-        capture = tuple(capture)  # once: an iterator is read only once
+        capture, edit = check_capture(capture), edit or {}
         check_edit(edit)
         if not all(isinstance(site, str) for site in (*capture, *edit)):
             raise TypeError(
@@ -45,8 +42,7 @@ class Plan:
                 f"{list(edit)}."
             )
         self._net, self._traced, self._capture = net, traced, capture
-        self._depth = stop if stop is not None else start
-        self._side = None if self._depth is None else "stem" if stop is not None else "trunk"
+        self._start, self._stop = start, stop
         self._whole = {s: _checked(edit[s], s) for s in ("input", "output") if s in edit}
         self._seen: dict[str, Any] = {}
         self._ids: dict[str, int] = {}
@@ -132,18 +128,23 @@ class Plan:
 
     def _check_side(self, site: str) -> None:
         """Checks that a site lies in the part that runs; what crosses lies in both."""
-        depth = self._depth
-        if depth is None:
-            return
-        inside = self.in_stem(site, depth)
-        if self._side == "stem" and not inside:
-            raise ValueError(f"Site '{site}' lies in the trunk; stop={depth} ends before it.")
-        if self._side == "trunk" and inside and not self.crosses(site, depth):
-            raise ValueError(f"Site '{site}' lies in the stem; start={depth} begins after it.")
+        start, stop = self._start, self._stop
+        if stop is not None and not self.in_stem(site, stop):
+            raise ValueError(f"Site '{site}' lies in the trunk; stop={stop} ends before it.")
+        if start is not None and self.in_stem(site, start) and not self.crosses(site, start):
+            raise ValueError(f"Site '{site}' lies in the stem; start={start} begins after it.")
 
     def _record(self, site: str, change: Edit, value: Array) -> Array:
         self._seen[site] = change(value)
         return self._seen[site]
+
+
+def check_capture(capture: Any) -> tuple[Any, ...]:
+    """The sites to capture, as a tuple; raises a TypeError unless they are a sequence."""
+    capture = () if capture is None else capture
+    if isinstance(capture, str) or not isinstance(capture, Iterable):
+        raise TypeError(f"capture must be a sequence of site names; it was {capture!r}.")
+    return tuple(capture)  # once: an iterator is read only once
 
 
 def check_edit(edit: Any) -> None:

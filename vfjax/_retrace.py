@@ -120,6 +120,8 @@ class Retracer:
             ValueError: If no batch size gives these shapes.
         """
         x = self.x if crossing.origin is None else self._inputs.get(crossing.origin)
+        if x is None:  # an input that another network of the same architecture was run on
+            x = _input_of(crossing.origin, self.batch)
         given = [(tuple(v.shape), v.dtype) for v in crossing.values]
         if x is not None:
             size = _scaled(_shapes(self.at(named, x), crossing.depth), given, _batch_of(x))
@@ -132,6 +134,14 @@ class Retracer:
             f"{x or self.x}; give the Crossing that this network's run(..., stop=...) returned, "
             "sliced or joined along the batch only."
         )
+
+
+def _input_of(origin: Any, batch: int) -> PyTree:
+    """An input of some origin."""
+    tree, leaves = origin
+    return jax.tree.unflatten(
+        tree, [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in leaves]
+    )
 
 
 def origin_of(x: PyTree) -> Hashable:

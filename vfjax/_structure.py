@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _describe, _graph, _propagate, _retrace, _summary, symmetry
+from vfjax import _describe, _graph, _retrace, _summary, symmetry
 from vfjax._plan import Plan
 from vfjax._records import Layer, Norm, Tap
 
@@ -54,7 +54,7 @@ class Structure:
 
     @functools.cached_property
     def _propagation(self) -> Any:
-        return _propagate.propagate(self._reference.graph)
+        return self._reference.propagation
 
     @functools.cached_property
     def _symmetry(self) -> tuple[symmetry.PermutationSpec, dict[int, str]]:
@@ -171,48 +171,48 @@ class Structure:
             ValueError: If it is out of range.
         """
         self.check_depth(depth, "depth")
-        return self._reference.leaves_of(self._reference.sides(depth)[0])
+        return self._leaves(None, depth)
 
-    def trunk_leaves(self, depth: int) -> frozenset[str]:
+    def trunk_leaves(self, depth: int, stop: int | None = None) -> frozenset[str]:
         """Paths of the leaves that the trunk of a cut reads.
 
         Args:
             depth: Depth of the cut, from 0 to `net.depth`.
+            stop: Depth of a second cut at which the trunk ends; None for the output.
 
         Raises:
-            TypeError: If `depth` is no whole number.
-            ValueError: If it is out of range.
+            TypeError: If a depth is no whole number.
+            ValueError: If it is out of range, or `stop` is less than `depth`.
         """
         self.check_depth(depth, "depth")
-        outputs = self._reference.graph.output_ids
-        return self._reference.leaves_of(self._reference.sides(depth)[1], outputs)
+        return self._leaves(depth, stop)
 
     def stem_parameters(self, depth: int) -> int:
-        """Number of parameters that the stem of a cut reads.
-
-        Args:
-            depth: Depth of the cut, from 0 to `net.depth`.
-
-        Raises:
-            TypeError: If `depth` is no whole number.
-            ValueError: If it is out of range.
-        """
+        """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
         return self._count(self.stem_leaves(depth))
 
-    def trunk_parameters(self, depth: int) -> int:
-        """Number of parameters that the trunk of a cut reads.
-
-        Args:
-            depth: Depth of the cut, from 0 to `net.depth`.
-
-        Raises:
-            TypeError: If `depth` is no whole number.
-            ValueError: If it is out of range.
-        """
-        return self._count(self.trunk_leaves(depth))
+    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
+        """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
+        return self._count(self.trunk_leaves(depth, stop))
 
     def stem_flops(self, depth: int) -> int:
-        """Operations per example of the stem of a cut, counted as in `flops`.
+        """Operations per example of the stem of a cut, counted as in `flops`."""
+        self.check_depth(depth, "depth")
+        return self._flops(self._reference.part(None, depth))
+
+    def trunk_flops(self, depth: int, stop: int | None = None) -> int:
+        """Operations per example of the trunk of a cut, counted as in `flops`."""
+        self.check_depth(depth, "depth")
+        self.check_part(depth, stop)
+        return self._flops(self._reference.part(depth, stop))
+
+    def _leaves(self, start: int | None, stop: int | None) -> frozenset[str]:
+        self.check_part(start, stop)
+        traced = self._reference
+        return traced.leaves_of(traced.part(start, stop), traced.ends(stop))
+
+    def crossing(self, depth: int) -> tuple[tuple[Any, frozenset[str]], ...]:
+        """What crosses a cut: of each value its type, and the groups that its axes carry.
 
         Args:
             depth: Depth of the cut, from 0 to `net.depth`.
@@ -220,22 +220,23 @@ class Structure:
         Raises:
             TypeError: If `depth` is no whole number.
             ValueError: If it is out of range.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [(aval.shape, set(groups)) for aval, groups in net.crossing(1)]
+            [((5, 4), {'w0'})]
         """
         self.check_depth(depth, "depth")
-        return self._flops(self._reference.sides(depth)[0])
-
-    def trunk_flops(self, depth: int) -> int:
-        """Operations per example of the trunk of a cut, counted as in `flops`.
-
-        Args:
-            depth: Depth of the cut, from 0 to `net.depth`.
-
-        Raises:
-            TypeError: If `depth` is no whole number.
-            ValueError: If it is out of range.
-        """
-        self.check_depth(depth, "depth")
-        return self._flops(self._reference.sides(depth)[1])
+        traced = self._reference
+        return tuple(
+            (
+                traced.graph.avals[v],
+                frozenset(g for axis in traced.atoms(v) for _, g in axis if g is not None),
+            )
+            for v in traced.cut(depth).crossing
+        )
 
     def in_stem(self, site: str, depth: int) -> bool:
         """Whether the value at a site is made in the stem of a cut.
@@ -312,6 +313,19 @@ class Structure:
                 f"output, so give 0 to {self.depth}.{self.opaque_hint()}"
             )
 
+    def check_part(self, start: Any, stop: Any) -> None:
+        """Checks that the network can be run from one depth to another; None stands for an end.
+
+        Raises:
+            TypeError: If a depth is no whole number.
+            ValueError: If it is not from 0 to `net.depth`, or the second is less than the first.
+        """
+        for depth, argument in ((start, "start"), (stop, "stop")):
+            if depth is not None:
+                self.check_depth(depth, argument)
+        if start is not None and stop is not None and stop < start:
+            raise ValueError(f"stop was {stop}, before start, {start}; a part runs forwards.")
+
     def _unknown(self, kind: str, name: str, known: Sequence[str]) -> str:
         parts = {part for part in str(name).split("/") if part}
         near = sorted(known, key=lambda k: -len(parts & set(k.split("/"))))
@@ -320,10 +334,47 @@ class Structure:
 
     # ----------------------------------------------------------------------------------- counting
 
+    def count(self, leaves: Mapping[str, Any]) -> int:
+        """Number of parameters among leaves by path.
+
+        Stored statistics, integers and random keys are none.
+        """
+        counted = [np.shape(a) for p, a in leaves.items() if self._counts(p, a)]
+        return sum(int(np.prod(shape)) for shape in counted)
+
+    def part_flops(self, leaves: Mapping[str, Any], start: int | None, stop: int | None) -> int:
+        """Operations per example from one cut to another, at the shapes of these leaves.
+
+        Args:
+            leaves: Leaves by path; those that are missing count as traced.
+            start: Depth of the first cut; None for the input.
+            stop: Depth of the second; None for the output.
+        """
+        traced = self._traces.at(leaves, self.x)
+        return sum(traced.flops(i) for i in traced.part(start, stop)) // self._traces.batch
+
+    def map_flops(self, depth: int, widths: Mapping[str, int]) -> int:
+        """Operations per example of mapping what crosses a cut by matrices.
+
+        Args:
+            depth: Depth of the cut.
+            widths: By group, how many entries its matrix makes.
+        """
+        total, traced = 0, self._reference
+        for value in traced.cut(depth).crossing:
+            entries = int(np.prod(traced.graph.avals[value].shape))
+            for axis in traced.atoms(value):
+                for size, group in axis:
+                    if group in widths:
+                        entries = entries // size * widths[group]
+                        total += entries * size
+        return total // self._traces.batch
+
+    def _counts(self, path: str, leaf: Any) -> bool:
+        return path not in self.statistics and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
     def _count(self, paths: Iterable[str]) -> int:
-        """Number of parameters: stored statistics, integers and random keys are none."""
-        avals = [self._avals[p] for p in paths if p not in self.statistics]
-        return sum(int(np.prod(a.shape)) for a in avals if jnp.issubdtype(a.dtype, jnp.inexact))
+        return self.count({path: self._avals[path] for path in paths})
 
     def _flops(self, equations: Iterable[int]) -> int:
         return sum(self._reference.flops(i) for i in equations) // self._traces.batch

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax import _calls, _graph, _norms, _outside, _sites, _taps
+from vfjax import _calls, _graph, _norms, _outside, _propagate, _sites, _taps
 from vfjax._graph import INPUT, PARAM, Graph
+from vfjax._propagate.groups import named_groups
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +140,24 @@ class Traced:
         avals = (self.graph.avals[v] for v in found)
         return max((a.size * a.dtype.itemsize for a in avals), default=0)
 
+    @functools.cached_property
+    def propagation(self) -> _propagate.Propagation:
+        """Which axes of all values carry which group."""
+        return _propagate.propagate(self.graph)
+
+    @functools.cached_property
+    def groups(self) -> dict[int, str]:
+        """Names of the groups, by their ids in `propagation`."""
+        return named_groups(self.propagation, self.paths)[2]
+
+    def atoms(self, value: int) -> tuple[tuple[tuple[int, str | None], ...], ...]:
+        """By axis of a value, the sizes of its factors and the groups that they carry."""
+        axes = self.propagation.axes[value]
+        return tuple(
+            tuple((a.size, None if a.group is None else self.groups.get(a.group)) for a in atoms)
+            for atoms in axes
+        )
+
     def norm_after(self, site: _sites.LinearSite) -> str | None:
         """The norm that alone reads a layer's pre-activation, casts and layout aside, or None."""
         link = self.norm_link(site)
@@ -185,10 +204,19 @@ class Traced:
     def _alive(self, index: int) -> bool:
         return bool(self.graph.equations[index].depends & INPUT)
 
-    def sides(self, depth: int) -> tuple[list[int], list[int]]:
-        """Equations that the stem runs and that the trunk runs, parameter-only ones included."""
-        cut, graph = self.cut(depth), self.graph
-        return graph.needed(cut.crossing, ()), graph.needed(graph.output_ids, cut.crossing)
+    def part(self, start: int | None, stop: int | None) -> list[int]:
+        """Equations that run from one cut to another, parameter-only ones included.
+
+        Args:
+            start: Depth of the first cut; None for the input.
+            stop: Depth of the second; None for the output.
+        """
+        have = () if start is None else self.cut(start).crossing
+        return self.graph.needed(self.ends(stop), have)
+
+    def ends(self, stop: int | None) -> tuple[int, ...]:
+        """Ids of the values at which a part ends: those that cross, or the outputs."""
+        return self.graph.output_ids if stop is None else self.cut(stop).crossing
 
     def leaves_of(self, equations: Sequence[int], outputs: Sequence[int] = ()) -> frozenset[str]:
         """Paths of the leaves that equations read (and that are outputs themselves)."""

@@ -88,6 +88,17 @@ def check_trees(trees: Sequence[PyTree], *, name: str = "trees", finite: bool = 
         TypeError: If `trees` is no sequence of trees, or a leaf is no array.
         ValueError: If there are none, or they differ, or one holds NaN or infinity.
     """
+    check_sequence(trees, name=name)
+    flats = [flatten_named(tree, name=f"{name}[{k}]")[0] for k, tree in enumerate(trees)]
+    for k, flat in enumerate(flats):
+        if k:
+            check_like(flat, flats[0], name=f"{name}[{k}]", other=f"{name}[0]")
+        if finite:
+            check_finite(flat, name=f"{name}[{k}]")
+
+
+def check_sequence(trees: Any, *, name: str) -> None:
+    """Raises a TypeError unless `trees` is a sequence, and a ValueError if it is empty."""
     if isinstance(trees, (Mapping, str)) or not isinstance(trees, Sequence):
         raise TypeError(
             f"{name} must be a list or tuple of parameter trees, one per model; it was a "
@@ -95,12 +106,6 @@ def check_trees(trees: Sequence[PyTree], *, name: str = "trees", finite: bool = 
         )
     if not trees:
         raise ValueError(f"{name} is empty; give at least one parameter tree.")
-    flats = [flatten_named(tree, name=f"{name}[{k}]")[0] for k, tree in enumerate(trees)]
-    for k, flat in enumerate(flats):
-        if k:
-            check_like(flat, flats[0], name=f"{name}[{k}]", other=f"{name}[0]")
-        if finite:
-            check_finite(flat, name=f"{name}[{k}]")
 
 
 def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, other: str) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vfjax import _fold, _graph, _outside, _retrace, _route, _tree
 from vfjax._fold import FoldError
 from vfjax._plan import Edit, Plan
-from vfjax._records import Crossing, Layer, Norm, Tap, average
+from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped
 from vfjax._structure import Structure
 from vfjax._traced import Traced
 
@@ -24,6 +24,7 @@ __all__ = [
     "Norm",
     "Tap",
     "check_net",
+    "networks",
     "trace",
 ]
 
@@ -129,7 +130,7 @@ class Network(Structure):
             edit: By site, a function from the value to one of equal shape and dtype. It may close
                 over a list to hand statistics out.
             stop: Depth to stop at: returns the `Crossing` there.
-            start: Depth to start from.
+            start: Depth to start from; with `stop`, what lies between runs.
 
         Returns:
             The output (or the `Crossing`); with `capture`, a pair of it and a dict by site.
@@ -138,9 +139,9 @@ class Network(Structure):
             TypeError: If `stop` or `start` is no whole number, `capture` no sequence of names,
                 `edit` no mapping to functions, or a leaf no array.
             ValueError: If a site does not exist or lies on the other side, a depth is out of
-                range, `stop` and `start` are both given, `x` is not the `Crossing` that `start`
-                takes, the tree has leaves that were not traced or lacks one that is read,
-                `apply_fn` is another network at this input, or an edit changes shape or dtype.
+                range, `stop` is less than `start`, `x` is not the `Crossing` that `start` takes,
+                the tree has leaves that were not traced or lacks one that is read, `apply_fn` is
+                another network at this input, or an edit changes shape or dtype.
 
         Example:
             >>> import jax, jax.numpy as jnp, vfjax
@@ -154,13 +155,8 @@ class Network(Structure):
             >>> net.run(p, crossing, start=1).tolist() == net.run(p, x).tolist() == [[1.0]]
             True
         """
-        if stop is not None:
-            self.check_depth(stop, "stop")
-        if start is not None:
-            self.check_depth(start, "start")
+        self.check_part(start, stop)
         _check_crossing(x, start)
-        if stop is not None and start is not None:
-            raise ValueError("run takes stop or start, not both; run the two sides one by one.")
         named = self._named(variables)
         if isinstance(x, Crossing):
             traced = self._traces.at_crossing(named, x)
@@ -175,7 +171,7 @@ class Network(Structure):
 
         plan = Plan(self, traced, capture, edit, stop, start)
         env = plan.enter(env)
-        ends = traced.cut(stop).crossing if stop is not None else traced.graph.output_ids
+        ends = traced.ends(stop)
         wanted = list(dict.fromkeys([*ends, *plan.values]))
         self._check_present(traced, wanted, env, "variables")
         values = _graph.evaluate(
@@ -187,7 +183,8 @@ class Network(Structure):
             rules=_route.rules(),
         )
         if stop is not None:
-            out: Any = Crossing(tuple(values[v] for v in ends), stop, _retrace.origin_of(x))
+            origin = x.origin if isinstance(x, Crossing) else _retrace.origin_of(x)
+            out: Any = Crossing(tuple(values[v] for v in ends), stop, origin)
         else:
             out = plan.finish(traced.output(values))
         if capture is None:
@@ -227,6 +224,40 @@ class Network(Structure):
         if not crossings:
             raise ValueError("crossings is empty; give one per model.")
         return average(crossings, self._reference.cut(crossings[0].depth).averaged, weights)
+
+    def map_crossing(
+        self, variables: PyTree, crossing: Crossing, maps: Mapping[str, Any]
+    ) -> Crossing:
+        """Maps the axes of what crosses a cut that carry groups.
+
+        Through a merge matrix a model's features come into the basis of the merge; through an
+        unmerge matrix what was merged comes back into the model's own.
+
+        Args:
+            variables: The leaves that the crossing was made with; only their types matter.
+            crossing: What crosses.
+            maps: By group a matrix `[m, n]`, applied in float32 or better, or a permutation
+                `int[n]`, by indexing (`take(old, p)`). Other groups stay as they are.
+
+        Returns:
+            A crossing with m entries in place of n.
+
+        Raises:
+            ValueError: If a matrix does not fit its group, or meets a value of integers.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p, x = {"w": jnp.eye(2), "v": jnp.eye(2)}, jnp.array([[1.0, 3.0]])
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"] @ p["v"], p, x)
+            >>> crossing = net.run(p, x, stop=1)
+            >>> net.map_crossing(p, crossing, {"w": jnp.array([[0.5, 0.5]])}).values[0].tolist()
+            [[2.0]]
+        """
+        if not maps:
+            return crossing
+        traced = self._traces.at_crossing(self._named(variables), crossing)
+        axes = [traced.atoms(v) for v in traced.cut(crossing.depth).crossing]
+        return mapped(crossing, axes, maps)
 
     # ---------------------------------------------------------------------------------- folding
 
@@ -307,10 +338,27 @@ class Network(Structure):
         given = graph.inputs[: len(self._avals)]
         leaves = zip(given, self._avals, strict=True)
         missing = [p for v, p in leaves if v in read | set(wanted) and v not in env]
+        self.check_variances(missing, name)
         if missing:
             raise ValueError(
                 f"{name} lacks {missing[:3]}{' and more' if len(missing) > 3 else ''}, which this "
                 "part of the network reads; pass a tree of the structure that was traced."
+            )
+
+    def check_variances(self, missing: Iterable[str], name: str) -> None:
+        """Raises a ValueError if what is missing are variances alone, which merging left unknown.
+
+        Args:
+            missing: Paths of the leaves that a tree lacks.
+            name: What to call it.
+        """
+        missing = list(missing)
+        if missing and set(missing) <= {norm.var for norm in self.norms}:
+            raise ValueError(
+                f"{name} lacks {missing[:3]}{' and more' if len(missing) > 3 else ''}, stored "
+                "variances: merged through a matrix they are unknown, since the variance of a "
+                "mixture of features does not follow from theirs. Measure them on data: "
+                "vfjax.renorm.reset(net, merged, data) returns all."
             )
 
 
@@ -326,6 +374,50 @@ def check_net(net: Any, *, other: str = "") -> None:
             f"net must be a Network{f' {other}' if other else ''}; it was a {type(net).__name__}. "
             "Trace the function that applies the model: net = vfjax.trace(apply_fn, variables, x)."
         )
+
+
+def networks(net: Any, models: int) -> tuple[Network, ...]:
+    """One network per model, of a `net` argument that may be one for all of them.
+
+    Args:
+        net: A `Network`, or a sequence of one per model: networks of one architecture that differ
+            in widths or numbers of classes.
+        models: How many models there are.
+
+    Returns:
+        As many networks.
+
+    Raises:
+        TypeError: If one is no `Network`.
+        ValueError: If there are not as many, or their layers, norms, groups or inputs differ.
+    """
+    if isinstance(net, Network):
+        return (net,) * models
+    if not isinstance(net, (list, tuple)):
+        check_net(net, other="or a sequence of one per model")
+    nets = tuple(net)
+    for found in nets:
+        check_net(found, other="or a sequence of one per model")
+    if len(nets) != models:
+        raise ValueError(f"net has {len(nets)} networks for {models} trees; give one per tree")
+
+    def facts(net: Network) -> dict[str, Any]:
+        return {
+            "layers": [(a.name, a.kind, a.depth, a.main) for a in net.layers],
+            "norms": [norm.name for norm in net.norms],
+            "groups": list(net.spec.groups),
+            "inputs": _retrace.origin_of(net.x),
+        }
+
+    first = facts(nets[0])
+    for k, other in enumerate(nets[1:], start=1):
+        for what, value in facts(other).items():
+            if other is not nets[0] and value != first[what]:
+                raise ValueError(
+                    f"net[{k}] has other {what} than net[0]: merged models must share one "
+                    f"architecture, but for widths and classes. They are {value} and {first[what]}."
+                )
+    return nets
 
 
 def _check_crossing(x: Any, start: int | None) -> None:

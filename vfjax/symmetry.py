@@ -234,7 +234,7 @@ class PermutationSpec:
         without Training" (Stoica et al., 2024, section 4).
         """
         sizes = {**self.sizes, **self.validate(variables)}
-        self._check_known("maps", maps)
+        self.check_known("maps", maps)
         for name, pair in maps.items():
             check_matrices(name, pair, sizes.get(name))
 
@@ -300,7 +300,16 @@ class PermutationSpec:
                 f"before ({', '.join(map(str, self.groups[name][:3]))}); a group has one size."
             )
 
-    def _check_known(self, argument: str, given: Mapping[str, Any]) -> None:
+    def check_known(self, argument: str, given: Mapping[str, Any]) -> None:
+        """Checks that maps by group are of groups of this spec.
+
+        Args:
+            argument: The caller's name for them.
+            given: Anything by group.
+
+        Raises:
+            ValueError: If a group is unknown.
+        """
         for name in given:
             if name not in self.groups:
                 raise ValueError(
@@ -309,7 +318,7 @@ class PermutationSpec:
                 )
 
     def _check_permutations(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-        self._check_known("permutations", given)
+        self.check_known("permutations", given)
         for name, permutation in given.items():
             check_permutation(name, permutation, sizes.get(name))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from vfjax.network import Network
+from vfjax import _tree
+from vfjax._maps import check_matrices, check_permutation
+from vfjax.network import Network, networks
 
 PyTree = Any
 
@@ -19,12 +23,20 @@ class Maps:
 
     Attributes:
         maps: Per model and group, `(M [m, n], U [n, m])`: what writes the group takes M, what reads
-            it takes U.
-        sizes: By group, how many features of all models each merged feature is made of, int `[m]`.
+            it takes U. A group that a model's mapping lacks is left as it is.
+        sizes: By group, how many features of all models each merged feature is made of, int `[m]`;
+            empty where merged features are no plain means of others.
+
+    Example:
+        >>> maps = Maps.of_permutations([{}, {"h": np.array([1, 0])}])
+        >>> maps
+        Maps(2 models, 1 group, of which 1 only permutes)
+        >>> maps.maps[1]["h"][0].tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
     """
 
     maps: tuple[Mapping[str, tuple[np.ndarray, np.ndarray]], ...]
-    sizes: Mapping[str, np.ndarray]
+    sizes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_labels(cls, labels: Mapping[str, np.ndarray], models: int) -> Maps:
@@ -48,27 +60,168 @@ class Maps:
                 maps[model][group] = merge.T.astype(np.float32), unmerge.astype(np.float32)
         return cls(tuple(maps), sizes)
 
-    def apply(self, net: Network, trees: Sequence[PyTree]) -> list[PyTree]:
-        """The mapped models, of which the merge is the mean.
+    @classmethod
+    def of_permutations(cls, permutations: Sequence[Mapping[str, Any] | None]) -> Maps:
+        """Maps that permute: what a matcher of permutations found, as maps.
 
         Args:
-            net: The traced network.
+            permutations: One per model: by group an integer array `[n]`, new axis =
+                `take(old, p)`; None or an empty mapping for a model that stays.
+
+        Returns:
+            Maps with `M[i, p[i]] = 1` and `U = M^T`; they are applied by indexing.
+
+        Raises:
+            TypeError: If a permutation is not of integers, or `permutations` is one mapping.
+            ValueError: If one is no permutation, or two models' differ in size.
+
+        Example:
+            >>> found = Maps.of_permutations([None, {"h": [2, 0, 1]}])
+            >>> found.permutations[1]["h"].tolist()
+            [2, 0, 1]
+        """
+        if isinstance(permutations, Mapping):
+            raise TypeError(
+                "permutations must be a sequence with a mapping (or None) per model, got one "
+                "mapping; for two models of which the first stays, [None, found.permutations]"
+            )
+        maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+        for of_model in permutations:
+            matrices = {}
+            for group, permutation in (of_model or {}).items():
+                check_permutation(group, permutation, None)
+                matrix = np.eye(len(permutation), dtype=np.float32)[np.asarray(permutation)]
+                matrices[group] = matrix, matrix.T
+            maps.append(matrices)
+        return cls(tuple(maps))
+
+    @property
+    def models(self) -> int:
+        """K."""
+        return len(self.maps)
+
+    @functools.cached_property
+    def permutations(self) -> tuple[dict[str, np.ndarray], ...]:
+        """Per model, the groups that are only permuted, with their permutations, int32 `[n]`."""
+        return tuple(
+            {group: p for group, pair in of.items() if (p := _permutation(*pair)) is not None}
+            for of in self.maps
+        )
+
+    @functools.cached_property
+    def mixing(self) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], ...]:
+        """Per model, the groups whose maps are no permutations, with their maps."""
+        return tuple(
+            {group: pair for group, pair in of.items() if group not in permuted}
+            for of, permuted in zip(self.maps, self.permutations, strict=True)
+        )
+
+    @property
+    def mixed(self) -> frozenset[str]:
+        """Groups that any model's map mixes, so that variances along them are unknown."""
+        return frozenset().union(*self.mixing)
+
+    def check(self, nets: Sequence[Network], models: int) -> None:
+        """Checks that the maps are of so many models and of groups of their networks.
+
+        Args:
+            nets: One network per model.
+            models: How many trees there are.
+
+        Raises:
+            TypeError: If a map is no pair.
+            ValueError: If the number of models, a group, or the size of a matrix does not fit.
+        """
+        if models != self.models:
+            raise ValueError(f"trees must be the {self.models} models matched, got {models}")
+        for net, of in zip(nets, self.maps, strict=True):
+            net.spec.check_known("maps", of)
+            for group, pair in of.items():
+                check_matrices(group, pair, net.spec.sizes.get(group))
+        for group in dict.fromkeys(group for of in self.maps for group in of):
+            width = {
+                len(of[group][0]) if group in of else net.spec.sizes.get(group)
+                for net, of in zip(nets, self.maps, strict=True)
+            }
+            if len(width) > 1:
+                raise ValueError(
+                    f"maps[{group!r}] merges the models to different numbers of features, "
+                    f"{sorted(width, key=str)}; a merged group has one size"
+                )
+
+    def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
+        """The mapped models, of which the merge is the mean.
+
+        Groups that are only permuted are indexed. Where a model's features are mixed, the stored
+        variances of norms along them are unknown: None stands in their place in all models, and
+        `vfjax.renorm.reset` measures those of the merge.
+
+        Args:
+            net: The traced network, or one per model.
             trees: The K models, in the order in which they were matched.
 
         Returns:
             K trees.
 
         Raises:
+            TypeError: If a mapped leaf holds integers.
             ValueError: If there are not K trees, or they do not fit the network.
         """
-        if len(trees) != len(self.maps):
-            raise ValueError(f"trees must be the {len(self.maps)} models matched, got {len(trees)}")
-        return [net.spec.apply(tree, found) for tree, found in zip(trees, self.maps, strict=True)]
+        nets = networks(net, len(trees))
+        self.check(nets, len(trees))
+        return [self.map_tree(nets[k], tree, k) for k, tree in enumerate(trees)]
+
+    def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model mapped; see `apply`."""
+        if self.permutations[model]:
+            tree = net.spec.permute(tree, self.permutations[model])
+        return self.mix(net, tree, model)
+
+    def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model mapped but not permuted."""
+        unknown = self.unknown(net)
+        tree = _without(tree, unknown) if unknown else tree
+        return net.spec.apply(tree, self.mixing[model]) if self.mixing[model] else tree
+
+    def unknown(self, net: Network) -> frozenset[str]:
+        """Paths of stored variances along groups that are mixed."""
+        variances = {norm.var for norm in net.norms}
+        paths = {axis.path for group in self.mixed for axis in net.spec.groups[group]}
+        return frozenset(variances & paths)
 
     def __repr__(self) -> str:
         """How many features are merges of how many, in one line."""
+        if not self.sizes:
+            groups = {group for of in self.maps for group in of}
+            permuted = len(groups - self.mixed)
+            return (
+                f"Maps({self.models} models, {len(groups)} group{'' if len(groups) == 1 else 's'}, "
+                f"of which {permuted} only permute{'s' if permuted == 1 else ''})"
+            )
         sizes = np.concatenate([*self.sizes.values(), np.zeros(0, int)])
         return (
-            f"Maps({len(self.maps)} models, {len(self.sizes)} groups, {len(sizes)} features of "
+            f"Maps({self.models} models, {len(self.sizes)} groups, {len(sizes)} features of "
             f"{int(sizes.sum())}, at most {int(sizes.max(initial=0))} in one)"
         )
+
+
+def _without(tree: PyTree, paths: frozenset[str]) -> PyTree:
+    """The tree with None in place of some leaves."""
+    leaves, treedef = _tree.flatten_named(tree)
+    return jax.tree.unflatten(
+        treedef, [None if path in paths else leaf for path, leaf in leaves.items()]
+    )
+
+
+def _permutation(merge: Any, unmerge: Any) -> np.ndarray | None:
+    """The permutation that a pair of matrices is, or None."""
+    merge, unmerge = np.asarray(merge), np.asarray(unmerge)
+    if merge.shape[0] != merge.shape[1]:
+        return None
+    order = merge.argmax(1)
+    rows = np.arange(len(order))
+    if np.count_nonzero(merge) != len(order) or (merge[rows, order] != 1).any():
+        return None
+    if np.count_nonzero(unmerge) != len(order) or (unmerge[order, rows] != 1).any():
+        return None
+    return order.astype(np.int32) if len(set(order.tolist())) == len(order) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +22,6 @@ from vfjax.network import Network
 
 Array = jax.Array
 PyTree = Any
-
-
-class _Forward(NamedTuple):
-    """Evaluates a merged model whose weights are traced; equal ones share their compilation."""
-
-    net: Network
-    cut: int
-
-    def __call__(self, point: _Point, x: PyTree) -> Array:
-        weights = tuple(point.weights)
-        return Merged(point.stems, point.trunk, point.corrections, self.net, self.cut, weights).run(
-            x
-        )
-
-
-class _Point(NamedTuple):
-    """The arrays of a merged model, weights included, which `Merged` keeps static."""
-
-    stems: tuple[PyTree, ...]
-    trunk: PyTree
-    corrections: Any
-    weights: np.ndarray
 
 
 @jax.jit
@@ -91,6 +69,4 @@ class Path:
             model = merge.as_merged(self.net, model)
         elif model.net is not self.net:
             raise ValueError("renormalise must return a Merged of net, got one of another network")
-        weights = np.asarray(model.weights)
-        point = _Point(model.stems, model.trunk, dict(model.corrections), weights)
-        return evaluate(_Forward(self.net, model.cut), point, test)
+        return evaluate(model.frame, model.arrays, test)
