@@ -10,6 +10,7 @@ from typing import Any
 import _common
 import _edges
 import jax
+import jax.numpy as jnp
 
 import vfjax
 from vfjax import align, data, merge, renorm, stats, train
@@ -179,9 +180,11 @@ class Pair:
     def matching(self, match: str, config: Mapping[str, Any] = DEFAULTS) -> Matching:
         """Matches the second network to the first, or both to each other; with their settings."""
         net, record = self.net, {"method": match}
+        # There are some wherever the matching was asked for.
+        moments: Any = self.moments
         if match in ("activation", "weight"):
             if match == "activation":
-                found = align.match_moments(net, self.moments)
+                found = align.match_moments(net, moments)
             else:
                 found = align.match_weights(net, *self.trees, key=jax.random.key(0))
             maps = Maps.of_permutations([None, found.permutations])
@@ -192,21 +195,21 @@ class Pair:
             }
         elif match == "zipit":
             alpha, beta = config["zip_alpha"], config["zip_beta"]
-            maps = align.zip_moments(net, self.moments, alpha=alpha, beta=beta)
+            maps = align.zip_moments(net, moments, alpha=alpha, beta=beta)
             record |= {"alpha": alpha, "beta": beta}
         elif match == "cca":
             ridge = config["regularization"]
-            maps = align.cca_moments(net, self.moments, regularization=ridge, relative=False)
+            maps = align.cca_moments(net, moments, regularization=ridge, relative=False)
             record |= {"regularization": ridge}
         elif match == "transport":
-            maps = align.transport_moments(net, self.moments)
+            maps = align.transport_moments(net, moments)
         else:
             maps = Maps.of_permutations([None, None])
         references = None
-        if not net.norms and self.moments is not None:
+        if not net.norms and moments is not None:
             # Permutations by indexing, which needs no covariances.
             both = zip(maps.mixing, maps.permutations, strict=True)
-            references = self.moments.carried([{**mixed, **permuted} for mixed, permuted in both])
+            references = moments.carried([{**mixed, **permuted} for mixed, permuted in both])
         return Matching(maps, references, maps.apply(net, self.trees), record)
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
@@ -232,7 +235,8 @@ class Pair:
         if remedy == "reset":
             return renorm.reset(net, merged, statistics)
         function = renorm.repair if remedy == "repair" else renorm.rescale
-        return function(net, merged, statistics, references=matching.references)
+        goals: Any = matching.references
+        return function(net, merged, statistics, references=goals)
 
     def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
         """Accuracy and loss on the test images, or on what they are at the cut."""
@@ -275,4 +279,5 @@ def _logits(merged: merge.Merged, x: PyTree) -> jax.Array:
     out = _edges.forward(merged, x)
     if not merged.heads:
         return out
-    return sum(weight * logits for weight, logits in zip(merged.weights, out, strict=True))
+    parts = (weight * logits for weight, logits in zip(merged.weights, out, strict=True))
+    return sum(parts, start=jnp.zeros(()))
