@@ -17,24 +17,6 @@ Array = jax.Array
 PyTree = Any
 
 
-def as_trees(trees: Sequence[PyTree], *, name: str = "trees") -> tuple[PyTree, ...]:
-    """Checks that an argument is a sequence of alike trees; returns it as a tuple.
-
-    Args:
-        trees: What the caller gave.
-        name: How the caller calls it.
-
-    Returns:
-        The trees.
-
-    Raises:
-        TypeError: If it is no list or tuple, such as one tree by itself.
-        ValueError: If it is empty, or the trees are not alike, or hold NaN or infinite values.
-    """
-    _tree.check_trees(trees, name=name)
-    return tuple(trees)
-
-
 def resolve_mix(
     weights: Sequence[float] | None, alpha: float | None, count: int
 ) -> tuple[float, ...]:

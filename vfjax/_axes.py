@@ -113,6 +113,21 @@ def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
     return length // block
 
 
+def resized(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
+    """Where a place lies after the group at another place of its axis has got m entries.
+
+    Args:
+        a: A place.
+        mapped: Another place along the same axis.
+        length: Length of the axis before.
+        m: Number of entries of the group at `mapped` after.
+    """
+    n = length // (mapped.outer * mapped.inner)
+    if a.inner % (n * mapped.inner) == 0:
+        return a._replace(inner=a.inner // n * m)
+    return a._replace(outer=a.outer // n * m)
+
+
 def absent_paths(variables: Any) -> list[str]:
     """Paths at which a tree holds None."""
     flat, _ = jax.tree_util.tree_flatten_with_path(variables, is_leaf=lambda v: v is None)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from vfjax import _tree
-from vfjax._merged import Merged, check_fits, check_merged, weights_for
+from vfjax._fits import check_fits
+from vfjax._merged import Merged, check_merged, weights_for
 from vfjax._weights import resolve_weights
 from vfjax.network import Network
 

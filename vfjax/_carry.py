@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,11 +43,23 @@ def _check(group: str, maps: Sequence[Any], n: int) -> None:
         )
 
 
+def _flat(axis: GroupAxis, shape: tuple[int, ...]) -> GroupAxis:
+    """The same along all channel axes of moments `[K, *channels]`, laid out as one."""
+    before, after = math.prod(shape[1 : 1 + axis.axis]), math.prod(shape[2 + axis.axis :])
+    return axis._replace(axis=0, outer=axis.outer * before, inner=axis.inner * after)
+
+
 def carry(
     mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """One group's maps applied to the moments of one site, on the host."""
     mean, var = np.asarray(mean), np.asarray(var)
+    if mean.ndim > 2:  # covariances run over all channel axes as one
+        before, after = mean.shape[: 1 + axis.axis], mean.shape[2 + axis.axis :]
+        flat = _flat(axis, mean.shape)
+        mean, var = (value.reshape(len(mean), -1) for value in (mean, var))
+        mean, var, covariance = carry(mean, var, covariance, flat, maps, site)
+        return mean.reshape(*before, -1, *after), var.reshape(*before, -1, *after), covariance
     covariance = None if covariance is None else np.asarray(covariance)
     size = mean.shape[1 + axis.axis]
     n = size // (axis.outer * axis.inner)

@@ -11,6 +11,7 @@ arguments of that call, so that all models of one network and cut share its comp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 
 from vfjax import _tree
 from vfjax._batches import batches, check_finite_means, keep
-from vfjax._merged import Merged, affine
+from vfjax._merged import Arrays, Frame, Merged, affine
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
 from vfjax._streaming import on_mesh, on_meshes
 from vfjax.network import Crossing, Network, Norm
@@ -34,16 +35,21 @@ class Job(NamedTuple):
     """What a pass corrects: hashable, so that it is the key of a compilation.
 
     Attributes:
-        net: The traced network.
-        cut: Depth of the cut.
-        layers: Layers whose pre-activation is corrected.
-        norms: Norms whose stored statistics are renewed.
+        frame: The merged model without its arrays.
+        layers: Layers of the trunk whose pre-activation is corrected.
+        norms: Norms of the trunk whose stored statistics are renewed.
+        heads: Norms of the heads likewise, as (model, norm).
     """
 
-    net: Network
-    cut: int
+    frame: Frame
     layers: tuple[str, ...]
     norms: tuple[str, ...]
+    heads: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def net(self) -> Network:
+        """The network of the trunk."""
+        return self.frame.net
 
 
 class Found(NamedTuple):
@@ -51,21 +57,19 @@ class Found(NamedTuple):
 
     Attributes:
         corrections: `{layer: (scale, shift)}`.
-        norms: `{norm: moments of its corrected input}`.
+        norms: `{norm: moments of its corrected input}`, of the trunk.
+        heads: `{(model, norm): likewise}`.
     """
 
     corrections: dict[str, tuple[Array, Array]]
     norms: dict[str, Pooled]
+    heads: dict[tuple[int, str], Pooled]
 
 
 class _Given(NamedTuple):
     """The traced arguments of a compiled pass."""
 
-    stems: tuple[PyTree, ...]
-    trunk: PyTree
-    corrections: Mapping[str, tuple[Array, Array]]
-    # An array, one number per model.
-    weights: Any
+    arrays: Arrays
     # 1 to correct the mean (REPAIR), 0 for the standard deviation alone (RESCALE).
     centre: Any
     # By layer, the goal mean and standard deviation; or None if nothing goes by the batch's moments
@@ -97,7 +101,13 @@ def by_batch(
     given = _given(model, centre, goals={name: goals[name] for name in job.layers})
     pooled = _pass(job, given, data)
     corrections = {n: _coefficients(pooled[n], goals[n], centre) for n in job.layers}
-    return Found(corrections, {n: pooled[n] for n in job.norms})
+    heads = {place: pooled[label(*place)] for place in job.heads}
+    return Found(corrections, {n: pooled[n] for n in job.norms}, heads)
+
+
+def label(model: int, norm: str) -> str:
+    """Name of what was measured at a norm of a head."""
+    return f"{norm} (head {model})"
 
 
 def by_layer(
@@ -120,7 +130,7 @@ def by_layer(
     Returns:
         Corrections and moments; exact on any data.
     """
-    found = Found({}, {})
+    found = Found({}, {}, {})
     data = _stored(model, data)
     identity = {
         name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
@@ -130,7 +140,7 @@ def by_layer(
             model,
             centre,
             fixed=identity | found.corrections,
-            trunk=with_statistics(model.net, model.trunk, found.norms),
+            measured=found,
         )
         pooled = _pass(job, given, data)
         for name in rank:
@@ -141,6 +151,7 @@ def by_layer(
                 layer = job.net.norm(name).layer
                 before = None if layer is None else found.corrections.get(layer)
                 found.norms[name] = _moved(pooled[name], before)
+        found.heads.update({p: pooled[label(*p)] for p in job.heads if label(*p) in rank})
     return found
 
 
@@ -153,19 +164,32 @@ def ranks(job: Job) -> list[list[str]]:
     A norm that follows a corrected layer directly has that layer's rank: its input's moments follow
     from the layer's.
     """
-    traced = job.net._reference
+    found = _ranks(job.net, job.layers, job.norms)
+    heads: list[list[str]] = []  # behind all of the trunk, each by its own graph
+    for model in dict.fromkeys(model for model, _ in job.heads):
+        norms = tuple(norm for k, norm in job.heads if k == model)
+        own = _ranks(job.frame.net_of(model), (), norms)
+        heads += [[] for _ in range(len(own) - len(heads))]
+        for rank, names in zip(heads, own, strict=False):
+            rank += [label(model, name) for name in names]
+    return found + heads
+
+
+def _ranks(net: Network, layers: tuple[str, ...], norms: tuple[str, ...]) -> list[list[str]]:
+    """The same for sites of one network."""
+    traced = net._reference
     graph = traced.graph
     reads, makes = {}, {}
-    for name in job.layers:
+    for name in layers:
         reads[name] = traced.layers[name].preactivation
         makes[name] = graph.producer[reads[name]]
-    for name in job.norms:
+    for name in norms:
         makes[name] = traced.norms[name].index
         reads[name] = graph.equations[makes[name]].values[0]
     rank: dict[str, int] = {}
     for name in sorted(makes, key=makes.__getitem__):
-        before = job.net.norm(name).layer if name in job.norms else None
-        if before in job.layers:
+        before = net.norm(name).layer if name in norms else None
+        if before in layers:
             rank[name] = rank[before]
             continue
         needed = set(graph.needed([reads[name]], ()))
@@ -220,17 +244,20 @@ def _given(
     *,
     goals: Mapping[str, Any] | None = None,
     fixed: Mapping[str, Any] | None = None,
-    trunk: PyTree | None = None,
+    measured: Found | None = None,
 ) -> _Given:
-    return _Given(
-        stems=model.stems,
-        trunk=model.trunk if trunk is None else trunk,
-        corrections=dict(model.corrections),
-        weights=np.asarray(model.weights),
-        centre=np.asarray(centre),
-        goals=goals,
-        fixed=fixed,
-    )
+    model = model if measured is None else renewed(model, measured)
+    return _Given(model.arrays, np.asarray(centre), goals, fixed)
+
+
+def renewed(model: Merged, found: Found) -> Merged:
+    """The model with the statistics that were found in its norms."""
+    heads = list(model.heads)
+    for k, head in enumerate(heads):
+        own = {norm: moments for (of, norm), moments in found.heads.items() if of == k}
+        heads[k] = with_statistics(model.net_of(k), head, own)
+    trunk = with_statistics(model.net, model.trunk, found.norms)
+    return dataclasses.replace(model, trunk=trunk, heads=tuple(heads))
 
 
 def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
@@ -244,7 +271,7 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
             batch = Pooled(*(np.asarray(v, np.float64) for v in batch))
             pooled[name] = pool(pooled[name], batch) if name in pooled else batch
 
-    for mesh, placed, x in on_meshes(inputs(job.net, job.cut, data), given):
+    for mesh, placed, x in on_meshes(inputs(job.net, job.frame.cut, data), given):
         batch = _measure(job, mesh, placed, x)
         take()  # of the batch before, while this one runs
         pending = batch
@@ -259,13 +286,11 @@ def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]
 
 
 def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
-    net = job.net
-    model = Merged(given.stems, given.trunk, given.corrections, net, job.cut, tuple(given.weights))
-    trunk, _ = _tree.flatten_named(given.trunk)
+    model = job.frame.model(given.arrays)
     found: dict[str, Pooled] = {}
 
     def at_layer(name: str, z: Array) -> Array:
-        layer = net.layer(name)
+        layer = job.net.layer(name)
         found[name] = moments_of(z, layer.sample_axes)
         if given.goals is None:
             assert given.fixed is not None  # one of the two is given
@@ -274,14 +299,23 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
             pair = coefficients(found[name], given.goals[name], given.centre)
         return affine(layer, *pair)(z)
 
-    def at_norm(name: str, u: Array) -> Array:
-        norm = net.norm(name)
-        found[name] = moments_of(u, norm.sample_axes)
-        return u if given.goals is None else _as_if(net, norm, trunk, found[name], u)
+    def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
+        """The edits of norms of a tree; `labels` are what their moments go by."""
+        leaves, _ = _tree.flatten_named(tree)
+
+        def edit(norm: Norm, u: Array) -> Array:
+            now = found[labels[norm.name]] = moments_of(u, norm.sample_axes)
+            return u if given.goals is None else _as_if(net, norm, leaves, now, u)
+
+        norms = [net.norm(name) for name in labels]
+        return {norm.site: functools.partial(edit, norm) for norm in norms}
 
     edit = {name: functools.partial(at_layer, name) for name in job.layers}
-    edit |= {net.norm(n).site: functools.partial(at_norm, n) for n in job.norms}
-    model.run(x, edit=edit)
+    edit |= at_norms(job.net, model.trunk, {name: name for name in job.norms})
+    out, _ = model.run_trunk(x, edit=edit)
+    for k in dict.fromkeys(k for k, _ in job.heads):
+        labels = {norm: label(k, norm) for of, norm in job.heads if of == k}
+        model.run_head(k, out, edit=at_norms(model.net_of(k), model.heads[k], labels))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vfjax import _tree
-from vfjax._correct import Found, with_statistics
+from vfjax._correct import Found, renewed
 from vfjax._merged import Merged
 from vfjax.network import FoldError
 
@@ -28,8 +28,7 @@ def fold_all(model: Merged, found: Found, *, shift: bool) -> Merged:
         A new model.
     """
     # Statistics first: a shift without a bias goes into the mean that they have now.
-    trunk = with_statistics(model.net, model.trunk, found.norms)
-    model = dataclasses.replace(model, trunk=trunk)
+    model = renewed(model, found)
     for name, (scale, moved) in found.corrections.items():
         model = _fold(model, name, scale, moved, shift)
     return model
@@ -57,26 +56,27 @@ def _fold_into_stems(model: Merged, name: str, scale: Array, shift: Array | None
     """Folds the correction of the averaged pre-activation into every stem alike.
 
     Since weights sum to one, correcting each stem corrects their average. Without a bias the shift
-    goes into the mean of the norm that follows, which the trunk holds.
+    goes into the mean of the norm that follows, which the trunk holds. What is mapped by matrices
+    on its way is in another basis inside the stems.
     """
     net = model.net
+    carried = {group for group, _ in net.places(name)}
+    if any(carried & maps.keys() for maps in model.merge):
+        raise FoldError(f"the channels of '{name}' are mapped at the cut")
     norm = net.layer(name).norm
     lent = net.norm(norm).mean if norm is not None else None
     trunk, trunk_def = _tree.flatten_named(model.trunk)
     means = {lent: trunk[lent]} if lent in trunk else {}
     stems = []
-    for stem in model.stems:
-        own = _named(net, stem)
-        folded = _named(net, net.fold(_tree_of(net, own | means), name, scale, shift))
+    for k, stem in enumerate(model.stems):
+        net, own = model.net_of(k), _tree.flatten_named(stem)[0]
+        whole = net.fold(_tree_of(net, own | means), name, scale, shift)
+        folded = _tree.flatten_named(whole)[0]
         stems.append(_tree_of(net, {p: v for p, v in folded.items() if p in own}))
         trunk |= {p: folded[p] for p in means}
     return dataclasses.replace(
         model, stems=tuple(stems), trunk=jax.tree.unflatten(trunk_def, list(trunk.values()))
     )
-
-
-def _named(net: Any, tree: PyTree) -> dict[str, Array]:
-    return _tree.flatten_named(tree)[0]
 
 
 def _tree_of(net: Any, leaves: dict[str, Array]) -> PyTree:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax import _tree
+from vfjax._fits import check_fits
 from vfjax._plan import check_capture, check_edit
 from vfjax._weights import resolve_weights
 from vfjax.network import Crossing, Layer, Network, check_net, networks
@@ -98,7 +99,7 @@ class Merged:
 
     def net_of(self, model: int) -> Network:
         """The network of a model's stem and head."""
-        return self.nets[model] if self.nets else self.net
+        return self.frame.net_of(model)
 
     def run(
         self,
@@ -138,7 +139,7 @@ class Merged:
         """
         check_edit(edit)
         edit, sites = dict(edit or {}), check_capture(capture)
-        in_heads = {site for site in (*sites, *edit) if self._in_heads(site)}
+        in_heads = {site for site in (*sites, *edit) if self.in_heads(site)}
         out, found = self.run_trunk(
             x,
             capture=[site for site in sites if site not in in_heads],
@@ -221,12 +222,14 @@ class Merged:
             >>> [model.apart(site) for site in ("input", "w0", "w1", "w2")]
             [True, True, False, False]
         """
-        return self._in_stems(site) or self._in_heads(site)
+        return self.in_stems(site) or self.in_heads(site)
 
-    def _in_stems(self, site: str) -> bool:
+    def in_stems(self, site: str) -> bool:
+        """Whether a site lies inside the stems, where it has a value per model."""
         return self.net.in_stem(site, self.cut) and not self.net.crosses(site, self.cut)
 
-    def _in_heads(self, site: str) -> bool:
+    def in_heads(self, site: str) -> bool:
+        """Whether a site lies inside the heads, where it has a value per model."""
         return self.end is not None and not self.net.in_stem(site, self.end)
 
     def read(self, x: PyTree, sites: Sequence[str]) -> tuple[PyTree, dict[str, tuple[Any, ...]]]:
@@ -255,7 +258,7 @@ class Merged:
             [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
         """
         sites = check_capture(sites)
-        inside = [site for site in sites if self.cut > 0 and self._in_stems(site)]
+        inside = [site for site in sites if self.cut > 0 and self.in_stems(site)]
         runs = [
             self.net_of(k).run(stem, x, capture=inside, stop=self.cut)
             for k, stem in enumerate(self.stems)
@@ -267,7 +270,7 @@ class Merged:
             site: tuple(values[site] for _, values in runs)
             if site in inside
             else found[site]
-            if self._in_heads(site)
+            if self.in_heads(site)
             else (found[site],)
             for site in sites
         }
@@ -468,6 +471,10 @@ class Frame(NamedTuple):
     end: int | None = None
     nets: tuple[Network, ...] = ()
 
+    def net_of(self, model: int) -> Network:
+        """The network of a model's stem and head."""
+        return self.nets[model] if self.nets else self.net
+
     def model(self, arrays: Arrays) -> Merged:
         """The model of some arrays."""
         return Merged(
@@ -536,44 +543,35 @@ def affine(layer: Layer, scale: Array, shift: Array) -> Callable[[Array], Array]
     return apply
 
 
-def check_fits(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> None:
-    """Checks that a tree has the leaves of a traced network's variables.
+def check_merged(net: Network | Sequence[Network], merged: PyTree | Merged) -> Network:
+    """Checks a `merged` argument: a finite tree of the network's variables, or a `Merged` of it.
 
     Args:
-        net: The traced network.
-        tree: The tree.
-        name: What to call it.
-        variances: Whether it must have the stored variances, which merging may leave unknown.
+        net: The traced network, or those of a `Merged`.
+        merged: A tree, which may lack stored variances, or a `Merged`.
 
-    Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
-        ValueError: If leaves are missing or added, or differ in shape or dtype.
-    """
-    check_net(net)
-    leaves, _ = _tree.flatten_named(tree, name=name)
-    like = net._avals
-    if variances:
-        net.check_variances([path for path in like if path not in leaves], name)
-    else:
-        unknown = {norm.var for norm in net.norms} - leaves.keys()
-        like = {path: aval for path, aval in like.items() if path not in unknown}
-    _tree.check_like(leaves, like, name=name, other="the traced network's variables")
-
-
-def check_merged(net: Network, merged: PyTree | Merged) -> None:
-    """Checks a `merged` argument: a finite tree of the network's variables, or a `Merged` of it.
+    Returns:
+        The network, of the trunk.
 
     Raises:
         TypeError: If `net` is no traced network, or a leaf no array.
         ValueError: If it does not fit the network, or holds NaN or infinite values.
     """
+    if isinstance(net, (list, tuple)) and isinstance(merged, Merged):
+        networks(net, len(merged.weights))
+        given = merged.nets or (merged.net,) * len(net)
+        if any(own is not of for own, of in zip(net, given, strict=True)):
+            raise ValueError("merged was made with other networks than net; pass net=merged.nets")
+        return merged.net
     check_net(net)
+    assert isinstance(net, Network)
     if not isinstance(merged, Merged):
         leaves, _ = _tree.flatten_named(merged, name="merged")
         check_fits(net, merged, "merged", variances=False)
         _tree.check_finite(leaves, name="merged")
     elif merged.net is not net:
         raise ValueError("merged was made with another network than net; pass net=merged.net")
+    return net
 
 
 def weights_for(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax import _tree
-from vfjax._average import as_trees, average_trees, resolve_mix
-from vfjax._merged import Matrices, Merged, check_fits
+from vfjax._average import average_trees, resolve_mix
+from vfjax._fits import as_trees, check_models
+from vfjax._merged import Matrices, Merged
 from vfjax.align._maps import Maps
 from vfjax.network import Layer, Network, check_net, networks
 
@@ -203,7 +204,8 @@ def _merge(
     net, count = nets[0], len(trees)
     if count < 2:
         raise ValueError(f"trees must be at least two, got {count}")
-    _check_trees(nets, trees, start, end)
+    # What heads alone read may differ in shape, as where models have classes of their own.
+    check_models(nets, trees, free=net.head_leaves(start, end))
     weights = resolve_mix(weights, None, count)
     if any(isinstance(w, Tracer) for w in weights):
         raise TypeError("weights must be numbers, since a Merged keeps them static; got a tracer")
@@ -270,41 +272,6 @@ def _bounds(merged: Any, depth: int) -> tuple[int, int]:
             f"{stop}; it must not run backwards"
         )
     return start, stop
-
-
-def _check_trees(
-    nets: Sequence[Network], trees: Sequence[PyTree], start: int, end: int | None
-) -> None:
-    """Checks that trees fit their networks and, but for what heads alone read, each other."""
-    net = nets[0]
-    if all(other is net for other in nets) and end is None:
-        as_trees(trees)
-        check_fits(net, trees[0], "trees[0]")
-        return
-    for k, (own, tree) in enumerate(zip(nets, trees, strict=True)):
-        name = f"trees[{k}]"
-        leaves, _ = _tree.flatten_named(tree, name=name)
-        _tree.check_finite(leaves, name=name)
-        if own is not net or end is None:
-            check_fits(own, tree, name)
-            continue
-        free = net.trunk_leaves(end) - net.trunk_leaves(start, end) - net.stem_leaves(start)
-        like = {p: leaves.get(p, a) if p in free else a for p, a in net._avals.items()}
-        _tree.check_like(leaves, like, name=name, other="the traced network's variables")
-        _check_head(net, leaves, name)
-
-
-def _check_head(net: Network, leaves: Mapping[str, Any], name: str) -> None:
-    """Checks that the traced function takes leaves of other shapes than it was traced with."""
-    try:
-        net._traces.at(leaves, net.x)
-    except Exception as error:
-        raise ValueError(
-            f"{name} differs in shape from what net was traced with, and its apply_fn does not "
-            f"take that ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Models whose "
-            "apply_fn differ, as Flax modules with other numbers of classes do, need a network "
-            "each: net=[vfjax.trace(...), ...]"
-        ) from error
 
 
 def _check_trunks(net: Network, mapped: Sequence[PyTree]) -> None:

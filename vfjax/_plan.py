@@ -71,6 +71,10 @@ class Plan:
     def _inputs(self) -> tuple[int, ...]:
         return self._traced.graph.inputs[self._traced.graph.num_leaves :]
 
+    def value_of(self, site: str) -> int:
+        """Id of the value at a site of one array."""
+        return self._locate(site)[0]
+
     def in_stem(self, site: str, depth: int) -> bool:
         """Whether the value at a site is made in the stem of a cut."""
         if site in ("input", "output"):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._axes import Axis, map_axis, resized, size_at
 from vfjax._maps import check_matrix, contract, take
 from vfjax._weights import resolve_weights, weighted_mean
 
@@ -167,41 +168,34 @@ def average(
     return Crossing(tuple(values), first.depth, first.origin)
 
 
-# By axis of a value, its factors, row-major: their sizes and the groups that they carry.
-Axes = Sequence[Sequence[tuple[int, str | None]]]
-
-
-def mapped(crossing: Crossing, axes: Sequence[Axes], maps: Mapping[str, Any]) -> Crossing:
-    """See `Network.map_crossing`; `axes` are those of each value."""
+def mapped(
+    crossing: Crossing, places: Sequence[Sequence[tuple[str, Axis]]], maps: Mapping[str, Any]
+) -> Crossing:
+    """See `Network.map_crossing`; `places` are the groups of each value, with their places."""
     values = []
-    for value, of in zip(crossing.values, axes, strict=True):
-        # From the last axis on, so that those before it stay where they are.
-        for axis in reversed(range(len(of))):
-            if any(group in maps for _, group in of[axis]):
-                value = _map_axis(value, axis, of[axis], maps)
+    for value, found in zip(crossing.values, places, strict=True):
+        todo = [(group, place) for group, place in found if group in maps]
+        while todo:
+            (group, place), *todo = todo
+            length = value.shape[place.axis]
+            value = _mapped(value, group, place, maps[group])
+            if value.shape[place.axis] != length:
+                m = len(maps[group])
+                todo = [
+                    (g, p if p.axis != place.axis else resized(p, place, length, m))
+                    for g, p in todo
+                ]
         values.append(value)
     return Crossing(tuple(values), crossing.depth, crossing.origin)
 
 
-def _map_axis(
-    value: Array, axis: int, atoms: Sequence[tuple[int, str | None]], maps: Mapping[str, Any]
-) -> Array:
-    before, after = value.shape[:axis], value.shape[axis + 1 :]
-    if len(atoms) > 1:
-        value = value.reshape(*before, *(size for size, _ in atoms), *after)
-    for k, (size, group) in enumerate(atoms):
-        if group not in maps:
-            continue
-        found = maps[group]
-        if np.ndim(found) == 1:
-            value = take(value, found, axis + k)
-            continue
-        check_matrix(group, found, size)
-        if not jnp.issubdtype(value.dtype, jnp.inexact):
-            raise ValueError(
-                f"A value of dtype {value.dtype} that carries the group {group!r} crosses the cut, "
-                "and a matrix cannot map it. Cut elsewhere."
-            )
-        value = contract(found, value, axis + k)
-    width = int(np.prod(value.shape[axis : axis + len(atoms)]))
-    return value.reshape(*before, width, *after) if len(atoms) > 1 else value
+def _mapped(value: Array, group: str, place: Axis, found: Any) -> Array:
+    if np.ndim(found) == 1:
+        return map_axis(value, place, lambda view, axis: take(view, found, axis))
+    check_matrix(group, found, size_at(group, place, value.shape))
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise ValueError(
+            f"A value of dtype {value.dtype} that carries the group {group!r} crosses the cut, and "
+            "a matrix cannot map it. Cut elsewhere."
+        )
+    return map_axis(value, place, lambda view, axis: contract(found, view, axis))

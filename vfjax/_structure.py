@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _describe, _graph, _retrace, _summary, symmetry
+from vfjax._axes import Axis
 from vfjax._plan import Plan
 from vfjax._records import Layer, Norm, Tap
 
@@ -187,6 +188,22 @@ class Structure:
         self.check_depth(depth, "depth")
         return self._leaves(depth, stop)
 
+    def head_leaves(self, start: int, end: int | None) -> frozenset[str]:
+        """Paths of the leaves that heads alone read, and neither stems nor the trunk between.
+
+        Args:
+            start: Depth at which the trunk begins, from 0 to `net.depth`.
+            end: Depth at which heads begin; None where there are none.
+        """
+        if end is None:
+            return frozenset()
+        shared = self.trunk_leaves(start, end) | self.stem_leaves(start)
+        return self.trunk_leaves(end) - shared
+
+    def leaves(self, paths: Iterable[str]) -> dict[str, Any]:
+        """Types of leaves of the variables, by path."""
+        return {path: self._avals[path] for path in paths}
+
     def stem_parameters(self, depth: int) -> int:
         """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
         return self._count(self.stem_leaves(depth))
@@ -233,10 +250,22 @@ class Structure:
         return tuple(
             (
                 traced.graph.avals[v],
-                frozenset(g for axis in traced.atoms(v) for _, g in axis if g is not None),
+                frozenset(group for group, _ in traced.places(v)),
             )
             for v in traced.cut(depth).crossing
         )
+
+    def places(self, site: str) -> tuple[tuple[str, Axis], ...]:
+        """Groups that the axes of a site's value carry, each with its place there.
+
+        Args:
+            site: Name of a site, as in `run`, but for `output` and an `input` of several arrays.
+
+        Raises:
+            ValueError: If the network has no such site.
+        """
+        plan = Plan(self, self._reference, None, None, None, None)
+        return self._reference.places(plan.value_of(site))
 
     def in_stem(self, site: str, depth: int) -> bool:
         """Whether the value at a site is made in the stem of a cut.
@@ -363,11 +392,11 @@ class Structure:
         total, traced = 0, self._reference
         for value in traced.cut(depth).crossing:
             entries = int(np.prod(traced.graph.avals[value].shape))
-            for axis in traced.atoms(value):
-                for size, group in axis:
-                    if group in widths:
-                        entries = entries // size * widths[group]
-                        total += entries * size
+            for group, _ in traced.places(value):
+                if group in widths:
+                    size = self.spec.sizes[group]
+                    entries = entries // size * widths[group]
+                    total += entries * size
         return total // self._traces.batch
 
     def _counts(self, path: str, leaf: Any) -> bool:

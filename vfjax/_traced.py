@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from vfjax import _calls, _graph, _norms, _outside, _propagate, _sites, _taps
+from vfjax._axes import Axis
 from vfjax._graph import INPUT, PARAM, Graph
 from vfjax._propagate.groups import named_groups
 
@@ -150,13 +152,17 @@ class Traced:
         """Names of the groups, by their ids in `propagation`."""
         return named_groups(self.propagation, self.paths)[2]
 
-    def atoms(self, value: int) -> tuple[tuple[tuple[int, str | None], ...], ...]:
-        """By axis of a value, the sizes of its factors and the groups that they carry."""
-        axes = self.propagation.axes[value]
-        return tuple(
-            tuple((a.size, None if a.group is None else self.groups.get(a.group)) for a in atoms)
-            for atoms in axes
-        )
+    def places(self, value: int) -> tuple[tuple[str, Axis], ...]:
+        """Groups that the axes of a value carry, each with its place there."""
+        found = []
+        for axis, atoms in enumerate(self.propagation.axes[value]):
+            sizes = [atom.size for atom in atoms]
+            for k, atom in enumerate(atoms):
+                if atom.group is not None and atom.group in self.groups:
+                    outer, inner = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
+                    place = Axis("", axis, "elementwise", outer, inner)
+                    found.append((self.groups[atom.group], place))
+        return tuple(found)
 
     def norm_after(self, site: _sites.LinearSite) -> str | None:
         """The norm that alone reads a layer's pre-activation, casts and layout aside, or None."""

@@ -36,21 +36,27 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, A
         TypeError: If a leaf is not an array: a function or a module, for example.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    names = [_name(path) for path, _ in flat]
+    names = _named([path for path, _ in flat])
+    for path, leaf in zip(names, (leaf for _, leaf in flat), strict=True):
+        check_leaf(leaf, path, name)
+    return dict(zip(names, (leaf for _, leaf in flat), strict=True)), treedef
+
+
+def _named(paths: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Names of leaves by their paths; see `flatten_named`."""
+    names = [_name(path) for path in paths]
     attribute = jax.tree_util.GetAttrKey("value")  # as against a key of a dict
     whole = all(n.endswith("/value") for n in names)
     short = [
         n.removesuffix("/value") if whole or path[-1:] == (attribute,) else n
-        for n, (path, _) in zip(names, flat, strict=True)
+        for n, path in zip(names, paths, strict=True)
     ]
     names = short if len(set(short)) == len(short) else names
     if len(set(names)) < len(names):
         counts = Counter(names)
-        full = (jax.tree_util.keystr(path) for path, _ in flat)
+        full = (jax.tree_util.keystr(path) for path in paths)
         names = [n if counts[n] == 1 else f for n, f in zip(names, full, strict=True)]
-    for path, leaf in zip(names, (leaf for _, leaf in flat), strict=True):
-        check_leaf(leaf, path, name)
-    return dict(zip(names, (leaf for _, leaf in flat), strict=True)), treedef
+    return names
 
 
 def check_leaf(leaf: Any, path: str, name: str) -> None:
@@ -68,6 +74,23 @@ def check_leaf(leaf: Any, path: str, name: str) -> None:
     raise TypeError(
         f"{name} has a {type(leaf).__name__} at '{path or '.'}'; every leaf must be an array. Keep "
         "configuration out of the tree, in `apply_fn`."
+    )
+
+
+def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with some leaves replaced, or put in place of None.
+
+    Args:
+        tree: A parameter tree.
+        leaves: New leaves by path.
+
+    Returns:
+        A new tree, its containers as they were.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    names = _named([path for path, _ in flat])
+    return jax.tree.unflatten(
+        treedef, [leaves.get(name, leaf) for name, (_, leaf) in zip(names, flat, strict=True)]
     )
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vfjax._average import as_trees, average_trees, resolve_mix
+from vfjax._average import average_trees, resolve_mix
+from vfjax._fits import as_trees
 from vfjax._merged import Merged, as_merged
 from vfjax._partial import ensemble, partial, preserve_first
 

@@ -256,8 +256,8 @@ class Network(Structure):
         if not maps:
             return crossing
         traced = self._traces.at_crossing(self._named(variables), crossing)
-        axes = [traced.atoms(v) for v in traced.cut(crossing.depth).crossing]
-        return mapped(crossing, axes, maps)
+        places = [traced.places(v) for v in traced.cut(crossing.depth).crossing]
+        return mapped(crossing, places, maps)
 
     # ---------------------------------------------------------------------------------- folding
 

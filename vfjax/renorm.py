@@ -4,23 +4,31 @@ Averaged parameters make features that vanish with depth, while biases stay as l
 functions here put the features' scale back, from data (`reset`, `repair`, `rescale`) or without any
 (`remove_bias`, `calibrate_bias`).
 
-All take a merged tree, or the `vfjax.merge.Merged` of `preserve_first`, and return a new one. Stems
-are never touched, except that a correction at the cut, where every stem ends in the averaged
-pre-activation, goes into all stems alike.
+All take a merged tree, or the `vfjax.merge.Merged` of `preserve_first` or `partial`, and return a
+new one. Stems are never touched, except that a correction at the cut, where every stem ends in the
+averaged pre-activation, goes into all stems alike. Of heads, what their norms store is measured
+anew, since what comes in has changed; else they are never touched.
+
+Trees and models whose features were merged through matrices lack the variances of norms along them
+(`vfjax.align.Maps.apply`): `reset` measures them, and so do `repair` and `rescale` on their way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vfjax import _correct
+import jax.numpy as jnp
+
+from vfjax import _correct, _tree
 from vfjax._bias import calibrate_bias, remove_bias
 from vfjax._folding import fold_all
-from vfjax._merged import Merged, as_merged, check_fits, check_merged, weights_for
-from vfjax.merge import as_trees
+from vfjax._goals import goals_of
+from vfjax._merged import Merged, as_merged, check_merged
+from vfjax.align._maps import Maps
 from vfjax.network import Network
-from vfjax.stats import Moments, moments, resolve_sites
+from vfjax.stats import Moments
 
 __all__ = ["calibrate_bias", "remove_bias", "repair", "rescale", "reset"]
 
@@ -30,17 +38,22 @@ _SWEEPS = {"batch": _correct.by_batch, "layer": _correct.by_layer}
 
 
 def reset(
-    net: Network, merged: PyTree | Merged, data: Iterable[Any], *, sweeps: str = "batch"
+    net: Network | Sequence[Network],
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    sweeps: str = "batch",
 ) -> PyTree | Merged:
-    """RESET: measures the stored statistics of every norm of the trunk anew.
+    """RESET: measures the stored statistics of every norm of trunk and heads anew.
 
     Averaged running statistics describe neither edge model nor the merged one. As in training mode,
     each norm sees a batch normalised by the batch's own statistics upstream; means and (population)
-    variances are pooled over batches. Scales and shifts of the norms stay.
+    variances are pooled over batches. Scales and shifts of the norms stay. Each head has
+    statistics of its own.
 
     Args:
-        net: The traced network.
-        merged: A merged tree, or a `Merged`.
+        net: The traced network, or those that `merged` was made with.
+        merged: A merged tree, which may lack variances, or a `Merged`.
         data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
         sweeps: "batch" for one pass, exact on one batch; "layer" for one pass per norm along the
             deepest path, exact on any data.
@@ -68,7 +81,7 @@ def reset(
     Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
     Repair", section 4; the reference code averages per-batch unbiased variances instead.
     """
-    check_merged(net, merged)
+    net = check_merged(net, merged)
     if not net.norms:
         raise ValueError(
             "net has no normalisation with stored statistics, so there is nothing to reset; "
@@ -78,11 +91,12 @@ def reset(
 
 
 def repair(
-    net: Network,
+    net: Network | Sequence[Network],
     merged: PyTree | Merged,
     data: Iterable[Any],
     *,
-    references: Sequence[PyTree] | Moments,
+    references: Sequence[PyTree] | Moments | Sequence[Moments],
+    maps: Maps | None = None,
     weights: Sequence[float] | None = None,
     sites: str | Sequence[str] = "paper",
     sweeps: str = "batch",
@@ -96,10 +110,13 @@ def repair(
     pass.
 
     Args:
-        net: The traced network.
+        net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
         data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
-        references: The aligned edge models, or their `vfjax.stats.moments` at the sites.
+        references: The edge models, or their `vfjax.stats.moments` at the sites (or, of models that
+            differ in shape, a sequence of each one's): aligned, or with `maps` the originals.
+        maps: What maps the references into the basis of the merge. Where it mixes features,
+            moments that are given need `covariance` at the sites.
         weights: One per reference, summing to one. None for those of `merged`, if that is a
             `Merged` of as many models, else 1/K each.
         sites: "paper", "all", or names of layers, as in `vfjax.stats.resolve_sites`. At a cut, only
@@ -132,16 +149,18 @@ def repair(
     Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
     Repair", eq. 3; "Vanishing Feature", section on normalisation.
     """
-    goals = _goals(net, merged, data, references, weights, sites)
+    net = check_merged(net, merged)
+    goals = goals_of(net, merged, data, references, maps, weights, sites)
     return _renormalise(net, merged, data, goals, sweeps, centre=True)
 
 
 def rescale(
-    net: Network,
+    net: Network | Sequence[Network],
     merged: PyTree | Merged,
     data: Iterable[Any],
     *,
-    references: Sequence[PyTree] | Moments,
+    references: Sequence[PyTree] | Moments | Sequence[Moments],
+    maps: Maps | None = None,
     weights: Sequence[float] | None = None,
     sites: str | Sequence[str] = "paper",
     sweeps: str = "batch",
@@ -154,10 +173,13 @@ def rescale(
     statistics are reset in the same pass.
 
     Args:
-        net: The traced network.
+        net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
         data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
-        references: The aligned edge models, or their `vfjax.stats.moments` at the sites.
+        references: The edge models, or their `vfjax.stats.moments` at the sites (or, of models that
+            differ in shape, a sequence of each one's): aligned, or with `maps` the originals.
+        maps: What maps the references into the basis of the merge. Where it mixes features,
+            moments that are given need `covariance` at the sites.
         weights: As in `repair`.
         sites: As in `repair`.
         sweeps: As in `repair`.
@@ -182,7 +204,8 @@ def rescale(
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
     """
-    goals = _goals(net, merged, data, references, weights, sites)
+    net = check_merged(net, merged)
+    goals = goals_of(net, merged, data, references, maps, weights, sites)
     return _renormalise(net, merged, data, goals, sweeps, centre=False)
 
 
@@ -199,9 +222,16 @@ def _renormalise(
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
     model = merged if isinstance(merged, Merged) else as_merged(net, merged)
     cut = model.cut
-    norms = tuple(n.name for n in net.norms if cut == 0 or not net.in_stem(n.site, cut))
-    job = _correct.Job(net, cut, tuple(goals), norms)
-    if job.layers or job.norms:
+    norms = [
+        n.name
+        for n in net.norms
+        if not (cut and net.in_stem(n.site, cut)) and not model.in_heads(n.site)
+    ]
+    heads = [n.name for n in net.norms if model.in_heads(n.site)]
+    places = tuple((k, name) for k in range(len(model.heads)) for name in heads)
+    job = _correct.Job(model.frame, tuple(goals), tuple(norms), places)
+    if job.layers or job.norms or job.heads:
+        model = _with_variances(model)
         found = _SWEEPS[sweeps](job, model, data, goals, centre=centre)
         model = fold_all(model, found, shift=centre)
     if isinstance(merged, Merged) or model.corrections:
@@ -209,51 +239,12 @@ def _renormalise(
     return model.trunk
 
 
-def _goals(
-    net: Network,
-    merged: PyTree | Merged,
-    data: Iterable[Any],
-    references: Sequence[PyTree] | Moments,
-    weights: Sequence[float] | None,
-    sites: str | Sequence[str],
-) -> dict[str, Any]:
-    """Mean and standard deviation to reach, by layer; checks every argument first."""
-    check_merged(net, merged)
-    cut = merged.cut if isinstance(merged, Merged) else 0
-    names = dict.fromkeys(resolve_sites(net, sites))
-    layers = {layer.name: layer for layer in net.layers}
-    other = [name for name in names if name not in layers]
-    if other:
-        raise ValueError(
-            f"sites must be layers, whose pre-activations are corrected, got {other[:3]}; "
-            'name layers, or give "paper" or "all"'
-        )
-    chosen = [n for n in names if _correctable(net, layers[n], cut)]
-    if isinstance(references, Moments):
-        missing = [name for name in chosen if name not in references.mean]
-        if missing:
-            raise ValueError(
-                f"references holds no moments at {missing[:3]}; measure them with "
-                "vfjax.stats.moments(net, trees, data, sites=...) at the sites to correct"
-            )
-        weights = weights_for(merged, weights, references.models)
-    else:
-        references = as_trees(references, name="references")
-        check_fits(net, references[0], "references[0]")
-        weights = weights_for(merged, weights, len(references))
-        if not chosen:
-            return {}
-        if isinstance(data, (list, tuple)) and any(isinstance(x, _correct.Crossing) for x in data):
-            raise ValueError(
-                "data holds crossings, which the references cannot be measured on; give references "
-                "as vfjax.stats.moments(net, trees, data, sites=...)"
-            )
-        references = moments(net, references, data, sites=chosen)
-    means, stds = references.mixed(weights)
-    return {name: (means[name], stds[name]) for name in chosen}
-
-
-def _correctable(net: Network, layer: Any, cut: int) -> bool:
-    if cut == 0 or not net.in_stem(layer.name, cut):
-        return True
-    return layer.main and layer.depth == cut
+def _with_variances(model: Merged) -> Merged:
+    """The model with ones for the variances that it lacks, to be measured."""
+    leaves = _tree.flatten_named(model.trunk)[0]
+    kept = model.net.trunk_leaves(model.cut, model.end)
+    unknown = [n.var for n in model.net.norms if n.var in kept and n.var not in leaves]
+    if not unknown:
+        return model
+    ones = {path: jnp.ones(a.shape, a.dtype) for path, a in model.net.leaves(unknown).items()}
+    return dataclasses.replace(model, trunk=_tree.with_leaves(model.trunk, ones))

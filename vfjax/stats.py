@@ -354,16 +354,16 @@ def _site(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
     if name in ("input", "output"):
         return Site(name, name, None, None, ())
     if name.endswith(":in") and name not in {layer.name for layer in net.layers}:
-        return Site(name, name, None, net.norm(name.removesuffix(":in")).channel_axes, ())
-    layer = net.layer(name.removesuffix(":act"))
-    return Site(name, name, None, layer.channel_axes, _layer_axes(net, layer))
+        keep = net.norm(name.removesuffix(":in")).channel_axes
+    else:
+        keep = net.layer(name.removesuffix(":act")).channel_axes
+    return Site(name, name, None, keep, _group_axes(net, name, keep))
 
 
-def _layer_axes(net: Network, layer: Any) -> tuple[GroupAxis, ...]:
-    """Which channel axes of a layer carry which group, read off the spec's axes of its kernel."""
+def _group_axes(net: Network, name: str, keep: tuple[int, ...]) -> tuple[GroupAxis, ...]:
+    """Which of a site's channel axes carry which group."""
     return tuple(
-        GroupAxis(group, 0, axis.outer, axis.inner)
-        for group, axes in net.spec.groups.items()
-        for axis in axes
-        if axis.path == layer.kernel and axis.role == "out" and len(layer.channel_axes) == 1
+        GroupAxis(group, keep.index(place.axis), *place[3:])
+        for group, place in net.places(name)
+        if place.axis in keep
     )

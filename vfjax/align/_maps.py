@@ -183,6 +183,30 @@ class Maps:
         tree = _without(tree, unknown) if unknown else tree
         return net.spec.apply(tree, self.mixing[model]) if self.mixing[model] else tree
 
+    def carry(self, moments: Any) -> Any:
+        """The moments of the models in the basis of the merge: goals of REPAIR and RESCALE.
+
+        Args:
+            moments: `vfjax.stats.moments(net, trees, data, ...)` of the original models, with
+                `covariance` at the sites where features are mixed; those of one model each, as of
+                networks that differ, one by one: `Maps.carry` of a sequence of them.
+
+        Returns:
+            Moments of the same kind; see `vfjax.stats.Moments.carried`.
+
+        Raises:
+            ValueError: If they are not of K models, or lack a covariance.
+        """
+        each = [
+            {**permuted, **mixed}
+            for permuted, mixed in zip(self.permutations, self.mixing, strict=True)
+        ]
+        if isinstance(moments, (list, tuple)):
+            if len(moments) != self.models:
+                raise ValueError(f"moments must be of {self.models} models, got {len(moments)}")
+            return [found.carried([of]) for found, of in zip(moments, each, strict=True)]
+        return moments.carried(each)
+
     def unknown(self, net: Network) -> frozenset[str]:
         """Paths of stored variances along groups that are mixed."""
         variances = {norm.var for norm in net.norms}

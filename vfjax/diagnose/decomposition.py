@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from vfjax._batches import batches
+from vfjax._fits import check_fits
 from vfjax._graph import INPUT
-from vfjax._merged import Merged, check_fits
+from vfjax._merged import Merged
 from vfjax._tree import check_finite, flatten_named
 from vfjax._views import view_of
 from vfjax.diagnose._affine import culprit

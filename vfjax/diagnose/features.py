@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._batches import check_finite_means
-from vfjax._merged import Merged, check_fits, check_merged, weights_for
+from vfjax._fits import check_fits
+from vfjax._merged import Merged, check_merged, weights_for
 from vfjax._tree import check_finite, flatten_named
 from vfjax.diagnose import _measure
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique

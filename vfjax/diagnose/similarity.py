@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from vfjax import _tree
 from vfjax._batches import batch_size, batches, keep
-from vfjax._merged import Merged, as_merged, check_fits
+from vfjax._fits import check_fits
+from vfjax._merged import Merged, as_merged
 from vfjax.diagnose import _kernels
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.diagnose.features import as_networks

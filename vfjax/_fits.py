@@ -1,0 +1,103 @@
+"""Whether parameter trees fit a traced network, and each other."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from vfjax import _tree
+from vfjax.network import Network, check_net, networks
+
+PyTree = Any
+
+
+def check_fits(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> None:
+    """Checks that a tree has the leaves of a traced network's variables.
+
+    Args:
+        net: The traced network.
+        tree: The tree.
+        name: What to call it.
+        variances: Whether it must have the stored variances, which merging may leave unknown.
+
+    Raises:
+        TypeError: If `net` is no traced network, or a leaf no array.
+        ValueError: If leaves are missing or added, or differ in shape or dtype.
+    """
+    check_net(net)
+    leaves, _ = _tree.flatten_named(tree, name=name)
+    like = net._avals
+    if variances:
+        net.check_variances([path for path in like if path not in leaves], name)
+    else:
+        unknown = {norm.var for norm in net.norms} - leaves.keys()
+        like = {path: aval for path, aval in like.items() if path not in unknown}
+    _tree.check_like(leaves, like, name=name, other="the traced network's variables")
+
+
+def check_models(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    *,
+    free: Collection[str] = frozenset(),
+    name: str = "trees",
+) -> None:
+    """Checks that trees fit their networks and, but for some leaves, each other.
+
+    Args:
+        net: The traced network, or one per tree.
+        trees: The trees.
+        free: Paths of leaves that may differ in shape between trees of one network.
+        name: What to call the trees.
+
+    Raises:
+        TypeError: If there is no sequence of trees, or a leaf is no array.
+        ValueError: If they do not fit, or hold NaN or infinite values.
+    """
+    _tree.check_sequence(trees, name=name)
+    nets = networks(net, len(trees))
+    if all(own is nets[0] for own in nets) and not free:
+        as_trees(trees, name=name)
+        check_fits(nets[0], trees[0], f"{name}[0]")
+        return
+    for k, (own, tree) in enumerate(zip(nets, trees, strict=True)):
+        label = f"{name}[{k}]"
+        leaves, _ = _tree.flatten_named(tree, name=label)
+        _tree.check_finite(leaves, name=label)
+        if len(set(nets)) > 1:
+            check_fits(own, tree, label)
+            continue
+        like = {path: leaves.get(path, a) if path in free else a for path, a in own._avals.items()}
+        _tree.check_like(leaves, like, name=label, other="the traced network's variables")
+        _check_run(own, leaves, label)
+
+
+def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:
+    """Checks that the traced function takes leaves of other shapes than it was traced with."""
+    try:
+        net._traces.at(leaves, net.x)
+    except Exception as error:
+        raise ValueError(
+            f"{name} differs in shape from what net was traced with, and its apply_fn does not "
+            f"take that ({type(error).__name__}: {str(error).splitlines()[0][:200]}). Models whose "
+            "apply_fn differ, as Flax modules with other numbers of classes do, need a network "
+            "each: net=[vfjax.trace(...), ...]"
+        ) from error
+
+
+def as_trees(trees: Sequence[PyTree], *, name: str = "trees") -> tuple[PyTree, ...]:
+    """Checks that an argument is a sequence of alike trees; returns it as a tuple.
+
+    Args:
+        trees: What the caller gave.
+        name: How the caller calls it.
+
+    Returns:
+        The trees.
+
+    Raises:
+        TypeError: If it is no list or tuple, such as one tree by itself.
+        ValueError: If it is empty, or the trees are not alike, or hold NaN or infinite values.
+    """
+    _tree.check_trees(trees, name=name)
+    return tuple(trees)
