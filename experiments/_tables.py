@@ -15,6 +15,7 @@ LABELS = {
     "rescale": "RESCALE",
     "bias_calibration": "bias cal.",
     "reset": "RESET",
+    "reset_scales": "RESET + scales",
     "am": "AM",
     "am_repair": "AM + REPAIR",
     "am_rescale": "AM + RESCALE",
@@ -66,6 +67,9 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool | None, str]]:
         claims.append((all(own[k] < am[k] for k in rows), against))
     else:
         claims.append((all(abs(own[k] - am[k]) <= EQUAL for k in rows), against))
+    if "reset_scales" in record["columns"]:
+        scaled = {layers: mean_of(row, "reset_scales") for layers, row in rows.items()}
+        claims.append((None, f"{_pairs.MATCHES[match]} with RESET + scales gives {_at(scaled)}"))
     edge, reached = record["summary"]["edge_mean"], record["summary"]["reaches_edges_at"][remedy]
     at = "at none of these l" if reached is None else f"first at l = {reached}"
     text = f"{label} reaches the edge models' mean, {100 * edge:.1f}, {at}"
