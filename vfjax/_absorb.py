@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vfjax import _tree
-from vfjax._merged import check_fits
+from vfjax._fits import check_fits
 from vfjax.network import Network, Norm
 
 Array = jax.Array

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from vfjax import _tree
-from vfjax._fits import check_fits
-from vfjax._merged import Merged, check_merged, weights_for
+from vfjax._arguments import check_merged, weights_for
+from vfjax._fits import check_models
+from vfjax._merged import Merged
 from vfjax._weights import resolve_weights
 from vfjax.network import Network
 
@@ -24,7 +25,7 @@ Bias = tuple[str, int | None]
 
 
 def remove_bias(
-    net: Network,
+    net: Network | Sequence[Network],
     merged: PyTree | Merged,
     *,
     last: int | str | None = None,
@@ -36,15 +37,15 @@ def remove_bias(
     features decide again. Layers count by depth from the network's input, so the first k are those
     of depth 1 to k, and the last k those deeper than `net.depth - k`: the head is the last one, and
     a shortcut layer, which has the depth of the main layer beside it, goes with that. Biases of
-    norms, and those in the stems of a `Merged`, stay.
+    norms, and those in the stems and heads of a `Merged`, stay.
 
     Args:
-        net: The traced network.
+        net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
         last: How many layers lose their biases, counting the head: 0 for none, to `net.depth`; or
             "all".
-        first: How many lose them from the other end, likewise. Layers in stems count, though they
-            keep theirs.
+        first: How many lose them from the other end, likewise. Layers in stems and heads count,
+            though they keep theirs.
 
     Returns:
         A tree or a `Merged`, as given. Layers without a bias are passed over.
@@ -71,7 +72,7 @@ def remove_bias(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias removal, forward (first)
     and backward (last).
     """
-    check_merged(net, merged)
+    net = check_merged(net, merged)
     if (last is None) == (first is None):
         given = "neither" if last is None else f"last={last!r} and first={first!r}"
         raise ValueError(f"exactly one of last and first must be given, got {given}")
@@ -94,7 +95,7 @@ def remove_bias(
 
 
 def calibrate_bias(
-    net: Network,
+    net: Network | Sequence[Network],
     merged: PyTree | Merged,
     *,
     references: Sequence[PyTree] | None = None,
@@ -105,13 +106,14 @@ def calibrate_bias(
     `b^(l) = sum_k w_k^l b_k^(l)`, where l is the depth of the layer from the network's input,
     preserved layers included. Without references this needs equal weights, for which it is the
     merged bias times `K^(1-l)`. With one weight of 1, the biases of that edge model come back.
-    Kernels and the biases of norms stay, and so does everything in the stems of a `Merged`.
+    Kernels and the biases of norms stay, and so does everything in stems and heads of a `Merged`.
 
     Args:
-        net: The traced network.
+        net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
-        references: The K aligned edge models; None to calibrate the merged biases themselves, with
-            two models for a tree and those of a `Merged` for that.
+        references: The K aligned edge models, as `vfjax.align.Maps.apply` maps them where features
+            were mixed; None to calibrate the merged biases themselves, with two models for a tree
+            and those of a `Merged` for that.
         weights: One per model, summing to one. None for those of a `Merged` of as many models, else
             equal ones.
 
@@ -135,7 +137,7 @@ def calibrate_bias(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias calibration. The
     reference code counts every tensor named "weight", so shortcuts and norms push l up there.
     """
-    check_merged(net, merged)
+    net = check_merged(net, merged)
     if references is None:
         models = _equal_models(merged, weights)
 
@@ -144,8 +146,11 @@ def calibrate_bias(
 
         return _map_biases(net, merged, scaled, same=lambda a, b: models == 1 or a == b)
 
-    _tree.check_trees(references, name="references")
-    check_fits(net, references[0], "references[0]")
+    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
+    nets = (isinstance(merged, Merged) and merged.nets) or net
+    check_models(
+        nets, references, free=net.head_leaves(cut, end), name="references", variances=False
+    )
     mix = weights_for(merged, weights, len(references))
     leaves = [_tree.flatten_named(tree)[0] for tree in references]
 
@@ -178,7 +183,7 @@ def _map_biases(
     *,
     same: Callable[[int, int], bool],
 ) -> PyTree | Merged:
-    """Replaces every layer's bias outside of stems by `change(bias, which, depth)`.
+    """Replaces every layer's bias outside of stems and heads by `change(bias, which, depth)`.
 
     Computes in float32 or better and casts back. `same` says whether two depths are treated alike;
     a bias that several layers share must not need two values.
@@ -189,7 +194,8 @@ def _map_biases(
             UserWarning,
             stacklevel=3,
         )
-    depths = bias_depths(net, merged.cut if isinstance(merged, Merged) else 0)
+    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
+    depths = bias_depths(net, cut, end)
     tree = merged.trunk if isinstance(merged, Merged) else merged
     leaves, treedef = _tree.flatten_named(tree)
     for index, found in depths.items():
@@ -208,12 +214,14 @@ def _map_biases(
     return dataclasses.replace(merged, trunk=tree) if isinstance(merged, Merged) else tree
 
 
-def bias_depths(net: Network, cut: int) -> dict[Bias, list[int]]:
-    """Depths of the layers of the trunk that add a bias, by bias."""
+def bias_depths(net: Network, cut: int, end: int | None = None) -> dict[Bias, list[int]]:
+    """Depths of the layers of the trunk, from the cut to where heads begin, that add a bias."""
     found: dict[Bias, list[int]] = {}
     for layer in net.layers:
         view = net._reference.layers[layer.name].bias
         if layer.bias is None or view is None or (cut and net.in_stem(layer.name, cut)):
+            continue
+        if end is not None and not net.in_stem(layer.name, end):
             continue
         found.setdefault((layer.bias, view.slot), []).append(layer.depth)
     return found

@@ -41,6 +41,7 @@ def check_models(
     *,
     free: Collection[str] = frozenset(),
     name: str = "trees",
+    variances: bool = True,
 ) -> None:
     """Checks that trees fit their networks and, but for some leaves, each other.
 
@@ -49,6 +50,7 @@ def check_models(
         trees: The trees.
         free: Paths of leaves that may differ in shape between trees of one network.
         name: What to call the trees.
+        variances: Whether they must have all stored variances; see `check_fits`.
 
     Raises:
         TypeError: If there is no sequence of trees, or a leaf is no array.
@@ -58,16 +60,19 @@ def check_models(
     nets = networks(net, len(trees))
     if all(own is nets[0] for own in nets) and not free:
         as_trees(trees, name=name)
-        check_fits(nets[0], trees[0], f"{name}[0]")
+        check_fits(nets[0], trees[0], f"{name}[0]", variances=variances)
         return
     for k, (own, tree) in enumerate(zip(nets, trees, strict=True)):
         label = f"{name}[{k}]"
         leaves, _ = _tree.flatten_named(tree, name=label)
         _tree.check_finite(leaves, name=label)
         if len(set(nets)) > 1:
-            check_fits(own, tree, label)
+            check_fits(own, tree, label, variances=variances)
             continue
         like = {path: leaves.get(path, a) if path in free else a for path, a in own._avals.items()}
+        if not variances:
+            unknown = {norm.var for norm in own.norms} - leaves.keys()
+            like = {path: leaf for path, leaf in like.items() if path not in unknown}
         _tree.check_like(leaves, like, name=label, other="the traced network's variables")
         _check_run(own, leaves, label)
 

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vfjax._arguments import weights_for
 from vfjax._fits import check_models
-from vfjax._merged import Merged, as_merged, weights_for
+from vfjax._merged import Merged, as_merged
 from vfjax.align._maps import Maps
 from vfjax.network import Crossing, Network, networks
 from vfjax.stats import Moments, moments, resolve_sites

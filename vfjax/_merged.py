@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from vfjax import _tree
+from vfjax import _parts, _tree
 from vfjax._fits import check_fits
 from vfjax._plan import check_capture, check_edit
 from vfjax._weights import resolve_weights
-from vfjax.network import Crossing, Layer, Network, check_net, networks
+from vfjax.network import Crossing, Layer, Network
 
 Array = jax.Array
 PyTree = Any
@@ -139,17 +139,16 @@ class Merged:
         """
         check_edit(edit)
         edit, sites = dict(edit or {}), check_capture(capture)
-        in_heads = {site for site in (*sites, *edit) if self.in_heads(site)}
+        inside = [site for site in sites if self.in_heads(site)]
+        changes = {site: change for site, change in edit.items() if self.in_heads(site)}
         out, found = self.run_trunk(
             x,
-            capture=[site for site in sites if site not in in_heads],
-            edit={site: change for site, change in edit.items() if site not in in_heads},
+            capture=[site for site in sites if site not in inside],
+            edit={site: change for site, change in edit.items() if site not in changes},
         )
         if self.heads:
-            inside = [site for site in sites if site in in_heads]
-            change = {site: edit[site] for site in edit if site in in_heads}
             runs = [
-                self.run_head(k, out, capture=inside, edit=change) for k in range(len(self.heads))
+                self.run_head(k, out, capture=inside, edit=changes) for k in range(len(self.heads))
             ]
             out = tuple(end for end, _ in runs)
             found |= {site: tuple(values[site] for _, values in runs) for site in inside}
@@ -226,7 +225,8 @@ class Merged:
 
     def in_stems(self, site: str) -> bool:
         """Whether a site lies inside the stems, where it has a value per model."""
-        return self.net.in_stem(site, self.cut) and not self.net.crosses(site, self.cut)
+        inside = self.net.in_stem(site, self.cut)  # which checks the name
+        return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
 
     def in_heads(self, site: str) -> bool:
         """Whether a site lies inside the heads, where it has a value per model."""
@@ -258,7 +258,7 @@ class Merged:
             [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
         """
         sites = check_capture(sites)
-        inside = [site for site in sites if self.cut > 0 and self.in_stems(site)]
+        inside = [site for site in sites if self.in_stems(site)]
         runs = [
             self.net_of(k).run(stem, x, capture=inside, stop=self.cut)
             for k, stem in enumerate(self.stems)
@@ -314,6 +314,19 @@ class Merged:
                 for k, crossing in enumerate(crossings)
             ]
         return self.net.average_crossings(crossings, self.weights)
+
+    def check(self, name: str) -> None:
+        """Checks that a model can be evaluated: all is finite, and no variance unknown.
+
+        Args:
+            name: What to call it.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        kept, leaves = self.net.trunk_leaves(self.cut, self.end), _tree.flatten_named(self.trunk)[0]
+        self.net.check_variances([p for p in self.net.paths if p in kept - leaves.keys()], name)
+        _tree.check_finite(_tree.flatten_named(self.arrays._asdict())[0], name=name)
 
     @property
     def params(self) -> int:
@@ -379,76 +392,14 @@ class Merged:
 
     def __checkpoint__(self) -> tuple[str, PyTree, dict[str, Any]]:
         """Returns (kind, arrays, JSON) for `vfjax.checkpoint.save`."""
-        trees = {"trunk": _tree.flatten_named(self.trunk)[0]}
-        trees |= {f"stem{k}": _tree.flatten_named(s)[0] for k, s in enumerate(self.stems)}
-        trees |= {f"head{k}": _tree.flatten_named(s)[0] for k, s in enumerate(self.heads)}
-        trees |= {f"merge{k}": dict(maps) for k, maps in enumerate(self.merge)}
-        trees |= {f"unmerge{k}": dict(maps) for k, maps in enumerate(self.unmerge)}
-        # Leaves go by number, their paths into the JSON: a path may hold any character.
-        arrays = {name: list(leaves.values()) for name, leaves in trees.items()}
-        arrays["corrections"] = [list(pair) for pair in self.corrections.values()]
-        meta = {
-            "cut": self.cut,
-            "end": self.end,
-            "weights": list(self.weights),
-            "stems": len(self.stems),
-            "heads": len(self.heads),
-            "merge": len(self.merge),
-            "unmerge": len(self.unmerge),
-            "nets": len(self.nets),
-            "paths": {name: list(leaves) for name, leaves in trees.items()},
-            "corrections": list(self.corrections),
-            "layers": _signature(self.net),
-        }
-        if self.nets:
-            meta["layers_of"] = [_signature(net) for net in self.nets]
-        return "vfjax.merge.Merged", arrays, meta
+        return "vfjax.merge.Merged", *_parts.take_apart(self)
 
     @classmethod
     def __from_checkpoint__(
         cls, tree: PyTree, meta: Mapping[str, Any], *, net: Network | Sequence[Network] | None
     ) -> Merged:
         """Rebuilds what `__checkpoint__` took apart."""
-        if net is None:
-            raise ValueError(
-                "this checkpoint holds a merged model, which needs its traced network: "
-                "load(path, net=vfjax.trace(apply_fn, variables, x))"
-            )
-        nets = networks(net, len(meta["weights"]))
-        own = meta.get("layers_of", [meta["layers"]] * len(nets))
-        for k, (found, saved) in enumerate(zip(nets, own, strict=True)):
-            if saved != _signature(found):
-                raise ValueError(
-                    f"net{f'[{k}]' if meta.get('nets') else ''} is not the network of this "
-                    f"checkpoint: its layers are {_signature(found)}, those saved {saved}"
-                )
-
-        def rebuild(name: str, net: Network) -> PyTree:
-            leaves = dict(zip(meta["paths"][name], tree[name], strict=True))
-            ordered = [leaves.get(path) for path in net.paths]
-            return jax.tree.unflatten(net._treedef, ordered)
-
-        def trees(kind: str) -> tuple[PyTree, ...]:
-            return tuple(rebuild(f"{kind}{k}", nets[k]) for k in range(meta.get(f"{kind}s", 0)))
-
-        def maps(kind: str) -> tuple[Matrices, ...]:
-            names = [f"{kind}{k}" for k in range(meta.get(kind, 0))]
-            return tuple(dict(zip(meta["paths"][n], tree[n], strict=True)) for n in names)
-
-        corrections = zip(meta["corrections"], tree["corrections"], strict=True)
-        return cls(
-            stems=trees("stem"),
-            trunk=rebuild("trunk", nets[0]),
-            corrections={name: (scale, shift) for name, (scale, shift) in corrections},
-            net=nets[0],
-            cut=meta["cut"],
-            weights=tuple(meta["weights"]),
-            heads=trees("head"),
-            merge=maps("merge"),
-            unmerge=maps("unmerge"),
-            end=meta.get("end"),
-            nets=nets if meta.get("nets") else (),
-        )
+        return cls(**_parts.put_together(tree, meta, net))
 
 
 class Arrays(NamedTuple):
@@ -543,57 +494,8 @@ def affine(layer: Layer, scale: Array, shift: Array) -> Callable[[Array], Array]
     return apply
 
 
-def check_merged(net: Network | Sequence[Network], merged: PyTree | Merged) -> Network:
-    """Checks a `merged` argument: a finite tree of the network's variables, or a `Merged` of it.
-
-    Args:
-        net: The traced network, or those of a `Merged`.
-        merged: A tree, which may lack stored variances, or a `Merged`.
-
-    Returns:
-        The network, of the trunk.
-
-    Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
-        ValueError: If it does not fit the network, or holds NaN or infinite values.
-    """
-    if isinstance(net, (list, tuple)) and isinstance(merged, Merged):
-        networks(net, len(merged.weights))
-        given = merged.nets or (merged.net,) * len(net)
-        if any(own is not of for own, of in zip(net, given, strict=True)):
-            raise ValueError("merged was made with other networks than net; pass net=merged.nets")
-        return merged.net
-    check_net(net)
-    assert isinstance(net, Network)
-    if not isinstance(merged, Merged):
-        leaves, _ = _tree.flatten_named(merged, name="merged")
-        check_fits(net, merged, "merged", variances=False)
-        _tree.check_finite(leaves, name="merged")
-    elif merged.net is not net:
-        raise ValueError("merged was made with another network than net; pass net=merged.net")
-    return net
-
-
-def weights_for(
-    merged: PyTree | Merged, weights: Sequence[float] | None, count: int
-) -> tuple[float, ...]:
-    """Weights of `count` references of a merged model.
-
-    None stands for the weights that a `Merged` of as many models was made with, since goals mixed
-    in other proportions are never meant, and for equal ones otherwise.
-    """
-    if weights is None and isinstance(merged, Merged) and len(merged.weights) == count:
-        return merged.weights
-    return resolve_weights(weights, count, of="references")
-
-
 def _chain(first: Callable, second: Callable | None) -> Callable:
     return first if second is None else lambda z: second(first(z))
-
-
-def _signature(net: Network) -> list[list[Any]]:
-    """What a network must share with another for their trees to be interchangeable, as JSON."""
-    return [[layer.name, list(layer.shape), layer.depth] for layer in net.layers]
 
 
 def _selects(matrix: Any) -> bool:

@@ -215,18 +215,13 @@ def _merge(
     _warn_of_fixed(net, start, net.depth if end is None else end)
 
     kept = net.trunk_leaves(start, end) if start or end is not None else frozenset(net.paths)
-    groups = _groups_of(net, kept, start, end)
-    trees = [
-        nets[k].spec.permute(tree, moves)
-        if (moves := {g: p for g, p in maps.permutations[k].items() if g in groups})
-        else tree
-        for k, tree in enumerate(trees)
-    ]
+    if start or kept:  # else nothing is merged, and all stay as they are
+        trees = [maps.permute(nets[k], tree, k) for k, tree in enumerate(trees)]
     mapped = [_keep(tree, kept) for tree in trees]
-    if maps.mixed:
+    own = any(other is not net for other in nets)
+    if maps.mixed or own:
         mapped = [maps.mix(nets[k], tree, k) for k, tree in enumerate(mapped)]
         _check_trunks(net, mapped)
-    own = any(other is not net for other in nets)
     return Merged(
         stems=tuple(_keep(t, n.stem_leaves(start)) for t, n in zip(trees, nets, strict=True))
         if start
@@ -244,13 +239,6 @@ def _merge(
         end=end,
         nets=tuple(nets) if own else (),
     )
-
-
-def _groups_of(net: Network, kept: Collection[str], start: int, end: int | None) -> frozenset[str]:
-    """Groups of the trunk: of a leaf or of what crosses. Those of a stem or head alone stay."""
-    found = {g for g, axes in net.spec.groups.items() if any(a.path in kept for a in axes)}
-    depths = [start] if end is None else [start, end]
-    return frozenset(found).union(*(g for depth in depths for _, g in net.crossing(depth)))
 
 
 def _bounds(merged: Any, depth: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from vfjax._maps import check_matrix, contract, take
 from vfjax._weights import resolve_weights, weighted_mean
 
 Array = jax.Array
+Places = Sequence[tuple[str, Axis]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,25 +169,28 @@ def average(
     return Crossing(tuple(values), first.depth, first.origin)
 
 
-def mapped(
-    crossing: Crossing, places: Sequence[Sequence[tuple[str, Axis]]], maps: Mapping[str, Any]
-) -> Crossing:
+def mapped(crossing: Crossing, places: Sequence[Places], maps: Mapping[str, Any]) -> Crossing:
     """See `Network.map_crossing`; `places` are the groups of each value, with their places."""
-    values = []
-    for value, found in zip(crossing.values, places, strict=True):
-        todo = [(group, place) for group, place in found if group in maps]
-        while todo:
-            (group, place), *todo = todo
-            length = value.shape[place.axis]
-            value = _mapped(value, group, place, maps[group])
-            if value.shape[place.axis] != length:
-                m = len(maps[group])
-                todo = [
-                    (g, p if p.axis != place.axis else resized(p, place, length, m))
-                    for g, p in todo
-                ]
-        values.append(value)
+    values = [
+        mapped_value(value, found, maps)
+        for value, found in zip(crossing.values, places, strict=True)
+    ]
     return Crossing(tuple(values), crossing.depth, crossing.origin)
+
+
+def mapped_value(value: Array, places: Places, maps: Mapping[str, Any]) -> Array:
+    """See `Network.map_site`; `places` are the groups of the value, with their places."""
+    todo = [(group, place) for group, place in places if group in maps]
+    while todo:
+        (group, place), *todo = todo
+        length = value.shape[place.axis]
+        value = _mapped(value, group, place, maps[group])
+        if value.shape[place.axis] != length:
+            m = len(maps[group])
+            todo = [
+                (g, p if p.axis != place.axis else resized(p, place, length, m)) for g, p in todo
+            ]
+    return value
 
 
 def _mapped(value: Array, group: str, place: Axis, found: Any) -> Array:

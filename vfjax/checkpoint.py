@@ -119,7 +119,8 @@ def load(path: str | os.PathLike[str], net: Any = None) -> Any:
 
     Args:
         path: Folder of the checkpoint.
-        net: The traced `Network` that a saved `Merged` belongs to; not needed for trees.
+        net: The traced `Network` that a saved `Merged` belongs to, or those of its models where
+            they have one each; not needed for trees.
 
     Returns:
         The tree, its containers as they were and its leaves as `jax.Array` (as `numpy.ndarray`

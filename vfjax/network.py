@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vfjax import _fold, _graph, _outside, _retrace, _route, _tree
 from vfjax._fold import FoldError
 from vfjax._plan import Edit, Plan
-from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped
+from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped, mapped_value
 from vfjax._structure import Structure
 from vfjax._traced import Traced
 
@@ -258,6 +258,31 @@ class Network(Structure):
         traced = self._traces.at_crossing(self._named(variables), crossing)
         places = [traced.places(v) for v in traced.cut(crossing.depth).crossing]
         return mapped(crossing, places, maps)
+
+    def map_site(
+        self, variables: PyTree, x: PyTree, site: str, value: Array, maps: Mapping[str, Any]
+    ) -> Array:
+        """Maps the axes of a site's value that carry groups, as `map_crossing` those of a crossing.
+
+        Args:
+            variables: The leaves that the value was made with; only their types matter.
+            x: The input; only its type matters.
+            site: Name of the site, as in `run`; `output` and an `input` of several arrays carry no
+                groups.
+            value: The value.
+            maps: By group a matrix `[m, n]` or a permutation `int[n]`.
+
+        Returns:
+            The value in the basis that the maps lead to.
+
+        Raises:
+            ValueError: If there is no such site, or a matrix does not fit its group.
+        """
+        if site in ("input", "output"):
+            return value
+        traced = self._traces.at(self._named(variables), x)
+        plan = Plan(self, traced, None, None, None, None)
+        return mapped_value(value, traced.places(plan.value_of(site)), maps)
 
     # ---------------------------------------------------------------------------------- folding
 

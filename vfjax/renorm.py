@@ -23,10 +23,11 @@ import jax.numpy as jnp
 
 from vfjax import _correct, _tree
 from vfjax._absorb import absorb_norms, scaled_layers, with_scales
+from vfjax._arguments import check_merged
 from vfjax._bias import calibrate_bias, remove_bias
 from vfjax._folding import fold_all
 from vfjax._goals import goals_of
-from vfjax._merged import Merged, as_merged, check_merged
+from vfjax._merged import Merged, as_merged
 from vfjax.align._maps import Maps
 from vfjax.network import Network
 from vfjax.stats import Moments

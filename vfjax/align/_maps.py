@@ -117,6 +117,17 @@ class Maps:
         )
 
     @property
+    def merging(self) -> tuple[dict[str, np.ndarray], ...]:
+        """Per model and group, what maps its features into the basis of the merge.
+
+        A permutation `int[n]` where it is one, else M `[m, n]`.
+        """
+        return tuple(
+            permuted | {group: pair[0] for group, pair in mixed.items()}
+            for permuted, mixed in zip(self.permutations, self.mixing, strict=True)
+        )
+
+    @property
     def mixed(self) -> frozenset[str]:
         """Groups that any model's map mixes, so that variances along them are unknown."""
         return frozenset().union(*self.mixing)
@@ -173,9 +184,12 @@ class Maps:
 
     def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
         """One model mapped; see `apply`."""
-        if self.permutations[model]:
-            tree = net.spec.permute(tree, self.permutations[model])
-        return self.mix(net, tree, model)
+        return self.mix(net, self.permute(net, tree, model), model)
+
+    def permute(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model permuted but not mixed."""
+        moves = self.permutations[model]
+        return net.spec.permute(tree, moves) if moves else tree
 
     def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
         """One model mapped but not permuted."""
@@ -197,10 +211,7 @@ class Maps:
         Raises:
             ValueError: If they are not of K models, or lack a covariance.
         """
-        each = [
-            {**permuted, **mixed}
-            for permuted, mixed in zip(self.permutations, self.mixing, strict=True)
-        ]
+        each = self.merging
         if isinstance(moments, (list, tuple)):
             if len(moments) != self.models:
                 raise ValueError(f"moments must be of {self.models} models, got {len(moments)}")

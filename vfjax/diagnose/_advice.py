@@ -52,10 +52,11 @@ class Case:
 
     Attributes:
         net: The traced network.
-        cut: How many layers the network keeps apart already.
+        merged: The layers that are merged: those before and after are kept apart already.
         weights: Of the references.
         own_weights: Those that a function takes which is given the network and no weights.
         trees: Whether all references are trees, which remedies need, and none a `Merged`.
+        mapped: Whether they are carried into the basis of the merge by maps.
         rows: Findings by depth, the end last.
         end: What the last one stands for: `the output`, or which site.
         norms: Findings of norms.
@@ -63,7 +64,7 @@ class Case:
     """
 
     net: Network
-    cut: int
+    merged: slice
     weights: tuple[float, ...]
     own_weights: tuple[float, ...]
     trees: bool
@@ -71,6 +72,12 @@ class Case:
     norms: Sequence[NormFinding]
     end: str
     threshold: float
+    mapped: bool = False
+
+    @property
+    def aligned(self) -> str:
+        """The references in the basis of the merge, as code."""
+        return "maps.apply(net, references)" if self.mapped else "references"
 
     @property
     def vanishes(self) -> LayerFinding | None:
@@ -174,7 +181,8 @@ def _match(case: Case) -> list[Advice]:
         return []
     last = case.rows[-1]
     # Kernels at the cut are averages still, of their outputs.
-    step = case.left ** (1 / max(last.depth - max(case.cut - 1, 0), 1))
+    first, end = max(case.merged.start - 1, 0), min(last.depth, case.merged.stop)
+    step = case.left ** (1 / max(end - first, 1))
     unrelated = float(np.linalg.norm(case.weights))
     magnitude = float(np.mean([row.kernel_ratio for row in case.rows if not np.isnan(row.cosine)]))
     reason = (
@@ -183,6 +191,8 @@ def _match(case: Case) -> list[Advice]:
         f"features fall to {step:.2g} per layer; if the networks were matched already, matching "
         "found little"
     )
+    if case.mapped:  # matched by something else: which to try instead, no number tells
+        return [Advice("match first", reason)]
     # All to the first, whose alignment with itself is the identity.
     found = "vfjax.align.match_weights(net, references[0], b, key=key).permutations"
     return [Advice("match first", reason, f"[net.spec.permute(b, {found}) for b in references]")]
@@ -236,7 +246,8 @@ def _renormalise(case: Case, row: LayerFinding, remedy: str, reason: str) -> Adv
         return Advice(remedy, f"{reason}; it needs the references as trees")
     sites = "" if row.layer in stats.resolve_sites(case.net, "paper") else ', sites="all"'
     weights = _weights(case, case.own_weights)
-    arguments = f"net, merged, data, references=references{weights}{sites}"
+    maps = ", maps=maps" if case.mapped else ""
+    arguments = f"net, merged, data, references=references{maps}{weights}{sites}"
     return Advice(remedy, reason, f"vfjax.renorm.{remedy.lower()}({arguments})")
 
 
@@ -256,13 +267,14 @@ def _biases(case: Case) -> list[Advice]:
         f"references': {_inverse(last.reference_ratio):.2g}), and weights are "
         f"{shrunk:.2g} of theirs per layer; it needs no data, where RESCALE or REPAIR do"
     )
-    arguments = f"net, merged, references=references{_weights(case, case.own_weights)}"
+    arguments = f"net, merged, references={case.aligned}{_weights(case, case.own_weights)}"
     return [Advice("bias calibration", reason, f"vfjax.renorm.calibrate_bias({arguments})")]
 
 
 def _calibrates(case: Case) -> bool:
     """Whether there are biases behind the first layer, and each serves layers of one depth."""
-    depths = [set(found) for found in _bias.bias_depths(case.net, case.cut).values()]
+    end = case.merged.stop if case.merged.stop < case.net.depth else None
+    depths = [set(found) for found in _bias.bias_depths(case.net, case.merged.start, end).values()]
     return all(len(found) == 1 for found in depths) and any(max(found) > 1 for found in depths)
 
 
@@ -283,7 +295,8 @@ def _preserve_first(case: Case) -> list[Advice]:
             survives[row.depth] = max(survives.get(row.depth, 0.0), case.left / row.relative)
     # The fewest layers to keep, such that features survive the rest.
     kept = min(depth for depth, share_left in survives.items() if share_left >= case.threshold)
-    if not max(1, case.cut) < kept < total:
+    until = case.merged.stop
+    if not max(1, case.merged.start) < kept < until:
         return []
     extra = (len(case.weights) - 1) * case.net.stem_parameters(kept) / case.net.parameters
     how = (
@@ -296,5 +309,10 @@ def _preserve_first(case: Case) -> list[Advice]:
         f"the features survive the rest, for {100 * extra:.0f} % more parameters"
     )
     equal = (1 / len(case.weights),) * len(case.weights)
-    call = f"vfjax.merge.preserve_first(net, references, layers={kept}{_weights(case, equal)})"
+    weights = _weights(case, equal)
+    call = f"vfjax.merge.preserve_first(net, references, layers={kept}{weights})"
+    if case.mapped or until < total:
+        which = f"slice({kept}, {until if until < total else None})"
+        maps = ", maps" if case.mapped else ""
+        call = f"vfjax.merge.partial(net, references{maps}, merged={which}{weights})"
     return [Advice("PFM", reason, call, kept)]

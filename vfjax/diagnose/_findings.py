@@ -34,7 +34,8 @@ class LayerFinding:
         site: Name of the site.
         layer: Name of its layer, or None.
         depth: Depth of that layer; L for the output.
-        apart: Whether it lies inside the stems of a `Merged`, which no renormalisation reaches.
+        apart: Whether it lies inside stems or heads of a `Merged`, which no renormalisation
+            reaches but for RESET, of heads.
         feature: `E ||f(x) - f(0)||`, L2, in units of the value.
         offset: `||f(0)||`, likewise.
         reference_feature: The references' feature.
@@ -182,7 +183,7 @@ def layer_findings(
                 site=name,
                 layer=site.layer,
                 depth=site.depth,
-                apart=isinstance(model, Merged) and bool(model.cut) and model.apart(name),
+                apart=isinstance(model, Merged) and model.apart(name),
                 feature=float(found.feature[name][0]),
                 offset=float(found.offset[name][0]),
                 reference_feature=float(_goal(found, "feature", name)),
@@ -211,7 +212,9 @@ def norm_findings(
     mean_error: float,
     std_ratio: float,
 ) -> tuple[NormFinding, ...]:
-    """Norms of the trunk whose input was measured, in the network's order.
+    """Norms of trunk and heads whose input was measured, in the network's order.
+
+    The norms of heads, which share a name, count by their means.
 
     Args:
         net: The traced network.
@@ -223,7 +226,7 @@ def norm_findings(
     """
     measured = [norm for norm in net.norms if norm.site in found.names]
     if isinstance(model, Merged):
-        measured = [norm for norm in measured if not (model.cut and model.apart(norm.site))]
+        measured = [norm for norm in measured if not model.in_stems(norm.site)]
     findings = []
     for norm in measured:
         mine = _disagreement(norm, model, found, 0)
@@ -287,19 +290,25 @@ def _disagreement(
     norm: Norm, model: PyTree | Merged, found: Features, k: int
 ) -> tuple[float, float] | None:
     """Error of stored means and ratio of standard deviations, of network k of a record."""
-    tree = model.trunk if isinstance(model, Merged) else model
-    leaves, _ = flatten_named(tree)
-    if norm.mean not in leaves or norm.var not in leaves:
-        return None
-    stored_mean, stored_var = (
-        np.asarray(leaves[path], np.float64).ravel() for path in (norm.mean, norm.var)
-    )
+    trees, shares = (model,), (1.0,)
+    if isinstance(model, Merged):
+        heads = model.in_heads(norm.site)
+        trees, shares = (model.heads, model.weights) if heads else ((model.trunk,), shares)
+    stored_mean = stored_std = np.zeros(())
+    for share, tree in zip(shares, trees, strict=True):
+        leaves, _ = flatten_named(tree)
+        if norm.mean not in leaves or norm.var not in leaves:
+            return None
+        stored, var = (
+            np.asarray(leaves[path], np.float64).ravel() for path in (norm.mean, norm.var)
+        )
+        stored_mean = stored_mean + share * stored
+        stored_std = stored_std + share * np.sqrt(np.maximum(var, 0) + norm.eps)
     mean, std = (
         np.asarray(part[norm.site][k], np.float64).ravel() for part in (found.mean, found.std)
     )
     if mean.shape != stored_mean.shape:  # a stack of which a scan takes one
         return None
-    stored_std = np.sqrt(np.maximum(stored_var, 0) + norm.eps)
     unit = np.sqrt((np.square(std) + norm.eps).mean())
     if not unit or not stored_std.any():
         return None
@@ -316,12 +325,12 @@ def _kernels(
 ) -> dict[str, tuple[float, float, float]]:
     """A kernel's magnitude over the references', the cosine between theirs, and with their mean.
 
-    By layer, but for those inside the stems of one of the networks.
+    By layer, but for those inside stems or heads of one of the networks.
     """
     networks = (model, *references)
     found = {}
     for name in names:
-        if any(_in_stem(net, network, name) for network in networks):
+        if any(_outside(net, network, name) for network in networks):
             continue
         trees = (n.trunk if isinstance(n, Merged) else n for n in networks)
         mine, *others = (kernels(net, tree, [name])[0] for tree in trees)
@@ -335,9 +344,11 @@ def _kernels(
     return found
 
 
-def _in_stem(net: Network, network: PyTree | Merged, name: str) -> bool:
-    """Whether a network has a kernel per model at a layer, or none."""
-    return isinstance(network, Merged) and bool(network.cut) and net.in_stem(name, network.cut)
+def _outside(net: Network, network: PyTree | Merged, name: str) -> bool:
+    """Whether a network has a kernel per model at a layer."""
+    return isinstance(network, Merged) and (
+        (network.cut > 0 and net.in_stem(name, network.cut)) or network.in_heads(name)
+    )
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 Everything is a mean or a deviation over samples, so that batches, and pieces of a batch, merge as
 moments do. All of it is in the unit of the values, none in its square, so that whatever float32
 holds is measured: squares are taken of values that were scaled near one. At a site, a network has
-one row of numbers, or one per model where the site lies inside the stems of a `Merged`.
+one row of numbers, or one per model where the site lies inside stems or heads of a `Merged`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,21 @@ class Rows:
     spread: dict[str, Array]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """A network whose values count in the basis of a merge.
+
+    Attributes:
+        network: Its variables, or a `Merged` whose stems and heads are the models' own.
+        maps: Of each model, by group, what maps its features there: `[m, n]`, or a permutation
+            `int[n]`.
+    """
+
+    network: PyTree | Merged
+    maps: tuple[dict[str, Array], ...]
+
+
 class Job(NamedTuple):
     """What a pass measures: hashable, so that it is the key of a compilation."""
 
@@ -119,8 +134,7 @@ def _measure(
 ) -> tuple[tuple[Rows, ...], list[Array]]:
     if mesh is not None:
         return on_mesh(functools.partial(_batch, job), mesh)(state, x), []
-    first = state[0][0]
-    parts = pieces(job.net, first.trunk if isinstance(first, Merged) else first, x)
+    parts = pieces(job.net, _tree_of(state[0][0]), x)
     return by_pieces(lambda x: (_batch(job, state, x), []), _merge, parts, x)
 
 
@@ -217,13 +231,30 @@ def _each(
     return tuple(found)
 
 
+def _tree_of(network: Any) -> PyTree:
+    network = network.network if isinstance(network, Carried) else network
+    return network.trunk if isinstance(network, Merged) else network
+
+
 def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
     """Values at every site, one per row, in float32 or better."""
+    maps: tuple[Any, ...] = network.maps if isinstance(network, Carried) else ()
+    network = network.network if isinstance(network, Carried) else network
     if isinstance(network, Merged):
         _, found = network.read(x, job.sources)
+        trees = {True: network.stems, False: network.heads}
+        for source in job.sources if maps else ():
+            if network.apart(source):
+                parts = trees[network.in_stems(source)]
+                found[source] = tuple(
+                    network.net_of(k).map_site(parts[k], x, source, value, maps[k])
+                    for k, value in enumerate(found[source])
+                )
     else:
-        _, found = job.net.run(network, x, capture=job.sources)
-        found = {source: (value,) for source, value in found.items()}
+        _, values = job.net.run(network, x, capture=job.sources)
+        found = {source: (value,) for source, value in values.items()}
+        for source in job.sources if maps else ():
+            found[source] = (job.net.map_site(network, x, source, values[source], maps[0]),)
     return {
         site.source: tuple(arrange(value, site)[0] for value in found[site.source])
         for site in job.sites

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._arguments import check_merged, weights_for
 from vfjax._batches import check_finite_means
 from vfjax._fits import check_fits
-from vfjax._merged import Merged, check_merged, weights_for
+from vfjax._merged import Merged
 from vfjax._tree import check_finite, flatten_named
+from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
 from vfjax.network import Network, check_net
@@ -43,8 +45,8 @@ class Features:
     """Features and offsets of K networks, by site; made by `features`.
 
     A pytree. All numbers are float32 or better, in the units of the site's values. Inside the stems
-    of a `Merged`, where a site exists once per model, each is the weighted average of the models'
-    numbers, so that layers which are kept apart count as whole as their models are.
+    and heads of a `Merged`, where a site exists once per model, each is the weighted average of the
+    models' numbers, so that layers which are kept apart count as whole as their models are.
 
     Attributes:
         feature: `[K]`, `E ||f(x) - f(0)||_2`: the norm is over all axes of an example, the mean
@@ -187,6 +189,7 @@ def features(
     data: Iterable[Any],
     *,
     references: Sequence[PyTree | Merged] = (),
+    maps: Maps | None = None,
     weights: Sequence[float] | None = None,
     sites: Sites = "taps",
 ) -> Features:
@@ -204,6 +207,8 @@ def features(
         variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of such.
         data: Re-iterable of `x` or `(x, label)`.
         references: Edge models, or the network before pruning, to compare with.
+        maps: What the edge models, as trees, were merged through, if they are not aligned: their
+            values are carried into the basis of the merge.
         weights: One per reference, summing to one, for means over references. None for those that a
             network was made with, where it is a `Merged` of as many models (each network by its
             own, if there are several), and for 1/R each otherwise.
@@ -244,6 +249,7 @@ def features(
     check_net(net)
     mine = as_networks(net, variables, "variables")
     others = as_networks(net, references, "references") if _given(references) else ()
+    carried = (*mine, *others) if maps is None else carry(net, mine, others, maps)
     if weights is not None and not others:
         raise ValueError("weights are those of the references, and there are none")
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
@@ -252,10 +258,11 @@ def features(
     job = _measure.Job(net, chosen)
 
     networks = (*mine, *others)
-    shifts = _measure.offsets(job, networks)
+    shifts = _measure.offsets(job, carried)
     at_zero = jax.tree.map(np.asarray, shifts)
+    _check_rows(job, at_zero)
     _check_defined(job, at_zero)
-    rows = _measure.measure(job, networks, shifts, data)
+    rows = _measure.measure(job, carried, shifts, data)
     means = {
         site.name: np.concatenate([np.ravel(r.mean[site.name]) for r in rows]) for site in job.sites
     }
@@ -312,12 +319,50 @@ def as_networks(net: Network, given: Any, name: str) -> tuple[PyTree | Merged, .
     for label, network in zip(labels, given, strict=True):
         if isinstance(network, Merged):
             check_merged(net, network)
-            leaves = (network.stems, network.trunk, dict(network.corrections))
-            check_finite(flatten_named(leaves, name=label)[0], name=label)
+            network.check(label)
         else:
             check_fits(net, network, label)
             check_finite(flatten_named(network, name=label)[0], name=label)
     return tuple(given)
+
+
+def carry(
+    net: Network, merged: Sequence[PyTree | Merged], edges: Sequence[PyTree | Merged], maps: Maps
+) -> tuple[Any, ...]:
+    """Merged networks and edge models, whose values count in the basis of the merge.
+
+    What is the models' own, in edge models and in stems and heads, is mapped there.
+
+    Raises:
+        TypeError: If `maps` is no `Maps`.
+        ValueError: If there are not as many trees as it maps, or it does not fit the network.
+    """
+    if not isinstance(maps, Maps):
+        raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+    if any(isinstance(network, Merged) for network in edges):
+        raise ValueError("maps carry edge models, and references has a Merged; give trees")
+    maps.check((net,) * len(edges), len(edges))
+    # Stems and heads are permuted already.
+    mixing = tuple({g: jnp.asarray(pair[0]) for g, pair in of.items()} for of in maps.mixing)
+    merging = [{g: jnp.asarray(m) for g, m in of.items()} for of in maps.merging]
+    own = [
+        _measure.Carried(network, mixing)
+        if isinstance(network, Merged) and (network.stems or network.heads)
+        else network
+        for network in merged
+    ]
+    return (*own, *(_measure.Carried(e, (m,)) for e, m in zip(edges, merging, strict=True)))
+
+
+def _check_rows(job: _measure.Job, at_zero: _measure.Offsets) -> None:
+    for site in job.sites:
+        for zero in at_zero:
+            shapes = {np.shape(value) for value in zero[site.source]}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"'{site.name}' has values of shapes {sorted(shapes)} in the heads of the "
+                    "models, which have no mean; name other sites"
+                )
 
 
 def _given(references: Any) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._merged import Merged, check_merged, weights_for
+from vfjax._arguments import check_merged, weights_for
+from vfjax._merged import Merged
 from vfjax.diagnose._sites import kernels
 from vfjax.diagnose.features import as_networks
 from vfjax.network import Layer, Network
@@ -85,8 +86,13 @@ def rescale_product(
 def _magnitude(net: Network, network: PyTree | Merged, layers: Sequence[Layer]) -> float:
     """Mean absolute value of the kernels of some layers, as the layers use them."""
     if isinstance(network, Merged):
-        if network.cut and net.in_stem(layers[0].name, network.cut):
-            each = [_magnitude(net, stem, layers) for stem in network.stems]
+        name, trees = layers[0].name, ()
+        if network.cut and net.in_stem(name, network.cut):
+            trees = network.stems
+        elif network.in_heads(name):
+            trees = network.heads
+        if trees:
+            each = [_magnitude(network.net_of(k), t, layers) for k, t in enumerate(trees)]
             return float(np.dot(network.weights, each))
         return _magnitude(net, network.trunk, layers)
     found = kernels(net, network, [layer.name for layer in layers])

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vfjax._arguments import weights_for
 from vfjax._files import write_whole
-from vfjax._merged import Merged, weights_for
+from vfjax._merged import Merged
+from vfjax.align._maps import Maps
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
 from vfjax.diagnose._findings import LayerFinding, NormFinding
@@ -244,6 +246,7 @@ def report(
     data: Iterable[Any],
     *,
     references: Sequence[PyTree | Merged],
+    maps: Maps | None = None,
     weights: Sequence[float] | None = None,
     sites: Sites = "layers",
     threshold: float = 0.5,
@@ -265,7 +268,7 @@ def report(
     - RESET: stored statistics of a norm are off what it reads, beyond the references' own, by a
       factor of 1.25 in standard deviation or by 0.5 standard deviations in mean. Moments behind
       such a norm say nothing of layers, so the next two are left to a second report;
-    - RESCALE or REPAIR: moments of a layer outside of stems are off by as much, and the first such
+    - RESCALE or REPAIR: moments of a layer of the trunk are off by as much, and the first such
       layer decides, as nothing upstream confounds it: RESCALE if its standard deviation is off and
       scaling puts its means within 0.5 standard deviations of the references', else REPAIR. No
       scale brings back features where none are left: such layers decide last, by their means;
@@ -279,14 +282,16 @@ def report(
       varies with the input;
     - none known: none of these either.
 
-    Calls name what was passed here `net`, `merged`, `data` and `references`, and a random key
-    `key`; they pass the references' weights wherever they would take others by themselves.
+    Calls name what was passed here `net`, `merged`, `data`, `references` and `maps`, and a random
+    key `key`; they pass the references' weights wherever they would take others by themselves.
 
     Args:
         net: The traced network.
         variables: A tree of its variables, or a `vfjax.merge.Merged`: one network.
         data: Re-iterable of `x` or `(x, label)`.
         references: The edge models, aligned as they were merged, or the network before pruning.
+        maps: What the edge models, as trees, were merged through, if they are not aligned: their
+            values and kernels are carried into the basis of the merge.
         weights: One per reference, summing to one. None for those of `variables`, if that is a
             `Merged` of as many models, else 1/R each.
         sites: As in `features`; those on the main path count, and the output always. Remedies act
@@ -341,19 +346,22 @@ def report(
         model,
         data,
         references=list(others),
+        maps=maps,
         weights=weights_for(model, weights, len(others)),
         sites=list(dict.fromkeys([*names, *norms, *path])),
     )
+    aligned = others if maps is None else tuple(maps.apply(net, others))
     bound = bound_sequence(found, sites=path)
     smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
     collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
-    rows = _findings.layer_findings(net, model, others, found, bound, smoothed)
+    rows = _findings.layer_findings(net, model, aligned, found, bound, smoothed)
     stored = _findings.norm_findings(
-        net, model, others, found, mean_error=_advice.MEAN_OFF, std_ratio=_advice.STD_OFF
+        net, model, aligned, found, mean_error=_advice.MEAN_OFF, std_ratio=_advice.STD_OFF
     )
     case = _advice.Case(
         net=net,
-        cut=model.cut if isinstance(model, Merged) else 0,
+        merged=model.merged if isinstance(model, Merged) else slice(0, net.depth),
+        mapped=maps is not None,
         weights=found.weights,
         own_weights=weights_for(model, None, len(others)),
         trees=not any(isinstance(other, Merged) for other in others),

@@ -99,8 +99,8 @@ def cka(
         second: Likewise; the two may be of different architectures that take the same input.
         data: Re-iterable of `x` or `(x, label)`; kept on the device up to 1 GiB.
         sites: Sites of both: `"taps"`, `"layers"`, `"paper"` or a list of names, as in
-            `vfjax.diagnose.features`. Sites inside the stems of a `Merged`, which have several
-            values, are left out.
+            `vfjax.diagnose.features`. Sites inside stems and heads of a `Merged`, which have
+            several values, are left out.
         second_sites: Those of the second network, if they are others.
         estimator: `"exact"` or `"minibatch"`.
         memory: Bytes that `"exact"` may take for its matrices and features.
@@ -113,7 +113,7 @@ def cka(
         TypeError: If a network is neither of the two, a leaf is no array, a site holds no array of
             real numbers, or data has another structure or dtype than was traced.
         ValueError: If variables do not fit or hold NaN or infinite values, the networks take
-            different inputs, a site does not exist, lies inside of stems or has no axis of
+            different inputs, a site does not exist, lies inside of stems or heads or has no axis of
             examples, the estimator is unknown, data is empty or exhausted or too small, makes a
             site NaN or infinite, or `"exact"` needs more than `memory`.
 
@@ -232,30 +232,29 @@ def _check_alike(first: Merged, second: Merged) -> None:
 
 def _same(first: Merged, second: Merged) -> bool:
     """Whether two networks are one and the same object, wrapped or not."""
-    parts = [(m.net, m.cut, m.weights, m.trunk, m.stems, m.corrections) for m in (first, second)]
-    net, cut, weights, trunk, stems, corrections = zip(*parts, strict=True)
+    parts = ("trunk", "stems", "heads", "merge", "unmerge", "corrections")
+    pairs = [(getattr(first, part), getattr(second, part)) for part in parts]
     return (
-        net[0] is net[1]
-        and trunk[0] is trunk[1]
-        and cut[0] == cut[1]
-        and weights[0] == weights[1]
-        and (stems[0] is stems[1] or not cut[0])
-        and (corrections[0] is corrections[1] or not any(corrections))
+        first.frame == second.frame
+        and first.weights == second.weights
+        and all(one is other or not (one or other) for one, other in pairs)
     )
 
 
 def _names(model: Merged, sites: Sites) -> tuple[str, ...]:
     """Names of sites; of those that a word stands for, the ones that have a single value."""
     names = resolve_sites(model.net, sites)
-    apart = [name for name in names if model.cut and model.apart(name)]
+    apart = [name for name in names if model.apart(name)]
     if apart and not isinstance(sites, str):
         raise ValueError(
-            f"the sites {_tree.some(apart)} lie inside the stems, where each model has a value of "
-            "its own; compare the models themselves there"
+            f"the sites {_tree.some(apart)} lie inside the stems or heads, where each model has a "
+            "value of its own; compare the models themselves there"
         )
     kept = tuple(name for name in names if name not in apart)
     if not kept:
-        raise ValueError(f"all sites of {sites!r} lie inside the stems; name others: ['output']")
+        raise ValueError(
+            f"all sites of {sites!r} lie inside the stems or heads; name others, of the trunk"
+        )
     return kept
 
 

@@ -1,0 +1,426 @@
+"""Renormalising and diagnosing what was merged through maps, with stems and heads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vfjax
+from vfjax import diagnose, merge, renorm, stats
+from vfjax.align import Maps
+
+ROUNDING = 1e-4
+
+
+def close(actual, expected, tol=ROUNDING):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
+
+
+# ------------------------------------------------------------------------------------- networks
+
+
+def along(v, x):
+    return jnp.broadcast_to(v, x.shape)
+
+
+def norm(p, x):
+    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
+    return (x - along(p["mean"], x)) * along(root, x) + along(p["bias"], x)
+
+
+def conv(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def residual(v, x):
+    """Norms, a shortcut with a kernel, and a stream that crosses cuts inside the second block."""
+    x = jax.nn.relu(norm(v["n0"], conv(x, v["w0"])))
+    y = jax.nn.relu(norm(v["n1"], conv(x, v["w1"])))
+    x = jax.nn.relu(norm(v["n2"], conv(y, v["w2"])) + norm(v["n5"], conv(x, v["short"])))
+    y = jax.nn.relu(norm(v["n3"], conv(x, v["w3"])))
+    x = jax.nn.relu(norm(v["n4"], conv(y, v["w4"])) + x)
+    x = x.mean((1, 2)) @ v["head"]
+    return x + along(v["bias"], x)
+
+
+def heads(v, x):
+    """Layers with biases, one of them with two channel axes, on rows."""
+    x = jax.nn.relu((z := x @ v["w1"]) + along(v["b1"], z))
+    z = jnp.einsum("bd,dhe->bhe", x, v["w2"])
+    x = jax.nn.relu(z + along(v["b2"], z))
+    x = jnp.einsum("bhe,heo->bo", x, v["w3"])
+    x = jax.nn.relu(x + along(v["b3"], x))
+    x = x @ v["w4"]
+    return x + along(v["b4"], x)
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape) / np.sqrt(max(np.prod(shape[:-1]), 1)), "float32")
+
+
+def draw(name, seed, classes=3):
+    rng = np.random.default_rng([seed, 11])
+    if name == "heads":
+        shapes = {"w1": (4, 6), "w2": (6, 2, 3), "w3": (2, 3, 5), "w4": (5, classes)}
+        found = {key: normal(rng, *shape) for key, shape in shapes.items()}
+        sizes = {"b1": (6,), "b2": (2, 3), "b3": (5,), "b4": (classes,)}
+        return found | {key: 0.3 * normal(rng, *shape) for key, shape in sizes.items()}
+    sizes = {"w0": (2, 4), "w1": (4, 5), "w2": (5, 6), "short": (4, 6), "w3": (6, 4), "w4": (4, 6)}
+    found = {key: normal(rng, 3, 3, *size) for key, size in sizes.items()}
+    for k, n in enumerate((4, 5, 6, 4, 6, 6)):
+        found[f"n{k}"] = {
+            "mean": 0.1 * normal(rng, n),
+            "var": 0.5 + jnp.abs(normal(rng, n)),
+            "scale": 1 + 0.1 * normal(rng, n),
+            "bias": 0.1 * normal(rng, n),
+        }
+    return found | {"head": normal(rng, 6, classes), "bias": 0.1 * normal(rng, classes)}
+
+
+APPLY = {"residual": residual, "heads": heads}
+SHAPE = {"residual": (8, 5, 5, 2), "heads": (40, 4)}
+_NETS = {}
+
+
+def case(name, models=2, classes=3):
+    x = 1 + jax.random.normal(jax.random.key(3), SHAPE[name])
+    trees = [draw(name, seed, classes if seed else 3) for seed in range(models)]
+    if name not in _NETS:
+        _NETS[name] = vfjax.trace(APPLY[name], trees[0], x)
+    return _NETS[name], trees, x
+
+
+def random_zip(net, models):
+    rng = np.random.default_rng(4)
+    labels = {
+        group: rng.permutation([*range(n), *rng.integers(n, size=(models - 1) * n)])
+        for group, n in net.spec.sizes.items()
+    }
+    return Maps.of_labels(labels, models)
+
+
+def dense(net, models):
+    """Invertible maps of all models but the first, as canonical correlations give."""
+    rng = np.random.default_rng(5)
+    maps: list[dict] = [{}]
+    for _ in range(models - 1):
+        maps.append({})
+        for group, n in net.spec.sizes.items():
+            m = np.eye(n) + 0.4 * rng.standard_normal((n, n)) / np.sqrt(n)
+            maps[-1][group] = m.astype(np.float32), np.linalg.inv(m).astype(np.float32)
+    return Maps(tuple(maps))
+
+
+MAPS = {"zip": random_zip, "dense": dense}
+
+
+def of_site(value, axes):
+    value = np.asarray(value, np.float64)
+    return value.mean(axes), value.var(axes)
+
+
+def leaf(tree, path):
+    return vfjax._tree.flatten_named(tree)[0][path]
+
+
+def check_norms(model, x):
+    """Every norm outside of stems stores the moments of what it reads, of one batch."""
+    net = model.net
+    measured = [n for n in net.norms if not (model.cut and net.in_stem(n.site, model.cut))]
+    assert measured
+    _, found = model.read(x, [n.site for n in measured])
+    for n in measured:
+        trees = model.heads if model.in_heads(n.site) else (model.trunk,)
+        assert len(found[n.site]) == len(trees)
+        for value, tree in zip(found[n.site], trees, strict=True):
+            mean, var = of_site(value, n.sample_axes)
+            close(leaf(tree, n.mean), mean, 1e-3)
+            close(leaf(tree, n.var), var, 1e-3)
+
+
+# ------------------------------------------------------------------------------------------- RESET
+
+
+@pytest.mark.parametrize("sweeps", ["batch", "layer"])
+@pytest.mark.parametrize("kind", list(MAPS))
+def test_reset_measures_what_merging_left_unknown(kind, sweeps):
+    net, trees, x = case("residual", 3)
+    found = MAPS[kind](net, 3)
+    tree = merge.interpolate(found.apply(net, trees))
+    assert len(jax.tree.leaves(tree)) == len(jax.tree.leaves(trees[0])) - 6
+    new = renorm.reset(net, tree, [x], sweeps=sweeps)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, trees[0])
+    check_norms(merge.as_merged(net, new), x)
+    for name in ("w3", "bias"):
+        np.testing.assert_array_equal(new[name], tree[name])
+
+
+@pytest.mark.parametrize("merged", [slice(None, 2), slice(1, 4), slice(3, None), slice(4, 4)])
+def test_reset_of_models_with_stems_and_heads(merged):
+    net, trees, x = case("residual")
+    model = merge.partial(net, trees, random_zip(net, 2), merged=merged)
+    for sweeps in ("batch", "layer"):
+        new = renorm.reset(net, model, [x], sweeps=sweeps)
+        assert (new.cut, new.end) == (model.cut, model.end)
+        check_norms(new, x)
+        for one, two in zip(new.stems, model.stems, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, two)
+        for out in jax.tree.leaves(new(x)):
+            assert np.isfinite(out).all()
+
+
+def test_reset_on_several_batches_pools_them_in_heads_too():
+    net, trees, x = case("residual")
+    model = merge.partial(net, trees, random_zip(net, 2), merged=slice(1, 3))
+    new = renorm.reset(net, model, [x[:5], x[5:]], sweeps="layer")
+    check_norms(new, x)
+    crossings = [model.crossing(x[:5]), model.crossing(x[5:])]
+    other = renorm.reset(net, model, crossings, sweeps="layer")
+    jax.tree.map(lambda a, b: close(a, b, 1e-3), other, new)
+
+
+# --------------------------------------------------------------------------------- REPAIR, RESCALE
+
+
+def check_moments(model, x, goals, names, *, means):
+    _, found = model.run(x, capture=names)
+    layers = {layer.name: layer for layer in model.net.layers}
+    goal_mean, goal_std = goals
+    for name in names:
+        mean, var = of_site(found[name], layers[name].sample_axes)
+        close(np.sqrt(var), goal_std[name], 1e-3)
+        if means and layers[name].bias is not None:  # else it goes into the norm behind
+            close(mean, goal_mean[name], 1e-3)
+
+
+def carried_by_hand(net, trees, maps, x, names, weights):
+    """Goals: of the values of each model, mapped at the layer, means and standard deviations."""
+    mean, std = {}, {}
+    layers = {layer.name: layer for layer in net.layers}
+    for name in names:
+        rows = []
+        for tree, of in zip(trees, maps.merging, strict=True):
+            value = net.run(tree, x, capture=[name])[1][name]
+            rows.append(of_site(net.map_site(tree, x, name, value, of), layers[name].sample_axes))
+        mean[name] = sum(w * m for w, (m, _) in zip(weights, rows, strict=True))
+        std[name] = sum(w * np.sqrt(v) for w, (_, v) in zip(weights, rows, strict=True))
+    return mean, std
+
+
+@pytest.mark.parametrize("kind", list(MAPS))
+@pytest.mark.parametrize("name", list(APPLY))
+def test_goals_are_the_models_own_moments_in_the_basis_of_the_merge(name, kind):
+    net, trees, x = case(name, 3)
+    found = MAPS[kind](net, 3)
+    weights = (0.5, 0.3, 0.2)
+    tree = merge.interpolate(found.apply(net, trees), weights)
+    names = [layer.name for layer in net.layers]  # shortcuts, and two channel axes
+    goals = carried_by_hand(net, trees, found, x, names, weights)
+    moments = stats.moments(net, trees, [x], sites="all", covariance=names)
+    for references in (trees, moments):
+        options = {"references": references, "maps": found, "weights": weights, "sites": "all"}
+        new = (
+            merge.as_merged(net, repaired)
+            if not isinstance(repaired := renorm.repair(net, tree, [x], **options), merge.Merged)
+            else repaired
+        )
+        check_moments(new, x, goals, names, means=True)
+    new = renorm.rescale(net, merge.as_merged(net, tree), [x], **options)
+    check_moments(new, x, goals, names, means=False)
+    # Carried beforehand, moments are references as any.
+    carried = found.carry(moments)
+    again = renorm.rescale(
+        net, merge.as_merged(net, tree), [x], references=carried, weights=weights, sites="all"
+    )
+    jax.tree.map(close, again, new)
+
+
+@pytest.mark.parametrize("name", list(APPLY))
+def test_partial_merges_are_repaired_in_their_trunk(name):
+    net, trees, x = case(name)
+    found = random_zip(net, 2)
+    depth = net.depth
+    for merged in (slice(1, 3), slice(None, depth - 1), slice(2, None)):
+        model = merge.partial(net, trees, found, merged=merged)
+        options = {"references": trees, "maps": found, "sites": "all"}
+        new = renorm.repair(net, model, [x], **options)
+        inside = [
+            layer.name
+            for layer in net.layers
+            if not model.in_heads(layer.name)
+            and (not model.in_stems(layer.name) and layer.depth >= model.cut)
+            and (not model.cut or layer.main or not net.in_stem(layer.name, model.cut))
+        ]
+        goals = carried_by_hand(net, trees, found, x, inside, (0.5, 0.5))
+        check_moments(new, x, goals, inside, means=True)
+        for one, two in zip(new.stems, model.stems, strict=True):  # corrected behind the maps
+            jax.tree.map(np.testing.assert_array_equal, one, two)
+        if name == "heads":
+            for one, two in zip(new.heads, model.heads, strict=True):
+                jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_permutations_as_maps_do_with_variances_alone():
+    net, trees, x = case("heads")
+    moves = [{}, net.spec.random(jax.random.key(1))]
+    found = Maps.of_permutations(moves)
+    aligned = [trees[0], net.spec.permute(trees[1], moves[1])]
+    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    expected = renorm.repair(net, model, [x], references=aligned)
+    plain = stats.moments(net, trees, [x], sites="all")
+    for references in (trees, plain):
+        new = renorm.repair(net, model, [x], references=references, maps=found)
+        jax.tree.map(close, new, expected)
+
+
+def test_references_with_classes_of_their_own():
+    net, trees, x = case("heads", classes=7)
+    found = random_zip(net, 2)
+    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    new = renorm.repair(net, model, [x], references=trees, maps=found)
+    layers = ["w1", "w2", "w3"]
+    each = [stats.moments(net, [tree], [x], sites="paper", covariance=layers) for tree in trees]
+    other = renorm.repair(net, model, [x], references=each, maps=found)
+    jax.tree.map(close, other, new)
+    assert [out.shape for out in new(x)] == [(40, 3), (40, 7)]
+    found = diagnose.features(net, model, [x], sites=["w1", "w2", "w3:act"])
+    assert all(np.isfinite(found.feature[site]).all() for site in found.names)
+    with pytest.raises(ValueError, match=r"'w4' has values of shapes .* in the heads"):
+        diagnose.features(net, model, [x], sites="layers")
+
+
+def test_what_moments_lack_is_said():
+    net, trees, x = case("heads")
+    found = random_zip(net, 2)
+    tree = merge.interpolate(found.apply(net, trees))
+    plain = stats.moments(net, trees, [x])
+    with pytest.raises(ValueError, match=r'covariance=\["w1"\]'):
+        renorm.repair(net, tree, [x], references=plain, maps=found)
+    with pytest.raises(ValueError, match="a sequence of moments of one model each"):
+        renorm.repair(net, tree, [x], references=[plain, plain], maps=found)
+    with pytest.raises(TypeError, match=r"maps must be a vfjax\.align\.Maps"):
+        renorm.repair(net, tree, [x], references=trees, maps=[{}, {}])
+    with pytest.raises(ValueError, match="the 2 models matched, got 3"):
+        renorm.repair(net, tree, [x], references=[*trees, trees[0]], maps=found)
+
+
+# ------------------------------------------------------------------------------------------ biases
+
+
+def test_biases_change_in_the_trunk_alone():
+    net, trees, _ = case("heads")
+    model = merge.partial(net, trees, merged=slice(1, 3))
+    new = renorm.remove_bias(net, model, last="all")
+    assert not new.trunk["b2"].any() and not new.trunk["b3"].any()
+    new = renorm.remove_bias(net, model, last=2)
+    assert new.trunk["b2"].any() and not new.trunk["b3"].any()
+    calibrated = renorm.calibrate_bias(net, model)
+    close(calibrated.trunk["b3"], model.trunk["b3"] / 4)
+    found = random_zip(net, 2)
+    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    mapped = found.apply(net, trees)
+    calibrated = renorm.calibrate_bias(net, model, references=mapped)
+    close(calibrated.trunk["b2"], (mapped[0]["b2"] + mapped[1]["b2"]) / 4)
+    for part in ("stems", "heads"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(calibrated, part), getattr(model, part))
+
+
+# --------------------------------------------------------------------------------------- diagnosis
+
+
+def test_features_of_models_with_heads_are_means_over_heads():
+    net, trees, x = case("heads")
+    model = merge.partial(net, trees, random_zip(net, 2), merged=slice(1, 3), alpha=0.25)
+    found = diagnose.features(net, model, [x], sites=["w1", "w3", "w4", "output"])
+    zero = jnp.zeros_like(x)
+    _, here = model.read(x, ["w4", "w3"])
+    _, there = model.read(zero, ["w4", "w3"])
+    for site, weights in (("w4", (0.75, 0.25)), ("w3", (1.0,))):
+        lengths = [
+            np.linalg.norm(a - b, axis=-1).mean()
+            for a, b in zip(here[site], there[site], strict=True)
+        ]
+        close(found.feature[site], [np.dot(weights, lengths)])
+    close(found.feature["output"], found.feature["w4"])
+
+
+def test_references_are_carried_into_the_basis_of_the_merge():
+    net, trees, x = case("heads")
+    for maps in (random_zip(net, 2), dense(net, 2)):
+        tree = merge.interpolate(maps.apply(net, trees))
+        sites = ["w1", "w1:act", "w2", "w3:act", "w4"]
+        found = diagnose.features(net, tree, [x], references=trees, maps=maps, sites=sites)
+        moments = stats.moments(net, trees, [x], sites=sites, covariance=sites[:4])
+        carried = maps.carry(moments)
+        for site in sites:
+            close(found.references.mean[site], carried.mean[site])
+            close(found.references.std[site], carried.std[site])
+        # At the ends nothing is mapped.
+        plain = diagnose.features(net, tree, [x], references=trees, sites=sites)
+        close(found.references.feature["w4"], plain.references.feature["w4"])
+
+
+def test_reports_on_a_model_merged_with_a_permuted_copy_of_itself():
+    net, trees, x = case("residual")
+    tree = renorm.reset(net, trees[0], [x], sweeps="layer")
+    moves = net.spec.random(jax.random.key(2))
+    copies = [tree, net.spec.permute(tree, moves)]
+    found = Maps.of_permutations([None, vfjax.symmetry.invert(moves)])
+    for merged in (slice(None), slice(1, 3), slice(None, 4)):
+        model = merge.partial(net, copies, found, merged=merged)
+        report = diagnose.report(net, model, [x], references=copies, maps=found)
+        assert [advice.remedy for advice in report.advice] == ["nothing to do"]
+        close(report.layers[-1].relative, 1.0)
+        for row in report.layers:
+            assert row.mean_shift < 1e-3 and abs(row.std_ratio - 1) < 1e-3
+            assert row.apart == model.apart(row.site)
+        kernels = [row.merge_cosine for row in report.layers if not np.isnan(row.merge_cosine)]
+        close(kernels, np.ones(len(kernels)))
+
+
+def test_reports_on_partial_zips_say_what_to_do():
+    net, trees, x = case("residual")
+    trees = [renorm.reset(net, tree, [x], sweeps="layer") for tree in trees]
+    found = random_zip(net, 2)
+    model = merge.partial(net, trees, found, merged=slice(None, 4))
+    with pytest.raises(ValueError, match=r"renorm\.reset"):
+        diagnose.report(net, model, [x], references=trees, maps=found)
+    model = renorm.reset(net, model, [x], sweeps="layer")
+    report = diagnose.report(net, model, [x], references=trees, maps=found)
+    assert not any(norm.stale for norm in report.norms)
+    assert "vfjax" in str(report) or report.advice
+    # A head whose statistics are those of before is found out.
+    stale = renorm.reset(net, merge.partial(net, trees, found, merged=slice(None, 4)), [x])
+    old = [{**head, "n4": {**head["n4"], "var": 9 * head["n4"]["var"]}} for head in stale.heads]
+    report = diagnose.report(
+        net, dataclasses.replace(stale, heads=tuple(old)), [x], references=trees, maps=found
+    )
+    assert "RESET" in [advice.remedy for advice in report.advice]
+
+
+def test_other_diagnoses_take_models_with_heads():
+    net, trees, x = case("heads")
+    model = merge.partial(net, trees, merged=slice(1, 3))
+    found = diagnose.cka(model, (net, trees[0]), [x])
+    assert found.first == ("w1:act", "w2:act") or "w4:act" not in found.first
+    with pytest.raises(ValueError, match="inside the stems or heads"):
+        diagnose.cka(model, (net, trees[0]), [x], sites=["w4"])
+    same = merge.partial(net, [trees[0]] * 2, merged=slice(1, 3))
+    factors = diagnose.rescale_product(net, same, [trees[0]])
+    close(list(factors.values()), np.ones(len(factors)))
+
+
+def test_test_accuracy_of_every_head():
+    net, trees, x = case("heads")
+    model = merge.partial(net, trees, random_zip(net, 2), merged=slice(1, 3))
+    label = jnp.argmax(model(x)[1], -1)
+    found = vfjax.train.evaluate(lambda m, x: m(x)[1], model, [(x, label)])
+    assert found.accuracy == 1.0
