@@ -680,7 +680,7 @@ def test_examples_in_docstrings(name):
     assert found.attempted and not found.failed
 
 
-@pytest.mark.parametrize("name", ["routing", "passes", "tracing", "diagnosis"])
+@pytest.mark.parametrize("name", ["routing", "passes", "tracing", "diagnosis", "zip"])
 def test_benchmarks_run(name, tmp_path):
     benchmark = importlib.import_module(name)
     path = benchmark.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])

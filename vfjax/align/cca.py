@@ -34,7 +34,7 @@ def cca(
     trees: Sequence[PyTree],
     data: Iterable[Any],
     *,
-    regularization: float = 1e-2,
+    regularization: float = 1.0,
     relative: bool = True,
     dtype: Any = None,
 ) -> Maps:
@@ -61,7 +61,9 @@ def cca(
             most `sqrt((largest variance + ridge) / ridge)` of directions, of one model and the
             other, so a ridge bounds what maps can amplify.
         relative: Whether the ridge is that share of a model's mean variance at the taps, which
-            makes it blind to the scale of features, or (False) in the features' own units.
+            makes it blind to the scale of features, or (False) in the features' own units, as the
+            paper's 0.1. With much less than the mean variance, directions of little variance decide
+            as much as others.
         dtype: Of the decompositions and maps, `np.float32` or `np.float64`; None for that of the
             moments, float32 unless the network computes in float64.
 
@@ -108,7 +110,7 @@ def cca_moments(
     net: Network,
     moments: stats.Moments,
     *,
-    regularization: float = 1e-2,
+    regularization: float = 1.0,
     relative: bool = True,
     dtype: Any = None,
 ) -> Maps:
@@ -151,7 +153,7 @@ def canonical_correlations(
     net: Network,
     moments: stats.Moments,
     *,
-    regularization: float = 1e-2,
+    regularization: float = 1.0,
     relative: bool = True,
     dtype: Any = None,
 ) -> dict[str, np.ndarray]:

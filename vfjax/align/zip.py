@@ -8,8 +8,9 @@ is the zip.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -19,13 +20,20 @@ from vfjax._tree import check_trees
 from vfjax.align._covariances import tap_covariances
 from vfjax.align._greedy import greedy_groups
 from vfjax.align._maps import Maps
+from vfjax.align._matchers import (
+    identity_groups,
+    kmeans_groups,
+    optimal_groups,
+    permute_groups,
+)
 from vfjax.align.activations import PLACE, correlation
 from vfjax.network import Network, check_net
 
-__all__ = ["zip_features", "zip_moments"]
+__all__ = ["merged_correlation", "zip_features", "zip_moments"]
 
 Array = jax.Array
 PyTree = Any
+Matcher = Literal["greedy", "optimal", "kmeans", "permute", "identity"]
 
 
 def zip_features(
@@ -33,23 +41,37 @@ def zip_features(
     trees: Sequence[PyTree],
     data: Iterable[Any],
     *,
+    matcher: Matcher = "greedy",
     alpha: float = 0.3,
     beta: float = 0.125,
+    key: Array | None = None,
 ) -> Maps:
-    """Matches the features of K models greedily by correlation, as ZipIt! does.
+    """Matches the features of K models by correlation, within models too, as ZipIt! does.
 
-    Pairs are merged from the most correlated on until a group has its size again. A merged feature
-    goes back among the others; it has with any other the least of its parts' correlations, times
-    `alpha`, and counts for the model of its first part.
+    Matchers:
+
+    * `"greedy"`, ZipIt!'s: pairs are merged from the most correlated on until a group has its size
+      again. A merged feature goes back among the others; it has with any other the least of its
+      parts' correlations, times `alpha`, and counts for the model of its first part.
+    * `"optimal"`, for two models: the pairs, within or between models without a budget, of the
+      largest sum of correlations. Needs networkx (extra `matching`); some seconds for hundreds of
+      features, where the plain algorithm takes minutes.
+    * `"kmeans"`: clusters of standardised features, of any size.
+    * `"permute"`: the features of each model are paired with those of model 0 by an assignment, as
+      `match_activations` does for two.
+    * `"identity"`: features in the same place are paired.
 
     Args:
         net: The traced network.
         trees: Two or more parameter trees.
         data: Re-iterable of `x` or `(x, label)`.
-        alpha: Discount of merged features, in [0, 1]; at 0 nothing is merged twice, which does for
-            two models only. A negative correlation is not discounted, which would make it larger.
-        beta: Share of the merges that may be within a model, in [0, 1], equally many for each; at 0
-            all are between models.
+        matcher: One of the above.
+        alpha: Of the greedy matcher: discount of merged features, in [0, 1]; at 0 nothing is merged
+            twice, which does for two models only. A negative correlation is not discounted, which
+            would make it larger.
+        beta: Of the greedy matcher: share of the merges that may be within a model, in [0, 1],
+            equally many for each; at 0 all are between models.
+        key: Random key of k-means.
 
     Returns:
         The maps. Groups without a tap are averaged as they are. The variances that a BatchNorm
@@ -59,7 +81,9 @@ def zip_features(
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
             another dtype.
         ValueError: If there are fewer than two trees, they differ or hold NaN or infinity, data is
-            empty or exhausted, or `alpha` or `beta` is out of range.
+            empty or exhausted, `matcher` is unknown, does not fit the number of models or lacks its
+            key, or `alpha` or `beta` is out of range.
+        ModuleNotFoundError: If `matcher` is "optimal" and networkx is not installed.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, vfjax
@@ -81,31 +105,41 @@ def zip_features(
     check_trees(trees)
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
-    _check(alpha, beta, len(trees))
+    _check(matcher, alpha, beta, key, len(trees))
     if not net.taps:
         return Maps(tuple({} for _ in trees), {})
     moments = stats.moments(net, trees, data, sites="taps", covariance=True)
-    return zip_moments(net, moments, alpha=alpha, beta=beta)
+    return zip_moments(net, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
 
 
 def zip_moments(
-    net: Network, moments: stats.Moments, *, alpha: float = 0.3, beta: float = 0.125
+    net: Network,
+    moments: stats.Moments,
+    *,
+    matcher: Matcher = "greedy",
+    alpha: float = 0.3,
+    beta: float = 0.125,
+    key: Array | None = None,
 ) -> Maps:
-    """The same from moments alone: one pass over data serves all `alpha` and `beta`.
+    """The same from moments alone: one pass over data serves all matchers, `alpha` and `beta`.
 
     Args:
         net: The traced network.
         moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+        matcher: As in `zip_features`.
         alpha: As in `zip_features`.
         beta: As in `zip_features`.
+        key: As in `zip_features`.
 
     Returns:
         As `zip_features`.
 
     Raises:
         TypeError: If `net` is no traced network.
-        ValueError: If `moments` lacks covariances at a tap or is of one model, or `alpha` or `beta`
-            is out of range.
+        ValueError: If `moments` lacks covariances at a tap or is of one model, `matcher` is
+            unknown, does not fit the number of models or lacks its key, or `alpha` or `beta` is out
+            of range.
+        ModuleNotFoundError: If `matcher` is "optimal" and networkx is not installed.
 
     Example:
         >>> import jax, numpy as np, vfjax
@@ -121,14 +155,67 @@ def zip_moments(
     models = moments.models
     if models < 2:
         raise ValueError(f"moments must be of two models or more, got {models}")
-    _check(alpha, beta, models)
+    _check(matcher, alpha, beta, key, models)
     found = {}
-    for group, similarity in correlations(net, moments).items():
+    for index, (group, similarity) in enumerate(correlations(net, moments).items()):
         n = net.spec.sizes[group]
         place = np.tile(np.eye(n), (models, models))
-        labels = greedy_groups(similarity + PLACE * place, [n] * models, n, alpha=alpha, beta=beta)
-        found[group] = labels
+        similarity = similarity + PLACE * place
+        if matcher == "greedy":
+            labels = greedy_groups(similarity, [n] * models, n, alpha=alpha, beta=beta)
+        elif matcher == "optimal":
+            labels = optimal_groups(similarity)
+        elif matcher == "kmeans":
+            assert key is not None
+            labels = kmeans_groups(similarity, n, jax.random.fold_in(key, index))
+        else:
+            labels = (permute_groups if matcher == "permute" else identity_groups)(
+                similarity, models
+            )
+        found[group] = _in_order(labels)
     return Maps.of_labels(found, models)
+
+
+def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict[str, float]:
+    """What matchers compete for: how much the features correlate that were merged, by group.
+
+    Args:
+        net: The traced network.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+        maps: Maps by which each feature goes to one merged feature, as those of `zip_moments`.
+
+    Returns:
+        By group with a tap, the sum over merged features of the mean over their parts of the
+        correlations of a part with the other parts: for a pair, its correlation. K-means maximises
+        it over all groups of features, "optimal" over pairs.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If `moments` lacks covariances at a tap, or a map splits features.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
+        >>> round(merged_correlation(net, found, zip_moments(net, found))["w"], 4)
+        3.0
+    """
+    check_net(net)
+    total = {}
+    for group, similarity in correlations(net, moments).items():
+        plain = np.eye(net.spec.sizes[group])
+        member = np.concatenate([m[group][1] if group in m else plain for m in maps.maps])
+        if not ((member == 0) | (member == 1)).all() or (member.sum(1) != 1).any():
+            raise ValueError(
+                f"maps must take each feature to one merged feature, but those of {group!r} do not"
+            )
+        np.fill_diagonal(similarity, 0)
+        within = np.einsum("ic,ij,jc->c", member, similarity, member, optimize=True)
+        total[group] = float((within / np.maximum(member.sum(0), 1)).sum())
+    return total
 
 
 def correlations(net: Network, moments: stats.Moments) -> dict[str, np.ndarray]:
@@ -141,11 +228,31 @@ def correlations(net: Network, moments: stats.Moments) -> dict[str, np.ndarray]:
     return {group: np.mean(found, axis=0) for group, found in taps.items()}
 
 
-def _check(alpha: float, beta: float, models: int) -> None:
+def _in_order(labels: np.ndarray) -> np.ndarray:
+    """The same groups, numbered in the order of their first members."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
+def _check(matcher: str, alpha: float, beta: float, key: Array | None, models: int) -> None:
+    if matcher not in get_args(Matcher):
+        known = ", ".join(f'"{name}"' for name in get_args(Matcher))
+        raise ValueError(f"matcher must be one of {known}, got {matcher!r}")
+    if matcher == "optimal" and models > 2:
+        raise ValueError(
+            f'matcher "optimal" merges pairs, which for {models} models leaves too many features; '
+            'use "greedy" or "kmeans"'
+        )
+    if matcher == "optimal" and importlib.util.find_spec("networkx") is None:
+        raise ModuleNotFoundError(
+            'matcher "optimal" needs networkx: pip install "vfjax[matching]"', name="networkx"
+        )
+    if matcher == "kmeans" and key is None:
+        raise ValueError('matcher "kmeans" draws its first centres: give it a random `key`')
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
-    if alpha == 0 and models > 2:
+    if matcher == "greedy" and alpha == 0 and models > 2:
         raise ValueError(
             f"alpha must be positive for {models} models: merging each feature once leaves half of "
             f"the {models} times as many"
