@@ -8,7 +8,7 @@ every pass that works like this.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -138,21 +138,8 @@ def by_pieces(
 def _batch(
     net: Network, plan: Plan, trees: tuple[PyTree, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
-    sources = tuple(dict.fromkeys(site.source for site in plan.sites))
     counts: dict[str, int] = {}
-
-    def one(tree: PyTree) -> tuple[dict[str, Array], ...]:
-        _, values = net.run(tree, x, capture=sources)
-        mean, var, rest, rows = {}, {}, {}, {}
-        for site in plan.sites:
-            value, sample = arrange(values[site.source], site)
-            name = site.name
-            value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
-            counts[site.name] = value.size // max(mean[site.name].size, 1)
-            if site.name in plan.covariance:
-                keep = [a for a in range(value.ndim) if a not in sample]
-                rows[site.name] = value.transpose(*sample, *keep).reshape(counts[site.name], -1)
-        return mean, var, rest, rows
+    one = functools.partial(read, net, plan.sites, plan.covariance, counts, x)
 
     if vmapped():
         mean, var, rest, rows = jax.vmap(one)(
@@ -167,9 +154,7 @@ def _batch(
         rows = {name: [part[3][name] for part in parts] for name in plan.covariance}
 
     def product(name: str, i: int, j: int) -> Array:
-        exact = jax.lax.Precision.HIGHEST
-        found = jnp.matmul(rows[name][i].T, rows[name][j], precision=exact) / counts[name]
-        return found - jnp.outer(rest[name][i].reshape(-1), rest[name][j].reshape(-1))
+        return covariance_of((rows[name][i], rest[name][i]), (rows[name][j], rest[name][j]))
 
     products = {
         name: jnp.stack([product(name, i, j) for i, j in plan.pairs])
@@ -184,6 +169,47 @@ def _batch(
             var[name] = jnp.maximum(squares, 0).reshape(var[name].shape)
     batch = {"mean": mean, "var": var, "covariance": products}
     return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in plan.sites]
+
+
+def read(
+    net: Network,
+    sites: tuple[Site, ...],
+    covariance: Collection[str],
+    counts: dict[str, int],
+    x: PyTree,
+    tree: PyTree,
+) -> tuple[dict[str, Array], ...]:
+    """Moments of one model's values on a batch, by site.
+
+    Args:
+        net: The traced network.
+        sites: What to read.
+        covariance: Names of those whose values are wanted too.
+        counts: Filled with the number of samples, by name: no result, so that `vmap` leaves it.
+        x: The batch.
+        tree: The model.
+
+    Returns:
+        Means, variances, means of the shifted values, and the shifted values `[samples, channels]`.
+    """
+    _, values = net.run(tree, x, capture=tuple(dict.fromkeys(site.source for site in sites)))
+    mean, var, rest, rows = {}, {}, {}, {}
+    for site in sites:
+        value, sample = arrange(values[site.source], site)
+        name = site.name
+        value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
+        counts[name] = value.size // max(mean[name].size, 1)
+        if name in covariance:
+            keep = [a for a in range(value.ndim) if a not in sample]
+            rows[name] = value.transpose(*sample, *keep).reshape(counts[name], -1)
+    return mean, var, rest, rows
+
+
+def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
+    """Covariances `[n, m]` of what `read` gave: shifted values `[samples, n]` and their means."""
+    exact = jax.lax.Precision.HIGHEST
+    found = jnp.matmul(first[0].T, second[0], precision=exact) / len(first[0])
+    return found - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
 
 
 def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:

@@ -337,10 +337,11 @@ def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mo
     names = tuple(dict.fromkeys((*names, *chosen)))
     cross = covariance == "cross"
     pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
-    return Plan(tuple(_site(net, name, taps) for name in names), chosen, pairs)
+    return Plan(tuple(site_of(net, name, taps) for name in names), chosen, pairs)
 
 
-def _site(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
+def site_of(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
+    """How a site is read, by its name; `taps` are `taps_by_site(net)`."""
     if name in taps:
         tap = taps[name]
         n = net.spec.sizes[tap.group]

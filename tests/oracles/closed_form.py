@@ -30,3 +30,14 @@ def images():
     """A batch of closed-form images, (N, C, H, W)."""
     n = np.arange(BATCH * CHANNELS[0] * SIDE * SIDE, dtype=np.float64)
     return (np.sin(0.37 * n) + 0.5 * np.cos(0.011 * n * n)).reshape(BATCH, CHANNELS[0], SIDE, SIDE)
+
+
+def transport_problem(n, m):
+    """Distances between points on two curves, and unequal shares of them."""
+    points = [
+        np.stack([np.sin(a * np.arange(k) + 0.3), np.cos(b * np.arange(k) ** 2)], axis=1)
+        for k, a, b in ((n, 1.3, 0.7), (m, 2.1, 0.4))
+    ]
+    cost = np.sqrt(((points[0][:, None] - points[1][None]) ** 2).sum(-1))
+    shares = [1 + 0.5 * np.sin(np.arange(k) * a) for k, a in ((n, 1.7), (m, 2.9))]
+    return cost, shares[0] / shares[0].sum(), shares[1] / shares[1].sum()

@@ -36,7 +36,7 @@ Array = jax.Array
 _PLACE = 1e-9
 # Most pieces that units of equal shares are cut into for an assignment, which takes seconds.
 _PIECES = 1 << 12
-# Most entries of a cost that go to the linear programme, which takes half a minute and 1.5 GB.
+# Most entries of a cost that go to the linear programme, which takes half a minute and 1.2 GB.
 _LARGEST = 1 << 20
 # Least share of a unit, in parts of the mean, so that it can be divided by.
 _LEAST = 1e-3
@@ -106,19 +106,19 @@ def exact_plan(
             f"unknowns, of which {_LARGEST} are the limit: give regularization > 0, such as 0.01, "
             "for Sinkhorn's iteration"
         )
+    # The last column's sum follows from the others, and rounding could make it contradict them.
     sums = scipy.sparse.vstack(
         [
             scipy.sparse.kron(scipy.sparse.eye(n), np.ones((1, m))),
-            scipy.sparse.kron(np.ones((1, n)), scipy.sparse.eye(m)),
+            scipy.sparse.kron(np.ones((1, n)), scipy.sparse.eye(m - 1, m)),
         ],
         format="csr",
     )
     _, supply, demand = _full(Problem(cost, rows, columns))
-    # Shares of about one, and costs up to one, since the solver's tolerances are absolute. The last
-    # column's sum follows from the others, and rounding could make it contradict them.
+    # Shares of about one, and costs up to one, since the solver's tolerances are absolute.
     found = linprog(
         cost.ravel() / (np.abs(cost).max() or 1),
-        A_eq=sums[:-1],
+        A_eq=sums,
         b_eq=max(n, m) * np.concatenate([supply, demand])[:-1],
         method="highs-ds",
     )
@@ -205,9 +205,9 @@ def _many(
 ) -> Entropic:
     """Several problems of one shape, stacked along the first axis."""
 
-    def one(*problem: Array) -> Entropic:
+    def one(cost: Array, row: Array, column: Array) -> Entropic:
         options = {"tolerance": tolerance, "max_iterations": max_iterations}
-        return sinkhorn(*problem, regularization, **options)
+        return sinkhorn(cost, row, column, regularization, **options)
 
     return jax.vmap(one)(costs, rows, columns)
 
@@ -279,7 +279,9 @@ class Solver:
         plans, late = {}, {}
         for keys in shapes.values():
             stacked = [np.stack(v) for v in zip(*(_full(problems[k]) for k in keys), strict=True)]
-            found = jax.tree.map(np.asarray, _many(*stacked, *dataclasses.astuple(self)))
+            costs, rows, columns = stacked
+            found = _many(costs, rows, columns, *dataclasses.astuple(self))
+            found = jax.tree.map(np.asarray, found)
             plans |= dict(zip(keys, found.plan.astype(np.float64), strict=True))
             stopped = found.iterations >= self.max_iterations
             late |= {key: found.error[k] for k, key in enumerate(keys) if stopped[k]}

@@ -10,15 +10,15 @@ onto the first one's.
 A plan `T [n, m]` gives two maps, whose rows sum to one: what writes the group takes
 `M = diag(1 / T^T 1) T^T`, so that each unit of the first network is met by the mean of the units
 sent to it; what reads the group takes `U = diag(1 / T 1) T`, so that weights on a unit go, in
-parts, to the units that it was sent to. OTFusion takes `M^T` for `U`. In equal shares
-`U = M^T m / n` is m / n of that, n being the other width and m the first: the same where widths
-agree, while for widths that differ only U keeps what all units together give. A network whose units
-are doubled, with half the outgoing weights each, is mapped by U to the network itself, and by `M^T`
-to one with half the outgoing weights.
+parts, to the units that it was sent to. OTFusion takes `M^T` for `U`. In equal shares U is n / m
+times that: the same where widths agree, while for widths that differ only U keeps what all units
+together give to a reader. A network whose units are doubled, with half the outgoing weights each,
+is mapped by U to the network itself, and by `M^T` to one with half the outgoing weights.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -26,11 +26,12 @@ import jax
 import numpy as np
 
 from vfjax import stats
-from vfjax._tree import check_trees
-from vfjax.align._between import Pair, pair_of
+from vfjax._tree import check_finite, check_trees, flatten_named
+from vfjax.align._between import Pair, measure, pair_of
+from vfjax.align._incoming import match_incoming
 from vfjax.align._maps import Maps
 from vfjax.align._plans import Problem, Solver, maps_of, shares_of
-from vfjax.network import Network, check_net
+from vfjax.network import Network, check_net, networks
 
 __all__ = ["transport", "transport_moments"]
 
@@ -40,7 +41,7 @@ Marginals = Literal["uniform", "l1", "l2", "softmax"]
 
 
 def transport(
-    net: Network,
+    net: Network | Sequence[Network],
     trees: Sequence[PyTree],
     data: Iterable[Any] | None = None,
     *,
@@ -48,35 +49,54 @@ def transport(
     regularization: float = 0.0,
     marginals: Marginals = "uniform",
     squared: bool = False,
+    sweeps: int = 0,
     tolerance: float = 1e-4,
     max_iterations: int = 10_000,
 ) -> Maps:
     """Finds transport plans from the units of every model to those of the first.
 
+    Between activations the distance of two units is the root of the mean squared difference of what
+    they give on the data, over all taps of their group. Between weights it is that of what writes
+    them: kernels, whose inputs have been mapped, biases, and the scales and shifts of norms, but no
+    stored statistics. Groups then come in the order of the network, and one that several layers
+    write, as a residual stream, is compared at those whose inputs are mapped by then; `sweeps`
+    compares every group again at all of them.
+
+    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
+    keep the function only under permutations, so that mixed units are an approximation there.
+
     Args:
-        net: The traced network.
+        net: The traced network, or one per tree: networks of one architecture may differ in widths
+            and classes.
         trees: Two or more parameter trees. The first stays as it is.
         data: Re-iterable of `x` or `(x, label)`; None with `on="weights"`.
         on: What the distance of two units is between.
-        regularization: 0 for exact plans, which are permutations; more for Sinkhorn's iteration,
-            as the weight of the plan's entropy in parts of the mean distance.
+        regularization: 0 for exact plans: permutations, where widths agree and shares are equal.
+            More for Sinkhorn's iteration, as the weight of the plan's entropy in parts of the mean
+            distance of the group; 0.01 to 0.1 are usual.
         marginals: Shares of the units: `"uniform"` for equal ones; `"l1"` or `"l2"` in proportion
-            to the norms of what is compared; `"softmax"` of the l2 norms. A norm of activations
-            is a mean over the samples, and `"l1"` is not known of them. No share is less than a
-            thousandth of the mean.
+            to the norms of what is compared; `"softmax"` of the l2 norms. Norms of activations are
+            means over the samples, and their `"l1"` is not known. No share is below a thousandth
+            of the mean.
         squared: Whether distances are squared.
-        tolerance: Up to which error in the sums of the plan's rows, of one in all, Sinkhorn's
+        sweeps: Sweeps over all groups after the first, with `on="weights"`; fewer if one changes
+            nothing.
+        tolerance: Up to which error in the sums of a plan's rows, which are one in all, Sinkhorn's
             iteration goes on.
         max_iterations: The most iterations.
 
     Returns:
-        The maps; the first model's are absent.
+        The maps `(M, U)`, float32, rows summing to one; the first model's are absent. Groups
+        without a tap stay as they are with `on="activations"`. Where units are mixed, the variances
+        that a norm stores are unknown: measure them anew with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
             another dtype.
-        ValueError: If there are fewer than two trees, they differ or hold NaN or infinity, data is
-            missing, empty or exhausted, or an option is out of range.
+        ValueError: If there are fewer than two trees, they do not fit their networks or hold NaN or
+            infinity, data is missing, empty, exhausted or not read, an option is out of range, or
+            an exact plan is too large: between different shares, or numbers of units with a least
+            common multiple above 4096, 2^20 entries are the limit of the linear programme.
 
     Warns:
         UserWarning: If Sinkhorn's iteration does not converge.
@@ -94,18 +114,38 @@ def transport(
         >>> bool(jnp.allclose(net.run(merged, x), net.run(a, x), atol=1e-5))
         True
 
-    Source: "Model Fusion via Optimal Transport" (Singh & Jaggi, 2020), section 4; the reference
-    code takes no biases and no norms.
+    Source: "Model Fusion via Optimal Transport" (Singh & Jaggi, 2020), section 4. Its code takes
+    neither biases nor norms, maps the output layer too, and compares activations before the
+    non-linearity.
     """
-    check_net(net)
-    check_trees(trees)
-    solver = Solver(regularization, tolerance, max_iterations)
+    nets = networks(net, len(trees))
+    alike = all(other is nets[0] for other in nets)
+    if alike:
+        check_trees(trees)
+    else:
+        _check_widths(nets, trees)
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
+    solver = Solver(regularization, tolerance, max_iterations)
+    if sweeps < 0 or (sweeps and on != "weights"):
+        raise ValueError(f'sweeps must be 0, or more with on="weights", got {sweeps!r}')
+    if on == "weights":
+        if data is not None:
+            raise ValueError('data is not read with on="weights": leave it out')
+        _check_marginals(marginals, ("uniform", "l1", "l2", "softmax"))
+        options = {"marginals": marginals, "squared": squared, "sweeps": sweeps}
+        return Maps(({}, *match_incoming(nets, trees, solver, **options)), {})
+    if on != "activations":
+        raise ValueError(f'on must be "activations" or "weights", got {on!r}')
     if data is None:
         raise ValueError('data is None: give batches to measure on, or on="weights"')
-    moments = stats.moments(net, trees, data, sites="taps", covariance="cross")
-    return _by_activations(net, moments, solver, marginals, squared)
+    _check_marginals(marginals, ("uniform", "l2", "softmax"))
+    if alike:
+        moments = stats.moments(nets[0], trees, data, sites="taps", covariance="cross")
+        pairs = _pairs(nets[0], moments)
+    else:
+        pairs = measure(nets, trees, data)
+    return _by_activations(nets, pairs, solver, marginals, squared)
 
 
 def transport_moments(
@@ -150,32 +190,78 @@ def transport_moments(
     """
     check_net(net)
     solver = Solver(regularization, tolerance, max_iterations)
+    _check_marginals(marginals, ("uniform", "l2", "softmax"))
     if moments.models < 2:
         raise ValueError(f"moments must be of two models or more, got {moments.models}")
-    return _by_activations(net, moments, solver, marginals, squared)
+    return _by_activations([net], _pairs(net, moments), solver, marginals, squared)
+
+
+def _pairs(net: Network, moments: stats.Moments) -> list[dict[str, Pair]]:
+    """For every model but the first, by tap, its moments and the first one's."""
+    sites = stats.taps_by_site(net)
+    return [
+        {site: pair_of(moments, site, model, 0) for site in sites}
+        for model in range(1, moments.models)
+    ]
 
 
 def _by_activations(
-    net: Network, moments: stats.Moments, solver: Solver, marginals: str, squared: bool
+    nets: Sequence[Network],
+    pairs: list[dict[str, Pair]],
+    solver: Solver,
+    marginals: str,
+    squared: bool,
 ) -> Maps:
     sites: dict[str, list[str]] = {}
-    for site, tap in stats.taps_by_site(net).items():
+    for site, tap in stats.taps_by_site(nets[0]).items():
         sites.setdefault(tap.group, []).append(site)
-    problems = {}
-    for model in range(1, moments.models):
-        for group, names in sites.items():
-            pairs = [pair_of(moments, name, model, 0) for name in names]
-            problems[model, group] = _problem(pairs, marginals, squared)
-    plans = solver.plans(problems)
-    maps: list[dict[str, Any]] = [{} for _ in range(moments.models)]
-    for (model, group), plan in plans.items():
+    problems = {
+        (model, group): _problem([found[name] for name in names], marginals, squared)
+        for model, found in enumerate(pairs, start=1)
+        for group, names in sites.items()
+    }
+    maps: list[dict[str, Any]] = [{} for _ in range(len(pairs) + 1)]
+    for group, n in nets[0].spec.sizes.items():
+        k = next((k for k, net in enumerate(nets) if net.spec.sizes[group] != n), 0)
+        if k and group not in sites:
+            raise ValueError(
+                f"group '{group}' has other widths in net[{k}] and net[0], and shows in no "
+                'activations; use on="weights"'
+            )
+    for (model, group), plan in solver.plans(problems).items():
         maps[model][group] = maps_of(plan)
     return Maps(tuple(maps), {})
 
 
 def _problem(pairs: Sequence[Pair], marginals: str, squared: bool) -> Problem:
     """The problem of one group, distances and mean squares being means over its taps."""
-    cost = sum(pair.distances for pair in pairs) / len(pairs)
-    norms = [np.sqrt(sum(pair.squares[side] for pair in pairs) / len(pairs)) for side in (0, 1)]
+    cost = np.mean([pair.distances for pair in pairs], axis=0)
+    norms = [np.sqrt(np.mean([pair.squares[side] for pair in pairs], axis=0)) for side in (0, 1)]
     shares = [shares_of(norm, marginals) for norm in norms]
     return Problem(cost if squared else np.sqrt(cost), *shares)
+
+
+def _check_marginals(marginals: str, known: Sequence[str]) -> None:
+    if marginals not in known:
+        raise ValueError(f"marginals must be one of {', '.join(known)} here, got {marginals!r}")
+
+
+def _check_widths(nets: Sequence[Network], trees: Sequence[PyTree]) -> None:
+    """Checks that trees fit their networks, and these each other but for their widths."""
+    groups = nets[0].spec.groups
+    axes = Counter(axis[:2] for places in groups.values() for axis in places)
+    for k, (net, tree) in enumerate(zip(nets, trees, strict=True)):
+        net.spec.validate(tree)
+        check_finite(flatten_named(tree, name=f"trees[{k}]")[0], name=f"trees[{k}]")
+        for group, places in groups.items():
+            if [a[:3] for a in places] != [a[:3] for a in net.spec.groups[group]]:
+                raise ValueError(
+                    f"group '{group}' ties other axes in net[{k}] than in net[0]; networks may "
+                    "differ in widths and classes only"
+                )
+            shared = next((axis.path for axis in places if axes[axis[:2]] > 1), None)
+            if shared is not None and net.spec.sizes[group] != nets[0].spec.sizes[group]:
+                raise ValueError(
+                    f"group '{group}' has other widths in net[{k}] and net[0], and shares an axis "
+                    f"of '{shared}' with another group; there, widths must agree"
+                )

@@ -1,0 +1,208 @@
+"""Transport plans against their definition, and against POT and ott-jax (recorded results)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import warnings
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from scipy.optimize import linear_sum_assignment
+
+from vfjax.align import _plans
+from vfjax.align._plans import Problem, Solver, exact_plan, maps_of, shares_of, sinkhorn
+
+HERE = pathlib.Path(__file__).parent / "oracles"
+RECORD = json.loads((HERE / "transport.json").read_text())
+_spec = importlib.util.spec_from_file_location("closed_form", HERE / "closed_form.py")
+closed_form = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(closed_form)
+
+
+def problem(n, m, seed, equal=True):
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(n, 4)), rng.normal(size=(m, 4))
+    cost = np.sqrt(((points[0][:, None] - points[1][None]) ** 2).sum(-1))
+    if equal:
+        return cost, np.full(n, 1 / n), np.full(m, 1 / m)
+    shares = rng.uniform(0.2, 1, n), rng.uniform(0.2, 1, m)
+    return cost, *(share / share.sum() for share in shares)
+
+
+def recorded(entry):
+    cost, rows, columns = closed_form.transport_problem(entry["n"], entry["m"])
+    if entry["equal"]:
+        rows, columns = (np.full(size, 1 / size) for size in cost.shape)
+    return cost, rows, columns
+
+
+def name(entry):
+    return f"{entry['n']}x{entry['m']}{'' if entry['equal'] else ' unequal'}"
+
+
+@pytest.mark.parametrize("entry", RECORD["problems"], ids=name)
+def test_exact_cost_is_that_of_pot(entry):
+    cost, rows, columns = recorded(entry)
+    shares = (None, None) if entry["equal"] else (rows, columns)
+    plan = exact_plan(cost, *shares)
+    assert (plan * cost).sum() == pytest.approx(entry["exact"], rel=1e-9)
+
+
+@pytest.mark.parametrize("entry", RECORD["problems"], ids=name)
+def test_entropic_plans_are_those_of_pot_and_ott(entry, x64):
+    cost, rows, columns = recorded(entry)
+    for part, plans in entry["entropic"].items():
+        found = sinkhorn(
+            jnp.asarray(cost), jnp.asarray(rows), jnp.asarray(columns), float(part), tolerance=1e-9
+        )
+        for library in ("pot", "ott"):
+            np.testing.assert_allclose(found.plan, plans[library], atol=2e-8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 1000), equal=st.booleans())
+def test_exact_plans_keep_the_shares_and_are_the_programme_s_optimum(n, m, seed, equal):
+    cost, rows, columns = problem(n, m, seed, equal)
+    plan = exact_plan(cost, *((None, None) if equal else (rows, columns)))
+    assert (plan >= 0).all()
+    np.testing.assert_allclose(plan.sum(1), rows, rtol=1e-9)
+    np.testing.assert_allclose(plan.sum(0), columns, rtol=1e-9)
+    if equal:  # the same shares written out go to the linear programme
+        programme = exact_plan(cost, rows, columns)
+        assert (plan * cost).sum() == pytest.approx((programme * cost).sum(), rel=1e-9)
+    # The dual: no prices of units below their costs are worth more.
+    prices = np.random.default_rng(seed).uniform(size=m)
+    worth = (cost - prices).min(1) @ rows + prices @ columns
+    assert worth <= (plan * cost).sum() + 1e-9
+
+
+def test_as_many_units_are_permuted():
+    cost, rows, columns = problem(8, 8, 0)
+    plan = exact_plan(cost)
+    places = linear_sum_assignment(cost)
+    assert (plan[places] == 1 / 8).all() and np.count_nonzero(plan) == 8
+    for matrix in maps_of(plan):
+        assert set(np.unique(matrix)) == {0, 1}
+    np.testing.assert_array_equal(exact_plan(np.ones((5, 5))), np.eye(5) / 5)
+
+
+def test_many_pieces_go_to_the_programme(monkeypatch):
+    cost, *_ = problem(6, 9, 0)
+    pieces = exact_plan(cost)
+    monkeypatch.setattr(_plans, "_PIECES", 17)
+    programme = exact_plan(cost)
+    np.testing.assert_allclose(programme, pieces, atol=1e-12)
+    monkeypatch.setattr(_plans, "_LARGEST", 53)
+    with pytest.raises(ValueError, match=r"6 x 9, .* 53 are the limit: give regularization > 0"):
+        exact_plan(cost)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    shape=st.sampled_from([(5, 5), (4, 7), (8, 3)]),
+    seed=st.integers(0, 1000),
+    equal=st.booleans(),
+    part=st.sampled_from([1.0, 0.1, 0.02]),
+)
+def test_entropic_plans_keep_the_shares(shape, seed, equal, part):
+    cost, rows, columns = (np.float32(v) for v in problem(*shape, seed, equal))
+    found = jax.jit(sinkhorn)(cost, rows, columns, part)
+    assert found.plan.dtype == jnp.float32
+    np.testing.assert_allclose(found.plan.sum(0), columns, rtol=1e-5 / part)
+    off = np.abs(found.plan.sum(1) - rows).sum()
+    assert off <= 1.01 * max(1e-4, 8e-6 / part)
+    assert found.error == pytest.approx(off, abs=1e-6)
+    exact = (exact_plan(cost, rows.astype(float), columns / columns.sum(dtype=float)) * cost).sum()
+    assert (found.plan * cost).sum() >= exact - 1e-3 * cost.max()
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 6)])
+def test_entropic_costs_fall_to_the_exact_one(shape):
+    cost, rows, columns = problem(*shape, 3)
+    exact = (exact_plan(cost) * cost).sum()
+    costs = [
+        float((sinkhorn(jnp.asarray(cost), rows, columns, part).plan * cost).sum())
+        for part in (1.0, 0.1, 0.01)
+    ]
+    assert costs[0] > costs[1] > costs[2] > exact * (1 - 1e-4)
+    assert costs[2] == pytest.approx(exact, rel=2e-3)
+
+
+def test_the_regularization_is_relative():
+    cost, rows, columns = (jnp.asarray(v) for v in problem(5, 6, 0))
+    plans = [sinkhorn(cost * scale, rows, columns, 0.1).plan for scale in (1, 1e6, 1e-6)]
+    for plan in plans[1:]:
+        np.testing.assert_allclose(plan, plans[0], rtol=1e-3, atol=1e-6)
+    zero = sinkhorn(jnp.zeros((2, 3)), jnp.full(2, 1 / 2), jnp.full(3, 1 / 3), 0.1)
+    np.testing.assert_allclose(zero.plan, 1 / 6, rtol=1e-6)
+
+
+def test_problems_of_one_shape_are_solved_together():
+    problems = {(1, f"g{k}"): Problem(problem(5, 4 + k % 2, k)[0]) for k in range(4)}
+    calls = []
+    original = _plans._many
+
+    def counted(*args):
+        calls.append(args[0].shape)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_plans, "_many", counted)
+        together = Solver(0.1).plans(problems)
+    assert sorted(calls) == [(2, 5, 4), (2, 5, 5)] and list(together) == list(problems)
+    for key, given_problem in problems.items():
+        alone = Solver(0.1).plans({key: given_problem})[key]
+        np.testing.assert_allclose(together[key], alone, rtol=1e-3, atol=1e-6)
+    size = original._cache_size()
+    Solver(0.2, 1e-3, 50).plans(problems)
+    assert original._cache_size() == size
+
+
+def test_what_does_not_converge_is_told():
+    problems = {(1, "h"): Problem(problem(6, 6, 0)[0])}
+    with pytest.warns(UserWarning, match=r"in 3 iterations for 1 of 1 plans; .* 'h' of trees\[1\]"):
+        Solver(0.01, max_iterations=3).plans(problems)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Solver(0.01).plans(problems)
+
+
+def test_maps_have_rows_that_sum_to_one():
+    _, rows, columns = problem(5, 7, 0, equal=False)
+    plan = exact_plan(problem(5, 7, 0)[0], rows, columns)
+    merge, unmerge = maps_of(plan)
+    assert merge.shape == (7, 5) and unmerge.shape == (5, 7) and merge.dtype == np.float32
+    for matrix in (merge, unmerge):
+        np.testing.assert_allclose(matrix.sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(merge * columns[:, None], (unmerge * rows[:, None]).T, atol=1e-7)
+
+
+def test_shares():
+    assert shares_of(np.ones(3), "uniform") is None
+    np.testing.assert_allclose(shares_of(np.array([1.0, 3.0]), "l2"), [0.25, 0.75])
+    np.testing.assert_allclose(shares_of(np.log([1.0, 3.0]), "softmax"), [0.25, 0.75])
+    least = shares_of(np.array([0.0, 2.0]), "l1")
+    np.testing.assert_allclose(least, [1e-3 / (2 + 1e-3), 2 / (2 + 1e-3)])
+    assert shares_of(np.zeros(2), "l1") is None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"regularization": -1.0}, "regularization must be 0"),
+        ({"regularization": np.nan}, "regularization must be 0"),
+        ({"tolerance": 0.0}, "tolerance must be a positive"),
+        ({"max_iterations": 0}, "max_iterations must be 1 or more"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Solver(**options)
+    with pytest.raises(ValueError, match="the cost holds 1 NaN or infinite"):
+        exact_plan(np.array([[np.nan, 1.0]]))
