@@ -1,8 +1,10 @@
-"""Preserve-First Merging of two networks: the central table of "Vanishing Feature".
+"""Preserve-First Merging of two networks: the tables of "Vanishing Feature".
 
     python experiments/cifar_pfm.py                              # the shipped pair, CIFAR-10
     python experiments/cifar_pfm.py --pairs 3                    # mean and spread over three pairs
     python experiments/cifar_pfm.py --model resnet20             # BatchNorm: RESET, as in table 7
+    python experiments/cifar_pfm.py --match zipit                # ZipIt!, as in table 6
+    python experiments/cifar_pfm.py --match cca --model vgg16-bn # CCA and RESET, as in table 4
     python experiments/cifar_pfm.py --dataset digits             # seconds, needs no data
     python experiments/cifar_pfm.py --retrain --preset paper     # full width, 160 epochs, on a GPU
 
@@ -12,14 +14,37 @@ measures anything and names the command of `train_edges.py` that trains the miss
 Two networks that differ in their random seed are averaged from layer l+1 on; their first l layers
 are kept apart and their l-th pre-activations averaged ("PFM l/L"). l = 0 is ordinary merging, l = L
 the logit ensemble. Columns say what else was done: nothing (direct), units of the second network
-permuted to match those of the first (matched), and on top of that REPAIR, RESCALE or bias
-calibration, or for networks with BatchNorm, RESET.
+matched with those of the first (matched), and on top of that REPAIR, RESCALE or bias calibration,
+or for networks with BatchNorm, RESET.
+
+Units are permuted (by activations or weights), merged in groups that may come from one network
+(ZipIt!), combined linearly (CCA), or sent in parts (optimal transport; between networks of one
+width the exact plans are permutations). The layers that are kept apart stay as they are; what
+crosses to the merged ones is mapped, and parameters and FLOPs include that map. REPAIR and RESCALE
+restore the moments of the two networks' own features after the maps. Beside ZipIt!, CCA and
+transport the columns AM show activation matching in the same run.
+
+The variances that a BatchNorm stores are unknown for units that are mixed, so that without RESET
+there is nothing to evaluate: a dash stands there, where the paper has chance. Nor are mixed scales
+those of mixtures, though the paper takes them. "RESET + scales", which the paper has not, moves
+scales into the layers before the matching, and gives each mixture the averaged standard deviation
+of what was mixed, REPAIR's goal.
 
 What the paper found (tables 1 and 7; full width, 160 epochs, mean of 3 pairs, per cent): VGG16
 models of 91.9 and 91.7, ensemble 92.9. At l = 0 direct averaging is at chance (10.0), matching
 gives 46.5, with RESCALE 84.7; at l = 8 RESCALE passes the edge models (92.4 at 1.2 times the
 parameters and 1.67 times the FLOPs), at l = 12 it equals the ensemble. ResNet20 with RESET: 64.1 at
 l = 0, and the ensemble at l = 19.
+
+With CCA (tables 3 and 4) VGG16 has 81.9 at l = 0 without any normalisation, but with RESCALE, 83.1,
+no more than activation matching; REPAIR lowers it to 57.7. VGG16-BN with RESET has 91.2 where
+activation matching has 89.9, is ahead at every l, and passes the ensemble at l = 12.
+
+With ZipIt! (tables 6 to 9 and 11) VGG16 is a little lower than with activation matching at l = 0
+(42.6), much higher with REPAIR (67.9 against 39.1) and equal with RESCALE (84.7). VGG16-BN with
+RESET is equal to activation matching at every l (89.6 at l = 0), ResNet20 lower (62.2 at l = 0) and
+below the edge models even at l = 19. On CIFAR-100 (tables 9 to 11, --dataset cifar100, for which no
+edge models are shipped) all is lower, and l = 12 is needed to pass the edge models.
 
 What came out here (CIFAR-10, vgg16 at 0.25 of the width, 160 s on 2 CPU cores): Models of 84.2 and
 84.1, ensemble 85.7. At l = 0: direct 10.0, matched 13.6, REPAIR 72.9, RESCALE 70.7 and bias cal.
@@ -35,34 +60,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import _common
 import _edges
-import jax
+import _pairs
+from _tables import LABELS, claims_of, mean_of
 from tqdm import tqdm
 
 import vfjax
-from vfjax import align, data, merge, plot, renorm, stats, train
+from vfjax import plot
 
 PyTree = Any
 
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
 SAMPLES = 10_000
-# Test images, and statistics images, wait at the cut for the columns of a row, up to so many bytes.
-STORE = 1 << 29
-
-LABELS = {
-    "direct": "direct",
-    "matched": "matched",
-    "repair": "REPAIR",
-    "rescale": "RESCALE",
-    "bias_calibration": "bias cal.",
-    "reset": "RESET",
-}
 
 
 # -------------------------------------------------------------------------------------- options
@@ -85,10 +100,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--match",
         default="activation",
-        choices=("activation", "weight", "none"),
-        help="how units of the second network are matched to those of the first: by the "
-        "correlation of their activations, by their weights, or not at all",
+        choices=tuple(_pairs.MATCHES),
+        help="how units of the second network are matched with those of the first: permuted, by "
+        "the correlation of their activations or by their weights, or not at all; or by "
+        "activations with ZipIt!, canonical correlation analysis or optimal transport, beside "
+        "which the run shows activation matching",
     )
+    _pairs.matching_options(p)
     p.add_argument(
         "--layers",
         type=int,
@@ -138,134 +156,88 @@ def default_layers(depth: int) -> list[int]:
 # ------------------------------------------------------------------------------------- one pair
 
 
-@jax.jit
-def _crossing(merged: merge.Merged, x: jax.Array) -> vfjax.Crossing:
-    """What the stems hand to the trunk."""
-    return merged.crossing(x)
-
-
 def columns_of(net: vfjax.Network, match: str) -> list[str]:
     """The columns of the table: the paper's table 1, or 7 and 8 for networks with BatchNorm."""
     repaired = ["reset"] if net.norms else ["repair", "rescale", "bias_calibration"]
-    return ["direct", *(["matched"] if match != "none" else []), *repaired]
+    columns = ["direct", *(["matched"] if match != "none" else []), *repaired]
+    if net.norms and match in ("zipit", "cca"):
+        columns += ["reset_scales"]
+    if match in _pairs.MIXING:
+        columns += ["am", *(f"am_{remedy}" for remedy in repaired if f"am_{remedy}" in LABELS)]
+    return columns
 
 
-class Pair:
-    """Two edge models, aligned; measures the cells of their table."""
+def parts_of(column: str, match: str) -> tuple[str, str | None]:
+    """The matching of a column, and what is done to the merged network.
+
+    Example:
+      >>> parts_of("reset", "cca"), parts_of("am_reset", "cca"), parts_of("direct", "cca")
+      (('cca', 'reset'), ('activation', 'reset'), ('none', None))
+    """
+    if column == "direct":
+        return "none", None
+    first, _, remedy = column.partition("_")
+    if first == "am":
+        return "activation", remedy or None
+    if column == "reset_scales":
+        return f"{match}_scales", "reset"
+    return match, None if column == "matched" else column
+
+
+class Rows:
+    """Measures the cells of a pair's table, one row after another."""
 
     def __init__(
         self,
-        net: vfjax.Network,
-        trees: Sequence[PyTree],
-        args: argparse.Namespace,
-        statistics: data.Batches,
-        test: data.Batches,
-        watch: _common.Stopwatch,
+        pair: _pairs.Pair,
+        matchings: Mapping[str, _pairs.Matching],
+        match: str,
+        columns: Sequence[str],
     ) -> None:
-        self.net, self.originals, self.test, self.statistics = net, list(trees), test, statistics
-        self.weights = (1 - args.alpha, args.alpha)
-        self.match: dict[str, Any] = {"method": args.match}
-        # One pass over the statistics images serves the matching and the goals of every REPAIR and
-        # RESCALE: moments of the aligned networks are those of the originals, carried along.
-        matching = args.match == "activation"
-        moments = None
-        if matching or not net.norms:
-            with watch("statistics of edge models"):
-                moments = stats.moments(
-                    net,
-                    self.originals,
-                    _common.Watched(statistics, "statistics of edge models"),
-                    sites="taps" if net.norms else "paper",
-                    covariance="cross" if matching else False,
-                )
-        permutations: dict[str, Any] = {}
-        with watch("matching"):
-            if matching:
-                found = align.match_moments(net, moments)
-            elif args.match == "weight":
-                found = align.match_weights(net, *self.originals, key=jax.random.key(0))
-            if args.match != "none":
-                permutations = dict(found.permutations)
-                self.match |= {
-                    "objective": [float(value) for value in found.objective],
-                    "converged": found.converged,
-                    "moved": found.moved,
-                }
-            self.aligned = [self.originals[0], net.spec.permute(self.originals[1], permutations)]
-        self.references = None if moments is None else moments.carried([None, permutations])
+        self.pair, self.matchings, self.match, self.columns = pair, matchings, match, columns
 
-    def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
-        """Accuracy and loss on the test images, or on what they are at the cut."""
-        found = train.evaluate(_edges.forward, merged, _common.Watched(batches, description))
-        return {"accuracy": found.accuracy, "loss": found.loss}
+    def row(self, layers: int, bar: tqdm) -> dict[str, dict[str, float] | None]:
+        """The cells of PFM `layers`/L; None for a network that lacks statistics it needs."""
+        cells: dict[str, dict[str, float] | None] = {}
+        parts = {column: parts_of(column, self.match) for column in self.columns}
+        for match in dict.fromkeys(match for match, _ in parts.values()):
+            wanted = {column: remedy for column, (of, remedy) in parts.items() if of == match}
+            cells |= self.cells(layers, match, wanted, bar)
+        return {column: cells[column] for column in self.columns}
 
-    def edges(self) -> dict[str, dict[str, float]]:
-        """Both models and their ensemble."""
-        found = {}
-        for index, tree in enumerate(self.originals, start=1):
-            merged = merge.as_merged(self.net, tree, weights=self.weights)
-            found[f"model {index}"] = self.evaluate(merged, self.test, f"model {index}")
-        merged = merge.ensemble(self.net, self.originals, self.weights)
-        found["ensemble"] = self.evaluate(merged, self.test, "ensemble")
-        return found
-
-    def merged(self, layers: int, *, aligned: bool) -> merge.Merged:
-        """PFM `layers`/L before any renormalisation."""
-        trees = self.aligned if aligned else self.originals
-        return merge.preserve_first(self.net, trees, layers=layers, weights=self.weights)
-
-    def renormalised(self, column: str, merged: merge.Merged, statistics: Any) -> merge.Merged:
-        """What the column's name says."""
-        net = self.net
-        if column == "matched":
-            return merged
-        if column == "bias_calibration":
-            return renorm.calibrate_bias(net, merged, references=self.aligned)
-        if column == "reset":
-            return renorm.reset(net, merged, statistics)
-        function = renorm.repair if column == "repair" else renorm.rescale
-        return function(net, merged, statistics, references=self.references)
-
-    def row(self, layers: int, columns: Sequence[str], bar: tqdm) -> dict[str, dict[str, float]]:
-        """The cells of PFM `layers`/L."""
-        aligned = self.merged(layers, aligned=True)
-        test = self.at_cut(aligned, self.test) if len(columns) > 1 else self.test
-        statistics: Any = self.statistics
-        if {"repair", "rescale"} <= set(columns):
-            statistics = self.at_cut(aligned, self.statistics, labelled=False)
-        cells = {}
-        for column in columns:
-            description = f"PFM {layers}/{self.net.depth} {LABELS[column]}"
+    def cells(
+        self, layers: int, match: str, wanted: Mapping[str, str | None], bar: tqdm
+    ) -> dict[str, dict[str, float] | None]:
+        """The cells of one matching."""
+        pair, matching = self.pair, self.matchings[match]
+        merged = pair.merged(matching, slice(layers, None))
+        test = _pairs.at_cut(merged, pair.test) if len(wanted) > 1 else pair.test
+        statistics: Any = pair.statistics
+        if {"repair", "rescale"} <= set(wanted.values()):
+            statistics = _pairs.at_cut(merged, pair.statistics, labelled=False)
+        cells: dict[str, dict[str, float] | None] = {}
+        for column, remedy in wanted.items():
+            description = f"PFM {layers}/{pair.net.depth} {LABELS[column]}"
             bar.set_description(description)
-            if column == "direct":
-                merged = self.merged(layers, aligned=False)
+            if remedy is None and pair.lacks_variances(matching, merged):
+                cells[column] = None
             else:
-                merged = self.renormalised(column, aligned, statistics)
-            # What is stored at the cut serves all that have the very same stems.
-            batches = test if merged.stems is aligned.stems else self.test
-            cells[column] = self.evaluate(merged, batches, description)
+                found = pair.renormalised(remedy, matching, merged, statistics)
+                # What is stored at the cut serves all that have the very same stems.
+                batches = test if found.stems is merged.stems else pair.test
+                cells[column] = pair.evaluate(found, batches, description)
             bar.update()
         return cells
-
-    def at_cut(self, merged: merge.Merged, batches: data.Batches, *, labelled: bool = True) -> Any:
-        """The batches as they cross the cut, if there is one and memory allows; else as given."""
-        if merged.cut == 0:
-            return batches
-        x, _ = next(iter(batches))
-        crossing = jax.eval_shape(merged.crossing, x)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(crossing))
-        if size * len(batches) > STORE:
-            return batches
-        watched = _common.Watched(batches, f"first {merged.cut} layers")
-        stored = [(_crossing(merged, x), label) for x, label in watched]
-        return stored if labelled else [crossing for crossing, _ in stored]
 
 
 # ------------------------------------------------------------------------------ record and table
 
 
-def cell(values: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """One cell of the record, from one measurement per pair."""
+def cell(values: Sequence[dict[str, float] | None]) -> dict[str, Any] | None:
+    """One cell of the record, from one measurement per pair; None where there is none."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
     accuracy = [value["accuracy"] for value in values]
     mean, spread = _common.mean_std(accuracy)
     loss = [value["loss"] for value in values]
@@ -275,7 +247,7 @@ def cell(values: Sequence[dict[str, float]]) -> dict[str, Any]:
 def rows_of(
     net: vfjax.Network,
     edges: Sequence[dict[str, dict[str, float]]],
-    rows: Sequence[dict[int, dict[str, dict[str, float]]]],
+    rows: Sequence[dict[int, dict[str, dict[str, float] | None]]],
     costs: dict[int, tuple[int, int]],
 ) -> list[dict[str, Any]]:
     """All rows of the record: models, ensemble, PFM."""
@@ -308,7 +280,7 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
     edge = (accuracy["model 1"] + accuracy["model 2"]) / 2
     merged = [row for row in record["rows"] if row["layers"] is not None]
     reached = {
-        column: next((r["layers"] for r in merged if r["cells"][column]["mean"] >= edge), None)
+        column: next((r["layers"] for r in merged if mean_of(r, column) >= edge), None)
         for column in record["columns"]
     }
     return {"edge_mean": edge, "ensemble": accuracy["ensemble"], "reaches_edges_at": reached}
@@ -317,11 +289,10 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
 def title_of(record: dict[str, Any]) -> str:
     """The table's title: data, models, matching, statistics."""
     config, source = record["config"], record["data"]
-    match = "no matching" if config["match"] == "none" else f"{config['match']} matching"
     images = source["statistics_images"]
     parts = [
         _edges.networks(record),
-        match,
+        _pairs.title_of(config["match"], config),
         f"statistics over {images:,} image{'' if images == 1 else 's'}",
     ]
     if config["alpha"] != 0.5:
@@ -331,16 +302,45 @@ def title_of(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def table_of(record: dict[str, Any], mark: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
+def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
+    """What was measured in sentences, and the paper's claims on ZipIt!, CCA and transport."""
+    accuracy = {row["name"]: 100 * mean_of(row, "direct") for row in record["rows"][:3]}
+    first = next(row for row in record["rows"] if row["layers"] is not None)
+    given = [
+        f"{LABELS[column]} {100 * mean_of(first, column):.1f}"
+        for column in record["columns"]
+        if first["cells"][column] is not None
+    ]
+    reached: dict[int | None, list[str]] = {}
+    for column, layers in record["summary"]["reaches_edges_at"].items():
+        reached.setdefault(layers, []).append(LABELS[column])
+    where = [
+        f"by {_common.joined(names)} at " + ("none of these l" if at is None else f"l = {at}")
+        for at, names in sorted(reached.items(), key=lambda item: (item[0] is None, item[0] or 0))
+    ]
+    intro = (
+        f"Models of {accuracy['model 1']:.1f} and {accuracy['model 2']:.1f}, ensemble "
+        f"{accuracy['ensemble']:.1f}. At l = {first['layers']}: {_common.joined(given)}. The edge "
+        f"models' mean, {100 * record['summary']['edge_mean']:.2f}, is first reached "
+        f"{_common.joined(where)}."
+    )
+    return intro, claims_of(record)
+
+
+def table_of(
+    record: dict[str, Any], mark: tuple[str, str], columns: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table; `mark` goes around what reaches the edge models' mean."""
-    header = ["test accuracy, %", *(LABELS[column] for column in record["columns"])]
+    columns = record["columns"] if columns is None else columns
+    header = ["test accuracy, %", *(LABELS[column] for column in columns)]
     header += ["params, M", "ratio", "FLOPs, G", "ratio"]
     lines = []
     for row in record["rows"]:
         line = [row["name"]]
-        for column in record["columns"]:
+        for column in columns:
             found = row["cells"].get(column)
-            text = "" if found is None else _common.percent(found["accuracy"])
+            empty = "-" if column in row["cells"] else ""
+            text = empty if found is None else _common.percent(found["accuracy"])
             good = row["layers"] is not None and found is not None
             if good and found["mean"] >= record["summary"]["edge_mean"]:
                 text = mark[0] + text + mark[1]
@@ -352,30 +352,71 @@ def table_of(record: dict[str, Any], mark: tuple[str, str]) -> tuple[list[str], 
 
 
 def figure_of(record: dict[str, Any]) -> Any:
-    """Accuracy against l, edge models and ensemble as lines."""
+    """Accuracy against l, edge models and ensemble as lines; activation matching beside."""
     merged = [row for row in record["rows"] if row["layers"] is not None]
     others = [row for row in record["rows"] if row["layers"] is None]
-    by_column = {
-        key: {
-            LABELS[column]: [row["cells"][column][key] for row in merged]
-            for column in record["columns"]
-        }
-        for key in ("mean", "std")
+    layers, depth = [row["layers"] for row in merged], record["model"]["depth"]
+    drawn = [c for c in record["columns"] if any(row["cells"][c] is not None for row in merged)]
+    means = {column: [mean_of(row, column) for row in merged] for column in drawn}
+    spreads = {
+        column: [
+            0.0 if row["cells"][column] is None else row["cells"][column]["std"] for row in merged
+        ]
+        for column in drawn
     }
-    return plot.accuracy_against_layers(
-        [row["layers"] for row in merged],
-        by_column["mean"],
-        depth=record["model"]["depth"],
-        lines={row["name"]: row["cells"]["direct"]["mean"] for row in others},
-        errors=by_column["std"],
-        title=record["title"],
-    )
+    lines = {row["name"]: row["cells"]["direct"]["mean"] for row in others}
+    beside = [column for column in drawn if column.startswith("am")]
+    if not beside:
+        return plot.accuracy_against_layers(
+            layers,
+            {LABELS[column]: means[column] for column in drawn},
+            depth=depth,
+            lines=lines,
+            errors={LABELS[column]: spreads[column] for column in drawn},
+            title=record["title"],
+        )
+    found = []
+    for match, columns in (
+        (record["config"]["match"], [column for column in drawn if column not in beside]),
+        ("activation", beside),
+    ):
+        curves = {}
+        for column in columns:
+            remedy = parts_of(column, match)[1] or ("direct" if column == "direct" else "matched")
+            label = LABELS[remedy if column != "reset_scales" else column]
+            curves[label] = plot.Curve(
+                layers,
+                [100 * value for value in means[column]],
+                error=[100 * value for value in spreads[column]]
+                if len(record["pairs"]) > 1
+                else None,
+                colour=list(LABELS.values()).index(label),
+            )
+        edge = record["summary"]["edge_mean"]
+        for colour, (name, value) in (
+            (6, ("edge models' mean", edge)),
+            (5, ("ensemble", lines["ensemble"])),
+        ):
+            curves[name] = plot.Curve(
+                [0, layers[-1]], [100 * value] * 2, colour=colour, dashed=True
+            )
+        found.append(
+            plot.Panel(
+                _pairs.title_of(match, record["config"]),
+                f"layers kept apart l (of L = {depth})",
+                "test accuracy (%)",
+                curves,
+                y_limits=(0, 101),
+            )
+        )
+    return plot.panels(found, title=record["title"])
 
 
 def file_name(record: dict[str, Any]) -> str:
     """Name of record and figure, without suffix."""
     config, parts = record["config"], []
-    parts += [config["match"]] if config["match"] != "activation" else []
+    match = config["match"]
+    parts += [_pairs.name_of(match, config)] if match != "activation" else []
     if config["layers"] != default_layers(record["model"]["depth"]):
         parts += ["layers" + "+".join(map(str, config["layers"]))]
     parts += [f"alpha{config['alpha']:g}"] if config["alpha"] != 0.5 else []
@@ -402,23 +443,35 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         raise _common.UserError(f"--layers must be from 0 to L = {net.depth}, got {wrong[0]}.")
     layers = sorted(set(layers))
     columns = columns_of(net, args.match)
+    methods = list(dict.fromkeys(parts_of(column, args.match)[0] for column in columns))
     statistics, test = models.batches("train", args.samples), models.batches("test", None)
     edges, rows, matches, costs = [], [], [], {}
     total = len(pairs) * len(layers) * len(columns)
     with tqdm(total=total, unit="cell", leave=False) as bar:
-        for first, second in pairs:
-            bar.set_description(f"matching models {first} and {second}")
-            pair = Pair(net, [trees[first], trees[second]], args, statistics, test, watch)
-            matches.append({"models": [first, second], "matching": pair.match})
+        for chosen in pairs:
+            bar.set_description(f"matching models {chosen[0]} and {chosen[1]}")
+            with watch("statistics of edge models"):
+                pair = _pairs.Pair(
+                    net,
+                    [trees[k] for k in chosen],
+                    (1 - args.alpha, args.alpha),
+                    statistics,
+                    test,
+                    methods,
+                )
+            with watch("matching"):
+                matchings = {method: pair.matching(method, vars(args)) for method in methods}
+            matches.append({"models": list(chosen), "matching": matchings[args.match].record})
             bar.set_description("edge models")
             with watch("edge models and ensemble"):
                 edges.append(pair.edges())
+            measured = Rows(pair, matchings, args.match, columns)
             rows.append({})
             for number in layers:
                 with watch(f"PFM {number}/{net.depth}"):
-                    rows[-1][number] = pair.row(number, columns, bar)
+                    rows[-1][number] = measured.row(number, bar)
             for number in (*layers, net.depth):
-                merged = pair.merged(number, aligned=True)
+                merged = pair.merged(matchings[args.match], slice(number, None))
                 costs[number] = merged.params, merged.flops
 
     config = vars(args) | {"model": models.arch.name, "width": models.arch.width, "layers": layers}
@@ -442,18 +495,19 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
 def show(record: dict[str, Any]) -> None:
     """Prints the table and what it comes to."""
     mark, name = (("[bold green]", "[/]"), "green") if _common.coloured() else (("*", ""), "*")
-    header, lines = table_of(record, mark)
     summary = record["summary"]
-    edge = f"{100 * summary['edge_mean']:.2f}"
-    _common.print_table(
-        record["title"],
-        header,
-        lines,
-        caption=f"{name}: at or above the mean of the edge models, {edge}",
-    )
+    caption = f"{name}: at or above the mean of the edge models, {100 * summary['edge_mean']:.2f}"
+    # Two tables where one would be too wide.
+    beside = [column for column in record["columns"] if column.startswith("am")]
+    for columns in ([c for c in record["columns"] if c not in beside], beside):
+        if columns:
+            header, lines = table_of(record, mark, columns)
+            _common.print_table(record["title"], header, lines, caption=caption)
     for column, layers in summary["reaches_edges_at"].items():
         where = "at none of these l" if layers is None else f"first at l = {layers}"
         print(f"{LABELS[column]} reaches the edge models' mean {where}")
+    if record["config"]["match"] in _pairs.MIXING:
+        print(_common.told(*outcome(record)))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

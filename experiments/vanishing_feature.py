@@ -131,6 +131,7 @@ from typing import Any
 
 import _common
 import _edges
+import _pairs
 import cifar_pfm
 import jax
 import jax.numpy as jnp
@@ -191,21 +192,22 @@ def parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------- networks
 
 
-def midpoints(pair: cifar_pfm.Pair) -> dict[str, merge.Merged]:
+def midpoints(pair: _pairs.Pair, match: str, matching: _pairs.Matching) -> dict[str, merge.Merged]:
     """All merged networks by name, those of PFM last."""
     net = pair.net
-    matched = pair.merged(0, aligned=True)
-    found = {"direct": pair.merged(0, aligned=False)}
+    matched = pair.merged(matching, slice(None))
+    found = {"direct": pair.merged(pair.matching("none"), slice(None))}
     # The classifier's bias alone, as where all others are those of norms, is next to nothing.
     biased = sum(layer.bias is not None for layer in net.layers) > 1
-    for column in cifar_pfm.columns_of(net, pair.match["method"])[1:]:
+    for column in cifar_pfm.columns_of(net, match)[1:]:
         if biased or column != "bias_calibration":
-            found[column] = pair.renormalised(column, matched, pair.statistics)
+            remedy = cifar_pfm.parts_of(column, match)[1]
+            found[column] = pair.renormalised(remedy, matching, matched, pair.statistics)
     if biased and not net.norms:
         found["bias_removal"] = renorm.remove_bias(net, matched, last=removed(net))
     for number in cifar_pfm.default_layers(net.depth):
         if number:
-            found[f"PFM {number}/{net.depth}"] = pair.merged(number, aligned=True)
+            found[f"PFM {number}/{net.depth}"] = pair.merged(matching, slice(number, None))
     return found
 
 
@@ -295,12 +297,13 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     net, trees = models.net, models.trees
     statistics = models.batches("train", args.statistics)
     test = models.batches("test", args.samples)
-    # At the midpoint.
-    options = argparse.Namespace(match=args.match, alpha=0.5)
-    pair = cifar_pfm.Pair(net, trees, options, statistics, test, watch)
+    with watch("statistics of edge models"):
+        pair = _pairs.Pair(net, trees, (0.5, 0.5), statistics, test, [args.match])
+    with watch("matching"):
+        matching = pair.matching(args.match)
     with watch("midpoints"):
-        networks = midpoints(pair)
-        edges = [merge.as_merged(net, tree) for tree in pair.aligned]
+        networks = midpoints(pair, args.match, matching)
+        edges = [merge.as_merged(net, tree) for tree in matching.mapped]
     with watch("features"):
         curves = curves_of(net, networks, edges, _common.Watched(test, "features"))
     with watch("accuracies"):
@@ -313,7 +316,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "config": vars(args) | {"model": models.arch.name, "width": models.arch.width},
         **models.record(statistics, test),
         "seeds": {"edge_models": models.seeds, "matching": 0},
-        "matching": pair.match,
+        "matching": matching.record,
         "layers": [layer.name for layer in layers],
         "depth": [layer.depth for layer in layers],
         "relative_depth": [k / POINTS for k in range(1, POINTS + 1)],

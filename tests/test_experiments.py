@@ -259,7 +259,7 @@ def tiny(monkeypatch, tmp_path, ship):
     labels = {n: rng.integers(0, 10, n).astype(np.int32) for n in (25, 20)}
     arrays = images[25], labels[25], images[20], labels[20]
     dataset = data.Dataset("cifar10", *arrays, (0.5,), (0.25,), 10, "random")
-    monkeypatch.setattr(pfm.data, "load", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: dataset)
     monkeypatch.setattr(edges, "BATCH", 10)
 
     def make(name, count):
@@ -328,11 +328,120 @@ def test_weight_matching(tiny):
     assert record["pairs"][0]["matching"]["converged"] is True
 
 
+@pytest.mark.parametrize("match", ["zipit", "cca", "transport"])
+def test_units_mixed(match, tiny):
+    """ZipIt!, CCA and transport stand beside activation matching."""
+    path = pfm.main([*tiny("vgg11", 2), "--layers", "0", "3", "--match", match])
+    record = json.loads(path.read_text())
+    assert path.stem == f"cifar_pfm-cifar10-vgg11-w0.25-{match}-layers0+3"
+    assert record["columns"] == [*PLAIN, "am", "am_repair", "am_rescale"]
+    assert record["pairs"][0]["matching"]["method"] == match
+    # Where nothing is merged the two networks are as they were, whatever the maps.
+    for column in ("direct", "matched", "bias_calibration", "am"):
+        ensemble = accuracy(record, "ensemble", "direct")
+        assert accuracy(record, "PFM 3/3", column) == ensemble
+    panels = pfm.figure_of(record).axes
+    assert [axes.get_title() for axes in panels][1] == "activation matching"
+    intro, claims = pfm.outcome(record)
+    assert "At l = 0: direct" in intro and claims
+    assert all(verdict is None for verdict, _ in claims) == (match == "transport")
+
+
+def test_activation_matching_beside_another_is_that_alone(tiny):
+    options = [*tiny("vgg11", 2), "--layers", "0", "2"]
+    beside = json.loads(pfm.main([*options, "--match", "zipit"]).read_text())
+    alone = json.loads(pfm.main(options).read_text())
+    for layers in (0, 2):
+        for column in ("am", "am_repair", "am_rescale"):
+            _, remedy = pfm.parts_of(column, "zipit")
+            expected = accuracy(alone, f"PFM {layers}/3", remedy or "matched")
+            # One of 20 images may tip by rounding.
+            found = accuracy(beside, f"PFM {layers}/3", column)
+            assert found == pytest.approx(expected, abs=0.06)
+
+
+def test_unknown_variances_are_no_accuracy(tiny, capsys):
+    """A BatchNorm of mixed units has no variance until RESET measures one: nothing to evaluate."""
+    options = [*tiny("vgg11-bn", 2), "--layers", "0", "3", "--match", "zipit"]
+    record = json.loads(pfm.main(options).read_text())
+    assert record["columns"] == ["direct", "matched", "reset", "reset_scales", "am", "am_reset"]
+    first, last = record["rows"][3:]
+    assert first["cells"]["matched"] is None and first["cells"]["reset"]["accuracy"]
+    # With all layers apart no such BatchNorm is left.
+    assert last["cells"]["matched"]["mean"] == accuracy(record, "ensemble", "direct")
+    _, lines = pfm.table_of(record, ("", ""))
+    assert [line[2] for line in lines] == ["", "", "", "-", lines[4][3]]
+    assert "matched nan" not in pfm.outcome(record)[0]
+    assert len(pfm.figure_of(record).axes) == 2
+    assert " - " in capsys.readouterr().out
+
+
+def claimed(match, columns, rows, *, model="vgg16"):
+    """Verdicts of claims on accuracies by l and column; edge models of 0.9, ensemble of 0.93."""
+    names = ["direct", *columns]
+    merged = [
+        {
+            "name": f"PFM {layers}/14",
+            "layers": layers,
+            "cells": {
+                column: {"mean": value, "accuracy": [value], "std": 0.0}
+                for column, value in zip(names, [0.1, *values], strict=True)
+            },
+        }
+        for layers, values in rows.items()
+    ]
+    record = {
+        "config": {"match": match, "zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1},
+        "data": {"name": "cifar10"},
+        "model": {"name": model, "depth": 14},
+        "columns": names,
+        "rows": [
+            {"name": name, "layers": None, "cells": {"direct": {"mean": value}}}
+            for name, value in (("model 1", 0.9), ("model 2", 0.9), ("ensemble", 0.93))
+        ]
+        + merged,
+    }
+    record["summary"] = pfm.summary_of(record)
+    assert "models' mean, 90.00" in pfm.outcome(record)[0]
+    return [holds for holds, _ in pfm.claims_of(record)]
+
+
+def test_claims_on_the_paper_s_numbers_hold_and_flip():
+    """Tables 3, 4, 6 to 8 of the paper as records; then with one thing changed."""
+    mixed = ["matched", "reset", "am", "am_reset"]
+    cca = {0: [0.1, 0.912, 0.19, 0.899], 8: [0.1, 0.929, 0.9, 0.928], 12: [0.1, 0.931, 0.93, 0.93]}
+    assert claimed("cca", mixed, cca) == [True] * 4
+    assert claimed("cca", mixed, cca | {0: [0.1, 0.89, 0.19, 0.899]})[:2] == [False, False]
+    assert claimed("cca", mixed, cca | {8: [0.1, 0.92, 0.9, 0.93]})[:2] == [True, False]
+    late = {0: [0.1, 0.88, 0.1, 0.8], 8: [0.1, 0.89, 0.9, 0.8], 12: [0.1, 0.9, 0.9, 0.8]}
+    assert claimed("cca", mixed, late) == [True, True, False, False]
+    zipped = {0: [0.1, 0.896, 0.19, 0.899], 8: [0.1, 0.93, 0.9, 0.928]}
+    assert claimed("zipit", mixed, zipped) == [True] * 3
+    assert claimed("zipit", mixed, zipped | {0: [0.1, 0.85, 0.19, 0.899]})[0] is False
+    residual = {0: [0.1, 0.62, 0.1, 0.64], 8: [0.1, 0.89, 0.9, 0.93]}
+    assert claimed("zipit", mixed, residual, model="resnet20") == [True, True]
+    assert claimed("zipit", mixed, zipped, model="resnet20") == [False, False]
+
+    plain = ["matched", "repair", "rescale", "bias_calibration", "am", "am_repair", "am_rescale"]
+    late = [0.93] * 7
+    zipped = {0: [0.43, 0.68, 0.847, 0.83, 0.46, 0.39, 0.847], 8: late}
+    assert claimed("zipit", plain, zipped) == [True] * 6
+    worse = {0: [0.5, 0.9, 0.7, 0.83, 0.46, 0.85, 0.847], 8: [0.89] * 7}
+    assert claimed("zipit", plain, worse) == [False] * 6
+    cca = {0: [0.82, 0.58, 0.831, 0.8, 0.46, 0.39, 0.847], 8: late}
+    assert claimed("cca", plain, cca) == [True] * 6
+    worse = {0: [0.5, 0.6, 0.55, 0.3, 0.46, 0.39, 0.5], 8: [0.89] * 7}
+    assert claimed("cca", plain, worse) == [False] * 6
+    assert claimed("transport", plain, cca) == [None]
+
+
 def test_retrain_trains_what_it_merges(tmp_path, monkeypatch):
     def fit(model, recipe, dataset, *, seed, **options):
         x = np.zeros((1, *dataset.train_images.shape[1:]), np.float32)
         asked.append((recipe.epochs, seed))
-        return pfm.train.Trained(jax.jit(model.init)(jax.random.key(seed), x), (), 1.0)
+        return edges.train_edges.train.Trained(
+            jax.jit(model.init)(jax.random.key(seed), x), (), 1.0
+        )
 
     asked: list = []
     monkeypatch.setattr(edges.train_edges.train, "fit", fit)
@@ -365,7 +474,10 @@ def test_help_explains_every_option(capsys):
     for option in (
         "--dataset {auto,cifar10,cifar100,mnist,digits}",
         "--model",
-        "--match {activation,weight,none}",
+        "--match {activation,weight,none,zipit,cca,transport}",
+        "--zip-alpha A",
+        "--zip-beta B",
+        "--regularization R",
         "--layers",
         "--alpha",
         "--pairs",
@@ -401,6 +513,9 @@ def test_help_explains_every_option(capsys):
         (["--alpha", "half"], "'half' is no number from 0 to 1"),
         (["--samples", "0"], "'0' is neither a number of images nor 'all'"),
         (["--match", "both"], "invalid choice: 'both'"),
+        (["--zip-beta", "2"], "--zip-beta: '2' is no number from 0 to 1"),
+        (["--regularization", "-1"], "--regularization: '-1' is no number from 0 on"),
+        (["--regularization", "some"], "--regularization: 'some' is no number from 0 on"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "is not prepared"),
     ],
 )
@@ -439,8 +554,8 @@ def test_missing_models_are_named_with_the_command_that_trains_them(tiny, capsys
 
 def test_digits_models_are_of_the_digits(tiny, monkeypatch, capsys):
     """As train_edges.py decides, even where CIFAR-10 is found; where asked for that, it is told."""
-    options, load, asked = tiny("vgg11", 2), pfm.data.load, []
-    monkeypatch.setattr(pfm.data, "load", lambda name, *args, **more: asked.append(name) or load())
+    options, load, asked = tiny("vgg11", 2), data.load, []
+    monkeypatch.setattr(data, "load", lambda name, *args, **more: asked.append(name) or load())
     for dataset in ("auto", "cifar10"):
         with pytest.raises(SystemExit, match="2"):
             pfm.main([*options, "--model", "digits-mlp", "--dataset", dataset])
@@ -473,7 +588,7 @@ def test_figure_that_fails_leaves_the_whole_record(tiny, tmp_path, monkeypatch, 
     assert json.loads(path.read_text())["experiment"] == "cifar_pfm"
 
 
-@pytest.mark.parametrize("match", ["activation", "weight", "none"])
+@pytest.mark.parametrize("match", ["activation", "weight", "none", "cca"])
 def test_models_with_nan_are_reported(match, tiny, capsys, tmp_path):
     options = tiny("vgg11", 2)
     folder = tmp_path / "checkpoints" / "cifar10-vgg11-w0.25-seed1"
@@ -526,9 +641,15 @@ def test_runs_that_differ_have_other_names(digits):
     changes = [{}, {"layers": [0]}, {"samples": 1}, {"samples": "all"}, {"alpha": 0.25}]
     changes += [{"pairs": 3}, {"match": "none"}, {"match": "weight"}, {"retrain": True}]
     changes += [{"retrain": True, "preset": "paper"}, {"width": 0.5}, {"model": "digits-conv"}]
+    changes += [{"match": "zipit"}, {"match": "cca"}, {"match": "transport"}]
+    changes += [{"match": "zipit", "zip_alpha": 0.1}, {"match": "zipit", "zip_beta": 0.1}]
+    changes += [{"match": "cca", "regularization": 1.0}]
     standard = record["config"] | {"layers": pfm.default_layers(6)}
     names = [pfm.file_name(record | {"config": standard | change}) for change in changes]
     assert names[0] == "cifar_pfm-digits-digits-mlp" and len(set(names)) == len(names)
+    # Settings of other matchings change nothing.
+    other = standard | {"zip_beta": 0.5, "regularization": 2.0}
+    assert pfm.file_name(record | {"config": other}) == names[0]
 
 
 def test_one_image_is_singular(digits):
@@ -553,7 +674,7 @@ def test_heads_and_readme_say_what_is_in_the_records():
                 assert script.file_name(record) == name
 
 
-@pytest.mark.parametrize("name", ["_common", "cifar_pfm", "train_edges"])
+@pytest.mark.parametrize("name", ["_common", "_pairs", "_tables", "cifar_pfm", "train_edges"])
 def test_examples_in_docstrings(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed
