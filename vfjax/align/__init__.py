@@ -9,3 +9,10 @@ from vfjax.align.cca import cca as cca
 from vfjax.align.cca import cca_moments as cca_moments
 from vfjax.align.transport import transport as transport
 from vfjax.align.transport import transport_moments as transport_moments
+from vfjax.align.universe import Universe as Universe
+from vfjax.align.universe import match_universe as match_universe
+from vfjax.align.universe import match_universe_moments as match_universe_moments
+from vfjax.align.weights import match_weights as match_weights
+from vfjax.align.zip import merged_correlation as merged_correlation
+from vfjax.align.zip import zip_features as zip_features
+from vfjax.align.zip import zip_moments as zip_moments
