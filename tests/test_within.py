@@ -18,6 +18,7 @@ from jax import lax
 
 import vfjax
 from vfjax import stats
+from vfjax._propagate.within import Record
 from vfjax.align import match_activations, match_weights
 from vfjax.align._record import assign_within
 from vfjax.align.activations import match_moments
@@ -176,6 +177,16 @@ def test_dims_that_heads_share_are_one_group(name):
     if {a.path for a in groups["q:heads"]} >= {"q", "k", "v", "out"}:
         wrong = PermutationSpec(groups, spec.sizes, within=BOTH)
         assert change(apply, variables, TOKENS, wrong) > 1e-3
+
+
+def test_rules_must_say_what_they_keep(monkeypatch):
+    """Without that, heads that are mixed would go unnoticed, and the invariance check tells."""
+    apply, more, _ = TIED["talking heads with a skip"]
+    variables = leaves(**more)
+    monkeypatch.setattr(Record, "keep", lambda *args: None)
+    spec = vfjax.trace(apply, variables, TOKENS).spec
+    assert {k: v for k, v in spec.within.items() if k in BOTH} == BOTH
+    assert change(apply, variables, TOKENS, spec) > 1e-3
 
 
 def test_grouped_convolutions_have_channels_within_groups():

@@ -392,7 +392,8 @@ def _layer_axes(net: Network, layer: Any) -> tuple[GroupAxis, ...]:
         for axis in net.spec.groups[group]:
             if axis.path == layer.kernel and axis.role == "out":
                 owner = net.spec.owner(group, axis)
-                owner = owner and owner._replace(path="", axis=0, role="elementwise")
-                place = axis.outer, axis.inner, axis.windows
-                found.append(GroupAxis(group, 0, *place, owner=owner))
+                if owner is not None:
+                    place = owner._replace(path="", axis=0, role="elementwise")
+                    owner = place if owner.axis == axis.axis else None
+                found.append(GroupAxis(group, 0, *axis[3:], owner=owner))
     return tuple(found)
