@@ -133,6 +133,8 @@ def _measured(
         )
     net = nets[0]
     mixed = frozenset() if maps is None else maps.mixed
+    if maps is not None:
+        trees = [maps.in_units(own, tree) for own, tree in zip(nets, trees, strict=True)]
     covariance = [s for s in sites if any(place.group in mixed for place in net.places(s))]
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
     if all(own is net for own in nets) and all(found == shapes[0] for found in shapes):

@@ -216,7 +216,7 @@ def _merge(
 
     kept = net.trunk_leaves(start, end) if start or end is not None else frozenset(net.paths)
     if start or kept:  # else nothing is merged, and all stay as they are
-        trees = [maps.permute(nets[k], tree, k) for k, tree in enumerate(trees)]
+        trees = [maps.prepare(nets[k], tree, k) for k, tree in enumerate(trees)]
     mapped = [_keep(tree, kept) for tree in trees]
     own = any(other is not net for other in nets)
     if maps.mixed or own:
@@ -300,9 +300,7 @@ def _matrices(nets: Sequence[Network], maps: Maps, depth: int, which: int) -> tu
 
 def _keep(tree: PyTree, paths: Collection[str]) -> PyTree:
     """The tree with None in place of leaves that are not among `paths`."""
-    leaves, treedef = _tree.flatten_named(tree)
-    kept = [leaf if path in paths else None for path, leaf in leaves.items()]
-    return jax.tree.unflatten(treedef, kept)
+    return _tree.without(tree, _tree.flatten_named(tree)[0].keys() - paths)
 
 
 _WARNED: weakref.WeakSet[Network] = weakref.WeakSet()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -195,3 +195,17 @@ def some(names: Iterable[str]) -> str:
     names = list(names)
     shown = ", ".join(repr(name) for name in names[:5])
     return (shown or "none") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def without(tree: PyTree, paths: Collection[str]) -> PyTree:
+    """The tree with None in place of the leaves at some paths."""
+    leaves, treedef = flatten_named(tree)
+    return jax.tree.unflatten(
+        treedef, [None if path in paths else leaf for path, leaf in leaves.items()]
+    )
+
+
+def replaced(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
+    """The tree with other leaves at some paths."""
+    leaves, treedef = flatten_named(tree)
+    return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()])

@@ -7,12 +7,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from vfjax import _tree
 from vfjax._maps import check_matrices, check_permutation
+from vfjax._tree import replaced, without
+from vfjax.align._covariances import tap_covariances
+from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network import Network, networks
+from vfjax.stats import Moments
 
 PyTree = Any
 
@@ -27,6 +29,8 @@ class Maps:
             another of h entries (`net.spec.within`) may have `(M [h, m, n], U [h, n, m])`.
         sizes: By group, how many features of all models each merged feature is made of, int `[m]`;
             empty where merged features are no plain means of others.
+        spreads: Per model and group, the standard deviation of what M makes of the features,
+            relative to `|M|` of theirs, `[m]`, for the scales of norms; 1 where it is not known.
 
     Example:
         >>> maps = Maps.of_permutations([{}, {"h": np.array([1, 0])}])
@@ -38,6 +42,7 @@ class Maps:
 
     maps: tuple[Mapping[str, tuple[np.ndarray, np.ndarray]], ...]
     sizes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    spreads: tuple[Mapping[str, np.ndarray], ...] = ()
 
     @classmethod
     def of_labels(cls, labels: Mapping[str, np.ndarray], models: int) -> Maps:
@@ -97,6 +102,23 @@ class Maps:
                 matrices[group] = matrix, matrix.swapaxes(-1, -2)
             maps.append(matrices)
         return cls(tuple(maps))
+
+    def with_spreads(self, net: Network, moments: Moments) -> Maps:
+        """The same, with spreads as the features at the taps have them.
+
+        Args:
+            net: The traced network.
+            moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+        """
+        found: list[dict[str, list[np.ndarray]]] = [{} for _ in self.maps]
+        for group, block, _ in tap_covariances(net, moments):
+            for k, of in enumerate(self.mixing):
+                if group in of and np.ndim(of[group][0]) == 2:
+                    spread = spread_of(of[group][0], block[k, k])
+                    found[k].setdefault(group, []).append(spread)
+        return dataclasses.replace(
+            self, spreads=tuple({g: np.mean(taps, 0) for g, taps in of.items()} for of in found)
+        )
 
     @property
     def models(self) -> int:
@@ -167,9 +189,11 @@ class Maps:
     def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
         """The mapped models, of which the merge is the mean.
 
-        Groups that are only permuted are indexed. Where a model's features are mixed, the stored
-        variances of norms along them are unknown: None stands in their place in all models, and
-        `vfjax.renorm.reset` measures those of the merge.
+        Groups that are only permuted are indexed. Where a model's features are mixed, layers are
+        put into the units of the norm that follows (see `in_units`), whose scale becomes the
+        standard deviation of the mixed features; and the stored variances of norms are unknown:
+        None stands in their place in all models, and `vfjax.renorm.reset` measures those of the
+        merge.
 
         Args:
             net: The traced network, or one per model.
@@ -188,18 +212,41 @@ class Maps:
 
     def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
         """One model mapped; see `apply`."""
-        return self.mix(net, self.permute(net, tree, model), model)
+        return self.mix(net, self.prepare(net, tree, model), model)
 
-    def permute(self, net: Network, tree: PyTree, model: int) -> PyTree:
-        """One model permuted but not mixed."""
+    def in_units(self, net: Network, tree: PyTree) -> PyTree:
+        """The same function, with layers in the units in which the maps mix their features.
+
+        Before a norm with stored statistics the channels of a layer have units of their own, in
+        which mixing them means nothing. Along the groups that the maps mix, the layer is rescaled
+        to the units of the norm's output, and the norm to the identity but for its shift.
+
+        Args:
+            net: The traced network.
+            tree: A model as it was matched.
+
+        Returns:
+            A tree of the same structure and function.
+
+        Raises:
+            ValueError: If the tree does not fit the network.
+        """
+        return in_output_units(net, tree, self.unknown(net))
+
+    def prepare(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model permuted, in units to be mixed, but not mixed."""
         moves = self.permutations[model]
-        return net.spec.permute(tree, moves) if moves else tree
+        return self.in_units(net, net.spec.permute(tree, moves) if moves else tree)
 
     def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
-        """One model mapped but not permuted."""
-        unknown = self.unknown(net)
-        tree = _without(tree, unknown) if unknown else tree
-        return net.spec.apply(tree, self.mixing[model]) if self.mixing[model] else tree
+        """One model mapped, of which all is done that `prepare` does."""
+        unknown, found = self.unknown(net), self.mixing[model]
+        tree = without(tree, unknown) if unknown else tree
+        if not found:
+            return tree
+        spreads = self.spreads[model] if self.spreads else {}
+        scales = mixed_scales(net, tree, unknown, found, spreads)
+        return replaced(net.spec.apply(tree, found), scales)
 
     def carry(self, moments: Any) -> Any:
         """The moments of the models in the basis of the merge: goals of REPAIR and RESCALE.
@@ -242,14 +289,6 @@ class Maps:
             f"Maps({self.models} models, {len(self.sizes)} groups, {len(sizes)} features of "
             f"{int(sizes.sum())}, at most {int(sizes.max(initial=0))} in one)"
         )
-
-
-def _without(tree: PyTree, paths: frozenset[str]) -> PyTree:
-    """The tree with None in place of some leaves."""
-    leaves, treedef = _tree.flatten_named(tree)
-    return jax.tree.unflatten(
-        treedef, [None if path in paths else leaf for path, leaf in leaves.items()]
-    )
 
 
 def _permutation(merge: Any, unmerge: Any) -> np.ndarray | None:

@@ -146,7 +146,7 @@ def cca_moments(
         eps = _rounding(moments, block)
         for k in range(1, len(block)):
             maps[k][group] = _Pair(block, k, regularization, relative, eps).maps()
-    return Maps(tuple(maps), {})
+    return Maps(tuple(maps), {}).with_spreads(net, moments)
 
 
 def canonical_correlations(

@@ -173,7 +173,7 @@ def zip_moments(
                 similarity, models
             )
         found[group] = _in_order(labels)
-    return Maps.of_labels(found, models)
+    return Maps.of_labels(found, models).with_spreads(net, moments)
 
 
 def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict[str, float]:

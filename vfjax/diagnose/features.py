@@ -345,6 +345,7 @@ def carry(
     # Stems and heads are permuted already.
     mixing = tuple({g: jnp.asarray(pair[0]) for g, pair in of.items()} for of in maps.mixing)
     merging = [{g: jnp.asarray(m) for g, m in of.items()} for of in maps.merging]
+    edges = [maps.in_units(net, edge) for edge in edges]
     own = [
         _measure.Carried(network, mixing)
         if isinstance(network, Merged) and (network.stems or network.heads)
