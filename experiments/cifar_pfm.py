@@ -325,7 +325,7 @@ def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
         f"Models of {accuracy['model 1']:.1f} and {accuracy['model 2']:.1f}, ensemble "
         f"{accuracy['ensemble']:.1f}. At l = {first['layers']}: {_common.joined(given)}. The edge "
         f"models' mean, {100 * record['summary']['edge_mean']:.2f}, is first reached "
-        f"{_common.joined(where)}."
+        f"{_common.joined(where) if set(reached) != {None} else 'by no column at these l'}."
     )
     return intro, claims_of(record)
 
