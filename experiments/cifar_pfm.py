@@ -78,6 +78,9 @@ PyTree = Any
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
 SAMPLES = 10_000
+# Of curves in two panels; no network has all of them.
+COLOURS = {"direct": 0, "matched": 1, "REPAIR": 2, "RESET": 2, "RESCALE": 3, "RESET + scales": 3}
+COLOURS |= {"bias cal.": 4}
 
 
 # -------------------------------------------------------------------------------------- options
@@ -322,7 +325,7 @@ def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
         f"Models of {accuracy['model 1']:.1f} and {accuracy['model 2']:.1f}, ensemble "
         f"{accuracy['ensemble']:.1f}. At l = {first['layers']}: {_common.joined(given)}. The edge "
         f"models' mean, {100 * record['summary']['edge_mean']:.2f}, is first reached "
-        f"{_common.joined(where)}."
+        f"{_common.joined(where) if set(reached) != {None} else 'by no column at these l'}."
     )
     return intro, claims_of(record)
 
@@ -390,7 +393,7 @@ def figure_of(record: dict[str, Any]) -> Any:
                 error=[100 * value for value in spreads[column]]
                 if len(record["pairs"]) > 1
                 else None,
-                colour=list(LABELS.values()).index(label),
+                colour=COLOURS[label],
             )
         edge = record["summary"]["edge_mean"]
         for colour, (name, value) in (

@@ -102,7 +102,8 @@ def test_norms_hand_on_the_averaged_deviations_of_the_mixtures(pair, layers):
     for name, layer in (("a", "first"), ("b", "second")):
         (norm,) = (n for n in net.norms if n.layer == layer)
         z, trunk = np.asarray(found[norm.site]), jax.tree.map(np.asarray, new.trunk)
-        z = (z - trunk[f"{name}/mean"]) / np.sqrt(trunk[f"{name}/var"] + 1e-5)
+        # Without the epsilon, which takes a little more where variances are small.
+        z = (z - trunk[f"{name}/mean"]) / np.sqrt(trunk[f"{name}/var"])
         std = (z * trunk[f"{name}/scale"]).std(0)
         np.testing.assert_allclose(std, goals[layer], rtol=1e-3)
     # Without references scales are what the maps made of them.

@@ -54,8 +54,8 @@ def absorb_norms(net: Network, tree: PyTree) -> PyTree:
     """
     check_fits(net, tree, "tree")
     leaves, _ = _tree.flatten_named(tree)
-    for layer, norm in scaled_layers(net).items():
-        scale, var = (jnp.asarray(leaves[path]) for path in (norm.scale, norm.var))
+    for layer, (norm, path) in scaled_layers(net).items():
+        scale, var = jnp.asarray(leaves[path]), jnp.asarray(leaves[norm.var])
         mean = jnp.asarray(leaves[norm.mean])
         factor = scale / jnp.sqrt(var + norm.eps).astype(scale.dtype)
         found = net.layer(layer)
@@ -66,17 +66,17 @@ def absorb_norms(net: Network, tree: PyTree) -> PyTree:
             {
                 norm.mean: (factor * mean).astype(mean.dtype),
                 norm.var: var,
-                norm.scale: jnp.sqrt(var + norm.eps).astype(scale.dtype),
+                path: jnp.sqrt(var + norm.eps).astype(scale.dtype),
             },
         )
     return tree
 
 
-def scaled_layers(net: Network) -> dict[str, Norm]:
-    """Layers that a norm with a scale of its own follows directly, with that norm."""
+def scaled_layers(net: Network) -> dict[str, tuple[Norm, str]]:
+    """Layers that a norm with a scale of its own follows directly, with both."""
     uses = Counter(path for n in net.norms for path in (n.mean, n.var, n.scale))
     return {
-        norm.layer: norm
+        norm.layer: (norm, norm.scale)
         for norm in net.norms
         if norm.layer is not None
         and norm.scale is not None
@@ -100,6 +100,6 @@ def with_scales(net: Network, tree: PyTree, stds: Mapping[str, Array]) -> PyTree
     norms, leaves = scaled_layers(net), {}
     old, _ = _tree.flatten_named(tree)
     for layer, std in stds.items():
-        path = norms[layer].scale
+        _, path = norms[layer]
         leaves[path] = std.reshape(jnp.shape(old[path])).astype(jnp.result_type(old[path]))
     return _tree.with_leaves(tree, leaves)
