@@ -117,15 +117,13 @@ class Matching:
     """How the units of two networks were brought together.
 
     Attributes:
-      trees: Both networks, as they are matched.
       maps: Of both networks.
-      references: Moments of both after the maps, the goals of REPAIR and RESCALE, and of RESET
-        where it measures scales, too; None where RESET keeps them.
+      references: Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET,
+        which has none.
       mapped: Both networks after the maps: where their biases are read.
       record: What records say of it.
     """
 
-    trees: Sequence[PyTree]
     maps: Maps
     references: stats.Moments | None
     mapped: Sequence[PyTree]
@@ -155,10 +153,6 @@ class Pair:
     ) -> None:
         self.net, self.trees, self.weights = net, tuple(trees), weights
         self.statistics, self.test = statistics, test
-        # The same functions, with scales where units are mixed.
-        self.absorbed = self.trees
-        if net.norms and any(match in MIXING for match in matches):
-            self.absorbed = tuple(renorm.absorb_norms(net, tree) for tree in trees)
         self.moments = self._measured(matches)
 
     def _measured(self, matches: Sequence[str]) -> stats.Moments | None:
@@ -167,28 +161,22 @@ class Pair:
         covariance: bool | str | Sequence[str] = False
         if any(match in MIXING for match in matches):
             # Moments go through matrices by the covariances within each network.
-            corrected = stats.resolve_sites(net, "paper")
-            if net.norms:
-                corrected = [norm.layer for norm in net.norms if norm.layer is not None]
-            covariance = list(dict.fromkeys([*stats.taps_by_site(net), *corrected]))
+            corrected = () if net.norms else stats.resolve_sites(net, "paper")
+            covariance = [*stats.resolve_sites(net, "taps"), *corrected]
         elif any(match in FROM_DATA for match in matches):
             covariance = "cross"
         if net.norms and not covariance:
             return None
         return stats.moments(
             net,
-            self.absorbed,
+            self.trees,
             _common.Watched(self.statistics, "statistics of edge models"),
             sites="taps" if net.norms else "paper",
             covariance=covariance,
         )
 
     def matching(self, match: str, config: Mapping[str, Any] = DEFAULTS) -> Matching:
-        """Matches the second network to the first, or both to each other; with their settings.
-
-        After `_scales` in its name, RESET measures the scales of norms, too.
-        """
-        match, _, scales = match.partition("_")
+        """Matches the second network to the first, or both to each other; with their settings."""
         net, record = self.net, {"method": match}
         # There are some wherever the matching was asked for.
         moments: Any = self.moments
@@ -215,16 +203,13 @@ class Pair:
             maps = align.transport_moments(net, moments)
         else:
             maps = Maps.of_permutations([None, None])
-        trees = self.absorbed if scales else self.trees
-        references = None
-        if moments is not None and (scales or not net.norms):
-            references = maps.carry(moments)
-        return Matching(trees, maps, references, maps.apply(net, trees), record)
+        references = None if moments is None or net.norms else maps.carry(moments)
+        return Matching(maps, references, maps.apply(net, self.trees), record)
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
         """The two models merged in a range of layers, before any renormalisation."""
         return merge.partial(
-            self.net, matching.trees, matching.maps, merged=layers, weights=self.weights
+            self.net, self.trees, matching.maps, merged=layers, weights=self.weights
         )
 
     def lacks_variances(self, matching: Matching, merged: merge.Merged) -> bool:
@@ -242,7 +227,7 @@ class Pair:
         if remedy == "bias_calibration":
             return renorm.calibrate_bias(net, merged, references=matching.mapped)
         if remedy == "reset":
-            return renorm.reset(net, merged, statistics, references=matching.references)
+            return renorm.reset(net, merged, statistics)
         function = renorm.repair if remedy == "repair" else renorm.rescale
         goals: Any = matching.references
         return function(net, merged, statistics, references=goals)

@@ -15,7 +15,6 @@ LABELS = {
     "rescale": "RESCALE",
     "bias_calibration": "bias cal.",
     "reset": "RESET",
-    "reset_scales": "RESET + scales",
     "am": "AM",
     "am_repair": "AM + REPAIR",
     "am_rescale": "AM + RESCALE",
@@ -67,12 +66,6 @@ def claims_of(record: dict[str, Any]) -> list[tuple[bool | None, str]]:
         claims.append((all(own[k] < am[k] for k in rows), against))
     else:
         claims.append((all(abs(own[k] - am[k]) <= EQUAL for k in rows), against))
-    if "reset_scales" in record["columns"]:
-        scaled = {layers: mean_of(row, "reset_scales") for layers, row in rows.items()}
-        first = min(rows)
-        gap = 100 * (scaled[first] - am[first])
-        text = f"{_pairs.MATCHES[match]} with RESET + scales gives {_at(scaled)}, at l = {first} "
-        claims.append((None, f"{text}{gap:+.1f} points against activation matching with RESET"))
     edge, reached = record["summary"]["edge_mean"], record["summary"]["reaches_edges_at"][remedy]
     at = "at none of these l" if reached is None else f"first at l = {reached}"
     text = f"{label} reaches the edge models' mean, {100 * edge:.1f}, {at}"

@@ -25,10 +25,9 @@ restore the moments of the two networks' own features after the maps. Beside Zip
 transport the columns AM show activation matching in the same run.
 
 The variances that a BatchNorm stores are unknown for units that are mixed, so that without RESET
-there is nothing to evaluate: a dash stands there, where the paper has chance. Nor are mixed scales
-those of mixtures, though the paper takes them. "RESET + scales", which the paper has not, moves
-scales into the layers before the matching, and gives each mixture the averaged standard deviation
-of what was mixed, REPAIR's goal.
+there is nothing to evaluate: a dash stands there, where the paper has chance. The library mixes
+units in the scale that they have behind a norm, where they were matched; the paper mixes kernels
+and scales apart.
 
 What the paper found (tables 1 and 7; full width, 160 epochs, mean of 3 pairs, per cent): VGG16
 models of 91.9 and 91.7, ensemble 92.9. At l = 0 direct averaging is at chance (10.0), matching
@@ -79,7 +78,7 @@ PyTree = Any
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
 SAMPLES = 10_000
 # Of curves in two panels; no network has all of them.
-COLOURS = {"direct": 0, "matched": 1, "REPAIR": 2, "RESET": 2, "RESCALE": 3, "RESET + scales": 3}
+COLOURS = {"direct": 0, "matched": 1, "REPAIR": 2, "RESET": 2, "RESCALE": 3}
 COLOURS |= {"bias cal.": 4}
 
 
@@ -163,8 +162,6 @@ def columns_of(net: vfjax.Network, match: str) -> list[str]:
     """The columns of the table: the paper's table 1, or 7 and 8 for networks with BatchNorm."""
     repaired = ["reset"] if net.norms else ["repair", "rescale", "bias_calibration"]
     columns = ["direct", *(["matched"] if match != "none" else []), *repaired]
-    if net.norms and match in ("zipit", "cca"):
-        columns += ["reset_scales"]
     if match in _pairs.MIXING:
         columns += ["am", *(f"am_{remedy}" for remedy in repaired if f"am_{remedy}" in LABELS)]
     return columns
@@ -182,8 +179,6 @@ def parts_of(column: str, match: str) -> tuple[str, str | None]:
     first, _, remedy = column.partition("_")
     if first == "am":
         return "activation", remedy or None
-    if column == "reset_scales":
-        return f"{match}_scales", "reset"
     return match, None if column == "matched" else column
 
 
@@ -386,7 +381,7 @@ def figure_of(record: dict[str, Any]) -> Any:
         curves = {}
         for column in columns:
             remedy = parts_of(column, match)[1] or ("direct" if column == "direct" else "matched")
-            label = LABELS[remedy if column != "reset_scales" else column]
+            label = LABELS[remedy]
             curves[label] = plot.Curve(
                 layers,
                 [100 * value for value in means[column]],

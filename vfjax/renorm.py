@@ -22,7 +22,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from vfjax import _correct, _tree
-from vfjax._absorb import absorb_norms, scaled_layers, with_scales
 from vfjax._arguments import check_merged
 from vfjax._bias import calibrate_bias, remove_bias
 from vfjax._folding import fold_all
@@ -32,7 +31,7 @@ from vfjax.align._maps import Maps
 from vfjax.network import Network
 from vfjax.stats import Moments
 
-__all__ = ["absorb_norms", "calibrate_bias", "remove_bias", "repair", "rescale", "reset"]
+__all__ = ["calibrate_bias", "remove_bias", "repair", "rescale", "reset"]
 
 PyTree = Any
 
@@ -44,9 +43,6 @@ def reset(
     merged: PyTree | Merged,
     data: Iterable[Any],
     *,
-    references: Sequence[PyTree] | Moments | Sequence[Moments] | None = None,
-    maps: Maps | None = None,
-    weights: Sequence[float] | None = None,
     sweeps: str = "batch",
 ) -> PyTree | Merged:
     """RESET: measures the stored statistics of every norm of trunk and heads anew.
@@ -56,18 +52,10 @@ def reset(
     variances are pooled over batches. Scales and shifts of the norms stay. Each head has
     statistics of its own.
 
-    Where matrices mixed features, the scales of norms are no scales of the mixtures either. With
-    `references`, edge models whose norms `absorb_norms` moved into the layers before matching, they
-    become the averaged standard deviations of the mapped pre-activations, REPAIR's goals.
-
     Args:
         net: The traced network, or those that `merged` was made with.
         merged: A merged tree, which may lack variances, or a `Merged`.
         data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
-        references: As in `repair`, for norms of the trunk that follow a layer directly; None to
-            keep all scales.
-        maps: As in `repair`.
-        weights: As in `repair`.
         sweeps: "batch" for one pass, exact on one batch; "layer" for one pass per norm along the
             deepest path, exact on any data.
 
@@ -100,14 +88,6 @@ def reset(
             "net has no normalisation with stored statistics, so there is nothing to reset; "
             "see net.norms. Networks without BatchNorm want repair or rescale."
         )
-    if references is not None:
-        sites = list(scaled_layers(net))
-        goals = goals_of(net, merged, data, references, maps, weights, sites)
-        stds = {layer: std for layer, (_, std) in goals.items()}
-        if isinstance(merged, Merged):
-            merged = dataclasses.replace(merged, trunk=with_scales(net, merged.trunk, stds))
-        else:
-            merged = with_scales(net, merged, stds)
     return _renormalise(net, merged, data, {}, sweeps, centre=False)
 
 
