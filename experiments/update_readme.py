@@ -17,6 +17,17 @@ r"""Writes what is in `experiments/results/` into the README, between its marker
     python experiments/permute_first_layers.py --out experiments/results
     python experiments/permute_first_layers.py --model resnet20 --out experiments/results
     python experiments/training_recipe.py --out experiments/results
+    python experiments/cifar_pfm.py --match zipit --out experiments/results
+    python experiments/cifar_pfm.py --match cca --out experiments/results
+    python experiments/cifar_pfm.py --match transport --out experiments/results
+    python experiments/cifar_pfm.py --match zipit --model vgg16-bn --out experiments/results
+    python experiments/cifar_pfm.py --match cca --model vgg16-bn --out experiments/results
+    python experiments/cifar_pfm.py --match zipit --model resnet20 --out experiments/results
+    python experiments/pfm_vs_partial_zip.py --out experiments/results
+    python experiments/pfm_vs_partial_zip.py --model vgg16-bn --out experiments/results
+    python experiments/zipit_disjoint.py --out experiments/results
+    python experiments/vit_transport.py --out experiments/results
+    python experiments/multi_dataset.py --out experiments/results
     python experiments/update_readme.py
 
 The paragraphs on what came out in the heads of the scripts are written, too. No number in those
@@ -31,7 +42,7 @@ import functools
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,11 +50,15 @@ from typing import Any
 import _common
 import cifar_pfm
 import linear_networks
+import multi_dataset
 import normalization
 import permute_first_layers
+import pfm_vs_partial_zip
 import residual_linear
 import training_recipe
 import vanishing_feature
+import vit_transport
+import zipit_disjoint
 
 README = _common.ROOT / "README.md"
 RESULTS = _common.ROOT / "experiments" / "results"
@@ -54,9 +69,26 @@ TABLES = {
     "late": "cifar_pfm-cifar10-vgg16-w0.25-layers12+13",
     "resnet20": "cifar_pfm-cifar10-resnet20-w0.5",
 }
-# Which records the head of a script tells of, a paragraph each.
-HEADS = {
-    cifar_pfm: (TABLES["vgg16"],),
+# Which records the head of a script tells of, a paragraph each, by the README's part on them.
+MATCHED = (
+    "cifar_pfm-cifar10-vgg16-w0.25-zipit",
+    "cifar_pfm-cifar10-vgg16-w0.25-cca",
+    "cifar_pfm-cifar10-vgg16-w0.25-transport",
+    "cifar_pfm-cifar10-vgg16-bn-w0.125-zipit",
+    "cifar_pfm-cifar10-vgg16-bn-w0.125-cca",
+    "cifar_pfm-cifar10-resnet20-w0.5-zipit",
+)
+BEYOND = {
+    cifar_pfm: MATCHED,
+    pfm_vs_partial_zip: (
+        "pfm_vs_partial_zip-cifar10-vgg16-w0.25",
+        "pfm_vs_partial_zip-cifar10-vgg16-bn-w0.125",
+    ),
+    zipit_disjoint: ("zipit_disjoint-cifar10-vgg7-bn-w0.5",),
+    vit_transport: ("vit_transport-cifar10-vit-w0.125",),
+    multi_dataset: ("multi_dataset-digits+mnist+cifar10",),
+}
+DIAGNOSIS = {
     linear_networks: ("linear_networks-mnist",),
     residual_linear: ("residual_linear-mnist",),
     vanishing_feature: (
@@ -74,6 +106,7 @@ HEADS = {
     ),
     training_recipe: ("training_recipe-mnist",),
 }
+HEADS = {**DIAGNOSIS, **BEYOND, cifar_pfm: (TABLES["vgg16"], *MATCHED)}
 # What the paper has to compare with, after what was measured here.
 PAPER = {
     "vgg16": "In the paper, at full width and with weight decay 1e-4 (here 5e-4), RESCALE leads, "
@@ -94,6 +127,13 @@ ASKED = {
     "networks, relative to the edge models', and what brings them back?",
     "normalization": "Which remedy does best, at every weight of the second network?",
     "permute_first_layers": "How many of the first layers must be matched?",
+    "cifar_pfm": "What do matchers give that mix units, where activation matching permutes them?",
+    "pfm_vs_partial_zip": "Which end of two networks for one task is better kept apart, the first "
+    "layers or the last?",
+    "zipit_disjoint": "Can two networks for different classes become one?",
+    "vit_transport": "Does optimal transport align vision transformers, and what does keeping "
+    "their first blocks apart add?",
+    "multi_dataset": "Can networks for different data sets share all layers but the last ones?",
     "training_recipe": "How must networks be trained to merge well? A barrier is the largest loss "
     "of test accuracy on the way from one network to the other, in points.",
 }
@@ -151,15 +191,15 @@ def table(marker: str, name: str) -> str:
     return "\n" + "\n\n".join(parts) + "\n"
 
 
-def records_of(script: ModuleType) -> list[tuple[str, dict[str, Any]]]:
-    """Names and contents of the records that the head of a script tells of."""
-    paths = {name: RESULTS / f"{name}.json" for name in HEADS[script]}
+def records_of(names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and contents of those of some records that are there."""
+    paths = {name: RESULTS / f"{name}.json" for name in names}
     return [(name, json.loads(path.read_text())) for name, path in paths.items() if path.exists()]
 
 
 def outcome(script: ModuleType, record: dict[str, Any]) -> tuple[str, str]:
     """What a record was made with, and what came out."""
-    if script is not cifar_pfm:
+    if script is not cifar_pfm or record["config"]["match"] != "activation":
         return record["title"], _common.told(*script.outcome(record))
     title, config = _common.DATASET_LABELS[record["data"]["name"]], record["config"]
     setting = f"{title}, {config['model']} at {config['width']:g} of the width"
@@ -168,7 +208,7 @@ def outcome(script: ModuleType, record: dict[str, Any]) -> tuple[str, str]:
 
 def headed(text: str, script: ModuleType = cifar_pfm) -> str:
     """The text of a script with the last paragraphs of its head brought up to date."""
-    records = [record for _, record in records_of(script)]
+    records = [record for _, record in records_of(HEADS[script])]
     if not records:
         return text
     paragraphs = []
@@ -186,14 +226,12 @@ def headed(text: str, script: ModuleType = cifar_pfm) -> str:
     return new
 
 
-def diagnosis() -> str:
-    """The Markdown of the other experiments' records: what came out, the first in full."""
+def told(scripts: Mapping[ModuleType, Sequence[str]]) -> str:
+    """The Markdown of experiments' records: what came out, of each experiment the first in full."""
     parts = []
-    for script in HEADS:
-        if script is cifar_pfm:
-            continue
+    for script, names in scripts.items():
         asked = ASKED[Path(str(script.__file__)).stem]
-        for place, (name, record) in enumerate(records_of(script)):
+        for place, (name, record) in enumerate(records_of(names)):
             intro, claims = script.outcome(record)
             label, figure = record["title"], f"experiments/results/{name}.png"
             how = f"`{record['command']}`, {_common.made_on(record)}"
@@ -235,7 +273,8 @@ def filled(text: str) -> str:
     """The README's text with all generated parts brought up to date."""
     for marker, name in TABLES.items():
         text = _common.fill(text, marker, table(marker, name))
-    text = _common.fill(text, "diagnosis", diagnosis())
+    text = _common.fill(text, "diagnosis", told(DIAGNOSIS))
+    text = _common.fill(text, "beyond", told(BEYOND))
     return _common.fill(text, "benchmarks", benchmarks())
 
 

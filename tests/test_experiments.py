@@ -665,7 +665,7 @@ def test_heads_and_readme_say_what_is_in_the_records():
     update = importlib.import_module("update_readme")
     update.main(["--check"])
     for script, names in update.HEADS.items():
-        found = update.records_of(script)
+        found = update.records_of(names)
         assert [name for name, _ in found] == list(names)
         for name, record in found:
             assert record["seconds"]["total"] < 600 and not record["data"]["fallback"]
