@@ -40,6 +40,7 @@ def norms_in_units(net: Network, unknown: Collection[str]) -> list[Norm]:
 def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyTree:
     """The same function, with layers in the units of the output of the norm that follows."""
     for norm in norms_in_units(net, unknown):
+        assert norm.scale is not None and norm.layer is not None
         leaves, _ = _tree.flatten_named(tree)
         if not {norm.scale, norm.var, norm.mean} <= leaves.keys():
             continue
@@ -47,7 +48,6 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
         factor = scale * jax.lax.rsqrt(var + norm.eps)
         # A variance is not negative: a channel that the norm all but silences keeps some.
         spread = jnp.maximum(jnp.abs(scale), np.sqrt(2 * norm.eps))
-        assert norm.layer is not None
         layer = net.layer(norm.layer)
         tree = net.fold(tree, layer.name, factor.reshape(layer.channel_shape), None)
         leaves, _ = _tree.flatten_named(tree)
