@@ -25,8 +25,8 @@ class Maps:
         maps: Per model and group, `(M [m, n], U [n, m])`: what writes the group takes M, what reads
             it takes U. A group that a model's mapping lacks is left as it is. One that moves within
             another of h entries (`net.spec.within`) may have `(M [h, m, n], U [h, n, m])`.
-        sizes: By group, how many features of all models each merged feature is made of, int `[m]`;
-            empty where merged features are no plain means of others.
+        sizes: By group, how many features of all models each merged feature is made of, int `[m]`
+            (or `[h, m]`); empty where merged features are no plain means of others.
 
     Example:
         >>> maps = Maps.of_permutations([{}, {"h": np.array([1, 0])}])
@@ -45,20 +45,20 @@ class Maps:
 
         Args:
             labels: By group, int `[models * n]`: of the features of all models, one model after
-                another, which merged feature they go to.
+                another, which merged feature they go to. For a group within another of h entries,
+                `[h, models * n]`: inside each of these in their merged order.
             models: K.
         """
         maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(models)]
         sizes = {}
         for group, found in labels.items():
             member = np.eye(found.max() + 1)[found]
-            sizes[group] = member.sum(0).astype(int)
+            sizes[group] = member.sum(-2).astype(int)
             # Times K: the models are averaged after, which divides by as much.
-            shares = models * member / sizes[group]
-            for model, (merge, unmerge) in enumerate(
-                zip(np.split(shares, models), np.split(member, models), strict=True)
-            ):
-                maps[model][group] = merge.T.astype(np.float32), unmerge.astype(np.float32)
+            shares = models * member / sizes[group][..., None, :]
+            pairs = (np.split(matrix.astype(np.float32), models, -2) for matrix in (shares, member))
+            for model, (merge, unmerge) in enumerate(zip(*pairs, strict=True)):
+                maps[model][group] = merge.swapaxes(-1, -2), unmerge
         return cls(tuple(maps), sizes)
 
     @classmethod
@@ -234,7 +234,7 @@ class Maps:
                 f"Maps({self.models} models, {len(groups)} group{'' if len(groups) == 1 else 's'}, "
                 f"of which {permuted} only permute{'s' if permuted == 1 else ''})"
             )
-        sizes = np.concatenate([*self.sizes.values(), np.zeros(0, int)])
+        sizes = np.concatenate([*map(np.ravel, self.sizes.values()), np.zeros(0, int)])
         return (
             f"Maps({self.models} models, {len(self.sizes)} groups, {len(sizes)} features of "
             f"{int(sizes.sum())}, at most {int(sizes.max(initial=0))} in one)"
