@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._axes import Axis, map_axis, permute_at, size_at
+from vfjax._axes import Axis, map_axis, map_within, permute_at, size_at
 from vfjax._maps import check_permutation
 from vfjax._streaming import GroupAxis
 
@@ -20,16 +20,17 @@ Array = jax.Array
 def single(found: Any) -> np.ndarray | Array:
     """The merge map of a group: a permutation (for each entry of another, maybe) or a matrix."""
     found = found[0] if isinstance(found, tuple) else found
-    if np.ndim(found) not in (1, 2):
+    if np.ndim(found) not in (1, 2, 3):
         raise ValueError(
-            "a group's map must be a permutation [n] or [h, n], a matrix [m, n] or a pair of "
-            f"matrices, got an array of shape {np.shape(found)}"
+            "a group's map must be a permutation [n] or [h, n], a matrix [m, n] or [h, m, n] or a "
+            f"pair of matrices, got an array of shape {np.shape(found)}"
         )
     return found
 
 
 def _is_matrix(found: Any) -> bool:
-    return np.ndim(found) == 2 and not np.issubdtype(np.asarray(found).dtype, np.integer)
+    integer = found is not None and np.issubdtype(np.asarray(found).dtype, np.integer)
+    return np.ndim(found) == 3 or (np.ndim(found) == 2 and not integer)
 
 
 def _check(axis: GroupAxis, maps: Sequence[Any], n: int, heads: int | None, site: str) -> None:
@@ -37,20 +38,23 @@ def _check(axis: GroupAxis, maps: Sequence[Any], n: int, heads: int | None, site
     for found in maps:
         if found is None:
             continue
-        if _is_matrix(found):
-            if np.shape(found)[1] != n:
-                raise ValueError(
-                    f"maps[{axis.group!r}] must be a matrix [m, {n}], got {np.shape(found)}: the "
-                    f"group has {n} entries"
-                )
-            continue
-        if np.ndim(found) == 2 and heads is None:
+        each = np.ndim(found) == (3 if _is_matrix(found) else 2)
+        if each and heads is None:
             raise ValueError(
-                f"maps[{axis.group!r}] holds a permutation for each entry of another group, and "
+                f"maps[{axis.group!r}] holds a map for each entry of another group, and "
                 f'the moments at "{site}" are pooled over these; carry those of other sites'
             )
+        if _is_matrix(found):
+            shape = np.shape(found)
+            if shape[-1] != n or (each and shape[0] != heads):
+                wanted = f"[m, {n}]" + (f" or [{heads}, m, {n}]" if heads is not None else "")
+                raise ValueError(
+                    f"maps[{axis.group!r}] must be a matrix {wanted}, got {shape}: the group has "
+                    f"{n} entries"
+                )
+            continue
         check_permutation(axis.group, found, n, heads, within=heads is not None)
-    rows = [np.shape(found)[0] if _is_matrix(found) else n for found in maps]
+    rows = [np.shape(found)[-2] if _is_matrix(found) else n for found in maps]
     if len(set(rows)) > 1:
         raise ValueError(
             f"maps[{axis.group!r}]: matrices [m, {n}] of all models must agree in m, got {rows}"
@@ -121,7 +125,13 @@ def carry(
     matrices = []
     for m in maps:
         whole = np.eye(size)
-        if _is_matrix(m):
+        if m is not None and np.ndim(m) == 3:
+            assert axis.owner is not None  # `_check`
+            each = [functools.partial(_product, np.asarray(matrix)) for matrix in m]
+            whole = map_within(
+                whole, axis.place, axis.owner, lambda view, k, i, each=each: each[i](view, k)
+            )
+        elif _is_matrix(m):
             whole = map_axis(whole, axis.place, functools.partial(_product, np.asarray(m)))
         elif m is not None:
             whole = ordered(whole, m)

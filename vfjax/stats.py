@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vfjax._axes import Axis
 from vfjax._batches import check_finite_means
@@ -122,9 +123,10 @@ class Moments:
 
         Args:
             maps: One per model, None for the identity: by group a permutation `int[n]` (new axis =
-                `take(old, p)`), or `int[h, n]` for a group within another; a matrix `[m, n]`; or a
-                pair of merge and unmerge matrix `(M, U)` of which the first is used. Groups left
-                out stay. At one site, the models' matrices must agree in m.
+                `take(old, p)`), or `int[h, n]` for a group within another; a matrix `[m, n]`, or
+                `[h, m, n]` likewise; or a pair of merge and unmerge matrix `(M, U)` of which the
+                first is used. Groups left out stay. At one site, the models' matrices must agree
+                in m.
 
         Returns:
             Moments at the same sites.
@@ -165,7 +167,7 @@ class Moments:
                     mean[site], var[site], block, axes[k], chosen, site
                 )
                 if mean[site].shape[1 + axis.axis] != length:
-                    m = next(len(found) for found in chosen if found is not None)
+                    m = next(np.shape(found)[-2] for found in chosen if found is not None)
                     axes[:] = [other.after(axes[k], length, m) for other in axes]
                 if covariance is not None and block is not None:
                     covariance[site] = block

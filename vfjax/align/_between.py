@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from vfjax._streaming import (
     stream,
     without_rounding,
 )
+from vfjax.align._entries import matched_sites, within
 from vfjax.network import Network
 
 Array = jax.Array
@@ -97,7 +98,8 @@ def measure(
         ValueError: If data is empty or exhausted, or makes a value NaN or infinite, or the taps of
             two networks differ by more than their widths.
     """
-    sites = tuple(_sites(net) for net in nets)
+    inside = within(nets)
+    sites = tuple(_sites(net, inside) for net in nets)
     for k, found in enumerate(sites):
         if [site.name for site in found] != [site.name for site in sites[0]]:
             raise ValueError(
@@ -122,9 +124,9 @@ def measure(
     ]
 
 
-def _sites(net: Network) -> tuple[Site, ...]:
+def _sites(net: Network, inside: Mapping[str, str]) -> tuple[Site, ...]:
     taps = stats.taps_by_site(net)
-    return tuple(stats.site_of(net, name, taps) for name in taps)
+    return tuple(stats.site_of(net, name, taps) for of in matched_sites(net, inside) for name in of)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -154,7 +156,8 @@ def _batch(
         if count != counts[0]:
             raise ValueError(
                 f"the taps of net[{k}] have other numbers of samples than those of net[0], {count} "
-                f"and {counts[0]}; networks may differ in widths only"
+                f"and {counts[0]}; networks may differ in widths only, and if these are numbers of "
+                'heads, be compared on="weights" only'
             )
     mean, var, rest, rows = zip(*found, strict=True)
     covariance = [

@@ -5,7 +5,8 @@ share the search: correlations, one matrix for every pair of models, a group by 
 whose leaves couple the groups.
 
 Permutations are int `[K, n]` by group; their relaxations are doubly stochastic, `[K, n, n]`, a row
-for every place in the universe.
+for every place in the universe. Those of a group inside each of h entries of another, as the dims
+of heads, are `[K, h, n]`, and are matched together with the latter; they are not relaxed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import scipy.linalg
 
-from vfjax._axes import Axis, map_axis
-from vfjax.align._record import assign
-from vfjax.align.weights import _dot, _inner, _search
+from vfjax._axes import Axis, map_axis, permute_axis
+from vfjax.align._record import assign, assign_within
+from vfjax.align.weights import _dot, _inner, _permute, _search
 from vfjax.symmetry import PermutationSpec
 
 # Ties go to the unit that is in place; relative to the gains, far below their rounding.
@@ -31,7 +32,7 @@ _RELAXED = 1e-6
 
 
 class Objective(Protocol):
-    """What the search needs to know of F."""
+    """What the ascent needs to know of F."""
 
     models: int
     scale: float
@@ -44,6 +45,10 @@ class Objective(Protocol):
         """Permutations of one model, `[n]` by group, that match it to the others as they are."""
         ...
 
+
+class Relaxed(Objective, Protocol):
+    """What the relaxation needs to know of F, too."""
+
     def gradient(self, at: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The gradient of the relaxed F."""
         ...
@@ -53,6 +58,10 @@ class Objective(Protocol):
 
         The end is a corner: permutations, int `[K, n]` by group.
         """
+        ...
+
+    def loosened(self, start: Mapping[str, np.ndarray]) -> tuple[Relaxed, frozenset[str]]:
+        """F of the groups that are relaxed, the others being where they are, and these groups."""
         ...
 
 
@@ -90,6 +99,50 @@ class Correlations:
         slope, bend = self.gradient(at)[group], self.gradient({group: step})[group]
         return np.array([np.vdot(slope, p) / 2, np.vdot(slope, step), np.vdot(bend, step) / 2])
 
+    def loosened(self, start: Mapping[str, np.ndarray]) -> tuple[Relaxed, frozenset[str]]:
+        return self, frozenset(start)
+
+
+class Nested:
+    """A group and those inside each of its entries: `F = sum_{i<j} sum over what is inside C_ij`.
+
+    Args:
+        owner: The group, of h entries.
+        blocks: By group inside `[K, K, h, h, n, n]`: entry `[i, j, s, t]` is between what is in
+            entry s of model i and in t of model j.
+    """
+
+    def __init__(self, owner: str, blocks: Mapping[str, np.ndarray]) -> None:
+        self.owner, self.blocks = owner, blocks
+        self.models = len(next(iter(blocks.values())))
+        self.scale = sum(float(np.abs(block).max((3, 5)).sum()) / 2 for block in blocks.values())
+
+    def value(self, found: Mapping[str, np.ndarray]) -> float:
+        total, outer = 0.0, found[self.owner]
+        entries = np.arange(outer.shape[1])
+        for name, block in self.blocks.items():
+            p = found[name]
+            for i, j in zip(*np.triu_indices(self.models, 1), strict=True):
+                pairs = block[i, j, outer[i], outer[j]]
+                total += float(pairs[entries[:, None], p[i], p[j]].sum())
+        return total
+
+    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outer, inner, most = found[self.owner], {}, 0.0
+        for name, block in self.blocks.items():
+            p, gain = found[name], np.zeros(block.shape[2:])
+            for other in range(self.models):
+                if other != model:
+                    rows = block[other, model, outer[other]]
+                    gain += np.take_along_axis(rows, p[other][:, None, :, None], axis=2)
+            most += np.abs(gain).max(initial=0.0)
+            # Ties go to what is in place, inside every entry and of the entries themselves.
+            place = p[model][outer[model].argsort()]
+            inner[name] = gain + (_PLACE * most + 1e-300) * np.eye(gain.shape[-1])[place]
+        h = outer.shape[1]
+        chosen, inside = assign_within((_PLACE * most + 1e-300) * np.eye(h)[outer[model]], inner)
+        return {self.owner: chosen, **inside}
+
 
 class Weights:
     """All groups at once: `F = sum_{i<j} sum over leaves <P_i leaf_i, P_j leaf_j>`.
@@ -104,14 +157,15 @@ class Weights:
     def __init__(
         self,
         spec: PermutationSpec,
-        leaves: Sequence[dict[str, np.ndarray]],
+        leaves: Sequence[Mapping[str, np.ndarray]],
         counted: Mapping[str, Mapping[str, tuple[Axis, ...]]],
         seed: int,
     ) -> None:
         self.spec, self.leaves, self.seed = spec, leaves, seed
-        self.models, self.counted = len(leaves), counted
-        # Leaves that do not count are none to permute.
-        self.absent = {a.path: None for axes in spec.groups.values() for a in axes}
+        self.models = len(leaves)
+        self.counted = counted
+        # What is inside the entries of another group is permuted after it.
+        self.order = tuple(sorted(spec.groups, key=spec.within.__contains__))
         self.places = {
             path: [(group, axis) for group, axes in held.items() for axis in axes]
             for path, held in counted.items()
@@ -120,16 +174,16 @@ class Weights:
         self.scale = float((norms.sum(0) ** 2 - (norms**2).sum(0)).sum()) / 2
 
     def value(self, found: Mapping[str, np.ndarray]) -> float:
-        moved = [self._moved(k, found) for k in range(self.models)]
-        return sum(
-            _dot(moved[k][path], np.sum([other[path] for other in moved[:k]], 0, np.float64))
-            for k in range(1, self.models)
-            for path in self.counted
-        )
+        total = 0.0
+        for path in self.counted:
+            moved = [self._moved(path, k, found) for k in range(self.models)]
+            for k in range(1, self.models):
+                total += _dot(moved[k], np.sum(moved[:k], 0, np.float64))
+        return total
 
     def respond(self, model: int, found: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        others = [self._moved(k, found) for k in range(self.models) if k != model]
-        rest = {path: np.sum([other[path] for other in others], 0) for path in self.counted}
+        others = [k for k in range(self.models) if k != model]
+        rest = {p: np.sum([self._moved(p, k, found) for k in others], 0) for p in self.counted}
         start = {group: p[model] for group, p in found.items()}
         random = np.random.default_rng(self.seed)
         return _search(
@@ -160,7 +214,7 @@ class Weights:
                 powers = [self.leaves[k][path]]
                 for group, axis in places:
                     still = [_contract(at[group][k], leaf, axis) for leaf in powers]
-                    moved = [_take(end[group][k], leaf, axis) for leaf in powers]
+                    moved = [permute_axis(leaf, axis, end[group][k]) for leaf in powers]
                     steps = [a - b for a, b in zip(moved, still, strict=True)]
                     both = [a + b for a, b in zip(still[1:], steps[:-1], strict=True)]
                     powers = [still[0], *both, steps[-1]]
@@ -170,11 +224,25 @@ class Weights:
                 before = [a + b for a, b in zip(before, powers, strict=True)] if before else powers
         return found
 
-    def _moved(self, model: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The leaves of a model, permuted."""
-        return self.spec.permute(
-            self.absent | self.leaves[model], {group: p[model] for group, p in found.items()}
-        )
+    def _moved(self, path: str, model: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A leaf of a model, permuted."""
+        own = {group: p[model] for group, p in found.items()}
+        order = tuple(group for group in self.order if group in own)
+        return _permute(self.spec, self.leaves[model][path], self.counted[path], order, own)
+
+    def loosened(self, start: Mapping[str, np.ndarray]) -> tuple[Relaxed, frozenset[str]]:
+        nested = {*self.spec.within, *self.spec.within.values()}
+        free = frozenset(start.keys() - nested)
+        if free == start.keys():
+            return self, free
+        held = {group: start[group] for group in nested}
+        counted = {}
+        for path, of in self.counted.items():
+            left = {group: axes for group, axes in of.items() if group in free}
+            if left:  # else a constant
+                counted[path] = left
+        leaves = [{p: self._moved(p, k, held) for p in counted} for k in range(self.models)]
+        return Weights(self.spec, leaves, counted, self.seed), free
 
     def _mapped(
         self,
@@ -206,11 +274,6 @@ def _contract(matrix: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
     return map_axis(leaf, axis, product)
 
 
-def _take(permutation: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
-    """Permutes one place of a group."""
-    return map_axis(leaf, axis, lambda view, k: np.take(view, permutation, k))
-
-
 def nearby(gain: np.ndarray, place: np.ndarray) -> np.ndarray:
     """The permutation of the largest gain, that at `place` among equals."""
     gain = np.array(gain, np.float64)
@@ -233,7 +296,7 @@ class Found(NamedTuple):
 
 
 def solve(
-    objective: Objective, starts: Sequence[Mapping[str, np.ndarray]], *, max_steps: int
+    objective: Relaxed, starts: Sequence[Mapping[str, np.ndarray]], *, max_steps: int
 ) -> Found:
     """Permutations at least as good as all starts: ascends from the best, and from its relaxation.
 
@@ -242,18 +305,27 @@ def solve(
         starts: Permutations, int `[K, n]` by group; the first wins ties.
         max_steps: The most steps of the relaxation, and of the ascent.
     """
-    values = [objective.value(start) for start in starts]
-    # Starts that differ by rounding are the same: the first is that of models as they are.
-    near = max(values) - _RISE * objective.scale
-    start = next(s for s, value in zip(starts, values, strict=True) if value >= near)
+    start = best_of(objective, starts)
     direct = ascend(objective, start, max_steps=max_steps)
-    relaxed = ascend(objective, relax(objective, start, max_steps=max_steps), max_steps=max_steps)
+    loose, groups = objective.loosened(start)
+    free = {group: p for group, p in start.items() if group in groups}
+    start = {**start, **relax(loose, free, max_steps=max_steps)}
+    relaxed = ascend(objective, start, max_steps=max_steps)
     better = relaxed.history[-1] - direct.history[-1] > _RISE * objective.scale
     return relaxed if better else direct
 
 
+def best_of(
+    objective: Objective, starts: Sequence[Mapping[str, np.ndarray]]
+) -> Mapping[str, np.ndarray]:
+    """The start of the largest F, the first of those that differ by rounding."""
+    values = [objective.value(start) for start in starts]
+    near = max(values) - _RISE * objective.scale
+    return next(s for s, value in zip(starts, values, strict=True) if value >= near)
+
+
 def relax(
-    objective: Objective, start: Mapping[str, np.ndarray], *, max_steps: int
+    objective: Relaxed, start: Mapping[str, np.ndarray], *, max_steps: int
 ) -> dict[str, np.ndarray]:
     """Frank-Wolfe over the doubly stochastic matrices of all models and groups at once.
 
@@ -265,12 +337,12 @@ def relax(
 
     Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), algorithm 1.
     """
-    at, end = {group: np.eye(p.shape[1])[p] for group, p in start.items()}, start
+    at = {group: np.eye(p.shape[1])[p] for group, p in start.items()}
     for _ in range(max_steps):
         slope = objective.gradient(at)
         end = {
-            group: np.stack([nearby(*pair) for pair in zip(g, end[group], strict=True)])
-            for group, g in slope.items()
+            group: np.stack([nearby(*pair) for pair in zip(slope[group], _nearest(p), strict=True)])
+            for group, p in at.items()
         }
         curve = np.polynomial.Polynomial(objective.along(at, end))
         turns = curve.deriv().roots()
@@ -283,7 +355,12 @@ def relax(
             group: (1 - length) * p + length * np.eye(p.shape[1])[end[group]]
             for group, p in at.items()
         }
-    return {group: np.stack([assign(matrix) for matrix in p]) for group, p in at.items()}
+    return {group: _nearest(p) for group, p in at.items()}
+
+
+def _nearest(stochastic: np.ndarray) -> np.ndarray:
+    """The permutations nearest to doubly stochastic matrices `[K, n, n]`."""
+    return np.stack([assign(matrix) for matrix in stochastic])
 
 
 def ascend(objective: Objective, start: Mapping[str, np.ndarray], *, max_steps: int) -> Found:

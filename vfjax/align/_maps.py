@@ -12,6 +12,7 @@ import numpy as np
 from vfjax._maps import check_matrices, check_permutation
 from vfjax._tree import replaced, without
 from vfjax.align._covariances import tap_covariances
+from vfjax.align._entries import Part, gather
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network import Network, networks
 from vfjax.stats import Moments
@@ -27,8 +28,8 @@ class Maps:
         maps: Per model and group, `(M [m, n], U [n, m])`: what writes the group takes M, what reads
             it takes U. A group that a model's mapping lacks is left as it is. One that moves within
             another of h entries (`net.spec.within`) may have `(M [h, m, n], U [h, n, m])`.
-        sizes: By group, how many features of all models each merged feature is made of, int `[m]`;
-            empty where merged features are no plain means of others.
+        sizes: By group, how many features of all models each merged feature is made of, int `[m]`
+            (or `[h, m]`); empty where merged features are no plain means of others.
         spreads: Per model and group, the standard deviation of what M makes of the features,
             relative to `|M|` of theirs, `[m]`, for the scales of norms; 1 where it is not known.
 
@@ -50,20 +51,20 @@ class Maps:
 
         Args:
             labels: By group, int `[models * n]`: of the features of all models, one model after
-                another, which merged feature they go to.
+                another, which merged feature they go to. For a group within another of h entries,
+                `[h, models * n]`: inside each of these in their merged order.
             models: K.
         """
         maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(models)]
         sizes = {}
         for group, found in labels.items():
             member = np.eye(found.max() + 1)[found]
-            sizes[group] = member.sum(0).astype(int)
+            sizes[group] = member.sum(-2).astype(int)
             # Times K: the models are averaged after, which divides by as much.
-            shares = models * member / sizes[group]
-            for model, (merge, unmerge) in enumerate(
-                zip(np.split(shares, models), np.split(member, models), strict=True)
-            ):
-                maps[model][group] = merge.T.astype(np.float32), unmerge.astype(np.float32)
+            shares = models * member / sizes[group][..., None, :]
+            pairs = (np.split(matrix.astype(np.float32), models, -2) for matrix in (shares, member))
+            for model, (merge, unmerge) in enumerate(zip(*pairs, strict=True)):
+                maps[model][group] = merge.swapaxes(-1, -2), unmerge
         return cls(tuple(maps), sizes)
 
     @classmethod
@@ -110,15 +111,17 @@ class Maps:
             net: The traced network.
             moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
         """
-        found: list[dict[str, list[np.ndarray]]] = [{} for _ in self.maps]
-        for group, block, _ in tap_covariances(net, moments):
+        owners = {owner: np.arange(net.spec.sizes[owner]) for owner in net.spec.within.values()}
+        orders = [owners | of for of in self.permutations]
+        found: list[dict[Part, list[np.ndarray]]] = [{} for _ in self.maps]
+        for part, block, _ in tap_covariances(net, moments, orders):
             for k, of in enumerate(self.mixing):
-                if group in of and np.ndim(of[group][0]) == 2:
-                    spread = spread_of(of[group][0], block[k, k])
-                    found[k].setdefault(group, []).append(spread)
-        return dataclasses.replace(
-            self, spreads=tuple({g: np.mean(taps, 0) for g, taps in of.items()} for of in found)
-        )
+                if part.group in of:
+                    matrix = of[part.group][0]
+                    matrix = matrix[part.entry] if np.ndim(matrix) == 3 else matrix
+                    found[k].setdefault(part, []).append(spread_of(matrix, block[k, k]))
+        spreads = [gather({p: np.mean(taps, 0) for p, taps in of.items()}) for of in found]
+        return dataclasses.replace(self, spreads=tuple(spreads))
 
     @property
     def models(self) -> int:
@@ -284,7 +287,7 @@ class Maps:
                 f"Maps({self.models} models, {len(groups)} group{'' if len(groups) == 1 else 's'}, "
                 f"of which {permuted} only permute{'s' if permuted == 1 else ''})"
             )
-        sizes = np.concatenate([*self.sizes.values(), np.zeros(0, int)])
+        sizes = np.concatenate([*map(np.ravel, self.sizes.values()), np.zeros(0, int)])
         return (
             f"Maps({self.models} models, {len(self.sizes)} groups, {len(sizes)} features of "
             f"{int(sizes.sum())}, at most {int(sizes.max(initial=0))} in one)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 Array = jax.Array
+# Number of a model, and what of it: a group's name or a part of a group.
+Key = tuple[int, Any]
 
 # Ties go to units in the same place: a network matched with itself then stays as it is.
 _PLACE = 1e-9
@@ -254,13 +256,11 @@ class Solver:
         if self.max_iterations < 1:
             raise ValueError(f"max_iterations must be 1 or more, got {self.max_iterations!r}")
 
-    def plans(
-        self, problems: Mapping[tuple[int, str], Problem]
-    ) -> dict[tuple[int, str], np.ndarray]:
+    def plans(self, problems: Mapping[Key, Problem]) -> dict[Key, np.ndarray]:
         """Solves problems; with Sinkhorn's iteration those of one shape together.
 
         Args:
-            problems: By number of the model and name of the group.
+            problems: By number of the model and name of the group, or of a part of it.
 
         Returns:
             Likewise, the plan, float64 `[n, m]`.
@@ -273,7 +273,7 @@ class Solver:
         """
         if not self.regularization:
             return {key: exact_plan(*given, name=_name(key)) for key, given in problems.items()}
-        shapes: dict[tuple[int, ...], list[tuple[int, str]]] = {}
+        shapes: dict[tuple[int, ...], list[Key]] = {}
         for key, problem in problems.items():
             shapes.setdefault(problem.cost.shape, []).append(key)
         plans, late = {}, {}
@@ -296,7 +296,7 @@ class Solver:
         return {key: plans[key] for key in problems}
 
 
-def _name(key: tuple[int, str]) -> str:
+def _name(key: Key) -> str:
     return f"the cost of group '{key[1]}' of trees[{key[0]}]"
 
 

@@ -99,12 +99,23 @@ def assign_within(
     Source: heads are matched by the assignments of their dims as in "Merging Text Transformer
     Models from Different Initializations" (Verma & Elbayad, 2024).
     """
-    total, found = np.array(gain, np.float64), {}
-    for name, gains in inner.items():
-        h, _, n, _ = gains.shape
-        pairs = [assign(each) for each in gains.reshape(h * h, n, n)]
-        best = np.take_along_axis(gains.reshape(h * h, n, n), np.stack(pairs)[..., None], axis=2)
-        total += best.sum((1, 2)).reshape(h, h)
-        found[name] = np.stack(pairs).reshape(h, h, n)
-    outer = assign(total)
-    return outer, {name: pairs[np.arange(len(outer)), outer] for name, pairs in found.items()}
+    found = {name: assign_pairs(gains) for name, gains in inner.items()}
+    outer = assign(sum((best for _, best in found.values()), np.array(gain, np.float64)))
+    return outer, {name: pairs[np.arange(len(outer)), outer] for name, (pairs, _) in found.items()}
+
+
+def assign_pairs(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best assignment of what is within each pair of owners, and what it gains.
+
+    Args:
+        gains: `[h, h, n, n]`, finite.
+
+    Returns:
+        int32 `[h, h, n]` and `[h, h]`.
+
+    Raises:
+        ValueError: If an entry is NaN or infinite.
+    """
+    h, _, n, _ = gains.shape
+    pairs = np.stack([assign(each) for each in gains.reshape(h * h, n, n)]).reshape(h, h, n)
+    return pairs, np.take_along_axis(gains, pairs[..., None], axis=3).sum((2, 3))

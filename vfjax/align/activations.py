@@ -13,14 +13,16 @@ the pair is worth, and one of heads over these gives the optimum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vfjax import stats
 from vfjax._tree import check_trees
+from vfjax.align._entries import matched_sites
 from vfjax.align._record import Alignment, assign_within
 from vfjax.network import Network, check_net
 
@@ -131,36 +133,16 @@ def match_moments(
     for name, index in (("to", to), ("model", model)):
         if not 0 <= index < moments.models:
             raise ValueError(f"`{name}` must be in 0..{moments.models - 1}, got {index}")
-    spec, std = net.spec, moments.std
-
-    def correlations(site: str) -> np.ndarray:
-        block = None if moments.covariance is None else moments.covariance.get(site)
-        if block is None or np.isnan(block[to, model]).any():
-            raise ValueError(
-                f'`moments` has no covariance between models {to} and {model} at the tap "{site}"; '
-                'measure with sites="taps", covariance="cross"'
-            )
-        return correlation(block[to, model], std[site][to], std[site][model])
-
-    inner: dict[str, dict[str, np.ndarray]] = {}
-    for site, tap in stats.joint_taps(net).items():
-        h, n = spec.sizes[tap.owner], spec.sizes[tap.group]
-        found = correlations(site).reshape(h, n, h, n).swapaxes(1, 2)
-        total = inner.setdefault(tap.owner, {})
-        total[tap.group] = total.get(tap.group, 0.0) + found
+    spec, inner = net.spec, joint_gains(net, moments, to, model)
     outer: dict[str, np.ndarray] = {}
-    for site, tap in stats.taps_by_site(net).items():
-        # Pooled over dims, heads say less than with them; dims pooled over heads say nothing.
-        if tap.group not in inner and tap.group not in spec.within:
-            outer[tap.group] = outer.get(tap.group, 0.0) + correlations(site)
+    for site, tap in matched_sites(net)[0].items():
+        found = correlation_between(moments, site, to, model)
+        outer[tap.group] = outer.get(tap.group, 0.0) + found
     permutations, objective = dict(_in_place(net).permutations), 0.0
     for group in (*outer, *inner):
         n, within = spec.sizes[group], inner.get(group, {})
         gain = outer.get(group, np.zeros((n, n)))
-        chosen, inside = assign_within(
-            gain + PLACE * np.eye(n),
-            {name: each + PLACE * np.eye(spec.sizes[name]) for name, each in within.items()},
-        )
+        chosen, inside = assign_in_place(gain, within)
         permutations |= {group: chosen, **inside}
         objective += float(gain[np.arange(n), chosen].sum())
         for name, each in within.items():
@@ -171,12 +153,64 @@ def match_moments(
 
 def _in_place(net: Network) -> Alignment:
     """The alignment that moves nothing."""
-    spec = net.spec
-    order = {}
+    return Alignment(in_place(net), (0.0,), converged=True)
+
+
+def in_place(net: Network) -> dict[str, np.ndarray]:
+    """The permutations that move nothing, int32 `[n]`, or `[h, n]` for a group within another."""
+    spec, order = net.spec, {}
     for group, n in spec.sizes.items():
         shape = (spec.sizes[spec.within[group]], n) if group in spec.within else (n,)
         order[group] = np.broadcast_to(np.arange(n, dtype=np.int32), shape).copy()
-    return Alignment(order, (0.0,), converged=True)
+    return order
+
+
+def assign_in_place(
+    gain: np.ndarray, inner: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """As `assign_within`; ties go to what is in place."""
+    return assign_within(
+        gain + PLACE * np.eye(len(gain)),
+        {name: each + PLACE * np.eye(each.shape[-1]) for name, each in inner.items()},
+    )
+
+
+def joint_gains(
+    net: Network, moments: stats.Moments, to: int, model: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Correlations of what is inside every entry of a group in one model and in another.
+
+    Returns:
+        By owner and group within it `[h, h, n, n]`: entry `[i, j, a, b]` is the sum over joint taps
+        of the correlations of what a is in owner i of `to` and b in owner j of `model`.
+
+    Raises:
+        ValueError: If the covariances at a joint tap are missing.
+    """
+    gains: dict[str, dict[str, np.ndarray]] = {}
+    for site, tap in matched_sites(net)[1].items():
+        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
+        found = correlation_between(moments, site, to, model)
+        total = gains.setdefault(tap.owner, {})
+        split = found.reshape(h, n, h, n).swapaxes(1, 2)
+        total[tap.group] = total.get(tap.group, 0.0) + split
+    return gains
+
+
+def correlation_between(moments: stats.Moments, site: str, to: int, model: int) -> np.ndarray:
+    """Correlations `[n, n]` between two models at a site.
+
+    Raises:
+        ValueError: If their covariances were not measured.
+    """
+    block = None if moments.covariance is None else moments.covariance.get(site)
+    if block is None or np.isnan(block := np.asarray(block[to, model])).any():
+        raise ValueError(
+            f'`moments` has no covariance between models {to} and {model} at the tap "{site}"; '
+            'measure with sites="taps", covariance="cross"'
+        )
+    std = jnp.sqrt(moments.var[site])
+    return correlation(block, std[to], std[model])
 
 
 def correlation(

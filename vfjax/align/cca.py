@@ -5,6 +5,9 @@ correlated, one after another. Mapping one model's canonical directions onto the
 alignment of "Harmony in Diversity: Merging Neural Networks with Canonical Correlation Analysis"
 (Horoi et al., 2024): where matching by permutation gives each unit one partner, here a unit is
 matched with a combination of units.
+
+Heads of attention are paired one to one with those of the first model, by how well their dims
+correlate, and then the dims of each head are mapped by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import numpy as np
 
 from vfjax import stats
 from vfjax._tree import check_trees
-from vfjax.align._covariances import tap_covariances
+from vfjax.align._covariances import Orders, match_owners, tap_covariances
+from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._maps import Maps
 from vfjax.align._record import assign
 from vfjax.align.activations import PLACE, correlation
@@ -142,10 +146,14 @@ def cca_moments(
         True
     """
     maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(moments.models)]
-    for group, block in _pooled(net, moments, regularization, dtype).items():
-        eps = _rounding(moments, block)
-        for k in range(1, len(block)):
-            maps[k][group] = _Pair(block, k, regularization, relative, eps).maps()
+    pooled, orders = _pooled(net, moments, regularization, dtype)
+    for k in range(1, moments.models):
+        pairs = {
+            part: _Pair(block, k, regularization, relative, _rounding(moments, block))
+            for part, block in pooled.items()
+        }
+        found = gather({part: pair.maps() for part, pair in pairs.items()})
+        maps[k] = {**permuting(orders[k]), **found}
     return Maps(tuple(maps), {}).with_spreads(net, moments)
 
 
@@ -167,7 +175,9 @@ def canonical_correlations(
         dtype: As in `cca`.
 
     Returns:
-        By group `[K - 1, n]`, of models 1 to K - 1, descending, from 0 to 1.
+        By group `[K - 1, n]`, of models 1 to K - 1, descending, from 0 to 1. For a group within
+        another of h entries `[K - 1, h, n]`, these in the order of model 0; the others, such as
+        heads, have none of their own.
 
     Raises:
         TypeError: As `cca_moments`.
@@ -184,12 +194,12 @@ def canonical_correlations(
         [[1.0, 1.0, 1.0]]
     """
     found = {}
-    for group, block in _pooled(net, moments, regularization, dtype).items():
+    for part, block in _pooled(net, moments, regularization, dtype)[0].items():
         eps = _rounding(moments, block)
         pairs = (_Pair(block, k, regularization, relative, eps) for k in range(1, len(block)))
         # Rounding takes the correlations of equal features past one.
-        found[group] = np.stack([np.minimum(pair.correlations, 1) for pair in pairs])
-    return found
+        found[part] = np.stack([np.minimum(pair.correlations, 1) for pair in pairs])
+    return gather(found, axis=1)
 
 
 class _Pair:
@@ -252,16 +262,20 @@ class _Pair:
 
 def _pooled(
     net: Network, moments: stats.Moments, regularization: float, dtype: Any
-) -> dict[str, np.ndarray]:
-    """By group, the covariances `[K, K, n, n]`, the mean over its taps; checks all arguments."""
+) -> tuple[dict[Part, np.ndarray], Orders]:
+    """By part, the covariances `[K, K, n, n]`, the mean over its taps; checks all arguments.
+
+    Also, per model, the permutations of the groups that others are within.
+    """
     check_net(net)
     if moments.models < 2:
         raise ValueError(f"moments must be of two models or more, got {moments.models}")
     _check(regularization, dtype)
-    taps: dict[str, list[np.ndarray]] = {}
-    for group, block, _ in tap_covariances(net, moments):
-        taps.setdefault(group, []).append(block.astype(dtype or block.dtype))
-    return {group: np.mean(blocks, axis=0) for group, blocks in taps.items()}
+    orders = match_owners(net, moments)
+    taps: dict[Part, list[np.ndarray]] = {}
+    for part, block, _ in tap_covariances(net, moments, orders):
+        taps.setdefault(part, []).append(block.astype(dtype or block.dtype))
+    return {part: np.mean(blocks, axis=0) for part, blocks in taps.items()}, orders
 
 
 def _rounding(moments: stats.Moments, block: np.ndarray) -> float:

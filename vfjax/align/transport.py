@@ -28,9 +28,11 @@ import numpy as np
 from vfjax import stats
 from vfjax._tree import check_finite, check_trees, flatten_named
 from vfjax.align._between import Pair, measure, pair_of
+from vfjax.align._entries import matched_sites, within
 from vfjax.align._incoming import match_incoming
 from vfjax.align._maps import Maps
-from vfjax.align._plans import Problem, Solver, maps_of, shares_of
+from vfjax.align._nested import Compared, mapped, problems_of
+from vfjax.align._plans import Key, Problem, Solver
 from vfjax.network import Network, check_net, networks
 
 __all__ = ["transport", "transport_moments"]
@@ -64,6 +66,10 @@ def transport(
 
     Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
     keep the function only under permutations, so that mixed units are an approximation there.
+
+    Heads of attention are sent one to one, by exact plans between the dims of any two, also where
+    `regularization` mixes the dims inside them. Networks that differ in the number of heads can
+    be compared by weights only; their heads are mixed, and the dims of all heads alike.
 
     Args:
         net: The traced network, or one per tree: networks of one architecture may differ in widths
@@ -198,7 +204,7 @@ def transport_moments(
 
 def _pairs(net: Network, moments: stats.Moments) -> list[dict[str, Pair]]:
     """For every model but the first, by tap, its moments and the first one's."""
-    sites = stats.taps_by_site(net)
+    sites = [site for of in matched_sites(net) for site in of]
     return [
         {site: pair_of(moments, site, model, 0) for site in sites}
         for model in range(1, moments.models)
@@ -213,32 +219,39 @@ def _by_activations(
     squared: bool,
 ) -> Maps:
     sites: dict[str, list[str]] = {}
-    for site, tap in stats.taps_by_site(nets[0]).items():
-        sites.setdefault(tap.group, []).append(site)
-    problems = {
-        (model, group): _problem([found[name] for name in names], marginals, squared)
-        for model, found in enumerate(pairs, start=1)
-        for group, names in sites.items()
-    }
-    maps: list[dict[str, Any]] = [{} for _ in range(len(pairs) + 1)]
-    for group, n in nets[0].spec.sizes.items():
+    sizes, inside = nets[0].spec.sizes, within(nets)
+    for taps in matched_sites(nets[0], inside):
+        for site, tap in taps.items():
+            sites.setdefault(tap.group, []).append(site)
+    orders: dict[int, dict[str, np.ndarray]] = {}
+    problems: dict[Key, Problem] = {}
+    for model, found in enumerate(pairs, start=1):
+        compared = {
+            group: _compared([found[name] for name in names], squared)
+            for group, names in sites.items()
+        }
+        orders[model], parts = problems_of(compared, inside, sizes, marginals)
+        problems |= {(model, part): problem for part, problem in parts.items()}
+    for group, n in sizes.items():
         k = next((k for k, net in enumerate(nets) if net.spec.sizes[group] != n), 0)
         if k and group not in sites:
             raise ValueError(
                 f"group '{group}' has other widths in net[{k}] and net[0], and shows in no "
                 'activations; use on="weights"'
             )
-    for (model, group), plan in solver.plans(problems).items():
-        maps[model][group] = maps_of(plan)
-    return Maps(tuple(maps), {})
+    plans = solver.plans(problems)
+    maps = (
+        mapped(orders[model], {part: plan for (of, part), plan in plans.items() if of == model})
+        for model in orders
+    )
+    return Maps(({}, *maps), {})
 
 
-def _problem(pairs: Sequence[Pair], marginals: str, squared: bool) -> Problem:
-    """The problem of one group, distances and mean squares being means over its taps."""
+def _compared(pairs: Sequence[Pair], squared: bool) -> Compared:
+    """Units of one group compared, distances and mean squares being means over its taps."""
     cost = np.mean([pair.distances for pair in pairs], axis=0)
     norms = [np.sqrt(np.mean([pair.squares[side] for pair in pairs], axis=0)) for side in (0, 1)]
-    shares = [shares_of(norm, marginals) for norm in norms]
-    return Problem(cost if squared else np.sqrt(cost), *shares)
+    return Compared(cost if squared else np.sqrt(cost), (norms[0], norms[1]))
 
 
 def _check_marginals(marginals: str, known: Sequence[str]) -> None:

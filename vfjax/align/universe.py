@@ -10,7 +10,9 @@ common, the sum over i < j of the correlation of activations or of the inner pro
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,14 @@ import numpy as np
 from vfjax import stats
 from vfjax._tree import check_trees, flatten_named
 from vfjax.align import _cycles
-from vfjax.align.activations import _in_place, correlation
+from vfjax.align._entries import matched_sites
+from vfjax.align._record import assign_pairs
+from vfjax.align.activations import (
+    assign_in_place,
+    correlation_between,
+    in_place,
+    joint_gains,
+)
 from vfjax.align.weights import _counted, _generator, _host, match_weights
 from vfjax.network import Network, check_net
 from vfjax.symmetry import compose, invert
@@ -29,6 +38,10 @@ __all__ = ["Universe", "match_universe", "match_universe_moments"]
 
 Array = jax.Array
 PyTree = Any
+
+# How often the weights of two models with heads are matched from random permutations, too: the
+# search from where they are often ends with wrong heads, and heads are not relaxed.
+_RESTARTS = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -40,15 +53,17 @@ class Universe:
 
     Attributes:
         permutations: Per model and group, int32 `[n]`: the axis in the universe's order is
-            `take(old, permutation)`.
+            `take(old, permutation)`. For a group within another of h entries, int32 `[h, n]`.
         objective: What was maximised, after each step of the ascent; never decreasing.
         converged: Whether at the end no model could be improved, rather than the limit on steps
             ending the search.
+        within: That of the network's spec.
     """
 
     permutations: tuple[Mapping[str, np.ndarray], ...]
     objective: tuple[float, ...]
     converged: bool
+    within: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def pairwise(self, *, to: int = 0, model: int = 1) -> dict[str, np.ndarray]:
         """Permutations that align one model to another, by way of the universe.
@@ -60,8 +75,8 @@ class Universe:
             model: Index of the model to permute.
 
         Returns:
-            int32 `[n]` by group; `net.spec.permute(trees[model], these)` is in the order of
-            `trees[to]`.
+            int32 `[n]` or `[h, n]` by group; `net.spec.permute(trees[model], these)` is in the
+            order of `trees[to]`.
 
         Raises:
             ValueError: If an index is out of range.
@@ -77,7 +92,8 @@ class Universe:
                 raise ValueError(
                     f"`{name}` must be in 0..{len(self.permutations) - 1}, got {index}"
                 )
-        return compose(self.permutations[model], invert(self.permutations[to]))
+        back = invert(self.permutations[to], within=self.within)
+        return compose(self.permutations[model], back, within=self.within)
 
     def apply(self, net: Network, trees: Sequence[PyTree]) -> list[PyTree]:
         """The models in the universe's order, of which the merge is the mean.
@@ -123,7 +139,8 @@ def match_universe(
     spectral synchronisation of all pairs), all permutations ascend together: Frank-Wolfe over
     doubly stochastic matrices, rounded, and then model after model, always the one that helps most.
     The same ascent without Frank-Wolfe is tried too; the better one is returned. The objective is
-    therefore at least that of aligning all models to any one of them.
+    therefore at least that of aligning all models to any one of them. Heads of attention and the
+    dims inside each are one step of the ascent, and are not relaxed together.
 
     Args:
         net: The traced network.
@@ -175,7 +192,7 @@ def match_universe(
         assert key is not None
         found = _of_weights(net, chosen, key, max_steps)
     elif not net.taps:
-        found = Universe((_in_place(net).permutations,) * len(trees), (0.0,), converged=True)
+        found = _in_place(net, len(trees))
     else:
         moments = stats.moments(net, chosen, data, sites="taps", covariance="cross")
         found = match_universe_moments(net, moments, max_steps=max_steps)
@@ -218,18 +235,24 @@ def match_universe_moments(
         raise ValueError(f"moments must be of two models or more, got {models}")
     parts = [*moments.mean.values(), *moments.var.values()]
     order = _canonical([[part[k] for part in parts] for k in range(models)])
-    found = [dict(_in_place(net).permutations) for _ in range(models)]
-    ends = []
-    for group, blocks in _correlations(net, moments).items():
-        end = _of_correlations(group, blocks[np.ix_(order, order)], max_steps)
-        for model, permutation in zip(order, end.permutations[group], strict=True):
-            found[model][group] = permutation
-        ends.append(end)
+    found = [dict(p) for p in _in_place(net, models).permutations]
+    ends = [
+        _of_correlations(group, blocks[np.ix_(order, order)], max_steps)
+        for group, blocks in _correlations(net, moments).items()
+    ]
+    for owner, inner in _inside(net, moments).items():
+        ordered = {group: blocks[np.ix_(order, order)] for group, blocks in inner.items()}
+        ends.append(_of_nested(owner, ordered, max_steps))
+    for end in ends:
+        for group, permutations in end.permutations.items():
+            for model, permutation in zip(order, permutations, strict=True):
+                found[model][group] = permutation
     # Groups are problems of their own: what one has reached stays while others go on.
     steps = max(len(end.history) for end in ends)
     history = sum(np.pad(e.history, (0, steps - len(e.history)), mode="edge") for e in ends)
     converged = all(end.converged for end in ends)
-    return Universe(tuple(found), tuple(np.asarray(history).tolist()), converged)
+    history = tuple(np.asarray(history).tolist())
+    return Universe(tuple(found), history, converged, net.spec.within)
 
 
 def _of_correlations(group: str, blocks: np.ndarray, max_steps: int) -> _cycles.Found:
@@ -247,6 +270,38 @@ def _of_correlations(group: str, blocks: np.ndarray, max_steps: int) -> _cycles.
     return _cycles.solve(objective, [{group: p} for p in starts], max_steps=max_steps)
 
 
+def _of_nested(owner: str, inner: Mapping[str, np.ndarray], max_steps: int) -> _cycles.Found:
+    """The permutations of an owner and of what is inside, from `[K, K, h, h, n, n]` by group.
+
+    One start has the owners' universe, by what the best assignments inside are worth, and then that
+    of what is inside each of its entries.
+    """
+    models, _, h = next(iter(inner.values())).shape[:3]
+    value, stars = np.zeros((models, models, h, h)), []
+    for to in range(models):
+        row = []
+        for k in range(models):
+            gains = {group: blocks[to, k] for group, blocks in inner.items()}
+            value[to, k] = sum(assign_pairs(gain)[1] for gain in gains.values())
+            # The correlations of a model with itself are none: it stays in place.
+            outer, inside = assign_in_place(np.zeros((h, h)), gains)
+            row.append({owner: outer, **inside})
+        stars.append({name: np.stack([of[name] for of in row]) for name in row[0]})
+    still = {name: np.broadcast_to(np.arange(p.shape[-1]), p.shape) for name, p in stars[0].items()}
+    outer = _of_correlations(owner, value, max_steps).permutations[owner]
+    rows, columns = np.arange(models)[:, None], np.arange(models)[None, :]
+    agreed = {owner: outer}
+    for group, blocks in inner.items():
+        entries = [
+            _of_correlations(group, blocks[rows, columns, at[:, None], at[None, :]], max_steps)
+            for at in outer.T
+        ]
+        agreed[group] = np.stack([end.permutations[group] for end in entries], axis=1)
+    objective = _cycles.Nested(owner, inner)
+    start = _cycles.best_of(objective, [still, *stars, agreed])
+    return _cycles.ascend(objective, start, max_steps=max_steps)
+
+
 def _of_weights(net: Network, trees: Sequence[PyTree], key: Array, max_steps: int) -> Universe:
     """The permutations of all groups, from the weights of models in canonical order."""
     named = [flatten_named(tree)[0] for tree in trees]
@@ -254,45 +309,51 @@ def _of_weights(net: Network, trees: Sequence[PyTree], key: Array, max_steps: in
     leaves = [{path: _host(held[path]) for path in counted} for held in named]
     seed = int(_generator(key).integers(2**63))
     objective = _cycles.Weights(net.spec, leaves, counted, seed)
-    models, sizes = len(trees), net.spec.sizes
-    in_place = _in_place(net).permutations
+    models, spec, still = len(trees), net.spec, in_place(net)
+    match = functools.partial(match_weights, key=key, restarts=_RESTARTS if spec.within else 0)
     pairs = [
-        [
-            in_place if a == b else match_weights(net, trees[a], trees[b], key=key).permutations
-            for b in range(models)
-        ]
-        for a in range(models)
+        [still if i == j else match(net, a, b).permutations for j, b in enumerate(trees)]
+        for i, a in enumerate(trees)
     ]
-    stars = [{g: np.stack([p[g] for p in row]) for g in sizes} for row in pairs]
-    agreed = {}
-    for group, n in sizes.items():
+    stars = [{g: np.stack([p[g] for p in row]) for g in still} for row in pairs]
+    nested, agreed = {*spec.within, *spec.within.values()}, {}
+    for group in (group for group in still if group not in nested):
         # Entry [a, b] takes units of b to places of a.
-        found = np.stack([[np.eye(n)[p[group]] for p in row] for row in pairs])
+        found = np.stack([[np.eye(len(p[group]))[p[group]] for p in row] for row in pairs])
         agreed[group] = _cycles.synchronised((found + found.transpose(1, 0, 3, 2)) / 2)
-    spectral = [{group: guesses[k] for group, guesses in agreed.items()} for k in range(models)]
-    as_they_are = {group: np.tile(p, (models, 1)) for group, p in in_place.items()}
+    # No eigenvectors are rounded to heads and their dims together: these are those of a star.
+    spectral = [
+        {g: agreed[g][k] if g in agreed else stars[k][g] for g in still} for k in range(models)
+    ]
+    as_they_are = {group: np.stack([p] * models) for group, p in still.items()}
     end = _cycles.solve(objective, [as_they_are, *stars, *spectral], max_steps=max_steps)
     permutations = tuple({g: p[k] for g, p in end.permutations.items()} for k in range(models))
-    return Universe(permutations, tuple(end.history), end.converged)
+    return Universe(permutations, tuple(end.history), end.converged, spec.within)
 
 
 def _correlations(net: Network, moments: stats.Moments) -> dict[str, np.ndarray]:
     """By group, correlations `[K, K, n, n]` between different models, the sum over its taps."""
-    std, total, models = moments.std, {}, moments.models
-    for site, tap in stats.taps_by_site(net).items():
-        block = None if moments.covariance is None else moments.covariance.get(site)
-        block = None if block is None else np.asarray(block)
-        spread, n = np.asarray(std[site]) if block is not None else None, net.spec.sizes[tap.group]
-        whole = total.setdefault(tap.group, np.zeros((models, models, n, n)))
-        for i, j in zip(*np.triu_indices(models, 1), strict=True):
-            if block is None or spread is None or np.isnan(block[i, j]).any():
-                raise ValueError(
-                    f'moments has no covariance between models {i} and {j} at the tap "{site}"; '
-                    'measure with sites="taps", covariance="cross"'
-                )
-            found = correlation(block[i, j], spread[i], spread[j])
+    sites, total = matched_sites(net)[0], {}
+    for i, j in itertools.combinations(range(moments.models), 2):
+        for site, tap in sites.items():
+            found = correlation_between(moments, site, i, j)
+            shape = moments.models, moments.models, *found.shape
+            whole = total.setdefault(tap.group, np.zeros(shape))
             whole[i, j] += found
             whole[j, i] += found.T
+    return total
+
+
+def _inside(net: Network, moments: stats.Moments) -> dict[str, dict[str, np.ndarray]]:
+    """By owner and group inside its h entries, correlations `[K, K, h, h, n, n]`."""
+    total: dict[str, dict[str, np.ndarray]] = {}
+    for i, j in itertools.combinations(range(moments.models), 2):
+        for owner, inner in joint_gains(net, moments, i, j).items():
+            for group, found in inner.items():
+                shape = moments.models, moments.models, *found.shape
+                whole = total.setdefault(owner, {}).setdefault(group, np.zeros(shape))
+                whole[i, j] = found
+                whole[j, i] = found.transpose(1, 0, 3, 2)
     return total
 
 
@@ -314,6 +375,11 @@ def _reordered(found: Universe, order: Sequence[int]) -> Universe:
     """What was found for models in some order, for them in their own."""
     permutations = [found.permutations[index] for index in np.argsort(order)]
     return dataclasses.replace(found, permutations=tuple(permutations))
+
+
+def _in_place(net: Network, models: int) -> Universe:
+    """The permutations that move nothing."""
+    return Universe((in_place(net),) * models, (0.0,), True, net.spec.within)
 
 
 def _check_steps(max_steps: Any) -> None:

@@ -4,6 +4,9 @@ For every group of tied axes the features of K models are merged, pair by pair, 
 model has ("ZipIt! Merging Models from Different Tasks without Training", Stoica et al., 2024). What
 comes out is a merge matrix M and an unmerge matrix U for each model: the mean of the mapped models
 is the zip.
+
+Heads of attention are paired one to one with those of the first model, by how well their dims pair
+up, and then the dims of each head are merged by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import numpy as np
 
 from vfjax import stats
 from vfjax._tree import check_trees
-from vfjax.align._covariances import tap_covariances
+from vfjax.align._covariances import Orders, match_owners, tap_covariances
+from vfjax.align._entries import Part, gather
 from vfjax.align._greedy import greedy_groups
 from vfjax.align._maps import Maps
 from vfjax.align._matchers import (
@@ -59,7 +63,7 @@ def zip_features(
     * `"kmeans"`: clusters of standardised features, of any size.
     * `"permute"`: the features of each model are paired with those of model 0 by an assignment, as
       `match_activations` does for two.
-    * `"identity"`: features in the same place are paired.
+    * `"identity"`: features in the same place are paired, those of heads in the same place too.
 
     Args:
         net: The traced network.
@@ -156,9 +160,13 @@ def zip_moments(
     if models < 2:
         raise ValueError(f"moments must be of two models or more, got {models}")
     _check(matcher, alpha, beta, key, models)
+    orders = match_owners(net, moments)
+    if matcher == "identity":
+        orders = [{owner: np.sort(order) for owner, order in of.items()} for of in orders]
+    heads = {owner: np.concatenate([of[owner].argsort() for of in orders]) for owner in orders[0]}
     found = {}
-    for index, (group, similarity) in enumerate(correlations(net, moments).items()):
-        n = net.spec.sizes[group]
+    for index, (part, similarity) in enumerate(correlations(net, moments, orders).items()):
+        n = net.spec.sizes[part.group]
         place = np.tile(np.eye(n), (models, models))
         similarity = similarity + PLACE * place
         if matcher == "greedy":
@@ -172,8 +180,8 @@ def zip_moments(
             labels = (permute_groups if matcher == "permute" else identity_groups)(
                 similarity, models
             )
-        found[group] = _in_order(labels)
-    return Maps.of_labels(found, models).with_spreads(net, moments)
+        found[part] = _in_order(labels)
+    return Maps.of_labels({**heads, **gather(found)}, models).with_spreads(net, moments)
 
 
 def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict[str, float]:
@@ -187,11 +195,12 @@ def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict
     Returns:
         By group with a tap, the sum over merged features of the mean over their parts of the
         correlations of a part with the other parts: for a pair, its correlation. K-means maximises
-        it over all groups of features, "optimal" over pairs.
+        it over all groups of features, "optimal" over pairs. Heads count by their dims.
 
     Raises:
         TypeError: If `net` is no traced network.
-        ValueError: If `moments` lacks covariances at a tap, or a map splits features.
+        ValueError: If `moments` lacks covariances at a tap, or a map splits features or mixes
+            heads.
 
     Example:
         >>> import jax, numpy as np, vfjax
@@ -204,28 +213,47 @@ def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict
         3.0
     """
     check_net(net)
-    total = {}
-    for group, similarity in correlations(net, moments).items():
-        plain = np.eye(net.spec.sizes[group])
-        member = np.concatenate([m[group][1] if group in m else plain for m in maps.maps])
+    total: dict[str, float] = {}
+    owners = dict.fromkeys(tap.owner for tap in net.joint_taps)
+    mixed = sorted(maps.mixed & owners.keys())
+    if mixed:
+        raise ValueError(f"maps must pair entries of {mixed[0]!r}, inside which others are mapped")
+    orders = [
+        {owner: of.get(owner, np.arange(net.spec.sizes[owner])) for owner in owners}
+        for of in maps.permutations
+    ]
+    for part, similarity in correlations(net, moments, orders).items():
+        group, plain = part.group, np.eye(net.spec.sizes[part.group])
+        each = [m[group][1] if group in m else plain for m in maps.maps]
+        member = np.concatenate([m if m.ndim == 2 else m[part.entry] for m in each])
         if not ((member == 0) | (member == 1)).all() or (member.sum(1) != 1).any():
             raise ValueError(
                 f"maps must take each feature to one merged feature, but those of {group!r} do not"
             )
         np.fill_diagonal(similarity, 0)
         within = np.einsum("ic,ij,jc->c", member, similarity, member, optimize=True)
-        total[group] = float((within / np.maximum(member.sum(0), 1)).sum())
+        score = float((within / np.maximum(member.sum(0), 1)).sum())
+        total[group] = total.get(group, 0.0) + score
     return total
 
 
-def correlations(net: Network, moments: stats.Moments) -> dict[str, np.ndarray]:
-    """By group, the correlations `[K n, K n]` of all models' features, the mean over its taps."""
-    taps: dict[str, list[np.ndarray]] = {}
-    for group, block, std in tap_covariances(net, moments):
+def correlations(
+    net: Network, moments: stats.Moments, orders: Orders | None = None
+) -> dict[Part, np.ndarray]:
+    """By part, the correlations `[K n, K n]` of all models' features, the mean over its taps.
+
+    Args:
+        net: The traced network.
+        moments: Moments with all covariances at the taps.
+        orders: Per model, the permutations of the owners of other groups; None to match them.
+    """
+    orders = match_owners(net, moments) if orders is None else orders
+    taps: dict[Part, list[np.ndarray]] = {}
+    for part, block, std in tap_covariances(net, moments, orders):
         models, n = std.shape
         whole = block.transpose(0, 2, 1, 3).reshape(models * n, models * n)
-        taps.setdefault(group, []).append(correlation(whole, std.reshape(-1), std.reshape(-1)))
-    return {group: np.mean(found, axis=0) for group, found in taps.items()}
+        taps.setdefault(part, []).append(correlation(whole, std.reshape(-1), std.reshape(-1)))
+    return {part: np.mean(found, axis=0) for part, found in taps.items()}
 
 
 def _in_order(labels: np.ndarray) -> np.ndarray:
