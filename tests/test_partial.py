@@ -13,9 +13,9 @@ import pytest
 
 import vfjax
 from vfjax import checkpoint, merge
+from vfjax._axes import Axis, Place
 from vfjax._records import mapped_value
 from vfjax.align import Maps
-from vfjax.symmetry import Axis
 
 ROUNDING = 2e-5
 
@@ -315,7 +315,7 @@ def test_a_residual_stream_crosses_both_cuts():
     for k, tree in enumerate(trees):
         crossing, _ = given.run_trunk(x)
         back = net.map_crossing(tree, crossing, {g: u for g, (_, u) in found.maps[k].items()})
-        close(out[k], net.run(tree, back, start=4))
+        close(out[k], net.run(found.in_units(net, tree), back, start=4))
 
 
 def renorm_ones(net, model):
@@ -344,7 +344,8 @@ def test_maps_of_heads_and_of_their_dimensions_at_once():
 def test_rectangular_maps_of_two_groups_along_one_axis():
     keys = jax.random.split(jax.random.key(0), 3)
     value, heads, dims = map(jax.random.normal, keys, [(5, 6), (4, 2), (5, 3)])
-    places = [("h", Axis("", 1, "elementwise", 1, 3)), ("d", Axis("", 1, "elementwise", 2, 1))]
+    sides = {"h": Axis("", 1, "elementwise", 1, 3), "d": Axis("", 1, "elementwise", 2, 1)}
+    places = [Place(group, place, None) for group, place in sides.items()]
     expected = np.einsum("gh,fd,bhd->bgf", heads, dims, value.reshape(5, 2, 3)).reshape(5, 20)
     for order in (places, places[::-1]):
         close(mapped_value(value, order, {"h": heads, "d": dims}), expected)

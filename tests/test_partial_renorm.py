@@ -208,6 +208,7 @@ def carried_by_hand(net, trees, maps, x, names, weights):
     for name in names:
         rows = []
         for tree, of in zip(trees, maps.merging, strict=True):
+            tree = maps.in_units(net, tree)
             value = net.run(tree, x, capture=[name])[1][name]
             rows.append(of_site(net.map_site(tree, x, name, value, of), layers[name].sample_axes))
         mean[name] = sum(w * m for w, (m, _) in zip(weights, rows, strict=True))
@@ -224,7 +225,8 @@ def test_goals_are_the_models_own_moments_in_the_basis_of_the_merge(name, kind):
     tree = merge.interpolate(found.apply(net, trees), weights)
     names = [layer.name for layer in net.layers]  # shortcuts, and two channel axes
     goals = carried_by_hand(net, trees, found, x, names, weights)
-    moments = stats.moments(net, trees, [x], sites="all", covariance=names)
+    scaled = [found.in_units(net, tree) for tree in trees]
+    moments = stats.moments(net, scaled, [x], sites="all", covariance=names)
     for references in (trees, moments):
         options = {"references": references, "maps": found, "weights": weights, "sites": "all"}
         new = (

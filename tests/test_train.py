@@ -105,8 +105,8 @@ def test_adam_adds_the_decay_to_the_gradient_too():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, got 'lion'"),
-        ({"schedule": "linear"}, "schedule must be one of"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adam, adamw, got 'lion'"),
+        ({"schedule": "exponential"}, "schedule must be one of"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"warmup_epochs": -1}, "warmup_epochs must be at least 0"),

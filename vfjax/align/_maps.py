@@ -255,9 +255,10 @@ class Maps:
         """The moments of the models in the basis of the merge: goals of REPAIR and RESCALE.
 
         Args:
-            moments: `vfjax.stats.moments(net, trees, data, ...)` of the original models, with
-                `covariance` at the sites where features are mixed; those of one model each, as of
-                networks that differ, one by one: `Maps.carry` of a sequence of them.
+            moments: `vfjax.stats.moments(net, trees, data, ...)` of the original models (before
+                norms with stored statistics, of what `in_units` makes of them), with `covariance`
+                at the sites where features are mixed; those of one model each, as of networks that
+                differ, one by one: `Maps.carry` of a sequence of them.
 
         Returns:
             Moments of the same kind; see `vfjax.stats.Moments.carried`.

@@ -208,6 +208,7 @@ def norm_findings(
     model: PyTree | Merged,
     references: Sequence[PyTree | Merged],
     found: Features,
+    own: Features,
     *,
     mean_error: float,
     std_ratio: float,
@@ -221,6 +222,7 @@ def norm_findings(
         model: A tree, or a `Merged`.
         references: Likewise, several.
         found: Features with the norms' sites among them.
+        own: Features of the model in its heads, as they are there.
         mean_error: What a norm's may be beyond the references' own.
         std_ratio: Likewise, a factor either way.
     """
@@ -229,7 +231,8 @@ def norm_findings(
         measured = [norm for norm in measured if not model.in_stems(norm.site)]
     findings = []
     for norm in measured:
-        mine = _disagreement(norm, model, found, 0)
+        inside = isinstance(model, Merged) and model.in_heads(norm.site)
+        mine = _disagreement(norm, model, own if inside else found, 0)
         if mine is None:
             continue
         assert found.references is not None

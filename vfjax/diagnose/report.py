@@ -355,8 +355,12 @@ def report(
     smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
     collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
     rows = _findings.layer_findings(net, model, aligned, found, bound, smoothed)
+    heads = [s for s in found.names if isinstance(model, Merged) and model.in_heads(s)]
+    inside = [norm.site for norm in net.norms if norm.site in heads]
+    # Statistics that heads store are of values in the models' own basis, where maps led out of it.
+    own = features(net, model, data, sites=inside) if inside and maps is not None else found
     stored = _findings.norm_findings(
-        net, model, aligned, found, mean_error=_advice.MEAN_OFF, std_ratio=_advice.STD_OFF
+        net, model, aligned, found, own, mean_error=_advice.MEAN_OFF, std_ratio=_advice.STD_OFF
     )
     case = _advice.Case(
         net=net,
