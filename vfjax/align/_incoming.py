@@ -199,7 +199,7 @@ def match_incoming(
     order, waiting = [], [block for block in blocks if block]
     while waiting:
         block = next((b for b in waiting if not waits(b)), waiting[0])
-        whole = {g: range(len(first.writers(g))) for g in block}
+        whole: Chosen = {g: range(len(first.writers(g))) for g in block}
         match(whole if waits(block) else ready(block))
         waiting.remove(block)
         order.append(block)
