@@ -31,7 +31,22 @@ below the edge models, transport is above it; with k the accuracy of transport r
 more, and nowhere falls by more than a point; with all blocks but one kept it is within 3 points of
 the edge models.
 
-What came out here: not measured yet.
+What came out here (CIFAR-10: vit at 0.125 of the width, statistics over 2,000 images, 3,000 test
+images, 298 s on 2 CPU cores): Edge models of 67.5 and 68.5, ensemble 70.5. As in the paper: from k
+= 0 to 7 OT-acts goes from 20.3 to 68.5, its least step being 2.6; with 6 of 7 blocks kept OT-acts
+gives 65.9, the edge models 68.0; at k = 0, 1, 2, 3, 4, 5 and 6 OT-acts soft (0.2) gives 37.6, 44.5,
+52.5, 58.7, 62.3, 65.6 and 66.7, direct averaging 7.3, 18.7, 29.5, 47.9, 58.1, 63.7 and 66.3; from k
+= 0 to 7 OT-acts soft (0.2) goes from 37.6 to 67.5, its least step being 0.9; with 6 of 7 blocks
+kept OT-acts soft (0.2) gives 66.7, the edge models 68.0. Unlike the paper: at k = 0, 1, 2, 3, 4, 5
+and 6 OT-acts gives 20.3, 28.3, 39.5, 50.2, 57.8, 62.4 and 65.9, direct averaging 7.3, 18.7, 29.5,
+47.9, 58.1, 63.7 and 66.3. Not in the paper: at k = 0, 1, 2, 3, 4, 5 and 6 AM 26.1, 36.4, 46.8,
+55.0, 60.2, 64.1 and 65.7, OT-weights 14.7, 23.3, 34.1, 49.8, 57.3, 61.7 and 64.3 and uniform plan
+37.8, 44.1, 53.2, 58.3, 62.3, 65.4 and 66.8; of these, above the uniform plan, which matches
+nothing, OT-acts nowhere; OT-acts soft (0.2) at k = 1, 3 and 5; there, exact plans of one kind of
+units give: residual stream 12.1, 20.4, 35.5, 48.1, 57.7, 63.6 and 66.3, hidden units 9.9, 21.5,
+30.2, 48.7, 58.9, 64.7 and 66.2, heads and their dimensions 12.3, 21.0, 34.9, 48.5, 59.1, 64.0 and
+66.3; on held-out images, mean over all k, exact plans give 50.9, those with entropy of weight 0.02,
+0.05, 0.1 and 0.2 give 54.6, 58.6, 59.8 and 60.2, and the uniform plan 60.5.
 """
 
 from __future__ import annotations
