@@ -203,9 +203,3 @@ def without(tree: PyTree, paths: Collection[str]) -> PyTree:
     return jax.tree.unflatten(
         treedef, [None if path in paths else leaf for path, leaf in leaves.items()]
     )
-
-
-def replaced(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
-    """The tree with other leaves at some paths."""
-    leaves, treedef = flatten_named(tree)
-    return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in leaves.items()])

@@ -54,11 +54,11 @@ def gather(found: Mapping[Part, Any], axis: int = 0) -> dict[str, Any]:
 
 
 def permuting(orders: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Maps `(M, U)`, float32, of groups that are permuted, as the owners of others are."""
+    """Maps `(M, U)`, float32, of groups permuted by int `[n]`, or `[h, n]` inside h entries."""
     maps = {}
     for group, order in orders.items():
-        matrix = np.eye(len(order), dtype=np.float32)[order]
-        maps[group] = matrix, matrix.T
+        matrix = np.eye(np.shape(order)[-1], dtype=np.float32)[np.asarray(order)]
+        maps[group] = matrix, matrix.swapaxes(-1, -2)
     return maps
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vfjax._maps import check_matrices, check_permutation
-from vfjax._tree import replaced, without
+from vfjax._tree import with_leaves, without
 from vfjax.align._covariances import tap_covariances
-from vfjax.align._entries import Part, gather
+from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network import Network, networks
 from vfjax.stats import Moments
@@ -95,13 +95,9 @@ class Maps:
             )
         maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
         for of_model in permutations:
-            matrices = {}
             for group, permutation in (of_model or {}).items():
                 check_permutation(group, permutation, None, within=True)
-                order = np.asarray(permutation)
-                matrix = np.eye(order.shape[-1], dtype=np.float32)[order]
-                matrices[group] = matrix, matrix.swapaxes(-1, -2)
-            maps.append(matrices)
+            maps.append(permuting(of_model or {}))
         return cls(tuple(maps))
 
     def with_spreads(self, net: Network, moments: Moments) -> Maps:
@@ -111,6 +107,8 @@ class Maps:
             net: The traced network.
             moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
         """
+        if not self.unknown(net):  # no scale takes them
+            return self
         owners = {owner: np.arange(net.spec.sizes[owner]) for owner in net.spec.within.values()}
         orders = [owners | of for of in self.permutations]
         found: list[dict[Part, list[np.ndarray]]] = [{} for _ in self.maps]
@@ -249,7 +247,7 @@ class Maps:
             return tree
         spreads = self.spreads[model] if self.spreads else {}
         scales = mixed_scales(net, tree, unknown, found, spreads)
-        return replaced(net.spec.apply(tree, found), scales)
+        return with_leaves(net.spec.apply(tree, found), scales)
 
     def carry(self, moments: Any) -> Any:
         """The moments of the models in the basis of the merge: goals of REPAIR and RESCALE.

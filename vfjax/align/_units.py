@@ -56,7 +56,7 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
             norm.scale: spread,
             norm.var: spread**2 - norm.eps,
         }
-        tree = _tree.replaced(
+        tree = _tree.with_leaves(
             tree, {p: jnp.asarray(v, jnp.result_type(leaves[p])) for p, v in changed.items()}
         )
     return tree
@@ -100,6 +100,6 @@ def spread_of(merge: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     merge, covariance = np.asarray(merge, np.float64), np.asarray(covariance, np.float64)
     std = np.sqrt(np.maximum(np.diagonal(covariance, axis1=-2, axis2=-1), 0))
     most = (np.abs(merge) @ std[..., None])[..., 0]
-    own = np.sqrt(np.maximum(np.einsum("...ij,...jk,...ik->...i", merge, covariance, merge), 0))
+    own = np.sqrt(np.maximum(((merge @ covariance) * merge).sum(-1), 0))
     ones = np.ones_like(most)
     return np.minimum(np.divide(own, most, out=ones, where=most > 0), 1)
