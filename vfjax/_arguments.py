@@ -8,8 +8,9 @@ from typing import Any
 from vfjax import _tree
 from vfjax._fits import check_fits
 from vfjax._merged import Merged
+from vfjax._networks import check_net, networks
 from vfjax._weights import resolve_weights
-from vfjax.network import Network, check_net, networks
+from vfjax.network import Network
 
 PyTree = Any
 

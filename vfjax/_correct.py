@@ -22,7 +22,7 @@ import numpy as np
 
 from vfjax import _tree
 from vfjax._batches import batches, check_finite_means, keep
-from vfjax._merged import Arrays, Frame, Merged, affine
+from vfjax._merged import Arrays, Frame, Merged
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
 from vfjax._streaming import on_mesh, on_meshes
 from vfjax.network import Crossing, Network, Norm
@@ -297,7 +297,7 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
             pair = given.fixed[name]
         else:
             pair = coefficients(found[name], given.goals[name], given.centre)
-        return affine(layer, *pair)(z)
+        return layer.affine(*pair)(z)
 
     def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
         """The edits of norms of a tree; `labels` are what their moments go by."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vfjax._axes import Axis, owners
+from vfjax._axes import Axis
 from vfjax._records import JointTap, Layer, Norm, Tap
 from vfjax._traced import Traced
 from vfjax._views import View
@@ -85,31 +85,22 @@ def describe_taps(traced: Traced, *, axes: Axes, groups: Mapping[int, str]) -> t
     return tuple(found.values())
 
 
-def describe_joint_taps(
-    traced: Traced, *, axes: Axes, groups: Mapping[int, str], within: Mapping[str, str]
-) -> tuple[JointTap, ...]:
+def describe_joint_taps(traced: Traced, within: Mapping[str, str]) -> tuple[JointTap, ...]:
     """Where groups show inside the entries of those that they are within."""
     found: dict[tuple[int, Axis], JointTap] = {}
     names: set[str] = set()
     for layer, value in traced.taps.items():
-        places: dict[str, list[Axis]] = {}
-        for axis, atoms in enumerate(axes.get(value, ())):
-            for atom in atoms:
-                if atom.group in groups:
-                    place = Axis("", axis, "elementwise", atom.outer, atom.inner, atom.windows)
-                    places.setdefault(groups[atom.group], []).append(place)
-        for group, owner in within.items():
-            for place in places.get(group, ()):
-                around = owners(place, places.get(owner, ()))
-                if len(around) != 1 or (value, place) in found:
-                    continue
-                base = name = f"{layer}:act[{group} in {owner}]"
-                count = 1
-                while name in names:
-                    count += 1
-                    name = f"{base}#{count}"
-                names.add(name)
-                found[value, place] = JointTap(name, layer, group, owner, place, around[0])
+        for group, place, around in traced.places(value):
+            if around is None or (value, place) in found:
+                continue
+            owner = within[group]
+            base = name = f"{layer}:act[{group} in {owner}]"
+            count = 1
+            while name in names:
+                count += 1
+                name = f"{base}#{count}"
+            names.add(name)
+            found[value, place] = JointTap(name, layer, group, owner, place, around)
     return tuple(found.values())
 
 

@@ -6,12 +6,20 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vfjax import _tree
-from vfjax.network import Network, check_net, networks
+from vfjax._networks import check_net, networks
+from vfjax.network import Network
 
 PyTree = Any
 
 
-def check_fits(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> None:
+def check_fits(
+    net: Network,
+    tree: PyTree,
+    name: str,
+    *,
+    variances: bool = True,
+    free: Collection[str] = frozenset(),
+) -> None:
     """Checks that a tree has the leaves of a traced network's variables.
 
     Args:
@@ -19,6 +27,7 @@ def check_fits(net: Network, tree: PyTree, name: str, *, variances: bool = True)
         tree: The tree.
         name: What to call it.
         variances: Whether it must have the stored variances, which merging may leave unknown.
+        free: Paths of leaves that may have any shape.
 
     Raises:
         TypeError: If `net` is no traced network, or a leaf no array.
@@ -26,7 +35,7 @@ def check_fits(net: Network, tree: PyTree, name: str, *, variances: bool = True)
     """
     check_net(net)
     leaves, _ = _tree.flatten_named(tree, name=name)
-    like = net._avals
+    like = {path: leaves.get(path, a) if path in free else a for path, a in net._avals.items()}
     if variances:
         net.check_variances([path for path in like if path not in leaves], name)
     else:
@@ -62,19 +71,14 @@ def check_models(
         as_trees(trees, name=name)
         check_fits(nets[0], trees[0], f"{name}[0]", variances=variances)
         return
+    apart = len(set(nets)) > 1
     for k, (own, tree) in enumerate(zip(nets, trees, strict=True)):
         label = f"{name}[{k}]"
         leaves, _ = _tree.flatten_named(tree, name=label)
         _tree.check_finite(leaves, name=label)
-        if len(set(nets)) > 1:
-            check_fits(own, tree, label, variances=variances)
-            continue
-        like = {path: leaves.get(path, a) if path in free else a for path, a in own._avals.items()}
-        if not variances:
-            unknown = {norm.var for norm in own.norms} - leaves.keys()
-            like = {path: leaf for path, leaf in like.items() if path not in unknown}
-        _tree.check_like(leaves, like, name=label, other="the traced network's variables")
-        _check_run(own, leaves, label)
+        check_fits(own, tree, label, variances=variances, free=() if apart else free)
+        if not apart:
+            _check_run(own, leaves, label)
 
 
 def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from vfjax._arguments import weights_for
 from vfjax._fits import check_models
 from vfjax._merged import Merged, as_merged
+from vfjax._networks import networks
 from vfjax.align._maps import Maps
-from vfjax.network import Crossing, Network, networks
+from vfjax.network import Crossing, Network
 from vfjax.stats import Moments, moments, resolve_sites
 
 Array = jax.Array

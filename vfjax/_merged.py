@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from vfjax import _parts, _tree
+from vfjax import _cost, _parts, _tree
 from vfjax._fits import check_fits
 from vfjax._plan import check_capture, check_edit
 from vfjax._weights import resolve_weights
-from vfjax.network import Crossing, Layer, Network
+from vfjax.network import Crossing, Network
 
 Array = jax.Array
 PyTree = Any
@@ -62,7 +60,7 @@ class Merged:
         nets: One network per model, where they have their own (static); else empty.
 
     Example:
-        >>> import vfjax
+        >>> import jax.numpy as jnp, vfjax
         >>> a, b = {"w0": jnp.eye(2), "w1": jnp.eye(2)}, {"w0": jnp.eye(2), "w1": 3 * jnp.eye(2)}
         >>> x = jnp.array([[1.0, 2.0]])
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w0"]) @ v["w1"], a, x)
@@ -128,7 +126,7 @@ class Merged:
                 variance is unknown.
 
         Example:
-            >>> import vfjax
+            >>> import jax.numpy as jnp, vfjax
             >>> a, b = {"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}
             >>> x = jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: x @ v["w"], a, x)
@@ -169,7 +167,7 @@ class Merged:
         """
         edit = dict(edit or {})
         for name, (scale, shift) in self.corrections.items():
-            edit[name] = _chain(affine(self.net.layer(name), scale, shift), edit.get(name))
+            edit[name] = _chain(self.net.layer(name).affine(scale, shift), edit.get(name))
         if self.cut > 0 and not isinstance(x, Crossing):
             x = self.crossing(x)
         return self.net.run(
@@ -214,7 +212,7 @@ class Merged:
             ValueError: If the network has no such site.
 
         Example:
-            >>> import vfjax
+            >>> import jax.numpy as jnp, vfjax
             >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2), "w2": jnp.eye(2)}
             >>> net = vfjax.trace(lambda v, x: x @ v["w0"] @ v["w1"] @ v["w2"], a, jnp.ones((1, 2)))
             >>> model = vfjax.merge.preserve_first(net, [a, a], layers=2)
@@ -248,7 +246,7 @@ class Merged:
             ValueError: If a site does not exist, or x is no batch of the traced network.
 
         Example:
-            >>> import vfjax
+            >>> import jax.numpy as jnp, vfjax
             >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2)}
             >>> x = jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w0"]) @ v["w1"], a, x)
@@ -291,7 +289,7 @@ class Merged:
             ValueError: At cut 0, where nothing crosses.
 
         Example:
-            >>> import vfjax
+            >>> import jax.numpy as jnp, vfjax
             >>> a, b = {"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}
             >>> x = jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: x @ v["w"], a, x)
@@ -334,13 +332,7 @@ class Merged:
 
         Running statistics are none. Matrices at the cuts count, but for those that select.
         """
-        parts = [(self.net_of(k), stem) for k, stem in enumerate(self.stems)]
-        parts += [(self.net, self.trunk)]
-        parts += [(self.net_of(k), head) for k, head in enumerate(self.heads)]
-        matrices = [m for maps in (*self.merge, *self.unmerge) for m in maps.values()]
-        return sum(net.count(_tree.flatten_named(tree)[0]) for net, tree in parts) + sum(
-            int(np.prod(np.shape(m))) for m in matrices if not _selects(m)
-        )
+        return _cost.parameters(self)
 
     parameters = params
 
@@ -350,17 +342,7 @@ class Merged:
 
         Matrices at the cuts count, but for those that select.
         """
-        total = self.net.part_flops(_tree.flatten_named(self.trunk)[0], self.cut or None, self.end)
-        for k, stem in enumerate(self.stems):
-            total += self.net_of(k).part_flops(_tree.flatten_named(stem)[0], None, self.cut)
-        for k, head in enumerate(self.heads):
-            total += self.net_of(k).part_flops(_tree.flatten_named(head)[0], self.end, None)
-        for k, maps in enumerate(self.merge):
-            total += self.net_of(k).map_flops(self.cut, _widths(maps))
-        for maps in self.unmerge:
-            assert self.end is not None  # there are heads
-            total += self.net.map_flops(self.end, _widths(maps))
-        return total
+        return _cost.flops(self)
 
     def __repr__(self) -> str:
         """Says what it is in a line, without arrays."""
@@ -463,7 +445,7 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
         ValueError: If the tree does not fit the network, or weights do not sum to one.
 
     Example:
-        >>> import vfjax
+        >>> import jax.numpy as jnp, vfjax
         >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
         >>> net = vfjax.trace(lambda v, x: x @ v["kernel"], tree, x)
         >>> as_merged(net, tree)(x).shape
@@ -474,38 +456,5 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
     return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
 
 
-def affine(layer: Layer, scale: Array, shift: Array) -> Callable[[Array], Array]:
-    """The function `z -> scale * z + shift` on a layer's pre-activation.
-
-    Args:
-        layer: The layer.
-        scale: Shaped like its channels.
-        shift: Likewise.
-
-    Returns:
-        A function that computes in float32 or better and casts back.
-    """
-
-    def apply(z: Array) -> Array:
-        dtype = jnp.promote_types(z.dtype, jnp.float32)
-        a, b = (jnp.expand_dims(v, layer.sample_axes).astype(dtype) for v in (scale, shift))
-        return (z.astype(dtype) * a + b).astype(z.dtype)
-
-    return apply
-
-
 def _chain(first: Callable, second: Callable | None) -> Callable:
     return first if second is None else lambda z: second(first(z))
-
-
-def _selects(matrix: Any) -> bool:
-    """Whether a matrix only selects: each row is zero but for a one."""
-    if isinstance(matrix, (Tracer, jax.ShapeDtypeStruct)):
-        return False
-    matrix = np.asarray(matrix)
-    return bool(((matrix != 0).sum(1) == 1).all() and (matrix.sum(1) == 1).all())
-
-
-def _widths(maps: Matrices) -> dict[str, int]:
-    """How many entries the matrices make of their groups; those that select cost nothing."""
-    return {group: len(m) for group, m in maps.items() if not _selects(m)}

@@ -16,8 +16,9 @@ from vfjax import _tree
 from vfjax._average import average_trees, resolve_mix
 from vfjax._fits import as_trees, check_models
 from vfjax._merged import Matrices, Merged
+from vfjax._networks import check_net, networks
 from vfjax.align._maps import Maps
-from vfjax.network import Layer, Network, check_net, networks
+from vfjax.network import Layer, Network
 
 Array = jax.Array
 PyTree = Any

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from vfjax import _tree
-from vfjax.network import Network, networks
+from vfjax._networks import networks
+from vfjax.network import Network
 
 PyTree = Any
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,24 @@ class Layer:
     def tap(self) -> str:
         """Name of the site after the elementwise region that follows: `<layer>:act`."""
         return f"{self.name}:act"
+
+    def affine(self, scale: Array, shift: Array) -> Callable[[Array], Array]:
+        """The function `z -> scale * z + shift` on the pre-activation.
+
+        Args:
+            scale: Shaped like the channels.
+            shift: Likewise.
+
+        Returns:
+            A function that computes in float32 or better and casts back.
+        """
+
+        def apply(z: Array) -> Array:
+            dtype = jnp.promote_types(z.dtype, jnp.float32)
+            a, b = (jnp.expand_dims(v, self.sample_axes).astype(dtype) for v in (scale, shift))
+            return (z.astype(dtype) * a + b).astype(z.dtype)
+
+        return apply
 
 
 @dataclasses.dataclass(frozen=True)

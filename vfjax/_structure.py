@@ -76,12 +76,7 @@ class Structure:
     @functools.cached_property
     def joint_taps(self) -> tuple[JointTap, ...]:
         """Where groups show inside the entries of the groups that they are within."""
-        return _describe.describe_joint_taps(
-            self._reference,
-            axes=self._propagation.axes,
-            groups=self._symmetry[1],
-            within=self.spec.within,
-        )
+        return _describe.describe_joint_taps(self._reference, self.spec.within)
 
     @property
     def depth(self) -> int:

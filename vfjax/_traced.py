@@ -154,7 +154,7 @@ class Traced:
     def places(self, value: int) -> tuple[Place, ...]:
         """Groups that the axes of a value carry, those within others last."""
         found: dict[int, list[Axis]] = {}
-        for axis, atoms in enumerate(self.propagation.axes[value]):
+        for axis, atoms in enumerate(self.propagation.axes.get(value, ())):
             for atom in atoms:
                 if atom.group is not None and atom.group in self.groups:
                     where = atom.outer, atom.inner, atom.windows

@@ -24,11 +24,12 @@ import numpy as np
 from vfjax._axes import Axis
 from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
+from vfjax._networks import check_net
 from vfjax._records import JointTap
 from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, pool, stream
 from vfjax._tree import check_trees
 from vfjax._weights import resolve_weights
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 
 __all__ = ["Moments", "moments", "resolve_sites"]
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from vfjax._maps import check_matrices, check_permutation
+from vfjax._networks import networks
 from vfjax._tree import with_leaves, without
 from vfjax.align._covariances import tap_covariances
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
-from vfjax.network import Network, networks
+from vfjax.network import Network
 from vfjax.stats import Moments
 
 PyTree = Any

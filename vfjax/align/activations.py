@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import stats
+from vfjax._networks import check_net
 from vfjax._tree import check_trees
 from vfjax.align._entries import matched_sites
 from vfjax.align._record import Alignment, assign_within
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 
 __all__ = ["match_activations", "match_moments"]
 

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from vfjax import stats
+from vfjax._networks import check_net, networks
 from vfjax._tree import check_finite, check_trees, flatten_named
 from vfjax.align._between import Pair, measure, pair_of
 from vfjax.align._entries import matched_sites, within
@@ -33,7 +34,7 @@ from vfjax.align._incoming import match_incoming
 from vfjax.align._maps import Maps
 from vfjax.align._nested import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
-from vfjax.network import Network, check_net, networks
+from vfjax.network import Network
 
 __all__ = ["transport", "transport_moments"]
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from vfjax import stats
+from vfjax._networks import check_net
 from vfjax._tree import check_trees, flatten_named
 from vfjax.align import _cycles
 from vfjax.align._entries import matched_sites
@@ -31,7 +32,7 @@ from vfjax.align.activations import (
     joint_gains,
 )
 from vfjax.align.weights import _counted, _generator, _host, match_weights
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 from vfjax.symmetry import compose, invert
 
 __all__ = ["Universe", "match_universe", "match_universe_moments"]

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._axes import grid, permute_at, rows
+from vfjax._networks import check_net
 from vfjax._tree import check_finite, check_like, flatten_named
 from vfjax.align._record import Alignment, assign_within
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 from vfjax.symmetry import Axis, PermutationSpec, compose
 
 __all__ = ["match_weights"]

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from vfjax import stats
+from vfjax._networks import check_net
 from vfjax._tree import check_trees
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather
@@ -31,7 +32,7 @@ from vfjax.align._matchers import (
     permute_groups,
 )
 from vfjax.align.activations import PLACE, correlation
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 
 __all__ = ["merged_correlation", "zip_features", "zip_moments"]
 

@@ -21,12 +21,13 @@ from vfjax._batches import batches
 from vfjax._fits import check_fits
 from vfjax._graph import INPUT
 from vfjax._merged import Merged
+from vfjax._networks import check_net
 from vfjax._tree import check_finite, flatten_named
 from vfjax._views import view_of
 from vfjax.diagnose._affine import culprit
 from vfjax.diagnose._measure import zero_example
 from vfjax.diagnose._sites import Sites, resolve_sites, value_of
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 
 __all__ = ["Decomposition", "decompose", "decompose_matrices"]
 

@@ -21,11 +21,12 @@ from vfjax._arguments import check_merged, weights_for
 from vfjax._batches import check_finite_means
 from vfjax._fits import check_fits
 from vfjax._merged import Merged
+from vfjax._networks import check_net
 from vfjax._tree import check_finite, flatten_named
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 
 __all__ = ["FeatureSite", "Features", "features"]
 

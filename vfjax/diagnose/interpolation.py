@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from vfjax import align, merge, renorm, stats
 from vfjax._batches import batches, keep, labelled
+from vfjax._networks import check_net
 from vfjax.diagnose._path import Path
 from vfjax.merge import Merged
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 
 __all__ = ["Interpolation", "barrier", "interpolation"]
 

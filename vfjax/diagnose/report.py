@@ -18,6 +18,7 @@ import numpy as np
 from vfjax._arguments import weights_for
 from vfjax._files import write_whole
 from vfjax._merged import Merged
+from vfjax._networks import check_net
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
@@ -25,7 +26,7 @@ from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.diagnose.bounds import Bound, Collapse, bound_sequence, variance_collapse
 from vfjax.diagnose.features import Features, as_networks, features
-from vfjax.network import Network, check_net
+from vfjax.network import Network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
