@@ -116,6 +116,13 @@ def test_logarithmic_axes_have_numbers(top):
     assert 2 <= len(shown) <= 8
 
 
+def test_x_may_be_logarithmic():
+    figure = plot.panels([panel(curves={"a": plot.Curve([10, 5000], [1.0, 2.0])}, log_x=True)])
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+    assert axes.xaxis.get_major_formatter()(1000, 0) == "1000"
+
+
 @pytest.mark.parametrize(
     "row, message",
     [

@@ -140,6 +140,7 @@ class Panel:
         y_label: Quantity and unit along y.
         curves: By their names in the legend.
         log: Whether y is logarithmic.
+        log_x: Whether x is.
         y_limits: Lower and upper limit of y; None for what the curves need.
     """
 
@@ -148,6 +149,7 @@ class Panel:
     y_label: str
     curves: Mapping[str, Curve]
     log: bool = False
+    log_x: bool = False
     y_limits: tuple[float, float] | None = None
 
 
@@ -211,8 +213,10 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
                 elinewidth=1.5,
             )
         if panel.log:
-            _log_scale(axes)
-        if all(float(x).is_integer() for curve in panel.curves.values() for x in curve.x):
+            _log_scale(axes, "y")
+        if panel.log_x:
+            _log_scale(axes, "x")
+        elif all(float(x).is_integer() for curve in panel.curves.values() for x in curve.x):
             # Layers and epochs have no halves.
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.y_limits is not None:
@@ -230,15 +234,16 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
     return figure
 
 
-def _log_scale(axes: Any) -> None:
-    """Makes y logarithmic, with enough numbers along it where it spans few decades."""
+def _log_scale(axes: Any, which: str) -> None:
+    """Makes x or y logarithmic, with enough numbers along it where it spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
