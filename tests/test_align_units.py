@@ -14,11 +14,12 @@ from vfjax import align, merge, renorm, stats
 from vfjax.align._units import spread_of
 
 
-def network(activation):
+def network(activation, *, has_scale=True):
     """A dense layer, a BatchNorm, an activation, and a dense layer."""
 
     def apply_fn(v, x):
-        mean, var, scale, bias = (v[name][None] for name in ("mean", "var", "scale", "bias"))
+        mean, var, bias = (v[name][None] for name in ("mean", "var", "bias"))
+        scale = v["scale"][None] if has_scale else 1
         u = (x @ v["w"] - mean) * jax.lax.rsqrt(var + 1e-5) * scale + bias
         return activation(u) @ v["head"]
 
@@ -82,8 +83,8 @@ def test_a_mixed_linear_model_keeps_its_function(x):
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**16))
-def test_units_before_the_norm_do_not_count(seed):
+@given(seed=st.integers(0, 2**16), has_scale=st.booleans())
+def test_units_before_the_norm_do_not_count(seed, has_scale):
     """What a norm takes away cannot decide what a merge becomes."""
     rng = np.random.default_rng(seed)
     x = jnp.float32(rng.normal(size=(100, 6)))
@@ -92,7 +93,7 @@ def test_units_before_the_norm_do_not_count(seed):
     other = b | {"w": b["w"] * unit[None], "mean": b["mean"] * unit}
     # So that eps counts alike.
     other["var"] = (b["var"] + 1e-5) * unit**2 - 1e-5
-    net = vfjax.trace(network(jax.nn.relu), a, x)
+    net = vfjax.trace(network(jax.nn.relu, has_scale=has_scale), a, x)
     outputs = []
     for second in (b, other):
         moments = stats.moments(net, [a, second], [x], sites="taps", covariance=True)

@@ -195,3 +195,22 @@ def check_permutations(
 def as_array(array: Any) -> Any:
     """A JAX array as it is, anything else as a numpy array."""
     return array if isinstance(array, jax.Array) else np.asarray(array)
+
+
+def permutation_of(merge: Any, unmerge: Any) -> np.ndarray | None:
+    """The permutation that a pair of matrices is, one for each of a stack, or None."""
+    if isinstance(merge, Tracer) or isinstance(unmerge, Tracer):
+        return None
+    merge, unmerge = np.asarray(merge), np.asarray(unmerge)
+    if merge.ndim == 3:
+        each = [permutation_of(*pair) for pair in zip(merge, unmerge, strict=True)]
+        return None if any(p is None for p in each) else np.stack(each)
+    if merge.shape[0] != merge.shape[1]:
+        return None
+    order = merge.argmax(1)
+    rows = np.arange(len(order))
+    if np.count_nonzero(merge) != len(order) or (merge[rows, order] != 1).any():
+        return None
+    if np.count_nonzero(unmerge) != len(order) or (unmerge[order, rows] != 1).any():
+        return None
+    return order.astype(np.int32) if len(set(order.tolist())) == len(order) else None

@@ -59,7 +59,7 @@ class Structure:
 
     @functools.cached_property
     def _symmetry(self) -> tuple[symmetry.PermutationSpec, dict[int, str]]:
-        return symmetry.from_propagation(self._propagation, self.paths)
+        return symmetry.from_propagation(self._propagation, self.paths, self._reference.effects)
 
     @property
     def spec(self) -> symmetry.PermutationSpec:

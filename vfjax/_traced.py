@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax import _calls, _graph, _norms, _outside, _propagate, _sites, _taps
+from vfjax import _calls, _effects, _graph, _norms, _outside, _propagate, _sites, _taps
 from vfjax._axes import Axis, Place, owners
 from vfjax._graph import INPUT, PARAM, Graph
 from vfjax._propagate.groups import named_groups
@@ -145,6 +145,11 @@ class Traced:
     def propagation(self) -> _propagate.Propagation:
         """Which axes of all values carry which group."""
         return _propagate.propagate(self.graph)
+
+    @functools.cached_property
+    def effects(self) -> dict[int, dict[str, _effects.Effect]]:
+        """By index of a leaf, how it acts on what depends on the input."""
+        return _effects.effects(self.graph, self.norms.values())
 
     @functools.cached_property
     def groups(self) -> dict[int, str]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ from vfjax._axes import (
     permute_at,
     size_at,
 )
+from vfjax._effects import KERNEL, SCALES, Effect, obstacle
 from vfjax._invariance import check_spec
 from vfjax._maps import (
     as_array,
@@ -50,6 +51,7 @@ from vfjax._maps import (
     compose,
     contract,
     invert,
+    permutation_of,
 )
 from vfjax._propagate import Propagation
 from vfjax._propagate.groups import named_groups
@@ -74,7 +76,7 @@ class PermutationSpec:
     """Which axes of a parameter tree can be permuted together.
 
     Two specs are equal if they partition the same places (path, axis, block) with the same roles
-    into the same groups. Names of groups, their order, sizes, `fixed` and `within` do not count, so
+    into the same groups. Names of groups, their order, and all other attributes do not count, so
     that a spec written by hand equals an inferred one.
 
     Attributes:
@@ -85,6 +87,10 @@ class PermutationSpec:
         fixed: Axes without symmetry, and why.
         within: By group, the group inside each entry of which it may move by itself. Wherever it
             has a place, the other has one in the same leaf, around it or on another axis.
+        scaling: Paths of leaves with "elementwise" places that multiply features, as the scale of
+            a norm does; others are added to them.
+        rigid: By group that permutations alone can map, the leaf that forbids other maps, and why:
+            a kernel that one layer writes with and another reads with, or a leaf under a root.
 
     Raises:
         TypeError: If a place is no such tuple.
@@ -105,6 +111,8 @@ class PermutationSpec:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     fixed: Sequence[FixedAxis] = ()
     within: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scaling: Collection[str] = frozenset()
+    rigid: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = {name: tuple(as_axis(name, a) for a in axes) for name, axes in self.groups.items()}
@@ -122,7 +130,10 @@ class PermutationSpec:
         object.__setattr__(self, "sizes", {name: int(n) for name, n in self.sizes.items()})
         object.__setattr__(self, "fixed", tuple(FixedAxis(*entry) for entry in self.fixed))
         object.__setattr__(self, "within", dict(self.within))
+        object.__setattr__(self, "scaling", frozenset(self.scaling))
+        object.__setattr__(self, "rigid", dict(self.rigid))
         self.check_known("within", [*self.within, *self.within.values()])
+        self.check_known("rigid", self.rigid)
         for name, around in self.within.items():
             if around in self.within:
                 raise ValueError(
@@ -143,6 +154,7 @@ class PermutationSpec:
         for name, axes in self.groups.items():
             size = f" ({self.sizes[name]})" if name in self.sizes else ""
             size += f" in each of {self.within[name]}" if name in self.within else ""
+            size += " only permuted" if name in self.rigid else ""
             shown = ", ".join(str(a) for a in axes[:6])
             more = f", and {len(axes) - 6} more" if len(axes) > 6 else ""
             lines.append(f"  {name}{size}: {shown}{more}")
@@ -238,6 +250,10 @@ class PermutationSpec:
         takes `U`: along "out" and "elementwise" axes `new[i] = sum_j M[i, j] old[j]`, along "in"
         axes `new[i] = sum_j old[j] U[j, i]`. A permutation `p` is `M[i, p[i]] = 1, U = M^T`.
 
+        What multiplies features entry by entry (`scaling`) would have to become `M diag(old) U`.
+        Where M averages, with no entry below zero, the average `M old` stands for it; where M is a
+        change of basis, its diagonal: a scale of ones then stays one, as it should.
+
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.
             maps: By group, a pair of a merge matrix `M [m, n]` and an unmerge matrix `U [n, m]`;
@@ -249,8 +265,8 @@ class PermutationSpec:
 
         Raises:
             TypeError: If a mapped leaf holds integers, or a map is no pair.
-            ValueError: If a group is unknown, a matrix has the wrong shape, or the spec does not
-                fit the tree.
+            ValueError: If a group is unknown or `rigid`, a matrix has the wrong shape, or the spec
+                does not fit the tree.
 
         Example:
             >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
@@ -268,6 +284,7 @@ class PermutationSpec:
         for name, pair in maps.items():
             check_matrices(name, pair, sizes.get(name), within=name in self.within)
         self._check_owners(maps, sizes)
+        self._check_rigid(maps)
 
         def transform(leaf: Any, a: Axis, owner: Axis | None, pair: tuple[Any, Any]) -> Any:
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
@@ -275,7 +292,10 @@ class PermutationSpec:
                     f"variables holds {jnp.result_type(leaf)} at '{a.path}', and a matrix cannot "
                     "map integers; leave its group out of `maps`, or the leaf out of the spec."
                 )
-            matrix = jnp.asarray(pair[1]).mT if a.role == "in" else jnp.asarray(pair[0])
+            merge, unmerge = jnp.asarray(pair[0]), jnp.asarray(pair[1]).mT
+            matrix = unmerge if a.role == "in" else merge
+            if a.path in self.scaling and a.role == "elementwise":
+                matrix = jnp.where((merge < 0).any(), merge * unmerge, merge)
             if owner is None or matrix.ndim == 2:
                 return map_axis(leaf, a, lambda view, k: contract(matrix, view, k))
             return map_within(leaf, a, owner, lambda view, k, i: contract(matrix[i], view, k))
@@ -414,15 +434,27 @@ class PermutationSpec:
                     f"{owner!r}; it holds {shape[0]}."
                 )
 
+    def _check_rigid(self, maps: Mapping[str, Any]) -> None:
+        """Checks that the maps of groups that can only be permuted permute."""
+        for name in maps.keys() & self.rigid.keys():
+            if permutation_of(*maps[name]) is None:
+                raise ValueError(
+                    f"maps[{name!r}] mixes features, and this group can only be permuted: "
+                    f"{self.rigid[name]}. Leave it out of `maps`, or permute it, as matchers do."
+                )
+
 
 def from_propagation(
-    propagation: Propagation, paths: Sequence[str]
+    propagation: Propagation,
+    paths: Sequence[str],
+    effects: Mapping[int, Mapping[str, Effect]] | None = None,
 ) -> tuple[PermutationSpec, dict[int, str]]:
     """The spec of a network whose axes have been followed.
 
     Args:
         propagation: What `_propagate.propagate` found.
         paths: Paths of the variables' leaves, in their order.
+        effects: By index of a leaf, how it acts, as `_effects.effects` finds it.
 
     Returns:
         The spec, and the name of every group by its id in `propagation.axes`.
@@ -432,4 +464,33 @@ def from_propagation(
     fixed = [FixedAxis(path_of[f.leaf], f.axis, f.primitive, f.where) for f in propagation.fixed]
     places = {name: tuple(Axis(*entry) for entry in entries) for name, entries in groups.items()}
     within = {names[group]: names[other] for group, other in propagation.within.items()}
-    return PermutationSpec(places, sizes, fixed, within), names
+    by_path = {paths[leaf]: found for leaf, found in (effects or {}).items()}
+    scaling: set[str] = set()
+    rigid = _tied(propagation, path_of, names)
+    for name, axes in places.items():
+        for a in axes:
+            acts = by_path.get(a.path, {})
+            if a.role == "elementwise" and acts.keys() & {SCALES, KERNEL}:
+                scaling.add(a.path)
+            effect = obstacle(a.role, acts)
+            if effect is not None:
+                rigid.setdefault(name, f"'{a.path}' {effect}")
+    return PermutationSpec(places, sizes, fixed, within, scaling, rigid), names
+
+
+def _tied(
+    propagation: Propagation, path_of: Mapping[int, str], names: Mapping[int, str]
+) -> dict[str, str]:
+    """Groups with a leaf along which one layer writes and another reads, and that leaf."""
+    roles: dict[tuple[int, int, int], set[str]] = {}
+    for tie in propagation.ties:
+        roles.setdefault((tie.leaf, tie.axis, tie.position), set()).add(tie.role)
+    found: dict[str, str] = {}
+    for (leaf, axis, position), known in roles.items():
+        group = propagation.axes[leaf][axis][position].group
+        if len(known) > 1 and group is not None:
+            found.setdefault(
+                names[group],
+                f"axis {axis} of '{path_of[leaf]}' is written by one layer and read by another",
+            )
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._maps import check_matrices, check_permutation
+from vfjax._maps import check_matrices, check_permutation, permutation_of
 from vfjax._networks import networks
 from vfjax._tree import with_leaves, without
 from vfjax.align._covariances import tap_covariances
@@ -131,7 +131,7 @@ class Maps:
     def permutations(self) -> tuple[dict[str, np.ndarray], ...]:
         """Per model, the permutations of groups that are only permuted, int32 `[n]` or `[h, n]`."""
         return tuple(
-            {group: p for group, pair in of.items() if (p := _permutation(*pair)) is not None}
+            {group: p for group, pair in of.items() if (p := permutation_of(*pair)) is not None}
             for of in self.maps
         )
 
@@ -292,20 +292,3 @@ class Maps:
             f"Maps({self.models} models, {len(self.sizes)} groups, {len(sizes)} features of "
             f"{int(sizes.sum())}, at most {int(sizes.max(initial=0))} in one)"
         )
-
-
-def _permutation(merge: Any, unmerge: Any) -> np.ndarray | None:
-    """The permutation that a pair of matrices is, one for each of a stack, or None."""
-    merge, unmerge = np.asarray(merge), np.asarray(unmerge)
-    if merge.ndim == 3:
-        each = [_permutation(*pair) for pair in zip(merge, unmerge, strict=True)]
-        return None if any(p is None for p in each) else np.stack(each)
-    if merge.shape[0] != merge.shape[1]:
-        return None
-    order = merge.argmax(1)
-    rows = np.arange(len(order))
-    if np.count_nonzero(merge) != len(order) or (merge[rows, order] != 1).any():
-        return None
-    if np.count_nonzero(unmerge) != len(order) or (unmerge[order, rows] != 1).any():
-        return None
-    return order.astype(np.int32) if len(set(order.tolist())) == len(order) else None

@@ -4,7 +4,8 @@ A map is found from features behind a norm, and applied to the layer before it. 
 it is right there too. Where it mixes channels it is not: before a norm each channel has a unit of
 its own, which the norm takes away. So a layer is put into the units of its norm's output first,
 which changes no function: `kernel * a`, `mean * a` with `a = scale / sqrt(var + eps)`, and in the
-norm the scale `|scale|` and the variance to it.
+norm the scale `|scale|` and the variance to it. (A norm without scale has one of 1. One that no
+layer comes before alone, as in pre-activation networks, stays as it is.)
 
 What the mixed norm's scale has to be is the standard deviation of the mixed features: at most
 `|M| |scale|`, where all parts rise and fall together, and less by how much these correlate.
@@ -30,21 +31,20 @@ def norms_in_units(net: Network, unknown: Collection[str]) -> list[Norm]:
     return [
         norm
         for norm in net.norms
-        if norm.var in unknown
-        and norm.scale is not None
-        and norm.layer is not None
-        and net.can_fold(norm.layer, shift=False)
+        if norm.var in unknown and norm.layer is not None and net.can_fold(norm.layer, shift=False)
     ]
 
 
 def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyTree:
     """The same function, with layers in the units of the output of the norm that follows."""
     for norm in norms_in_units(net, unknown):
-        assert norm.scale is not None and norm.layer is not None
+        assert norm.layer is not None
         leaves, _ = _tree.flatten_named(tree)
-        if not {norm.scale, norm.var, norm.mean} <= leaves.keys():
+        if not {norm.scale or norm.var, norm.var, norm.mean} <= leaves.keys():
             continue
-        scale, var = (jnp.asarray(leaves[path], jnp.float32) for path in (norm.scale, norm.var))
+        var = jnp.asarray(leaves[norm.var], jnp.float32)
+        has_scale = norm.scale is not None
+        scale = jnp.asarray(leaves[norm.scale], jnp.float32) if has_scale else jnp.ones_like(var)
         factor = scale * jax.lax.rsqrt(var + norm.eps)
         # A variance is not negative: a channel that the norm all but silences keeps some.
         spread = jnp.maximum(jnp.abs(scale), np.sqrt(2 * norm.eps))
@@ -53,9 +53,8 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
         leaves, _ = _tree.flatten_named(tree)
         changed = {
             norm.mean: leaves[norm.mean] * factor,
-            norm.scale: spread,
             norm.var: spread**2 - norm.eps,
-        }
+        } | ({norm.scale: spread} if has_scale else {})
         tree = _tree.with_leaves(
             tree, {p: jnp.asarray(v, jnp.result_type(leaves[p])) for p, v in changed.items()}
         )
@@ -70,7 +69,7 @@ def mixed_scales(
     spreads: Mapping[str, Any],
 ) -> dict[str, Any]:
     """By path, the scales of norms in output units after their features are mixed."""
-    paths = {norm.scale for norm in norms_in_units(net, unknown)}
+    paths = {norm.scale for norm in norms_in_units(net, unknown) if norm.scale is not None}
     paths &= (leaves := _tree.flatten_named(tree)[0]).keys()
     alone = _tree.without(tree, leaves.keys() - paths)
     sizes = {

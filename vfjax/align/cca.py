@@ -73,7 +73,8 @@ def cca(
             moments, float32 unless the network computes in float64.
 
     Returns:
-        The maps `(T, T^-1)` of all models but the first. Groups without a tap stay as they are. The
+        The maps `(T, T^-1)` of all models but the first. Groups without a tap stay as they are, and
+        those that can only be permuted (`net.spec.rigid`, as the width of a tied kernel) are. The
         variances that a BatchNorm stores are unknown for combined features: measure them anew with
         `vfjax.renorm.reset`.
 
@@ -153,7 +154,12 @@ def cca_moments(
             part: _Pair(block, k, regularization, relative, _rounding(moments, block))
             for part, block in pooled.items()
         }
-        found = gather({part: pair.maps() for part, pair in pairs.items()})
+        found = gather(
+            {
+                part: pair.permuted() if part.group in net.spec.rigid else pair.maps()
+                for part, pair in pairs.items()
+            }
+        )
         maps[k] = {**permuting(orders[k]), **found}
     return Maps(tuple(maps), {}).with_spreads(net, moments)
 
@@ -238,8 +244,7 @@ class _Pair:
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
         """`T [n, n]` and its inverse."""
         if self.constant:
-            permutation = self._permutation()
-            return permutation, permutation.T.copy()
+            return self.permuted()
         (to, of), (grow, shrink) = self.bases, self.roots
         decided = self.correlations > self.rounding
         rotation = self.left[:, decided] @ self.right[decided]
@@ -252,6 +257,11 @@ class _Pair:
             to @ (grow[:, None] * rotation / shrink) @ of.T,
             of @ (shrink[:, None] * rotation.T / grow) @ to.T,
         )
+
+    def permuted(self) -> tuple[np.ndarray, np.ndarray]:
+        """A permutation `[n, n]` and its inverse, where nothing else will do."""
+        permutation = self._permutation()
+        return permutation, permutation.T.copy()
 
     def _permutation(self) -> np.ndarray:
         """The permutation of model k's units that correlates best, as a matrix."""

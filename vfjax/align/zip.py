@@ -79,8 +79,9 @@ def zip_features(
         key: Random key of k-means.
 
     Returns:
-        The maps. Groups without a tap are averaged as they are. The variances that a BatchNorm
-        stores are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
+        The maps. Groups without a tap are averaged as they are, and those that can only be permuted
+        (`net.spec.rigid`, as the width of a tied kernel) are. The variances that a BatchNorm stores
+        are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
@@ -170,7 +171,9 @@ def zip_moments(
         n = net.spec.sizes[part.group]
         place = np.tile(np.eye(n), (models, models))
         similarity = similarity + PLACE * place
-        if matcher == "greedy":
+        if part.group in net.spec.rigid and matcher != "identity":
+            labels = permute_groups(similarity, models)
+        elif matcher == "greedy":
             labels = greedy_groups(similarity, [n] * models, n, alpha=alpha, beta=beta)
         elif matcher == "optimal":
             labels = optimal_groups(similarity)
