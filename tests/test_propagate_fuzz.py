@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax import lax
 
+from vfjax._effects import effects
 from vfjax._graph import flatten
+from vfjax._inferred import from_propagation
 from vfjax._propagate import RULES, propagate
 from vfjax._tree import leaf_paths
-from vfjax.symmetry import from_propagation
 
 BATCH, LARGEST = 3, 400
 OPERATIONS = {}
@@ -48,6 +49,17 @@ def dense_out_in(h, n, leaf):
 @operation
 def bias(h, n, leaf):
     return h + leaf(shaped(h, along(h, n)))
+
+
+@operation
+def embed(h, n, leaf):
+    """A shift that varies along all axes, as that of positions."""
+    return h + leaf((1, *h.shape[1:]))
+
+
+@operation
+def scale(h, n, leaf):
+    return h * leaf(shaped(h, along(h, n)))
 
 
 @operation
@@ -317,9 +329,9 @@ def recur(h, n, leaf):
     return jnp.moveaxis(lax.scan(step, jnp.zeros_like(rows[0]), rows)[1], 0, along(h, n))
 
 
-def network(program, leaf, x):
+def network(program, leaf, x, start=jnp.tanh):
     """Runs a program; a skip connection joins where the shape is that of the first layer."""
-    h = first = jnp.tanh(x @ leaf((x.shape[-1], 12)))
+    h = first = start(x @ leaf((x.shape[-1], 12)))
     for name, n in program:
         result = OPERATIONS[name](h, n, leaf)
         if 0 < result.size <= LARGEST:
@@ -337,34 +349,39 @@ def draw(rng, spec, name):
     return found[0] if heads is None else np.stack(found)
 
 
+def built(program, rng, start=jnp.tanh):
+    """A random network's function, leaves, input and spec."""
+    x, shapes = rng.normal(size=(BATCH, 4)), []
+
+    def record(shape):
+        shapes.append(shape)
+        return jnp.zeros(shape)
+
+    jax.eval_shape(lambda x: network(program, record, x, start), x)
+    leaves = [rng.normal(size=s) / np.sqrt(s[0]) for s in shapes]
+
+    def apply(leaves, x):
+        given = iter(leaves)
+        return network(program, lambda shape: next(given), x, start)
+
+    closed = jax.make_jaxpr(lambda *a: apply(a[:-1], a[-1]))(*leaves, x)
+    graph = flatten(closed, len(leaves))
+    spec, _ = from_propagation(propagate(graph), leaf_paths(leaves), effects(graph, ()))
+    return jax.jit(apply), leaves, x, spec
+
+
 def change(program):
     """Largest relative change of a random network's output, and the number of its groups."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(len(program))
-        x, shapes = rng.normal(size=(BATCH, 4)), []
-
-        def record(shape):
-            shapes.append(shape)
-            return jnp.zeros(shape)
-
-        jax.eval_shape(lambda x: network(program, record, x), x)
-        leaves = [rng.normal(size=s) / np.sqrt(s[0]) for s in shapes]
-
-        def apply(leaves, x):
-            given = iter(leaves)
-            return network(program, lambda shape: next(given), x)
-
-        closed = jax.make_jaxpr(lambda *a: apply(a[:-1], a[-1]))(*leaves, x)
-        propagation = propagate(flatten(closed, len(leaves)))
-        spec, _ = from_propagation(propagation, leaf_paths(leaves))
+        apply, leaves, x, spec = built(program, rng)
         if not spec.groups:
             return 0.0, 0
-        compiled = jax.jit(apply)
-        before = np.asarray(compiled(leaves, x))
+        before = np.asarray(apply(leaves, x))
         moved = 0.0
         for _ in range(3):
             permutations = {name: draw(rng, spec, name) for name in spec.groups}
-            after = np.asarray(compiled(spec.permute(leaves, permutations), x))
+            after = np.asarray(apply(spec.permute(leaves, permutations), x))
             moved = max(moved, np.abs(after - before).max())
         return moved / (np.abs(before).max() + 1e-9), len(spec.groups)
 
@@ -385,6 +402,47 @@ SETTINGS = hypothesis.settings(
 def test_groups_of_random_networks_are_symmetries(program):
     # In double precision rounding stays far below what a wrong group would change.
     assert change(program)[0] < 1e-8
+
+
+# Of these no group is read but by layers: features may be mixed where they are unmixed.
+# (A shift that is broadcast along a group is none: it adds to all features alike.)
+LINEAR = """convolution dense dense_out_in depthwise_pointwise drop_first embed merge_axes mix_parts
+pick reverse scale shuffle slices split_axis transpose""".split()
+LINEAR_PROGRAMS = st.lists(st.tuples(st.sampled_from(LINEAR), st.integers(0, 5)), max_size=7)
+
+
+def mixing(program):
+    """Largest relative change of a linear network's output when its features change basis."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(len(program))
+        apply, leaves, x, spec = built(program, rng, start=jnp.asarray)
+        # A scale commutes with a change of basis where it is even.
+        paths = leaf_paths(leaves)
+        leaves = [
+            np.full_like(leaf, 1.5) if path in spec.scaling else leaf
+            for path, leaf in zip(paths, leaves, strict=True)
+        ]
+        maps = {}
+        for name, n in spec.sizes.items():
+            if name not in spec.rigid:
+                matrix = rng.normal(size=(n, n)) + 3 * np.eye(n)
+                maps[name] = matrix, np.linalg.inv(matrix)
+        before = np.asarray(apply(leaves, x))
+        after = np.asarray(apply(spec.apply(leaves, maps), x))
+        return np.abs(after - before).max() / (np.abs(before).max() + 1e-9), len(maps)
+
+
+@SETTINGS
+@hypothesis.given(LINEAR_PROGRAMS)
+def test_a_change_of_basis_keeps_random_linear_networks(program):
+    assert mixing(program)[0] < 1e-8
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_change_of_basis_keeps_each_linear_operation(name):
+    moved, groups = mixing([("dense", 1), (name, 3), ("embed", 1), ("transpose", 1)])
+    assert moved < 1e-8
+    assert groups
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))

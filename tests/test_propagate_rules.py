@@ -12,10 +12,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from vfjax._graph import flatten
+from vfjax._inferred import from_propagation
 from vfjax._propagate import RULES, propagate, rule
 from vfjax._propagate.algebra import Algebra, Cause
 from vfjax._tree import leaf_paths
-from vfjax.symmetry import check_spec, from_propagation
+from vfjax.symmetry import check_spec
 
 RNG = np.random.default_rng(0)
 VARIED = RNG.normal(size=(5, 6)).astype(np.float32)

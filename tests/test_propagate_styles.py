@@ -13,9 +13,10 @@ from flax import nnx
 from jax import lax
 
 from vfjax._graph import flatten
+from vfjax._inferred import from_propagation
 from vfjax._propagate import propagate
 from vfjax._tree import leaf_paths
-from vfjax.symmetry import PermutationSpec, check_spec, from_propagation
+from vfjax.symmetry import PermutationSpec, check_spec
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
 

@@ -13,10 +13,11 @@ import pytest
 from jax import lax
 
 from vfjax._graph import flatten
+from vfjax._inferred import from_propagation
 from vfjax._propagate import propagate
 from vfjax._propagate.algebra import Algebra, Cause
 from vfjax._tree import leaf_paths
-from vfjax.symmetry import Axis, PermutationSpec, check_spec, from_propagation
+from vfjax.symmetry import Axis, PermutationSpec, check_spec
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
 TOKENS = jax.random.normal(jax.random.key(2), (2, 5, 4))

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _describe, _graph, _retrace, _summary, symmetry
+from vfjax import _describe, _graph, _inferred, _retrace, _summary, symmetry
 from vfjax._axes import Place
 from vfjax._plan import Plan
 from vfjax._records import JointTap, Layer, Norm, Tap
@@ -59,7 +59,7 @@ class Structure:
 
     @functools.cached_property
     def _symmetry(self) -> tuple[symmetry.PermutationSpec, dict[int, str]]:
-        return symmetry.from_propagation(self._propagation, self.paths, self._reference.effects)
+        return _inferred.from_propagation(self._propagation, self.paths, self._reference.effects)
 
     @property
     def spec(self) -> symmetry.PermutationSpec:
