@@ -247,8 +247,8 @@ class PermutationSpec:
         axes `new[i] = sum_j old[j] U[j, i]`. A permutation `p` is `M[i, p[i]] = 1, U = M^T`.
 
         What multiplies features entry by entry (`scaling`) would have to become `M diag(old) U`.
-        Where M averages, with no entry below zero, the average `M old` stands for it; where M is a
-        change of basis, its diagonal: a scale of ones then stays one, as it should.
+        Where a row of M averages, its entries not negative and their sum one, the average stands for
+        it; elsewhere its diagonal: in another basis a scale of ones is one still.
 
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.
@@ -291,7 +291,8 @@ class PermutationSpec:
             merge, unmerge = jnp.asarray(pair[0]), jnp.asarray(pair[1]).mT
             matrix = unmerge if a.role == "in" else merge
             if a.path in self.scaling and a.role == "elementwise":
-                matrix = jnp.where((merge < 0).any(), merge * unmerge, merge)
+                average = (merge >= 0).all(-1) & (jnp.abs(merge.sum(-1) - 1) < 1e-3)
+                matrix = jnp.where(average[..., None], merge, merge * unmerge)
             if owner is None or matrix.ndim == 2:
                 return map_axis(leaf, a, lambda view, k: contract(matrix, view, k))
             return map_within(leaf, a, owner, lambda view, k, i: contract(matrix[i], view, k))
