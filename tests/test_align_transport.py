@@ -11,7 +11,7 @@ import pytest
 
 import vfjax
 from vfjax import align, merge, stats
-from vfjax.align import _between, _plans
+from vfjax.align import _between
 
 
 def mlp(v, x):
@@ -388,7 +388,7 @@ def test_nothing_is_compiled_twice():
         trees = [make(mlp, seed), make(mlp, seed + 5)]
         align.transport(nets, trees, batches(mlp), regularization=0.1 * seed)
         align.transport(nets, trees, on="weights", regularization=0.1 * seed, tolerance=1e-3)
-        sizes.append([fn._cache_size() for fn in (_plans._many, _between._measure, _between._pool)])
+        sizes.append([fn._cache_size() for fn in (_between._measure, _between._pool)])
     assert sizes[0] == sizes[1]
 
 
@@ -404,6 +404,10 @@ def test_errors():
         align.transport(net, trees, data, on="both")
     with pytest.raises(ValueError, match="sweeps must be 0"):
         align.transport(net, trees, data, sweeps=1)
+    with pytest.raises(ValueError, match="sweeps must be 0, or a whole number .* got 1.5"):
+        align.transport(net, trees, on="weights", sweeps=1.5)
+    with pytest.raises(ValueError, match="regularization must be 0 .* got 'x'"):
+        align.transport(net, trees, data, regularization="x")
     with pytest.raises(ValueError, match="marginals must be one of uniform, l2, softmax here"):
         align.transport(net, trees, data, marginals="l1")
     with pytest.raises(ValueError, match="2 networks for 3 trees"):
