@@ -61,10 +61,11 @@ def transport(
 
     Between activations the distance of two units is the root of the mean squared difference of what
     they give on the data, over all taps of their group. Between weights it is that of what writes
-    them: kernels, whose inputs have been mapped, biases, and the scales and shifts of norms, but no
-    stored statistics. Groups then come in the order of the network, and one that several layers
-    write, as a residual stream, is compared at those whose inputs are mapped by then; `sweeps`
-    compares every group again at all of them.
+    them: kernels, whose inputs have been mapped, biases, and the scales and shifts of norms. Before
+    a norm with stored statistics, kernels are put into the units of its output, by its scale and
+    stored variance; biases there, and stored means, are not compared. Groups then come in the order
+    of the network, and one that several layers write, as a residual stream, is compared at those
+    whose inputs are mapped by then; `sweeps` compares every group again at all of them.
 
     Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
     keep the function only under permutations, so that mixed units are an approximation there.
