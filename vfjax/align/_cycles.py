@@ -19,12 +19,10 @@ import numpy as np
 import scipy.linalg
 
 from vfjax._axes import Axis, map_axis, permute_axis
-from vfjax.align._record import assign, assign_within
+from vfjax.align._record import PLACE, assign, assign_within
 from vfjax.align.weights import _dot, _inner, _permute, _search
 from vfjax.symmetry import PermutationSpec
 
-# Ties go to the unit that is in place; relative to the gains, far below their rounding.
-_PLACE = 1e-9
 # Rises that are less than this, relative to the objective's scale, are rounding.
 _RISE = 1e-10
 # The relaxation is left where steps become this small: it is a way to better permutations only.
@@ -138,9 +136,9 @@ class Nested:
             most += np.abs(gain).max(initial=0.0)
             # Ties go to what is in place, inside every entry and of the entries themselves.
             place = p[model][outer[model].argsort()]
-            inner[name] = gain + (_PLACE * most + 1e-300) * np.eye(gain.shape[-1])[place]
+            inner[name] = gain + (PLACE * most + 1e-300) * np.eye(gain.shape[-1])[place]
         h = outer.shape[1]
-        chosen, inside = assign_within((_PLACE * most + 1e-300) * np.eye(h)[outer[model]], inner)
+        chosen, inside = assign_within((PLACE * most + 1e-300) * np.eye(h)[outer[model]], inner)
         return {self.owner: chosen, **inside}
 
 
@@ -277,7 +275,7 @@ def _contract(matrix: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
 def nearby(gain: np.ndarray, place: np.ndarray) -> np.ndarray:
     """The permutation of the largest gain, that at `place` among equals."""
     gain = np.array(gain, np.float64)
-    gain[np.arange(len(place)), place] += _PLACE * np.abs(gain).max(initial=0.0) + 1e-300
+    gain[np.arange(len(place)), place] += PLACE * np.abs(gain).max(initial=0.0) + 1e-300
     return assign(gain)
 
 

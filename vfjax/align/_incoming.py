@@ -1,4 +1,9 @@
-"""Transport by weights: comparing the units of networks by what writes them, from the input on."""
+"""Transport by weights: comparing the units of networks by what writes them, from the input on.
+
+Before a norm with stored statistics the units of a layer are in units of their own, which the norm
+takes away; so kernels are compared in the units of the norm's output. What a bias adds there, the
+stored mean takes away.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from vfjax._tree import flatten_named
 from vfjax.align._entries import within
 from vfjax.align._nested import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
+from vfjax.align._units import in_output_units
 from vfjax.network import Network
 
 PyTree = Any
@@ -37,11 +43,13 @@ class Incoming:
     def __init__(self, net: Network, tree: PyTree, within: Mapping[str, str]) -> None:
         self.spec, self.within = net.spec, within
         self.sizes = net.spec.sizes
-        leaves = flatten_named(tree)[0]
+        leaves = flatten_named(in_output_units(net, tree, {norm.var for norm in net.norms}))[0]
+        without, biases = ({a.bias for a in net.layers if bool(a.norm) is w} for w in (False, True))
+        ignored = net.statistics | (biases - without)
         self.leaves = {
             path: leaf
             for path, leaf in leaves.items()
-            if path not in net.statistics and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            if path not in ignored and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         }
         self.groups = {
             group: tuple(axis for axis in axes if axis.path in self.leaves)

@@ -13,10 +13,7 @@ import numpy as np
 
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._plans import Problem, exact_plan, maps_of, shares_of
-from vfjax.align._record import assign
-
-# Ties go to the head in the same place.
-_PLACE = 1e-9
+from vfjax.align._record import PLACE, assign
 
 
 class Compared(NamedTuple):
@@ -82,7 +79,7 @@ def _order(h: int, inside: Sequence[Compared], alone: np.ndarray | None) -> np.n
         for at, entry in np.ndindex(h, h):
             each = found.inside(h, at, entry).cost
             cost[at, entry] += (exact_plan(each) * each).sum()
-    return assign(_PLACE * cost.mean() * np.eye(h) - cost.T)
+    return assign(PLACE * cost.mean() * np.eye(h) - cost.T)
 
 
 def mapped(

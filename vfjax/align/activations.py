@@ -24,17 +24,13 @@ from vfjax import stats
 from vfjax._networks import check_net
 from vfjax._tree import check_trees
 from vfjax.align._entries import matched_sites
-from vfjax.align._record import Alignment, assign_within
+from vfjax.align._record import PLACE, Alignment, assign_within
 from vfjax.network import Network
 
 __all__ = ["match_activations", "match_moments"]
 
 Array = jax.Array
 PyTree = Any
-
-# Ties, as between units that are dead in both networks, go to the unit that is in place: a network
-# matched with itself then stays as it is. Far below the rounding of a correlation.
-PLACE = 1e-9
 
 
 def match_activations(

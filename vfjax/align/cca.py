@@ -24,8 +24,8 @@ from vfjax._tree import check_trees
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._maps import Maps
-from vfjax.align._record import assign
-from vfjax.align.activations import PLACE, correlation
+from vfjax.align._record import PLACE, assign
+from vfjax.align.activations import correlation
 from vfjax.network import Network
 
 __all__ = ["canonical_correlations", "cca", "cca_moments"]

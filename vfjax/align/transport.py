@@ -33,6 +33,7 @@ from vfjax.align._entries import matched_sites, within
 from vfjax.align._incoming import match_incoming
 from vfjax.align._maps import Maps
 from vfjax.align._nested import Compared, mapped, problems_of
+from vfjax.align._options import whole
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.network import Network
 
@@ -60,10 +61,11 @@ def transport(
 
     Between activations the distance of two units is the root of the mean squared difference of what
     they give on the data, over all taps of their group. Between weights it is that of what writes
-    them: kernels, whose inputs have been mapped, biases, and the scales and shifts of norms, but no
-    stored statistics. Groups then come in the order of the network, and one that several layers
-    write, as a residual stream, is compared at those whose inputs are mapped by then; `sweeps`
-    compares every group again at all of them.
+    them: kernels, whose inputs have been mapped, biases, and the scales and shifts of norms. Before
+    a norm with stored statistics, kernels are put into the units of its output, by its scale and
+    stored variance; biases there, and stored means, are not compared. Groups then come in the order
+    of the network, and one that several layers write, as a residual stream, is compared at those
+    whose inputs are mapped by then; `sweeps` compares every group again at all of them.
 
     Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
     keep the function only under permutations, so that mixed units are an approximation there.
@@ -89,7 +91,9 @@ def transport(
         sweeps: Sweeps over all groups after the first, with `on="weights"`; fewer if one changes
             nothing.
         tolerance: Up to which error in the sums of a plan's rows, which are one in all, Sinkhorn's
-            iteration goes on.
+            iteration goes on, in float64. The less of `regularization`, the more iterations that
+            takes. If the error stays above it, a warning says so: a plan that misses its shares
+            may even seem cheaper than the exact one.
         max_iterations: The most iterations.
 
     Returns:
@@ -102,11 +106,11 @@ def transport(
             another dtype.
         ValueError: If there are fewer than two trees, they do not fit their networks or hold NaN or
             infinity, data is missing, empty, exhausted or not read, an option is out of range, or
-            an exact plan is too large: between different shares, or numbers of units with a least
-            common multiple above 4096, 2^20 entries are the limit of the linear programme.
+            an exact plan is too large: between different shares, or numbers of units that cannot
+            be cut into few equal pieces, 2^20 entries are the limit of the linear programme.
 
     Warns:
-        UserWarning: If Sinkhorn's iteration does not converge.
+        UserWarning: If the error of a plan is above `tolerance` after `max_iterations`.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, vfjax
@@ -134,8 +138,10 @@ def transport(
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     solver = Solver(regularization, tolerance, max_iterations)
-    if sweeps < 0 or (sweeps and on != "weights"):
-        raise ValueError(f'sweeps must be 0, or more with on="weights", got {sweeps!r}')
+    if whole(sweeps) < 0 or (sweeps and on != "weights"):
+        raise ValueError(
+            f'sweeps must be 0, or a whole number of more with on="weights", got {sweeps!r}'
+        )
     if on == "weights":
         if data is not None:
             raise ValueError('data is not read with on="weights": leave it out')
@@ -183,6 +189,9 @@ def transport_moments(
         TypeError: If `net` is no traced network.
         ValueError: If `moments` lack the covariances at a tap or are of one model, or an option is
             out of range.
+
+    Warns:
+        UserWarning: As `transport`.
 
     Example:
         >>> import jax, numpy as np, vfjax

@@ -31,7 +31,8 @@ from vfjax.align._matchers import (
     optimal_groups,
     permute_groups,
 )
-from vfjax.align.activations import PLACE, correlation
+from vfjax.align._record import PLACE
+from vfjax.align.activations import correlation
 from vfjax.network import Network
 
 __all__ = ["merged_correlation", "zip_features", "zip_moments"]
