@@ -247,8 +247,8 @@ class PermutationSpec:
         axes `new[i] = sum_j old[j] U[j, i]`. A permutation `p` is `M[i, p[i]] = 1, U = M^T`.
 
         What multiplies features entry by entry (`scaling`) would have to become `M diag(old) U`.
-        Where a row of M averages, its entries not negative and their sum one, the average stands for
-        it; elsewhere its diagonal: in another basis a scale of ones is one still.
+        Where a row of M averages, its entries not negative and their sum one, the average stands
+        for it; elsewhere its diagonal: in another basis a scale of ones is one still.
 
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.

@@ -227,6 +227,7 @@ class Solver:
         regularization: See `sinkhorn`; 0 for exact plans.
         tolerance: See `sinkhorn`.
         max_iterations: See `sinkhorn`.
+        rigid: By group that can only be permuted, why; their plans are exact, whatever the shares.
 
     Raises:
         ValueError: If one is out of range.
@@ -235,6 +236,7 @@ class Solver:
     regularization: float = 0.0
     tolerance: float = 1e-4
     max_iterations: int = 10_000
+    rigid: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         part = number(self.regularization)
@@ -265,12 +267,24 @@ class Solver:
         Warns:
             UserWarning: If the rows' sums of a plan are off by more than the tolerance.
         """
-        if not self.regularization:
-            return {key: exact_plan(*given, name=_name(key)) for key, given in problems.items()}
+        plans = {}
+        for key, problem in problems.items():
+            group = getattr(key[1], "group", key[1])
+            if group in self.rigid:
+                n, m = problem.cost.shape
+                if n != m:
+                    raise ValueError(
+                        f"group '{group}' has {n} entries in trees[{key[0]}] and {m} in trees[0], "
+                        f"and can only be permuted: {self.rigid[group]}"
+                    )
+                problem = Problem(problem.cost)
+            if not self.regularization or group in self.rigid:
+                plans[key] = exact_plan(*problem, name=_name(key))
         limits = {"tolerance": self.tolerance, "max_iterations": self.max_iterations}
         found = {
             key: sinkhorn(*_full(problem), self.regularization, **limits)
             for key, problem in problems.items()
+            if key not in plans
         }
         late = {key: one.error for key, one in found.items() if one.error > self.tolerance}
         if late:
@@ -282,7 +296,8 @@ class Solver:
                 "max_iterations, regularization or tolerance",
                 stacklevel=4,
             )
-        return {key: one.plan for key, one in found.items()}
+        plans |= {key: one.plan for key, one in found.items()}
+        return {key: plans[key] for key in problems}
 
 
 def _name(key: Key) -> str:

@@ -98,8 +98,10 @@ def transport(
 
     Returns:
         The maps `(M, U)`, float32, rows summing to one; the first model's are absent. Groups
-        without a tap stay as they are with `on="activations"`. Where units are mixed, the variances
-        that a norm stores are unknown: measure them anew with `vfjax.renorm.reset`.
+        without a tap stay as they are with `on="activations"`; those that can only be permuted
+        (`net.spec.rigid`, as the width of a tied kernel) are, by exact plans. Where units are
+        mixed, the variances that a norm stores are unknown: measure them anew with
+        `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
@@ -137,7 +139,7 @@ def transport(
         _check_widths(nets, trees)
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
-    solver = Solver(regularization, tolerance, max_iterations)
+    solver = Solver(regularization, tolerance, max_iterations, nets[0].spec.rigid)
     if whole(sweeps) < 0 or (sweeps and on != "weights"):
         raise ValueError(
             f'sweeps must be 0, or a whole number of more with on="weights", got {sweeps!r}'
@@ -205,7 +207,7 @@ def transport_moments(
         [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
     check_net(net)
-    solver = Solver(regularization, tolerance, max_iterations)
+    solver = Solver(regularization, tolerance, max_iterations, net.spec.rigid)
     _check_marginals(marginals, ("uniform", "l2", "softmax"))
     if moments.models < 2:
         raise ValueError(f"moments must be of two models or more, got {moments.models}")
