@@ -40,21 +40,20 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
     for norm in norms_in_units(net, unknown):
         assert norm.layer is not None
         leaves, _ = _tree.flatten_named(tree)
-        if not {norm.scale or norm.var, norm.var, norm.mean} <= leaves.keys():
+        path = norm.scale
+        if not {path or norm.var, norm.var, norm.mean} <= leaves.keys():
             continue
         var = jnp.asarray(leaves[norm.var], jnp.float32)
-        has_scale = norm.scale is not None
-        scale = jnp.asarray(leaves[norm.scale], jnp.float32) if has_scale else jnp.ones_like(var)
+        scale = jnp.ones_like(var) if path is None else jnp.asarray(leaves[path], jnp.float32)
         factor = scale * jax.lax.rsqrt(var + norm.eps)
         # A variance is not negative: a channel that the norm all but silences keeps some.
         spread = jnp.maximum(jnp.abs(scale), np.sqrt(2 * norm.eps))
         layer = net.layer(norm.layer)
         tree = net.fold(tree, layer.name, factor.reshape(layer.channel_shape), None)
         leaves, _ = _tree.flatten_named(tree)
-        changed = {
-            norm.mean: leaves[norm.mean] * factor,
-            norm.var: spread**2 - norm.eps,
-        } | ({norm.scale: spread} if has_scale else {})
+        changed = {norm.mean: leaves[norm.mean] * factor, norm.var: spread**2 - norm.eps}
+        if path is not None:
+            changed[path] = spread
         tree = _tree.with_leaves(
             tree, {p: jnp.asarray(v, jnp.result_type(leaves[p])) for p, v in changed.items()}
         )
