@@ -298,6 +298,8 @@ def test_errors(net, data):
         align.cca(net, trees[:1], data)
     with pytest.raises(ValueError, match="regularization must be 0 or more and finite, got -1"):
         align.cca(net, trees, data, regularization=-1)
+    with pytest.raises(ValueError, match="regularization must be 0 or more and finite, got 'x'"):
+        align.cca(net, trees, data, regularization="x")
     with pytest.raises(TypeError, match="dtype must be np.float32 or np.float64, got int32"):
         align.cca(net, trees, data, dtype=np.int32)
     with pytest.raises(TypeError, match="net"):

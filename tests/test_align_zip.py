@@ -78,6 +78,14 @@ def test_groups_are_those_of_the_definition(models, size, alpha, beta):
         assert (np.bincount(found[:size], minlength=size) == 1).all()
 
 
+def test_chains_join_features_of_one_model_at_beta_zero():
+    """A merged feature counts for its first part's model only."""
+    similarity = np.eye(4)
+    similarity[np.ix_([0, 2, 3], [0, 2, 3])] = 0.9
+    found = greedy_groups(similarity, [2, 2], 2, alpha=0.5, beta=0)
+    assert found.tolist() == [0, 1, 0, 0]
+
+
 def test_without_repeats_and_within_no_model_it_is_a_permutation(net, data):
     trees = [tree(0), tree(1)]
     moments = stats.moments(net, trees, data, sites="taps", covariance=True)
@@ -146,6 +154,10 @@ def test_errors(net, data):
         align.zip_features(net, trees[:1], data)
     with pytest.raises(ValueError, match="alpha must be from 0 to 1, got 2"):
         align.zip_features(net, trees, data, alpha=2)
+    with pytest.raises(ValueError, match="alpha must be from 0 to 1, got None"):
+        align.zip_features(net, trees, data, alpha=None)
+    with pytest.raises(TypeError, match=r"`key` must be a random key, .* got 3"):
+        align.zip_features(net, trees, data, matcher="kmeans", key=3)
     with pytest.raises(ValueError, match="alpha must be positive for 3 models"):
         align.zip_features(net, [*trees, tree(2)], data, alpha=0)
     cross = stats.moments(net, trees, data, sites="taps", covariance="cross")

@@ -302,6 +302,8 @@ def test_a_linear_network_merged_within_a_model():
     # All merged: of the second layer the mean of U's rows, summed by label.
     whole = merge.partial(net, [a, b], found)
     close(whole.trunk["v"], [[0.5, 1.5], [1.5, 1.0]])
+    # With other weights than equal ones nothing is a model again, nor a merge.
+    close(merge.partial(net, [a, b], found, weights=(1, 0)).trunk["w"], [[2.0, 0.0], [4.0, 0.0]])
 
 
 def test_a_residual_stream_crosses_both_cuts():
@@ -618,6 +620,11 @@ def test_unknown_variances_are_reported_wherever_they_are_read():
         ({"maps": Maps(({}, {}, {}))}, ValueError, "the 3 models matched, got 2"),
         ({"maps": Maps(({}, {"nope": (np.eye(2), np.eye(2))}))}, ValueError, "'nope'"),
         ({"maps": Maps(({}, {"w1": (np.eye(2), np.eye(2))}))}, ValueError, r"M \[m, 6\]"),
+        (
+            {"maps": Maps(({}, {"w1": (np.full((6, 6), np.nan), np.eye(6))}))},
+            ValueError,
+            r"maps\['w1'\] of model 1 hold 36 NaN or infinite entries",
+        ),
         ({"weights": (1.0,)}, ValueError, "weights has 1 entries for 2"),
         ({"weights": (0.5, 0.5), "alpha": 0.5}, ValueError, "either weights or alpha"),
     ],
@@ -626,6 +633,28 @@ def test_arguments_are_checked(options, error, message):
     net, trees, _ = case("mlp")
     with pytest.raises(error, match=message):
         merge.partial(net, trees, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (
+            [0, 2, 0, 2],
+            ValueError,
+            r"labels\['w1'\] must be 0 to 2 without a gap, but 1",
+        ),
+        ([[0, 1, 1, 0], [0, 0, 0, 0]], ValueError, "0 to 1 without a gap, but 1 is missing"),
+        ([0, -1, 0, 1], ValueError, r"labels\['w1'\] must be 0 or more; it holds -1"),
+        ([0, 1, 0], ValueError, r"must be of shape \(2 \* n,\) or .* it has \(3,\)"),
+        ([], TypeError, "must hold integers; it holds float64"),
+        ([0.0, 1.0, 0.0, 1.0], TypeError, "must hold integers; it holds float64"),
+    ],
+)
+def test_labels_are_checked(labels, error, message):
+    with pytest.raises(error, match=message):
+        Maps.of_labels({"w1": np.array(labels)}, 2)
+    with pytest.raises(TypeError, match="models must be a whole number of 1 or more, got 2.0"):
+        Maps.of_labels({"w1": np.array([0, 1, 0, 1])}, 2.0)
 
 
 def test_models_and_networks_are_checked():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,38 @@ def check_matrices(name: str, pair: Any, n: int | None, *, within: bool = False)
         )
 
 
+def check_maps(specs: Sequence[Any], maps: Sequence[Mapping[str, Any]]) -> None:
+    """Checks the pairs of matrices of several models by group: sizes, and that all are finite.
+
+    Args:
+        specs: Per model, what its network's groups are.
+        maps: Per model and group, `(M, U)`.
+
+    Raises:
+        TypeError: If a map is no pair.
+        ValueError: If a group or the size of a matrix does not fit, or an entry is not finite.
+    """
+    widths: dict[str, set[int | None]] = {group: set() for of in maps for group in of}
+    for k, (spec, of) in enumerate(zip(specs, maps, strict=True)):
+        spec.check_known("maps", of)
+        for group, pair in of.items():
+            check_matrices(group, pair, spec.sizes.get(group), within=group in spec.within)
+            bad = sum(np.count_nonzero(~np.isfinite(matrix)) for matrix in pair)
+            if bad:
+                raise ValueError(
+                    f"maps[{group!r}] of model {k} hold {bad} NaN or infinite entries: look for "
+                    "diverged models, or data with such values"
+                )
+        for group, found in widths.items():
+            found.add(np.shape(of[group][0])[-2] if group in of else spec.sizes.get(group))
+    for group, found in widths.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"maps[{group!r}] merges the models to different numbers of features, "
+                f"{sorted(found, key=str)}; a merged group has one size"
+            )
+
+
 def check_matrix(name: str, matrix: Any, n: int) -> None:
     """Checks one matrix of a group with n entries."""
     if np.ndim(matrix) != 2 or np.shape(matrix)[1] != n:
@@ -74,6 +106,25 @@ def check_matrix(name: str, matrix: Any, n: int) -> None:
             f"maps[{name!r}] must be a matrix [m, {n}]: the group has {n} entries; its shape is "
             f"{np.shape(matrix)}."
         )
+
+
+def as_permutation(merge: Any, unmerge: Any) -> np.ndarray | None:
+    """The permutation that a pair of matrices is, one for each of a stack, or None."""
+    if isinstance(merge, Tracer) or isinstance(unmerge, Tracer):
+        return None
+    merge, unmerge = np.asarray(merge), np.asarray(unmerge)
+    if merge.ndim == 3:
+        each = [as_permutation(*pair) for pair in zip(merge, unmerge, strict=True)]
+        return None if any(p is None for p in each) else np.stack(each)
+    if merge.shape[0] != merge.shape[1]:
+        return None
+    order = merge.argmax(1)
+    rows = np.arange(len(order))
+    if np.count_nonzero(merge) != len(order) or (merge[rows, order] != 1).any():
+        return None
+    if np.count_nonzero(unmerge) != len(order) or (unmerge[order, rows] != 1).any():
+        return None
+    return order.astype(np.int32) if len(set(order.tolist())) == len(order) else None
 
 
 def take(array: Any, permutation: Any, axis: int) -> Any:
@@ -195,22 +246,3 @@ def check_permutations(
 def as_array(array: Any) -> Any:
     """A JAX array as it is, anything else as a numpy array."""
     return array if isinstance(array, jax.Array) else np.asarray(array)
-
-
-def permutation_of(merge: Any, unmerge: Any) -> np.ndarray | None:
-    """The permutation that a pair of matrices is, one for each of a stack, or None."""
-    if isinstance(merge, Tracer) or isinstance(unmerge, Tracer):
-        return None
-    merge, unmerge = np.asarray(merge), np.asarray(unmerge)
-    if merge.ndim == 3:
-        each = [permutation_of(*pair) for pair in zip(merge, unmerge, strict=True)]
-        return None if any(p is None for p in each) else np.stack(each)
-    if merge.shape[0] != merge.shape[1]:
-        return None
-    order = merge.argmax(1)
-    rows = np.arange(len(order))
-    if np.count_nonzero(merge) != len(order) or (merge[rows, order] != 1).any():
-        return None
-    if np.count_nonzero(unmerge) != len(order) or (unmerge[order, rows] != 1).any():
-        return None
-    return order.astype(np.int32) if len(set(order.tolist())) == len(order) else None

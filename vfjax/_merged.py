@@ -96,7 +96,22 @@ class Merged:
         return slice(self.cut, self.net.depth if self.end is None else self.end)
 
     def net_of(self, model: int) -> Network:
-        """The network of a model's stem and head."""
+        """The network of a model's stem and head.
+
+        Args:
+            model: Its number.
+
+        Returns:
+            Its own network where the models have their own, else the one of all.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> model.net_of(1) is net
+            True
+        """
         return self.frame.net_of(model)
 
     def run(
@@ -164,6 +179,15 @@ class Merged:
 
         Returns:
             The output, or the `Crossing` in the basis of the merge; and the captured values.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> crossing, found = model.run_trunk(x, capture=["w"])
+            >>> crossing.values[0].tolist(), found["w"].tolist()
+            ([[1.0, 2.0]], [[1.0, 2.0]])
         """
         edit = dict(edit or {})
         for name, (scale, shift) in self.corrections.items():
@@ -192,6 +216,14 @@ class Merged:
 
         Returns:
             The model's output, and the captured values.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> model.run_head(1, model.run_trunk(x)[0])[0].tolist()
+            [[3.0]]
         """
         if self.unmerge:
             crossing = self.net.map_crossing(self.trunk, crossing, self.unmerge[model])
@@ -222,12 +254,48 @@ class Merged:
         return self.in_stems(site) or self.in_heads(site)
 
     def in_stems(self, site: str) -> bool:
-        """Whether a site lies inside the stems, where it has a value per model."""
+        """Whether a site lies inside the stems, where it has a value per model.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Returns:
+            False for the layers at the cut, whose pre-activations are averaged.
+
+        Raises:
+            ValueError: If the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> [model.in_stems(site) for site in ("w", "v")]
+            [False, False]
+        """
         inside = self.net.in_stem(site, self.cut)  # which checks the name
         return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
 
     def in_heads(self, site: str) -> bool:
-        """Whether a site lies inside the heads, where it has a value per model."""
+        """Whether a site lies inside the heads, where it has a value per model.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Returns:
+            False without heads, and for the pre-activations of the last merged layers.
+
+        Raises:
+            ValueError: If there are heads, and the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> [model.in_heads(site) for site in ("w", "v")]
+            [False, True]
+        """
         return self.end is not None and not self.net.in_stem(site, self.end)
 
     def read(self, x: PyTree, sites: Sequence[str]) -> tuple[PyTree, dict[str, tuple[Any, ...]]]:

@@ -54,7 +54,8 @@ def partial(
         maps: What a matcher found (`vfjax.align.zip_features`, or `Maps.of_permutations` of what
             another did); None for trees that are aligned already.
         merged: Which layers to merge, as a list of L would be sliced; by default all.
-        weights: K numbers that sum to one; None for 1/K each.
+        weights: K numbers that sum to one; None for 1/K each, which alone suits maps that merge
+            features within a model (`vfjax.align.zip_features`): see `vfjax.align.Maps`.
         alpha: For two trees, short for the weights `(1 - alpha, alpha)`.
 
     Returns:

@@ -51,7 +51,8 @@ def interpolate(
 
     Args:
         trees: K trees of equal structure, shapes and dtypes.
-        weights: K numbers that sum to one; None for 1/K each.
+        weights: K numbers that sum to one; None for 1/K each. Of models that `Maps.apply` mapped to
+            merge features within a model (`vfjax.align.zip_features`), take 1/K each: see `Maps`.
         alpha: For two trees, short for the weights `(1 - alpha, alpha)`.
 
     Returns:

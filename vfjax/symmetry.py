@@ -45,12 +45,12 @@ from vfjax._axes import (
 from vfjax._invariance import check_spec
 from vfjax._maps import (
     as_array,
+    as_permutation,
     check_matrices,
     check_permutations,
     compose,
     contract,
     invert,
-    permutation_of,
 )
 from vfjax._tree import flatten_named, some
 
@@ -434,7 +434,7 @@ class PermutationSpec:
     def _check_rigid(self, maps: Mapping[str, Any]) -> None:
         """Checks that the maps of groups that can only be permuted permute."""
         for name in maps.keys() & self.rigid.keys():
-            if permutation_of(*maps[name]) is None:
+            if as_permutation(*maps[name]) is None:
                 raise ValueError(
                     f"maps[{name!r}] mixes features, and this group can only be permuted: "
                     f"{self.rigid[name]}. Leave it out of `maps`, or permute it, as matchers do."

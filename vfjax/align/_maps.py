@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._maps import check_matrices, check_permutation, permutation_of
+from vfjax._maps import as_permutation, check_maps, check_permutation
 from vfjax._networks import networks
 from vfjax._tree import with_leaves, without
 from vfjax.align._covariances import tap_covariances
 from vfjax.align._entries import Part, gather, permuting
+from vfjax.align._labels import check_labels, pairs_of, sizes_of
+from vfjax.align._options import whole
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network import Network
 from vfjax.stats import Moments
@@ -24,6 +26,10 @@ PyTree = Any
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Maps:
     """Merge and unmerge matrices of K models; the mean of the mapped models is their merge.
+
+    Maps that merge features within a model (`of_labels`) divide by all that are merged and hold
+    the factor K, so that the plain mean is the merge. Weighted otherwise they make none: even the
+    weights (1, 0) give no model back, only one with features of its own merged and scaled.
 
     Attributes:
         maps: Per model and group, `(M [m, n], U [n, m])`: what writes the group takes M, what reads
@@ -55,18 +61,27 @@ class Maps:
                 another, which merged feature they go to. For a group within another of h entries,
                 `[h, models * n]`: inside each of these in their merged order.
             models: K.
+
+        Returns:
+            Maps with `M = K U^T / sizes`, where `U` is one at the label of each feature.
+
+        Raises:
+            TypeError: If labels are not of integers, or `models` is no whole number.
+            ValueError: If they are not as many for each model, are negative, or leave out a number.
+
+        Example:
+            >>> found = Maps.of_labels({"h": np.array([0, 0, 1, 1])}, 2)
+            >>> found
+            Maps(2 models, 1 groups, 2 features of 4, at most 2 in one)
+            >>> found.maps[0]["h"][0].tolist()
+            [[1.0, 1.0], [0.0, 0.0]]
         """
-        maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(models)]
-        sizes = {}
-        for group, found in labels.items():
-            member = np.eye(found.max() + 1)[found]
-            sizes[group] = member.sum(-2).astype(int)
-            # Times K: the models are averaged after, which divides by as much.
-            shares = models * member / sizes[group][..., None, :]
-            pairs = (np.split(matrix.astype(np.float32), models, -2) for matrix in (shares, member))
-            for model, (merge, unmerge) in enumerate(zip(*pairs, strict=True)):
-                maps[model][group] = merge.swapaxes(-1, -2), unmerge
-        return cls(tuple(maps), sizes)
+        if whole(models) < 1:
+            raise TypeError(f"models must be a whole number of 1 or more, got {models!r}")
+        found = {group: check_labels(group, of, models) for group, of in labels.items()}
+        pairs = {group: pairs_of(of, models) for group, of in found.items()}
+        maps = tuple({group: of[k] for group, of in pairs.items()} for k in range(models))
+        return cls(maps, {group: sizes_of(of) for group, of in found.items()})
 
     @classmethod
     def of_permutations(cls, permutations: Sequence[Mapping[str, Any] | None]) -> Maps:
@@ -107,6 +122,22 @@ class Maps:
         Args:
             net: The traced network.
             moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+
+        Returns:
+            Maps with `spreads`; the same ones where no scale of a norm takes them.
+
+        Raises:
+            ValueError: If `moments` lacks a covariance.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> x = np.float32([[1], [2]])
+            >>> found = vfjax.stats.moments(net, [tree] * 2, [x], sites="taps", covariance=True)
+            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+            >>> maps.with_spreads(net, found) is maps
+            True
         """
         if not self.unknown(net):  # no scale takes them
             return self
@@ -131,7 +162,7 @@ class Maps:
     def permutations(self) -> tuple[dict[str, np.ndarray], ...]:
         """Per model, the permutations of groups that are only permuted, int32 `[n]` or `[h, n]`."""
         return tuple(
-            {group: p for group, pair in of.items() if (p := permutation_of(*pair)) is not None}
+            {group: p for group, pair in of.items() if (p := as_permutation(*pair)) is not None}
             for of in self.maps
         )
 
@@ -168,25 +199,19 @@ class Maps:
 
         Raises:
             TypeError: If a map is no pair.
-            ValueError: If the number of models, a group, or the size of a matrix does not fit.
+            ValueError: If the number of models, a group, or the size of a matrix does not fit, or
+                a matrix holds NaN or infinity.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+            >>> maps.check([net, net], 2)
         """
         if models != self.models:
             raise ValueError(f"trees must be the {self.models} models matched, got {models}")
-        for net, of in zip(nets, self.maps, strict=True):
-            net.spec.check_known("maps", of)
-            for group, pair in of.items():
-                size, within = net.spec.sizes.get(group), group in net.spec.within
-                check_matrices(group, pair, size, within=within)
-        for group in dict.fromkeys(group for of in self.maps for group in of):
-            width = {
-                np.shape(of[group][0])[-2] if group in of else net.spec.sizes.get(group)
-                for net, of in zip(nets, self.maps, strict=True)
-            }
-            if len(width) > 1:
-                raise ValueError(
-                    f"maps[{group!r}] merges the models to different numbers of features, "
-                    f"{sorted(width, key=str)}; a merged group has one size"
-                )
+        check_maps([net.spec for net in nets], self.maps)
 
     def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
         """The mapped models, of which the merge is the mean.
@@ -206,14 +231,39 @@ class Maps:
 
         Raises:
             TypeError: If a mapped leaf holds integers.
-            ValueError: If there are not K trees, or they do not fit the network.
+            ValueError: If there are not K trees, they do not fit the network, or maps hold NaN or
+                infinity.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+            >>> [mapped["v"].tolist() for mapped in maps.apply(net, [tree, tree])]
+            [[[3.0], [4.0]], [[4.0], [3.0]]]
         """
         nets = networks(net, len(trees))
         self.check(nets, len(trees))
         return [self.map_tree(nets[k], tree, k) for k, tree in enumerate(trees)]
 
     def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
-        """One model mapped; see `apply`."""
+        """One model mapped, as `apply` maps it, without its checks.
+
+        Args:
+            net: The model's network.
+            tree: The model as it was matched.
+            model: Its number.
+
+        Returns:
+            A tree, with None in place of variances that are unknown.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> Maps.of_permutations([None, {"w": [1, 0]}]).map_tree(net, tree, 1)["v"].tolist()
+            [[4.0], [3.0]]
+        """
         return self.mix(net, self.prepare(net, tree, model), model)
 
     def in_units(self, net: Network, tree: PyTree) -> PyTree:
@@ -232,16 +282,62 @@ class Maps:
 
         Raises:
             ValueError: If the tree does not fit the network.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> rows = {"w": [1.0, 1.0], "m": [0.0, 1.0], "v": [4.0, 9.0], "s": [1.0, 6.0]}
+            >>> tree = {name: jnp.array(row) for name, row in rows.items()}
+            >>> def apply_fn(v, x):
+            ...     z = x @ v["w"][None] - v["m"][None]
+            ...     return abs(z * v["s"][None] / jnp.sqrt(v["v"][None])).sum(1)
+            >>> net = vfjax.trace(apply_fn, tree, jnp.ones((2, 1)))
+            >>> maps = Maps(({}, {"w": (np.full((2, 2), 0.5), np.full((2, 2), 0.5))}))
+            >>> found = maps.in_units(net, tree)
+            >>> [found[name].tolist() for name in "wvs"]
+            [[0.5, 2.0], [1.0, 36.0], [1.0, 6.0]]
         """
         return in_output_units(net, tree, self.unknown(net))
 
     def prepare(self, net: Network, tree: PyTree, model: int) -> PyTree:
-        """One model permuted, in units to be mixed, but not mixed."""
+        """One model permuted, in units to be mixed, but not mixed: the first half of `map_tree`.
+
+        Args:
+            net: The model's network.
+            tree: The model as it was matched.
+            model: Its number.
+
+        Returns:
+            A tree of the same function.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> Maps.of_permutations([None, {"w": [1, 0]}]).prepare(net, tree, 1)["w"].tolist()
+            [[2.0, 1.0]]
+        """
         moves = self.permutations[model]
         return self.in_units(net, net.spec.permute(tree, moves) if moves else tree)
 
     def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
-        """One model mapped, of which all is done that `prepare` does."""
+        """One model mapped, of which all is done that `prepare` does: the rest of `map_tree`.
+
+        Args:
+            net: The model's network.
+            tree: What `prepare` returned, or some leaves of it, with None in place of the others.
+            model: Its number.
+
+        Returns:
+            A tree, with None in place of variances that are unknown.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> half = np.full((2, 2), 0.5, np.float32)
+            >>> Maps(({}, {"w": (half, half)})).mix(net, tree, 1)["w"].tolist()
+            [[1.5, 1.5]]
+        """
         unknown, found = self.unknown(net), self.mixing[model]
         tree = without(tree, unknown) if unknown else tree
         if not found:
@@ -264,6 +360,15 @@ class Maps:
 
         Raises:
             ValueError: If they are not of K models, or lack a covariance.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> found = vfjax.stats.moments(net, [tree, tree], [np.ones((2, 1), np.float32)])
+            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+            >>> maps.carry(found).mean["w"].tolist()
+            [[1.0, 2.0], [2.0, 1.0]]
         """
         each = self.merging
         if isinstance(moments, (list, tuple)):
@@ -273,7 +378,21 @@ class Maps:
         return moments.carried(each)
 
     def unknown(self, net: Network) -> frozenset[str]:
-        """Paths of stored variances along groups that are mixed."""
+        """Paths of stored variances along groups that are mixed.
+
+        Args:
+            net: The traced network.
+
+        Returns:
+            Those that `apply` leaves unknown.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> Maps.of_permutations([None, {"w": [1, 0]}]).unknown(net)
+            frozenset()
+        """
         variances = {norm.var for norm in net.norms}
         paths = {axis.path for group in self.mixed for axis in net.spec.groups[group]}
         return frozenset(variances & paths)

@@ -1,10 +1,13 @@
-"""Numbers among the options of matchers: to check their range is to check their type, too."""
+"""Options of matchers: numbers, of which a check of range is one of type, and random keys."""
 
 from __future__ import annotations
 
 import math
 import operator
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 
 def number(value: Any) -> float:
@@ -33,3 +36,15 @@ def whole(value: Any) -> int:
         return -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return -1
+
+
+def check_key(key: Any) -> None:
+    """Raises a TypeError unless `key` is a random key.
+
+    Args:
+        key: What the caller gave.
+    """
+    try:
+        jax.random.bits(key, (4,), jnp.uint32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`key` must be a random key, as jax.random.key(0); got {key!r}") from error

@@ -24,6 +24,7 @@ from vfjax._tree import check_trees
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._maps import Maps
+from vfjax.align._options import number
 from vfjax.align._record import PLACE, assign
 from vfjax.align.activations import correlation
 from vfjax.network import Network
@@ -50,6 +51,13 @@ def cca(
     V^T Syy^-1/2`, and what reads them takes `T^-1`. Mapped features have the covariances of model
     0's, and among all such maps are the closest to them in whitened coordinates. Where a group has
     several taps, their covariances are averaged.
+
+    Behind a ReLU a unit that is dead in the data shows no variance, however negative its
+    pre-activations are, and maps found there mix these into those of live units.
+
+    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
+    both take `T`, and their products come to hold `T^T T`: an approximation there, but for `T` that
+    is orthogonal.
 
     Canonical correlations of zero leave directions undecided: those of dead or duplicate units, or
     all but the first N - 1 for N samples. They go where the permutation that matches the units
@@ -146,6 +154,8 @@ def cca_moments(
         >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
         >>> bool(np.allclose(cca_moments(net, found).maps[1]["w"], np.eye(3), atol=1e-4))
         True
+
+    Source: as `cca`.
     """
     maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(moments.models)]
     pooled, orders = _pooled(net, moments, regularization, dtype)
@@ -199,6 +209,8 @@ def canonical_correlations(
         >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
         >>> canonical_correlations(net, found, regularization=0)["w"].round(3).tolist()
         [[1.0, 1.0, 1.0]]
+
+    Source: the singular values `S` of `cca`; Horoi et al., 2024, section 4.
     """
     found = {}
     for part, block in _pooled(net, moments, regularization, dtype)[0].items():
@@ -297,7 +309,7 @@ def _rounding(moments: stats.Moments, block: np.ndarray) -> float:
 
 
 def _check(regularization: float, dtype: Any) -> None:
-    if not 0 <= regularization < np.inf:
+    if not 0 <= number(regularization) < np.inf:
         raise ValueError(f"regularization must be 0 or more and finite, got {regularization!r}")
     if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
         raise TypeError(f"dtype must be np.float32 or np.float64, got {np.dtype(dtype)}")

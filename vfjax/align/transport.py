@@ -205,6 +205,8 @@ def transport_moments(
         >>> found = vfjax.stats.moments(net, trees, [x], sites="taps", covariance="cross")
         >>> transport_moments(net, found).maps[1]["w"][0].tolist()
         [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
+    Source: as `transport`.
     """
     check_net(net)
     solver = Solver(regularization, tolerance, max_iterations, net.spec.rigid)

@@ -108,6 +108,15 @@ class Universe:
 
         Raises:
             ValueError: If there are not K trees, or they do not fit the network.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.ones((2, 1), np.float32)}
+            >>> x = np.ones((1, 1), np.float32)
+            >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+            >>> found = Universe(({"w": np.array([0, 1])}, {"w": np.array([1, 0])}), (0.0,), True)
+            >>> [found_tree["w"].tolist() for found_tree in found.apply(net, [tree, tree])]
+            [[[1.0, 2.0]], [[2.0, 1.0]]]
         """
         if len(trees) != len(self.permutations):
             raise ValueError(
@@ -228,6 +237,8 @@ def match_universe_moments(
         >>> found = vfjax.stats.moments(net, [tree] * 3, [x], sites="taps", covariance="cross")
         >>> match_universe_moments(net, found)
         Universe(3 models, 1 group, objective 9 after 0 steps, converged)
+
+    Source: as `match_universe`, of correlations in place of weights.
     """
     check_net(net)
     _check_steps(max_steps)

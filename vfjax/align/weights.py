@@ -23,6 +23,7 @@ import numpy as np
 from vfjax._axes import grid, permute_at, rows
 from vfjax._networks import check_net
 from vfjax._tree import check_finite, check_like, flatten_named
+from vfjax.align._options import check_key
 from vfjax.align._record import Alignment, assign_within
 from vfjax.network import Network
 from vfjax.symmetry import Axis, PermutationSpec, compose
@@ -127,11 +128,8 @@ def _spec(
 
 def _generator(key: Array) -> np.random.Generator:
     """A NumPy generator seeded from a JAX key: the search runs on the host."""
-    try:
-        bits = jax.random.bits(key, (4,), jnp.uint32)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"`key` must be a random key, as jax.random.key(0); got {key!r}") from error
-    return np.random.default_rng(np.asarray(bits))
+    check_key(key)
+    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
 
 
 def _counted(

@@ -31,6 +31,7 @@ from vfjax.align._matchers import (
     optimal_groups,
     permute_groups,
 )
+from vfjax.align._options import check_key, number
 from vfjax.align._record import PLACE
 from vfjax.align.activations import correlation
 from vfjax.network import Network
@@ -67,6 +68,10 @@ def zip_features(
       `match_activations` does for two.
     * `"identity"`: features in the same place are paired, those of heads in the same place too.
 
+    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
+    both take M, and their products come to hold `M^T M`: where features are merged, not only
+    permuted, an approximation.
+
     Args:
         net: The traced network.
         trees: Two or more parameter trees.
@@ -76,7 +81,9 @@ def zip_features(
             twice, which does for two models only. A negative correlation is not discounted, which
             would make it larger.
         beta: Of the greedy matcher: share of the merges that may be within a model, in [0, 1],
-            equally many for each; at 0 all are between models.
+            equally many for each; at 0 each merge is of two that count for different models. With
+            `alpha` > 0 a chain of merges can join two features of one model even then, since a
+            merged feature counts for its first part's model only.
         key: Random key of k-means.
 
     Returns:
@@ -85,8 +92,8 @@ def zip_features(
         are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
-            another dtype.
+        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
+            random key, or data has another dtype.
         ValueError: If there are fewer than two trees, they differ or hold NaN or infinity, data is
             empty or exhausted, `matcher` is unknown, does not fit the number of models or lacks its
             key, or `alpha` or `beta` is out of range.
@@ -142,7 +149,7 @@ def zip_moments(
         As `zip_features`.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is no traced network, or `key` no random key.
         ValueError: If `moments` lacks covariances at a tap or is of one model, `matcher` is
             unknown, does not fit the number of models or lacks its key, or `alpha` or `beta` is out
             of range.
@@ -157,6 +164,8 @@ def zip_moments(
         >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
         >>> zip_moments(net, found).maps[1]["w"][0].tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+    Source: as `zip_features`.
     """
     check_net(net)
     models = moments.models
@@ -216,6 +225,9 @@ def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict
         >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
         >>> round(merged_correlation(net, found, zip_moments(net, found))["w"], 4)
         3.0
+
+    Source: none; it is the objective of the k-means to which the paper of `zip_features` compares
+    its matcher, less what a feature has in common with itself.
     """
     check_net(net)
     total: dict[str, float] = {}
@@ -282,8 +294,10 @@ def _check(matcher: str, alpha: float, beta: float, key: Array | None, models: i
         )
     if matcher == "kmeans" and key is None:
         raise ValueError('matcher "kmeans" draws its first centres: give it a random `key`')
+    if matcher == "kmeans":
+        check_key(key)
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value <= 1:
+        if not 0 <= number(value) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
     if matcher == "greedy" and alpha == 0 and models > 2:
         raise ValueError(
