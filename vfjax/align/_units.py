@@ -13,6 +13,7 @@ What the mixed norm's scale has to be is the standard deviation of the mixed fea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -75,7 +76,9 @@ def mixed_scales(
         group: (np.abs(pair[0]) * np.asarray(spreads.get(group, 1.0))[..., None], pair[1])
         for group, pair in maps.items()
     }
-    return _tree.flatten_named(net.spec.apply(alone, sizes))[0] if paths else {}
+    # Here scales stand for standard deviations, which sum as values do.
+    plain = dataclasses.replace(net.spec, scaling=())
+    return _tree.flatten_named(plain.apply(alone, sizes))[0] if paths else {}
 
 
 def spread_of(merge: np.ndarray, covariance: np.ndarray) -> np.ndarray:
