@@ -151,16 +151,33 @@ def test_entropic_costs_fall_to_the_exact_one(shape):
     assert costs[2] == pytest.approx(exact, rel=2e-3)
 
 
-def test_scales_are_absorbed_before_they_leave_the_range():
-    """Units of very unequal shares, at costs that differ by thousands of regularizations."""
+@pytest.mark.parametrize("part", [1e-3, 1e-6])
+def test_plans_do_not_depend_on_when_scales_are_absorbed(part, monkeypatch):
+    """Units of very unequal shares, at costs that differ by up to a million regularizations."""
     rng = np.random.default_rng(0)
     cost = rng.uniform(size=(12, 9)) ** 8
     rows, columns = (np.exp(rng.uniform(-6, 0, size=size)) for size in cost.shape)
     rows, columns = rows / rows.sum(), columns / columns.sum()
-    found = sinkhorn(cost, rows, columns, 1e-3, tolerance=1e-8, max_iterations=10**6)
+    options = {"tolerance": 1e-8, "max_iterations": 10**5}
+    found = sinkhorn(cost, rows, columns, part, **options)
     assert found.error <= 1e-8
     exact = (exact_plan(cost, rows, columns) * cost).sum()
-    assert (found.plan * cost).sum() == pytest.approx(exact, abs=5e-3 * cost.mean())
+    assert (found.plan * cost).sum() == pytest.approx(exact, abs=5 * part * cost.mean())
+    monkeypatch.setattr(_plans, "_EXTREME", 2.0)
+    again = sinkhorn(cost, rows, columns, part, **options)
+    assert again.iterations == found.iterations
+    np.testing.assert_allclose(again.plan, found.plan, rtol=1e-6, atol=1e-12)
+
+
+def test_the_last_iteration_is_at_the_regularization_asked_for():
+    """The error would else be that of a softer plan, which is met long before."""
+    cost = np.arange(12.0).reshape(3, 4)
+    share = np.full(3, 1 / 3), np.full(4, 1 / 4)
+    for steps in (1, 3):
+        found = sinkhorn(cost + np.eye(3, 4), *share, 0.01, max_iterations=steps)
+        expected = sinkhorn(cost + np.eye(3, 4), *share, 0.01, tolerance=1e-9)
+        close = np.abs(found.plan - expected.plan).sum() < 0.05
+        assert close or found.error > 1e-4
 
 
 def test_the_regularization_is_relative():

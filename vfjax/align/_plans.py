@@ -179,7 +179,8 @@ def sinkhorn(
     f, g = np.zeros_like(rows), np.zeros_like(columns)
     plan, off, eps, count = np.outer(rows, columns), np.inf, np.inf, 0
     while (eps != regularization or off > tolerance) and count < max_iterations:
-        eps = max(regularization, _FALL**count)
+        # The last one allowed is at the regularization asked for, so that the error is of its plan.
+        eps = max(regularization, _FALL**count if count + 1 < max_iterations else 0)
         f = eps * (log_rows - _log_sums((g - cost) / eps, 1))
         g = eps * (log_columns - _log_sums((f[:, None] - cost) / eps, 0))
         plan, count = np.exp((f[:, None] + g - cost) / eps), count + 1
