@@ -56,6 +56,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         # A default of None or False says nothing; where it means something, the text says what.
         if action.default is None or isinstance(action.default, bool):
             return action.help
+        if "(default: " in (action.help or ""):
+            return action.help
         return super()._get_help_string(action)
 
 
