@@ -250,6 +250,16 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), spread
 
 
+def noise(accuracy: float, images: int) -> float:
+    """Two standard errors of an accuracy on so many images: what is closer is level.
+
+    Example:
+      >>> noise(0.5, 10_000)
+      0.01
+    """
+    return 2 * math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images)
+
+
 # -------------------------------------------------------------------------------------- records
 
 
