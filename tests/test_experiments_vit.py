@@ -208,15 +208,18 @@ def test_sentences_follow_the_record(digits):
     assert verdicts([0.1, 0.5, 0.9], [0.88, 0.88, 0.9]) == [True, False, True]
     # Direct averaging that loses nothing at some k is not held against transport there.
     assert verdicts([0.1, 0.895, 0.9], [0.6, 0.89, 0.9]) == [True, True, None]
+    assert "the edge models 90.0: direct averaging is near them by itself" in (
+        common.told(*vit.outcome(record))
+    )
     # Nor is what noise may have made an advantage; with ten times as many images it is one.
     assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9]) == [False] * 3
-    assert "direct averaging 10.0 and 50.0: above by more than noise at k = 0;" in (
+    assert "direct averaging 10.0 and 50.0: above by over two standard errors at k = 0;" in (
         common.told(*vit.outcome(record))
     )
     record["data"]["test_images"] = 100_000
     assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9])[0] is True
     assert verdicts([0.1, 0.5, 0.9], [0.05, 0.6, 0.9])[0] is False
-    assert "above by more than noise at k = 1, below at k = 0" in (
+    assert "above by over two standard errors at k = 1, below at k = 0" in (
         common.told(*vit.outcome(record))
     )
 
