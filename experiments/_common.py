@@ -56,6 +56,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         # A default of None or False says nothing; where it means something, the text says what.
         if action.default is None or isinstance(action.default, bool):
             return action.help
+        if "(default: " in (action.help or ""):
+            return action.help
         return super()._get_help_string(action)
 
 
@@ -246,6 +248,16 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return float(np.mean(values)), spread
+
+
+def noise(accuracy: float, images: int) -> float:
+    """Two standard errors of an accuracy on so many images: what is closer is level.
+
+    Example:
+      >>> noise(0.5, 10_000)
+      0.01
+    """
+    return 2 * math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images)
 
 
 # -------------------------------------------------------------------------------------- records

@@ -159,6 +159,17 @@ def load(args: argparse.Namespace, **counts: int | None) -> data.Dataset:
     return data.load("digits" if for_digits else args.dataset, args.data_dir, **counts)
 
 
+def probed(name: str, data_dir: str | None) -> data.Dataset:
+    """One image of each split: by this it is known soon which data set a name comes to."""
+    return data.load(name, data_dir, train=1, test=1)
+
+
+def whole(probe: data.Dataset, data_dir: str | None, **counts: int | None) -> data.Dataset:
+    """The data set of a probe, as found: all of it, or `counts` as in `vfjax.data.load`."""
+    found = data.load(probe.name, data_dir, **counts)
+    return dataclasses.replace(found, fallback=probe.fallback)
+
+
 def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
     """Traces the network, for which its shapes are enough."""
     options: dict[str, Any] = {"classes": dataset.classes}

@@ -9,7 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,29 +132,42 @@ def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
     return np.linalg.qr(gaussian)[0].T.astype(np.float32)
 
 
+# Labels have this order; the first ones of CIFAR-10 as an example.
+ORDER = "in the order of the labels (CIFAR-10: airplane, automobile, bird, ...)"
+
+
 def read(path: str, classes: int) -> np.ndarray:
     """Class embeddings from a file, made to have length one.
 
     Args:
-        path: A ``.npy`` file, or an ``.npz`` one with one array, with a row for each class.
+        path: A ``.npy`` file, or an ``.npz`` one with one array, of shape ``[classes, dimensions]``
+            and real numbers: a row for each class, in the order of the labels.
         classes: How many rows there must be.
 
     Raises:
         UserError: If the file cannot be read or holds something else.
     """
     try:
-        found = np.load(Path(path).expanduser())
-        if not isinstance(found, np.ndarray):
-            (found,) = (found[name] for name in found.files)
-        rows = np.asarray(found, np.float64)
-    except (OSError, ValueError) as error:
+        # Opened here: NumPy leaves damaged archives open.
+        with Path(path).expanduser().open("rb") as file:
+            found = np.load(file)
+            if not isinstance(found, np.ndarray):
+                if len(found.files) != 1:
+                    raise ValueError(f"it holds {len(found.files)} arrays, not one")
+                found = found[found.files[0]]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _common.UserError(f"--embeddings {path}: no array could be read: {error}") from error
-    length = np.linalg.norm(rows, axis=-1, keepdims=True) if rows.ndim == 2 else np.zeros(1)
-    if len(rows) != classes or not (np.isfinite(length) & (length > 0)).all():
-        raise _common.UserError(
-            f"--embeddings {path}: must hold {classes} finite rows other than zero, one for each "
-            f"class, got shape {list(rows.shape)}"
-        )
+    wanted = f"--embeddings {path}: must hold {classes} finite rows other than zero, one for each "
+    wanted += f"class {ORDER}, got"
+    if found.ndim != 2 or len(found) != classes:
+        raise _common.UserError(f"{wanted} shape {list(found.shape)}.")
+    if found.dtype.kind not in "fiu":
+        raise _common.UserError(f"{wanted} {found.dtype}, which are no real numbers.")
+    rows = found.astype(np.float64)
+    length = np.linalg.norm(rows, axis=-1, keepdims=True)
+    wrong = np.flatnonzero(~(np.isfinite(length) & (length > 0)))
+    if len(wrong):
+        raise _common.UserError(f"{wanted} others: row {wrong[0]}, counted from 0.")
     return (rows / length).astype(np.float32)
 
 
@@ -181,14 +199,15 @@ def embedding_options(parser: argparse.ArgumentParser) -> None:
         "--loss",
         default="cosine",
         choices=LOSSES,
-        help="for networks on some of the classes: cross-entropy of the cosines with the class "
-        "embeddings, or of the plain outputs for these classes (default: cosine)",
+        help="for networks on some of the classes: cosine is the cross-entropy of the cosines with "
+        "the class embeddings, cross-entropy that of the plain outputs for these classes (default: "
+        "cosine)",
     )
     parser.add_argument(
         "--embeddings",
         metavar="FILE",
-        help="class embeddings: a .npy or .npz file with a row for each class, such as CLIP's of "
-        "their names (default: orthonormal ones at random)",
+        help="class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for "
+        f"each class, {ORDER} (default: orthonormal ones at random)",
     )
     parser.add_argument(
         "--dimensions",
@@ -197,8 +216,53 @@ def embedding_options(parser: argparse.ArgumentParser) -> None:
         help="of the orthonormal embeddings; at least as many as classes",
     )
     parser.add_argument(
-        "--scale", type=float, default=SCALE, help=f"of the cosines (default: {SCALE:g})"
+        "--scale",
+        type=_scale,
+        default=SCALE,
+        metavar="S",
+        help=f"of the cosines, above 0 (default: {SCALE:g})",
     )
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
+    return value
+
+
+def check(args: argparse.Namespace, *, parts: bool = True) -> None:
+    """Refuses options of the embeddings that would do nothing.
+
+    Args:
+        args: The options, as they were given.
+        parts: Whether networks are trained on some of the classes.
+
+    Raises:
+        UserError: If there are some.
+    """
+    given = {
+        "--embeddings": args.embeddings is not None,
+        "--dimensions": args.dimensions is not None,
+        "--scale": args.scale != SCALE,
+    }
+    unused = [option for option, there in given.items() if there]
+    if not parts and (unused := [*unused, *(["--loss"] if args.loss != "cosine" else [])]):
+        raise _common.UserError(
+            f"{_common.joined(unused)}: for networks on some of the classes, so give --classes."
+        )
+    if args.loss == "cross-entropy" and unused:
+        raise _common.UserError(
+            f"{_common.joined(unused)}: --loss cross-entropy has no embeddings; leave out one or "
+            "the other."
+        )
+    if given["--embeddings"] and given["--dimensions"]:
+        raise _common.UserError(
+            "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
+        )
 
 
 def head_of(args: argparse.Namespace, classes: int) -> Head:
@@ -227,17 +291,65 @@ def checked(found: Sequence[int], classes: int) -> Sequence[int]:
     return found
 
 
-def described(args: argparse.Namespace, classes: Sequence[int]) -> dict[str, Any]:
-    """What a card or record says of the head, once `head_of` has completed the options."""
-    found = {"classes": list(classes)}
+def described(args: argparse.Namespace, head: Head, classes: Sequence[int]) -> dict[str, Any]:
+    """What a card or record says of the head.
+
+    Args:
+        args: The options, once `head_of` has completed them.
+        head: Of all classes, whose rows from a file are told by their digest: another file may
+            have the same name. Orthonormal ones follow from their seed, but for rounding.
+        classes: Those that a network was trained on.
+    """
+    found: dict[str, Any] = {"classes": list(classes), "loss": args.loss}
     if args.loss == "cross-entropy":
-        return {**found, "loss": args.loss}
+        return found
     kind = Path(args.embeddings).name if args.embeddings else "orthonormal, seed 0"
-    return {
-        **found,
-        "loss": args.loss,
-        "embeddings": {"kind": kind, "dimensions": args.dimensions, "scale": args.scale},
-    }
+    told = {"kind": kind, "dimensions": args.dimensions, "scale": args.scale}
+    if args.embeddings:
+        rows = np.asarray(head.embeddings, np.float32)
+        told["sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
+    return {**found, "embeddings": told}
+
+
+def different(
+    card: Mapping[str, Any], asked: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
+) -> list[str]:
+    """What a trained network is unlike what is asked for in, as "epochs 10, not 20".
+
+    Args:
+        card: That of the network.
+        asked: What its card should say of the head, as of `described`.
+        recipe: What its card should say of the recipe; None to take any.
+
+    Example:
+        >>> asked = {"classes": [0, 1], "loss": "cross-entropy"}
+        >>> different({"classes": [0, 2], "loss": "cross-entropy"}, asked)
+        ['classes 0 2, not 0 1']
+    """
+    has, wants = _parts(card), _parts({**asked, "recipe": recipe or {}})
+    found = []
+    for name in wants:
+        # What only one of two knows belongs to another loss, or to another version's recipe.
+        if name in has and has[name] != wants[name]:
+            # Digests tell that rows are others, not in what.
+            values = f"{name} {_told(has[name])}, not {_told(wants[name])}"
+            found.append("other rows of embeddings" if name == _DIGEST else values)
+    return found
+
+
+_DIGEST = "embeddings' sha256"
+
+
+def _parts(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What networks may differ in, with lists for the tuples that cards do not have."""
+    found = {name: card.get(name) for name in ("classes", "loss")} | {_DIGEST: None}
+    found |= {f"embeddings' {key}": value for key, value in card.get("embeddings", {}).items()}
+    found |= {key.replace("_", " "): value for key, value in card.get("recipe", {}).items()}
+    return json.loads(json.dumps(found))
+
+
+def _told(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def words(args: argparse.Namespace, classes: Sequence[int]) -> list[str]:

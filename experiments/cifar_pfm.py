@@ -20,9 +20,9 @@ or for networks with BatchNorm, RESET.
 Units are permuted (by activations or weights), merged in groups that may come from one network
 (ZipIt!), combined linearly (CCA), or sent in parts (optimal transport; between networks of one
 width the exact plans are permutations). The layers that are kept apart stay as they are; what
-crosses to the merged ones is mapped, and parameters and FLOPs include that map. REPAIR and RESCALE
-restore the moments of the two networks' own features after the maps. Beside ZipIt!, CCA and
-transport the columns AM show activation matching in the same run.
+crosses to the merged ones is mapped, and parameters and FLOPs of a matching include its map. REPAIR
+and RESCALE restore the moments of the two networks' own features after the maps. Beside ZipIt!, CCA
+and transport the columns AM show activation matching in the same run.
 
 The variances that a BatchNorm stores are unknown for units that are mixed, so that without RESET
 there is nothing to evaluate: a dash stands there, where the paper has chance. The library mixes
@@ -57,11 +57,11 @@ finds REPAIR reliable at large weight decay.)
 What came out here (CIFAR-10: vgg16-bn at 0.125 of the width, CCA, statistics over 10,000 images,
 232 s on 2 CPU cores): Models of 80.0 and 80.4, ensemble 82.2. At l = 0: direct 10.0, RESET 64.6, AM
 16.4 and AM + RESET 59.4. The edge models' mean, 80.18, is first reached by RESET, AM and AM + RESET
-at l = 12 and by direct and matched at none of these l. As in the paper: at l = 0 CCA with RESET
-gives 64.6, activation matching with RESET 59.4. Unlike the paper: CCA with RESET gives 64.6 (l =
-0), 70.6 (l = 3), 75.7 (l = 6), 79.2 (l = 8) and 81.9 (l = 12), activation matching 59.4 (l = 0),
-64.6 (l = 3), 72.0 (l = 6), 76.9 (l = 8) and 82.1 (l = 12); CCA with RESET reaches the edge models'
-mean, 80.2, first at l = 12; at l = 12 it has 81.9, the ensemble 82.2.
+at l = 12 and by direct at none of these l. As in the paper: at l = 0 CCA with RESET gives 64.6,
+activation matching with RESET 59.4; CCA with RESET gives 64.6 (l = 0), 70.6 (l = 3), 75.7 (l = 6),
+79.2 (l = 8) and 81.9 (l = 12), activation matching 59.4 (l = 0), 64.6 (l = 3), 72.0 (l = 6), 76.9
+(l = 8) and 82.1 (l = 12); at l = 12 it has 81.9, the ensemble 82.2. Unlike the paper: CCA with
+RESET reaches the edge models' mean, 80.2, first at l = 12.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ import vfjax
 from vfjax import plot
 
 PyTree = Any
+Cost = dict[str, Any]
 
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
@@ -255,30 +256,49 @@ def rows_of(
     net: vfjax.Network,
     edges: Sequence[dict[str, dict[str, float]]],
     rows: Sequence[dict[int, dict[str, dict[str, float] | None]]],
-    costs: dict[int, tuple[int, int]],
+    costs: Mapping[int, Mapping[str, Cost]],
+    match: str,
 ) -> list[dict[str, Any]]:
-    """All rows of the record: models, ensemble, PFM."""
-
-    def row(name: str, layers: int | None, cost: tuple[int, int], cells: Any) -> dict[str, Any]:
-        params, flops = cost
-        return {
-            "name": name,
-            "layers": layers,
-            "params": params,
-            "params_ratio": params / net.parameters,
-            "flops": flops,
-            "flops_ratio": flops / net.flops,
-            "cells": cells,
-        }
-
+    """All rows of the record: models, ensemble, PFM; costs by l and matching, and of `match`."""
     found = []
     for name in edges[0]:
-        cost = costs[net.depth] if name == "ensemble" else (net.parameters, net.flops)
-        found.append(row(name, None, cost, {"direct": cell([pair[name] for pair in edges])}))
+        cost = costs[net.depth][match]
+        cost = cost if name == "ensemble" else cost_of(net, net.parameters, net.flops)
+        cells = {"direct": cell([pair[name] for pair in edges])}
+        found.append({"name": name, "layers": None, **cost, "cells": cells})
     for layers, cells in rows[0].items():
         merged = {column: cell([pair[layers][column] for pair in rows]) for column in cells}
-        found.append(row(f"PFM {layers}/{net.depth}", layers, costs[layers], merged))
+        row = {"name": f"PFM {layers}/{net.depth}", "layers": layers, **costs[layers][match]}
+        found.append({**row, "costs": dict(costs[layers]), "cells": merged})
     return found
+
+
+def cost_of(net: vfjax.Network, params: int, flops: int) -> Cost:
+    """Parameters and FLOPs of a network, and relative to one model's."""
+    ratios = params / net.parameters, flops / net.flops
+    return {"params": params, "params_ratio": ratios[0], "flops": flops, "flops_ratio": ratios[1]}
+
+
+def shown_cost(record: Mapping[str, Any], row: Mapping[str, Any], column: str) -> Cost | None:
+    """What a cell of a row costs; None where an older record does not say."""
+    match = record["config"]["match"]
+    method, _ = parts_of(column, match)
+    # Models and ensemble have no map, and a permutation costs nothing.
+    if row["layers"] is None or method == match or match not in _pairs.MIXING:
+        return dict(row)
+    return row.get("costs", {}).get(method)
+
+
+def measured(record: Mapping[str, Any]) -> list[str]:
+    """The columns that have a number in some row of merged models."""
+    merged = [row["cells"] for row in record["rows"] if row["layers"] is not None]
+    return [column for column in record["columns"] if any(cells[column] for cells in merged)]
+
+
+def reached_at(record: Mapping[str, Any]) -> dict[str, int | None]:
+    """Where the merged models first reach the edge models' mean, by column that was measured."""
+    found = record["summary"]["reaches_edges_at"]
+    return {column: found[column] for column in measured(record)}
 
 
 def summary_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +308,7 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
     merged = [row for row in record["rows"] if row["layers"] is not None]
     reached = {
         column: next((r["layers"] for r in merged if mean_of(r, column) >= edge), None)
-        for column in record["columns"]
+        for column in measured(record)
     }
     return {"edge_mean": edge, "ensemble": accuracy["ensemble"], "reaches_edges_at": reached}
 
@@ -319,7 +339,7 @@ def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
         if first["cells"][column] is not None
     ]
     reached: dict[int | None, list[str]] = {}
-    for column, layers in record["summary"]["reaches_edges_at"].items():
+    for column, layers in reached_at(record).items():
         reached.setdefault(layers, []).append(LABELS[column])
     where = [
         f"by {_common.joined(names)} at " + ("none of these l" if at is None else f"l = {at}")
@@ -337,23 +357,35 @@ def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
 def table_of(
     record: dict[str, Any], mark: tuple[str, str], columns: Sequence[str] | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table; `mark` goes around what reaches the edge models' mean."""
+    """Header and cells of the table; `mark` goes around what reaches the edge models' mean.
+
+    Args:
+      record: The record.
+      mark: What goes before and after such a cell.
+      columns: Those to show, None for all. Costs are those of the last one.
+    """
     columns = record["columns"] if columns is None else columns
     header = ["test accuracy, %", *(LABELS[column] for column in columns)]
     header += ["params, M", "ratio", "FLOPs, G", "ratio"]
     lines = []
     for row in record["rows"]:
         line = [row["name"]]
-        for column in columns:
-            found = row["cells"].get(column)
-            empty = "-" if column in row["cells"] else ""
+        for place, column in enumerate(columns):
+            # What has no columns of its own stands in the first.
+            name = "direct" if row["layers"] is None and not place else column
+            found = row["cells"].get(name)
+            empty = "-" if name in row["cells"] else ""
             text = empty if found is None else _common.percent(found["accuracy"])
             good = row["layers"] is not None and found is not None
             if good and found["mean"] >= record["summary"]["edge_mean"]:
                 text = mark[0] + text + mark[1]
             line.append(text)
-        line += [f"{row['params'] / 1e6:.3g}", f"{row['params_ratio']:.3g}"]
-        line += [f"{row['flops'] / 1e9:.3g}", f"{row['flops_ratio']:.3g}"]
+        cost = shown_cost(record, row, columns[-1])
+        if cost is None:
+            line += [""] * 4
+        else:
+            line += [f"{cost['params'] / 1e6:.3g}", f"{cost['params_ratio']:.3g}"]
+            line += [f"{cost['flops'] / 1e9:.3g}", f"{cost['flops_ratio']:.3g}"]
         lines.append(line)
     return header, lines
 
@@ -363,7 +395,7 @@ def figure_of(record: dict[str, Any]) -> Any:
     merged = [row for row in record["rows"] if row["layers"] is not None]
     others = [row for row in record["rows"] if row["layers"] is None]
     layers, depth = [row["layers"] for row in merged], record["model"]["depth"]
-    drawn = [c for c in record["columns"] if any(row["cells"][c] is not None for row in merged)]
+    drawn = measured(record)
     means = {column: [mean_of(row, column) for row in merged] for column in drawn}
     spreads = {
         column: [
@@ -385,13 +417,15 @@ def figure_of(record: dict[str, Any]) -> Any:
     found = []
     for match, columns in (
         (record["config"]["match"], [column for column in drawn if column not in beside]),
-        ("activation", beside),
+        ("activation", ["direct", *beside]),
     ):
         curves = {}
         for column in columns:
             remedy = parts_of(column, match)[1] or ("direct" if column == "direct" else "matched")
             label = LABELS[remedy]
-            curves[label] = plot.Curve(
+            # Of no matching, so in both panels.
+            name = "direct (no matching)" if column == "direct" else label
+            curves[name] = plot.Curve(
                 layers,
                 [100 * value for value in means[column]],
                 error=[100 * value for value in spreads[column]]
@@ -399,6 +433,9 @@ def figure_of(record: dict[str, Any]) -> Any:
                 else None,
                 colour=COLOURS[label],
             )
+        title = _pairs.title_of(match, record["config"])
+        if "matched" not in drawn and match == record["config"]["match"]:
+            title += " (matched alone: no variances to evaluate with)"
         edge = record["summary"]["edge_mean"]
         for colour, (name, value) in (
             (6, ("edge models' mean", edge)),
@@ -409,7 +446,7 @@ def figure_of(record: dict[str, Any]) -> Any:
             )
         found.append(
             plot.Panel(
-                _pairs.title_of(match, record["config"]),
+                title,
                 f"layers kept apart l (of L = {depth})",
                 "test accuracy (%)",
                 curves,
@@ -478,8 +515,10 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
                 with watch(f"PFM {number}/{net.depth}"):
                     rows[-1][number] = measured.row(number, bar)
             for number in (*layers, net.depth):
-                merged = pair.merged(matchings[args.match], slice(number, None))
-                costs[number] = merged.params, merged.flops
+                costs[number] = {}
+                for method, matching in matchings.items():
+                    merged = pair.merged(matching, slice(number, None))
+                    costs[number][method] = cost_of(net, merged.params, merged.flops)
 
     config = vars(args) | {"model": models.arch.name, "width": models.arch.width, "layers": layers}
     config["samples"] = "all" if args.samples is None else args.samples
@@ -491,7 +530,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "seeds": {"edge_models": models.seeds, "matching": 0},
         "pairs": matches,
         "columns": columns,
-        "rows": rows_of(net, edges, rows, costs),
+        "rows": rows_of(net, edges, rows, costs, args.match),
     }
     record["summary"] = summary_of(record)
     record["title"] = title_of(record)
@@ -499,18 +538,25 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     return record | _common.environment()
 
 
+def tables_of(record: Mapping[str, Any]) -> list[list[str]]:
+    """The columns of each table: those of one cost, for one table would be too wide besides."""
+    columns = record["columns"]
+    # Permutations cost as little as nothing done.
+    beside = [column for column in columns if column == "direct" or column.startswith("am")]
+    if record["config"]["match"] not in _pairs.MIXING:
+        return [columns]
+    return [[column for column in columns if column not in beside], beside]
+
+
 def show(record: dict[str, Any]) -> None:
     """Prints the table and what it comes to."""
     mark, name = (("[bold green]", "[/]"), "green") if _common.coloured() else (("*", ""), "*")
     summary = record["summary"]
     caption = f"{name}: at or above the mean of the edge models, {100 * summary['edge_mean']:.2f}"
-    # Two tables where one would be too wide.
-    beside = [column for column in record["columns"] if column.startswith("am")]
-    for columns in ([c for c in record["columns"] if c not in beside], beside):
-        if columns:
-            header, lines = table_of(record, mark, columns)
-            _common.print_table(record["title"], header, lines, caption=caption)
-    for column, layers in summary["reaches_edges_at"].items():
+    for columns in tables_of(record):
+        header, lines = table_of(record, mark, columns)
+        _common.print_table(record["title"], header, lines, caption=caption)
+    for column, layers in reached_at(record).items():
         where = "at none of these l" if layers is None else f"first at l = {layers}"
         print(f"{LABELS[column]} reaches the edge models' mean {where}")
     if record["config"]["match"] in _pairs.MIXING:

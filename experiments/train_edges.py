@@ -32,7 +32,7 @@ import argparse
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,8 @@ def card(
     dataset: data.Dataset,
     seed: int,
     trained: train.Trained,
-    head: _heads.Head | None = None,
+    head: _heads.Head | None,
+    described: Mapping[str, Any],
 ) -> tuple[dict[str, Any], str]:
     """Measures the model; returns all that its card says, and the dtype to store it in."""
     fn, variables = models.apply_fn(model), trained.variables
@@ -210,7 +211,7 @@ def card(
         "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "seed": seed,
-        **({} if head is None else _heads.described(args, args.classes)),
+        **described,
         **{split: result._asdict() for split, result in measured.items()},
         "recipe": dataclasses.asdict(recipe),
         "command": command(args, seed),
@@ -234,9 +235,12 @@ def main(argv: list[str] | None = None) -> list[Path]:
     options: dict[str, Any] = {}
     if args.width != 1.0:
         options["width"] = args.width
-    classes, head = 100 if args.dataset == "cifar100" else 10, None
+    classes, head, described = 100 if args.dataset == "cifar100" else 10, None, {}
+    _heads.check(args, parts=args.classes is not None)
     if args.classes is not None:
-        head = _heads.head_of(args, classes).of(_heads.checked(args.classes, classes))
+        whole = _heads.head_of(args, classes)
+        head = whole.of(_heads.checked(args.classes, classes))
+        described = _heads.described(args, whole, args.classes)
         options["classes"] = args.dimensions
     elif classes != 10:
         options["classes"] = classes
@@ -259,6 +263,13 @@ def main(argv: list[str] | None = None) -> list[Path]:
     missing = [s for s in args.seeds if args.overwrite or args.restart or not folders[s].exists()]
     for seed in args.seeds:
         if seed not in missing:
+            found = checkpoint.card(folders[seed])
+            other = _heads.different(found, described, dataclasses.asdict(recipe))
+            if other:
+                raise _common.UserError(
+                    f"{folders[seed]} is there already, trained with {', '.join(other)}: choose "
+                    "another --out, or remove it, as --overwrite of train_edges.py does."
+                )
             log.info("%s is there already; --overwrite trains it again", folders[seed])
     if not missing:
         return list(folders.values())
@@ -277,7 +288,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
             work_dir=work_dir,
             resume=not args.restart,
         )
-        meta, storage = card(args, model, recipe, dataset, seed, trained, head)
+        meta, storage = card(args, model, recipe, dataset, seed, trained, head, described)
         # The variables alone: momentum is of no use to who merges, and as large as the model.
         checkpoint.save(folders[seed], trained.variables, meta, storage=storage)
         log.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])

@@ -372,11 +372,60 @@ def test_unknown_variances_are_no_accuracy(tiny, capsys):
     _, lines = pfm.table_of(record, ("", ""))
     assert [line[2] for line in lines] == ["", "", "", "-", lines[4][3]]
     assert "matched nan" not in pfm.outcome(record)[0]
-    assert len(pfm.figure_of(record).axes) == 2
+    left, right = pfm.figure_of(record).axes
     assert " - " in capsys.readouterr().out
+    # What no matching gives is of no panel more than of the other.
+    for axes in (left, right):
+        assert "direct (no matching)" in axes.get_legend_handles_labels()[1]
+    assert "matched alone" not in left.get_title()
 
 
-def claimed(match, columns, rows, *, model="vgg16"):
+def test_columns_that_were_never_measured_are_left_out(tiny, capsys):
+    options = [*tiny("vgg11-bn", 2), "--layers", "0", "1", "--match", "cca"]
+    record = json.loads(pfm.main(options).read_text())
+    assert all(row["cells"]["matched"] is None for row in record["rows"][3:])
+    assert list(record["summary"]["reaches_edges_at"]) == ["direct", "reset", "am", "am_reset"]
+    assert "matched reaches" not in capsys.readouterr().out
+    # Older records hold it as one that reaches nothing.
+    old = record | {"summary": pfm.summary_of(record)}
+    old["summary"]["reaches_edges_at"]["matched"] = None
+    assert "matched" not in pfm.outcome(old)[0]
+    pfm.show(old)
+    assert "matched reaches" not in capsys.readouterr().out
+    left, _ = pfm.figure_of(record).axes
+    assert left.get_title() == "CCA (matched alone: no variances to evaluate with)"
+
+
+def test_costs_are_each_matching_s_own(tiny, capsys):
+    """Maps that mix cost something, permutations do not."""
+    options = [*tiny("vgg11", 2), "--layers", "0", "1"]
+    mixed = json.loads(pfm.main([*options, "--match", "cca"]).read_text())
+    alone = json.loads(pfm.main(options).read_text())
+    capsys.readouterr()
+    keys = ["params", "params_ratio", "flops", "flops_ratio"]
+    row, other = mixed["rows"][4], alone["rows"][4]
+    assert list(row["costs"]) == ["none", "cca", "activation"]
+    assert row["costs"]["cca"] == {key: row[key] for key in keys}
+    for method in ("none", "activation"):
+        assert row["costs"][method] == other["costs"][method] == {key: other[key] for key in keys}
+    assert row["params"] > other["params"] and row["flops"] > other["flops"]
+    own, beside = pfm.tables_of(mixed)
+    assert "direct" in beside and "am" in beside and "matched" in own
+    shown = [pfm.table_of(mixed, ("", ""), columns)[1] for columns in (own, beside)]
+    ratios = [f"{found['params_ratio']:.3g}" for found in (row, other)]
+    assert [lines[4][-3] for lines in shown] == ratios and ratios[0] != ratios[1]
+    # Models stand in the first column of either table.
+    assert shown[0][0][1] == shown[1][0][1] != ""
+    pfm.show(mixed)
+    assert all(ratio in capsys.readouterr().out.split() for ratio in [ratios[1]])
+    # Older records do not say what activation matching costs beside others.
+    for old in mixed["rows"]:
+        old.pop("costs", None)
+    assert pfm.table_of(mixed, ("", ""), beside)[1][4][-4:] == [""] * 4
+    assert pfm.table_of(mixed, ("", ""), own)[1][4] == shown[0][4]
+
+
+def claimed(match, columns, rows, *, model="vgg16", images=10_000):
     """Verdicts of claims on accuracies by l and column; edge models of 0.9, ensemble of 0.93."""
     names = ["direct", *columns]
     merged = [
@@ -392,7 +441,7 @@ def claimed(match, columns, rows, *, model="vgg16"):
     ]
     record = {
         "config": {"match": match, "zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1},
-        "data": {"name": "cifar10"},
+        "data": {"name": "cifar10", "test_images": images},
         "model": {"name": model, "depth": 14},
         "columns": names,
         "rows": [
@@ -432,7 +481,22 @@ def test_claims_on_the_paper_s_numbers_hold_and_flip():
     assert claimed("cca", plain, cca) == [True] * 6
     worse = {0: [0.5, 0.6, 0.55, 0.3, 0.46, 0.39, 0.5], 8: [0.89] * 7}
     assert claimed("cca", plain, worse) == [False] * 6
+    # Equal is so on either side.
+    lower = {0: [0.47, 0.39, 0.483, 0.4, 0.3, 0.39, 0.901], 8: late}
+    assert claimed("cca", plain, lower)[3] is False
+    above = {0: cca[0], 8: [0.96] * 7}
+    assert claimed("cca", plain, above) == [True] * 5 + [False]
     assert claimed("transport", plain, cca) == [None]
+
+
+def test_what_noise_may_have_made_is_no_lead():
+    """On a few test images two accuracies are level that are not on many."""
+    mixed = ["matched", "reset", "am", "am_reset"]
+    cca = {0: [0.1, 0.912, 0.19, 0.899], 8: [0.1, 0.929, 0.9, 0.928]}
+    assert claimed("cca", mixed, cca)[:2] == [True, True]
+    assert claimed("cca", mixed, cca, images=500)[:2] == [False, False]
+    residual = {0: [0.1, 0.62, 0.1, 0.64], 8: [0.1, 0.89, 0.9, 0.93]}
+    assert claimed("zipit", mixed, residual, model="resnet20", images=500)[0] is False
 
 
 def test_retrain_trains_what_it_merges(tmp_path, monkeypatch):

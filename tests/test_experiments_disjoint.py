@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib
 import json
 import sys
@@ -75,6 +76,7 @@ def as_in_paper(record):
         pair["networks"][f"network {name}"]["joint"] = 0.48
     for layers, value in (("2", 0.86), ("4", 0.838)):
         pair["partial"]["zip"][layers]["joint"] = value
+    pair["partial"]["permutation"]["4"]["joint"] = 0.7
     matchers = {"identity": 0.43, "permute": 0.584, "kmeans": 0.291, "unbounded": 0.79}
     for place, (name, value) in enumerate((matchers | {"optimal": 0.796}).items()):
         pair["matchers"][name] = {"joint": value, "seconds": 10.0**place}
@@ -167,19 +169,65 @@ def test_what_was_merged(record):
         assert all(-1 <= row[key] <= 1 for key in ("permutation", "correlation"))
 
 
-def test_finished_networks_are_reused(digits, monkeypatch, capsys):
+def networks_of(path, *options, shipped=False):
+    """The names of the networks that a run with other options would merge."""
+    args = zipit.parser().parse_args([*OPTIONS, *options, "--out", str(path.parent)])
+    head = zipit.completed(args, data.load("digits"))
+    args.retrain = not shipped
+    ((first, second),) = zipit.networks_of(args, head, [TASKS])
+    return [first.name, second.name]
+
+
+def test_finished_networks_are_reused(digits, monkeypatch):
     path, record = digits
     monkeypatch.setattr(zipit.train_edges.train, "fit", None)
-    args = zipit.parser().parse_args([*OPTIONS, "--out", str(path.parent)])
-    dataset = data.load("digits")
-    zipit.completed(args, dataset)
-    ((first, second),) = zipit.networks_of(args, 10)
-    assert [first.name, second.name] == [found["checkpoint"] for found in record["edge_models"]]
-    # Towards other embeddings they are others.
-    args = zipit.parser().parse_args([*OPTIONS, "--scale", "5", "--out", str(path.parent)])
-    zipit.completed(args, dataset)
-    with pytest.raises(common.UserError, match="other classes, loss or embeddings"):
-        zipit.networks_of(args, 10)
+    assert networks_of(path) == [found["checkpoint"] for found in record["edge_models"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        # Towards other embeddings they are others, and after other epochs.
+        (["--scale", "5"], r"trained with embeddings' scale 10\.0, not 5\.0: choose"),
+        (["--epochs", "11"], r"trained with epochs 10, not 11: choose another --out"),
+        (["--dimensions", "20"], r"embeddings' dimensions 16, not 20: choose"),
+        (["--loss", "cross-entropy"], r"loss cosine, not cross-entropy: choose"),
+    ],
+)
+def test_other_networks_are_not_reused(options, difference, digits, monkeypatch):
+    monkeypatch.setattr(zipit.train_edges.train, "fit", None)
+    with pytest.raises(common.UserError, match=difference):
+        networks_of(digits[0], *options)
+
+
+def test_shipped_networks_are_compared(digits, monkeypatch):
+    """By their heads; what they were trained with otherwise is not asked for."""
+    path, record = digits
+    monkeypatch.setattr(common, "ROOT", path.parent)
+    (path.parent / "checkpoints").symlink_to(path.parent / "checkpoints-cpu")
+    names = [found["checkpoint"] for found in record["edge_models"]]
+    assert networks_of(path, "--epochs", "3", shipped=True) == names
+    with pytest.raises(common.UserError, match="scale 10.0, not 5.0: --retrain trains others"):
+        networks_of(path, "--scale", "5", shipped=True)
+
+
+def test_bad_options_are_found_before_images_are_read(monkeypatch, capsys, tmp_path):
+    probe = zipit._edges.probed("digits", None)
+    probe = dataclasses.replace(probe, name="cifar10")
+
+    def load(*_, train=None, **__):
+        assert train == 1, "all images are read"
+        return probe
+
+    monkeypatch.setattr(data, "load", load)
+    for options, message in (
+        (["--epochs", "2"], "--epochs is for networks that are trained"),
+        (["--model", "vgg11"], "is needed in checkpoints/"),
+        (["--scale", "3"], "was trained with embeddings' scale 10.0, not 3.0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            zipit.main([*options, "--out", str(tmp_path / "out")])
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------------ measurement
@@ -272,11 +320,11 @@ def test_statistics_of_norms_are_measured():
 
 def test_the_outcome_of_the_paper(as_in_paper):
     claims = zipit.claims_of(as_in_paper)
-    assert len(claims) == 13 and [holds for holds, _ in claims].count(None) == 1
+    assert len(claims) == 14 and [holds for holds, _ in claims].count(None) == 2
     assert all(holds is not False for holds, _ in claims)
     found = zipit.findings(as_in_paper)
     assert "Unlike" not in found and "beta 0.125 gives 79.0, permutation 58.4" in found
-    assert "ZipIt! 4/6 gives 83.8, ZipIt! 6/6 79.0" in found
+    assert "ZipIt! 4/6 gives 83.8 (permuted 4/6: 70.0), ZipIt! 6/6 79.0" in found
     assert "k-means gives 29.1 (1e+02 s), permutation 58.4 (10 s)" in found
     assert found == common.told(*zipit.outcome(as_in_paper))
 
@@ -306,18 +354,18 @@ def whole_sweep(value):
             [0],
             "beta 0.125 gives 79.0, permutation 78.5",
         ),
-        (put("methods", "average", joint=0.58), [1], "the weight average 58.0"),
-        (put("methods", "weights", joint=0.58), [2], "by weights 58.0"),
-        (put("networks", "network B", joint=0.9), [3], "networks alone 90.0"),
-        (put("partial", "zip", "4", joint=0.795), [4, 5], "ZipIt! 4/6 gives 79.5, the ensemble"),
-        (put("methods", "ensemble", joint=0.9), [5], "the ensemble 90.0"),
-        (whole_sweep(0.7), [7], "without merges within a network it is 70.0"),
-        (put("matchers", "identity", joint=0.6), [8], "identity gives 60.0"),
-        (put("matchers", "kmeans", joint=0.58), [9], "k-means gives 58.0"),
-        (put("matchers", "optimal", joint=0.9), [10], "the optimal ones 90.0"),
-        (put("matchers", "optimal", seconds=1.0), [10], "the optimal ones 79.6 (1 s)"),
-        (put("images", "100", joint=0.7), [11], "100 images for the statistics give 70.0"),
-        (put("layers", 2, correlation=0.9), [12], "0.50, 0.40, 0.90, 0.20 and 0.10"),
+        (put("methods", "average", joint=0.58), [2], "the weight average 58.0"),
+        (put("methods", "weights", joint=0.58), [3], "by weights 58.0"),
+        (put("networks", "network B", joint=0.9), [4], "networks alone 90.0"),
+        (put("partial", "zip", "4", joint=0.795), [5, 6], "ZipIt! 4/6 gives 79.5, the ensemble"),
+        (put("methods", "ensemble", joint=0.9), [6], "the ensemble 90.0"),
+        (whole_sweep(0.7), [8], "without merges within a network it is 70.0"),
+        (put("matchers", "identity", joint=0.6), [9], "identity gives 60.0"),
+        (put("matchers", "kmeans", joint=0.58), [10], "k-means gives 58.0"),
+        (put("matchers", "optimal", joint=0.9), [11], "the optimal ones 90.0"),
+        (put("matchers", "optimal", seconds=1.0), [11], "the optimal ones 79.6 (1 s)"),
+        (put("images", "100", joint=0.7), [12], "100 images for the statistics give 70.0"),
+        (put("layers", 2, correlation=0.9), [13], "0.50, 0.40, 0.90, 0.20 and 0.10"),
     ],
 )
 def test_each_claim_can_fail(as_in_paper, change, flipped, said):
@@ -329,9 +377,28 @@ def test_each_claim_can_fail(as_in_paper, change, flipped, said):
 
 def test_without_the_optimal_matching(as_in_paper):
     del as_in_paper["pairs"][0]["matchers"]["optimal"]
-    assert len(zipit.claims_of(as_in_paper)) == 12
+    assert len(zipit.claims_of(as_in_paper)) == 13
     assert "optimal" not in zipit.findings(as_in_paper)
     assert zipit.figure_of(as_in_paper).axes
+
+
+def test_records_from_before_pairs_without_a_budget(as_in_paper):
+    del as_in_paper["pairs"][0]["matchers"]["unbounded"]
+    said = [text for _, text in zipit.claims_of(as_in_paper)]
+    assert any(text.startswith("greedy pairs give ") for text in said)
+    assert zipit.figure_of(as_in_paper).axes and len(said) == 14
+
+
+def test_the_spread_over_image_counts_is_told(as_in_paper):
+    as_in_paper["pairs"][0]["images"]["100"]["joint"] = 0.7
+    (said,) = (text for holds, text in zipit.claims_of(as_in_paper) if "a range of" in text)
+    assert said.startswith(
+        "with 100 to 300 images for the statistics ZipIt! 6/6 gives 70.0 to 79.0"
+    )
+    assert "a range of 9.0 points, where it is 20.6 above permutation, on a single pair" in said
+    as_in_paper["pairs"] *= 2
+    as_in_paper["pairs"][0]["methods"]["permutation"]["joint"] = 0.8
+    assert "1.0 below permutation, on the mean of 2 pairs" in zipit.spread_of(as_in_paper)
 
 
 def test_held_out_images_choose(as_in_paper):
@@ -404,6 +471,16 @@ def test_file_name_has_what_is_not_default(record):
         (["--preset", "paper", "--dataset", "digits", "--retrain"], "--preset paper is not for"),
         (["--dataset", "digits", "--dimensions", "4"], "10 orthonormal rows need as many"),
         (["--dataset", "digits", "--embeddings", "/nowhere.npy"], "no array could be read"),
+        (["--dataset", "digits", "--scale", "inf"], "'inf' is no finite number above 0"),
+        (["--dataset", "digits", "--scale", "-1"], "'-1' is no finite number above 0"),
+        (
+            ["--dataset", "digits", "--loss", "cross-entropy", "--embeddings", "a.npy"],
+            "--embeddings: --loss cross-entropy has no embeddings",
+        ),
+        (
+            ["--dataset", "digits", "--embeddings", "a.npy", "--dimensions", "12"],
+            "--dimensions is for orthonormal embeddings",
+        ),
     ],
 )
 def test_bad_options(arguments, message, capsys, tmp_path):
@@ -414,9 +491,13 @@ def test_bad_options(arguments, message, capsys, tmp_path):
 
 
 def test_networks_that_are_not_shipped(tmp_path):
-    args = zipit.parser().parse_args(["--model", "vgg11", "--out", str(tmp_path)])
-    dataset = data.load("digits")
-    zipit.completed(args, dataset)
-    args.retrain = False
     with pytest.raises(common.UserError, match=r"vgg11-classes0to4-seed0 is needed .* --retrain"):
-        zipit.networks_of(args, 10)
+        networks_of(tmp_path / "record", "--model", "vgg11", shipped=True)
+
+
+def test_defaults_are_shown_once(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        zipit.main(["--help"])
+    options = " ".join(capsys.readouterr().out.split()).partition("options:")[2].split(" --")
+    assert options and all(option.count("(default: ") <= 1 for option in options)
+    assert any("scale S of the cosines, above 0 (default: 10)" in option for option in options)

@@ -183,7 +183,7 @@ def test_figure_and_table(digits):
 def test_sentences_follow_the_record(digits):
     """What is said changes with what was measured."""
     record = json.loads(json.dumps(digits[1]))
-    record["edge_mean"] = 0.9
+    record["edge_mean"], record["data"]["test_images"] = 0.9, 10_000
 
     def verdicts(direct, transport):
         for name in vit.LABELS:
@@ -207,7 +207,21 @@ def test_sentences_follow_the_record(digits):
     assert verdicts([0.1, 0.5, 0.9], [0.1, 0.6, 0.9]) == [False, True, False]
     assert verdicts([0.1, 0.5, 0.9], [0.88, 0.88, 0.9]) == [True, False, True]
     # Direct averaging that loses nothing at some k is not held against transport there.
-    assert verdicts([0.1, 0.895, 0.9], [0.6, 0.89, 0.9]) == [True, True, True]
+    assert verdicts([0.1, 0.895, 0.9], [0.6, 0.89, 0.9]) == [True, True, None]
+    assert "the edge models 90.0: direct averaging is near them by itself" in (
+        common.told(*vit.outcome(record))
+    )
+    # Nor is what noise may have made an advantage; with ten times as many images it is one.
+    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9]) == [False] * 3
+    assert "direct averaging 10.0 and 50.0: above by over two standard errors at k = 0;" in (
+        common.told(*vit.outcome(record))
+    )
+    record["data"]["test_images"] = 100_000
+    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9])[0] is True
+    assert verdicts([0.1, 0.5, 0.9], [0.05, 0.6, 0.9])[0] is False
+    assert "above by over two standard errors at k = 1, below at k = 0" in (
+        common.told(*vit.outcome(record))
+    )
 
 
 def test_head_says_what_came_out():
@@ -233,6 +247,24 @@ def test_name_says_what_is_not_default(digits):
 # ---------------------------------------------------------------------------------------- options
 
 
+def nowhere(monkeypatch, tmp_path):
+    """CIFAR-10 is not there."""
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(data, "_can_prepare", lambda: False)
+
+
+def test_without_cifar10_the_digits_have_their_own_networks(monkeypatch, tmp_path, caplog):
+    nowhere(monkeypatch, tmp_path)
+    monkeypatch.setattr(vit, "DIGITS", TINY)
+    monkeypatch.setattr(vit, "DIGITS_RECIPE", dataclasses.replace(vit.DIGITS_RECIPE, epochs=1))
+    options = ["--blocks", "0", "--regularization", "0.1", *COUNTS, "--out", str(tmp_path / "out")]
+    record = json.loads(vit.main(options).read_text())
+    assert record["data"]["name"] == "digits" and record["data"]["fallback"] is True
+    assert record["title"].startswith("CIFAR-10 NOT FOUND, SO: scikit-learn's 8x8 digits: vit")
+    assert caplog.text.count("FALLING BACK") == 1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -243,9 +275,14 @@ def test_name_says_what_is_not_default(digits):
         (["--preset", "paper", "--dataset", "digits"], "--dataset digits trains its own small"),
         (["--model", "vit-w0.5", "--dataset", "digits"], "--dataset digits trains its own small"),
         (["--preset", "paper"], "give --retrain, too"),
+        (
+            ["--model", "vit-w0.5"],
+            "CIFAR-10 was not found, give --data-dir; for the digits it trai",
+        ),
     ],
 )
-def test_bad_options(arguments, message, capsys, tmp_path):
+def test_bad_options(arguments, message, capsys, tmp_path, monkeypatch):
+    nowhere(monkeypatch, tmp_path)
     with pytest.raises(SystemExit, match="2"):
         vit.main([*arguments, "--out", str(tmp_path / "out")])
     assert message in " ".join(capsys.readouterr().err.split())

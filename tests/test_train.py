@@ -363,7 +363,7 @@ def test_the_newest_state_is_that_of_most_epochs(tmp_path):
 def test_the_state_of_another_run_is_not_resumed(digits, tmp_path):
     options = {"work_dir": tmp_path, "progress": False}
     train.fit(SmallBatchNorm(), TINY, digits, seed=0, **options)
-    with pytest.raises(ValueError, match=r"another run: its seed differ.*resume=False"):
+    with pytest.raises(ValueError, match=r"another run: its seed differs\. .*resume=False"):
         train.fit(SmallBatchNorm(), TINY, digits, seed=1, **options)
     train.fit(SmallBatchNorm(), TINY, digits, seed=1, resume=False, **options)
 

@@ -137,21 +137,57 @@ def test_embeddings_from_a_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "rows", [np.zeros((10, 3)), np.full((10, 3), np.nan), np.ones(10), np.ones((2, 10, 3))]
+    ("rows", "got"),
+    [
+        (np.eye(10, 12)[:, :11] * (np.arange(10) != 4)[:, None], "others: row 4"),
+        (np.full((10, 3), np.nan), "others: row 0"),
+        (np.ones(10), r"shape \[10\]"),
+        (np.ones((2, 10, 3)), r"shape \[2, 10, 3\]"),
+        (np.float64(3), r"shape \[\]"),
+        (np.ones((10, 3), np.complex64), "complex64, which are no real numbers"),
+        (np.ones((10, 3), [("a", "f4"), ("b", "f4")]), "which are no real numbers"),
+        (np.array([["a"] * 3] * 10), "<U1, which are no real numbers"),
+    ],
 )
-def test_bad_embeddings(tmp_path, rows):
+def test_bad_embeddings(tmp_path, rows, got):
     np.save(tmp_path / "bad.npy", rows)
-    with pytest.raises(common.UserError, match="bad.npy: must hold 10 finite rows"):
+    with pytest.raises(
+        common.UserError, match=rf"bad.npy: must hold 10 finite rows .* got .*{got}"
+    ):
         heads.read(str(tmp_path / "bad.npy"), 10)
 
 
 def test_files_that_hold_no_array(tmp_path):
     (tmp_path / "bad.npy").write_text("nothing")
     np.savez(tmp_path / "two.npz", np.eye(10), np.eye(10))
-    np.save(tmp_path / "words.npy", np.array([["a"] * 3] * 10))
-    for name in ("bad.npy", "two.npz", "words.npy", "none.npy"):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "whole.npz", np.eye(10))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    (tmp_path / "changed.npz").write_bytes(changed)
+    for name in ("bad.npy", "two.npz", "none.npy", "empty.npy", "cut.npz", "changed.npz"):
         with pytest.raises(common.UserError, match=f"{name}: no array could be read"):
             heads.read(str(tmp_path / name), 10)
+
+
+def test_cards_tell_files_of_one_name_apart(tmp_path):
+    """By their rows: those of other lengths are the same embeddings."""
+    rows = np.random.default_rng(0).normal(size=(10, 7))
+    told = []
+    for place, found in (("a", rows), ("b", 2 * rows), ("c", rows[::-1])):
+        (tmp_path / place).mkdir()
+        np.save(tmp_path / place / "clip.npy", found)
+        args = options("--classes", "1", "2", "--embeddings", str(tmp_path / place / "clip.npy"))
+        told.append(heads.described(args, heads.head_of(args, 10), args.classes))
+    assert told[0] == told[1] != told[2]
+    assert heads.different(told[2], told[0]) == ["other rows of embeddings"]
+    assert heads.different(told[1], told[0]) == []
+    # Cards from before they told rows.
+    old = {key: told[0][key] for key in ("classes", "loss")}
+    old["embeddings"] = {k: v for k, v in told[0]["embeddings"].items() if k != "sha256"}
+    assert heads.different(old, told[0]) == ["other rows of embeddings"]
 
 
 # ---- train_edges.py
@@ -188,6 +224,15 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
     found = train.evaluate(heads.Headed(models.apply_fn(model), own), tree, dataset.batches("test"))
     assert found._asdict() == pytest.approx(card["test"]) and math.isfinite(found.loss)
     json.dumps(card, allow_nan=False)
+    # What is there is not taken for what another recipe or head would give.
+    assert train_edges.main(words) == [folder]
+    for change, message in (
+        (["--epochs", "3"], "epochs 2, not 3: choose another --out"),
+        (["--scale", "4", "--epochs", "3"], "embeddings' scale 10.0, not 4.0, epochs 2, not 3"),
+        (["--learning-rate", "0.5"], "learning rate 0.1, not 0.5"),
+    ):
+        with pytest.raises(common.UserError, match=f"is there already, trained with {message}"):
+            train_edges.main([*words, *change])
 
 
 @pytest.mark.parametrize(
@@ -196,6 +241,7 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
         (["--classes", "1", "1"], "two or more different ones from 0 to 9, got 1 1"),
         (["--classes", "3"], "two or more different ones"),
         (["--classes", "3", "10"], "from 0 to 9, got 3 10"),
+        (["--scale", "3"], "--scale: for networks on some of the classes, so give --classes"),
         (["--classes", "0", "1", "--dimensions", "4"], "10 orthonormal rows need as many"),
         (["--classes", "0", "1", "--embeddings", "/nowhere.npy"], "no array could be read"),
     ],

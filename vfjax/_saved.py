@@ -76,8 +76,8 @@ class Saved:
                 differ = [k for k in keys if self.identity.get(k) != meta["run"].get(k)]
                 raise ValueError(
                     f"work_dir {self.folder} holds the state of another run: its "
-                    f"{' and '.join(differ)} differ. Choose another folder, or pass "
-                    "resume=False to begin afresh there."
+                    f"{' and '.join(differ)} {'differs' if len(differ) == 1 else 'differ'}. Choose "
+                    "another folder, or empty this one, as resume=False does, to begin afresh."
                 )
             state = jax.tree.unflatten(jax.tree.structure(like), leaves)
             return state, meta["epoch"], meta["history"]
