@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vfjax import _cost, _parts, _tree
+from vfjax import _parts, _tree
+from vfjax._composition import Composition, Matrices
 from vfjax._fits import check_fits
 from vfjax._plan import check_capture, check_edit
 from vfjax._weights import resolve_weights
@@ -19,8 +20,6 @@ from vfjax.network import Crossing, Network
 Array = jax.Array
 PyTree = Any
 Edits = Mapping[str, Callable[[Array], Array]]
-# By group, a matrix.
-Matrices = Mapping[str, Array]
 
 
 @functools.partial(
@@ -28,8 +27,8 @@ Matrices = Mapping[str, Array]
     data_fields=["stems", "trunk", "corrections", "heads", "merge", "unmerge"],
     meta_fields=["net", "cut", "weights", "end", "nets"],
 )
-@dataclasses.dataclass(frozen=True, eq=False)
-class Merged:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Merged(Composition):
     """Several models that share a range of layers: what `vfjax.merge.partial` returns.
 
     Every model runs its own stem; what crosses is mapped into the basis of the merge and averaged;
@@ -89,30 +88,6 @@ class Merged:
         With heads, the result is a tuple of their outputs, one per model.
         """
         return self.run(x)
-
-    @property
-    def merged(self) -> slice:
-        """The layers that are merged, of a list of all by depth."""
-        return slice(self.cut, self.net.depth if self.end is None else self.end)
-
-    def net_of(self, model: int) -> Network:
-        """The network of a model's stem and head.
-
-        Args:
-            model: Its number.
-
-        Returns:
-            Its own network where the models have their own, else the one of all.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
-            >>> model.net_of(1) is net
-            True
-        """
-        return self.frame.net_of(model)
 
     def run(
         self,
@@ -231,73 +206,6 @@ class Merged:
             self.heads[model], crossing, capture=capture, edit=edit, start=self.end
         )
 
-    def apart(self, site: str) -> bool:
-        """Whether a site lies inside stems or heads, where it has a value per model.
-
-        What crosses the cut is averaged, so the layers at the cut are not apart; nor is what
-        crosses into the heads.
-
-        Args:
-            site: Name of a site, as in `Network.run`.
-
-        Raises:
-            ValueError: If the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2), "w2": jnp.eye(2)}
-            >>> net = vfjax.trace(lambda v, x: x @ v["w0"] @ v["w1"] @ v["w2"], a, jnp.ones((1, 2)))
-            >>> model = vfjax.merge.preserve_first(net, [a, a], layers=2)
-            >>> [model.apart(site) for site in ("input", "w0", "w1", "w2")]
-            [True, True, False, False]
-        """
-        return self.in_stems(site) or self.in_heads(site)
-
-    def in_stems(self, site: str) -> bool:
-        """Whether a site lies inside the stems, where it has a value per model.
-
-        Args:
-            site: Name of a site, as in `Network.run`.
-
-        Returns:
-            False for the layers at the cut, whose pre-activations are averaged.
-
-        Raises:
-            ValueError: If the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
-            >>> [model.in_stems(site) for site in ("w", "v")]
-            [False, False]
-        """
-        inside = self.net.in_stem(site, self.cut)  # which checks the name
-        return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
-
-    def in_heads(self, site: str) -> bool:
-        """Whether a site lies inside the heads, where it has a value per model.
-
-        Args:
-            site: Name of a site, as in `Network.run`.
-
-        Returns:
-            False without heads, and for the pre-activations of the last merged layers.
-
-        Raises:
-            ValueError: If there are heads, and the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
-            >>> [model.in_heads(site) for site in ("w", "v")]
-            [False, True]
-        """
-        return self.end is not None and not self.net.in_stem(site, self.end)
-
     def read(self, x: PyTree, sites: Sequence[str]) -> tuple[PyTree, dict[str, tuple[Any, ...]]]:
         """Evaluates the model with values read anywhere, inside the stems too.
 
@@ -393,34 +301,6 @@ class Merged:
         kept, leaves = self.net.trunk_leaves(self.cut, self.end), _tree.flatten_named(self.trunk)[0]
         self.net.check_variances([p for p in self.net.paths if p in kept - leaves.keys()], name)
         _tree.check_finite(_tree.flatten_named(self.arrays._asdict())[0], name=name)
-
-    @property
-    def params(self) -> int:
-        """Number of parameters: those of every stem, of the trunk, and of every head.
-
-        Running statistics are none. Matrices at the cuts count, but for those that select.
-        """
-        return _cost.parameters(self)
-
-    parameters = params
-
-    @property
-    def flops(self) -> int:
-        """Multiply-accumulates per example: those of every stem, of the trunk, of every head.
-
-        Matrices at the cuts count, but for those that select.
-        """
-        return _cost.flops(self)
-
-    def __repr__(self) -> str:
-        """Says what it is in a line, without arrays."""
-        heads = "" if self.end is None else f"heads after {self.end}, "
-        maps = sorted({group for of in (*self.merge, *self.unmerge) for group in of})
-        return (
-            f"Merged(cut={self.cut} of {self.net.depth}, {heads}models={len(self.weights)}, "
-            f"weights={self.weights}, params={self.params}, flops={self.flops}, "
-            f"corrections={list(self.corrections)}{f', mapped={maps}' if maps else ''})"
-        )
 
     @property
     def frame(self) -> Frame:
