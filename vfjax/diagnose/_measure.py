@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +24,12 @@ from vfjax._streaming import (
     Site,
     arrange,
     by_pieces,
+    each,
     mesh_of,
     on_mesh,
     pieces,
     replicate,
     stream,
-    vmapped,
 )
 from vfjax.diagnose._sites import by_example
 from vfjax.network import Network
@@ -113,7 +113,7 @@ def offsets(job: Job, networks: tuple[Any, ...]) -> Offsets:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _offsets(job: Job, mesh: Any, networks: tuple[Any, ...], x: PyTree) -> Offsets:
     def found(networks: tuple[Any, ...], x: PyTree) -> Offsets:
-        return _each(functools.partial(_values, job), networks, x)
+        return each(functools.partial(_values, job), networks, x)
 
     return on_mesh(found, mesh)(networks, x)
 
@@ -134,7 +134,7 @@ def _measure(
 ) -> tuple[tuple[Rows, ...], list[Array]]:
     if mesh is not None:
         return on_mesh(functools.partial(_batch, job), mesh)(state, x), []
-    parts = pieces(job.net, _tree_of(state[0][0]), x)
+    parts = pieces({job.net: _tree_of(state[0][0])}, x)
     return by_pieces(lambda x: (_batch(job, state, x), []), _merge, parts, x)
 
 
@@ -207,28 +207,7 @@ def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple
             }
         )
 
-    return _each(one, tuple(zip(*state, strict=True)), x)
-
-
-def _each(
-    fn: Callable[[Any, PyTree], Any], networks: tuple[Any, ...], x: PyTree
-) -> tuple[Any, ...]:
-    """`fn(network, x)` of every network; vmapped over those of one structure where that is fast."""
-    if not vmapped():
-        return tuple(fn(network, x) for network in networks)
-    alike: dict[Any, list[int]] = {}
-    for k, network in enumerate(networks):
-        alike.setdefault(jax.tree.structure(network), []).append(k)
-    found: list[Any] = [None] * len(networks)
-    for members in alike.values():
-        if len(members) == 1:  # under vmap, `cond` would take both of its branches
-            found[members[0]] = fn(networks[members[0]], x)
-            continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[networks[k] for k in members])
-        results = jax.vmap(fn, (0, None))(stacked, x)
-        for place, k in enumerate(members):
-            found[k] = jax.tree.map(lambda a, place=place: a[place], results)
-    return tuple(found)
+    return each(one, tuple(zip(*state, strict=True)), x)
 
 
 def _tree_of(network: Any) -> PyTree:
