@@ -410,6 +410,22 @@ def test_a_network_without_taps_reads_no_data():
     assert align.match_universe(net, [v, v, v], key=KEY).permutations == ({}, {}, {})
 
 
+def test_moments_without_a_tap_move_nothing():
+    def fixed(v, x):  # what a softmax reads is no group
+        return jax.nn.softmax(x @ v["w"])
+
+    trees = [{"w": np.float32(np.random.default_rng(k).normal(size=(3, 2)))} for k in range(3)]
+    x = np.float32(np.random.default_rng(9).normal(size=(5, 3)))
+    net = vfjax.trace(fixed, trees[0], x)
+    assert not net.taps
+    moments = stats.moments(net, trees, [x], sites=["input"])
+    found = align.match_universe_moments(net, moments)
+    assert found.permutations == ({}, {}, {}) and found.objective == (0.0,) and found.converged
+    for of in (align.zip_moments, align.cca_moments, align.transport_moments):
+        assert of(net, moments).maps == ({}, {}, {})
+    assert align.match_moments(net, moments).permutations == {}
+
+
 def test_errors():
     net, trees = _net(mlp), [_tree(mlp, seed) for seed in range(3)]
     with pytest.raises(ValueError, match="trees must be two or more, got 1"):

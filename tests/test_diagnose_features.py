@@ -447,7 +447,6 @@ def test_vmapped_networks_give_the_same_numbers(monkeypatch):
     found = []
     for vmapped in (False, True):
         monkeypatch.setattr(_streaming, "vmapped", lambda v=vmapped: v)
-        monkeypatch.setattr(_measure, "vmapped", lambda v=vmapped: v)
         net = vfjax.trace(_mlp, trees[0], x)
         models = [merge.preserve_first(net, t, layers=2) for t in (trees[:2], trees[1:])]
         many = [trees[0], models[0], trees[1], models[1]]

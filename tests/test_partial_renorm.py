@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import diagnose, merge, renorm, stats
+from vfjax import _streaming, diagnose, merge, renorm, stats
 from vfjax.align import Maps
 
 ROUNDING = 1e-4
@@ -293,10 +293,6 @@ def test_references_with_classes_of_their_own():
     other = renorm.repair(net, model, [x], references=each, maps=found)
     jax.tree.map(close, other, new)
     assert [out.shape for out in new(x)] == [(40, 3), (40, 7)]
-    found = diagnose.features(net, model, [x], sites=["w1", "w2", "w3:act"])
-    assert all(np.isfinite(found.feature[site]).all() for site in found.names)
-    with pytest.raises(ValueError, match=r"'w4' has values of shapes .* in the heads"):
-        diagnose.features(net, model, [x], sites="layers")
 
 
 def test_what_moments_lack_is_said():
@@ -352,6 +348,92 @@ def test_features_of_models_with_heads_are_means_over_heads():
         ]
         close(found.feature[site], [np.dot(weights, lengths)])
     close(found.feature["output"], found.feature["w4"])
+
+
+def own_networks(name, trees, x):
+    """The one network of models with classes of their own, and one each."""
+    nets = [case(name)[0], vfjax.trace(APPLY[name], trees[1], x)]
+    return nets[0], nets
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
+    monkeypatch.setattr(_streaming, "vmapped", lambda: vmapped)
+    _, trees, x = case("heads", classes=7)
+    nets = own_networks("heads", trees, x)[apart]
+    maps = random_zip(case("heads")[0], 2)
+    model = merge.partial(nets, trees, maps, merged=slice(1, 3), alpha=0.25)
+    found = diagnose.features(nets, model, [x], references=trees, maps=maps, sites="layers")
+    here, there = (model.read(at, ["w4"])[1]["w4"] for at in (x, jnp.zeros_like(x)))
+    lengths = [np.linalg.norm(a - b, axis=-1).mean() for a, b in zip(here, there, strict=True)]
+    close(found.feature["w4"], [np.dot((0.75, 0.25), lengths)])
+    for k, (own, tree) in enumerate(zip(own_networks("heads", trees, x)[1], trees, strict=True)):
+        alone = diagnose.features(own, tree, [x], sites=["w4"])
+        for what in ("feature", "feature_std", "offset", "variance", "dead"):
+            theirs = getattr(found.references, what)["w4"][k : k + 1]
+            close(theirs, getattr(alone, what)["w4"])
+    for record in (found, found.references):
+        assert list(record.mean) == list(record.std) == ["w1", "w2", "w3"]
+        assert [site.size for site in record.sites] == [6, 6, 5, 5]  # of 3 and 7 classes
+        assert all(np.isfinite(record.feature_rms[site]).all() for site in record.names)
+    assert all(np.isfinite(found.relative[site]).all() for site in found.names)
+    taps = diagnose.features(nets, [model, model], [x], references=trees, maps=maps)
+    close(taps.feature["w4:act"], np.repeat(found.feature["w4"], 2))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("name", APPLY)
+def test_reports_on_copies_with_heads_of_their_own(tmp_path, name, apart):
+    net, trees, x = case(name)
+    tree = renorm.reset(net, trees[0], [x], sweeps="layer") if net.norms else trees[0]
+    last, bias = ("head", "bias") if name == "residual" else ("w4", "b4")
+    head = draw(name, 0, classes=7)
+    other = {**tree, last: head[last], bias: head[bias]}
+    nets = own_networks(name, [tree, other], x)[apart]
+    moves = net.spec.random(jax.random.key(2))
+    copies = [tree, net.spec.permute(other, moves)]
+    found = Maps.of_permutations([None, vfjax.symmetry.invert(moves, within=net.spec.within)])
+    for merged in (slice(1, 3), slice(None, net.depth - 1)):
+        model = merge.partial(nets, copies, found, merged=merged)
+        report = diagnose.report(
+            nets, model, [x], references=copies, maps=found, page=tmp_path / "page.html"
+        )
+        assert [advice.remedy for advice in report.advice] == ["nothing to do"]
+        close([row.relative for row in report.layers], np.ones(len(report.layers)))
+        assert "nan" not in str(report) and (tmp_path / "page.html").exists()
+        end = report.layers[-1]
+        assert end.apart and np.isnan([end.std_ratio, end.mean_shift, end.rescaled_shift]).all()
+        assert all(abs(row.std_ratio - 1) < 1e-3 for row in report.layers[:-1])
+
+
+def test_reports_on_models_of_other_widths():
+    def apply_fn(v, x):
+        return jax.nn.relu(jax.nn.relu(x @ v["a"]) @ v["b"]) @ v["c"]
+
+    rng = np.random.default_rng(2)
+    sizes = [(4, 8, 6, 3), (4, 9, 7, 5)]
+    trees = [
+        {name: normal(rng, *size[k : k + 2]) for k, name in enumerate("abc")} for size in sizes
+    ]
+    x = jax.random.normal(jax.random.key(1), (40, 4))
+    nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
+    maps = vfjax.align.transport(nets, trees, [x])
+    model = merge.partial(nets, trees, maps, merged=slice(0, 2))
+    for net in (nets, nets[0]):  # those that the model was made with
+        found = diagnose.report(net, model, [x], references=trees, maps=maps)
+        assert found.advice and not np.isnan(found.layers[0].kernel_ratio)
+        assert list(found.features.references.mean) == ["a", "b"]
+    # Compared as they are, without a basis of the merge: by the size of their features alone.
+    found = diagnose.report(nets, trees[0], [x], references=trees)
+    assert [np.isnan(row.std_ratio) for row in found.layers] == [True] * 3
+    alone = diagnose.features(nets[1], trees[1], [x], sites="layers")
+    for name in alone.names:
+        close(found.features.references.feature[name][1:], alone.feature[name])
+    with pytest.raises(ValueError, match="net has 3 networks for 2 trees"):
+        diagnose.features([*nets, nets[0]], trees[0], [x], references=trees)
+    with pytest.raises(ValueError, match=r"references\[1\] has shape \(4, 9\) at 'a'"):
+        diagnose.features(nets[0], trees[0], [x], references=trees)
 
 
 def test_references_are_carried_into_the_basis_of_the_merge():

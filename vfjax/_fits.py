@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vfjax import _tree
 from vfjax._networks import check_net, networks
+from vfjax._plan import Plan
 from vfjax.network import Network
 
 PyTree = Any
@@ -79,6 +82,68 @@ def check_models(
         check_fits(own, tree, label, variances=variances, free=() if apart else free)
         if not apart:
             _check_run(own, leaves, label)
+
+
+def check_comparable(
+    net: Network | Sequence[Network], trees: Sequence[PyTree], sites: Collection[str]
+) -> None:
+    """Checks that the values of models at some sites can be compared, channel by channel.
+
+    What these depend on must be alike. Other leaves, such as those of heads with classes of their
+    own, may differ in shape, and with networks of their own in all.
+
+    Args:
+        net: The traced network, or one per tree.
+        trees: The trees.
+        sites: Names of sites, as in `Network.run`.
+
+    Raises:
+        TypeError: If there is no sequence of trees, or a leaf is no array.
+        ValueError: If they do not fit, or hold NaN or infinite values.
+    """
+    _tree.check_sequence(trees, name="trees")
+    nets = networks(net, len(trees))
+    flats = [_tree.flatten_named(tree, name=f"trees[{k}]")[0] for k, tree in enumerate(trees)]
+    shapes = [{path: np.shape(leaf) for path, leaf in flat.items()} for flat in flats]
+    apart = any(own is not nets[0] for own in nets)
+    if not apart and all(found == shapes[0] for found in shapes):
+        _tree.check_trees(trees)
+        return
+    read = leaves_before(nets[0], sites)
+    like = {path: leaf for path, leaf in flats[0].items() if path in read}
+    for k, (own, flat) in enumerate(zip(nets, flats, strict=True)):
+        label = f"trees[{k}]"
+        _tree.check_finite(flat, name=label)
+        seen = read if own is nets[0] else leaves_before(own, sites)
+        mine = {path: leaf for path, leaf in flat.items() if path in seen}
+        _tree.check_like(mine, like, name=label, other="trees[0]")
+        if apart:
+            check_fits(own, trees[k], label)
+        else:
+            rest = {path: leaf for path, leaf in flat.items() if path not in read}
+            _tree.check_like(flat, {**flats[0], **rest}, name=label, other="trees[0]")
+            _check_run(own, flat, label)
+
+
+def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
+    """Paths of the leaves that the values at some sites depend on.
+
+    Args:
+        net: The traced network.
+        sites: Names of sites, as in `Network.run`.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> v = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+        >>> net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"], v, jnp.ones((1, 3)))
+        >>> [sorted(leaves_before(net, [site])) for site in ("input", "a", "output")]
+        [[], ['a'], ['a', 'b']]
+    """
+    traced = net._reference
+    plan = Plan(net, traced, None, None, None, None)
+    values = [plan.value_of(site) for site in sites if site not in ("input", "output")]
+    values += traced.graph.output_ids if "output" in sites else ()
+    return traced.leaves_of(traced.graph.needed(values, ()), values)
 
 
 def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:

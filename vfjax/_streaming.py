@@ -7,8 +7,9 @@ every pass that works like this.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,28 +80,68 @@ class Plan(NamedTuple):
     pairs: tuple[tuple[int, int], ...]
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tree"], meta_fields=["net"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A tree and the network that runs it, as one pytree."""
+
+    net: Network
+    tree: PyTree
+
+
 def vmapped() -> bool:
     """Whether models are vmapped; on CPU that makes their convolutions slow, so it loops."""
     return jax.default_backend() != "cpu"
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def each(fn: Callable[[Any, PyTree], Any], models: Sequence[Any], x: PyTree) -> tuple[Any, ...]:
+    """`fn(model, x)` of every model; vmapped over those that are alike where that is fast."""
+    if not vmapped():
+        return tuple(fn(model, x) for model in models)
+    alike: dict[Any, list[int]] = {}
+    for k, model in enumerate(models):
+        leaves, structure = jax.tree.flatten(model)
+        types = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        alike.setdefault((structure, types), []).append(k)
+    found: list[Any] = [None] * len(models)
+    for members in alike.values():
+        if len(members) == 1:  # under vmap, `cond` would take both of its branches
+            found[members[0]] = fn(models[members[0]], x)
+            continue
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[models[k] for k in members])
+        results = jax.vmap(fn, (0, None))(stacked, x)
+        for place, k in enumerate(members):
+            found[k] = jax.tree.map(lambda a, place=place: a[place], results)
+    return tuple(found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def measure(
-    net: Network, plan: Plan, mesh: Any, trees: tuple[PyTree, ...], x: PyTree
+    plan: Plan, mesh: Any, models: tuple[Model, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
     """Moments of one batch, and the number of samples at each site."""
     if mesh is not None:
-        return on_mesh(functools.partial(_batch, net, plan), mesh)(trees, x)
-    batch = functools.partial(_batch, net, plan, trees)
-    return by_pieces(batch, functools.partial(_merge, plan), pieces(net, trees[0], x), x)
+        return on_mesh(functools.partial(_batch, plan), mesh)(models, x)
+    batch = functools.partial(_batch, plan, models)
+    parts = pieces({model.net: model.tree for model in models}, x)
+    return by_pieces(batch, functools.partial(_merge, plan), parts, x)
 
 
-def pieces(net: Network, tree: PyTree, x: PyTree) -> int:
+def pieces(models: Mapping[Network, PyTree], x: PyTree) -> int:
     """Into how many equal pieces a batch is cut, where that only saves time.
 
     The numbers are those of as many small batches. On CPU what a layer makes of a large batch is
     out of the caches before its statistics read it.
+
+    Args:
+        models: By network, a tree that it runs; leaves that it lacks count as traced.
+        x: The batch.
     """
+    found = {_pieces(net, tree, x) for net, tree in models.items()}
+    return found.pop() if len(found) == 1 else 1
+
+
+def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
     size, leaves = batch_size(x), jax.tree.leaves(x)
     if jax.default_backend() != "cpu" or size < 2 * _PIECE_MIN:
         return 1
@@ -154,23 +195,26 @@ def by_pieces(
     return pooled, [n.sum(dtype=n.dtype) for n in counts]
 
 
-def _batch(
-    net: Network, plan: Plan, trees: tuple[PyTree, ...], x: PyTree
-) -> tuple[dict[str, Any], list[Array]]:
+def _batch(plan: Plan, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
     counts: dict[str, int] = {}
-    one = functools.partial(read, net, plan.sites, plan.covariance, counts, x)
 
-    if vmapped():
-        mean, var, rest, rows = jax.vmap(one)(
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-        )
-    else:
-        parts = [one(tree) for tree in trees]
-        mean, var, rest = (
-            {site.name: jnp.stack([part[k][site.name] for part in parts]) for site in plan.sites}
-            for k in (0, 1, 2)
-        )
-        rows = {name: [part[3][name] for part in parts] for name in plan.covariance}
+    def one(model: Model, x: PyTree) -> tuple[dict[str, Array], ...]:
+        own: dict[str, int] = {}
+        found = read(model.net, plan.sites, plan.covariance, own, x, model.tree)
+        if own != (counts or own):
+            raise ValueError(
+                "net has networks with other numbers of samples at the sites of one and of "
+                f"another, {own} and {counts}; networks may differ behind the sites only"
+            )
+        counts.update(own)
+        return found
+
+    parts = each(one, models, x)
+    mean, var, rest = (
+        {site.name: jnp.stack([part[k][site.name] for part in parts]) for site in plan.sites}
+        for k in (0, 1, 2)
+    )
+    rows = {name: [part[3][name] for part in parts] for name in plan.covariance}
 
     def product(name: str, i: int, j: int) -> Array:
         return covariance_of((rows[name][i], rest[name][i]), (rows[name][j], rest[name][j]))

@@ -24,10 +24,11 @@ import numpy as np
 from vfjax._axes import Axis
 from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
-from vfjax._networks import check_net
+from vfjax._fits import check_comparable
+from vfjax._networks import check_net, networks
 from vfjax._records import JointTap
-from vfjax._streaming import GroupAxis, Plan, Site, finish, measure, pool, stream
-from vfjax._tree import check_trees
+from vfjax._streaming import GroupAxis, Model, Plan, Site, finish, measure, pool, stream
+from vfjax._tree import check_sequence
 from vfjax._weights import resolve_weights
 from vfjax.network import Network
 
@@ -178,7 +179,7 @@ class Moments:
 
 
 def moments(
-    net: Network,
+    net: Network | Sequence[Network],
     trees: Sequence[PyTree],
     data: Iterable[Any],
     *,
@@ -192,8 +193,10 @@ def moments(
     variance 0. Batches that are sharded over devices give the same numbers.
 
     Args:
-        net: The traced network.
-        trees: One parameter tree per model.
+        net: The traced network, or one per tree.
+        trees: One parameter tree per model. Leaves that no site depends on, as those of heads with
+            classes of their own behind the taps, may differ in shape where `apply_fn` takes that;
+            models whose `apply_fn` differ have a network each.
         data: Re-iterable of `x` or `(x, label)`.
         sites: `"paper"`, `"all"`, `"taps"` or a list of site names: see `resolve_sites`. At a tap
             the channels are the `n` features of its group (at a joint tap those of all entries of
@@ -209,8 +212,9 @@ def moments(
     Raises:
         TypeError: If `net` is no traced network, `trees` no sequence of trees, or data has another
             structure or dtype.
-        ValueError: If trees differ, a site does not exist, data is empty or exhausted, or makes a
-            site NaN or infinite; or `covariance` is `"cross"` with a single model.
+        ValueError: If networks or trees differ before a site, a site does not exist, data is empty
+            or exhausted, or makes a site NaN or infinite; or `covariance` is `"cross"` with a
+            single model.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -223,16 +227,21 @@ def moments(
         >>> found.mean["a"].tolist()
         [[4.5, 5.5, 6.5], [4.5, 5.5, 6.5]]
     """
-    check_net(net)
-    check_trees(trees)
-    trees = tuple(trees)
-    plan = _plan(net, sites, covariance, len(trees))
+    check_sequence(trees, name="trees")
+    nets = networks(net, len(trees))
+    plan = _plan(nets[0], sites, covariance, len(trees))
+    check_comparable(nets, trees, [site.source for site in plan.sites])
+    if any(_plan(own, sites, covariance, len(trees)) != plan for own in nets if own is not nets[0]):
+        raise ValueError(
+            "net has networks that lay out the values at the sites differently; measure each by "
+            "itself, stats.moments(net[k], [trees[k]], data, ...)"
+        )
     pooled, counts = stream(
-        functools.partial(measure, net, plan),
+        functools.partial(measure, plan),
         functools.partial(pool, plan),
-        trees,
+        tuple(Model(own, tree) for own, tree in zip(nets, trees, strict=True)),
         data,
-        like=net.x,
+        like=nets[0].x,
     )
     check_finite_means(pooled["mean"])
     mean, var, blocks = finish(plan, pooled)

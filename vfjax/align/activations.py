@@ -13,7 +13,7 @@ the pair is worth, and one of heads over these gives the optimum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import stats
-from vfjax._networks import check_net
-from vfjax._tree import check_trees
 from vfjax.align._entries import matched_sites
+from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE, Alignment, assign_within
 from vfjax.network import Network
 
@@ -34,7 +33,7 @@ PyTree = Any
 
 
 def match_activations(
-    net: Network,
+    net: Network | Sequence[Network],
     a: PyTree,
     b: PyTree,
     data: Iterable[Any] | None,
@@ -44,9 +43,11 @@ def match_activations(
     """Finds permutations of `b` whose units correlate best with those of `a`.
 
     Args:
-        net: The traced network.
+        net: The traced network, or those of `a` and of `b`: networks of one architecture may differ
+            behind the taps, as in their numbers of classes.
         a: Parameter tree to align to.
-        b: Parameter tree to permute.
+        b: Parameter tree to permute. Leaves that no tap depends on, those of heads with classes of
+            their own, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`; None if `moments` are given.
         moments: Moments of `[a, b]` in this order, if they were measured before:
             `stats.moments(net, [a, b], data, sites="taps", covariance="cross")`.
@@ -59,8 +60,8 @@ def match_activations(
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
             another dtype.
-        ValueError: If the trees differ or hold NaN or infinity, data is empty or exhausted, or
-            `moments` lack the covariances at a tap.
+        ValueError: If the trees differ before a tap or hold NaN or infinity, data is empty
+            or exhausted, or `moments` lack the covariances at a tap.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, vfjax
@@ -75,32 +76,31 @@ def match_activations(
         >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
         [1, 2, 0]
     """
-    check_net(net)
-    check_trees([a, b])
+    nets = check_at_taps(net, [a, b])
     if moments is None and data is None:
         raise ValueError("`data` is None: give batches to measure on, or `moments`")
-    if not net.taps:
-        return _in_place(net)
+    if not nets[0].taps:
+        return _in_place(nets[0])
     if moments is None:
         assert data is not None
-        moments = stats.moments(net, [a, b], data, sites="taps", covariance="cross")
+        moments = stats.moments(nets, [a, b], data, sites="taps", covariance="cross")
     elif moments.models != 2:
         raise ValueError(
             f"`moments` must be those of [a, b], but it has {moments.models} models; use "
             "match_moments to choose two of them"
         )
-    return match_moments(net, moments)
+    return match_moments(nets, moments)
 
 
 def match_moments(
-    net: Network, moments: stats.Moments, *, to: int = 0, model: int = 1
+    net: Network | Sequence[Network], moments: stats.Moments, *, to: int = 0, model: int = 1
 ) -> Alignment:
     """Activation matching of two out of K models, from moments alone.
 
     One pass over data with all models serves all pairs.
 
     Args:
-        net: The traced network.
+        net: The traced network, or one per model.
         moments: Moments with covariances at the taps (`"cross"` is enough).
         to: Index of the model to align to.
         model: Index of the model to permute.
@@ -124,7 +124,7 @@ def match_moments(
         >>> [match_moments(net, found, model=k).permutations["w"].tolist() for k in (1, 2)]
         [[1, 2, 0], [1, 0, 2]]
     """
-    check_net(net)
+    net = network_of(net, moments)
     if not net.taps:
         return _in_place(net)
     for name, index in (("to", to), ("model", model)):

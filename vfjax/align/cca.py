@@ -19,11 +19,10 @@ import jax
 import numpy as np
 
 from vfjax import stats
-from vfjax._networks import check_net
-from vfjax._tree import check_trees
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._maps import Maps
+from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._options import number
 from vfjax.align._record import PLACE, assign
 from vfjax.align.activations import correlation
@@ -36,7 +35,7 @@ PyTree = Any
 
 
 def cca(
-    net: Network,
+    net: Network | Sequence[Network],
     trees: Sequence[PyTree],
     data: Iterable[Any],
     *,
@@ -67,8 +66,10 @@ def cca(
     not, match K >= 3 models cycle-consistently.
 
     Args:
-        net: The traced network.
-        trees: Two or more parameter trees; model 0 is the one to map onto.
+        net: The traced network, or one per tree: networks of one architecture may differ behind
+            the taps, as in their numbers of classes.
+        trees: Two or more parameter trees; model 0 is the one to map onto. Leaves that no tap
+            depends on, those of heads with classes of their own, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`.
         regularization: Ridge on the covariances within each model, 0 or more. The norm of `T` is at
             most `sqrt((largest variance + ridge) / ridge)` of directions, of one model and the
@@ -89,8 +90,8 @@ def cca(
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, data has
             another dtype, or `dtype` is no float32 or float64.
-        ValueError: If there are fewer than two trees, they differ or hold NaN or infinity, data is
-            empty or exhausted, or `regularization` is negative or not finite.
+        ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
+            infinity, data is empty or exhausted, or `regularization` is negative or not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, vfjax
@@ -109,19 +110,16 @@ def cca(
     Horoi et al., 2024, section 4, with `regularization=0.1, relative=False` in the code of the
     first, which takes the features after each ReLU and decomposes in float32.
     """
-    check_net(net)
-    check_trees(trees)
-    if len(trees) < 2:
-        raise ValueError(f"trees must be two or more, got {len(trees)}")
+    nets = check_at_taps(net, trees)
     _check(regularization, dtype)
-    if not net.taps:
+    if not nets[0].taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = stats.moments(net, trees, data, sites="taps", covariance=True)
-    return cca_moments(net, moments, regularization=regularization, relative=relative, dtype=dtype)
+    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
+    return cca_moments(nets, moments, regularization=regularization, relative=relative, dtype=dtype)
 
 
 def cca_moments(
-    net: Network,
+    net: Network | Sequence[Network],
     moments: stats.Moments,
     *,
     regularization: float = 1.0,
@@ -131,7 +129,7 @@ def cca_moments(
     """The same from moments alone: one pass over data serves all ridges.
 
     Args:
-        net: The traced network.
+        net: The traced network, or one per model.
         moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
         regularization: As in `cca`.
         relative: As in `cca`.
@@ -157,6 +155,7 @@ def cca_moments(
 
     Source: as `cca`.
     """
+    net = network_of(net, moments)
     maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(moments.models)]
     pooled, orders = _pooled(net, moments, regularization, dtype)
     for k in range(1, moments.models):
@@ -175,7 +174,7 @@ def cca_moments(
 
 
 def canonical_correlations(
-    net: Network,
+    net: Network | Sequence[Network],
     moments: stats.Moments,
     *,
     regularization: float = 1.0,
@@ -185,7 +184,7 @@ def canonical_correlations(
     """How much the models have in common: canonical correlations with model 0, by group.
 
     Args:
-        net: The traced network.
+        net: The traced network, or one per model.
         moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
         regularization: As in `cca`; it lowers the correlations of directions of little variance.
         relative: As in `cca`.
@@ -212,7 +211,7 @@ def canonical_correlations(
 
     Source: the singular values `S` of `cca`; Horoi et al., 2024, section 4.
     """
-    found = {}
+    net, found = network_of(net, moments), {}
     for part, block in _pooled(net, moments, regularization, dtype)[0].items():
         eps = _rounding(moments, block)
         pairs = (_Pair(block, k, regularization, relative, eps) for k in range(1, len(block)))
@@ -290,7 +289,6 @@ def _pooled(
 
     Also, per model, the permutations of the groups that others are within.
     """
-    check_net(net)
     if moments.models < 2:
         raise ValueError(f"moments must be of two models or more, got {moments.models}")
     _check(regularization, dtype)

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from vfjax import stats
-from vfjax._networks import check_net
+from vfjax._networks import networks
 from vfjax._tree import check_trees, flatten_named
 from vfjax.align import _cycles
 from vfjax.align._entries import matched_sites
+from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import assign_pairs
 from vfjax.align.activations import (
     assign_in_place,
@@ -96,11 +97,11 @@ class Universe:
         back = invert(self.permutations[to], within=self.within)
         return compose(self.permutations[model], back, within=self.within)
 
-    def apply(self, net: Network, trees: Sequence[PyTree]) -> list[PyTree]:
+    def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
         """The models in the universe's order, of which the merge is the mean.
 
         Args:
-            net: The traced network.
+            net: The traced network, or one per model.
             trees: The K models, in the order in which they were matched.
 
         Returns:
@@ -122,7 +123,8 @@ class Universe:
             raise ValueError(
                 f"trees must be the {len(self.permutations)} models matched, got {len(trees)}"
             )
-        return [net.spec.permute(v, p) for v, p in zip(trees, self.permutations, strict=True)]
+        models = zip(networks(net, len(trees)), trees, self.permutations, strict=True)
+        return [own.spec.permute(tree, p) for own, tree, p in models]
 
     def __repr__(self) -> str:
         """How many models and groups, and how it ended, in one line."""
@@ -136,7 +138,7 @@ class Universe:
 
 
 def match_universe(
-    net: Network,
+    net: Network | Sequence[Network],
     trees: Sequence[PyTree],
     data: Iterable[Any] | None = None,
     *,
@@ -153,8 +155,10 @@ def match_universe(
     dims inside each are one step of the ascent, and are not relaxed together.
 
     Args:
-        net: The traced network.
-        trees: Two or more parameter trees.
+        net: The traced network, or one per tree: networks of one architecture may differ behind
+            the taps, as in their numbers of classes.
+        trees: Two or more parameter trees. With data, leaves that no tap depends on, those of heads
+            with classes of their own, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`, to match activations by correlation as
             `match_activations` does; None to match weights as `match_weights` does.
         key: Random key for matching weights, as there; not used with data.
@@ -168,8 +172,9 @@ def match_universe(
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
             random key, or data has another dtype.
-        ValueError: If there are fewer than two trees, they differ or hold NaN or infinity, data is
-            empty or exhausted, `max_steps` is negative, or neither data nor a key is given.
+        ValueError: If there are fewer than two trees, they differ (with data, before a
+            tap) or hold NaN or infinity, data is empty or exhausted, `max_steps` is negative, or
+            neither data nor a key is given.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, vfjax
@@ -186,10 +191,7 @@ def match_universe(
     Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), section 3, which
     starts Frank-Wolfe at the identity and matches weights.
     """
-    check_net(net)
-    check_trees(trees)
-    if len(trees) < 2:
-        raise ValueError(f"trees must be two or more, got {len(trees)}")
+    nets = check_at_taps(net, trees)
     _check_steps(max_steps)
     if data is None and key is None:
         raise ValueError(
@@ -197,25 +199,26 @@ def match_universe(
             "jax.random.key(0); or give batches to match activations on"
         )
     order = _canonical([flatten_named(tree)[0].values() for tree in trees])
-    chosen = [trees[k] for k in order]
+    chosen, nets = [trees[k] for k in order], [nets[k] for k in order]
     if data is None:
         assert key is not None
-        found = _of_weights(net, chosen, key, max_steps)
-    elif not net.taps:
-        found = _in_place(net, len(trees))
+        check_trees(trees)
+        found = _of_weights(nets[0], chosen, key, max_steps)
+    elif not nets[0].taps:
+        found = _in_place(nets[0], len(trees))
     else:
-        moments = stats.moments(net, chosen, data, sites="taps", covariance="cross")
-        found = match_universe_moments(net, moments, max_steps=max_steps)
+        moments = stats.moments(nets, chosen, data, sites="taps", covariance="cross")
+        found = match_universe_moments(nets, moments, max_steps=max_steps)
     return _reordered(found, order)
 
 
 def match_universe_moments(
-    net: Network, moments: stats.Moments, *, max_steps: int = 100
+    net: Network | Sequence[Network], moments: stats.Moments, *, max_steps: int = 100
 ) -> Universe:
     """The same for activations, from moments alone.
 
     Args:
-        net: The traced network.
+        net: The traced network, or one per model.
         moments: `stats.moments(net, trees, data, sites="taps", covariance="cross")`.
         max_steps: As in `match_universe`.
 
@@ -240,7 +243,7 @@ def match_universe_moments(
 
     Source: as `match_universe`, of correlations in place of weights.
     """
-    check_net(net)
+    net = network_of(net, moments)
     _check_steps(max_steps)
     models = moments.models
     if models < 2:
@@ -259,6 +262,8 @@ def match_universe_moments(
         for group, permutations in end.permutations.items():
             for model, permutation in zip(order, permutations, strict=True):
                 found[model][group] = permutation
+    if not ends:  # no group shows at a tap
+        return _in_place(net, models)
     # Groups are problems of their own: what one has reached stays while others go on.
     steps = max(len(end.history) for end in ends)
     history = sum(np.pad(e.history, (0, steps - len(e.history)), mode="edge") for e in ends)

@@ -19,8 +19,6 @@ import jax
 import numpy as np
 
 from vfjax import stats
-from vfjax._networks import check_net
-from vfjax._tree import check_trees
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather
 from vfjax.align._greedy import greedy_groups
@@ -31,6 +29,7 @@ from vfjax.align._matchers import (
     optimal_groups,
     permute_groups,
 )
+from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._options import check_key, number
 from vfjax.align._record import PLACE
 from vfjax.align.activations import correlation
@@ -44,7 +43,7 @@ Matcher = Literal["greedy", "optimal", "kmeans", "permute", "identity"]
 
 
 def zip_features(
-    net: Network,
+    net: Network | Sequence[Network],
     trees: Sequence[PyTree],
     data: Iterable[Any],
     *,
@@ -73,8 +72,10 @@ def zip_features(
     permuted, an approximation.
 
     Args:
-        net: The traced network.
-        trees: Two or more parameter trees.
+        net: The traced network, or one per tree: networks of one architecture may differ behind
+            the taps, as in their numbers of classes.
+        trees: Two or more parameter trees. Leaves that no tap depends on, those of heads with
+            classes of their own, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`.
         matcher: One of the above.
         alpha: Of the greedy matcher: discount of merged features, in [0, 1]; at 0 nothing is merged
@@ -94,9 +95,9 @@ def zip_features(
     Raises:
         TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
             random key, or data has another dtype.
-        ValueError: If there are fewer than two trees, they differ or hold NaN or infinity, data is
-            empty or exhausted, `matcher` is unknown, does not fit the number of models or lacks its
-            key, or `alpha` or `beta` is out of range.
+        ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
+            infinity, data is empty or exhausted, `matcher` is unknown, does not fit the number of
+            models or lacks its key, or `alpha` or `beta` is out of range.
         ModuleNotFoundError: If `matcher` is "optimal" and networkx is not installed.
 
     Example:
@@ -115,19 +116,16 @@ def zip_features(
     Source: "ZipIt! Merging Models from Different Tasks without Training", section 4. The reference
     code lets one merge within each model pass at beta 0, and discounts negative correlations.
     """
-    check_net(net)
-    check_trees(trees)
-    if len(trees) < 2:
-        raise ValueError(f"trees must be two or more, got {len(trees)}")
+    nets = check_at_taps(net, trees)
     _check(matcher, alpha, beta, key, len(trees))
-    if not net.taps:
+    if not nets[0].taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = stats.moments(net, trees, data, sites="taps", covariance=True)
-    return zip_moments(net, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
+    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
+    return zip_moments(nets, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
 
 
 def zip_moments(
-    net: Network,
+    net: Network | Sequence[Network],
     moments: stats.Moments,
     *,
     matcher: Matcher = "greedy",
@@ -138,7 +136,7 @@ def zip_moments(
     """The same from moments alone: one pass over data serves all matchers, `alpha` and `beta`.
 
     Args:
-        net: The traced network.
+        net: The traced network, or one per model.
         moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
         matcher: As in `zip_features`.
         alpha: As in `zip_features`.
@@ -167,7 +165,7 @@ def zip_moments(
 
     Source: as `zip_features`.
     """
-    check_net(net)
+    net = network_of(net, moments)
     models = moments.models
     if models < 2:
         raise ValueError(f"moments must be of two models or more, got {models}")
@@ -198,11 +196,13 @@ def zip_moments(
     return Maps.of_labels({**heads, **gather(found)}, models).with_spreads(net, moments)
 
 
-def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict[str, float]:
+def merged_correlation(
+    net: Network | Sequence[Network], moments: stats.Moments, maps: Maps
+) -> dict[str, float]:
     """What matchers compete for: how much the features correlate that were merged, by group.
 
     Args:
-        net: The traced network.
+        net: The traced network, or one per model.
         moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
         maps: Maps by which each feature goes to one merged feature, as those of `zip_moments`.
 
@@ -229,7 +229,7 @@ def merged_correlation(net: Network, moments: stats.Moments, maps: Maps) -> dict
     Source: none; it is the objective of the k-means to which the paper of `zip_features` compares
     its matcher, less what a feature has in common with itself.
     """
-    check_net(net)
+    net = network_of(net, moments)
     total: dict[str, float] = {}
     owners = dict.fromkeys(tap.owner for tap in net.joint_taps)
     mixed = sorted(maps.mixed & owners.keys())

@@ -108,8 +108,9 @@ class Case:
 
     @property
     def layers(self) -> list[LayerFinding]:
-        """Findings of layers that a renormalisation can correct."""
-        return [row for row in self.rows if row.layer is not None and not row.apart]
+        """Findings of layers that a renormalisation can correct, as far as these are known."""
+        within = [row for row in self.rows if row.layer is not None and not row.apart]
+        return [row for row in within if not np.isnan(row.std_ratio)]
 
 
 def std_off(row: LayerFinding) -> bool:

@@ -48,7 +48,8 @@ class LayerFinding:
         std_ratio: Mean standard deviation of the channels that vary over the references' of these
             channels: what scaling can put right. 0 where none varies.
         mean_shift: How far means are from the references', root mean square over channels, in
-            the references' root mean square standard deviation.
+            the references' root mean square standard deviation. Like `std_ratio` and
+            `rescaled_shift` NaN where models have other channels than others.
         rescaled_shift: `mean_shift` if every channel were scaled to the references' standard
             deviation, as RESCALE does.
         dead: Share of channels that do not vary.
@@ -273,6 +274,9 @@ def _goal(found: Features, what: str, site: str) -> np.ndarray:
 
 def _moments(found: Features, site: str) -> dict[str, float]:
     """How the moments of a site's channels compare with the references'."""
+    assert found.references is not None
+    if site not in found.mean or site not in found.references.mean or _other(found, site):
+        return dict.fromkeys(("std_ratio", "mean_shift", "rescaled_shift"), float("nan"))
     mean, std = found.mean[site][0], found.std[site][0]
     varies = np.asarray(alive(mean, std**2)).ravel()
     mean, std = (np.asarray(a, np.float64).ravel() for a in (mean, std))
@@ -287,6 +291,12 @@ def _moments(found: Features, site: str) -> dict[str, float]:
     else:
         ratio = 0.0 if unit else 1.0
     return {"std_ratio": ratio, "mean_shift": now, "rescaled_shift": rescaled}
+
+
+def _other(found: Features, site: str) -> bool:
+    """Whether the references have other channels at a site than the network."""
+    assert found.references is not None
+    return np.shape(found.mean[site])[1:] != np.shape(found.references.mean[site])[1:]
 
 
 def _disagreement(
@@ -305,8 +315,12 @@ def _disagreement(
         stored, var = (
             np.asarray(leaves[path], np.float64).ravel() for path in (norm.mean, norm.var)
         )
+        if stored_mean.shape not in ((), stored.shape):  # heads with widths of their own
+            return None
         stored_mean = stored_mean + share * stored
         stored_std = stored_std + share * np.sqrt(np.maximum(var, 0) + norm.eps)
+    if norm.site not in found.mean:
+        return None
     mean, std = (
         np.asarray(part[norm.site][k], np.float64).ravel() for part in (found.mean, found.std)
     )
@@ -328,7 +342,8 @@ def _kernels(
 ) -> dict[str, tuple[float, float, float]]:
     """A kernel's magnitude over the references', the cosine between theirs, and with their mean.
 
-    By layer, but for those inside stems or heads of one of the networks.
+    By layer, but for those inside stems or heads of one of the networks, and those whose kernels
+    differ in size.
     """
     networks = (model, *references)
     found = {}
@@ -336,7 +351,10 @@ def _kernels(
         if any(_outside(net, network, name) for network in networks):
             continue
         trees = (n.trunk if isinstance(n, Merged) else n for n in networks)
-        mine, *others = (kernels(net, tree, [name])[0] for tree in trees)
+        each = [kernels(net, tree, [name])[0] for tree in trees]
+        if len({kernel.size for kernel in each}) > 1:
+            continue
+        mine, *others = each
         goal = sum(w * np.abs(k).mean() for w, k in zip(weights, others, strict=True))
         ratio = divided(float(np.abs(mine).mean()), float(goal))
         if len(others) == 1:

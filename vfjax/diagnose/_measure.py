@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +24,12 @@ from vfjax._streaming import (
     Site,
     arrange,
     by_pieces,
+    each,
     mesh_of,
     on_mesh,
     pieces,
     replicate,
     stream,
-    vmapped,
 )
 from vfjax.diagnose._sites import by_example
 from vfjax.network import Network
@@ -40,6 +40,8 @@ PyTree = Any
 # Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
 # it; below, the difference would lose more than two of seven digits, and values are centred.
 _LEAST = 0.02
+# What there is per channel.
+CHANNELS = ("mean", "std")
 # The largest exponent of two by which values are scaled: float32 holds its inverse too.
 _EXPONENT = 120
 
@@ -47,26 +49,28 @@ _EXPONENT = 120
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What was measured of one network, by site; P rows each.
+    """What was measured of one network: by site, an array per row. Rows may differ in shape.
 
     Attributes:
-        mean: `[P, *channels]`, over examples and positions.
-        std: `[P, *channels]`, likewise.
-        norm: `[P]`, the mean over examples of `||f(x) - f(0)||`.
-        norm_std: `[P]`, its standard deviation over examples.
-        centre: `[P, ...]`, the mean over examples of `f(x) - f(0)`, shaped like `f(0)`.
-        spread: `[P]`, the root of `E ||f(x) - E f(x)||^2`.
+        mean: `[*channels]`, over examples and positions.
+        std: `[*channels]`, likewise.
+        norm: `[]`, the mean over examples of `||f(x) - f(0)||`.
+        norm_std: `[]`, its standard deviation over examples.
+        centre: `[...]`, the mean over examples of `f(x) - f(0)`, shaped like `f(0)`.
+        spread: `[]`, the root of `E ||f(x) - E f(x)||^2`.
     """
 
-    mean: dict[str, Array]
-    std: dict[str, Array]
-    norm: dict[str, Array]
-    norm_std: dict[str, Array]
-    centre: dict[str, Array]
-    spread: dict[str, Array]
+    mean: dict[str, tuple[Array, ...]]
+    std: dict[str, tuple[Array, ...]]
+    norm: dict[str, tuple[Array, ...]]
+    norm_std: dict[str, tuple[Array, ...]]
+    centre: dict[str, tuple[Array, ...]]
+    spread: dict[str, tuple[Array, ...]]
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["network", "maps"], meta_fields=["net"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Carried:
     """A network whose values count in the basis of a merge.
@@ -74,11 +78,13 @@ class Carried:
     Attributes:
         network: Its variables, or a `Merged` whose stems and heads are the models' own.
         maps: Of each model, by group, what maps its features there: `[m, n]`, or a permutation
-            `int[n]`.
+            `int[n]`. Empty where values are in that basis already.
+        net: The network that runs the variables.
     """
 
     network: PyTree | Merged
     maps: tuple[dict[str, Array], ...]
+    net: Network
 
 
 class Job(NamedTuple):
@@ -113,7 +119,7 @@ def offsets(job: Job, networks: tuple[Any, ...]) -> Offsets:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _offsets(job: Job, mesh: Any, networks: tuple[Any, ...], x: PyTree) -> Offsets:
     def found(networks: tuple[Any, ...], x: PyTree) -> Offsets:
-        return _each(functools.partial(_values, job), networks, x)
+        return each(functools.partial(_values, job), networks, x)
 
     return on_mesh(found, mesh)(networks, x)
 
@@ -134,7 +140,7 @@ def _measure(
 ) -> tuple[tuple[Rows, ...], list[Array]]:
     if mesh is not None:
         return on_mesh(functools.partial(_batch, job), mesh)(state, x), []
-    parts = pieces(job.net, _tree_of(state[0][0]), x)
+    parts = pieces(_runs(job, state[0]), x)
     return by_pieces(lambda x: (_batch(job, state, x), []), _merge, parts, x)
 
 
@@ -159,7 +165,7 @@ def _union(old: Rows, new: Rows, share: Any) -> Rows:
         return _length(jnp.stack([old * within[0], new * within[1], step * between]), (0,))
 
     def length(step: Array) -> Array:
-        return _length(step, tuple(range(1, step.ndim)))
+        return _length(step, tuple(range(step.ndim)))
 
     known = (old.mean, old.norm, old.centre)
     steps = jax.tree.map(jnp.subtract, (new.mean, new.norm, new.centre), known)
@@ -202,43 +208,32 @@ def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple
         names = [field.name for field in dataclasses.fields(Rows)]
         return Rows(
             **{
-                what: {site: jnp.stack([row[what] for row in rows]) for site, rows in found.items()}
+                what: {site: tuple(row[what] for row in rows) for site, rows in found.items()}
                 for what in names
             }
         )
 
-    return _each(one, tuple(zip(*state, strict=True)), x)
+    return each(one, tuple(zip(*state, strict=True)), x)
 
 
-def _each(
-    fn: Callable[[Any, PyTree], Any], networks: tuple[Any, ...], x: PyTree
-) -> tuple[Any, ...]:
-    """`fn(network, x)` of every network; vmapped over those of one structure where that is fast."""
-    if not vmapped():
-        return tuple(fn(network, x) for network in networks)
-    alike: dict[Any, list[int]] = {}
-    for k, network in enumerate(networks):
-        alike.setdefault(jax.tree.structure(network), []).append(k)
-    found: list[Any] = [None] * len(networks)
-    for members in alike.values():
-        if len(members) == 1:  # under vmap, `cond` would take both of its branches
-            found[members[0]] = fn(networks[members[0]], x)
-            continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[networks[k] for k in members])
-        results = jax.vmap(fn, (0, None))(stacked, x)
-        for place, k in enumerate(members):
-            found[k] = jax.tree.map(lambda a, place=place: a[place], results)
-    return tuple(found)
-
-
-def _tree_of(network: Any) -> PyTree:
-    network = network.network if isinstance(network, Carried) else network
-    return network.trunk if isinstance(network, Merged) else network
+def _runs(job: Job, networks: tuple[Any, ...]) -> dict[Network, PyTree]:
+    """The traced networks that run, each with a tree of its own or none."""
+    found: dict[Network, PyTree] = {}
+    for network in networks:
+        net = network.net if isinstance(network, Carried) else job.net
+        network = network.network if isinstance(network, Carried) else network
+        if isinstance(network, Merged):
+            found.setdefault(net, network.trunk)
+            found |= {own: {} for own in network.nets if own not in found}
+        else:
+            found.setdefault(net, network)
+    return found
 
 
 def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
     """Values at every site, one per row, in float32 or better."""
     maps: tuple[Any, ...] = network.maps if isinstance(network, Carried) else ()
+    net = network.net if isinstance(network, Carried) else job.net
     network = network.network if isinstance(network, Carried) else network
     if isinstance(network, Merged):
         _, found = network.read(x, job.sources)
@@ -251,10 +246,10 @@ def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
                     for k, value in enumerate(found[source])
                 )
     else:
-        _, values = job.net.run(network, x, capture=job.sources)
+        _, values = net.run(network, x, capture=job.sources)
         found = {source: (value,) for source, value in values.items()}
         for source in job.sources if maps else ():
-            found[source] = (job.net.map_site(network, x, source, values[source], maps[0]),)
+            found[source] = (net.map_site(network, x, source, values[source], maps[0]),)
     return {
         site.source: tuple(arrange(value, site)[0] for value in found[site.source])
         for site in job.sites
@@ -319,33 +314,42 @@ def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict
         weights: Those of the models of a `Merged`, over which rows are averaged.
 
     Returns:
-        The fields of `Features`, of one network.
+        The fields of `Features`, of one network; `mean` and `std` only where all rows have the same
+        channels.
     """
-    dtype = rows.norm[site].dtype
-    row = {f.name: getattr(rows, f.name)[site].astype(np.float64) for f in dataclasses.fields(rows)}
-    zero = np.stack([np.asarray(value, np.float64) for value in at_zero])
+    found = [_of_row(rows, site, at, zero) for at, zero in enumerate(at_zero)]
+    shapes = {one["mean"].shape for one in found}
+    share = np.asarray(weights) if len(found) > 1 else np.ones(1)
+    dtype = rows.norm[site][0].dtype
+    with np.errstate(over="ignore"):  # which is reported, with the name of the site
+        return {
+            what: np.tensordot(share, np.stack([one[what] for one in found]), 1).astype(dtype)
+            for what in found[0]
+            if what not in CHANNELS or len(shapes) == 1
+        }
+
+
+def _of_row(rows: Rows, site: str, at: int, at_zero: Any) -> dict[str, np.ndarray]:
+    """What one row comes to."""
+    mean = rows.mean[site][at]
+    row = {
+        field.name: np.asarray(getattr(rows, field.name)[site][at], np.float64)
+        for field in dataclasses.fields(rows)
+    }
+    zero = np.asarray(at_zero, np.float64)
     # What is no larger than the rounding of the values themselves is none.
-    rounding = ROUNDINGS * np.finfo(dtype).eps
+    rounding = ROUNDINGS * np.finfo(rows.norm[site][at].dtype).eps
     std = np.where(row["std"] <= rounding * np.abs(row["mean"]), 0, row["std"])
-    example = _lengths(zero + row["centre"])
+    example = np.linalg.norm(zero + row["centre"])
     spread = np.where(row["spread"] <= rounding * example, 0, row["spread"])
     # Nothing is nearer to the values than their mean; 0 where they are f(0), to the last bit.
     spread = np.minimum(spread, np.hypot(row["norm"], row["norm_std"]))
-    mean = rows.mean[site]
-    found = {
+    return {
         "feature": row["norm"],
         "feature_std": row["norm_std"],
-        "offset": _lengths(zero),
+        "offset": np.asarray(np.linalg.norm(zero)),
         "mean": row["mean"],
         "std": std,
-        "variance": np.square(spread) / max(zero[0].size, 1),
-        "dead": np.stack([1 - alive(m, s**2).mean() for m, s in zip(mean, std, strict=True)]),
+        "variance": np.square(spread) / max(zero.size, 1),
+        "dead": np.asarray(1 - alive(mean, std**2).mean()),
     }
-    share = np.asarray(weights) if len(zero) > 1 else np.ones(1)
-    with np.errstate(over="ignore"):  # which is reported, with the name of the site
-        return {what: np.tensordot(share, v, 1).astype(dtype) for what, v in found.items()}
-
-
-def _lengths(rows: np.ndarray) -> np.ndarray:
-    """L2 norm of each row."""
-    return np.linalg.norm(rows.reshape(len(rows), -1), axis=1)

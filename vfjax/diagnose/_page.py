@@ -51,9 +51,18 @@ def cells(row: LayerFinding) -> tuple[str, ...]:
         row.smoothed,
         row.std_ratio,
     )
-    shown = [f"{v:.3g}" if np.isfinite(v) else ("inf" if v > 0 else "-") for v in numbers]
-    mean = f"{row.mean_shift:.2f}" if np.isfinite(row.mean_shift) else "inf"
-    return (row.site, str(row.depth), *shown, mean, f"{100 * row.dead:.0f} %")
+    shown = [_shown(v, ".3g") for v in numbers]
+    return (
+        row.site,
+        str(row.depth),
+        *shown,
+        _shown(row.mean_shift, ".2f"),
+        f"{100 * row.dead:.0f} %",
+    )
+
+
+def _shown(value: float, form: str) -> str:
+    return format(value, form) if np.isfinite(value) else ("inf" if value > 0 else "-")
 
 
 def text_table(rows: Sequence[LayerFinding]) -> str:

@@ -31,7 +31,8 @@ class FeatureSite:
         depth: Depth of that layer: of the layers on the longest path from the input, how many come
             before the value, its own included. 0 for `input`, L for `output`.
         main: Whether it lies on the main path, and not on a shortcut.
-        size: Entries of its value per example.
+        size: Entries of its value per example; their rounded mean over models where these differ,
+            as at the outputs of heads with classes of their own.
     """
 
     name: str

@@ -19,9 +19,9 @@ import numpy as np
 
 from vfjax._arguments import check_merged, weights_for
 from vfjax._batches import check_finite_means
-from vfjax._fits import check_fits
+from vfjax._fits import check_fits, check_models
 from vfjax._merged import Merged
-from vfjax._networks import check_net
+from vfjax._networks import networks
 from vfjax._tree import check_finite, flatten_named
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
@@ -47,14 +47,17 @@ class Features:
 
     A pytree. All numbers are float32 or better, in the units of the site's values. Inside the stems
     and heads of a `Merged`, where a site exists once per model, each is the weighted average of the
-    models' numbers, so that layers which are kept apart count as whole as their models are.
+    models' numbers, so that layers which are kept apart count as whole as their models are. Where
+    models differ in a site's shape, as at the outputs of heads with classes of their own, `mean`
+    and `std` lack it; the other numbers, of one value per model, are there.
 
     Attributes:
         feature: `[K]`, `E ||f(x) - f(0)||_2`: the norm is over all axes of an example, the mean
             over examples.
         feature_std: `[K]`, standard deviation of that norm over examples.
         offset: `[K]`, `||f(0)||_2`.
-        mean: `[K, *channels]`, mean of each channel over examples and positions.
+        mean: `[K, *channels]`, mean of each channel over examples and positions; not of sites at
+            which models have other channels than others.
         std: `[K, *channels]`, standard deviation likewise, as in `vfjax.stats.moments`.
         variance: `[K]`, `E ||f(x) - E f(x)||^2 / size`: the variance over examples, averaged over
             all units (channels and positions). What differs between positions alone is not in it.
@@ -185,7 +188,7 @@ class Features:
 
 
 def features(
-    net: Network,
+    net: Network | Sequence[Network],
     variables: PyTree | Merged | Sequence[PyTree | Merged],
     data: Iterable[Any],
     *,
@@ -204,10 +207,12 @@ def features(
     network merges them with positions, as by `x.reshape(-1, features)`, they are the outer ones.
 
     Args:
-        net: The traced network.
+        net: The traced network; or one per reference, as `variables` were merged with, of which the
+            first is that of trees. Those of a `Merged` are taken for references by themselves.
         variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of such.
         data: Re-iterable of `x` or `(x, label)`.
-        references: Edge models, or the network before pruning, to compare with.
+        references: Edge models, or the network before pruning, to compare with. Leaves that only
+            heads of a `Merged` read may differ in shape.
         maps: What the edge models, as trees, were merged through, if they are not aligned: their
             values are carried into the basis of the merge.
         weights: One per reference, summing to one, for means over references. None for those that a
@@ -247,10 +252,9 @@ def features(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
     feature for linear and general networks.
     """
-    check_net(net)
-    mine = as_networks(net, variables, "variables")
-    others = as_networks(net, references, "references") if _given(references) else ()
-    carried = (*mine, *others) if maps is None else carry(net, mine, others, maps)
+    nets, mine, others = compared(net, variables, references)
+    net = nets[0]
+    carried = carry(nets, mine, others, maps)
     if weights is not None and not others:
         raise ValueError("weights are those of the references, and there are none")
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
@@ -258,34 +262,39 @@ def features(
     chosen, source = unique(net, names)
     job = _measure.Job(net, chosen)
 
-    networks = (*mine, *others)
+    whole = (*mine, *others)
     shifts = _measure.offsets(job, carried)
     at_zero = jax.tree.map(np.asarray, shifts)
-    _check_rows(job, at_zero)
     _check_defined(job, at_zero)
     rows = _measure.measure(job, carried, shifts, data)
     means = {
-        site.name: np.concatenate([np.ravel(r.mean[site.name]) for r in rows]) for site in job.sites
+        site.name: np.concatenate([np.ravel(m) for r in rows for m in r.mean[site.name]])
+        for site in job.sites
     }
     check_finite_means(means)
 
     found = {
         site.name: [
             _measure.numbers(site.name, row, zero[site.source], getattr(network, "weights", ()))
-            for network, row, zero in zip(networks, rows, at_zero, strict=True)
+            for network, row, zero in zip(whole, rows, at_zero, strict=True)
         ]
         for site in job.sites
     }
     _check_range(found)
-    sizes = {site.name: rows[0].centre[site.name][0].size for site in job.sites}
+    sizes = {
+        site.name: round(np.mean([np.size(c) for r in rows for c in r.centre[site.name]]))
+        for site in job.sites
+    }
     described = tuple(describe(net, name, sizes[source[name]]) for name in names)
     static = {"sites": described, "depth": net.depth}
 
     def record(part: slice, references: Features | None, shares: Any) -> Features:
         def stacked(what: str) -> dict[str, Array]:
+            values = {name: [n.get(what) for n in found[source[name]][part]] for name in names}
             return {
-                name: jnp.asarray(np.stack([n[what] for n in found[source[name]][part]]))
-                for name in names
+                name: jnp.asarray(np.stack(each))
+                for name, each in values.items()
+                if each[0] is not None and len({np.shape(value) for value in each}) == 1
             }
 
         fields = {what: stacked(what) for what in _FIELDS}
@@ -296,75 +305,134 @@ def features(
     return record(slice(count), theirs, shares)
 
 
-def as_networks(net: Network, given: Any, name: str) -> tuple[PyTree | Merged, ...]:
+def compared(
+    net: Network | Sequence[Network], variables: Any, references: Any
+) -> tuple[tuple[Network, ...], tuple[PyTree | Merged, ...], tuple[PyTree | Merged, ...]]:
+    """Networks to measure and to compare with, checked.
+
+    Args:
+        net: As in `features`.
+        variables: As in `features`.
+        references: As in `features`; may be empty.
+
+    Returns:
+        The traced networks, of the references where there are any, and first of all that of the
+        variables; the variables; the references.
+
+    Raises:
+        TypeError: If `net` is no traced network, or a leaf no array.
+        ValueError: If something does not fit, or holds NaN or infinite values.
+    """
+    nets = networks(net, len(net) if isinstance(net, (list, tuple)) else 1)
+    mine = as_networks(net, variables, "variables")
+    if not _given(references):
+        return nets, mine, ()
+    others, labels = _listed(nets[0], references, "references")
+    if any(isinstance(other, Merged) for other in others):
+        return nets[:1] * len(others), mine, as_networks(net, references, "references")
+    merged = [network for network in mine if isinstance(network, Merged)]
+    if isinstance(net, Network):
+        own = (m.nets for m in merged if len(m.nets) == len(others))
+        nets = networks(next(own, net), len(others))
+    else:
+        nets = networks(net, len(others))
+    heads = [nets[0].head_leaves(m.cut, m.end) for m in merged if m.end is not None]
+    free = frozenset.intersection(*heads) if heads else frozenset()
+    if free or any(own is not nets[0] for own in nets):
+        check_models(nets, others, free=free, name="references")
+    else:
+        _check_trees(nets[0], others, labels)
+    return nets, mine, others
+
+
+def as_networks(
+    net: Network | Sequence[Network], given: Any, name: str
+) -> tuple[PyTree | Merged, ...]:
     """One network or several, checked: trees of a traced network's variables, or `Merged`s.
 
     Args:
-        net: The traced network.
+        net: The traced network, or those of a `Merged`, of which the first is that of trees.
         given: A tree, a `Merged`, or a sequence of such. What has the structure of the traced
             variables is one tree, even if that is a list.
         name: The caller's name for it.
 
     Raises:
-        TypeError: If a leaf is no array.
+        TypeError: If `net` is no traced network, or a leaf no array.
         ValueError: If a tree does not fit the network or holds NaN or infinite values, or there is
             none.
     """
-    one = isinstance(given, Merged) or jax.tree.structure(given) == net._treedef
-    if one or not isinstance(given, (list, tuple)):
-        given, labels = (given,), [name]
-    else:
-        labels = [f"{name}[{k}]" for k in range(len(given))]
-    if not given:
-        raise ValueError(f"{name} is empty; give at least one tree, or a Merged")
-    for label, network in zip(labels, given, strict=True):
+    first = networks(net, len(net) if isinstance(net, (list, tuple)) else 1)[0]
+    found, labels = _listed(first, given, name)
+    for label, network in zip(labels, found, strict=True):
         if isinstance(network, Merged):
             check_merged(net, network)
             network.check(label)
         else:
-            check_fits(net, network, label)
-            check_finite(flatten_named(network, name=label)[0], name=label)
-    return tuple(given)
+            _check_trees(first, [network], [label])
+    return found
+
+
+def _listed(net: Network, given: Any, name: str) -> tuple[tuple[Any, ...], list[str]]:
+    """What is one network or a sequence of such, as a tuple, and what to call each."""
+    one = isinstance(given, Merged) or jax.tree.structure(given) == net._treedef
+    if one or not isinstance(given, (list, tuple)):
+        return (given,), [name]
+    if not given:
+        raise ValueError(f"{name} is empty; give at least one tree, or a Merged")
+    return tuple(given), [f"{name}[{k}]" for k in range(len(given))]
+
+
+def _check_trees(net: Network, trees: Sequence[PyTree], labels: Sequence[str]) -> None:
+    for tree, label in zip(trees, labels, strict=True):
+        check_fits(net, tree, label)
+        check_finite(flatten_named(tree, name=label)[0], name=label)
 
 
 def carry(
-    net: Network, merged: Sequence[PyTree | Merged], edges: Sequence[PyTree | Merged], maps: Maps
+    nets: Sequence[Network],
+    merged: Sequence[PyTree | Merged],
+    edges: Sequence[PyTree | Merged],
+    maps: Maps | None,
 ) -> tuple[Any, ...]:
     """Merged networks and edge models, whose values count in the basis of the merge.
 
     What is the models' own, in edge models and in stems and heads, is mapped there.
 
+    Args:
+        nets: The traced network of every edge model, the first that of the merged networks.
+        merged: Trees, or `Merged`s.
+        edges: Likewise.
+        maps: What maps the edge models, as trees; None where they are in that basis already.
+
     Raises:
         TypeError: If `maps` is no `Maps`.
         ValueError: If there are not as many trees as it maps, or it does not fit the network.
     """
+    if maps is None:
+        others = (
+            edge if own is nets[0] else _measure.Carried(edge, (), own)
+            for own, edge in zip(nets, edges, strict=False)
+        )
+        return (*merged, *others)
     if not isinstance(maps, Maps):
         raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
     if any(isinstance(network, Merged) for network in edges):
         raise ValueError("maps carry edge models, and references has a Merged; give trees")
-    maps.check((net,) * len(edges), len(edges))
+    maps.check(nets[: len(edges)], len(edges))
     # Stems and heads are permuted already.
     mixing = tuple({g: jnp.asarray(pair[0]) for g, pair in of.items()} for of in maps.mixing)
     merging = [{g: jnp.asarray(m) for g, m in of.items()} for of in maps.merging]
-    edges = [maps.in_units(net, edge) for edge in edges]
-    own = [
-        _measure.Carried(network, mixing)
+    mine = (
+        _measure.Carried(network, mixing, network.net)
         if isinstance(network, Merged) and (network.stems or network.heads)
         else network
         for network in merged
-    ]
-    return (*own, *(_measure.Carried(e, (m,)) for e, m in zip(edges, merging, strict=True)))
-
-
-def _check_rows(job: _measure.Job, at_zero: _measure.Offsets) -> None:
-    for site in job.sites:
-        for zero in at_zero:
-            shapes = {np.shape(value) for value in zero[site.source]}
-            if len(shapes) > 1:
-                raise ValueError(
-                    f"'{site.name}' has values of shapes {sorted(shapes)} in the heads of the "
-                    "models, which have no mean; name other sites"
-                )
+    )
+    others = (
+        _measure.Carried(maps.in_units(own, edge), (of,), own)
+        for own, edge, of in zip(nets, edges, merging, strict=True)
+    )
+    return (*mine, *others)
 
 
 def _given(references: Any) -> bool:
@@ -376,8 +444,8 @@ def _given(references: Any) -> bool:
 
 def _check_range(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
     """Checks the numbers of every site: values may be finite, and their squares not."""
-    for site, networks in found.items():
-        for what, value in ((w, v) for numbers in networks for w, v in numbers.items()):
+    for site, each in found.items():
+        for what, value in ((w, v) for numbers in each for w, v in numbers.items()):
             if not np.isfinite(value).all():
                 raise ValueError(
                     f"the {what} of '{site}' is too large for {value.dtype}: its values are finite "

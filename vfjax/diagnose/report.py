@@ -18,14 +18,13 @@ import numpy as np
 from vfjax._arguments import weights_for
 from vfjax._files import write_whole
 from vfjax._merged import Merged
-from vfjax._networks import check_net
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
 from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.diagnose.bounds import Bound, Collapse, bound_sequence, variance_collapse
-from vfjax.diagnose.features import Features, as_networks, features
+from vfjax.diagnose.features import Features, compared, features
 from vfjax.network import Network
 
 if TYPE_CHECKING:
@@ -242,7 +241,7 @@ def _undefined(ratio: float) -> str:
 
 
 def report(
-    net: Network,
+    net: Network | Sequence[Network],
     variables: PyTree | Merged,
     data: Iterable[Any],
     *,
@@ -287,10 +286,13 @@ def report(
     key `key`; they pass the references' weights wherever they would take others by themselves.
 
     Args:
-        net: The traced network.
+        net: The traced network, or one per reference, as in `features`.
         variables: A tree of its variables, or a `vfjax.merge.Merged`: one network.
         data: Re-iterable of `x` or `(x, label)`.
         references: The edge models, aligned as they were merged, or the network before pruning.
+            Where they differ in a site's shape, as at the outputs of heads with classes of their
+            own, features and offsets are compared and channels are not: there, `std_ratio`,
+            `mean_shift` and `rescaled_shift` are NaN.
         maps: What the edge models, as trees, were merged through, if they are not aligned: their
             values and kernels are carried into the basis of the merge.
         weights: One per reference, summing to one. None for those of `variables`, if that is a
@@ -329,8 +331,6 @@ def report(
     feature and of variance collapse, the upper-bound sequence, and the sections on normalisation
     and on Preserve-First Merging. The numbers in the rules are this library's own choice.
     """
-    check_net(net)
-    model = _one(as_networks(net, variables, "variables"))
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}")
     if references is None or (isinstance(references, (list, tuple)) and not references):
@@ -338,12 +338,14 @@ def report(
             "references must hold at least one network to compare with: the edge models, or the "
             "network before pruning"
         )
-    others = as_networks(net, references, "references")
+    given = net
+    nets, mine, others = compared(given, variables, references)
+    net, model = nets[0], _one(mine)
     names = resolve_sites(net, sites)
     norms = [norm.site for norm in net.norms if norm.site not in names]
     path, end = _findings.main_path(net, names)
     found = features(
-        net,
+        given,
         model,
         data,
         references=list(others),
@@ -351,7 +353,7 @@ def report(
         weights=weights_for(model, weights, len(others)),
         sites=list(dict.fromkeys([*names, *norms, *path])),
     )
-    aligned = others if maps is None else tuple(maps.apply(net, others))
+    aligned = others if maps is None else tuple(maps.apply(nets, others))
     bound = bound_sequence(found, sites=path)
     smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
     collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
@@ -359,7 +361,7 @@ def report(
     heads = [s for s in found.names if isinstance(model, Merged) and model.in_heads(s)]
     inside = [norm.site for norm in net.norms if norm.site in heads]
     # Statistics that heads store are of values in the models' own basis, where maps led out of it.
-    own = features(net, model, data, sites=inside) if inside and maps is not None else found
+    own = features(given, model, data, sites=inside) if inside and maps is not None else found
     stored = _findings.norm_findings(
         net, model, aligned, found, own, mean_error=_advice.MEAN_OFF, std_ratio=_advice.STD_OFF
     )
