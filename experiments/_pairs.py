@@ -33,10 +33,13 @@ FROM_DATA = ("activation", *MIXING)
 # What the settings of a matching are called in titles and in names of files.
 SETTINGS = {
     "zipit": {"zip_alpha": ("alpha {:g}", "a{:g}"), "zip_beta": ("beta {:g}", "b{:g}")},
-    "cca": {"regularization": ("ridge {:g}", "r{:g}")},
+    "cca": {
+        "regularization": ("ridge {:g}", "r{:g}"),
+        "relative": ("times the mean variance", "relative"),
+    },
 }
 # Those of the paper's code.
-DEFAULTS = {"zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1}
+DEFAULTS = {"zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1, "relative": False}
 
 # -------------------------------------------------------------------------------------- options
 
@@ -62,8 +65,28 @@ def matching_options(p: argparse.ArgumentParser) -> None:
         type=_ridge,
         default=DEFAULTS["regularization"],
         metavar="R",
-        help="with CCA, what is added to the diagonal of the covariances",
+        help="with CCA, what is added to the diagonal of the covariances: as it is, whatever their "
+        "size, like in the paper's code; the library's own default is 1 with --relative",
     )
+    p.add_argument(
+        "--relative",
+        action="store_true",
+        help="with CCA, take --regularization times the mean variance of a network's features",
+    )
+
+
+def check(args: argparse.Namespace, matches: Sequence[str]) -> None:
+    """Refuses settings of matchings that are not asked for: they would do nothing.
+
+    Raises:
+      UserError: If there are some.
+    """
+    for match, settings in SETTINGS.items():
+        for option in settings:
+            if match not in matches and getattr(args, option) != DEFAULTS[option]:
+                raise _common.UserError(
+                    f"--{option.replace('_', '-')} does nothing here: it is for --match {match}."
+                )
 
 
 def _ridge(text: str) -> float:
@@ -101,7 +124,8 @@ def _changed(match: str, config: Mapping[str, Any]) -> list[tuple[str, str, Any]
     return [
         (label, short, config[option])
         for option, (label, short) in SETTINGS.get(match, {}).items()
-        if config[option] != DEFAULTS[option]
+        # Older records lack what was added since, and have its default.
+        if config.get(option, DEFAULTS[option]) != DEFAULTS[option]
     ]
 
 
@@ -196,9 +220,9 @@ class Pair:
             maps = align.zip_moments(net, moments, alpha=alpha, beta=beta)
             record |= {"alpha": alpha, "beta": beta}
         elif match == "cca":
-            ridge = config["regularization"]
-            maps = align.cca_moments(net, moments, regularization=ridge, relative=False)
-            record |= {"regularization": ridge}
+            ridge = {name: config[name] for name in ("regularization", "relative")}
+            maps = align.cca_moments(net, moments, **ridge)
+            record |= ridge
         elif match == "transport":
             maps = align.transport_moments(net, moments)
         else:

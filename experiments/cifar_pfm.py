@@ -474,6 +474,7 @@ def file_name(record: dict[str, Any]) -> str:
 
 def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measures everything; returns the record."""
+    _pairs.check(args, [args.match])
     # Three models make three pairs: the smallest number of models that makes enough.
     count = next(k for k in itertools.count(2) if k * (k - 1) // 2 >= args.pairs)
     by_second = sorted(itertools.combinations(range(count), 2), key=lambda pair: pair[::-1])

@@ -347,6 +347,24 @@ def test_units_mixed(match, tiny):
     assert all(verdict is None for verdict, _ in claims) == (match == "transport")
 
 
+def test_ridges_of_cca_are_absolute_or_relative(tiny):
+    """The paper's, or the library's default when a relative one of 1 is asked for."""
+    options = [*tiny("vgg11", 2), "--layers", "0", "--match", "cca"]
+    record = json.loads(pfm.main(options).read_text())
+    assert record["pairs"][0]["matching"] == {
+        "method": "cca",
+        "regularization": 0.1,
+        "relative": False,
+    }
+    path = pfm.main([*options, "--regularization", "1", "--relative"])
+    assert path.stem.endswith("-cca-r1-relative-layers0")
+    other = json.loads(path.read_text())
+    assert other["pairs"][0]["matching"]["relative"] is True
+    assert "CCA (ridge 1, times the mean variance)" in other["title"]
+    losses = [found["rows"][3]["cells"]["matched"]["loss"] for found in (record, other)]
+    assert losses[0] != losses[1]
+
+
 def test_activation_matching_beside_another_is_that_alone(tiny):
     options = [*tiny("vgg11", 2), "--layers", "0", "2"]
     beside = json.loads(pfm.main([*options, "--match", "zipit"]).read_text())
@@ -417,7 +435,7 @@ def test_costs_are_each_matching_s_own(tiny, capsys):
     # Models stand in the first column of either table.
     assert shown[0][0][1] == shown[1][0][1] != ""
     pfm.show(mixed)
-    assert all(ratio in capsys.readouterr().out.split() for ratio in [ratios[1]])
+    assert ratios[1] in capsys.readouterr().out.split()
     # Older records do not say what activation matching costs beside others.
     for old in mixed["rows"]:
         old.pop("costs", None)
@@ -542,6 +560,7 @@ def test_help_explains_every_option(capsys):
         "--zip-alpha A",
         "--zip-beta B",
         "--regularization R",
+        "--relative",
         "--layers",
         "--alpha",
         "--pairs",
@@ -578,6 +597,15 @@ def test_help_explains_every_option(capsys):
         (["--samples", "0"], "'0' is neither a number of images nor 'all'"),
         (["--match", "both"], "invalid choice: 'both'"),
         (["--zip-beta", "2"], "--zip-beta: '2' is no number from 0 to 1"),
+        (["--zip-beta", "0.5"], "--zip-beta does nothing here: it is for --match zipit."),
+        (
+            ["--match", "transport", "--zip-beta", "1", "--regularization", "2", "--relative"],
+            "--zip-beta does nothing here: it is for --match zipit.",
+        ),
+        (
+            ["--match", "zipit", "--relative"],
+            "--relative does nothing here: it is for --match cca.",
+        ),
         (["--regularization", "-1"], "--regularization: '-1' is no number from 0 on"),
         (["--regularization", "some"], "--regularization: 'some' is no number from 0 on"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "is not prepared"),
@@ -708,6 +736,7 @@ def test_runs_that_differ_have_other_names(digits):
     changes += [{"match": "zipit"}, {"match": "cca"}, {"match": "transport"}]
     changes += [{"match": "zipit", "zip_alpha": 0.1}, {"match": "zipit", "zip_beta": 0.1}]
     changes += [{"match": "cca", "regularization": 1.0}]
+    changes += [{"match": "cca", "regularization": 1.0, "relative": True}]
     standard = record["config"] | {"layers": pfm.default_layers(6)}
     names = [pfm.file_name(record | {"config": standard | change}) for change in changes]
     assert names[0] == "cifar_pfm-digits-digits-mlp" and len(set(names)) == len(names)

@@ -101,6 +101,10 @@ def test_table_and_figure_show_the_record(digits, capsys):
         "FLOPs, relative to one model",
     ]
     assert [len(a.containers) for a in axes] == [7, 7, 5, 5]
+    # Accuracy for cost is shown where the curves are.
+    for place, a in enumerate(axes):
+        lowest = min(min(c.lines[0].get_ydata()) for c in a.containers)
+        assert a.get_ylim()[0] == 0 if place < 2 else a.get_ylim()[0] > 0.8 * lowest
 
 
 # ------------------------------------------------------------------------------------- its claims
@@ -124,13 +128,20 @@ def verdict(record, start):
 
 
 def test_claims_go_by_the_numbers(digits):
-    _, record = digits
+    record = copy.deepcopy(digits[1])
     start = "with ZipIt! and RESCALE PFM is ahead"
     ahead = with_curves(record, "zipit", "rescale", [0.8, 0.9], [0.7, 0.8])
     holds, text = verdict(ahead, start)
-    assert holds and "at 2 of 2 l, by 10.0 points" in text
+    assert holds and "at 2 and behind at 0 of 2 l" in text and "+10.0 points" in text
     holds, text = verdict(with_curves(record, "zipit", "rescale", [0.8, 0.9], [0.8, 0.8]), start)
-    assert not holds and "at 1 of 2 l, by 5.0 points" in text
+    assert not holds and "at 1 and behind at 0 of 2 l" in text and "+5.0 points" in text
+    # On 497 images three points are level.
+    holds, text = verdict(with_curves(record, "zipit", "rescale", [0.73, 0.83], [0.7, 0.8]), start)
+    assert not holds and "at 0 and behind at 0 of 2 l" in text
+    record["data"]["test_images"] = 10_000
+    holds, text = verdict(with_curves(record, "zipit", "rescale", [0.73, 0.83], [0.7, 0.8]), start)
+    assert holds and "at 2 and behind at 0 of 2 l" in text
+    record["data"]["test_images"] = 497
     # The other claims are on other curves.
     start = "with activation matching and RESCALE PFM is ahead"
     assert verdict(ahead, start) == verdict(record, start)
@@ -142,14 +153,16 @@ def test_two_of_twelve_are_allowed():
     """As many as the paper has, where all l are tried."""
     cells = [{"accuracy": 0.5, "loss": 1.0}] * 14
     better = [{"accuracy": 0.6, "loss": 1.0}] * 14
+    best = [{"accuracy": 0.7, "loss": 1.0}] * 14
 
     def holds(behind):
         curves = {"none": [None] * 14, "reset": better}
-        worse = {"none": [None] * 14, "reset": [*cells[behind:], *better[:behind]]}
+        worse = {"none": [None] * 14, "reset": [*cells[behind:], *best[:behind]]}
         kinds = {"pfm": curves, "partial": worse, "both": curves}
         record = {
             "remedy": "reset",
             "model": {"depth": 14},
+            "data": {"test_images": 1_000},
             "layers": list(range(14)),
             "config": partial._pairs.DEFAULTS,
             "curves": {"zipit": kinds},
@@ -201,6 +214,8 @@ def test_logits_of_heads_are_averaged():
         (["--match", "both"], "invalid choice: 'both'"),
         (["--samples", "0"], "'0' is no number of images"),
         (["--preset", "paper"], "no models of --preset paper are shipped"),
+        (["--regularization", "1"], "--regularization does nothing here: it is for --match cca"),
+        (["--match", "activation", "--zip-alpha", "1"], "--zip-alpha does nothing here"),
     ],
 )
 def test_bad_options(arguments, message, capsys, tmp_path):
