@@ -331,6 +331,61 @@ def test_biases_change_in_the_trunk_alone():
         jax.tree.map(np.testing.assert_array_equal, getattr(calibrated, part), getattr(model, part))
 
 
+@pytest.mark.parametrize("merged", [slice(None), slice(None, 3), slice(1, 3)])
+def test_originals_with_maps_calibrate_as_mapped_references_do(merged):
+    net, trees, _ = case("heads", classes=7 if merged.stop else 3)
+    maps = random_zip(net, 2)
+    model = merge.partial(net, trees, maps, merged=merged, alpha=0.25)
+    expected = renorm.calibrate_bias(net, model, references=maps.apply(net, trees))
+    found = renorm.calibrate_bias(net, model, references=trees, maps=maps)
+    jax.tree.map(close, found, expected)
+    first, second = (np.asarray(tree["b3"]) for tree in maps.apply(net, trees))
+    close(found.trunk["b3"], 0.75**3 * first + 0.25**3 * second)
+    if merged == slice(None):
+        tree = merge.interpolate(maps.apply(net, trees), alpha=0.25)
+        options = {"references": trees, "maps": maps, "weights": (0.75, 0.25)}
+        jax.tree.map(close, renorm.calibrate_bias(net, tree, **options), found.trunk)
+
+
+def test_calibration_of_models_of_other_widths():
+    def apply_fn(v, x):
+        h = x @ v["a"]
+        h = jax.nn.relu(h + along(v["ab"], h)) @ v["b"]
+        h = jax.nn.relu(h + along(v["bb"], h)) @ v["c"]
+        return h + along(v["cb"], h)
+
+    rng = np.random.default_rng(5)
+    trees = []
+    for n, m, classes in ((8, 6, 3), (9, 7, 5)):
+        shapes = {"a": (4, n), "b": (n, m), "c": (m, classes)}
+        biases = {"ab": (n,), "bb": (m,), "cb": (classes,)}
+        trees.append({name: normal(rng, *shape) for name, shape in (shapes | biases).items()})
+    x = jax.random.normal(jax.random.key(1), (40, 4))
+    nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
+    maps = vfjax.align.transport(nets, trees, [x])
+    mapped = maps.apply(nets, trees)
+    for merged in (slice(0, 2), slice(1, 2)):
+        model = merge.partial(nets, trees, maps, merged=merged)
+        expected = (mapped[0]["bb"] + mapped[1]["bb"]) / 4
+        for net in (nets, nets[0]):
+            for options in ({"references": mapped}, {"references": trees, "maps": maps}):
+                found = renorm.calibrate_bias(net, model, **options)
+                close(found.trunk["bb"], expected)
+            with pytest.raises(ValueError, match=r"references\[1\] has shape .* and maps=maps"):
+                renorm.calibrate_bias(net, model, references=trees)
+        report = diagnose.report(nets, model, [x], references=trees, maps=maps)
+        assert all("maps.apply" not in advice.call for advice in report.advice)
+    model = merge.partial(nets, trees, maps, merged=slice(0, 2))
+    with pytest.raises(ValueError, match="there are none"):
+        renorm.calibrate_bias(nets, model, maps=maps)
+    with pytest.raises(TypeError, match=r"maps must be a vfjax\.align\.Maps"):
+        renorm.calibrate_bias(nets, model, references=trees, maps=[{}, {}])
+    with pytest.raises(TypeError, match="references must be a list or tuple"):
+        renorm.calibrate_bias(nets, model, references=trees[0])
+    with pytest.raises(ValueError, match="the 2 models matched, got 1|2 networks for 1"):
+        renorm.calibrate_bias(nets, model, references=trees[:1], maps=maps)
+
+
 # --------------------------------------------------------------------------------------- diagnosis
 
 

@@ -16,6 +16,7 @@ from vfjax._arguments import check_merged, weights_for
 from vfjax._fits import check_models
 from vfjax._merged import Merged
 from vfjax._weights import resolve_weights
+from vfjax.align._maps import Maps
 from vfjax.network import Network
 
 Array = jax.Array
@@ -99,6 +100,7 @@ def calibrate_bias(
     merged: PyTree | Merged,
     *,
     references: Sequence[PyTree] | None = None,
+    maps: Maps | None = None,
     weights: Sequence[float] | None = None,
 ) -> PyTree | Merged:
     """Bias calibration: scales biases down as merging scales features down, layer by layer.
@@ -111,9 +113,10 @@ def calibrate_bias(
     Args:
         net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
-        references: The K aligned edge models, as `vfjax.align.Maps.apply` maps them where features
-            were mixed; None to calibrate the merged biases themselves, with two models for a tree
-            and those of a `Merged` for that.
+        references: The K edge models: aligned, as `vfjax.align.Maps.apply` maps them where features
+            were mixed, or with `maps` the originals; None to calibrate the merged biases
+            themselves, with two models for a tree and those of a `Merged` for that.
+        maps: What maps the references into the basis of the merge.
         weights: One per model, summing to one. None for those of a `Merged` of as many models, else
             equal ones.
 
@@ -121,8 +124,9 @@ def calibrate_bias(
         A tree or a `Merged`, as given. Layers without a bias are passed over.
 
     Raises:
-        ValueError: If weights are unequal and no references are given, if references or weights do
-            not fit, or one bias leaf serves layers of several depths.
+        TypeError: If `maps` is no `Maps`, or `references` no sequence of trees.
+        ValueError: If weights are unequal or maps given and no references, if references, maps or
+            weights do not fit, or one bias leaf serves layers of several depths.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -139,6 +143,8 @@ def calibrate_bias(
     """
     net = check_merged(net, merged)
     if references is None:
+        if maps is not None:
+            raise ValueError("maps map references, and there are none; give references=[...]")
         models = _equal_models(merged, weights)
 
         def scaled(bias: Array, index: Bias, depth: int) -> Array:
@@ -146,19 +152,48 @@ def calibrate_bias(
 
         return _map_biases(net, merged, scaled, same=lambda a, b: models == 1 or a == b)
 
-    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
-    nets = (isinstance(merged, Merged) and merged.nets) or net
-    check_models(
-        nets, references, free=net.head_leaves(cut, end), name="references", variances=False
-    )
-    mix = weights_for(merged, weights, len(references))
-    leaves = [_tree.flatten_named(tree)[0] for tree in references]
+    leaves = _in_basis(net, merged, references, maps)
+    mix = weights_for(merged, weights, len(leaves))
 
     def mixed(bias: Array, index: Bias, depth: int) -> Array:
         parts = (w**depth * _read(b, index) for w, b in zip(mix, leaves, strict=True))
         return sum(parts, start=jnp.zeros_like(bias))
 
     return _map_biases(net, merged, mixed, same=lambda a, b: a == b)
+
+
+def _in_basis(
+    net: Network, merged: PyTree | Merged, references: Sequence[PyTree], maps: Maps | None
+) -> list[dict[str, Any]]:
+    """The leaves of the references, of which those of the trunk are in the basis of the merge."""
+    _tree.check_sequence(references, name="references")
+    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
+    if maps is not None:
+        if not isinstance(maps, Maps):
+            raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+        given = (merged.nets if isinstance(merged, Merged) else ()) or net
+        free = net.head_leaves(cut, end)
+        check_models(given, references, free=free, name="references", variances=False)
+        references = maps.apply(given, references)
+    elif not cut and end is None:
+        check_models(net, references, name="references", variances=False)
+    # Stems and heads, which keep their biases, may be of other widths and classes.
+    kept = net.trunk_leaves(cut, end) - {norm.var for norm in net.norms}
+    found = []
+    for k, tree in enumerate(references):
+        name = f"references[{k}]"
+        leaves, _ = _tree.flatten_named(tree, name=name)
+        _tree.check_finite(leaves, name=name)
+        mine = {path: leaf for path, leaf in leaves.items() if path in kept}
+        try:
+            _tree.check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Biases are added up in the basis of the merge: give the models as they "
+                "were matched and maps=maps, or what maps.apply returns of them."
+            ) from error
+        found.append(leaves)
+    return found
 
 
 def _equal_models(merged: PyTree | Merged, weights: Sequence[float] | None) -> int:

@@ -75,11 +75,6 @@ class Case:
     mapped: bool = False
 
     @property
-    def aligned(self) -> str:
-        """The references in the basis of the merge, as code."""
-        return "maps.apply(net, references)" if self.mapped else "references"
-
-    @property
     def vanishes(self) -> LayerFinding | None:
         """Where features vanish: from there to the end they are at or below the threshold."""
         return next((row for row in self._passed if row.bound <= self.threshold), None)
@@ -268,7 +263,8 @@ def _biases(case: Case) -> list[Advice]:
         f"references': {_inverse(last.reference_ratio):.2g}), and weights are "
         f"{shrunk:.2g} of theirs per layer; it needs no data, where RESCALE or REPAIR do"
     )
-    arguments = f"net, merged, references={case.aligned}{_weights(case, case.own_weights)}"
+    maps = ", maps=maps" if case.mapped else ""
+    arguments = f"net, merged, references=references{maps}{_weights(case, case.own_weights)}"
     return [Advice("bias calibration", reason, f"vfjax.renorm.calibrate_bias({arguments})")]
 
 
