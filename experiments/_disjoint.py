@@ -187,7 +187,9 @@ class Pair:
         known, found = {"permute": "permutation", "greedy": "zip"}, {}
         for name in MATCHERS:
             if name == "optimal" and importlib.util.find_spec("networkx") is None:
-                _log.warning("the optimal matching is left out: it needs the package networkx")
+                _log.warning(
+                    'the optimal matching is left out: it needs networkx, pip install ".[matching]"'
+                )
                 continue
             start = time.perf_counter()
             maps = self.matched(name)

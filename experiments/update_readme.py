@@ -120,6 +120,28 @@ ASKED = {
     "training_recipe": "How must networks be trained to merge well? A barrier is the largest loss "
     "of test accuracy on the way from one network to the other, in points.",
 }
+# What its results are written in.
+LEGENDS = {
+    "vanishing_feature": "Matched: units of the second network permuted, by activations (AM) or "
+    "weights (WM), before it is averaged with the first; a remedy (REPAIR, RESCALE, RESET, bias "
+    "cal.) comes on top of that.",
+    "cifar_pfm": "PFM l/L: the first l of L layers kept apart, the others merged (l = 0: all of "
+    "them). CCA combines units linearly; AM is activation matching, which permutes them, in the "
+    "same run; RESET measures the merged network's BatchNorm statistics anew.",
+    "pfm_vs_partial_zip": "l layers are kept apart: the first ones (PFM), the last ones (partial "
+    "zip), or half of them at each end; the others are merged.",
+    "zipit_disjoint": "ZipIt! l/L: the first l of L layers merged, the others kept apart with a "
+    "head for each network; permuted l/L likewise, after a permutation of units. alpha: how much "
+    "correlations of a merged feature count; beta: the share of the merges that may pair features "
+    "of one network. Accuracies are over all classes.",
+    "vit_transport": "k: blocks kept apart, the first ones. OT-acts sends units of the second "
+    "network to the first by the transport plans of least total distance between activations, "
+    "OT-weights between weights; OT-acts soft (R) adds an entropy of weight R to the plans, which "
+    "then mix units, up to the uniform plan, under which every unit becomes the mean of all; AM "
+    "permutes units by the correlation of activations.",
+    "multi_dataset": "l/L: the first l of L layers merged, the others kept apart with a head for "
+    "each data set; accuracies are means over data sets.",
+}
 BENCHMARKS = ("routing", "passes", "tracing", "diagnosis")
 WAITING = "\n*Not measured yet.*\n"
 
@@ -213,13 +235,15 @@ def told(scripts: Mapping[ModuleType, Sequence[str]]) -> str:
     """The Markdown of experiments' records: what came out, of each experiment the first in full."""
     parts = []
     for script, names in scripts.items():
-        asked = ASKED[Path(str(script.__file__)).stem]
+        experiment = Path(str(script.__file__)).stem
         for place, (name, record) in enumerate(records_of(names)):
             intro, claims = script.outcome(record)
             label, figure = record["title"], f"experiments/results/{name}.png"
             how = f"`{record['command']}`, {_common.made_on(record)}"
             if not place:
-                parts += [f"*{asked}*", f"**{label}** ({how}). {intro}", _common.bullets(claims)]
+                parts += [f"*{ASKED[experiment]}*", f"**{label}** ({how}). {intro}"]
+                parts += [LEGENDS[experiment]] if experiment in LEGENDS else []
+                parts.append(_common.bullets(claims))
                 parts.append(f"![{label}]({figure})")
                 continue
             verdicts = [holds for holds, _ in claims]

@@ -359,7 +359,7 @@ def whole_sweep(value):
         (put("networks", "network B", joint=0.9), [4], "networks alone 90.0"),
         (put("partial", "zip", "4", joint=0.795), [5, 6], "ZipIt! 4/6 gives 79.5, the ensemble"),
         (put("methods", "ensemble", joint=0.9), [6], "the ensemble 90.0"),
-        (whole_sweep(0.7), [8], "without merges within a network it is 70.0"),
+        (whole_sweep(0.7), [8], "with no pairs within a network (beta 0) it is 70.0"),
         (put("matchers", "identity", joint=0.6), [9], "identity gives 60.0"),
         (put("matchers", "kmeans", joint=0.58), [10], "k-means gives 58.0"),
         (put("matchers", "optimal", joint=0.9), [11], "the optimal ones 90.0"),
@@ -380,6 +380,14 @@ def test_without_the_optimal_matching(as_in_paper):
     assert len(zipit.claims_of(as_in_paper)) == 13
     assert "optimal" not in zipit.findings(as_in_paper)
     assert zipit.figure_of(as_in_paper).axes
+
+
+def test_what_the_optimal_matching_needs_is_named(monkeypatch, caplog):
+    """Where it is left out."""
+    monkeypatch.setattr(disjoint, "MATCHERS", ("optimal",))
+    monkeypatch.setattr(disjoint.importlib.util, "find_spec", lambda name: None)
+    assert disjoint.Pair.matchers(argparse.Namespace()) == {}
+    assert 'needs networkx, pip install ".[matching]"' in caplog.text
 
 
 def test_records_from_before_pairs_without_a_budget(as_in_paper):

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from vfjax import diagnose
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -45,13 +47,38 @@ def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
     np.testing.assert_allclose(
         model.apply(names["b"], batches[0]), model.apply(b, batches[0]), rtol=1e-4, atol=1e-5
     )
-    exec(compile(mix, "README.md", "exec"), dict(names), mixed := {})
-    assert mixed["several"].heads
-    assert mixed["ours"].shape == mixed["theirs"].shape == (20, 4)
+    # In the order of reading: from here on `merged` is another merge, of the same two networks.
+    exec(compile(mix, "README.md", "exec"), names)
+    assert names["several"].heads
+    assert names["ours"].shape == names["theirs"].shape == (20, 4)
     monkeypatch.chdir(tmp_path)
     exec(compile(look, "README.md", "exec"), names)
     assert names["report"].advice
+    # Held against the mapped networks, which a network's first layer is mapped exactly to.
+    mapped = names["maps"].apply(names["net"], [names["a"], names["b"]])
+    wanted = diagnose.report(names["net"], names["merged"], batches, references=list(mapped))
+    first = names["report"].layers[0].relative
+    np.testing.assert_allclose(first, wanted.layers[0].relative, rtol=1e-4)
     assert "<img" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_experiments_explain_their_notation():
+    """What their results abbreviate is told before them."""
+    sys.path.insert(0, str(ROOT / "experiments"))
+    update = importlib.import_module("update_readme")
+    assert set(update.LEGENDS) <= set(update.ASKED)
+    beyond = README.partition("<!-- beyond -->")[2].partition("<!-- /beyond -->")[0]
+    terms = {
+        "zipit_disjoint": ("ZipIt! l/L", "alpha:", "beta:"),
+        "vit_transport": ("k:", "OT-acts", "soft", "uniform plan", "AM"),
+        "cifar_pfm": ("PFM l/L", "AM", "CCA", "RESET"),
+        "multi_dataset": ("l/L",),
+    }
+    for experiment, said in terms.items():
+        legend = update.LEGENDS[experiment]
+        assert all(term in legend for term in said) and legend in beyond
+        # After what is asked, before what came out.
+        assert beyond.index(update.ASKED[experiment]) < beyond.index(legend)
 
 
 def test_commands_are_as_promised():
