@@ -3,11 +3,10 @@
     python experiments/benchmarks/zip.py
 
 ZipIt!'s greedy rule looks at all pairs that are left for each merge. `vfjax` looks again only at
-the rows that a merge touches; the aim is 5 seconds on two cores, for 4096 features of two
-models and for two models of 4096 each. A
-plain implementation of the rule finds the same groups of 1024 features; ratios are to its time. The
-other matchers, that ZipIt!'s paper compares with, take the features of two models of 256, as in the
-widest stage of its ResNet20 at four times the width.
+the rows that a merge touches; the aim is 5 seconds on two cores, for 4096 features of two models in
+all and for two models of 4096 each. A plain implementation of the rule finds the same groups of
+1024 features; ratios are to its time. The other matchers, that ZipIt!'s paper compares with, take
+the features of two models of 256, as in the widest stage of its ResNet20 at four times the width.
 """
 
 from __future__ import annotations
