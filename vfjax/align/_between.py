@@ -12,11 +12,11 @@ import numpy as np
 
 from vfjax import stats
 from vfjax._batches import check_finite_means
+from vfjax._meshes import on_mesh
 from vfjax._streaming import (
     Site,
     covariance_of,
     merge_moments,
-    on_mesh,
     read,
     stream,
     without_rounding,

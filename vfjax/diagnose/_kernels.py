@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._batches import batch_size, batches
+from vfjax._meshes import on_mesh, on_meshes
 from vfjax._pooled import ROUNDINGS
-from vfjax._streaming import on_mesh, on_meshes, stream
+from vfjax._streaming import stream
 from vfjax.diagnose._measure import scale_of
 from vfjax.diagnose._sites import by_example
 from vfjax.merge import Merged

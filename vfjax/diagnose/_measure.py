@@ -19,16 +19,14 @@ import numpy as np
 
 from vfjax._batches import batch_size
 from vfjax._merged import Merged
+from vfjax._meshes import mesh_of, on_mesh, replicate
 from vfjax._pooled import ROUNDINGS, alive
 from vfjax._streaming import (
     Site,
     arrange,
     by_pieces,
     each,
-    mesh_of,
-    on_mesh,
     pieces,
-    replicate,
     stream,
 )
 from vfjax.diagnose._sites import by_example

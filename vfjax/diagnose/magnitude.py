@@ -14,8 +14,8 @@ import numpy as np
 
 from vfjax._arguments import check_merged, weights_for
 from vfjax._merged import Merged
+from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import kernels
-from vfjax.diagnose.features import as_networks
 from vfjax.network import Layer, Network
 
 __all__ = ["rescale_product"]

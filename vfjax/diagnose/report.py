@@ -21,10 +21,11 @@ from vfjax._merged import Merged
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
+from vfjax.diagnose._compared import compared
 from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.diagnose.bounds import Bound, Collapse, bound_sequence, variance_collapse
-from vfjax.diagnose.features import Features, compared, features
+from vfjax.diagnose.features import Features, features
 from vfjax.network import Network
 
 if TYPE_CHECKING:

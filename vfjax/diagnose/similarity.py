@@ -17,8 +17,8 @@ from vfjax._batches import batch_size, batches, keep
 from vfjax._fits import check_fits
 from vfjax._merged import Merged, as_merged
 from vfjax.diagnose import _kernels
+from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import Sites, resolve_sites
-from vfjax.diagnose.features import as_networks
 from vfjax.network import Network
 
 __all__ = ["CKA", "Distance", "cka", "distance"]
