@@ -769,7 +769,9 @@ def test_heads_and_readme_say_what_is_in_the_records():
                 assert script.file_name(record) == name
 
 
-@pytest.mark.parametrize("name", ["_common", "_pairs", "_tables", "cifar_pfm", "train_edges"])
+@pytest.mark.parametrize(
+    "name", ["_common", "_heads", "_pairs", "_tables", "cifar_pfm", "train_edges"]
+)
 def test_examples_in_docstrings(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed
