@@ -435,7 +435,8 @@ def test_costs_are_each_matching_s_own(tiny, capsys):
     # Models stand in the first column of either table.
     assert shown[0][0][1] == shown[1][0][1] != ""
     pfm.show(mixed)
-    assert ratios[1] in capsys.readouterr().out.split()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ratios[1] in printed.split() and printed.count(": activation matching beside it") == 1
     # Older records do not say what activation matching costs beside others.
     for old in mixed["rows"]:
         old.pop("costs", None)
