@@ -556,7 +556,10 @@ def show(record: dict[str, Any]) -> None:
     caption = f"{name}: at or above the mean of the edge models, {100 * summary['edge_mean']:.2f}"
     for columns in tables_of(record):
         header, lines = table_of(record, mark, columns)
-        _common.print_table(record["title"], header, lines, caption=caption)
+        title = record["title"]
+        if "am" in columns:
+            title += ": activation matching beside it"
+        _common.print_table(title, header, lines, caption=caption)
     for column, layers in reached_at(record).items():
         where = "at none of these l" if layers is None else f"first at l = {layers}"
         print(f"{LABELS[column]} reaches the edge models' mean {where}")

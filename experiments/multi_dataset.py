@@ -305,8 +305,8 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     names = args.datasets or (("digits", "digits-turned") if args.quick else DATASETS)
     if len(names) < 2 or len(set(names)) != len(names):
         raise _common.UserError(
-            f"--datasets must be two or more different ones, got {' '.join(names)}; digits and "
-            f"{_common.joined(list(DISGUISES))} need no files."
+            f"--datasets must be two or more different ones, got {' '.join(names)}; "
+            f"{_common.joined(['digits', *DISGUISES])} need no files."
         )
     if args.quick and args.preset != "cpu":
         raise _common.UserError("--quick has sizes of its own: leave out --preset.")

@@ -435,7 +435,8 @@ def test_costs_are_each_matching_s_own(tiny, capsys):
     # Models stand in the first column of either table.
     assert shown[0][0][1] == shown[1][0][1] != ""
     pfm.show(mixed)
-    assert ratios[1] in capsys.readouterr().out.split()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ratios[1] in printed.split() and printed.count(": activation matching beside it") == 1
     # Older records do not say what activation matching costs beside others.
     for old in mixed["rows"]:
         old.pop("costs", None)
@@ -769,7 +770,9 @@ def test_heads_and_readme_say_what_is_in_the_records():
                 assert script.file_name(record) == name
 
 
-@pytest.mark.parametrize("name", ["_common", "_pairs", "_tables", "cifar_pfm", "train_edges"])
+@pytest.mark.parametrize(
+    "name", ["_common", "_heads", "_pairs", "_tables", "cifar_pfm", "train_edges"]
+)
 def test_examples_in_docstrings(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed

@@ -232,6 +232,8 @@ def test_help_explains_every_option(capsys):
     for option in ("--match", "--layers", "--samples", "--statistics", "--zip-beta", "--model"):
         assert option in printed
     assert all(action.help for action in partial.parser()._actions)
+    options = " ".join(printed.split()).partition("options:")[2].split(" --")
+    assert all(option.count("(default: ") <= 1 for option in options)
 
 
 def test_runs_that_differ_have_other_names(digits):
