@@ -28,7 +28,32 @@ than two standard errors of an accuracy on so many test images. (At l = 1 both a
 network: the first layer and the last one are affine, so that averages of their results are those of
 their kernels.)
 
-What came out here: not measured yet.
+What came out here (CIFAR-10: vgg16 at 0.25 of the width, midpoints with l layers apart, 5,000 test
+images, 491 s on 2 CPU cores): Edge models of 84.3 and 83.6, ensemble 85.5; fully merged with
+RESCALE 70.7 (ZipIt!) and 71.2 (activation matching). With ZipIt! the edge models' mean is first
+reached by PFM at l = 10 (1.55 times the parameters, 1.94 the FLOPs), partial zip at none of these l
+and both ends at none of these l. As in the paper: with ZipIt! and no normalisation PFM is ahead of
+partial zipping at 7 and behind at 0 of 7 l (by over two standard errors), +6.4 points on average;
+with ZipIt! and RESCALE PFM is ahead of partial zipping at 7 and behind at 0 of 7 l (by over two
+standard errors), +6.4 points on average; with activation matching and no normalisation PFM is ahead
+of partial zipping at 7 and behind at 0 of 7 l (by over two standard errors), +6.7 points on
+average; with activation matching and RESCALE PFM is ahead of partial zipping at 7 and behind at 0
+of 7 l (by over two standard errors), +7.0 points on average. Not in the paper: with ZipIt! and
+RESCALE keeping layers apart at both ends gives -4.5 points against PFM; with activation matching
+and RESCALE keeping layers apart at both ends gives -4.0 points against PFM.
+
+What came out here (CIFAR-10: vgg16-bn at 0.125 of the width, midpoints with l layers apart, 5,000
+test images, 284 s on 2 CPU cores): Edge models of 80.0 and 80.4, ensemble 82.1; fully merged with
+RESET 60.6 (ZipIt!) and 59.6 (activation matching). With ZipIt! the edge models' mean is first
+reached by PFM at l = 10 (1.55 times the parameters, 1.94 the FLOPs), partial zip at none of these l
+and both ends at none of these l. As in the paper: with ZipIt! and RESET PFM is ahead of partial
+zipping at 7 and behind at 0 of 7 l (by over two standard errors), +7.0 points on average; with
+activation matching and RESET PFM is ahead of partial zipping at 7 and behind at 0 of 7 l (by over
+two standard errors), +6.8 points on average. Unlike the paper: with activation matching and no
+normalisation PFM is ahead of partial zipping at 4 and behind at 2 of 7 l (by over two standard
+errors), +7.1 points on average. Not in the paper: with ZipIt! and RESET keeping layers apart at
+both ends gives -5.8 points against PFM; with activation matching and RESET keeping layers apart at
+both ends gives -5.8 points against PFM.
 """
 
 from __future__ import annotations

@@ -18,6 +18,13 @@ r"""Writes what is in `experiments/results/` into the README, between its marker
     python experiments/permute_first_layers.py --model resnet20 --out experiments/results
     python experiments/training_recipe.py --out experiments/results
     python experiments/cifar_pfm.py --match cca --model vgg16-bn --out experiments/results
+    python experiments/cifar_pfm.py --match cca --out experiments/results
+    python experiments/cifar_pfm.py --match zipit --out experiments/results
+    python experiments/cifar_pfm.py --match zipit --model vgg16-bn --out experiments/results
+    python experiments/cifar_pfm.py --match zipit --model resnet20 --out experiments/results
+    python experiments/cifar_pfm.py --match transport --out experiments/results
+    python experiments/pfm_vs_partial_zip.py --out experiments/results
+    python experiments/pfm_vs_partial_zip.py --model vgg16-bn --out experiments/results
     python experiments/zipit_disjoint.py --out experiments/results
     python experiments/vit_transport.py --out experiments/results
     python experiments/multi_dataset.py --out experiments/results
@@ -63,10 +70,20 @@ TABLES = {
     "resnet20": "cifar_pfm-cifar10-resnet20-w0.5",
 }
 # Which records the head of a script tells of, a paragraph each, by the README's part on them.
-MATCHED = ("cifar_pfm-cifar10-vgg16-bn-w0.125-cca",)
+MATCHED = (
+    "cifar_pfm-cifar10-vgg16-bn-w0.125-cca",
+    "cifar_pfm-cifar10-vgg16-w0.25-cca",
+    "cifar_pfm-cifar10-vgg16-w0.25-zipit",
+    "cifar_pfm-cifar10-vgg16-bn-w0.125-zipit",
+    "cifar_pfm-cifar10-resnet20-w0.5-zipit",
+    "cifar_pfm-cifar10-vgg16-w0.25-transport",
+)
 BEYOND = {
     cifar_pfm: MATCHED,
-    pfm_vs_partial_zip: (),
+    pfm_vs_partial_zip: (
+        "pfm_vs_partial_zip-cifar10-vgg16-w0.25",
+        "pfm_vs_partial_zip-cifar10-vgg16-bn-w0.125",
+    ),
     zipit_disjoint: ("zipit_disjoint-cifar10-vgg7-bn-w0.5",),
     vit_transport: ("vit_transport-cifar10-vit-w0.125",),
     multi_dataset: ("multi_dataset-digits+mnist+cifar10",),
@@ -142,7 +159,7 @@ LEGENDS = {
     "multi_dataset": "l/L: the first l of L layers merged, the others kept apart with a head for "
     "each data set; accuracies are means over data sets.",
 }
-BENCHMARKS = ("routing", "passes", "tracing", "diagnosis")
+BENCHMARKS = ("routing", "passes", "tracing", "diagnosis", "zip")
 WAITING = "\n*Not measured yet.*\n"
 
 

@@ -33,7 +33,7 @@ models, and above direct averaging. Above is by more than two standard errors of
 many test images, and well below by more than four.
 
 What came out here (CIFAR-10: vit at 0.125 of the width, statistics over 2,000 images, 3,000 test
-images, 298 s on 2 CPU cores): Edge models of 67.5 and 68.5, ensemble 70.5. As in the paper: from k
+images, 442 s on 2 CPU cores): Edge models of 67.5 and 68.5, ensemble 70.5. As in the paper: from k
 = 0 to 7 OT-acts goes from 20.3 to 68.5, its least step being 2.6; at k = 0, 1, 2, 3, 4 and 5
 OT-acts soft (0.2) gives 37.6, 44.5, 52.5, 58.7, 62.3 and 65.6, direct averaging 7.3, 18.7, 29.5,
 47.9, 58.1 and 63.7: above by over two standard errors everywhere; from k = 0 to 7 OT-acts soft
