@@ -13,6 +13,7 @@ from typing import Any
 from vfjax import align as align
 from vfjax import diagnose as diagnose
 from vfjax import merge as merge
+from vfjax import prune as prune
 from vfjax import renorm as renorm
 from vfjax import stats as stats
 from vfjax.network import Crossing as Crossing

@@ -56,12 +56,12 @@ class Plan:
             if site == "input":
                 self.values += self._inputs
                 continue
-            value, equation = self._locate(site)
+            value, use = self._locate(site)
             change = _checked(edit[site], site) if site in edit else None
             self._ids[site] = value
-            if change is not None and equation is not None:
-                self.operand_edits[equation, 0] = functools.partial(self._record, site, change)
-                value = traced.graph.equations[equation].result  # so that the edit is made
+            if change is not None and use is not None:
+                self.operand_edits[use] = functools.partial(self._record, site, change)
+                value = traced.graph.equations[use[0]].result  # so that the edit is made
             elif change is not None:
                 self.edits[value] = change
             if site in self._capture:
@@ -79,8 +79,8 @@ class Plan:
         """Whether the value at a site is made in the stem of a cut."""
         if site in ("input", "output"):
             return site == "input"
-        value, equation = self._locate(site)
-        index = equation if equation is not None else self._traced.graph.producer.get(value)
+        value, use = self._locate(site)
+        index = use[0] if use is not None else self._traced.graph.producer.get(value)
         return index is None or index in self._traced.cut(depth).stem
 
     def crosses(self, site: str, depth: int) -> bool:
@@ -117,8 +117,8 @@ class Plan:
                 found[site] = self._seen.get(site, values.get(self._ids[site]))
         return found
 
-    def _locate(self, site: str) -> tuple[int, int | None]:
-        """Id of the value at a site; and the one equation that reads it, if it is that use."""
+    def _locate(self, site: str) -> tuple[int, tuple[int, int] | None]:
+        """Id of the value at a site; and, if it is one use of it, which equation's operand."""
         traced = self._traced
         if site in traced.layers:
             return traced.layers[site].preactivation, None
@@ -126,8 +126,15 @@ class Plan:
             return traced.taps[site[:-4]], None
         if site.endswith(":in") and site[:-3] in traced.norms:
             index = traced.norms[site[:-3]].index
-            return traced.graph.equations[index].values[0], index
-        known = [*traced.layers, *(f"{n}:in" for n in traced.norms), "input", "output"]
+            return traced.graph.equations[index].values[0], (index, 0)
+        if site.endswith(":in") and site[:-3] in traced.layers:
+            layer = traced.layers[site[:-3]]
+            operand = 1 - layer.side
+            value = traced.graph.equations[layer.index].inputs[operand]
+            assert isinstance(value, int)  # it depends on the input
+            return value, (layer.index, operand)
+        inner = [f"{n}:in" for n in (*traced.norms, *traced.layers)]
+        known = [*traced.layers, *inner, "input", "output"]
         raise ValueError(self._net._unknown("site", site, known))
 
     def _check_side(self, site: str) -> None:

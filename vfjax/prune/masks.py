@@ -1,0 +1,225 @@
+"""From scores to masks of exact sparsity, and from masks to pruned trees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax import _tree
+from vfjax.prune._kernels import Scores
+
+PyTree = Any
+
+SCOPES = ("global", "layer", "row")
+
+
+def masks(
+    scores: Scores,
+    sparsity: float | None = None,
+    *,
+    scope: str | tuple[int, int] = "global",
+) -> PyTree:
+    """Which weights stay: all but the lowest scores.
+
+    Exactly `floor(sparsity * n + 1/2)` of n weights go. Among equal scores those go first whose
+    layer is evaluated earlier, and in it those that come first in its leaf, row-major.
+
+    Args:
+        scores: What `magnitude`, `fisher`, `wanda` or `woodfisher` returned.
+        sparsity: Share of the weights to prune, from 0 to 1; None with N:M.
+        scope: Among which weights it holds: `"global"`, all of them; `"layer"`, those of every
+            layer; `"row"`, those of every output of a layer; or `(n, m)`, by which n of every m
+            consecutive inputs of an output stay.
+
+    Returns:
+        A tree like that of the scores: bool arrays of the leaves' shapes where weights may be
+        pruned, `True` everywhere else.
+
+    Raises:
+        ValueError: If `sparsity` is not from 0 to 1, is missing or given beside N:M, `scope` is
+            unknown, or m does not divide the inputs of a layer.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> tree = {"w": jnp.array([[1.0], [-3.0], [2.0], [0.5]]), "b": jnp.zeros(1)}
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"] + v["b"], tree, jnp.ones((1, 4)))
+        >>> scores = vfjax.prune.magnitude(net, tree)
+        >>> masks(scores, 0.5)["w"].ravel().tolist(), masks(scores, 0.5)["b"]
+        ([False, True, True, False], True)
+        >>> masks(scores, scope=(1, 2))["w"].ravel().tolist()
+        [False, True, True, False]
+    """
+    pattern = _pattern(scope)
+    if pattern is None and (sparsity is None or not 0 <= sparsity <= 1):
+        raise ValueError(f"sparsity must be a share from 0 to 1, got {sparsity!r}")
+    if pattern is not None and sparsity is not None:
+        raise ValueError(f"sparsity follows from scope={scope!r}: leave it out, got {sparsity!r}")
+    kept = {path: np.ones(value.size, bool) for path, value in scores.values.items()}
+    chosen = _global(scores, sparsity) if scope == "global" else _local(scores, sparsity, scope)
+    for path, places in chosen:
+        kept[path][places] = False
+    shaped = {path: mask.reshape(scores.values[path].shape) for path, mask in kept.items()}
+    flat, treedef = _tree.flatten_named(scores.like)
+    return jax.tree.unflatten(treedef, [shaped.get(path, True) for path in flat])
+
+
+def _pattern(scope: Any) -> tuple[int, int] | None:
+    """The `(n, m)` of an N:M scope, or None."""
+    if isinstance(scope, str) and scope in SCOPES:
+        return None
+    if (
+        isinstance(scope, tuple)
+        and len(scope) == 2
+        and all(isinstance(k, int) for k in scope)
+        and 0 <= scope[0] <= scope[1]
+        and scope[1] > 0
+    ):
+        return scope
+    raise ValueError(
+        f"scope must be one of {', '.join(SCOPES)}, or (n, m) with 0 <= n <= m, got {scope!r}"
+    )
+
+
+def _global(scores: Scores, sparsity: float | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves and places of what goes, of all weights together."""
+    places = {name: np.sort(rows, axis=None) for name, rows in scores.rows.items()}
+    values = [scores.values[scores.paths[name]].reshape(-1)[at] for name, at in places.items()]
+    whole = np.concatenate(values)
+    pruned = lowest(whole, _count(sparsity, whole.size))
+    ends = np.cumsum([at.size for at in places.values()])[:-1]
+    for (name, at), gone in zip(places.items(), np.split(pruned, ends), strict=True):
+        yield scores.paths[name], at[gone]
+
+
+def _local(
+    scores: Scores, sparsity: float | None, scope: str | tuple[int, int]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves and places of what goes, of every layer, row, or part of a row by itself."""
+    for name, rows in scores.rows.items():
+        if scope == "layer":
+            rows = rows.reshape(1, -1)
+        elif not isinstance(scope, str):
+            if rows.shape[1] % scope[1]:
+                raise ValueError(
+                    f"scope={scope!r}: layer '{name}' has {rows.shape[1]} inputs per output, which "
+                    f"{scope[1]} does not divide; leave it out of the scores' `layers`"
+                )
+            rows = rows.reshape(-1, scope[1])
+        size = rows.shape[1]
+        count = _count(sparsity, size) if isinstance(scope, str) else scope[1] - scope[0]
+        places = np.sort(rows, axis=1)  # equals go by their places in the leaf
+        values = scores.values[scores.paths[name]].reshape(-1)[places]
+        ranked = np.argsort(values, axis=1, kind="stable")[:, :count]
+        yield scores.paths[name], np.take_along_axis(places, ranked, 1)
+
+
+def _count(sparsity: float | None, size: int) -> int:
+    assert sparsity is not None
+    return math.floor(sparsity * size + 0.5)
+
+
+def lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Which are the `count` lowest of values `[n]`, the first ones among equals; bool `[n]`."""
+    if not 0 < count < len(values):
+        return np.full(len(values), count > 0)
+    limit = np.partition(values, count - 1)[count - 1]
+    found = values < limit
+    ties = np.flatnonzero(values == limit)[: count - np.count_nonzero(found)]
+    found[ties] = True
+    return found
+
+
+def apply(tree: PyTree, mask: PyTree) -> PyTree:
+    """The pruned tree: weights that do not stay are zero.
+
+    Args:
+        tree: The tree to prune.
+        mask: What `masks` returned, of one like it.
+
+    Returns:
+        A tree of the same dtypes. `jit` and `grad` go through.
+
+    Raises:
+        ValueError: If a mask has another structure or shape than the tree.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": np.array([True, False])})["w"].tolist()
+        [1.0, 0.0]
+    """
+    if jax.tree.structure(tree) != jax.tree.structure(mask):
+        raise ValueError(
+            "mask must have the structure of the tree: make it of scores of that tree, with "
+            "vfjax.prune.masks"
+        )
+    return _masked(tree, _tree.flatten_named(mask, name="mask")[0], "tree")
+
+
+def _masked(tree: PyTree, mask: Mapping[str, Any], name: str) -> PyTree:
+    """A tree with zeros where a mask by path is False."""
+    flat, treedef = _tree.flatten_named(tree, name=name)
+    new = []
+    for path, leaf in flat.items():
+        kept = mask[path]
+        if np.shape(kept) not in ((), np.shape(leaf)):
+            raise ValueError(
+                f"mask has shape {np.shape(kept)} at '{path}', where {name} has {np.shape(leaf)}"
+            )
+        new.append(leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf)))
+    return jax.tree.unflatten(treedef, new)
+
+
+def sparsity(mask: PyTree) -> float:
+    """The share of weights that masks prune, of those that they may prune.
+
+    Args:
+        mask: What `masks` returned.
+
+    Returns:
+        From 0 to 1.
+
+    Raises:
+        ValueError: If no leaf is masked.
+
+    Example:
+        >>> sparsity({"w": np.array([True, False]), "b": True})
+        0.5
+    """
+    parts = [np.asarray(kept) for kept in jax.tree.leaves(mask) if np.ndim(kept)]
+    if not parts:
+        raise ValueError("mask masks no leaf")
+    return 1 - sum(int(kept.sum()) for kept in parts) / sum(kept.size for kept in parts)
+
+
+def keep(mask: PyTree) -> Any:
+    """An optax transformation that leaves pruned weights at zero while the others are trained.
+
+    Args:
+        mask: What `masks` returned.
+
+    Returns:
+        A stateless `optax.GradientTransformation` of updates; last in a chain. It goes into
+        `optax.masked`, too, with `jax.tree.map(lambda kept: np.ndim(kept) > 0, mask)`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> params, mask = {"w": jnp.array([1.0, 0.0])}, {"w": np.array([True, False])}
+        >>> optimiser = optax.chain(optax.sgd(0.5), keep(mask))
+        >>> updates, _ = optimiser.update({"w": jnp.ones(2)}, optimiser.init(params), params)
+        >>> optax.apply_updates(params, updates)["w"].tolist()
+        [0.5, 0.0]
+    """
+    import optax
+
+    by_path = _tree.flatten_named(mask, name="mask")[0]
+
+    def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
+        del params
+        return _masked(updates, by_path, "updates")
+
+    return optax.stateless(update)
