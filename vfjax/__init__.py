@@ -1,8 +1,8 @@
 """vfjax: align, merge, repair and diagnose trained networks, straight from their jaxprs.
 
 `import vfjax` is enough to reach every module, as `vfjax.merge` and so on. Those that only
-experiments need (`models`, `train`, `data`, `checkpoint`, `plot`) are imported on first use, so
-that the core costs no import of Flax, orbax or matplotlib.
+experiments need (`models`, `train`, `data`, `imagenet`, `checkpoint`, `plot`) are imported on first
+use, so that the core costs no import of Flax, orbax or matplotlib.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vfjax.symmetry import check_spec as check_spec
 
 __version__ = "0.1.0"
 
-_ON_FIRST_USE = frozenset({"checkpoint", "data", "models", "plot", "train"})
+_ON_FIRST_USE = frozenset({"checkpoint", "data", "imagenet", "models", "plot", "train"})
 
 
 def __getattr__(name: str) -> Any:

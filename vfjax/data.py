@@ -255,7 +255,7 @@ def load(
         for split, (images, labels) in _digits().items():
             arrays[split] = images[: counts[split]], labels[: counts[split]]
     else:
-        folder = _find(name, data_dir) or _prepare(name, data_dir)
+        folder = find(name, data_dir) or _prepare(name, data_dir)
         source = f"TFDS in {folder}"
         for split, count in counts.items():
             arrays[split] = _read(name, split if count is None else f"{split}[:{count}]", folder)
@@ -336,8 +336,16 @@ def _places(data_dir: str | os.PathLike[str] | None) -> list[tuple[str, str]]:
     return [(label, os.path.expanduser(folder)) for label, folder in places if folder]
 
 
-def _find(name: str, data_dir: str | os.PathLike[str] | None) -> str | None:
-    """Returns the first folder in which the data set is prepared, or None."""
+def find(name: str, data_dir: str | os.PathLike[str] | None) -> str | None:
+    """The first folder in which TFDS has prepared a data set.
+
+    Args:
+        name: As TFDS names it.
+        data_dir: Folder to search first; None for `TFDS_DATA_DIR`, then TFDS's default.
+
+    Returns:
+        The folder, or None.
+    """
     for _, folder in _places(data_dir):
         versions = Path(folder, name).glob("*/dataset_info.json")
         if any("incomplete" not in path.parent.name for path in versions):

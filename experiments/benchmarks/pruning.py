@@ -1,0 +1,149 @@
+"""What scores of weights cost: magnitude and Wanda on ResNet50, WoodFisher on ResNet20.
+
+    python experiments/benchmarks/pruning.py
+
+Magnitude and Wanda (on 8 random images of 224 x 224), masks included, prune the 25 million weights
+of a ResNet50; the aim is 30 seconds each. WoodFisher inverts the Fisher matrix of 400 gradients of
+the full ResNet20, each layer a block, in a process of its own, whose memory is its largest resident
+size; the aim is 2 minutes and 2 GB. Then its time against the number of gradients and the size of
+blocks, which the figure shows.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import _common
+
+import vfjax
+from vfjax import models, plot, prune
+
+SECONDS, MINUTES, GIGABYTES = 30, 2, 2
+COUNTS, BLOCKS = (50, 100, 200, 400), (100, 300, 1000, 3000, None)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the benchmark; returns the path of the record."""
+    p = _common.benchmark_parser(__doc__)
+    p.add_argument("--child", metavar="JSON", help="one WoodFisher run: used by the benchmark")
+    args = p.parse_args(argv)
+    if args.child:
+        print(json.dumps(woodfisher_run(**json.loads(args.child))))
+        return Path()
+    rows = large_rows(args)
+    model = {"name": "digits-conv"} if args.quick else {"name": "resnet20"}
+    counts = (4, 8) if args.quick else COUNTS
+    blocks = (10, None) if args.quick else BLOCKS
+    by_count = [in_process(**model, count=count, block=None) for count in counts]
+    by_block = [in_process(**model, count=counts[-1], block=block) for block in blocks[:-1]]
+    by_block.append(by_count[-1])
+    worst = by_count[-1]
+    rows.append(
+        {
+            "what": f"WoodFisher, {model['name']}, {counts[-1]} gradients, whole layers, "
+            f"{worst['bytes'] / 1e9:.2f} GB",
+            "seconds": worst["seconds"],
+            "target": f"<= {60 * MINUTES} s, {GIGABYTES} GB",
+            "met": worst["seconds"] <= 60 * MINUTES and worst["bytes"] <= GIGABYTES * 1e9,
+        }
+    )
+    for found in (*by_count[:-1], *by_block[:-1]):
+        block = "whole layers" if found["block"] is None else f"blocks of {found['block']}"
+        what = f"WoodFisher, {found['count']} gradients, {block}, {found['bytes'] / 1e9:.2f} GB"
+        rows.append({"what": what, "seconds": found["seconds"]})
+    path = _common.finish_benchmark("pruning", args, "scores of weights", rows)
+    plot.save(figure_of(by_count, by_block), path.with_suffix(".png"))
+    return path
+
+
+def large_rows(args: Any) -> list[dict[str, Any]]:
+    """Magnitude and Wanda on a large network."""
+    name, shape = ("digits-conv", (8, 8, 8, 1)) if args.quick else ("resnet50", (8, 224, 224, 3))
+    model = models.create(name)
+    x = jax.random.normal(jax.random.key(0), shape)
+    tree = jax.jit(model.init)(jax.random.key(1), x)
+    net = vfjax.trace(models.apply_fn(model), tree, x)
+    scores: dict[str, Callable[[], prune.Scores]] = {
+        "magnitude": lambda: prune.magnitude(net, tree),
+        "Wanda": lambda: prune.wanda(net, tree, [x]),
+    }
+    rows = []
+    for method, score in scores.items():
+        scope = "row" if method == "Wanda" else "global"
+
+        def run(score: Callable[[], prune.Scores] = score, scope: str = scope) -> Any:
+            mask = prune.masks(score(), 0.8, scope=scope)
+            return jax.block_until_ready(prune.apply(tree, mask))
+
+        # The first call compiles, as a user's does.
+        start = time.perf_counter()
+        run()
+        took = time.perf_counter() - start
+        verdict = {"target": f"<= {SECONDS} s", "met": took <= SECONDS}
+        what = f"{method}, {name}, {net.parameters / 1e6:.1f} M parameters, compilation included"
+        rows.append({"what": what, "seconds": took, **verdict})
+    return rows
+
+
+def woodfisher_run(name: str, count: int, block: int | None) -> dict[str, Any]:
+    """One run in this process: its seconds and the largest memory it had."""
+    model = models.create(name)
+    shape = (count, 8, 8, 1) if name.startswith("digits") else (count, 32, 32, 3)
+    x = jax.random.normal(jax.random.key(0), shape)
+    label = jax.random.randint(jax.random.key(2), (count,), 0, 10)
+    tree = jax.jit(model.init)(jax.random.key(1), x[:1])
+    net = vfjax.trace(models.apply_fn(model), tree, x[:1])
+    start = time.perf_counter()
+    found = prune.inverse_fisher(
+        net, tree, [(x, label)], count=count, block_size=block, max_memory=GIGABYTES * 10**9
+    )
+    mask = prune.masks(found.scores, 0.8)
+    jax.block_until_ready(found.prune(jax.tree.map(jnp.asarray, tree), mask))
+    seconds = time.perf_counter() - start
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"count": count, "block": block, "seconds": seconds, "bytes": most}
+
+
+def in_process(**options: Any) -> dict[str, Any]:
+    """The same in a process of its own, so that memory is that of this run."""
+    command = [sys.executable, __file__, "--child", json.dumps(options)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def figure_of(by_count: Sequence[dict[str, Any]], by_block: Sequence[dict[str, Any]]) -> Any:
+    """Seconds and gigabytes against gradients, and against the size of blocks."""
+    count = by_block[0]["count"]
+    # Whole layers stand at the largest block there is.
+    sizes = [found["block"] or 36_864 for found in by_block]
+
+    def panel(title: str, label: str, x: Sequence[float], runs: Sequence[dict[str, Any]]) -> Any:
+        curves = {
+            "seconds": plot.Curve(x, [found["seconds"] for found in runs]),
+            "memory (GB)": plot.Curve(x, [found["bytes"] / 1e9 for found in runs], colour=1),
+        }
+        return plot.Panel(title, label, "seconds, GB", curves, log=True, log_x=True)
+
+    return plot.panels(
+        [
+            panel("whole layers", "gradients", [f["count"] for f in by_count], by_count),
+            panel(f"{count} gradients", "weights of a block", sizes, by_block),
+        ],
+        title="WoodFisher: scores, masks and update",
+    )
+
+
+if __name__ == "__main__":
+    main()
