@@ -41,3 +41,25 @@ def transport_problem(n, m):
     cost = np.sqrt(((points[0][:, None] - points[1][None]) ** 2).sum(-1))
     shares = [1 + 0.5 * np.sin(np.arange(k) * a) for k, a in ((n, 1.7), (m, 2.9))]
     return cost, shares[0] / shares[0].sum(), shares[1] / shares[1].sum()
+
+
+def torch_weights(shapes):
+    """Weights of a PyTorch state_dict of such shapes, float32; running variances are positive."""
+    tree = {}
+    for index, (name, shape) in enumerate(sorted(shapes.items())):
+        n = np.arange(np.prod(shape, dtype=int), dtype=np.float64)
+        wave = np.sin(1.7 * n + index) * np.cos(0.3 * n + 2 * index) + 0.3 * np.sin(0.11 * n)
+        if name.endswith("running_var"):
+            wave = 0.5 + wave**2
+        elif len(shape) in (2, 4):
+            # Kernels that keep the size of what passes them.
+            wave = wave * np.sqrt(4 / np.prod(shape[1:]))
+        tree[name] = wave.reshape(shape).astype(np.float32)
+    return tree
+
+
+def torch_images(side, count=2):
+    """Closed-form images (N, C, H, W), float32."""
+    n = np.arange(count * 3 * side * side, dtype=np.float64)
+    wave = np.sin(0.37 * n) + 0.5 * np.cos(0.011 * n * n)
+    return wave.reshape(count, 3, side, side).astype(np.float32)
