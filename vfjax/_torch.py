@@ -137,7 +137,7 @@ def from_torch(
         >>> variables["params"]["stage1_block1"]["depthwise"]["kernel"].shape
         (7, 7, 1, 2)
 
-    Source: names and layouts of torchvision 0.2x and timm 1.x.
+    Source: names and layouts of torchvision 0.28 and timm 1.0.
     """
     layouts = _layouts(model, image)
     values = _read(path)
@@ -279,8 +279,9 @@ def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         )
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+            # Opened here: given a name, NumPy leaves a damaged file open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
         from safetensors.numpy import load_file  # pyright: ignore[reportMissingImports]
 
         return dict(load_file(path))

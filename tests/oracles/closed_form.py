@@ -53,13 +53,17 @@ def torch_weights(shapes):
             wave = 0.5 + wave**2
         elif len(shape) in (2, 4):
             # Kernels that keep the size of what passes them.
-            wave = wave * np.sqrt(4 / np.prod(shape[1:]))
+            wave = wave * np.sqrt(6 / np.prod(shape[1:]))
+        else:
+            wave = 0.3 * wave + (not name.endswith(("bias", "running_mean")))
         tree[name] = wave.reshape(shape).astype(np.float32)
     return tree
 
 
 def torch_images(side, count=2):
     """Closed-form images (N, C, H, W), float32."""
-    n = np.arange(count * 3 * side * side, dtype=np.float64)
-    wave = np.sin(0.37 * n) + 0.5 * np.cos(0.011 * n * n)
-    return wave.reshape(count, 3, side, side).astype(np.float32)
+    n = np.arange(count * 3 * side * side, dtype=np.float64).reshape(count, 3, side, side)
+    index, _, row, column = np.indices(n.shape)
+    # Coarse forms too, other ones and stronger in every image: deep layers see no others.
+    coarse = np.sin(0.2 * row * (index + 1)) + np.cos(0.15 * column + 2 * index)
+    return ((1 + index) * (np.sin(0.37 * n) + coarse)).astype(np.float32)

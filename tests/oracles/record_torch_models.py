@@ -44,16 +44,25 @@ def narrow_vgg(norm, classes):
     return net
 
 
+def narrow_timm_vgg(classes):
+    """timm's VGG11 of the same width, whose dense layers are convolutions."""
+    plan = [n if n == "M" else n // 32 for n in vgg.cfgs["A"]]
+    with torch.device("meta"):
+        net = timm.models.VGG(plan, num_classes=classes)
+    net.pre_logits = timm.models.vgg.ConvMlp(16, 128, 2)
+    net.head.fc = nn.Linear(128, classes)
+    return net.to_empty(device="cpu")
+
+
 def networks():
     """By name: a network in evaluation mode, and the side of its images."""
     blocks = [convnext.CNBlockConfig(6, 8, 1), convnext.CNBlockConfig(8, None, 2)]
+    stages = {"depths": (1, 2, 1, 1), "dims": (4, 6, 8, 6)}
     nets = {
         "convnext": (convnext.ConvNeXt(blocks, num_classes=5), 16),
-        "convnext-timm": (
-            timm.models.ConvNeXt(depths=(1, 2), dims=(6, 8), patch_size=2, num_classes=5),
-            8,
-        ),
+        "convnext-timm": (timm.models.ConvNeXt(**stages, num_classes=5), 32),
         "resnet50": (NarrowResNet(5), 32),
+        "vgg11-timm": (narrow_timm_vgg(classes=5), 64),
         "vgg11": (narrow_vgg(norm=False, classes=5), 64),
         "vgg11-bn": (narrow_vgg(norm=True, classes=5), 64),
     }
