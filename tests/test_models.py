@@ -66,6 +66,24 @@ def test_width_and_classes():
     assert variables["stem"]["kernel"].shape == (3, 3, 3, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        # What torchvision counts for the models of these names.
+        ("convnext-tiny", {}, 28_589_128),
+        ("convnext-base", {}, 88_591_464),
+        ("resnet50", {}, 25_557_032),
+        ("resnet50", {"depth": 101}, 44_549_160),
+        ("imagenet-vgg16", {}, 138_357_544),
+        ("imagenet-vgg16-bn", {}, 138_365_992),
+        ("imagenet-vgg16", {"depth": 11}, 132_863_336),
+    ],
+)
+def test_parameter_counts_of_imagenet(name, options, expected):
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    assert count(models.create(name, classes=1000, **options), image) == expected
+
+
 @pytest.mark.parametrize(("depth", "convs"), [(11, 8), (13, 10), (16, 13), (19, 16)])
 def test_vgg_depths(depth, convs):
     names = set(shapes(models.VGG(depth=depth))["params"])
@@ -190,6 +208,10 @@ def test_apply_functions_of_equal_models_are_equal():
         (lambda: shapes(models.VGG(norm="group")), "norm must be.*got 'group'"),
         (lambda: shapes(models.VGG(initialiser="he")), "init must be.*got 'he'"),
         (lambda: shapes(models.VGG(width=0)), "width must be a positive"),
+        (lambda: shapes(models.ImageNetVGG(depth=12)), "depth must be one of.*got 12"),
+        (lambda: shapes(models.BottleneckResNet(depth=20)), "depth must be one of.*got 20"),
+        (lambda: shapes(models.ConvNeXt(depths=(3, 3))), "depths and dims must have one entry"),
+        (lambda: shapes(models.ConvNeXt(patch=8)), "images of 64 pixels a side at least"),
         (lambda: shapes(models.LinearNetwork(depth=0)), "depth must be at least 1"),
     ],
 )

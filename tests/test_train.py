@@ -122,6 +122,7 @@ def test_recipes_of_models():
     assert train.recipe_for("vgg16-bn", "cifar100", preset="paper") == train.RECIPES["paper-cifar"]
     assert train.recipe_for("resnet20-ln", "cifar10", preset="paper").warmup_epochs == 1
     assert train.recipe_for("digits-conv", "digits", preset="paper").epochs == 60
+    assert train.recipe_for("convnext-pico", "cifar10") == train.RECIPES["cpu-vit"]
     for name in models.NAMES:
         for dataset in ("cifar10", "cifar100", "mnist", "digits"):
             assert isinstance(train.recipe_for(name, dataset), train.Recipe)

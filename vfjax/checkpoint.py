@@ -8,6 +8,8 @@ A checkpoint is a folder with
 
 It is written under a temporary name beside its place and renamed when complete, so that a reader
 never sees half of one, and a save that is killed leaves the previous checkpoint readable.
+
+Weights that others published for PyTorch are read by `from_torch`.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ import orbax.checkpoint as ocp
 
 from vfjax._files import write_whole
 from vfjax._packed import CheckpointError, checksum_of, pack, target_of, unpack
+from vfjax._torch import from_torch
 
-__all__ = ["CheckpointError", "card", "load", "save", "write_json"]
+__all__ = ["CheckpointError", "card", "from_torch", "load", "save", "write_json"]
 
 PyTree = Any
 

@@ -41,3 +41,29 @@ def transport_problem(n, m):
     cost = np.sqrt(((points[0][:, None] - points[1][None]) ** 2).sum(-1))
     shares = [1 + 0.5 * np.sin(np.arange(k) * a) for k, a in ((n, 1.7), (m, 2.9))]
     return cost, shares[0] / shares[0].sum(), shares[1] / shares[1].sum()
+
+
+def torch_weights(shapes):
+    """Weights of a PyTorch state_dict of such shapes, float32; running variances are positive."""
+    tree = {}
+    for index, (name, shape) in enumerate(sorted(shapes.items())):
+        n = np.arange(np.prod(shape, dtype=int), dtype=np.float64)
+        wave = np.sin(1.7 * n + index) * np.cos(0.3 * n + 2 * index) + 0.3 * np.sin(0.11 * n)
+        if name.endswith("running_var"):
+            wave = 0.5 + wave**2
+        elif len(shape) in (2, 4):
+            # Kernels that keep the size of what passes them.
+            wave = wave * np.sqrt(6 / np.prod(shape[1:]))
+        else:
+            wave = 0.3 * wave + (not name.endswith(("bias", "running_mean")))
+        tree[name] = wave.reshape(shape).astype(np.float32)
+    return tree
+
+
+def torch_images(side, count=2):
+    """Closed-form images (N, C, H, W), float32."""
+    n = np.arange(count * 3 * side * side, dtype=np.float64).reshape(count, 3, side, side)
+    index, _, row, column = np.indices(n.shape)
+    # Coarse forms too, other ones and stronger in every image: deep layers see no others.
+    coarse = np.sin(0.2 * row * (index + 1)) + np.cos(0.15 * column + 2 * index)
+    return ((1 + index) * (np.sin(0.37 * n) + coarse)).astype(np.float32)

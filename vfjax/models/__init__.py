@@ -1,4 +1,4 @@
-"""Flax Linen models of the experiments: VGG, ResNet, ViT, MLPs, linear networks, digits.
+"""Flax Linen models of the experiments: VGG, ResNet, ConvNeXt, ViT, MLPs, linear networks, digits.
 
 All are called as ``model.apply(variables, x, train=False)``, take images ``[N, H, W, C]`` and
 return logits ``[N, classes]``.  Only training and the experiments depend on them; the rest of the
@@ -13,11 +13,13 @@ from typing import Any, cast
 import jax
 from flax import linen as nn
 
+from vfjax.models.bottleneck import BottleneckResNet
+from vfjax.models.convnext import ConvNeXt
 from vfjax.models.digits import DigitsConv, DigitsMLP
 from vfjax.models.linear import LinearNetwork
 from vfjax.models.mlp import MLP
 from vfjax.models.resnet import ResNet
-from vfjax.models.vgg import VGG
+from vfjax.models.vgg import VGG, ImageNetVGG
 from vfjax.models.vit import ViT
 
 __all__ = [
@@ -25,8 +27,11 @@ __all__ = [
     "NAMES",
     "VGG",
     "ApplyFn",
+    "BottleneckResNet",
+    "ConvNeXt",
     "DigitsConv",
     "DigitsMLP",
+    "ImageNetVGG",
     "LinearNetwork",
     "ResNet",
     "ViT",
@@ -59,6 +64,16 @@ def _families() -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
     # The one of transformer fusion, and DeiT-tiny's shape.
     table["vit"] = (ViT, {})
     table["deit-tiny"] = (ViT, {"blocks": 12, "patch": 16, "features": 192, "heads": 3})
+    # The shapes of ImageNet, at any number of classes. A small ConvNeXt for 32x32 images is with
+    # them: it is none of the published ones.
+    table["convnext-tiny"] = (ConvNeXt, {})
+    base = {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)}
+    table["convnext-base"] = (ConvNeXt, base)
+    pico = {"depths": (1, 1, 3, 1), "dims": (32, 64, 128, 256), "patch": 2}
+    table["convnext-pico"] = (ConvNeXt, pico)
+    table["resnet50"] = (BottleneckResNet, {"depth": 50})
+    table["imagenet-vgg16"] = (ImageNetVGG, {"depth": 16})
+    table["imagenet-vgg16-bn"] = (ImageNetVGG, {"depth": 16, "norm": "batch"})
     return table
 
 
