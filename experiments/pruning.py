@@ -50,7 +50,7 @@ from vfjax import plot
 SPARSITIES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99)
 # By preset: test images and statistics images; None for all.
 DEFAULTS = {
-    "cpu": {"test": 4_000, "statistics": 2_000},
+    "cpu": {"test": 3_000, "statistics": 2_000},
     "paper": {"test": None, "statistics": None},
 }
 SAMPLES = (64, 128, 256, None)

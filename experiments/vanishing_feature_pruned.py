@@ -14,8 +14,8 @@ The feature of a layer is what the input adds to its output, f(x) - f(0), where 
 the offset is f(0). Shown are, as in `vanishing_feature.py`, mean norms of the features over test
 images, before norm and activation, along the main path, divided by those of the network before
 pruning, and bounded from above by the least sequence that does not rise (means over seeds); the
-features against the offsets; and the logits of the first network, their mean over images and how
-they vary.
+features against the offsets, from the second layer on; and the logits of the first network, their
+mean over images and how they vary.
 
 What the paper found (VGG16-BN at 80%, ResNet20 at 85%): features vanish in pruned networks as in
 merged ones, so that logits hardly depend on the image (both taken here as: at the output less than
@@ -195,10 +195,11 @@ def figure_of(record: dict[str, Any]) -> Any:
         )
         for name in names[1:]
     }
+    # The offset of the first layer is its bias alone, which is next to nothing before BatchNorm.
     share = {
         label_of(record, name): curve_of(
-            over_runs(record, name, merged.against_offset),
-            [d / depth for d in record["depth"]],
+            over_runs(record, name, merged.against_offset)[:, 1:],
+            [d / depth for d in record["depth"][1:]],
             colour=colours[name],
             dashed=name == "unpruned",
         )
