@@ -24,8 +24,6 @@ PyTree = Any
 # Images in a batch.
 BATCH = 500
 DEFAULT_MODEL = {
-    "cifar10": "vgg16",
-    "cifar100": "vgg16",
     "mnist": "mlp",
     "digits": "digits-conv",
 }
@@ -65,12 +63,13 @@ def alpha_of(text: str) -> float:
     return value
 
 
-def edge_options(p: argparse.ArgumentParser, *, examples: str) -> None:
+def edge_options(p: argparse.ArgumentParser, *, examples: str, cifar: str = "vgg16") -> None:
     """Adds the options that say which networks are merged, on which images.
 
     Args:
       p: The parser.
       examples: Names for the help of `--model`.
+      cifar: The model for CIFAR where none is asked for, as in `found`.
     """
     p.add_argument(
         "--dataset",
@@ -85,8 +84,8 @@ def edge_options(p: argparse.ArgumentParser, *, examples: str) -> None:
         type=model_of,
         metavar="NAME[-wWIDTH]",
         help=f"architecture of the edge models, for example {examples}; WIDTH multiplies all "
-        "channel counts (default: vgg16 for CIFAR, mlp for MNIST, digits-conv for the digits; with "
-        "--preset cpu as wide as the shipped ones, with --preset paper 1)",
+        f"channel counts (default: {cifar} for CIFAR, mlp for MNIST, digits-conv for the digits; "
+        "with --preset cpu as wide as the shipped ones, with --preset paper 1)",
     )
     p.add_argument(
         "--retrain",
@@ -133,9 +132,12 @@ class Architecture:
         return self.name + ("" if self.width == 1 else f" at {self.width:g} of the width")
 
 
-def architecture(args: argparse.Namespace, dataset: data.Dataset) -> Architecture:
+def architecture(
+    args: argparse.Namespace, dataset: data.Dataset, cifar: str = "vgg16"
+) -> Architecture:
     """Decides which networks, from the options and the data that was found."""
-    name, width = args.model or (DEFAULT_MODEL[dataset.name], None)
+    default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
+    name, width = args.model or (default, None)
     if name.startswith("digits") != (dataset.name == "digits"):
         if dataset.name != "digits":
             hint = "give --dataset digits"
@@ -184,11 +186,12 @@ def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
     return vfjax.trace(models.apply_fn(model), variables, x)
 
 
-def shipped(args: argparse.Namespace, arch: Architecture, count: int) -> list[Path]:
-    """Finds the first `count` shipped models of an architecture, by seed."""
+def shipped(args: argparse.Namespace, arch: Architecture, count: int | None) -> list[Path]:
+    """Finds the first `count` shipped models of an architecture, by seed; None for all."""
     folder = _common.ROOT / "checkpoints"
     numbers = {path: path.name.removeprefix(arch.stem) for path in folder.glob(f"{arch.stem}*")}
     found = {int(number): path for path, number in numbers.items() if number.isdigit()}
+    count = max(len(found), 1) if count is None else count
     if len(found) < count:
         kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
         seeds = (seed for seed in itertools.count() if seed not in found)
@@ -280,18 +283,20 @@ def found(
     args: argparse.Namespace,
     watch: _common.Stopwatch,
     *,
-    count: int = 2,
+    count: int | None = 2,
     train: int | None = None,
     test: int | None = None,
+    cifar: str = "vgg16",
 ) -> Edges:
     """Reads the images, traces the network, and loads or trains the edge models.
 
     Args:
       args: The options of `edge_options`.
       watch: The run's clock.
-      count: How many models.
+      count: How many models; None for all that are shipped, or two with `--retrain`.
       train: Training images to read; None for all.
       test: Test images to read; None for all.
+      cifar: The model for CIFAR where `--model` has none.
 
     Raises:
       UserError: If what was asked for is not there, or does not go together.
@@ -302,11 +307,11 @@ def found(
         dataset = load(args, train=train, test=test)
     if args.preset == "paper" and dataset.fallback:
         raise _common.UserError("CIFAR-10 was not found, which --preset paper is for: --data-dir.")
-    arch = architecture(args, dataset)
+    arch = architecture(args, dataset, cifar)
     with watch("trace"):
         net = trace(arch, dataset)
     with watch("training" if args.retrain else "checkpoints"):
-        folders = trained(args, arch, count) if args.retrain else shipped(args, arch, count)
+        folders = trained(args, arch, count or 2) if args.retrain else shipped(args, arch, count)
         cards = [checkpoint.card(folder) for folder in folders]
         trees = [checkpoint.load(folder) for folder in folders]
     return Edges(arch, dataset, net, folders, cards, trees)

@@ -28,6 +28,9 @@ r"""Writes what is in `experiments/results/` into the README, between its marker
     python experiments/zipit_disjoint.py --out experiments/results
     python experiments/vit_transport.py --out experiments/results
     python experiments/multi_dataset.py --out experiments/results
+    python experiments/pruning.py --out experiments/results
+    python experiments/vanishing_feature_pruned.py --out experiments/results
+    python experiments/vanishing_feature_pruned.py --model resnet20 --out experiments/results
     python experiments/update_readme.py
 
 The paragraphs on what came out in the heads of the scripts are written, too. No number in those
@@ -54,9 +57,11 @@ import multi_dataset
 import normalization
 import permute_first_layers
 import pfm_vs_partial_zip
+import pruning
 import residual_linear
 import training_recipe
 import vanishing_feature
+import vanishing_feature_pruned
 import vit_transport
 import zipit_disjoint
 
@@ -106,7 +111,14 @@ DIAGNOSIS = {
     ),
     training_recipe: ("training_recipe-mnist",),
 }
-HEADS = {**DIAGNOSIS, **BEYOND, cifar_pfm: (TABLES["vgg16"], *MATCHED)}
+PRUNING = {
+    pruning: ("pruning-cifar10-vgg16-bn-w0.125",),
+    vanishing_feature_pruned: (
+        "vanishing_feature_pruned-cifar10-vgg16-bn-w0.125",
+        "vanishing_feature_pruned-cifar10-resnet20-w0.5",
+    ),
+}
+HEADS = {**DIAGNOSIS, **BEYOND, **PRUNING, cifar_pfm: (TABLES["vgg16"], *MATCHED)}
 # What the paper has to compare with, after what was measured here.
 PAPER = {
     "vgg16": "In the paper, at full width and with weight decay 1e-4 (here 5e-4), RESCALE leads, "
@@ -134,6 +146,8 @@ ASKED = {
     "vit_transport": "Does optimal transport align vision transformers, and what does keeping "
     "their first blocks apart add?",
     "multi_dataset": "Can networks for different data sets share all layers but the last ones?",
+    "pruning": "How much of its accuracy does a pruned network get back by renormalisation?",
+    "vanishing_feature_pruned": "Do features vanish in pruned networks as they do in merged ones?",
     "training_recipe": "How must networks be trained to merge well? A barrier is the largest loss "
     "of test accuracy on the way from one network to the other, in points.",
 }
@@ -158,6 +172,10 @@ LEGENDS = {
     "permutes units by the correlation of activations.",
     "multi_dataset": "l/L: the first l of L layers merged, the others kept apart with a head for "
     "each data set; accuracies are means over data sets.",
+    "pruning": "Sparsity: the share of the weights that are pruned. Global magnitude compares all "
+    "weights, layerwise magnitude those of a layer, Wanda those of an output. RESET measures the "
+    "pruned network's BatchNorm statistics anew, on as many training images as the figure says.",
+    "vanishing_feature_pruned": "Ratios are to the network before pruning, means over seeds.",
 }
 BENCHMARKS = ("routing", "passes", "tracing", "diagnosis", "zip")
 WAITING = "\n*Not measured yet.*\n"
@@ -299,6 +317,7 @@ def filled(text: str) -> str:
         text = _common.fill(text, marker, table(marker, name))
     text = _common.fill(text, "diagnosis", told(DIAGNOSIS))
     text = _common.fill(text, "beyond", told(BEYOND))
+    text = _common.fill(text, "pruning", told(PRUNING))
     return _common.fill(text, "benchmarks", benchmarks())
 
 

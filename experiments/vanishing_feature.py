@@ -224,21 +224,20 @@ def main_layers(net: vfjax.Network) -> list[vfjax.Layer]:
 def curves_of(
     net: vfjax.Network,
     networks: Mapping[str, merge.Merged],
-    edges: Sequence[merge.Merged],
+    references: Sequence[merge.Merged],
     test: Any,
 ) -> dict[str, dict[str, Any]]:
-    """By network: numbers of every layer, and of the logits."""
+    """By network: numbers of every layer, relative to the references', and of the logits."""
     sites = [layer.name for layer in main_layers(net)]
-    everything = dict(zip(EDGES, edges, strict=True)) | dict(networks)
     found = diagnose.features(
-        net, list(everything.values()), test, references=list(edges), sites=sites
+        net, list(networks.values()), test, references=list(references), sites=sites
     )
     tight = diagnose.bound_sequence(found, sites=sites)
     smoothed = diagnose.bound_sequence(found, sites=sites, gamma=GAMMA)
     resampled = {"tight": tight.resampled(POINTS), "smoothed": smoothed.resampled(POINTS)}
     zero = jnp.zeros((1, *net.x.shape[1:]), net.x.dtype)
     curves = {}
-    for index, (name, network) in enumerate(everything.items()):
+    for index, (name, network) in enumerate(networks.items()):
         numbers = {
             key: [float(getattr(found, key)[site][index]) for site in sites]
             for key in ("feature", "feature_std", "offset")
@@ -304,10 +303,11 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     with watch("midpoints"):
         networks = midpoints(pair, args.match, matching)
         edges = [merge.as_merged(net, tree) for tree in matching.mapped]
+        everything = dict(zip(EDGES, edges, strict=True)) | networks
     with watch("features"):
-        curves = curves_of(net, networks, edges, _common.Watched(test, "features"))
+        curves = curves_of(net, everything, edges, _common.Watched(test, "features"))
     with watch("accuracies"):
-        for name, network in (dict(zip(EDGES, edges, strict=True)) | networks).items():
+        for name, network in everything.items():
             curves[name] |= pair.evaluate(network, test, name)
     layers = main_layers(net)
     record: dict[str, Any] = {

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from flax import linen as nn
 
-from vfjax import diagnose
+from vfjax import diagnose, prune, stats
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +34,7 @@ class Yours(nn.Module):
 
 
 def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
-    example, mix, look = code("python")
+    example, mix, look, thin = code("python")
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) == 10
     model = Yours()
@@ -60,6 +61,12 @@ def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
     first = names["report"].layers[0].relative
     np.testing.assert_allclose(first, wanted.layers[0].relative, rtol=1e-4)
     assert "<img" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    exec(compile(thin, "README.md", "exec"), names)
+    assert prune.sparsity(names["mask"]) == pytest.approx(0.9, abs=0.01)
+    moments = stats.moments(names["net"], [names["a"], names["pruned"]], batches[:1], sites="paper")
+    for before, after in moments.var.values():
+        alive = np.asarray(after) > 0
+        np.testing.assert_allclose(after[alive], before[alive], rtol=1e-3)
 
 
 def test_experiments_explain_their_notation():

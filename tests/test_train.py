@@ -136,7 +136,7 @@ def test_recipes_of_models():
 def test_augmentation_crops_and_mirrors():
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (64, 6, 5, 2), dtype=np.uint8)
-    found = np.asarray(train._augment(jnp.asarray(images), jax.random.key(0), 2, True))
+    found = np.asarray(train.augment(jnp.asarray(images), jax.random.key(0), crop=2, flip=True))
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     kinds = set()
     for before, after in zip(padded, found, strict=True):
@@ -150,7 +150,7 @@ def test_augmentation_crops_and_mirrors():
         assert len(fits) == 1
         kinds.add(fits[0])
     assert len({kind[:2] for kind in kinds}) > 15 and {kind[2] for kind in kinds} == {1, -1}
-    untouched = train._augment(jnp.asarray(images), jax.random.key(0), 0, False)
+    untouched = train.augment(jnp.asarray(images), jax.random.key(0), crop=0, flip=False)
     np.testing.assert_array_equal(untouched, images)
 
 

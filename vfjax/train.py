@@ -37,6 +37,7 @@ __all__ = [
     "Evaluation",
     "Recipe",
     "Trained",
+    "augment",
     "evaluate",
     "fit",
     "fit_seeds",
@@ -64,8 +65,25 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def _augment(images: Array, key: Array, crop: int, flip: bool) -> Array:
-    """Crops uint8 images ``[N, H, W, C]`` at random after zero padding, mirrors half of them."""
+def augment(images: Array, key: Array, *, crop: int, flip: bool) -> Array:
+    """Crops images at random after zero padding and mirrors half of them, as `fit` does.
+
+    The statistics that BatchNorm stores are of such images; those of images as they are differ.
+
+    Args:
+        images: uint8 ``[N, H, W, C]``.
+        key: Random key.
+        crop: Pixels of padding on each side; 0 crops nothing.
+        flip: Whether images are mirrored left to right, each with probability 1/2.
+
+    Returns:
+        uint8 ``[N, H, W, C]``.
+
+    Example:
+        >>> images = jnp.arange(4, dtype=jnp.uint8).reshape(1, 2, 2, 1)
+        >>> augment(images, jax.random.key(0), crop=0, flip=False).ravel().tolist()
+        [0, 1, 2, 3]
+    """
     crop_key, flip_key = jax.random.split(key)
     count, *shape = images.shape
     if crop:
@@ -129,7 +147,7 @@ class _Task:
         """Takes one step on the images of indices ``rows [batch]``."""
         key = jax.random.fold_in(jax.random.key(seed), 2)
         key = jax.random.fold_in(key, state["step"])
-        batch = _augment(images[rows], key, self.recipe.crop, self.recipe.flip)
+        batch = augment(images[rows], key, crop=self.recipe.crop, flip=self.recipe.flip)
         x, label = normalise(batch, self.mean, self.std), labels[rows]
         others = {name: value for name, value in state["variables"].items() if name != "params"}
 

@@ -1,0 +1,444 @@
+"""Pruned networks, and what renormalising them brings back: accuracy against sparsity.
+
+    python experiments/pruning.py                       # VGG16 with BatchNorm: RESET
+    python experiments/pruning.py --model resnet20      # also vgg16, vgg16-ln, resnet20-ln
+    python experiments/pruning.py --methods magnitude wanda --sparsities 80 90
+    python experiments/pruning.py --dataset digits      # seconds, needs no data
+    python experiments/pruning.py --retrain --preset paper    # full width, on a GPU
+
+Networks are shipped ones, of all seeds that there are. Each is pruned in one shot, all convolutions
+and linear layers but those of shortcuts, and nothing is trained afterwards. Methods: the magnitude
+of weights, the lowest of all or of each layer; the diagonal of the empirical Fisher matrix;
+WoodFisher, whose update changes the weights that stay; and Wanda, which compares the weights of an
+output. The pruned network is renormalised with the unpruned one as the only reference, by the same
+training images for both: RESET where there is BatchNorm, REPAIR else, but for VGGs without any norm
+RESCALE, as in the paper's code. The images are cropped and mirrored at random as in training: the
+running statistics are of such images, and those of images as they are (--plain) cost unpruned
+networks with BatchNorm a point or two. They also serve Fisher matrices (the first few, as
+--gradients says) and Wanda.
+
+A last panel shows global magnitude renormalised by fewer images, 64 and on, and by all there are,
+at some of the sparsities.
+
+What the paper found: pruned networks lose their features as merged ones do, and renormalisation
+gives them back; accuracy is never lower (taken here as: at no sparsity by over two standard errors
+of an accuracy on so many test images, in the mean over seeds), and most is gained where much is
+pruned (taken as: at over half of the weights), tens of points at 80 to 90% (taken as: ten points or
+more in the mean over these sparsities). One batch of 64 images does nearly what the whole training
+set does (taken as: where that brings ten points or more, 64 images bring nine tenths of it). It has
+this for magnitude and other methods on wider networks, which can lose more of their weights.
+
+What came out here: not measured yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _common
+import _edges
+import _pruning
+import numpy as np
+from tqdm import tqdm
+
+from vfjax import plot
+
+# Per cent of the weights that go.
+SPARSITIES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99)
+# By preset: test images and statistics images; None for all.
+DEFAULTS = {
+    "cpu": {"test": 3_000, "statistics": 2_000},
+    "paper": {"test": None, "statistics": None},
+}
+SAMPLES = (64, 128, 256, None)
+# Of the sparsities, those that different numbers of images are tried at; all if there is none.
+SAMPLED = (50, 70, 80, 90, 95)
+GRADIENTS = 400
+# Sparsities at which renormalisation must gain, and how much, "nearly", and "much is pruned".
+HIGH, GAIN, NEARLY, HALF = (80, 90), 0.1, 0.9, 50
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    p = argparse.ArgumentParser(
+        prog="pruning.py", description=__doc__, formatter_class=_common.Help
+    )
+    _edges.edge_options(
+        p, examples="vgg16, vgg16-bn, vgg16-ln, resnet20, resnet20-ln", cifar=_pruning.DEFAULT
+    )
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(_pruning.METHODS),
+        choices=tuple(_pruning.METHODS),
+        metavar="M",
+        help=f"what is pruned by: {_common.joined(list(_pruning.METHODS))} (default: all)",
+    )
+    p.add_argument(
+        "--sparsities",
+        nargs="+",
+        type=_pruning.sparsity_of,
+        default=list(SPARSITIES),
+        metavar="S",
+        help="per cent of the weights that go (default: 10, 20 ... 90, 95 and 99)",
+    )
+    p.add_argument(
+        "--samples",
+        nargs="+",
+        type=samples_of,
+        default=list(SAMPLES),
+        metavar="N",
+        help="training images, the first N or all, that global magnitude is renormalised by in the "
+        "last panel (default: 64 128 256 all)",
+    )
+    _pruning.remedy_options(p)
+    p.add_argument(
+        "--runs",
+        type=_common.count_of("networks"),
+        metavar="N",
+        help="networks, of different seeds (default: all that are shipped; two with --retrain)",
+    )
+    for name, what in (
+        ("test", "test images, the first N"),
+        (
+            "statistics",
+            "training images, the first N, for renormalisation, Wanda and Fisher",
+        ),
+    ):
+        p.add_argument(
+            f"--{name}",
+            type=_common.count_of("images"),
+            metavar="N",
+            help=f"{what} (default: {DEFAULTS['cpu'][name]:,}; all with --preset paper)",
+        )
+    p.add_argument(
+        "--gradients",
+        type=_common.count_of("gradients"),
+        default=GRADIENTS,
+        metavar="N",
+        help="images, the first N, whose gradients Fisher and WoodFisher take, one by one",
+    )
+    _common.folder_options(p)
+    return p
+
+
+def samples_of(text: str) -> int | None:
+    """The type of `--samples`: a number of images, or None for `all`."""
+    return None if text == "all" else _common.count_of("images")(text)
+
+
+def label_of(samples: int | None) -> str:
+    """A number of images as the record has it.
+
+    Example:
+      >>> label_of(64), label_of(None)
+      ('64', 'all')
+    """
+    return "all" if samples is None else str(samples)
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measures everything; returns the record."""
+    for name, default in DEFAULTS[args.preset].items():
+        setattr(args, name, getattr(args, name) or default)
+    args.methods = [method for method in _pruning.METHODS if method in args.methods]
+    args.sparsities = sorted(set(args.sparsities))
+    counts = sorted({count for count in args.samples if count is not None})
+    args.samples = [*counts, *([None] if None in args.samples else [])]
+    watch = _common.Stopwatch()
+    wanted = [*args.samples, args.statistics]
+    read = None if None in wanted else max([*wanted, args.gradients])
+    models = _edges.found(
+        args, watch, count=args.runs, train=read, test=args.test, cifar=_pruning.DEFAULT
+    )
+    net, remedy = models.net, _pruning.remedy_of(args, models)
+    layers = _pruning.layers_of(net)
+    training, test = _pruning.statistics_of(args, models), models.batches("test", args.test)
+    statistics = training.samples(args.statistics)
+    at = [s for s in args.sparsities if s in SAMPLED] or args.sparsities
+    found: dict[str, Any] = {method: {"none": [], "renormalised": []} for method in args.methods}
+    unpruned: dict[str, list[float]] = {"none": [], "renormalised": []}
+    samples: dict[str, Any] = {label_of(count): [] for count in args.samples}
+
+    total = len(args.methods) * len(args.sparsities) + len(samples) * len(at)
+    total *= len(models.trees)
+    with tqdm(total=total, unit="network", leave=False) as bar:
+
+        def both(pruned: Any, renormalised: _pruning.Renormaliser) -> tuple[float, float]:
+            plain = _pruning.accuracy(_pruning.as_network(net, pruned), test)
+            return plain, _pruning.accuracy(renormalised(pruned), test)
+
+        for tree in models.trees:
+            with watch("unpruned"):
+                renormalised = _pruning.Renormaliser(net, tree, remedy, statistics)
+                for key, value in zip(unpruned, both(tree, renormalised), strict=True):
+                    unpruned[key].append(value)
+            for method in args.methods:
+                bar.set_description(_pruning.METHODS[method])
+                with watch(f"{method}, scores"):
+                    pruned = _pruning.pruner(method, net, tree, statistics, layers, args.gradients)
+                with watch(method):
+                    rows = []
+                    for sparsity in args.sparsities:
+                        rows.append(both(pruned(sparsity / 100), renormalised))
+                        bar.update()
+                for key, row in zip(found[method], zip(*rows, strict=True), strict=True):
+                    found[method][key].append(list(row))
+            pruned = _pruning.pruner("magnitude", net, tree, statistics, layers, 1)
+            for count in args.samples:
+                label = label_of(count)
+                bar.set_description(f"{label} images")
+                with watch(f"{label} images"):
+                    few = _pruning.Renormaliser(net, tree, remedy, training.samples(count))
+                    row = []
+                    for sparsity in at:
+                        row.append(_pruning.accuracy(few(pruned(sparsity / 100)), test))
+                        bar.update()
+                samples[label].append(row)
+
+    config = vars(args) | {"model": models.arch.name, "width": models.arch.width}
+    record: dict[str, Any] = {
+        "experiment": "pruning",
+        "command": command,
+        "config": config | {"samples": list(samples)},
+        **models.record(statistics, test),
+        "seeds": {"edge_models": models.seeds},
+        "remedy": remedy,
+        "layers": list(layers),
+        "sparsities": args.sparsities,
+        "unpruned": unpruned,
+        "methods": found,
+        "samples_sparsities": at,
+        "samples": samples,
+    }
+    record["data"]["augmented"] = _pruning.augmented(args, models)
+    record["data"]["all_images"] = (
+        len(models.batches("train", None).images) if None in wanted else 0
+    )
+    record["title"] = title_of(record)
+    record["seconds"] = watch.record()
+    return record | _common.environment()
+
+
+# ------------------------------------------------------------------------------ record and figure
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """Data, models, images."""
+    seeds = len(record["seeds"]["edge_models"])
+    parts = [_edges.networks(record), "pruned", f"{record['data']['test_images']:,} test images"]
+    return ", ".join([*parts, *([f"mean of {seeds} seeds"] if seeds > 1 else [])])
+
+
+def values(record: Mapping[str, Any], method: str, key: str) -> np.ndarray:
+    """Accuracies `[seeds, sparsities]`, as pruned or renormalised."""
+    return np.array(record["methods"][method][key])
+
+
+def gains(record: Mapping[str, Any], method: str) -> np.ndarray:
+    """What renormalisation brings, `[seeds, sparsities]`."""
+    return values(record, method, "renormalised") - values(record, method, "none")
+
+
+def curve_of(values: np.ndarray, x: Sequence[float], **style: Any) -> plot.Curve:
+    """Mean over seeds in per cent, with their spread if there are several."""
+    error = 100 * values.std(0, ddof=1) if len(values) > 1 else None
+    return plot.Curve(x, 100 * values.mean(0), error=error, **style)
+
+
+def figure_of(record: dict[str, Any]) -> Any:
+    """Accuracy as pruned and renormalised, what is gained, and by how many images."""
+    x, remedy = record["sparsities"], _pruning.REMEDIES[record["remedy"]]
+    images = record["data"]["statistics_images"]
+    methods = {
+        method: (colour, label)
+        for colour, (method, label) in enumerate(_pruning.METHODS.items())
+        if method in record["methods"]
+    }
+    level = 100 * np.mean(record["unpruned"]["none"])
+    unpruned = {"unpruned": plot.Curve([x[0], x[-1]], [level] * 2, colour=6, dashed=True)}
+
+    def panel(title: str, y: str, of: Any, more: Mapping[str, Any], limits: Any) -> plot.Panel:
+        curves = {
+            label: curve_of(of(method), x, colour=colour)
+            for method, (colour, label) in methods.items()
+        }
+        return plot.Panel(title, "sparsity (%)", y, curves | more, y_limits=limits)
+
+    y, limits = "test accuracy (%)", (0, 101)
+    row = [
+        panel("as pruned", y, lambda m: values(record, m, "none"), unpruned, limits),
+        panel(
+            f"with {remedy}, {images:,} images",
+            y,
+            lambda m: values(record, m, "renormalised"),
+            unpruned,
+            limits,
+        ),
+        panel("gained", "points of test accuracy", lambda m: gains(record, m), {}, None),
+    ]
+    curves = {
+        f"{remedy}, {label} images": curve_of(
+            np.array(rows), record["samples_sparsities"], colour=colour
+        )
+        for colour, (label, rows) in enumerate(record["samples"].items())
+    }
+    if "magnitude" in methods:
+        plain = curve_of(values(record, "magnitude", "none"), x, colour=5, dashed=True)
+        curves = {"as pruned": plain} | curves
+    title = f"global magnitude, images for {remedy}"
+    row.append(plot.Panel(title, "sparsity (%)", y, curves | unpruned, y_limits=limits))
+    return plot.panels(row, title=record["title"], columns=2)
+
+
+def claims_of(record: dict[str, Any]) -> list[tuple[bool | None, str]]:
+    """Each claim of the paper: whether it holds here, and what was measured."""
+    sparsities = np.array(record["sparsities"])
+    remedy, claims = _pruning.REMEDIES[record["remedy"]], [never_behind(record)]
+    high = (sparsities >= HIGH[0]) & (sparsities <= HIGH[1])
+    most = {}
+    for method in record["methods"]:
+        plain, gain = values(record, method, "none").mean(0), gains(record, method).mean(0)
+        name = _pruning.METHODS[method]
+        if high.any():
+            shown = [
+                f"from {100 * p:.1f} to {100 * (p + g):.1f} at {s}%"
+                for s, p, g in zip(sparsities[high], plain[high], gain[high], strict=True)
+            ]
+            text = f"with {name} {remedy} takes accuracy {_common.joined(shown)}"
+            claims.append((bool(gain[high].mean() >= GAIN), text))
+        place = int(gain.argmax())
+        most[name] = sparsities[place], f"{sparsities[place]}% ({name}, {100 * gain[place]:+.1f})"
+    text = f"most points are gained at {_common.joined([text for _, text in most.values()])}"
+    claims.append((all(sparsity > HALF for sparsity, _ in most.values()), text))
+    return claims + samples_claims(record)
+
+
+def never_behind(record: dict[str, Any]) -> tuple[bool, str]:
+    """That renormalisation never hurts beyond noise."""
+    images, sparsities = record["data"]["test_images"], record["sparsities"]
+    cells = []
+    for method in record["methods"]:
+        plain, gain = values(record, method, "none").mean(0), gains(record, method).mean(0)
+        for sparsity, p, g in zip(sparsities, plain, gain, strict=True):
+            where = f"{100 * g:+.1f} with {_pruning.METHODS[method]} at {sparsity}%"
+            cells.append((g + _common.noise(p, images), where))
+    behind = [where for margin, where in cells if margin < 0]
+    _, least = min(cells)
+    text = f"{_pruning.REMEDIES[record['remedy']]} is behind by over two standard errors at "
+    text += f"{len(behind)} of {len(cells)} combinations of method and sparsity"
+    told = f": {_common.joined(behind)} points" if behind else f" (closest to that: {least} points)"
+    return not behind, text + told
+
+
+def samples_claims(record: dict[str, Any]) -> list[tuple[bool, str]]:
+    """That the fewest images do nearly what all do."""
+    if len(record["samples"]) < 2 or "magnitude" not in record["methods"]:
+        return []
+    sparsities, at = record["sparsities"], record["samples_sparsities"]
+    plain = values(record, "magnitude", "none").mean(0)[[sparsities.index(s) for s in at]]
+    means = {label: np.mean(rows, axis=0) for label, rows in record["samples"].items()}
+    labels = list(means)
+    most = means[labels[-1]] - plain
+    counted = most >= GAIN
+    if not counted.any():
+        return []
+    few = {label: float((means[label] - plain)[counted].mean()) for label in labels}
+    parts = [f"{label} images bring {100 * gain:.1f} points" for label, gain in few.items()]
+    share = few[labels[0]] / few[labels[-1]]
+    where = [f"{s}%" for s, here in zip(at, counted, strict=True) if here]
+    text = f"with global magnitude, at {_common.joined(where)} sparsity, {_common.joined(parts)} "
+    text += f"on average: {labels[0]} bring {100 * share:.0f}% of what {labels[-1]} do"
+    return [(share >= NEARLY, text)]
+
+
+def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
+    """The unpruned networks and the best pruner in a sentence or two; and the claims."""
+    remedy, found = _pruning.REMEDIES[record["remedy"]], record["unpruned"]
+    percent = {key: _common.percent(row) for key, row in found.items()}
+    intro = f"Unpruned {percent['none']}, with {remedy} {percent['renormalised']}."
+    parts = []
+    for place, sparsity in enumerate(record["sparsities"]):
+        if sparsity not in HIGH:
+            continue
+        ends = {
+            method: 100 * values(record, method, "renormalised").mean(0)[place]
+            for method in record["methods"]
+        }
+        best = max(ends, key=lambda method: ends[method])
+        parts.append(f"{_pruning.METHODS[best]} ({ends[best]:.1f}) at {sparsity}%")
+    if parts and len(record["methods"]) > 1:
+        intro += f" After {remedy}, of {len(record['methods'])} methods the best is "
+        intro += f"{_common.joined(parts)} sparsity."
+    return intro, claims_of(record)
+
+
+def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: accuracies by sparsity, as pruned and renormalised."""
+    header, columns = ["sparsity, %"], []
+    for method in record["methods"]:
+        header += [method, f"+ {_pruning.REMEDIES[record['remedy']]}"]
+        columns += [values(record, method, key).mean(0) for key in ("none", "renormalised")]
+    return header, rows_of(record["sparsities"], columns)
+
+
+def samples_table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: global magnitude renormalised by so many images, by sparsity."""
+    remedy = _pruning.REMEDIES[record["remedy"]]
+    header = ["magnitude, sparsity, %", *(f"{remedy}, {n} images" for n in record["samples"])]
+    columns = [np.mean(rows, axis=0) for rows in record["samples"].values()]
+    return header, rows_of(record["samples_sparsities"], columns)
+
+
+def rows_of(sparsities: Sequence[float], columns: Sequence[np.ndarray]) -> list[list[str]]:
+    """Sparsities and columns of accuracies as rows of a table."""
+    return [
+        [str(sparsity), *(f"{100 * column[place]:.2f}" for column in columns)]
+        for place, sparsity in enumerate(sparsities)
+    ]
+
+
+def file_name(record: dict[str, Any]) -> str:
+    """Name of record and figure, without suffix."""
+    config, parts = record["config"], []
+    if config["methods"] != list(_pruning.METHODS):
+        parts += ["+".join(config["methods"])]
+    if config["sparsities"] != list(SPARSITIES):
+        parts += ["at" + "+".join(map(str, config["sparsities"]))]
+    if config["samples"] != [label_of(count) for count in SAMPLES]:
+        parts += ["samples" + "+".join(config["samples"])]
+    parts += [config["renorm"]] if config["renorm"] != "auto" else []
+    parts += ["plain"] if config["plain"] else []
+    parts += [f"runs{config['runs']}"] if config["runs"] is not None else []
+    defaults = DEFAULTS[config["preset"]] | {"gradients": GRADIENTS}
+    parts += [f"{name}{config[name]}" for name in defaults if config[name] != defaults[name]]
+    return _edges.file_name(record, parts)
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints a record."""
+    _common.print_table(record["title"], *table_of(record))
+    _common.print_table("", *samples_table_of(record))
+    print(_common.told(*outcome(record)))
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Runs the experiment; returns the path of the record."""
+    return _common.run(
+        parser(),
+        argv,
+        experiment=experiment,
+        file_name=file_name,
+        figure_of=figure_of,
+        show=show,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""The experiments on pruned networks, in their quickest form, on the digits; their records."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vfjax import data
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+if str(EXPERIMENTS) not in sys.path:
+    sys.path.insert(0, str(EXPERIMENTS))
+common = importlib.import_module("_common")
+shared = importlib.import_module("_pruning")
+pruning = importlib.import_module("pruning")
+vanishing = importlib.import_module("vanishing_feature_pruned")
+update = importlib.import_module("update_readme")
+
+METHODS = list(shared.METHODS)
+SPARSITIES = [10, 50, 80, 90]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruning")
+    options = ["--model", "digits-mlp", "--sparsities", *map(str, reversed(SPARSITIES))]
+    options += ["--samples", "all", "64", "--test", "100", "--statistics", "200"]
+    options += ["--gradients", "30", "--out", str(folder)]
+    path = pruning.main(["--dataset", "digits", *options])
+    return path, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def vanished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vanishing_pruned")
+    options = ["--model", "digits-mlp", "--sparsity", "95", "--samples", "100"]
+    options += ["--statistics", "200", "--out", str(folder)]
+    path = vanishing.main(["--dataset", "digits", *options])
+    return path, json.loads(path.read_text())
+
+
+@pytest.fixture
+def record(digits):
+    """With the paper's outcome."""
+    record = copy.deepcopy(digits[1])
+    for found in record["methods"].values():
+        found["none"] = [[0.9, 0.8, 0.3, 0.1]] * 2
+        found["renormalised"] = [[0.9, 0.85, 0.8, 0.5]] * 2
+    record["samples"] = {"64": [[0.8, 0.78, 0.5]] * 2, "all": [[0.85, 0.8, 0.5]] * 2}
+    return record
+
+
+# ------------------------------------------------------------------------------ accuracy, sparsity
+
+
+def test_record_is_complete(digits):
+    path, record = digits
+    name = "pruning-digits-digits-mlp-at10+50+80+90-samples64+all-test100-statistics200"
+    assert path.name == f"{name}-gradients30.json"
+    assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+    assert record["remedy"] == "repair" and record["sparsities"] == SPARSITIES
+    assert record["seeds"] == {"edge_models": [0, 1]} and list(record["methods"]) == METHODS
+    assert list(record["samples"]) == ["64", "all"]
+    assert record["samples_sparsities"] == [50, 80, 90]
+    for found in record["methods"].values():
+        assert {key: np.shape(rows) for key, rows in found.items()} == {
+            "none": (2, 4),
+            "renormalised": (2, 4),
+        }
+    assert all(np.shape(rows) == (2, 3) for rows in record["samples"].values())
+    assert record["data"]["test_images"] == 100 and record["data"]["statistics_images"] == 200
+    assert record["data"]["augmented"] is False
+    assert {"unpruned", "woodfisher, scores", "wanda", "64 images", "total"} <= set(
+        record["seconds"]
+    )
+
+
+def test_what_the_paper_found(digits):
+    """Little is lost where little is pruned, much where much is, and much of that comes back."""
+    _, record = digits
+    level = np.mean(record["unpruned"]["none"])
+    assert abs(level - np.mean(record["unpruned"]["renormalised"])) < 0.02
+    for method in METHODS:
+        plain = pruning.values(record, method, "none").mean(0)
+        assert plain[0] > level - 0.05 and plain[-1] < plain[0]
+        assert pruning.gains(record, method).mean(0).min() > -0.05
+    assert max(pruning.gains(record, method).mean(0)[-1] for method in METHODS) > 0.1
+
+
+def test_the_outcome_of_the_paper(record):
+    assert all(holds for holds, _ in pruning.claims_of(record))
+    said = common.told(*pruning.outcome(record))
+    assert "Unlike" not in said and "Not in" not in said
+    assert "REPAIR takes accuracy from 30.0 to 80.0 at 80% and from 10.0 to 50.0 at 90%" in said
+    assert "behind by over two standard errors at 0 of 20 combinations" in said
+    assert "all images bring 45.0 points on average: 64 bring 98% of what all do" in said
+
+
+def first_of(record, key, values):
+    record["methods"]["fisher"][key] = [values] * 2
+
+
+@pytest.mark.parametrize(
+    "change, flipped, said",
+    [
+        (
+            lambda r: first_of(r, "renormalised", [0.7, 0.85, 0.8, 0.5]),
+            0,
+            "at 1 of 20 combinations of method and sparsity: -20.0 with diagonal Fisher at 10%",
+        ),
+        (
+            lambda r: first_of(r, "none", [0.9, 0.6, 0.75, 0.4]),
+            3,
+            "diagonal Fisher REPAIR takes accuracy from 75.0 to 80.0 at 80%",
+        ),
+        (lambda r: first_of(r, "none", [0.2, 0.8, 0.3, 0.1]), 6, "10% (diagonal Fisher, +70.0)"),
+        (lambda r: r["samples"].update({"64": [[0.8, 0.5, 0.3]] * 2}), 7, "64 bring 44%"),
+    ],
+)
+def test_each_claim_can_fail(record, change, flipped, said):
+    change(record)
+    claims = pruning.claims_of(record)
+    failed = [k for k, (holds, _) in enumerate(claims) if not holds]
+    assert flipped in failed and len(failed) <= 2
+    assert said in common.told(*pruning.outcome(record)).partition("Unlike the paper: ")[2]
+
+
+def test_figure_and_tables(digits):
+    _, record = digits
+    axes = pruning.figure_of(record).axes
+    assert [a.get_title() for a in axes] == [
+        "as pruned",
+        "with REPAIR, 200 images",
+        "gained",
+        "global magnitude, images for REPAIR",
+    ]
+    assert all(a.get_xlabel() == "sparsity (%)" for a in axes)
+    header, rows = pruning.table_of(record)
+    assert len(header) == 11 and len(rows) == 4
+    header, rows = pruning.samples_table_of(record)
+    assert header[1:] == ["REPAIR, 64 images", "REPAIR, all images"] and len(rows) == 3
+
+
+def test_file_name_has_what_is_not_default(record):
+    config = record["config"]
+    config |= pruning.DEFAULTS["cpu"] | {"gradients": pruning.GRADIENTS}
+    config |= {"sparsities": list(pruning.SPARSITIES), "samples": ["64", "128", "256", "all"]}
+    assert pruning.file_name(record) == "pruning-digits-digits-mlp"
+    config |= {"methods": ["wanda"], "renorm": "rescale", "plain": True, "runs": 1}
+    assert pruning.file_name(record) == "pruning-digits-digits-mlp-wanda-rescale-plain-runs1"
+
+
+# ----------------------------------------------------------------------------------------- shared
+
+
+@pytest.mark.parametrize(
+    "name, norms, remedy",
+    [
+        ("vgg16", (), "rescale"),
+        ("vgg16-ln", (), "repair"),
+        ("vgg16-bn", ("bn",), "reset"),
+        ("resnet20", ("bn",), "reset"),
+        ("resnet20-plain", (), "repair"),
+        ("resnet20-ln", (), "repair"),
+    ],
+)
+def test_remedy_by_network(name, norms, remedy):
+    models = SimpleNamespace(net=SimpleNamespace(norms=norms), arch=SimpleNamespace(name=name))
+    assert shared.remedy_of(SimpleNamespace(renorm="auto"), models) == remedy
+    assert shared.remedy_of(SimpleNamespace(renorm="rescale"), models) == "rescale"
+
+
+def test_statistics_are_of_images_as_in_training():
+    images = np.random.default_rng(0).integers(1, 256, (40, 8, 8, 3), dtype=np.uint8)
+    batches = data.Batches(images, np.arange(40, dtype=np.int32), (0.5,) * 3, (0.2,) * 3)
+
+    def found(crop, flip, plain=False):
+        models = SimpleNamespace(
+            cards=[{"recipe": {"crop": crop, "flip": flip}}], batches=lambda split, count: batches
+        )
+        return shared.statistics_of(SimpleNamespace(plain=plain), models)
+
+    assert found(0, False) is batches and found(4, True, plain=True) is batches
+    moved = found(2, True)
+    assert moved.images.shape == images.shape and (moved.images == 0).any()
+    np.testing.assert_array_equal(moved.labels, batches.labels)
+    np.testing.assert_array_equal(moved.images, found(2, True).images)
+
+
+# ----------------------------------------------------------------------------- vanishing features
+
+
+def test_features_before_and_after(vanished):
+    path, record = vanished
+    assert path.name == (
+        "vanishing_feature_pruned-digits-digits-mlp-at95-samples100-statistics200.json"
+    )
+    assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+    assert len(record["runs"]) == 2 and record["config"]["sparsity"] == 95
+    for run in record["runs"]:
+        assert list(run) == ["unpruned", "pruned", "repair"]
+        np.testing.assert_allclose(run["unpruned"]["relative"], 1, rtol=1e-5)
+        for found in run.values():
+            assert (np.diff(found["bound"]) <= 0).all()
+            assert (np.array(found["bound"]) >= found["relative"]).all()
+    before, after = (vanishing.measured(record, name) for name in ("pruned", "repair"))
+    assert before["end"] < 0.5 < after["end"] and before["varies"] < after["varies"]
+    assert len(vanishing.figure_of(record).axes) == 3
+    assert [row[0] for row in vanishing.table_of(record)[1]] == [
+        "unpruned",
+        "pruned",
+        "pruned, REPAIR",
+    ]
+
+
+def test_vanishing_claims_can_fail(vanished):
+    record = copy.deepcopy(vanished[1])
+    assert all(holds for holds, _ in vanishing.claims_of(record))
+    for run in record["runs"]:
+        run["pruned"], run["repair"] = run["repair"], run["pruned"]
+    assert [holds for holds, _ in vanishing.claims_of(record)][2:] == [False] * 3
+    assert "Unlike the paper: " in common.told(*vanishing.outcome(record))
+
+
+# ------------------------------------------------------------------------------ records, options
+
+
+@pytest.mark.parametrize("script", [pruning, vanishing])
+def test_head_says_what_came_out(script):
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    assert update.headed(source, script) == source
+    for name in update.PRUNING[script]:
+        shipped = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
+        assert shipped["seconds"]["total"] < 600 and shipped["data"]["fallback"] is False
+        assert script.file_name(shipped) == name
+
+
+@pytest.mark.parametrize("module", [pruning, vanishing, shared])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        (pruning, ["--sparsities", "0"], "'0' is no percentage above 0, up to 100"),
+        (pruning, ["--samples", "some"], "'some' is no number of images, from 1 on"),
+        (pruning, ["--methods", "random"], "invalid choice: 'random'"),
+        (pruning, ["--model", "vgg16", "--dataset", "digits"], "--model vgg16 is not for"),
+        (vanishing, ["--sparsity", "101"], "'101' is no percentage above 0, up to 100"),
+        (vanishing, ["--dataset", "digits", "--renorm", "reset"], "for networks with BatchNorm"),
+    ],
+)
+def test_bad_options(script, arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        script.main([*arguments, "--out", str(tmp_path / "out")])
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
