@@ -127,6 +127,65 @@ def test_what_a_dense_layer_cannot_do_stays_a_convolution():
     close(routed(dilated)(x, w), dilated(x, w))
 
 
+def depthwise(spec, stride, padding, dilation, groups):
+    return lambda x, w: lax.conv_general_dilated(
+        x,
+        w,
+        stride,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=spec,
+        feature_group_count=groups,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_depthwise_convolutions(layout):
+    """Values and gradients; sums of 49 products at most, and of 4 * 30 in gradients."""
+    spec = LAYOUTS[layout]
+
+    def shaped(order, **sizes):
+        return tuple(sizes[letter] for letter in order)
+
+    for k, (size, window, stride, padding, dilation) in enumerate([
+        ((6, 5), (7, 7), (1, 1), ((3, 3), (3, 3)), (1, 1)),
+        ((6, 5), (3, 2), (2, 1), "SAME", (1, 1)),
+        ((5, 6), (3, 3), (1, 2), ((2, -1), (0, 1)), (1, 2)),
+        ((1, 1), (3, 3), (1, 1), "SAME", (1, 1)),
+    ]):  # fmt: skip
+        x = draw(shaped(spec[0], N=4, C=3, H=size[0], W=size[1]), seed=k)
+        w = draw(shaped(spec[1], O=3, I=1, H=window[0], W=window[1]), seed=k + 1)
+        conv = depthwise(spec, stride, padding, dilation, 3)
+        assert "conv_general_dilated" not in names(routed(conv), x, w)
+        weights = draw(jax.eval_shape(conv, x, w).shape, seed=k + 2)
+
+        def both(fn, x, w, weights=weights):
+            loss = lambda x, w: (fn(x, w) * weights).sum()  # noqa: E731
+            return fn(x, w), *jax.grad(loss, (0, 1))(x, w)
+
+        run = jax.jit(lambda x, w, c=conv, b=both: (b(routed(c), x, w), b(c, x, w)))
+        for ours, theirs in zip(*run(x, w), strict=True):
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            close(ours, theirs)
+
+
+def test_depthwise_convolutions_of_other_kinds():
+    spec, pad = LAYOUTS["NHWC"], ((3, 3), (3, 3))
+    one = depthwise(spec, (1, 1), pad, (1, 1), 4)
+    x, w = draw((2, 4, 4, 4), jnp.bfloat16), draw((7, 7, 1, 4), jnp.bfloat16)
+    ours, exact = routed(one)(x, w), one(x.astype("float32"), w.astype("float32"))
+    assert ours.dtype == jnp.bfloat16
+    # Summed in float32 and rounded once.
+    close(ours.astype("float32"), exact, rtol=2**-8)
+    x, w = draw((2, 4, 4, 4), jnp.int32), draw((7, 7, 1, 4), jnp.int32)
+    assert jnp.array_equal(routed(one)(x, w), one(x, w))
+    # Two outputs for each channel, and kernels of very many taps, stay as they are.
+    assert "conv_general_dilated" in names(routed(one), draw((2, 4, 4, 4)), draw((7, 7, 1, 8)))
+    assert "conv_general_dilated" in names(routed(one), draw((2, 4, 4, 4)), draw((9, 9, 1, 4)))
+    xs, ws = draw((2, 3, 5, 5, 4)), draw((2, 7, 7, 1, 4))
+    close(jax.jit(jax.vmap(routed(one)))(xs, ws), jax.vmap(one)(xs, ws))
+
+
 def test_precision_and_dtypes_are_kept():
     x, w = draw((2, 2, 2, 2), jnp.bfloat16), draw((3, 3, 2, 4), jnp.bfloat16)
     highest = lambda x, w: lax.conv_general_dilated(  # noqa: E731

@@ -1,11 +1,13 @@
 """Equivalents of what a backend is slow at, for evaluation, `Network.run` and training alike.
 
 XLA on CPU is pathologically slow at convolutions on maps of 2x2 and less (300 times slower than the
-same linear map as a matrix product) and at the gradient of max-pooling by `reduce_window`. Both
-have equivalents that are exact up to the order of summation:
+same linear map as a matrix product), at depthwise convolutions (20 times slower than the sum over
+their taps) and at the gradient of max-pooling by `reduce_window`. All have equivalents that are
+exact up to the order of summation:
 
-* such a convolution is a dense layer from all input to all output positions, its matrix made of
-  copies of the kernel's taps;
+* a convolution on such a map is a dense layer from all input to all output positions, its matrix
+  made of copies of the kernel's taps;
+* a depthwise one is a sum of shifted maps, each times one tap, which XLA makes one loop of;
 * pooling over windows that tile the map is a reshape followed by a maximum (or a sum). Of equal
   entries the first is the maximum, as in `reduce_window`, so that gradients agree too.
 
@@ -31,6 +33,8 @@ Array = jax.Array
 
 # Up to this many (input position, output position) pairs a dense layer beats a convolution on CPU.
 _MAX_PAIRS = 16
+# A depthwise kernel of more taps stays a convolution: every tap is an operation to compile.
+_MAX_TAPS = 64
 
 
 def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,16 +82,15 @@ def _cpu_rule(equation: _graph.Equation, args: Sequence[Any]) -> Callable[..., A
     return None if make is None else make(equation.params, *(np.shape(a) for a in args))
 
 
-def _small_convolution(
+def _convolution(
     params: Any, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]
 ) -> Callable[..., Array] | None:
-    """A convolution on a tiny map, as a dense layer; None where a convolution is better."""
-    dims = params["dimension_numbers"]
-    rank = len(x_shape) - 2
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+    """A convolution on a tiny map, or a depthwise one; None where a convolution is better."""
+    if params["batch_group_count"] != 1 or params.get("preferred_element_type"):
         return None
-    if any(d != 1 for d in params["lhs_dilation"]) or params.get("preferred_element_type"):
+    if any(d != 1 for d in params["lhs_dilation"]):
         return None
+    dims, groups = params["dimension_numbers"], params["feature_group_count"]
     size_in = [x_shape[d] for d in dims.lhs_spec[2:]]
     taps = [kernel_shape[d] for d in dims.rhs_spec[2:]]
     size_out = [
@@ -102,8 +105,19 @@ def _small_convolution(
         )
     ]
     pairs = int(np.prod(size_in) * np.prod(size_out))
-    if not 0 < pairs <= _MAX_PAIRS or np.prod(taps) == 1:
+    if not pairs or np.prod(taps) == 1:
         return None
+    if groups == 1:
+        return _as_dense(params, size_in, taps, size_out) if pairs <= _MAX_PAIRS else None
+    alone = groups == x_shape[dims.lhs_spec[1]] == kernel_shape[dims.rhs_spec[0]]
+    return _as_sum(params, taps, size_out) if alone and np.prod(taps) <= _MAX_TAPS else None
+
+
+def _as_dense(
+    params: Any, size_in: Sequence[int], taps: Sequence[int], size_out: Sequence[int]
+) -> Callable[..., Array]:
+    """A convolution as a dense layer from all positions to all."""
+    dims, rank = params["dimension_numbers"], len(taps)
 
     def tap(source: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...] | None:
         """Which tap of the kernel carries the source position to the target position, if any."""
@@ -121,8 +135,7 @@ def _small_convolution(
     targets = list(itertools.product(*map(range, size_out)))
 
     def dense(x: Array, kernel: Array) -> Array:
-        x = jnp.transpose(x, (dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1]))
-        kernel = jnp.transpose(kernel, (*dims.rhs_spec[2:], dims.rhs_spec[1], dims.rhs_spec[0]))
+        x, kernel = _channels_last(dims, x, kernel)
         c_in, c_out = kernel.shape[-2:]
         zero = jnp.zeros((c_in, c_out), kernel.dtype)
         picked = [[tap(s, t) for t in targets] for s in sources]
@@ -133,10 +146,50 @@ def _small_convolution(
         x = x.reshape(x.shape[0], len(sources) * c_in)
         y = jnp.matmul(x, jnp.concatenate(blocks, axis=0), precision=params["precision"])
         y = y.reshape(x.shape[0], *size_out, c_out)
-        order = np.argsort((dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1]))
-        return jnp.transpose(y, order.tolist())
+        return _from_channels_last(dims, y)
 
     return dense
+
+
+def _as_sum(params: Any, taps: Sequence[int], size_out: Sequence[int]) -> Callable[..., Array]:
+    """A convolution of every channel by itself, as a sum over the taps of its kernel."""
+    dims, strides = params["dimension_numbers"], params["window_strides"]
+
+    def summed(x: Array, kernel: Array) -> Array:
+        x, kernel = _channels_last(dims, x, kernel)
+        n, *_, c = x.shape
+        kept = x.dtype
+        if jnp.issubdtype(kept, jnp.floating):
+            # In float32 or better, as a convolution sums.
+            wide = jnp.promote_types(kept, jnp.float32)
+            x, kernel = x.astype(wide), kernel.astype(wide)
+        edges = [(lo, hi, 0) for lo, hi in params["padding"]]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+        parts = []
+        for index in itertools.product(*map(range, taps)):
+            start = [k * d for k, d in zip(index, params["rhs_dilation"], strict=True)]
+            stop = [
+                s + (size - 1) * stride + 1
+                for s, size, stride in zip(start, size_out, strides, strict=True)
+            ]
+            part = lax.slice(x, (0, *start, 0), (n, *stop, c), (1, *strides, 1))
+            parts.append(part * kernel[index].reshape((1,) * (len(taps) + 1) + (c,)))
+        return _from_channels_last(dims, functools.reduce(jnp.add, parts).astype(kept))
+
+    return summed
+
+
+def _channels_last(dims: Any, x: Array, kernel: Array) -> tuple[Array, Array]:
+    """The operands of a convolution as `[N, *space, C]` and `[*space, I, O]`."""
+    x = jnp.transpose(x, (dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1]))
+    order = (*dims.rhs_spec[2:], dims.rhs_spec[1], dims.rhs_spec[0])
+    return x, jnp.transpose(kernel, order)
+
+
+def _from_channels_last(dims: Any, y: Array) -> Array:
+    """The result `[N, *space, C]` of a convolution in its own layout."""
+    order = np.argsort((dims.out_spec[0], *dims.out_spec[2:], dims.out_spec[1]))
+    return jnp.transpose(y, order.tolist())
 
 
 def _tiled_pool(
@@ -172,7 +225,7 @@ def _first_max(a: Array, b: Array) -> Array:
 
 
 _CPU_RULES: dict[str, Callable[..., Callable[..., Array] | None]] = {
-    "conv_general_dilated": _small_convolution,
+    "conv_general_dilated": _convolution,
     "reduce_window_max": functools.partial(_tiled_pool, _first_max),
     "reduce_window_sum": functools.partial(_tiled_pool, lax.add),
 }
