@@ -235,3 +235,19 @@ def test_no_layers():
 def test_constants_that_are_computed_are_no_weights():
     fn = lambda p, x: x @ jnp.eye(3) @ p @ jnp.ones((3, 3))  # noqa: E731
     assert len(vfjax.trace(fn, jnp.ones((3, 3)), jnp.ones((4, 3))).layers) == 1
+
+
+def test_an_edit_of_a_layer_s_input_is_seen_by_that_layer_alone():
+    """Two layers read one value; what one of them reads is doubled."""
+    p = {"w": draw(jnp.zeros((3, 4)), 1), "v": draw(jnp.zeros((4, 2)), 2), "u": jnp.ones((4, 2))}
+
+    def apply_fn(p, x):
+        h = jnp.tanh(x @ p["w"])
+        return h @ p["v"] + h @ p["u"]
+
+    net = vfjax.trace(apply_fn, p, ROWS)
+    edit = {"v:in": lambda h: 2 * h}
+    out, found = net.run(p, ROWS, capture=["w:in", "v:in", "u:in", "w:act"], edit=edit)
+    h = jnp.tanh(ROWS @ p["w"])
+    close(found, {"w:in": ROWS, "v:in": 2 * h, "u:in": h, "w:act": h})
+    close(out, 2 * h @ p["v"] + h @ p["u"])

@@ -118,8 +118,9 @@ class Network(Structure):
     ) -> Any:
         """Evaluates the network, or one side of a cut, with values read or replaced at named sites.
 
-        Sites are `<layer>` (its pre-activation), `<layer>:act` (the tap after it), `<norm>:in`
-        (what that norm alone reads), `input` and `output`. `jit`, `vmap` and `grad` go through.
+        Sites are `<layer>` (its pre-activation), `<layer>:act` (the tap after it), `<layer>:in` and
+        `<norm>:in` (what it reads, edited for it alone), `input` and `output`. `jit`, `vmap` and
+        `grad` go through.
 
         Args:
             variables: Parameters; leaves that the requested side does not read may be None.
