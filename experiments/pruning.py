@@ -28,7 +28,20 @@ more in the mean over these sparsities). One batch of 64 images does nearly what
 set does (taken as: where that brings ten points or more, 64 images bring nine tenths of it). It has
 this for magnitude and other methods on wider networks, which can lose more of their weights.
 
-What came out here: not measured yet.
+What came out here (CIFAR-10: vgg16-bn at 0.125 of the width, pruned, 3,000 test images, mean of 2
+seeds, 669 s on 2 CPU cores): Unpruned 80.90 ± 0.38, with RESET 80.88 ± 0.07. After RESET, of 5
+methods the best is WoodFisher (77.8) at 80% and WoodFisher (61.6) at 90% sparsity. As in the paper:
+RESET is behind by over two standard errors at 0 of 55 combinations of method and sparsity (closest
+to that: -0.5 with WoodFisher at 99%, in points); with global magnitude RESET takes accuracy from
+10.9 to 77.1 at 80% and from 10.3 to 60.2 at 90%; with layerwise magnitude RESET takes accuracy from
+10.3 to 49.4 at 80% and from 10.3 to 24.1 at 90%; with diagonal Fisher RESET takes accuracy from
+10.2 to 67.3 at 80% and from 10.3 to 23.9 at 90%; with WoodFisher RESET takes accuracy from 17.2 to
+77.8 at 80% and from 10.3 to 61.6 at 90%; with Wanda per row RESET takes accuracy from 10.3 to 39.7
+at 80% and from 10.3 to 18.1 at 90%; most points are gained at 80% (global magnitude, +66.3), 70%
+(layerwise magnitude, +46.8), 80% (diagonal Fisher, +57.1), 80% (WoodFisher, +60.6) and 70% (Wanda
+per row, +39.8); with global magnitude, at 70%, 80% and 90% sparsity, 64 images bring 50.1 points,
+128 images bring 50.3 points, 256 images bring 50.4 points and all images bring 50.8 points on
+average: 64 bring 99% of what all do.
 """
 
 from __future__ import annotations
@@ -333,7 +346,11 @@ def never_behind(record: dict[str, Any]) -> tuple[bool, str]:
     _, least = min(cells)
     text = f"{_pruning.REMEDIES[record['remedy']]} is behind by over two standard errors at "
     text += f"{len(behind)} of {len(cells)} combinations of method and sparsity"
-    told = f": {_common.joined(behind)} points" if behind else f" (closest to that: {least} points)"
+    told = (
+        f": {_common.joined(behind)} points"
+        if behind
+        else f" (closest to that: {least}, in points)"
+    )
     return not behind, text + told
 
 
