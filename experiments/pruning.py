@@ -29,7 +29,7 @@ set does (taken as: where that brings ten points or more, 64 images bring nine t
 this for magnitude and other methods on wider networks, which can lose more of their weights.
 
 What came out here (CIFAR-10: vgg16-bn at 0.125 of the width, pruned, 3,000 test images, mean of 2
-seeds, 669 s on 2 CPU cores): Unpruned 80.90 ± 0.38, with RESET 80.88 ± 0.07. After RESET, of 5
+seeds, 408 s on 2 CPU cores): Unpruned 80.90 ± 0.38, with RESET 80.88 ± 0.07. After RESET, of 5
 methods the best is WoodFisher (77.8) at 80% and WoodFisher (61.6) at 90% sparsity. As in the paper:
 RESET is behind by over two standard errors at 0 of 55 combinations of method and sparsity (closest
 to that: -0.5 with WoodFisher at 99%, in points); with global magnitude RESET takes accuracy from

@@ -239,6 +239,7 @@ def test_head_says_what_came_out(script):
     assert update.headed(source, script) == source
     for name in update.PRUNING[script]:
         shipped = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
+        assert shipped["seconds"]["total"] < 600
         assert shipped["data"]["fallback"] is False and shipped["data"]["augmented"] is True
         assert script.file_name(shipped) == name
 
