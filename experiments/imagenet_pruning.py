@@ -112,6 +112,18 @@ def preset_of(name: str) -> dict[str, Any]:
     return PRESETS[name.partition("-")[0]]
 
 
+def stand_in_of(name: str) -> dict[str, Any]:
+    """Options that make a network small enough to see it run.
+
+    Example:
+      >>> stand_in_of("resnet50")
+      {'depth': 26, 'width': 0.125}
+    """
+    if name == "resnet50":
+        return {"depth": 26, "width": 0.125}
+    return {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
+
+
 def network(args: argparse.Namespace) -> tuple[vfjax.Network, Any, dict[str, Any]]:
     """The network, its variables, and what the record says of them.
 
@@ -119,8 +131,7 @@ def network(args: argparse.Namespace) -> tuple[vfjax.Network, Any, dict[str, Any
       UserError: If there are no weights.
     """
     if args.stand_in:
-        narrow = {"width": 0.125} if args.model == "resnet50" else {"dims": (8, 12, 16, 24)}
-        model, size = models.create(args.model, classes=10, **narrow), 32
+        model, size = models.create(args.model, classes=10, **stand_in_of(args.model)), 32
         images = jnp.zeros((2, size, size, 3))
         tree = jax.jit(model.init)(jax.random.key(0), images)
     elif not args.weights:

@@ -28,10 +28,9 @@ def test_it_runs_on_a_stand_in(model, remedy, tmp_path):
     assert list(record["methods"]) == list(script.preset_of(model)["methods"])
     for rows in record["methods"].values():
         assert all(0 <= value <= 1 for key in ("none", "renormalised") for value in rows[key])
-    if model == "resnet50":
-        assert len(record["layers"]) == 53
-    else:  # the two linear layers of each of 3 + 3 + 9 + 3 blocks
-        assert len(record["layers"]) == 36
+    # All but the first: three of each of 8 blocks, 4 shortcuts and the head. Or: the two linear
+    # layers of each of 4 blocks.
+    assert len(record["layers"]) == (29 if model == "resnet50" else 8)
 
 
 def test_missing_weights_and_data_say_what_to_do(tmp_path, monkeypatch, capsys):

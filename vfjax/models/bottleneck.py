@@ -11,7 +11,7 @@ from vfjax.models.layers import conv, dense, normalise, scaled
 
 __all__ = ["BLOCKS", "BottleneckResNet"]
 
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
 
 
@@ -42,14 +42,14 @@ class Block(nn.Module):
 
 
 class BottleneckResNet(nn.Module):
-    """ResNet50, 101 or 152, as in torchvision.
+    """ResNet50, 101 or 152, as in torchvision, and 26, as in timm.
 
     ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
     are called ``stem``, ``stage1_block1/conv1``, ... and ``head``.  Convolutions have biases only
     where there is no normalisation.
 
     Attributes:
-        depth: 50, 101 or 152.
+        depth: 26, 50, 101 or 152.
         width: Multiplier of all channel counts.
         norm: ``"batch"``, ``"layer"`` (over the channels of each pixel) or None.
         classes: Number of classes.
