@@ -35,10 +35,11 @@ def test_the_shorter_side_is_resized_and_the_centre_kept():
 
 def test_portrait_and_landscape_are_treated_alike():
     image = photograph(1, 50, 70)
-    upright = imagenet.centre(image.transpose(1, 0, 2), resize=24, crop=20)
-    np.testing.assert_array_equal(
-        imagenet.centre(image, resize=24, crop=20), upright.swapaxes(0, 1)
+    found, upright = (
+        imagenet.centre(each, resize=24, crop=20) for each in (image, image.transpose(1, 0, 2))
     )
+    # The two axes are resized one after the other, and rounded in between.
+    assert np.abs(np.int32(found) - upright.swapaxes(0, 1)).max() <= 1
 
 
 def test_an_image_of_the_right_size_stays_as_it_is():
