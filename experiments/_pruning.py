@@ -177,3 +177,11 @@ def as_network(net: vfjax.Network, tree: Any) -> merge.Merged:
 def accuracy(network: merge.Merged, test: Any) -> float:
     """On test images."""
     return train.evaluate(_edges.forward, network, test).accuracy
+
+
+def rows_of(sparsities: Sequence[float], columns: Sequence[np.ndarray]) -> list[list[str]]:
+    """Sparsities and columns of accuracies as rows of a table."""
+    return [
+        [str(sparsity), *(f"{100 * column[place]:.2f}" for column in columns)]
+        for place, sparsity in enumerate(sparsities)
+    ]

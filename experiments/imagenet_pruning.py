@@ -244,10 +244,7 @@ def show(record: dict[str, Any]) -> None:
     for method, rows in record["methods"].items():
         header += [method, f"+ {_pruning.REMEDIES[record['remedy']]}"]
         columns += [rows["none"], rows["renormalised"]]
-    cells = [
-        [str(sparsity), *(f"{100 * column[place]:.2f}" for column in columns)]
-        for place, sparsity in enumerate(record["sparsities"])
-    ]
+    cells = _pruning.rows_of(record["sparsities"], columns)
     _common.print_table(record["title"], header, cells)
     print(f"Unpruned: {100 * record['unpruned']:.2f} %.")
 

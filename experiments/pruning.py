@@ -402,7 +402,7 @@ def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for method in record["methods"]:
         header += [method, f"+ {_pruning.REMEDIES[record['remedy']]}"]
         columns += [values(record, method, key).mean(0) for key in ("none", "renormalised")]
-    return header, rows_of(record["sparsities"], columns)
+    return header, _pruning.rows_of(record["sparsities"], columns)
 
 
 def samples_table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -410,15 +410,7 @@ def samples_table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]
     remedy = _pruning.REMEDIES[record["remedy"]]
     header = ["magnitude, sparsity, %", *(f"{remedy}, {n} images" for n in record["samples"])]
     columns = [np.mean(rows, axis=0) for rows in record["samples"].values()]
-    return header, rows_of(record["samples_sparsities"], columns)
-
-
-def rows_of(sparsities: Sequence[float], columns: Sequence[np.ndarray]) -> list[list[str]]:
-    """Sparsities and columns of accuracies as rows of a table."""
-    return [
-        [str(sparsity), *(f"{100 * column[place]:.2f}" for column in columns)]
-        for place, sparsity in enumerate(sparsities)
-    ]
+    return header, _pruning.rows_of(record["samples_sparsities"], columns)
 
 
 def file_name(record: dict[str, Any]) -> str:

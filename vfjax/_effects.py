@@ -21,7 +21,7 @@ ADDS, SCALES, KERNEL, JOINED, BENT = "adds", "scales", "kernel", "joined", "bent
 
 # Linear in each operand, or moving entries about.
 _LINEAR = SPREAD | frozenset(
-    """add add_any concatenate copy cumsum dynamic_slice dynamic_update_slice gather neg pad real
+    """add add_any concatenate cumsum dynamic_slice dynamic_update_slice gather neg pad real
     reduce_sum reduce_window_sum rev scatter scatter-add select_n slice split sub""".split()
 )
 
