@@ -177,7 +177,7 @@ LEGENDS = {
     "pruned network's BatchNorm statistics anew, on as many training images as the figure says.",
     "vanishing_feature_pruned": "Ratios are to the network before pruning, means over seeds.",
 }
-BENCHMARKS = ("routing", "passes", "tracing", "diagnosis", "zip")
+BENCHMARKS = ("routing", "passes", "tracing", "diagnosis", "zip", "scores")
 WAITING = "\n*Not measured yet.*\n"
 
 

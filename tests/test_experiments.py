@@ -778,7 +778,7 @@ def test_examples_in_docstrings(name):
     assert found.attempted and not found.failed
 
 
-@pytest.mark.parametrize("name", ["routing", "passes", "tracing", "diagnosis", "zip"])
+@pytest.mark.parametrize("name", ["routing", "passes", "tracing", "diagnosis", "zip", "scores"])
 def test_benchmarks_run(name, tmp_path):
     benchmark = importlib.import_module(name)
     path = benchmark.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])

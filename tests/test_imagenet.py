@@ -65,6 +65,24 @@ def test_batches_come_in_order_again_and_again(source):
     expected = (plain - np.float32(imagenet.MEAN)) / np.float32(imagenet.STD)
     np.testing.assert_allclose(xs[1][1], expected, rtol=1e-4, atol=1e-5)
     assert [label.tolist() for _, label in batches.samples(3)] == [[0, 1], [2]]
+    for held, streamed in zip(batches.held(), batches, strict=True):
+        for mine, other in zip(held, streamed, strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+def test_decoding_is_one_batch_ahead_and_no_further(source):
+    class Counted(list):
+        asked = 0
+
+        def __getitem__(self, row):
+            self.asked += 1
+            return super().__getitem__(row)
+
+    counted = Counted(source)
+    batches = iter(imagenet.Streamed(counted, batch_size=1, resize=16, crop=12))
+    next(batches)
+    batches.close()
+    assert 1 <= counted.asked <= 2
 
 
 def test_streams_serve_statistics_and_scores(source):

@@ -1,7 +1,7 @@
 """ImageNet as published networks take it: streamed, resized, cropped at the centre, normalised.
 
 A split of 1.2 million photographs does not fit into memory, and they differ in size, so batches are
-decoded as they are asked for, by a few threads. `vfjax.data` is for what fits.
+decoded as they are asked for, by some threads, one batch ahead. `vfjax.data` is for what fits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of images in [0, 1], by channel: those of torchvision's and timm's networks."""
 
 _NAME = "imagenet2012"
-_THREADS = 4
+_THREADS = min(16, os.cpu_count() or 1)
 
 
 def centre(image: np.ndarray, *, resize: int = 256, crop: int = 224) -> np.ndarray:
@@ -108,13 +108,21 @@ class Streamed:
         return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        for images, labels in self._decoded():
+            yield data.normalise(jnp.asarray(images), MEAN, STD), jnp.asarray(labels)
+
+    def _decoded(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            for start in range(0, self.count, self.batch_size):
+
+            def begun(start: int) -> list[concurrent.futures.Future[tuple[np.ndarray, int]]]:
                 rows = range(start, min(start + self.batch_size, self.count))
-                examples = list(pool.map(self._read, rows))
-                images = jnp.asarray(np.stack([image for image, _ in examples]))
-                labels = jnp.asarray([label for _, label in examples], jnp.int32)
-                yield data.normalise(images, MEAN, STD), labels
+                return [pool.submit(self._read, row) for row in rows]
+
+            ahead = begun(0)
+            for start in range(self.batch_size, self.count + self.batch_size, self.batch_size):
+                now, ahead = ahead, begun(start)
+                images, labels = zip(*(one.result() for one in now), strict=True)
+                yield np.stack(images), np.asarray(labels, np.int32)
 
     def _read(self, row: int) -> tuple[np.ndarray, int]:
         example = self.source[row]
@@ -132,6 +140,24 @@ class Streamed:
         """
         options = {"batch_size": self.batch_size, "resize": self.resize, "crop": self.crop}
         return Streamed(self.source, samples=count, **options)
+
+    def held(self) -> data.Batches:
+        """The same batches, decoded once and held in memory, a byte for each value.
+
+        Returns:
+            Batches `(x, label)` as of this; 5,000 images of 224 x 224 take 0.75 GB.
+
+        Example:
+            >>> source = [{"image": np.zeros((20, 30, 3), np.uint8), "label": k} for k in range(5)]
+            >>> Streamed(source, batch_size=2, resize=16, crop=8).held()
+            Batches(5 images in batches of 2)
+        """
+        images = np.empty((self.count, self.crop, self.crop, 3), np.uint8)
+        labels = np.empty(self.count, np.int32)
+        for number, batch in enumerate(self._decoded()):
+            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            images[rows], labels[rows] = batch
+        return data.Batches(images, labels, MEAN, STD, self.batch_size)
 
     def __repr__(self) -> str:
         """Says how many there are."""

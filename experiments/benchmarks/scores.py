@@ -1,18 +1,19 @@
 """What scores of weights cost: magnitude and Wanda on ResNet50, WoodFisher on ResNet20.
 
-    python experiments/benchmarks/pruning.py
+    python experiments/benchmarks/scores.py
 
-Magnitude and Wanda (on 8 random images of 224 x 224), masks included, prune the 25 million weights
-of a ResNet50; the aim is 30 seconds each. WoodFisher inverts the Fisher matrix of 400 gradients of
-the full ResNet20, each layer a block, in a process of its own, whose memory is its largest resident
-size; the aim is 2 minutes and 2 GB. Then its time against the number of gradients and the size of
-blocks, which the figure shows.
+Magnitude and Wanda (on 8 random images of 224 x 224), masks included, prune the 25 million
+parameters of a ResNet50; the aim is 30 seconds each, compilation included. WoodFisher inverts the
+Fisher matrix of 400 gradients of the full ResNet20, each layer a block, in a process of its own,
+whose memory is its largest resident size; the aim is 2 minutes and 2 GB. Then its time and memory
+against the number of gradients and the size of blocks, which the figure shows.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         block = "whole layers" if found["block"] is None else f"blocks of {found['block']}"
         what = f"WoodFisher, {found['count']} gradients, {block}, {found['bytes'] / 1e9:.2f} GB"
         rows.append({"what": what, "seconds": found["seconds"]})
-    path = _common.finish_benchmark("pruning", args, "scores of weights", rows)
+    path = _common.finish_benchmark("scores", args, "scores of weights", rows)
     plot.save(figure_of(by_count, by_block), path.with_suffix(".png"))
     return path
 
@@ -88,13 +89,19 @@ def large_rows(args: Any) -> list[dict[str, Any]]:
             return jax.block_until_ready(prune.apply(tree, mask))
 
         # The first call compiles, as a user's does.
-        start = time.perf_counter()
-        run()
-        took = time.perf_counter() - start
-        verdict = {"target": f"<= {SECONDS} s", "met": took <= SECONDS}
-        what = f"{method}, {name}, {net.parameters / 1e6:.1f} M parameters, compilation included"
-        rows.append({"what": what, "seconds": took, **verdict})
+        first, *later = (seconds_of(run) for _ in range(1 + args.repeats))
+        what = f"{method}, {name}, {net.parameters / 1e6:.1f} M parameters"
+        verdict = {"target": f"<= {SECONDS} s", "met": first <= SECONDS}
+        rows.append({"what": f"{what}, compilation included", "seconds": first, **verdict})
+        rows.append({"what": f"{what}, compiled", "seconds": statistics.median(later)})
     return rows
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def woodfisher_run(name: str, count: int, block: int | None) -> dict[str, Any]:
@@ -105,15 +112,27 @@ def woodfisher_run(name: str, count: int, block: int | None) -> dict[str, Any]:
     label = jax.random.randint(jax.random.key(2), (count,), 0, 10)
     tree = jax.jit(model.init)(jax.random.key(1), x[:1])
     net = vfjax.trace(models.apply_fn(model), tree, x[:1])
-    start = time.perf_counter()
-    found = prune.inverse_fisher(
-        net, tree, [(x, label)], count=count, block_size=block, max_memory=GIGABYTES * 10**9
-    )
-    mask = prune.masks(found.scores, 0.8)
-    jax.block_until_ready(found.prune(jax.tree.map(jnp.asarray, tree), mask))
-    seconds = time.perf_counter() - start
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"count": count, "block": block, "seconds": seconds, "bytes": most}
+
+    def run() -> None:
+        found = prune.inverse_fisher(
+            net, tree, [(x, label)], count=count, block_size=block, max_memory=GIGABYTES * 10**9
+        )
+        mask = prune.masks(found.scores, 0.8)
+        jax.block_until_ready(found.prune(jax.tree.map(jnp.asarray, tree), mask))
+
+    seconds = seconds_of(run)
+    return {"count": count, "block": block, "seconds": seconds, "bytes": largest_memory()}
+
+
+def largest_memory() -> int:
+    """The largest resident size that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux hands ru_maxrss on from the parent of a process; this is the process's own.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def in_process(**options: Any) -> dict[str, Any]:
