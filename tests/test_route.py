@@ -139,9 +139,10 @@ def depthwise(spec, stride, padding, dilation, groups):
     )
 
 
+@pytest.mark.parametrize("batch", [4, 16], ids=["sums", "matrices"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_depthwise_convolutions(layout):
-    """Values and gradients; sums of 49 products at most, and of 4 * 30 in gradients."""
+def test_depthwise_convolutions(layout, batch):
+    """Values and gradients; sums of 49 products at most, and of 16 * 30 in gradients."""
     spec = LAYOUTS[layout]
 
     def shaped(order, **sizes):
@@ -153,10 +154,12 @@ def test_depthwise_convolutions(layout):
         ((5, 6), (3, 3), (1, 2), ((2, -1), (0, 1)), (1, 2)),
         ((1, 1), (3, 3), (1, 1), "SAME", (1, 1)),
     ]):  # fmt: skip
-        x = draw(shaped(spec[0], N=4, C=3, H=size[0], W=size[1]), seed=k)
+        x = draw(shaped(spec[0], N=batch, C=3, H=size[0], W=size[1]), seed=k)
         w = draw(shaped(spec[1], O=3, I=1, H=window[0], W=window[1]), seed=k + 1)
         conv = depthwise(spec, stride, padding, dilation, 3)
-        assert "conv_general_dilated" not in names(routed(conv), x, w)
+        found = names(routed(conv), x, w)
+        assert "conv_general_dilated" not in found
+        assert ("dot_general" in found) == (batch == 16 or size == (1, 1))
         weights = draw(jax.eval_shape(conv, x, w).shape, seed=k + 2)
 
         def both(fn, x, w, weights=weights):
@@ -179,6 +182,10 @@ def test_depthwise_convolutions_of_other_kinds():
     close(ours.astype("float32"), exact, rtol=2**-8)
     x, w = draw((2, 4, 4, 4), jnp.int32), draw((7, 7, 1, 4), jnp.int32)
     assert jnp.array_equal(routed(one)(x, w), one(x, w))
+    x, w = draw((8, 4, 4, 4), jnp.int32), draw((7, 7, 1, 4), jnp.int32)
+    assert jnp.array_equal(routed(one)(x, w), one(x, w))
+    x, w = draw((8, 4, 4, 4), jnp.bfloat16), draw((7, 7, 1, 4), jnp.bfloat16)
+    close(routed(one)(x, w).astype("float32"), one(*map(jnp.float32, (x, w))), rtol=2**-8)
     # Two outputs for each channel, and kernels of very many taps, stay as they are.
     assert "conv_general_dilated" in names(routed(one), draw((2, 4, 4, 4)), draw((7, 7, 1, 8)))
     assert "conv_general_dilated" in names(routed(one), draw((2, 4, 4, 4)), draw((9, 9, 1, 4)))

@@ -1,13 +1,15 @@
 """Equivalents of what a backend is slow at, for evaluation, `Network.run` and training alike.
 
 XLA on CPU is pathologically slow at convolutions on maps of 2x2 and less (300 times slower than the
-same linear map as a matrix product), at depthwise convolutions (20 times slower than the sum over
-their taps) and at the gradient of max-pooling by `reduce_window`. All have equivalents that are
-exact up to the order of summation:
+same linear map as a matrix product), at depthwise convolutions (up to 100 times slower than the
+matrix products or the sum over their taps) and at the gradient of max-pooling by `reduce_window`.
+All have equivalents that are exact up to the order of summation:
 
 * a convolution on such a map is a dense layer from all input to all output positions, its matrix
   made of copies of the kernel's taps;
-* a depthwise one is a sum of shifted maps, each times one tap, which XLA makes one loop of;
+* a depthwise one on a small map is a product with such a matrix for each channel, where the batch
+  outweighs the making of it; on others a sum of shifted maps, each times one tap, which XLA makes
+  one loop of, if not of its gradient;
 * pooling over windows that tile the map is a reshape followed by a maximum (or a sum). Of equal
   entries the first is the maximum, as in `reduce_window`, so that gradients agree too.
 
@@ -33,7 +35,11 @@ Array = jax.Array
 
 # Up to this many (input position, output position) pairs a dense layer beats a convolution on CPU.
 _MAX_PAIRS = 16
-# A depthwise kernel of more taps stays a convolution: every tap is an operation to compile.
+# A depthwise convolution is a matrix for each channel up to so many pairs, with no more input
+# positions than this many times the batch.
+_MAX_PAIRS_DEPTHWISE = 2**16
+_MAX_POSITIONS = 2
+# Elsewhere a kernel of more taps stays a convolution: every tap is an operation to compile.
 _MAX_TAPS = 64
 
 
@@ -110,7 +116,12 @@ def _convolution(
     if groups == 1:
         return _as_dense(params, size_in, taps, size_out) if pairs <= _MAX_PAIRS else None
     alone = groups == x_shape[dims.lhs_spec[1]] == kernel_shape[dims.rhs_spec[0]]
-    return _as_sum(params, taps, size_out) if alone and np.prod(taps) <= _MAX_TAPS else None
+    if not alone:
+        return None
+    batch = x_shape[dims.lhs_spec[0]]
+    if pairs <= _MAX_PAIRS_DEPTHWISE and np.prod(size_in) <= _MAX_POSITIONS * batch:
+        return _as_matrices(params, size_in, taps, size_out)
+    return _as_sum(params, taps, size_out) if np.prod(taps) <= _MAX_TAPS else None
 
 
 def _as_dense(
@@ -151,6 +162,37 @@ def _as_dense(
     return dense
 
 
+def _as_matrices(
+    params: Any, size_in: Sequence[int], taps: Sequence[int], size_out: Sequence[int]
+) -> Callable[..., Array]:
+    """A convolution of every channel by itself, as a matrix for each."""
+    dims, rank = params["dimension_numbers"], len(taps)
+
+    def places(axis: int) -> np.ndarray:
+        """One where a tap carries an input position to an output position, `[taps, in, out]`."""
+        tap, source, target = np.ogrid[: taps[axis], : size_in[axis], : size_out[axis]]
+        start = target * params["window_strides"][axis] - params["padding"][axis][0]
+        return source == start + tap * params["rhs_dilation"][axis]
+
+    def product(x: Array, kernel: Array) -> Array:
+        x, kernel = _channels_last(dims, x, kernel)
+        n, *_, c = x.shape
+        kept = x.dtype
+        x, kernel = _widened(x), _widened(kernel)
+        matrices = jnp.squeeze(kernel, rank)
+        for axis in range(rank):
+            one_hot = jnp.asarray(places(axis), kernel.dtype)
+            matrices = jnp.tensordot(matrices, one_hot, (0, 0), precision="highest")
+        # Of the channel, and each axis' input and output.
+        order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
+        matrices = matrices.transpose(order).reshape(c, int(np.prod(size_in)), -1)
+        x = x.reshape(n, matrices.shape[1], c)
+        y = jnp.einsum("npc,cpq->nqc", x, matrices, precision=params["precision"])
+        return _from_channels_last(dims, y.reshape(n, *size_out, c).astype(kept))
+
+    return product
+
+
 def _as_sum(params: Any, taps: Sequence[int], size_out: Sequence[int]) -> Callable[..., Array]:
     """A convolution of every channel by itself, as a sum over the taps of its kernel."""
     dims, strides = params["dimension_numbers"], params["window_strides"]
@@ -159,10 +201,7 @@ def _as_sum(params: Any, taps: Sequence[int], size_out: Sequence[int]) -> Callab
         x, kernel = _channels_last(dims, x, kernel)
         n, *_, c = x.shape
         kept = x.dtype
-        if jnp.issubdtype(kept, jnp.floating):
-            # In float32 or better, as a convolution sums.
-            wide = jnp.promote_types(kept, jnp.float32)
-            x, kernel = x.astype(wide), kernel.astype(wide)
+        x, kernel = _widened(x), _widened(kernel)
         edges = [(lo, hi, 0) for lo, hi in params["padding"]]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
         parts = []
@@ -177,6 +216,12 @@ def _as_sum(params: Any, taps: Sequence[int], size_out: Sequence[int]) -> Callab
         return _from_channels_last(dims, functools.reduce(jnp.add, parts).astype(kept))
 
     return summed
+
+
+def _widened(x: Array) -> Array:
+    """Floats in float32 or better, in which a convolution sums."""
+    wide = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if wide else x
 
 
 def _channels_last(dims: Any, x: Array, kernel: Array) -> tuple[Array, Array]:
