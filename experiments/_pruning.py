@@ -28,6 +28,11 @@ SCOPES = {"magnitude-layer": "layer", "wanda": "row"}
 REMEDIES = {"reset": "RESET", "repair": "REPAIR", "rescale": "RESCALE"}
 # Of networks that are not the digits'.
 DEFAULT = "vgg16-bn"
+# What the paper prunes of a family of networks, where that is not all but shortcuts.
+LAYERS: dict[str, dict[str, Any]] = {
+    "resnet50": {"first": False},
+    "convnext": {"kinds": ("dense",), "first": False, "last": False},
+}
 # Images that are augmented at once.
 CHUNK = 5_000
 
@@ -104,9 +109,9 @@ def statistics_of(args: argparse.Namespace, models: _edges.Edges) -> data.Batche
     return data.Batches(images, found.labels, found.mean, found.std, _edges.BATCH)
 
 
-def layers_of(net: vfjax.Network) -> tuple[str, ...]:
-    """The layers that are pruned: all but those of shortcuts."""
-    return prune.prunable(net, shortcuts=False)
+def layers_of(net: vfjax.Network, name: str) -> tuple[str, ...]:
+    """The layers that are pruned of a network of that name."""
+    return prune.prunable(net, **LAYERS.get(name.partition("-")[0], {"shortcuts": False}))
 
 
 def pruner(
@@ -180,8 +185,13 @@ def accuracy(network: merge.Merged, test: Any) -> float:
 
 
 def rows_of(sparsities: Sequence[float], columns: Sequence[np.ndarray]) -> list[list[str]]:
-    """Sparsities and columns of accuracies as rows of a table."""
+    """Sparsities and columns of accuracies `[seeds, sparsities]` as rows of a table.
+
+    Example:
+      >>> rows_of([50, 90], [np.array([[0.8, 0.5], [0.82, 0.5]])])
+      [['50', '81.00 ± 1.41'], ['90', '50.00 ± 0.00']]
+    """
     return [
-        [str(sparsity), *(f"{100 * column[place]:.2f}" for column in columns)]
+        [str(sparsity), *(_common.percent(column[:, place].tolist()) for column in columns)]
         for place, sparsity in enumerate(sparsities)
     ]

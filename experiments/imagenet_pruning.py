@@ -34,18 +34,16 @@ import numpy as np
 from tqdm import tqdm
 
 import vfjax
-from vfjax import checkpoint, imagenet, merge, models, plot, prune
+from vfjax import checkpoint, imagenet, merge, models, plot
 
-# Per family: which layers are pruned, methods, sparsities in per cent, remedy.
+# Per family: methods, sparsities in per cent, remedy.
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet50": {
-        "layers": {"first": False},
         "methods": ("magnitude", "magnitude-layer"),
         "sparsities": (10, 20, 30, 40, 50, 60, 70, 80, 90),
         "remedy": "reset",
     },
     "convnext": {
-        "layers": {"kinds": ("dense",), "first": False, "last": False},
         "methods": ("magnitude-layer", "wanda"),
         "sparsities": (50, 60, 70, 76, 80),
         "remedy": "repair",
@@ -181,7 +179,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     with watch("data"):
         statistics = images_of(args, "train", args.statistics, facts["size"]).held()
         test = images_of(args, "validation", args.test, facts["size"])
-    layers = prune.prunable(net, **preset["layers"])
+    layers = _pruning.layers_of(net, args.model)
     with watch("statistics of the network"):
         renormalised = _pruning.Renormaliser(net, tree, preset["remedy"], statistics)
     with watch("unpruned"):
@@ -252,7 +250,7 @@ def show(record: dict[str, Any]) -> None:
     header, columns = ["sparsity, %"], []
     for method, rows in record["methods"].items():
         header += [method, f"+ {_pruning.REMEDIES[record['remedy']]}"]
-        columns += [rows["none"], rows["renormalised"]]
+        columns += [np.array([rows["none"]]), np.array([rows["renormalised"]])]
     cells = _pruning.rows_of(record["sparsities"], columns)
     _common.print_table(record["title"], header, cells)
     print(f"Unpruned: {100 * record['unpruned']:.2f} %.")

@@ -1,13 +1,15 @@
 """Pruned networks, and what renormalising them brings back: accuracy against sparsity.
 
     python experiments/pruning.py                       # VGG16 with BatchNorm: RESET
-    python experiments/pruning.py --model resnet20      # also vgg16, vgg16-ln, resnet20-ln
+    python experiments/pruning.py --model resnet20      # also vgg16, vgg16-ln, resnet20-ln,
+                                                        # convnext-pico
     python experiments/pruning.py --methods magnitude wanda --sparsities 80 90
     python experiments/pruning.py --dataset digits      # seconds, needs no data
     python experiments/pruning.py --retrain --preset paper    # full width, on a GPU
 
 Networks are shipped ones, of all seeds that there are. Each is pruned in one shot, all convolutions
-and linear layers but those of shortcuts, and nothing is trained afterwards. Methods: the magnitude
+and linear layers but those of shortcuts (of ConvNeXt only the linear ones, and not the last, as in
+the paper), and nothing is trained afterwards. Methods: the magnitude
 of weights, the lowest of all or of each layer; the diagonal of the empirical Fisher matrix;
 WoodFisher, whose update changes the weights that stay; and Wanda, which compares the weights of an
 output. The pruned network is renormalised with the unpruned one as the only reference, by the same
@@ -17,8 +19,8 @@ running statistics are of such images, and those of images as they are (--plain)
 networks with BatchNorm a point or two. They also serve Fisher matrices (the first few, as
 --gradients says) and Wanda.
 
-A last panel shows global magnitude renormalised by fewer images, 64 and on, and by all there are,
-at some of the sparsities.
+The last panels show global and layerwise magnitude renormalised by fewer images, 64 and on, and by
+all there are, at some of the sparsities.
 
 What the paper found: pruned networks lose their features as merged ones do, and renormalisation
 gives them back; accuracy is never lower (taken here as: at no sparsity by over two standard errors
@@ -68,7 +70,8 @@ DEFAULTS = {
 }
 SAMPLES = (64, 128, 256, None)
 # Of the sparsities, those that different numbers of images are tried at; all if there is none.
-SAMPLED = (50, 70, 80, 90, 95)
+SAMPLED = (70, 80, 90)
+BY_SAMPLES = ("magnitude", "magnitude-layer")
 GRADIENTS = 400
 # Sparsities at which renormalisation must gain, and how much, "nearly", and "much is pruned".
 HIGH, GAIN, NEARLY, HALF = (80, 90), 0.1, 0.9, 50
@@ -80,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         prog="pruning.py", description=__doc__, formatter_class=_common.Help
     )
     _edges.edge_options(
-        p, examples="vgg16, vgg16-bn, vgg16-ln, resnet20, resnet20-ln", cifar=_pruning.DEFAULT
+        p, examples="vgg16, vgg16-bn, vgg16-ln, resnet20, convnext-pico", cifar=_pruning.DEFAULT
     )
     p.add_argument(
         "--methods",
@@ -104,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
         type=samples_of,
         default=list(SAMPLES),
         metavar="N",
-        help="training images, the first N or all, that global magnitude is renormalised by in the "
-        "last panel (default: 64 128 256 all)",
+        help="training images, the first N or all, that what magnitude pruned is renormalised by in "
+        "the last panels (default: 64 128 256 all)",
     )
     _pruning.remedy_options(p)
     p.add_argument(
@@ -171,15 +174,18 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         args, watch, count=args.runs, train=read, test=args.test, cifar=_pruning.DEFAULT
     )
     net, remedy = models.net, _pruning.remedy_of(args, models)
-    layers = _pruning.layers_of(net)
+    layers = _pruning.layers_of(net, models.arch.name)
     training, test = _pruning.statistics_of(args, models), models.batches("test", args.test)
     statistics = training.samples(args.statistics)
     at = [s for s in args.sparsities if s in SAMPLED] or args.sparsities
     found: dict[str, Any] = {method: {"none": [], "renormalised": []} for method in args.methods}
     unpruned: dict[str, list[float]] = {"none": [], "renormalised": []}
-    samples: dict[str, Any] = {label_of(count): [] for count in args.samples}
+    labels = [label_of(count) for count in args.samples]
+    samples: dict[str, Any] = {
+        method: {label: [] for label in labels} for method in args.methods if method in BY_SAMPLES
+    }
 
-    total = len(args.methods) * len(args.sparsities) + len(samples) * len(at)
+    total = len(args.methods) * len(args.sparsities) + len(samples) * len(labels) * len(at)
     total *= len(models.trees)
     with tqdm(total=total, unit="network", leave=False) as bar:
 
@@ -203,23 +209,23 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
                         bar.update()
                 for key, row in zip(found[method], zip(*rows, strict=True), strict=True):
                     found[method][key].append(list(row))
-            pruned = _pruning.pruner("magnitude", net, tree, statistics, layers, 1)
-            for count in args.samples:
-                label = label_of(count)
+            for label, count in zip(labels, args.samples, strict=True):
                 bar.set_description(f"{label} images")
                 with watch(f"{label} images"):
                     few = _pruning.Renormaliser(net, tree, remedy, training.samples(count))
-                    row = []
-                    for sparsity in at:
-                        row.append(_pruning.accuracy(few(pruned(sparsity / 100)), test))
-                        bar.update()
-                samples[label].append(row)
+                    for method, found_by in samples.items():
+                        pruned = _pruning.pruner(method, net, tree, statistics, layers, 1)
+                        row = []
+                        for sparsity in at:
+                            row.append(_pruning.accuracy(few(pruned(sparsity / 100)), test))
+                            bar.update()
+                        found_by[label].append(row)
 
     config = vars(args) | {"model": models.arch.name, "width": models.arch.width}
     record: dict[str, Any] = {
         "experiment": "pruning",
         "command": command,
-        "config": config | {"samples": list(samples)},
+        "config": config | {"samples": labels},
         **models.record(statistics, test),
         "seeds": {"edge_models": models.seeds},
         "remedy": remedy,
@@ -296,18 +302,17 @@ def figure_of(record: dict[str, Any]) -> Any:
         ),
         panel("gained", "points of test accuracy", lambda m: gains(record, m), {}, None),
     ]
-    curves = {
-        f"{remedy}, {label} images": curve_of(
-            np.array(rows), record["samples_sparsities"], colour=colour
-        )
-        for colour, (label, rows) in enumerate(record["samples"].items())
-    }
-    if "magnitude" in methods:
-        plain = curve_of(values(record, "magnitude", "none"), x, colour=5, dashed=True)
-        curves = {"as pruned": plain} | curves
-    title = f"global magnitude, images for {remedy}"
-    row.append(plot.Panel(title, "sparsity (%)", y, curves | unpruned, y_limits=limits))
-    return plot.panels(row, title=record["title"], columns=2)
+    for method, by_label in record["samples"].items():
+        plain = curve_of(values(record, method, "none"), x, colour=5, dashed=True)
+        curves = {"as pruned": plain} | {
+            f"{remedy}, {label} images": curve_of(
+                np.array(rows), record["samples_sparsities"], colour=colour
+            )
+            for colour, (label, rows) in enumerate(by_label.items())
+        }
+        title = f"{_pruning.METHODS[method]}, images for {remedy}"
+        row.append(plot.Panel(title, "sparsity (%)", y, curves | unpruned, y_limits=limits))
+    return plot.panels(row, title=record["title"], columns=3 if len(row) > 4 else 2)
 
 
 def claims_of(record: dict[str, Any]) -> list[tuple[bool | None, str]]:
@@ -355,24 +360,24 @@ def never_behind(record: dict[str, Any]) -> tuple[bool, str]:
 
 
 def samples_claims(record: dict[str, Any]) -> list[tuple[bool, str]]:
-    """That the fewest images do nearly what all do."""
-    if len(record["samples"]) < 2 or "magnitude" not in record["methods"]:
-        return []
+    """That the fewest images do nearly what all do, by method."""
     sparsities, at = record["sparsities"], record["samples_sparsities"]
-    plain = values(record, "magnitude", "none").mean(0)[[sparsities.index(s) for s in at]]
-    means = {label: np.mean(rows, axis=0) for label, rows in record["samples"].items()}
-    labels = list(means)
-    most = means[labels[-1]] - plain
-    counted = most >= GAIN
-    if not counted.any():
-        return []
-    few = {label: float((means[label] - plain)[counted].mean()) for label in labels}
-    parts = [f"{label} images bring {100 * gain:.1f} points" for label, gain in few.items()]
-    share = few[labels[0]] / few[labels[-1]]
-    where = [f"{s}%" for s, here in zip(at, counted, strict=True) if here]
-    text = f"with global magnitude, at {_common.joined(where)} sparsity, {_common.joined(parts)} "
-    text += f"on average: {labels[0]} bring {100 * share:.0f}% of what {labels[-1]} do"
-    return [(share >= NEARLY, text)]
+    claims = []
+    for method, by_label in record["samples"].items():
+        plain = values(record, method, "none").mean(0)[[sparsities.index(s) for s in at]]
+        gained = {label: np.mean(rows, axis=0) - plain for label, rows in by_label.items()}
+        first, last = list(gained)[0], list(gained)[-1]
+        counted = gained[last] >= GAIN
+        if first == last or not counted.any():
+            continue
+        few = {label: float(gain[counted].mean()) for label, gain in gained.items()}
+        parts = [f"{label} images bring {100 * gain:.1f} points" for label, gain in few.items()]
+        share = few[first] / few[last]
+        where = [f"{s}%" for s, here in zip(at, counted, strict=True) if here]
+        text = f"with {_pruning.METHODS[method]}, at {_common.joined(where)} sparsity, "
+        text += f"{_common.joined(parts)}{' on average' * (len(where) > 1)}: "
+        claims.append((share >= NEARLY, f"{text}{first} bring {100 * share:.0f}% of what {last} do"))
+    return claims
 
 
 def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
@@ -396,20 +401,18 @@ def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
     return intro, claims_of(record)
 
 
-def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: accuracies by sparsity, as pruned and renormalised."""
-    header, columns = ["sparsity, %"], []
-    for method in record["methods"]:
-        header += [method, f"+ {_pruning.REMEDIES[record['remedy']]}"]
-        columns += [values(record, method, key).mean(0) for key in ("none", "renormalised")]
-    return header, _pruning.rows_of(record["sparsities"], columns)
+def table_of(record: dict[str, Any], key: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: accuracies by sparsity and method, as pruned or renormalised."""
+    columns = [values(record, method, key) for method in record["methods"]]
+    header = [_pruning.METHODS[method] for method in record["methods"]]
+    return ["sparsity, %", *header], _pruning.rows_of(record["sparsities"], columns)
 
 
-def samples_table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: global magnitude renormalised by so many images, by sparsity."""
-    remedy = _pruning.REMEDIES[record["remedy"]]
-    header = ["magnitude, sparsity, %", *(f"{remedy}, {n} images" for n in record["samples"])]
-    columns = [np.mean(rows, axis=0) for rows in record["samples"].values()]
+def samples_table_of(record: dict[str, Any], method: str) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: a method's networks renormalised by so many images, by sparsity."""
+    by_label = record["samples"][method]
+    columns = [np.array(rows) for rows in by_label.values()]
+    header = ["sparsity, %", *(f"{label} images" for label in by_label)]
     return header, _pruning.rows_of(record["samples_sparsities"], columns)
 
 
@@ -432,8 +435,12 @@ def file_name(record: dict[str, Any]) -> str:
 
 def show(record: dict[str, Any]) -> None:
     """Prints a record."""
-    _common.print_table(record["title"], *table_of(record))
-    _common.print_table("", *samples_table_of(record))
+    remedy = _pruning.REMEDIES[record["remedy"]]
+    _common.print_table(f"{record['title']}: as pruned", *table_of(record, "none"))
+    _common.print_table(f"with {remedy}", *table_of(record, "renormalised"))
+    for method in record["samples"]:
+        title = f"{_pruning.METHODS[method]}, with {remedy}"
+        _common.print_table(title, *samples_table_of(record, method))
     print(_common.told(*outcome(record)))
 
 

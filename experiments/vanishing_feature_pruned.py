@@ -127,7 +127,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     )
     net, remedy = models.net, _pruning.remedy_of(args, models)
     sparsity = args.sparsity or default_sparsity(models.arch.name)
-    layers = _pruning.layers_of(net)
+    layers = _pruning.layers_of(net, models.arch.name)
     statistics, test = _pruning.statistics_of(args, models), models.batches("test", args.samples)
     runs = []
     for tree in models.trees:

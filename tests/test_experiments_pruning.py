@@ -54,7 +54,9 @@ def record(digits):
     for found in record["methods"].values():
         found["none"] = [[0.9, 0.8, 0.3, 0.1]] * 2
         found["renormalised"] = [[0.9, 0.85, 0.8, 0.5]] * 2
-    record["samples"] = {"64": [[0.8, 0.78, 0.5]] * 2, "all": [[0.85, 0.8, 0.5]] * 2}
+    few, all_images = [[0.78, 0.5]] * 2, [[0.8, 0.5]] * 2
+    for method in record["samples"]:
+        record["samples"][method] = {"64": few, "all": all_images}
     return record
 
 
@@ -68,14 +70,18 @@ def test_record_is_complete(digits):
     assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
     assert record["remedy"] == "repair" and record["sparsities"] == SPARSITIES
     assert record["seeds"] == {"edge_models": [0, 1]} and list(record["methods"]) == METHODS
-    assert list(record["samples"]) == ["64", "all"]
-    assert record["samples_sparsities"] == [50, 80, 90]
+    assert list(record["samples"]) == ["magnitude", "magnitude-layer"]
+    assert record["samples_sparsities"] == [80, 90]
     for found in record["methods"].values():
         assert {key: np.shape(rows) for key, rows in found.items()} == {
             "none": (2, 4),
             "renormalised": (2, 4),
         }
-    assert all(np.shape(rows) == (2, 3) for rows in record["samples"].values())
+    for found in record["samples"].values():
+        assert {label: np.shape(rows) for label, rows in found.items()} == {
+            "64": (2, 2),
+            "all": (2, 2),
+        }
     assert record["data"]["test_images"] == 100 and record["data"]["statistics_images"] == 200
     assert record["data"]["augmented"] is False
     assert {"unpruned", "woodfisher, scores", "wanda", "64 images", "total"} <= set(
@@ -122,7 +128,11 @@ def first_of(record, key, values):
             "diagonal Fisher REPAIR takes accuracy from 75.0 to 80.0 at 80%",
         ),
         (lambda r: first_of(r, "none", [0.2, 0.8, 0.3, 0.1]), 6, "10% (diagonal Fisher, +70.0)"),
-        (lambda r: r["samples"].update({"64": [[0.8, 0.5, 0.3]] * 2}), 7, "64 bring 44%"),
+        (
+            lambda r: r["samples"]["magnitude-layer"].update({"64": [[0.5, 0.3]] * 2}),
+            8,
+            "64 bring 44%",
+        ),
     ],
 )
 def test_each_claim_can_fail(record, change, flipped, said):
@@ -141,12 +151,13 @@ def test_figure_and_tables(digits):
         "with REPAIR, 200 images",
         "gained",
         "global magnitude, images for REPAIR",
+        "layerwise magnitude, images for REPAIR",
     ]
     assert all(a.get_xlabel() == "sparsity (%)" for a in axes)
-    header, rows = pruning.table_of(record)
-    assert len(header) == 11 and len(rows) == 4
-    header, rows = pruning.samples_table_of(record)
-    assert header[1:] == ["REPAIR, 64 images", "REPAIR, all images"] and len(rows) == 3
+    header, rows = pruning.table_of(record, "renormalised")
+    assert len(header) == 6 and len(rows) == 4 and "±" in rows[0][1]
+    header, rows = pruning.samples_table_of(record, "magnitude")
+    assert header[1:] == ["64 images", "all images"] and len(rows) == 2
 
 
 def test_file_name_has_what_is_not_default(record):
