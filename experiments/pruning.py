@@ -107,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
         type=samples_of,
         default=list(SAMPLES),
         metavar="N",
-        help="training images, the first N or all, that what magnitude pruned is renormalised by in "
-        "the last panels (default: 64 128 256 all)",
+        help="training images, the first N or all, by which what magnitude pruned is renormalised "
+        "in the last panels (default: 64 128 256 all)",
     )
     _pruning.remedy_options(p)
     p.add_argument(
@@ -376,7 +376,9 @@ def samples_claims(record: dict[str, Any]) -> list[tuple[bool, str]]:
         where = [f"{s}%" for s, here in zip(at, counted, strict=True) if here]
         text = f"with {_pruning.METHODS[method]}, at {_common.joined(where)} sparsity, "
         text += f"{_common.joined(parts)}{' on average' * (len(where) > 1)}: "
-        claims.append((share >= NEARLY, f"{text}{first} bring {100 * share:.0f}% of what {last} do"))
+        claims.append(
+            (share >= NEARLY, f"{text}{first} bring {100 * share:.0f}% of what {last} do")
+        )
     return claims
 
 

@@ -33,8 +33,8 @@ running means about the same (taken as: the median over norms within a fifth), w
 features. The paper's text takes bounds over training images, its code over test images, as here.
 
 Of the norms' means that of the first changes most. The running one was taken in training, on images
-cropped at random with black borders, and RESET's is that of the images as they are; whether this is
-why was not tested.
+cropped at random with black borders, and RESET's is that of the images as they are. With images
+cropped and mirrored as in training a single network's own means come back, as in pruning.py.
 
 The networks with LayerNorm are narrower than the others and were trained for fewer epochs. Those of
 ResNet20 are far from trained (their accuracies are below), so that little follows from them. Their
