@@ -308,7 +308,12 @@ def benchmarks() -> str:
     if not lines:
         return WAITING
     columns = ["measured", "seconds", "ratio", "aim", "met"]
-    return f"\n{_common.markdown_table(columns, lines)}\n"
+    figures = [
+        f"\n![{name}](experiments/results/benchmarks/{name}.png)\n"
+        for name in BENCHMARKS
+        if (RESULTS / "benchmarks" / f"{name}.png").exists()
+    ]
+    return f"\n{_common.markdown_table(columns, lines)}\n{''.join(figures)}"
 
 
 def filled(text: str) -> str:
