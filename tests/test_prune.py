@@ -321,7 +321,11 @@ def test_what_stays_makes_up_for_what_goes():
 def test_memory_is_told_before_it_is_taken(net, data):
     with pytest.raises(ValueError, match=r"4000 gradients of 128 weights .* take 0\.\d GiB, more"):
         prune.woodfisher(net, dense(), data, count=4000, max_memory=1 << 20)
-    with pytest.raises(ValueError, match="data holds 76 of 100 groups of 1 examples too few"):
+    for block in (None, 7, 50):
+        found = prune.inverse_fisher(net, dense(), data, count=9, block_size=block)
+        held = [*found.gradients.values(), *(f for row in found.factors.values() for f in row)]
+        assert prune.memory(net, count=9, block_size=block) == sum(a.nbytes for a in held)
+    with pytest.raises(ValueError, match="data has examples for 24 gradients of 100, at 1 each"):
         prune.woodfisher(net, dense(), data, count=100)
     with pytest.raises(ValueError, match="damping must be a positive number, got 0"):
         prune.woodfisher(net, dense(), data, damping=0)

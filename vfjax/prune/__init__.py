@@ -20,4 +20,5 @@ from vfjax.prune.masks import sparsity as sparsity
 from vfjax.prune.wanda import wanda as wanda
 from vfjax.prune.woodfisher import InverseFisher as InverseFisher
 from vfjax.prune.woodfisher import inverse_fisher as inverse_fisher
+from vfjax.prune.woodfisher import memory as memory
 from vfjax.prune.woodfisher import woodfisher as woodfisher

@@ -77,10 +77,10 @@ def gradients(
             left -= size
             if not left:
                 return
-    if left:
+    if count is not None and left:
         raise ValueError(
-            f"data holds {left} of {count} groups of {minibatch} examples too few: give more data, "
-            "or take fewer gradients"
+            f"data has examples for {count - left} gradients of {count}, at {minibatch} each: give "
+            "more data, or take fewer gradients"
         )
 
 

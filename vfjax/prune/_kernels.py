@@ -115,32 +115,29 @@ def prunable(
     )
 
 
-def weights_of(
-    net: Network, tree: PyTree, layers: Sequence[str] | None
-) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
-    """The leaves of layers to prune, and where their weights lie.
+def rows_of(
+    net: Network, layers: Sequence[str] | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Where the weights of layers to prune lie.
 
     Args:
         net: The traced network.
-        tree: The tree to prune.
         layers: Names of layers; None for all that can be pruned.
 
     Returns:
-        By path the leaves; by layer the places of its weights, int `[outputs, inputs]`, and its
+        By layer the places of its weights in the flattened leaf, int `[outputs, inputs]`, and the
         leaf's path. Of layers that use the same weights only the first is listed.
 
     Raises:
-        TypeError: If `net` is no traced network, `layers` no sequence, or a leaf no array.
-        ValueError: If the tree does not fit, there are no layers, or one has no kernel of its own.
+        TypeError: If `net` is no traced network, or `layers` no sequence.
+        ValueError: If there are no layers, or one is unknown or has no kernel of its own.
     """
     check_net(net)
-    check_fits(net, tree, "tree")
     if isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
     names = prunable(net) if layers is None else tuple(dict.fromkeys(layers))
     if not names:
         raise ValueError("layers is empty: there is nothing to prune")
-    leaves = _tree.flatten_named(tree, name="tree")[0]
     rows: dict[str, np.ndarray] = {}
     paths: dict[str, str] = {}
     taken: dict[str, np.ndarray] = {}
@@ -152,11 +149,26 @@ def weights_of(
                 "network without what computes it, such as a mask"
             )
         found = kernel_rows(net, name)
-        used = taken.setdefault(path, np.zeros(np.size(leaves[path]), bool))
+        used = taken.setdefault(path, np.zeros(net._avals[path].size, bool))
         if not used[found].any():
             rows[name], paths[name] = found, path
             used[found] = True
-    return {path: leaves[path] for path in taken}, rows, paths
+    return rows, paths
+
+
+def weights_of(
+    net: Network, tree: PyTree, layers: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """The leaves of layers to prune, by path, and what `rows_of` returns.
+
+    Raises:
+        TypeError: As `rows_of`, or if a leaf is no array.
+        ValueError: As `rows_of`, or if the tree does not fit.
+    """
+    check_fits(net, tree, "tree")
+    rows, paths = rows_of(net, layers)
+    leaves = _tree.flatten_named(tree, name="tree")[0]
+    return {path: leaves[path] for path in dict.fromkeys(paths.values())}, rows, paths
 
 
 def scores_of(

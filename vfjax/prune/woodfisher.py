@@ -23,7 +23,7 @@ import scipy.linalg
 from vfjax import _tree
 from vfjax.network import Network
 from vfjax.prune._gradients import Loss, gradients
-from vfjax.prune._kernels import Scores, scores_of, weights_of
+from vfjax.prune._kernels import Scores, rows_of, scores_of, weights_of
 from vfjax.prune.masks import apply
 
 PyTree = Any
@@ -166,7 +166,7 @@ def inverse_fisher(
         )
     leaves, rows, paths = weights_of(net, tree, layers)
     size = max(r.size for r in rows.values()) if block_size is None else block_size
-    needed = memory({name: r.size for name, r in rows.items()}, count, size)
+    needed = memory(net, count=count, block_size=size, layers=layers)
     if needed > max_memory:
         weights = sum(r.size for r in rows.values())
         raise ValueError(
@@ -220,20 +220,38 @@ def woodfisher(net: Network, tree: PyTree, data: Iterable[Any], **options: Any) 
     return inverse_fisher(net, tree, data, **options).scores
 
 
-def memory(weights: Mapping[str, int], count: int, block_size: int) -> int:
-    """Bytes that `inverse_fisher` holds: the gradients, and a factor for each block.
+def memory(
+    net: Network,
+    *,
+    count: int = 400,
+    block_size: int | None = None,
+    layers: Sequence[str] | None = None,
+) -> int:
+    """Bytes that `inverse_fisher` holds on the host: the gradients, and a factor for each block.
 
     Args:
-        weights: By layer, how many are to be pruned.
-        count: How many gradients.
-        block_size: Weights of a block.
+        net: The traced network.
+        count: As in `inverse_fisher`.
+        block_size: As in `inverse_fisher`.
+        layers: As in `inverse_fisher`.
+
+    Returns:
+        How many; what else scoring takes does not grow with `count`.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If a layer is unknown, or has no kernel of its own.
 
     Example:
-        >>> memory({"w": 1000}, 10, 100)
+        >>> import jax.numpy as jnp, vfjax
+        >>> tree = {"w": jnp.ones((20, 50))}
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"], tree, jnp.ones((1, 20)))
+        >>> memory(net, count=10, block_size=100)
         48000
     """
-    blocks = (end - start for n in weights.values() for start, end in _blocks(n, block_size))
-    return 4 * count * sum(weights.values()) + sum(8 * min(count, size) ** 2 for size in blocks)
+    weights = [rows.size for rows in rows_of(net, layers)[0].values()]
+    blocks = (end - start for n in weights for start, end in _blocks(n, block_size or n))
+    return 4 * count * sum(weights) + sum(8 * min(count, size) ** 2 for size in blocks)
 
 
 def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
