@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import models, prune
+from vfjax import models, prune, renorm, stats
 
 # Two blocks in one stage, so that streams, joins and further stages all occur.
 CONVNEXT = {"depths": (1, 2), "dims": (6, 8), "patch": 2, "classes": 5}
@@ -21,10 +21,10 @@ NARROW = {
 }
 
 
-def traced(name):
+def traced(name, **changes):
     """The network, a tree whose leaves are all far from their initial constants, and images."""
     options, side = NARROW[name]
-    model = models.create(name, **options)
+    model = models.create(name, **options | changes)
     x = jax.random.normal(jax.random.key(0), (2, side, side, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     rng = np.random.default_rng(0)
@@ -77,6 +77,40 @@ def test_convnext():
     for block in blocks[1:]:
         members = ("layer_scale", "depthwise/kernel", "norm/scale", "mlp1/kernel", "mlp2/bias")
         assert {f"{block}/{member}" for member in members} <= stream
+
+
+def test_taps_of_convnext_are_what_the_next_layer_reads():
+    net, tree, x = traced("convnext-pico")
+    layers = [layer.name for layer in net.layers]
+    taps = stats.resolve_sites(net, "taps")
+    assert list(taps) == [f"{name}:act" for name in layers[:-1]]
+    _, found = net.run(tree, x, capture=[*taps, *(f"{name}:in" for name in layers[1:])])
+    for tap, after in zip(taps[:-1], layers[1:], strict=False):
+        np.testing.assert_allclose(found[tap], found[f"{after}:in"], rtol=1e-4, atol=1e-5)
+    # The last is the map that is averaged, and normalised then.
+    mean = np.asarray(found[taps[-1]]).mean((1, 2))
+    norm = tree["params"]["head_norm"]
+    mean = mean - mean.mean(-1, keepdims=True)
+    rows = mean / np.sqrt((mean**2).mean(-1, keepdims=True) + 1e-6)
+    rows = rows * np.asarray(norm["scale"])[None] + np.asarray(norm["bias"])[None]
+    np.testing.assert_allclose(found["params/head/kernel:in"], rows, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pruned_convnext_is_repaired():
+    net, tree, x = traced("convnext-pico", depths=(1,), dims=(6,))
+    layers = prune.prunable(net, kinds=["dense"], first=False, last=False)
+    mask = prune.masks(prune.magnitude(net, tree, layers=layers), 0.5, scope="row")
+    pruned = prune.apply(tree, mask)
+    repaired = renorm.repair(net, pruned, [x], references=[tree])
+    sites = stats.resolve_sites(net, "paper")
+    goal, before, after = (
+        stats.moments(net, [each], [x], sites=sites) for each in (tree, pruned, repaired)
+    )
+
+    def distance(found):
+        return max(float(jnp.abs(found.std[site] / goal.std[site] - 1).max()) for site in sites)
+
+    assert distance(after) < 1e-2 < 0.2 < distance(before)
 
 
 def test_convnext_starts_near_its_skips():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
-from vfjax import diagnose, models, prune, renorm, stats
-from vfjax.prune.masks import lowest
+from vfjax import diagnose, merge, models, prune, renorm, stats
+from vfjax.prune.masks import _count, lowest
 
 DIMS = ("NHWC", "HWIO", "NHWC")
 
@@ -91,6 +94,24 @@ def test_sparsity_is_exact(net, scope, share):
         np.testing.assert_array_equal(leaf, expected)
 
 
+def test_a_share_in_float32_is_as_exact():
+    assert _count(np.float32(0.5), 2**24 + 1) == 2**23 + 1
+
+
+def test_magnitudes_are_not_rounded():
+    tree = {"w": np.array([[1 + 1e-12], [1.0], [1 - 1e-12]])}
+    net = vfjax.trace(lambda p, x: x @ p["w"], tree, jnp.ones((1, 3)))
+    mask = prune.masks(prune.magnitude(net, tree), 0.34)
+    assert mask["w"].ravel().tolist() == [True, True, False]
+
+
+def test_plain_numbers_may_be_parameters():
+    tree = {"w": normal(0, 3, 2), "scale": 2.0}
+    net = vfjax.trace(lambda p, x: p["scale"] * (x @ p["w"]), tree, jnp.ones((1, 3)))
+    pruned = prune.apply(tree, prune.masks(prune.magnitude(net, tree), 0.5))
+    assert pruned["scale"] == 2.0 and np.count_nonzero(pruned["w"]) == 3
+
+
 def test_n_of_m(net):
     tree = dense()
     mask = prune.masks(prune.magnitude(net, tree, layers=["w1", "w2"]), scope=(2, 4))
@@ -124,6 +145,8 @@ def test_masks_must_fit_the_tree(net):
         prune.apply({"w0": dense()["w0"]}, mask)
     with pytest.raises(ValueError, match=r"mask has shape \(5, 8\) at 'w0'.* \(5, 4\)"):
         prune.apply(dense(width=4), mask)
+    with pytest.raises(ValueError, match="updates has a leaf 'params/b0', which mask lacks"):
+        prune.keep(mask).update({"params": dense()}, optax.EmptyState())
 
 
 # --------------------------------------------------------------------------------------- layers
@@ -174,6 +197,45 @@ def test_weights_that_are_used_twice_count_once():
 
 
 # ---------------------------------------------------------------------------------------- wanda
+
+
+def test_wanda_of_a_shared_kernel_has_the_inputs_of_all_its_uses():
+    tree = {"w": normal(0, 4, 6)}
+    net = vfjax.trace(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, tree, jnp.ones((1, 4)))
+    x = normal(1, 7, 4)
+    found = prune.wanda(net, tree, [x]).values["w"]
+    w, x = np.asarray(tree["w"], np.float64), np.asarray(x, np.float64)
+    # The second use reads along the other axis.
+    squares = (x**2).mean(0)[:, None] + (np.tanh(x @ w) ** 2).mean(0)
+    np.testing.assert_allclose(found, np.abs(w) * np.sqrt(squares), rtol=1e-5)
+
+
+def test_wanda_of_a_kernel_that_the_input_slides_over():
+    tree = {"k": normal(0, 3, 4, 4, 2)}
+
+    def apply_fn(p, x):  # one example: its two filters go over the three maps of the parameters
+        return lax.conv_general_dilated(p["k"], x[0], (1, 1), "VALID", dimension_numbers=DIMS)[None]
+
+    x = normal(1, 1, 2, 2, 2, 5)
+    net = vfjax.trace(apply_fn, tree, x)
+    found = prune.wanda(net, tree, [x]).values["k"]
+    squares = np.zeros((3, 4, 4, 2))
+    for i, j in np.ndindex(3, 3):
+        squares[:, i : i + 2, j : j + 2] += (np.asarray(x[0], np.float64) ** 2).sum(-1)
+    np.testing.assert_allclose(found, np.abs(tree["k"]) * np.sqrt(squares), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_batches_may_lie_on_several_devices(net, kind):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(kind,))
+    over = NamedSharding(mesh, PartitionSpec("batch"))
+    tree = jax.device_put(dense(), jax.devices()[0])
+    x, label = normal(20, 12, 5), jnp.arange(12) % 3
+    sharded = [jax.device_put((x, label), over), (x[:5], label[:5])]
+    for score in (prune.wanda, prune.fisher):
+        found, expected = (score(net, tree, d) for d in (sharded, [(x, label), *sharded[1:]]))
+        for path, values in found.values.items():
+            np.testing.assert_allclose(values, expected.values[path], rtol=1e-5, atol=1e-9)
 
 
 def test_wanda_is_its_definition(net, data):
@@ -248,9 +310,9 @@ def each_gradient(net, tree, data):
     }
 
 
-@pytest.mark.parametrize("vmapped", [False, True])
-def test_fisher_is_its_definition(net, data, vmapped, monkeypatch):
-    monkeypatch.setattr("vfjax.prune._gradients.vmapped", lambda: vmapped)
+@pytest.mark.parametrize("at_once", [1, 5, 100])
+def test_fisher_is_its_definition(net, data, at_once, monkeypatch):
+    monkeypatch.setattr("vfjax.prune._gradients._CPU_BYTES", at_once * 4 * 128)
     tree = dense()
     found = prune.fisher(net, tree, data)
     for path, each in each_gradient(net, tree, data).items():
@@ -258,6 +320,25 @@ def test_fisher_is_its_definition(net, data, vmapped, monkeypatch):
         np.testing.assert_allclose(
             found.values[path], expected, rtol=1e-3, atol=1e-6 * expected.max()
         )
+
+
+@pytest.mark.parametrize(
+    "change, kind, message",
+    [
+        ({"examples": 0}, ValueError, "examples must be 1 or more, got 0"),
+        ({"examples": 1.5}, TypeError, "examples must be an integer, got 1.5"),
+        ({"data": [normal(0, 2, 5)]}, TypeError, "must be a pair .* the loss needs labels"),
+        ({"data": [(normal(0, 2, 4), [0, 1])]}, ValueError, r"shape \(2, 4\), but the network"),
+        (
+            {"data": [(np.ones((2, 5), np.float16), [0, 1])]},
+            TypeError,
+            "float16, but the network was traced with float32",
+        ),
+    ],
+)
+def test_gradients_say_what_is_wrong(net, data, change, kind, message):
+    with pytest.raises(kind, match=message):
+        prune.fisher(net, dense(), **{"data": data} | change)
 
 
 @pytest.mark.parametrize("block", [None, 7, 24, 40])
@@ -324,11 +405,75 @@ def test_memory_is_told_before_it_is_taken(net, data):
     for block in (None, 7, 50):
         found = prune.inverse_fisher(net, dense(), data, count=9, block_size=block)
         held = [*found.gradients.values(), *(f for row in found.factors.values() for f in row)]
-        assert prune.memory(net, count=9, block_size=block) == sum(a.nbytes for a in held)
-    with pytest.raises(ValueError, match="data has examples for 24 gradients of 100, at 1 each"):
+        needed = prune.memory(net, count=9, block_size=block)
+        # And three copies, in float64, of the gradients by the weights of one block.
+        assert needed == sum(a.nbytes for a in held) + 24 * 9 * min(block or 64, 64)
+    with pytest.raises(ValueError, match="data gives 24 gradients where 100 are wanted"):
         prune.woodfisher(net, dense(), data, count=100)
+    with pytest.raises(ValueError, match="0 gradients, each of 20 examples of one batch, where 1 "):
+        prune.woodfisher(net, dense(), data, count=1, minibatch=20)
     with pytest.raises(ValueError, match="damping must be a positive number, got 0"):
         prune.woodfisher(net, dense(), data, damping=0)
+
+
+def linear(tree, x):
+    """A network whose gradients are its inputs, and their WoodFisher with some options."""
+    net = vfjax.trace(lambda p, x: x @ p["w"], tree, x)
+    data = [(x, jnp.zeros(len(x), int))]
+
+    def found(**options):
+        return prune.inverse_fisher(
+            net, tree, data, count=len(x), loss=lambda z, label: z.sum(), **options
+        )
+
+    return found
+
+
+def test_no_more_memory_is_taken_than_told():
+    tree, x = {"w": normal(0, 40_000, 1)}, normal(1, 40, 40_000)
+    found = linear(tree, x)
+    found(layers=["w"])  # compiles
+    net = vfjax.trace(lambda p, x: x @ p["w"], tree, x)
+    told = prune.memory(net, count=40)
+    tracemalloc.start()
+    try:
+        kept = found()
+        kept.prune(tree, prune.masks(kept.scores, 0.5))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Scores, places and the like: some numbers per weight, whatever the number of gradients.
+    assert most < told + 100 * 40_000
+
+
+def test_damping_may_be_far_below_the_gradients():
+    x = jnp.float32([[1e4, 0, 0], [0, 0, 2e-3]])
+    kept = linear({"w": jnp.ones((3, 1))}, x)(damping=1e-12)
+    expected = 1 / (1e-12 + (np.asarray(x, np.float64) ** 2).mean(0))
+    np.testing.assert_allclose(kept.diagonal["w"].ravel(), expected, rtol=1e-6)
+    # The same gradient twice: a singular matrix, to which nothing is added that is not rounded off.
+    with pytest.raises(ValueError, match="damping=1e-30 is lost in the rounding .* of 'w'"):
+        linear({"w": jnp.ones((3, 1))}, jnp.tile(x[:1], (2, 1)))(damping=1e-30)
+    with pytest.raises(ValueError, match="gradients of 'w' hold NaN or infinite values"):
+        linear({"w": jnp.ones((3, 1))}, x * jnp.nan)()
+
+
+def test_the_update_takes_masks_of_other_scores(net, data):
+    tree = dense()
+    found = prune.inverse_fisher(net, tree, data, count=20)
+    assert repr(found) == (
+        "InverseFisher(Scores(3 layers, 128 weights), 20 gradients, damping=1e-05, block_size=64)"
+    )
+    mask = prune.masks(prune.magnitude(net, tree, layers=["w1"]), 0.5)
+    pruned = found.prune(tree, mask)
+    for path, leaf in pruned.items():
+        gone = ~np.broadcast_to(mask[path], leaf.shape)
+        assert (np.asarray(leaf)[gone] == 0).all()
+        assert np.array_equal(leaf, tree[path]) == (path != "w1")
+    with pytest.raises(ValueError, match="mask must have the structure of the tree"):
+        found.prune(tree, {"w0": mask["w0"]})
+    with pytest.raises(ValueError, match=r"tree has shape \(5, 4\) at 'w0' where the measured"):
+        found.prune(tree | {"w0": tree["w0"][:, :4]}, mask)
 
 
 # ------------------------------------------------------------------------------------ afterwards
@@ -381,6 +526,35 @@ def test_renormalisation_restores_the_unpruned_moments(net, data):
     for path in ("w0", "w1", "w2"):  # what is gone stays so
         assert (np.asarray(repaired[path])[~mask[path]] == 0).all()
         assert (np.asarray(rescaled[path])[~mask[path]] == 0).all()
+
+
+def test_corrections_beside_a_pruned_tree_are_those_of_one_model():
+    tree, x = {"w": normal(0, 4, 6), "v": normal(1, 6, 2)}, normal(2, 9, 4)
+    net = vfjax.trace(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], tree, x)
+    pruned = prune.apply(tree, prune.masks(prune.magnitude(net, tree), 0.5))
+    assert merge.as_merged(net, pruned).weights == (1.0,)
+    # There is no bias to fold a shift into.
+    repaired = renorm.repair(net, pruned, [x], references=[tree])
+    assert repr(repaired).startswith("Merged(cut=0 of 2, models=1, weights=(1.0,), ")
+    merged = renorm.repair(net, pruned, [x], references=[tree, pruned], weights=(0.25, 0.75))
+    assert merged.weights == (0.25, 0.75)
+
+
+@pytest.mark.parametrize("share", [0.99, 1.0])
+def test_layers_without_weights_are_renormalised_to_finite_ones(net, data, share):
+    tree, x = dense(), [data[0][0]]
+    pruned = prune.apply(tree, prune.masks(prune.magnitude(net, tree), share, scope="layer"))
+    goal = stats.moments(net, [tree], x, sites=["w0", "w1"])
+    repaired = renorm.repair(net, pruned, x, references=[tree])
+    found = stats.moments(net, [repaired], x, sites=["w0", "w1"])
+    for site in ("w0", "w1"):
+        # Constant channels only move.
+        np.testing.assert_allclose(found.mean[site], goal.mean[site], rtol=1e-3, atol=1e-3)
+    rescaled = renorm.rescale(net, pruned, x, references=[tree])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((repaired, rescaled)))
+    relative = diagnose.features(net, pruned, x, references=[tree]).relative
+    assert all(np.isfinite(value).all() for value in relative.values())
+    assert share < 1 or relative["w2:act"][0] == 0
 
 
 def test_nothing_pruned_is_nothing_changed(net, data):

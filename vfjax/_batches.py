@@ -62,7 +62,7 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
 
 
 def labelled(
-    data: Iterable[Any], *, name: str = "data"
+    data: Iterable[Any], *, name: str = "data", like: PyTree = None, reader: str = "accuracy"
 ) -> Iterator[tuple[int, PyTree, np.ndarray | Array]]:
     """Iterates over the pairs `(x, label)` in `data`, checked on the host, batch by batch.
 
@@ -70,20 +70,29 @@ def labelled(
         data: Iterable of pairs of `x`, any pytree, and integer labels `[n]`. Batches without
             samples are skipped.
         name: The caller's name for the argument, for the messages.
+        like: The traced input, which every `x` must fit, as in `batches`; None not to look.
+        reader: What needs the labels, for the messages.
 
     Yields:
         Number of the batch, `x` and labels.
 
     Raises:
-        TypeError: If `data` is no iterable, a batch is no pair, or its labels are not integers.
-        ValueError: If a batch has not one label per input, or there are no batches.
+        TypeError: If `data` is no iterable, a batch is no pair, its labels are not integers, or its
+            `x` has another structure or dtype than was traced.
+        ValueError: If a batch has not one label per input, its `x` another shape than was traced,
+            or there are no batches.
 
     Example:
         >>> data = [(np.zeros((4, 3)), np.arange(4)), (np.zeros((0, 3)), np.arange(0))]
         >>> [(index, len(label)) for index, x, label in labelled(data)]
         [(0, 4)]
     """
-    for index, (x, label) in _each(data, name, _pair, form="(x, label)", one="[(x, label)]"):
+
+    def read(item: Any, where: str, whole: Any) -> tuple[PyTree, np.ndarray | Array]:
+        x, label = _pair(item, where, whole, reader)
+        return x if like is None else _input(x, like, where, None), label
+
+    for index, (x, label) in _each(data, name, read, form="(x, label)", one="[(x, label)]"):
         yield index, x, label
 
 
@@ -172,14 +181,14 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
     return x
 
 
-def _pair(item: Any, where: str, whole: Any) -> tuple[PyTree, np.ndarray | Array]:
+def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, np.ndarray | Array]:
     """The `x` and the labels of one batch, after every check."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         hint = ""
         if isinstance(whole, (tuple, list)) and len(whole) == 2 and _is_pair(*whole):
             hint = "; this looks like one batch: pass a list of batches, [(x, label)]"
         raise TypeError(
-            f"{where} must be a pair (x, label), got {type(item).__name__}; accuracy needs "
+            f"{where} must be a pair (x, label), got {type(item).__name__}; {reader} needs "
             f"labels{hint}"
         )
     x, label = item

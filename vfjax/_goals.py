@@ -28,7 +28,7 @@ def goals_of(
     maps: Maps | None,
     weights: Sequence[float] | None,
     sites: str | Sequence[str],
-) -> dict[str, tuple[Array, Array]]:
+) -> tuple[dict[str, tuple[Array, Array]], tuple[float, ...]]:
     """Mean and standard deviation to reach, by layer; checks every argument first.
 
     Args:
@@ -41,7 +41,7 @@ def goals_of(
         sites: Likewise.
 
     Returns:
-        By layer that is corrected, arrays of its channels' shape.
+        By layer that is corrected, arrays of its channels' shape; and the references' weights.
 
     Raises:
         TypeError: As `vfjax.renorm.repair`.
@@ -64,7 +64,7 @@ def goals_of(
         count, nets = _check_references(model, references, maps)
         mix = weights_for(merged, weights, count)
         if not chosen:
-            return {}
+            return {}, mix
         given = _measured(nets, references, data, maps, chosen)
     else:
         missing = [name for name in chosen if any(name not in m.mean for m in given)]
@@ -77,7 +77,7 @@ def goals_of(
     if maps is not None:
         given = maps.carry(given if len(given) > 1 else given[0])
     means, stds = _joined(given).mixed(mix)
-    return {name: (means[name], stds[name]) for name in chosen}
+    return {name: (means[name], stds[name]) for name in chosen}, mix
 
 
 def _correctable(model: Merged, layer: Any) -> bool:

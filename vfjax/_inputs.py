@@ -108,7 +108,11 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
         tied = {*contract[site.side], *batch[site.side]}
         shape = [n if axis in tied else 1 for axis, n in enumerate(shape)]
     elif params["batch_group_count"] == 1:
-        shape[params["dimension_numbers"].rhs_spec[0]] = params["feature_group_count"]
+        numbers = params["dimension_numbers"]
+        if site.side == 1:
+            shape[numbers.rhs_spec[0]] = params["feature_group_count"]
+        else:  # what the input is convolved with
+            shape[numbers.lhs_spec[0]] = 1
     if params.get("preferred_element_type") is not None:
         params["preferred_element_type"] = dtype
 

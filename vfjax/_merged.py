@@ -383,7 +383,7 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
     Args:
         net: The traced network.
         tree: A tree of the network's variables.
-        weights: The weights with which it was averaged; None for those of two models.
+        weights: The weights with which it was averaged; None for a model by itself.
 
     Returns:
         A model that computes what the tree does.
@@ -396,11 +396,11 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
         >>> import jax.numpy as jnp, vfjax
         >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
         >>> net = vfjax.trace(lambda v, x: x @ v["kernel"], tree, x)
-        >>> as_merged(net, tree)(x).shape
-        (4, 2)
+        >>> as_merged(net, tree)
+        Merged(cut=0 of 1, models=1, weights=(1.0,), params=6, flops=6, corrections=[])
     """
     check_fits(net, tree, "tree", variances=False)
-    weights = (0.5, 0.5) if weights is None else resolve_weights(weights, None)
+    weights = (1.0,) if weights is None else resolve_weights(weights, None)
     return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
 
 

@@ -151,8 +151,8 @@ def repair(
     Repair", eq. 3; "Vanishing Feature", section on normalisation.
     """
     net = check_merged(net, merged)
-    goals = goals_of(net, merged, data, references, maps, weights, sites)
-    return _renormalise(net, merged, data, goals, sweeps, centre=True)
+    goals, mix = goals_of(net, merged, data, references, maps, weights, sites)
+    return _renormalise(net, merged, data, goals, sweeps, centre=True, weights=mix)
 
 
 def rescale(
@@ -206,8 +206,8 @@ def rescale(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
     """
     net = check_merged(net, merged)
-    goals = goals_of(net, merged, data, references, maps, weights, sites)
-    return _renormalise(net, merged, data, goals, sweeps, centre=False)
+    goals, mix = goals_of(net, merged, data, references, maps, weights, sites)
+    return _renormalise(net, merged, data, goals, sweeps, centre=False, weights=mix)
 
 
 def _renormalise(
@@ -218,6 +218,7 @@ def _renormalise(
     sweeps: str,
     *,
     centre: bool,
+    weights: tuple[float, ...] = (1.0,),
 ) -> PyTree | Merged:
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
@@ -235,9 +236,10 @@ def _renormalise(
         model = _with_variances(model)
         found = _SWEEPS[sweeps](job, model, data, goals, centre=centre)
         model = fold_all(model, found, shift=centre)
-    if isinstance(merged, Merged) or model.corrections:
+    if isinstance(merged, Merged):
         return model
-    return model.trunk
+    # A record of what the tree was made of: as many models as there are references.
+    return dataclasses.replace(model, weights=weights) if model.corrections else model.trunk
 
 
 def _with_variances(model: Merged) -> Merged:

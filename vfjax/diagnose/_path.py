@@ -66,7 +66,7 @@ class Path:
     def evaluate(self, model: PyTree | Merged, test: Iterable[Any]) -> Evaluation:
         """Accuracy and loss of a merged model, or of what a renormalisation made of it."""
         if not isinstance(model, Merged):
-            model = merge.as_merged(self.net, model)
+            model = merge.as_merged(self.net, model, weights=self.start.weights)
         elif model.net is not self.net:
             raise ValueError("renormalise must return a Merged of net, got one of another network")
         return evaluate(model.frame, model.arrays, test)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _tree
@@ -184,16 +185,24 @@ def scores_of(
     """
     kept: dict[str, np.ndarray] = {}
     for path, value in values.items():
-        value = np.asarray(value, np.promote_types(np.asarray(value).dtype, np.float32))
+        value = widened(value)
         if not np.isfinite(value).all():
             raise ValueError(
-                f"the scores of '{path}' hold NaN or infinite values: look for a diverged model or "
-                "a loss that is not finite"
+                f"the scores of '{path}' hold NaN or infinite values: look for them in the model "
+                "and the data, or for a loss that is not finite"
             )
         scored = np.zeros(value.size, bool)
         for name, places in rows.items():
             if paths[name] == path:
                 scored[places] = True
         kept[path] = np.where(scored.reshape(value.shape), value, 0)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), tree
+    )
     return Scores(kept, dict(rows), dict(paths), like)
+
+
+def widened(value: Any) -> np.ndarray:
+    """An array in NumPy, in float32 or better."""
+    value = np.asarray(value)
+    return value.astype(np.promote_types(value.dtype, np.float32), copy=False)

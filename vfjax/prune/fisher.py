@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vfjax.network import Network
-from vfjax.prune._gradients import Loss, gradients
+from vfjax.prune._gradients import Loss, check_count, gradients
 from vfjax.prune._kernels import Scores, scores_of, weights_of
 
 PyTree = Any
@@ -41,10 +41,10 @@ def fisher(
         The scores, float64.
 
     Raises:
-        TypeError: If `net` is no traced network, `layers` no sequence, a leaf no array, or a batch
-            is no pair with integer labels.
-        ValueError: If the tree does not fit, data are empty or too few, there are no layers, one
-            has no kernel of its own, or a gradient is not finite.
+        TypeError: If `net` is no traced network, `layers` no sequence, a leaf no array, `examples`
+            no integer, or a batch is no pair with integer labels or has another dtype than traced.
+        ValueError: If the tree or data do not fit, data are empty or too few, `examples` is below
+            one, there are no layers, one has no kernel of its own, or a gradient is not finite.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -57,6 +57,8 @@ def fisher(
     Source: LeCun et al., "Optimal Brain Damage", 1989, with the empirical Fisher matrix in place of
     the Hessian, as in "WoodFisher" (Singh & Alistarh, 2020), section 3.
     """
+    if examples is not None:
+        check_count("examples", examples)
     leaves, rows, paths = weights_of(net, tree, layers)
     total = {path: np.zeros(np.shape(leaf)) for path, leaf in leaves.items()}
     count = 0

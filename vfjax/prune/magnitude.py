@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vfjax.network import Network
-from vfjax.prune._kernels import Scores, scores_of, weights_of
+from vfjax.prune._kernels import Scores, scores_of, weights_of, widened
 
 PyTree = Any
 
@@ -38,5 +38,5 @@ def magnitude(net: Network, tree: PyTree, *, layers: Sequence[str] | None = None
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
     leaves, rows, paths = weights_of(net, tree, layers)
-    values = {path: np.abs(np.asarray(leaf, np.float32)) for path, leaf in leaves.items()}
+    values = {path: np.abs(widened(leaf)) for path, leaf in leaves.items()}
     return scores_of(tree, values, rows, paths)

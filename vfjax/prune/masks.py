@@ -75,7 +75,7 @@ def _pattern(scope: Any) -> tuple[int, int] | None:
     if (
         isinstance(scope, tuple)
         and len(scope) == 2
-        and all(isinstance(k, int) for k in scope)
+        and all(hasattr(k, "__index__") for k in scope)
         and 0 <= scope[0] <= scope[1]
         and scope[1] > 0
     ):
@@ -120,7 +120,7 @@ def _local(
 
 def _count(sparsity: float | None, size: int) -> int:
     assert sparsity is not None
-    return math.floor(sparsity * size + 0.5)
+    return math.floor(float(sparsity) * size + 0.5)  # a float32 would round the product
 
 
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
@@ -152,33 +152,61 @@ def apply(tree: PyTree, mask: PyTree) -> PyTree:
         >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": np.array([True, False])})["w"].tolist()
         [1.0, 0.0]
     """
+    return _masked(tree, mask_of(tree, mask))
+
+
+def mask_of(tree: PyTree, mask: PyTree) -> dict[str, Any]:
+    """The masks of a tree by path.
+
+    Args:
+        tree: The tree.
+        mask: What `masks` returned, of one like it.
+
+    Returns:
+        By path, a bool array of the leaf's shape or a single bool.
+
+    Raises:
+        ValueError: If a mask has another structure or shape than the tree.
+    """
     if jax.tree.structure(tree) != jax.tree.structure(mask):
         raise ValueError(
             "mask must have the structure of the tree: make it of scores of that tree, with "
             "vfjax.prune.masks"
         )
-    return _masked(tree, _tree.flatten_named(mask, name="mask")[0], "tree")
+    found = _tree.flatten_named(mask, name="mask")[0]
+    _check_shapes(_tree.flatten_named(tree, name="tree")[0], found, "tree")
+    return found
 
 
-def _masked(tree: PyTree, mask: Mapping[str, Any], name: str) -> PyTree:
-    """A tree with zeros where a mask by path is False."""
-    flat, treedef = _tree.flatten_named(tree, name=name)
-    new = []
-    for path, leaf in flat.items():
-        kept = mask[path]
-        if np.shape(kept) not in ((), np.shape(leaf)):
+def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str) -> None:
+    for path, leaf in leaves.items():
+        if path not in mask:
             raise ValueError(
-                f"mask has shape {np.shape(kept)} at '{path}', where {name} has {np.shape(leaf)}"
+                f"{name} has a leaf '{path}', which mask lacks: make it of the tree that is meant"
             )
-        new.append(leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf)))
-    return jax.tree.unflatten(treedef, new)
+        if np.shape(mask[path]) not in ((), np.shape(leaf)):
+            raise ValueError(
+                f"mask has shape {np.shape(mask[path])} at '{path}', where {name} has "
+                f"{np.shape(leaf)}"
+            )
+
+
+def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
+    """A tree with zeros where a mask by path, which fits it, is False."""
+    flat, treedef = _tree.flatten_named(tree)
+
+    def masked(leaf: Any, kept: Any) -> Any:
+        return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.unflatten(treedef, [masked(leaf, mask[path]) for path, leaf in flat.items()])
 
 
 def sparsity(mask: PyTree) -> float:
-    """The share of weights that masks prune, of those that they may prune.
+    """The share of weights that masks prune, of those in leaves that hold any to prune.
 
     Args:
-        mask: What `masks` returned.
+        mask: What `masks` returned. Where the scores were of some layers of a stack only, the
+            others count as well: they lie in the same leaf.
 
     Returns:
         From 0 to 1.
@@ -220,6 +248,7 @@ def keep(mask: PyTree) -> Any:
 
     def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
         del params
-        return _masked(updates, by_path, "updates")
+        _check_shapes(_tree.flatten_named(updates, name="updates")[0], by_path, "updates")
+        return _masked(updates, by_path)
 
     return optax.stateless(update)

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._batches import batch_size, batches
-from vfjax._inputs import input_squares, spread
+from vfjax._batches import batch_size
+from vfjax._inputs import input_squares, kernel_rows, spread
+from vfjax._meshes import on_mesh
+from vfjax._streaming import stream
 from vfjax.network import Network
 from vfjax.prune._kernels import Scores, scores_of, weights_of
 
@@ -23,13 +25,14 @@ def wanda(
     """Scores of weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
 
     The norm is over all examples and, of convolutions and of layers on sequences, over all
-    positions that the weight meets. Wanda compares the weights of every output: prune them with
-    `masks(scores, sparsity, scope="row")`, or `scope=(n, m)`.
+    positions that the weight meets; of kernels that several layers share, in all of these. Wanda
+    compares the weights of every output: prune them with `masks(scores, sparsity, scope="row")`, or
+    `scope=(n, m)`.
 
     Args:
         net: The traced network.
         tree: The tree to prune.
-        data: Re-iterable of `x` or `(x, label)`; one pass.
+        data: Re-iterable of `x` or `(x, label)`; one pass. Batches may be sharded over devices.
         layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
 
     Returns:
@@ -54,20 +57,31 @@ def wanda(
     equation 1.
     """
     leaves, rows, paths = weights_of(net, tree, layers)
-    total, count = None, 0
-    for x in batches(data, like=net.x):
-        found = _pass(net, tuple(rows), tree, x)
-        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-        count += batch_size(x)
-    assert total is not None  # there was a batch
-    values = {path: np.zeros(np.shape(leaf)) for path, leaf in leaves.items()}
-    for (name, places), squares in zip(rows.items(), total, strict=True):
-        weights = np.asarray(leaves[paths[name]], np.float64).reshape(-1)[places]
-        norms = np.sqrt(spread(net, name, squares) / count)
-        values[paths[name]].reshape(-1)[places] = np.abs(weights) * norms
+    uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
+    measure = functools.partial(_means, net, tuple(uses))
+    means, _ = stream(measure, _pool, tree, data, like=net.x)
+    squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
+    for (name, path), mean in zip(uses.items(), means, strict=True):
+        squares[path][kernel_rows(net, name)] += spread(net, name, mean)
+    values = {
+        path: np.abs(np.asarray(leaf, np.float64)) * np.sqrt(squares[path].reshape(np.shape(leaf)))
+        for path, leaf in leaves.items()
+    }
     return scores_of(tree, values, rows, paths)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pass(net: Network, layers: tuple[str, ...], tree: PyTree, x: PyTree) -> list[jax.Array]:
-    return input_squares(net, tree, x, layers)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _means(
+    net: Network, layers: tuple[str, ...], mesh: Any, tree: PyTree, x: PyTree
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Of one batch, the squares per example; no counts of samples, which nothing asks for."""
+
+    def means(tree: PyTree, x: PyTree) -> list[jax.Array]:
+        return [found / batch_size(x) for found in input_squares(net, tree, x, layers)]
+
+    return on_mesh(means, mesh)(tree, x), []
+
+
+@jax.jit
+def _pool(pooled: list[jax.Array], batch: list[jax.Array], share: float) -> list[jax.Array]:
+    return [a + (b - a) * share for a, b in zip(pooled, batch, strict=True)]

@@ -22,19 +22,19 @@ import scipy.linalg
 
 from vfjax import _tree
 from vfjax.network import Network
-from vfjax.prune._gradients import Loss, gradients
+from vfjax.prune._gradients import Loss, check_count, gradients
 from vfjax.prune._kernels import Scores, rows_of, scores_of, weights_of
-from vfjax.prune.masks import apply
+from vfjax.prune.masks import apply, mask_of
 
 PyTree = Any
 
 _log = logging.getLogger(__name__)
 
-# Columns of a block that are solved for at once, in float64.
-_COLUMNS = 1 << 14
+# Bytes of the columns of a block that are computed with at once, in float64.
+_BYTES = 1 << 24
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class InverseFisher:
     """The inverse of the empirical Fisher matrix of the weights to prune, in blocks.
 
@@ -55,6 +55,11 @@ class InverseFisher:
     factors: Mapping[str, Sequence[np.ndarray]]
     damping: float
     block_size: int
+
+    def __repr__(self) -> str:
+        count = len(next(iter(self.gradients.values())))
+        options = f"damping={self.damping:g}, block_size={self.block_size}"
+        return f"InverseFisher({self.scores}, {count} gradients, {options})"
 
     def solve(self, layer: str, vector: np.ndarray) -> np.ndarray:
         """`F^-1 v` of one layer.
@@ -88,20 +93,23 @@ class InverseFisher:
             A tree of the same dtypes, zero where the mask is False.
 
         Raises:
-            ValueError: If the mask has another structure or shape than the tree.
+            ValueError: If the tree differs from the one that was measured in structure, shape or
+                dtype, or the mask from the tree in structure or shape.
 
         Source: "WoodFisher" (Singh & Alistarh, 2020), section 4, equation 9.
         """
-        kept = _tree.flatten_named(mask, name="mask")[0]
         leaves = _tree.flatten_named(tree, name="tree")[0]
+        like = _tree.flatten_named(self.scores.like)[0]
+        _tree.check_like(leaves, like, name="tree", other="the measured tree")
+        kept = mask_of(tree, mask)
         changed: dict[str, np.ndarray] = {}
         for layer, rows in self.scores.rows.items():
             path = self.scores.paths[layer]
             flat = changed.setdefault(path, np.asarray(leaves[path], np.float64).reshape(-1).copy())
-            gone = ~np.asarray(kept[path]).reshape(-1)[rows]
+            gone = ~np.broadcast_to(kept[path], np.shape(leaves[path])).reshape(-1)[rows]
             flat[rows] -= self.solve(layer, gone * flat[rows] / self.diagonal[layer])
         new = {
-            path: jnp.asarray(flat.reshape(np.shape(leaves[path])), leaves[path].dtype)
+            path: jnp.asarray(flat.reshape(like[path].shape), like[path].dtype)
             for path, flat in changed.items()
         }
         return apply(_tree.with_leaves(tree, new), mask)
@@ -139,8 +147,9 @@ def inverse_fisher(
 
     Raises:
         TypeError: As `vfjax.prune.fisher`.
-        ValueError: As `vfjax.prune.fisher`; if an option is out of range; or if more memory would
-            be needed than `max_memory`. The message says how much, before anything is computed.
+        ValueError: As `vfjax.prune.fisher`; if an option is out of range; if damping is lost in the
+            rounding of the matrix; or if more memory would be needed than `max_memory`. The message
+            says how much, before anything is computed.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -155,15 +164,12 @@ def inverse_fisher(
     Source: "WoodFisher: Efficient Second-Order Approximation for Neural Network Compression" (Singh
     & Alistarh, 2020), sections 3 and 4.
     """
-    for name, value, least in (("count", count, 1), ("minibatch", minibatch, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be {least} or more, got {value!r}")
+    check_count("count", count)
+    check_count("minibatch", minibatch)
+    if block_size is not None:
+        check_count("block_size", block_size)
     if not 0 < damping < np.inf:
         raise ValueError(f"damping must be a positive number, got {damping!r}")
-    if block_size is not None and block_size < 1:
-        raise ValueError(
-            f"block_size must be 1 or more, or None for whole layers, got {block_size}"
-        )
     leaves, rows, paths = weights_of(net, tree, layers)
     size = max(r.size for r in rows.values()) if block_size is None else block_size
     needed = memory(net, count=count, block_size=size, layers=layers)
@@ -188,7 +194,7 @@ def inverse_fisher(
     values = {path: np.zeros(np.shape(leaf)) for path, leaf in leaves.items()}
     for name, r in rows.items():
         parts = [held[name][:, start:end] for start, end in _blocks(r.size, size)]
-        factors[name] = [_factor(part, damping) for part in parts]
+        factors[name] = [_factor(part, damping, name) for part in parts]
         pairs = zip(parts, factors[name], strict=True)
         diagonal[name] = np.concatenate([_diagonal(*pair, damping) for pair in pairs])
         diagonal[name] = diagonal[name].reshape(r.shape)
@@ -227,7 +233,7 @@ def memory(
     block_size: int | None = None,
     layers: Sequence[str] | None = None,
 ) -> int:
-    """Bytes that `inverse_fisher` holds on the host: the gradients, and a factor for each block.
+    """Bytes that `inverse_fisher` takes: the gradients, a factor of each block, what it works in.
 
     Args:
         net: The traced network.
@@ -247,24 +253,52 @@ def memory(
         >>> tree = {"w": jnp.ones((20, 50))}
         >>> net = vfjax.trace(lambda v, x: x @ v["w"], tree, jnp.ones((1, 20)))
         >>> memory(net, count=10, block_size=100)
-        48000
+        72000
     """
     weights = [rows.size for rows in rows_of(net, layers)[0].values()]
-    blocks = (end - start for n in weights for start, end in _blocks(n, block_size or n))
-    return 4 * count * sum(weights) + sum(8 * min(count, size) ** 2 for size in blocks)
+    sizes = [end - start for n in weights for start, end in _blocks(n, block_size or n)]
+    held = 4 * count * sum(weights) + sum(8 * min(count, size) ** 2 for size in sizes)
+    return held + 24 * count * min(max(sizes), _columns(count))
 
 
 def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + block, size)) for start in range(0, size, block))
 
 
-def _factor(part: np.ndarray, damping: float) -> np.ndarray:
+def _columns(count: int) -> int:
+    return max(1, _BYTES // (8 * count))
+
+
+def _pieces(part: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Columns of gradients in float64, few at a time: a copy of all would be twice as large."""
+    count, size = part.shape
+    for start, end in _blocks(size, _columns(count)):
+        yield slice(start, end), part[:, start:end].astype(np.float64)
+
+
+def _factor(part: np.ndarray, damping: float, layer: str) -> np.ndarray:
     """The Cholesky factor of what is to be inverted, of the smaller of the two forms."""
     count, size = part.shape
-    part = part.astype(np.float64)
-    gram = part @ part.T if size > count else part.T @ part / count
+    if size > count:
+        gram = np.zeros((count, count))
+        for _, piece in _pieces(part):
+            gram += piece @ piece.T
+    else:
+        whole = part.astype(np.float64)
+        gram = whole.T @ whole / count
+    if not np.isfinite(gram).all():
+        raise ValueError(
+            f"the gradients of '{layer}' hold NaN or infinite values: look for them in the model "
+            "and the data, or for a loss that is not finite"
+        )
     gram[np.diag_indices_from(gram)] += count * damping if size > count else damping
-    return scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=True)
+    try:
+        return scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
+    except scipy.linalg.LinAlgError as error:
+        raise ValueError(
+            f"damping={damping!r} is lost in the rounding of the Fisher matrix of '{layer}', which "
+            "is singular without it: give more"
+        ) from error
 
 
 def _diagonal(part: np.ndarray, factor: np.ndarray, damping: float) -> np.ndarray:
@@ -273,17 +307,28 @@ def _diagonal(part: np.ndarray, factor: np.ndarray, damping: float) -> np.ndarra
         half = scipy.linalg.solve_triangular(factor, np.eye(size), lower=True)
         return (half**2).sum(0)
     found = np.empty(size)
-    for start, end in _blocks(size, _COLUMNS):
-        half = scipy.linalg.solve_triangular(
-            factor, part[:, start:end].astype(np.float64), lower=True
-        )
-        found[start:end] = (1 - (half**2).sum(0)) / damping
+    for place, piece in _pieces(part):
+        # Where a weight's own gradients are all there is to it, the difference rounds to nothing;
+        # no entry of the inverse is below the inverse of the matrix's.
+        least = 1 / (damping + _squares(piece) / count)
+        half = scipy.linalg.solve_triangular(factor, piece, lower=True)
+        found[place] = np.maximum((1 - _squares(half)) / damping, least)
     return found
+
+
+def _squares(columns: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,ij->j", columns, columns)
 
 
 def _solve(part: np.ndarray, factor: np.ndarray, damping: float, vector: np.ndarray) -> np.ndarray:
     count, size = part.shape
     if size <= count:
         return scipy.linalg.cho_solve((factor, True), vector)
-    inner = scipy.linalg.cho_solve((factor, True), part @ vector)
-    return (vector - part.T @ inner) / damping
+    product = np.zeros(count)
+    for place, piece in _pieces(part):
+        product += piece @ vector[place]
+    inner = scipy.linalg.cho_solve((factor, True), product)
+    found = np.empty_like(vector)
+    for place, piece in _pieces(part):
+        found[place] = (vector[place] - piece.T @ inner) / damping
+    return found
