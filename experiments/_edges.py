@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +288,7 @@ def found(
     train: int | None = None,
     test: int | None = None,
     cifar: str = "vgg16",
+    check: Callable[[vfjax.Network, str], Any] | None = None,
 ) -> Edges:
     """Reads the images, traces the network, and loads or trains the edge models.
 
@@ -298,6 +299,8 @@ def found(
       train: Training images to read; None for all.
       test: Test images to read; None for all.
       cifar: The model for CIFAR where `--model` has none.
+      check: Called with the traced network and its name before anything is trained, to raise what
+        the options have against it.
 
     Raises:
       UserError: If what was asked for is not there, or does not go together.
@@ -311,6 +314,8 @@ def found(
     arch = architecture(args, dataset, cifar)
     with watch("trace"):
         net = trace(arch, dataset)
+    if check is not None:
+        check(net, arch.name)
     with watch("training" if args.retrain else "checkpoints"):
         folders = trained(args, arch, count or 2) if args.retrain else shipped(args, arch, count)
         cards = [checkpoint.card(folder) for folder in folders]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vfjax
-from vfjax import data, merge, prune, renorm, stats, train
+from vfjax import data, merge, plot, prune, renorm, stats, train
 
 PyTree = Any
 
@@ -23,8 +23,10 @@ METHODS = {
     "fisher": "diagonal Fisher",
     "woodfisher": "WoodFisher",
     "wanda": "Wanda per row",
+    "wanda-layer": "layerwise Wanda",
 }
-SCOPES = {"magnitude-layer": "layer", "wanda": "row"}
+# What weights compare with; all others, with all weights.
+SCOPES = {"magnitude-layer": "layer", "wanda": "row", "wanda-layer": "layer"}
 REMEDIES = {"reset": "RESET", "repair": "REPAIR", "rescale": "RESCALE"}
 # Of networks that are not the digits'.
 DEFAULT = "vgg16-bn"
@@ -70,23 +72,38 @@ def sparsity_of(text: str) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def remedy_of(args: argparse.Namespace, models: _edges.Edges) -> str:
-    """What `--renorm` comes to for a network.
+def remedy_of(args: argparse.Namespace, net: vfjax.Network, name: str) -> str:
+    """What `--renorm` comes to for a network of that name.
 
     Raises:
       UserError: If the network has nothing to reset.
     """
-    if args.renorm == "reset" and not models.net.norms:
+    if args.renorm == "reset" and not net.norms:
         raise _common.UserError(
-            f"--renorm reset is for networks with BatchNorm, which {models.arch.name} has not; "
-            "take repair or rescale."
+            f"--renorm reset is for networks with BatchNorm, which {name} has not; take repair or "
+            "rescale."
         )
     if args.renorm != "auto":
         return args.renorm
-    if models.net.norms:
+    if net.norms:
         return "reset"
-    plain = models.arch.name.startswith("vgg") and not models.arch.name.endswith("-ln")
-    return "rescale" if plain else "repair"
+    return "rescale" if name.startswith("vgg") and not name.endswith("-ln") else "repair"
+
+
+def check_memory(
+    net: vfjax.Network, layers: Sequence[str], gradients: int, gigabytes: float
+) -> None:
+    """Raises an error if WoodFisher would take more than that.
+
+    Raises:
+      UserError: If so.
+    """
+    needed = prune.memory(net, count=gradients, layers=layers) / 1e9
+    if needed > gigabytes:
+        raise _common.UserError(
+            f"WoodFisher takes {needed:.1f} GB for {gradients} gradients, more than --memory "
+            f"{gigabytes:g}: allow more, take fewer --gradients, or leave it out of --methods."
+        )
 
 
 def augmented(args: argparse.Namespace, models: _edges.Edges) -> bool:
@@ -118,9 +135,11 @@ def pruner(
     method: str,
     net: vfjax.Network,
     tree: PyTree,
-    statistics: Any,
     layers: Sequence[str],
-    gradients: int,
+    *,
+    statistics: Any = (),
+    gradients: Any = (),
+    gigabytes: float = 2,
 ) -> Callable[[float], PyTree]:
     """Scores a network's weights once; what is returned prunes it to any sparsity.
 
@@ -128,20 +147,22 @@ def pruner(
       method: One of `METHODS`.
       net: The traced network.
       tree: Its variables.
-      statistics: Labelled batches for what goes by data.
       layers: Those to prune.
-      gradients: How many examples' gradients Fisher matrices are of.
+      statistics: Batches for Wanda.
+      gradients: `data.Batches`, each image of which gives a gradient for Fisher matrices.
+      gigabytes: What WoodFisher may take.
 
     Returns:
       From sparsity, 0 to 1, to the pruned tree; of WoodFisher with its update of what stays.
     """
     scope = SCOPES.get(method, "global")
     if method == "woodfisher":
-        inverse = prune.inverse_fisher(net, tree, statistics, count=gradients, layers=layers)
+        options = {"count": len(gradients.images), "max_memory": round(1e9 * gigabytes)}
+        inverse = prune.inverse_fisher(net, tree, gradients, layers=layers, **options)
         return lambda sparsity: inverse.prune(tree, prune.masks(inverse.scores, sparsity))
     if method == "fisher":
-        scores = prune.fisher(net, tree, statistics, examples=gradients, layers=layers)
-    elif method == "wanda":
+        scores = prune.fisher(net, tree, gradients, layers=layers)
+    elif method.startswith("wanda"):
         scores = prune.wanda(net, tree, statistics, layers=layers)
     else:
         scores = prune.magnitude(net, tree, layers=layers)
@@ -179,9 +200,41 @@ def as_network(net: vfjax.Network, tree: Any) -> merge.Merged:
     return tree if isinstance(tree, merge.Merged) else merge.as_merged(net, tree)
 
 
-def accuracy(network: merge.Merged, test: Any) -> float:
-    """On test images."""
-    return train.evaluate(_edges.forward, network, test).accuracy
+@jax.jit
+def right(network: merge.Merged, x: jax.Array, label: jax.Array) -> jax.Array:
+    """Whether a network is right on each of some images, bool `[n]`."""
+    return _edges.forward(network, x).argmax(-1) == label
+
+
+def answers(network: merge.Merged, test: Any) -> np.ndarray:
+    """Whether it is right on each image of batches, bool `[N]`."""
+    found = [right(network, x, label) for x, label in test]
+    return np.concatenate([np.asarray(part) for part in found])
+
+
+def paired(plain: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """Accuracies of two networks on the same images, and the standard error of their difference.
+
+    Example:
+      >>> [round(n, 3) for n in paired(np.array([True, False] * 8), np.array([True] * 16))]
+      [0.5, 1.0, 0.129]
+    """
+    difference = other.astype(float) - plain
+    error = difference.std(ddof=1) / len(difference) ** 0.5
+    return float(plain.mean()), float(other.mean()), float(error)
+
+
+def curve_of(rows: np.ndarray, x: Sequence[float], **style: Any) -> plot.Curve:
+    """The mean of rows, one a seed, with their spread if there are several."""
+    error = rows.std(0, ddof=1) if len(rows) > 1 else None
+    return plot.Curve(x, rows.mean(0), error=error, **style)
+
+
+def titled(record: dict[str, Any], *parts: str) -> str:
+    """Data, models, what was done, images, seeds."""
+    seeds = len(record["seeds"]["edge_models"])
+    parts = _edges.networks(record), *parts, f"{record['data']['test_images']:,} test images"
+    return ", ".join([*parts, *([f"mean of {seeds} seeds"] if seeds > 1 else [])])
 
 
 def rows_of(sparsities: Sequence[float], columns: Sequence[np.ndarray]) -> list[list[str]]:

@@ -201,7 +201,10 @@ class Pair:
 
     def evaluate(self, tree: PyTree | merge.Merged) -> dict[str, float]:
         """Accuracy and loss; one compiled function for all networks."""
-        model = tree if isinstance(tree, merge.Merged) else merge.as_merged(self.net, tree)
+        model = tree
+        if not isinstance(tree, merge.Merged):
+            # As what renormalisation returns, so that they share a compilation.
+            model = merge.as_merged(self.net, tree, weights=self.weights)
         found = train.evaluate(_edges.forward, model, self.test)
         return {"accuracy": found.accuracy, "loss": found.loss}
 

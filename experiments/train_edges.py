@@ -10,6 +10,8 @@ The shipped ones, each about as long as its card says:
         --storage float16
     python experiments/train_edges.py --model resnet20-ln --width 0.25 --seeds 0 1 --epochs 8 \
         --learning-rate 0.02 --storage float16
+    python experiments/train_edges.py --model convnext-pico --width 0.5 --seeds 0 1 --epochs 16 \
+        --storage float16
     python experiments/train_edges.py --model vgg7-bn --width 0.5 --classes 0 1 2 3 4 --seeds 0 \
         --dimensions 32 --epochs 12 --storage float16
     python experiments/train_edges.py --model vgg7-bn --width 0.5 --classes 5 6 7 8 9 --seeds 1 \

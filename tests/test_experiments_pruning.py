@@ -24,7 +24,7 @@ pruning = importlib.import_module("pruning")
 vanishing = importlib.import_module("vanishing_feature_pruned")
 update = importlib.import_module("update_readme")
 
-METHODS = list(shared.METHODS)
+METHODS = list(pruning.METHODS)
 SPARSITIES = [10, 50, 80, 90]
 
 
@@ -54,6 +54,9 @@ def record(digits):
     for found in record["methods"].values():
         found["none"] = [[0.9, 0.8, 0.3, 0.1]] * 2
         found["renormalised"] = [[0.9, 0.85, 0.8, 0.5]] * 2
+        found["error"] = [[0.01] * 4] * 2
+    record["unpruned"] = {"none": [0.9] * 2, "renormalised": [0.89] * 2, "error": [0.01] * 2}
+    record["model"]["name"] = "resnet20"
     few, all_images = [[0.78, 0.5]] * 2, [[0.8, 0.5]] * 2
     for method in record["samples"]:
         record["samples"][method] = {"64": few, "all": all_images}
@@ -76,6 +79,7 @@ def test_record_is_complete(digits):
         assert {key: np.shape(rows) for key, rows in found.items()} == {
             "none": (2, 4),
             "renormalised": (2, 4),
+            "error": (2, 4),
         }
     for found in record["samples"].values():
         assert {label: np.shape(rows) for label, rows in found.items()} == {
@@ -102,11 +106,14 @@ def test_what_the_paper_found(digits):
 
 
 def test_the_outcome_of_the_paper(record):
-    assert all(holds for holds, _ in pruning.claims_of(record))
+    # All but what it has for ConvNeXt alone.
+    verdicts = [holds for holds, _ in pruning.claims_of(record)]
+    assert verdicts == [True] * 5 + [None] + [True] * 3
     said = common.told(*pruning.outcome(record))
-    assert "Unlike" not in said and "Not in" not in said
+    assert "Unlike" not in said and "Not in the paper: with Wanda per row" in said
     assert "REPAIR takes accuracy from 30.0 to 80.0 at 80% and from 10.0 to 50.0 at 90%" in said
-    assert "behind by over two standard errors at 0 of 20 combinations" in said
+    assert "behind by more than chance explains in 0 of 21 cases" in said
+    assert "(the lowest: -1.0 with nothing pruned, in points)" in said
     assert "all images bring 45.0 points on average: 64 bring 98% of what all do" in said
 
 
@@ -120,7 +127,18 @@ def first_of(record, key, values):
         (
             lambda r: first_of(r, "renormalised", [0.7, 0.85, 0.8, 0.5]),
             0,
-            "at 1 of 20 combinations of method and sparsity: -20.0 with diagonal Fisher at 10%",
+            "in 1 of 21 cases, of each method and sparsity and nothing pruned: -20.0 with diagonal",
+        ),
+        # Three points in all of the cases below HALF are no chance, half a point may be.
+        (
+            lambda r: r["unpruned"].update(renormalised=[0.87] * 2),
+            0,
+            "-3.0 with nothing pruned points",
+        ),
+        (
+            lambda r: first_of(r, "renormalised", [0.9, 0.85, 0.8, 0.15]),
+            3,
+            "diagonal Fisher REPAIR takes accuracy from 30.0 to 80.0 at 80%",
         ),
         (
             lambda r: first_of(r, "none", [0.9, 0.6, 0.75, 0.4]),
@@ -138,7 +156,7 @@ def first_of(record, key, values):
 def test_each_claim_can_fail(record, change, flipped, said):
     change(record)
     claims = pruning.claims_of(record)
-    failed = [k for k, (holds, _) in enumerate(claims) if not holds]
+    failed = [k for k, (holds, _) in enumerate(claims) if holds is False]
     assert flipped in failed and len(failed) <= 2
     assert said in common.told(*pruning.outcome(record)).partition("Unlike the paper: ")[2]
 
@@ -153,7 +171,7 @@ def test_figure_and_tables(digits):
         "global magnitude, images for REPAIR",
         "layerwise magnitude, images for REPAIR",
     ]
-    assert all(a.get_xlabel() == "sparsity (%)" for a in axes)
+    assert [a.get_xlabel() for a in axes] == ["sparsity (%)"] * 3 + ["training images"] * 2
     header, rows = pruning.table_of(record, "renormalised")
     assert len(header) == 6 and len(rows) == 4 and "±" in rows[0][1]
     header, rows = pruning.samples_table_of(record, "magnitude")
@@ -165,7 +183,7 @@ def test_file_name_has_what_is_not_default(record):
     config |= pruning.DEFAULTS["cpu"] | {"gradients": pruning.GRADIENTS}
     config |= {"sparsities": list(pruning.SPARSITIES), "samples": ["64", "128", "256", "all"]}
     assert pruning.file_name(record) == "pruning-digits-digits-mlp"
-    config |= {"methods": ["wanda"], "renorm": "rescale", "plain": True, "runs": 1}
+    config |= {"methods": ["wanda"], "samples": [], "renorm": "rescale", "plain": True, "runs": 1}
     assert pruning.file_name(record) == "pruning-digits-digits-mlp-wanda-rescale-plain-runs1"
 
 
@@ -184,9 +202,9 @@ def test_file_name_has_what_is_not_default(record):
     ],
 )
 def test_remedy_by_network(name, norms, remedy):
-    models = SimpleNamespace(net=SimpleNamespace(norms=norms), arch=SimpleNamespace(name=name))
-    assert shared.remedy_of(SimpleNamespace(renorm="auto"), models) == remedy
-    assert shared.remedy_of(SimpleNamespace(renorm="rescale"), models) == "rescale"
+    net = SimpleNamespace(norms=norms)
+    assert shared.remedy_of(SimpleNamespace(renorm="auto"), net, name) == remedy
+    assert shared.remedy_of(SimpleNamespace(renorm="rescale"), net, name) == "rescale"
 
 
 def test_statistics_are_of_images_as_in_training():
@@ -268,6 +286,15 @@ def test_examples_in_docstrings(module):
         (pruning, ["--samples", "some"], "'some' is no number of images, from 1 on"),
         (pruning, ["--methods", "random"], "invalid choice: 'random'"),
         (pruning, ["--model", "vgg16", "--dataset", "digits"], "--model vgg16 is not for"),
+        (pruning, ["--dataset", "digits", "--samples", "5000"], "--samples 5000: there are 1,"),
+        (pruning, ["--dataset", "digits", "--gradients", "2000"], "--gradients 2000: there are"),
+        (pruning, ["--dataset", "digits", "--memory", "0.01"], "GB for 400 gradients, more than"),
+        (vanishing, ["--dataset", "digits", "--sparsity", "100"], "leaves no features"),
+        (
+            pruning,
+            ["--dataset", "digits", "--renorm", "reset", "--retrain"],
+            "for networks with BatchNorm",
+        ),
         (vanishing, ["--sparsity", "101"], "'101' is no percentage above 0, up to 100"),
         (vanishing, ["--dataset", "digits", "--renorm", "reset"], "for networks with BatchNorm"),
     ],
