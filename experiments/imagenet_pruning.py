@@ -8,10 +8,13 @@
 `.npz`; ImageNet is what TFDS prepared of it in `--data-dir`, and is streamed, its shorter side
 resized to 256 pixels and the centre of 224 taken. Presets are the paper's: ResNet50 without its
 first layer, up to 90% of all weights, by global and layerwise magnitude, with RESET; ConvNeXt's
-linear layers but for the last, up to 80%, layer by layer by magnitude and by Wanda, with REPAIR.
-The unpruned network is the only reference, by the same training images. `--stand-in` takes a narrow
+linear layers but for the last, up to 80%, by layerwise magnitude and by Wanda, with REPAIR. The
+paper prunes layer by layer, and whether its Wanda compares the weights of a layer or, as Wanda's
+authors do, of an output it does not say: both are here. The unpruned network is the only reference,
+by the same training images, resized and cropped as in testing. `--stand-in` takes a narrow
 network with random weights and a few random images in their place: it shows that all runs, and
-nothing else.
+nothing else. All networks of a method are held at once, since decoding is what takes the time:
+twice as many times the network's size as there are sparsities.
 
 What the paper found: ResNet50 gains most at high sparsity, by RESET; ConvNeXt-B at 76% goes from
 43.2 to 65.0 with Wanda and from 35.5 to 69.9 with magnitude, and at 80% gains 36 and 55 points.
@@ -44,12 +47,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "remedy": "reset",
     },
     "convnext": {
-        "methods": ("magnitude-layer", "wanda"),
+        "methods": ("magnitude-layer", "wanda", "wanda-layer"),
         "sparsities": (50, 60, 70, 76, 80),
         "remedy": "repair",
     },
 }
 NAMES = ("resnet50", "convnext-tiny", "convnext-base")
+METHODS = ("magnitude", "magnitude-layer", "wanda", "wanda-layer")
 # Training images for the statistics, which the REPAIR paper found to be enough.
 STATISTICS, BATCH = 5_000, 50
 
@@ -69,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--methods",
         nargs="+",
-        choices=("magnitude", "magnitude-layer", "wanda"),
+        choices=METHODS,
         metavar="M",
-        help="magnitude, magnitude-layer, wanda (default: the paper's for the network)",
+        help=f"{', '.join(METHODS)} (default: the paper's for the network)",
     )
     p.add_argument(
         "--sparsities",
@@ -128,6 +132,10 @@ def network(args: argparse.Namespace) -> tuple[vfjax.Network, Any, dict[str, Any
     Raises:
       UserError: If there are no weights.
     """
+    if args.stand_in and (args.weights or args.data_dir):
+        raise _common.UserError(
+            "--stand-in takes random weights and images: leave out --weights and --data-dir."
+        )
     if args.stand_in:
         model, size = models.create(args.model, classes=10, **stand_in_of(args.model)), 32
         images = jnp.zeros((2, size, size, 3))
@@ -157,15 +165,16 @@ def images_of(
         {"image": rng.integers(0, 256, (40, 48, 3), np.uint8), "label": int(rng.integers(10))}
         for _ in range(24)
     ]
-    return imagenet.Streamed(source, batch_size=8, samples=count, resize=size + 4, crop=size)
+    return imagenet.Streamed(
+        source, batch_size=args.batch_size, samples=count, resize=size + 4, crop=size
+    )
 
 
 def accuracies(networks: Sequence[merge.Merged], test: imagenet.Streamed) -> list[float]:
     """Of several networks, by one pass: photographs take long to decode."""
     right = np.zeros(len(networks))
-    for batch in tqdm(test, unit="batch", leave=False):
-        _, label = batch
-        right += [len(label) * _pruning.accuracy(network, [batch]) for network in networks]
+    for x, label in tqdm(test, unit="batch", leave=False):
+        right += [int(_pruning.right(network, x, label).sum()) for network in networks]
     return (right / test.count).tolist()
 
 
@@ -187,7 +196,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {}
     for method in methods:
         with watch(f"{method}, scores"):
-            pruned = _pruning.pruner(method, net, tree, statistics, layers, 0)
+            pruned = _pruning.pruner(method, net, tree, layers, statistics=statistics)
         with watch(f"{method}, renormalisation"):
             trees = [pruned(sparsity / 100) for sparsity in sparsities]
             plain = [_pruning.as_network(net, one) for one in trees]
@@ -242,6 +251,8 @@ def file_name(record: dict[str, Any]) -> str:
         parts.append("+".join(config["methods"]))
     if config["sparsities"] != list(preset["sparsities"]):
         parts.append("at" + "+".join(map(str, config["sparsities"])))
+    for option, default in (("test", None), ("statistics", STATISTICS)):
+        parts += [f"{option}{config[option]}"] if config[option] != default else []
     return "-".join(parts)
 
 

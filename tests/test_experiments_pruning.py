@@ -161,6 +161,15 @@ def test_each_claim_can_fail(record, change, flipped, said):
     assert said in common.told(*pruning.outcome(record)).partition("Unlike the paper: ")[2]
 
 
+def test_no_gain_is_asked_for_where_nothing_is_lost(record):
+    first_of(record, "none", [0.9, 0.9, 0.85, 0.1])
+    first_of(record, "renormalised", [0.9, 0.9, 0.86, 0.5])
+    assert pruning.claims_of(record)[3] == (
+        True,
+        "with diagonal Fisher REPAIR takes accuracy from 10.0 to 50.0 at 90%",
+    )
+
+
 def test_figure_and_tables(digits):
     _, record = digits
     axes = pruning.figure_of(record).axes
