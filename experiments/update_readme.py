@@ -112,7 +112,14 @@ DIAGNOSIS = {
     training_recipe: ("training_recipe-mnist",),
 }
 PRUNING = {
-    pruning: ("pruning-cifar10-vgg16-bn-w0.125",),
+    pruning: (
+        "pruning-cifar10-vgg16-bn-w0.125",
+        "pruning-cifar10-resnet20-w0.5",
+        "pruning-cifar10-resnet20-ln-w0.25",
+        "pruning-cifar10-vgg16-ln-w0.125",
+        "pruning-cifar10-vgg16-w0.25",
+        "pruning-cifar10-convnext-pico-w0.5",
+    ),
     vanishing_feature_pruned: (
         "vanishing_feature_pruned-cifar10-vgg16-bn-w0.125",
         "vanishing_feature_pruned-cifar10-resnet20-w0.5",
@@ -173,8 +180,10 @@ LEGENDS = {
     "multi_dataset": "l/L: the first l of L layers merged, the others kept apart with a head for "
     "each data set; accuracies are means over data sets.",
     "pruning": "Sparsity: the share of the weights that are pruned. Global magnitude compares all "
-    "weights, layerwise magnitude those of a layer, Wanda those of an output. RESET measures the "
-    "pruned network's BatchNorm statistics anew, on as many training images as the figure says.",
+    "weights, layerwise magnitude those of a layer, Wanda those of an output, and both Fisher "
+    "matrices, of 400 gradients of single images, all weights. RESET measures the pruned network's "
+    "BatchNorm statistics anew, on as many training images as the figure says; by as many, REPAIR "
+    "gives units the means and deviations that they had before pruning, RESCALE the deviations.",
     "vanishing_feature_pruned": "Ratios are to the network before pruning, means over seeds.",
 }
 BENCHMARKS = ("routing", "passes", "tracing", "diagnosis", "zip", "scores")
