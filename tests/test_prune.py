@@ -399,6 +399,30 @@ def test_what_stays_makes_up_for_what_goes():
     np.testing.assert_allclose(found.scores.values["w"].ravel()[1], risen, rtol=1e-3)
 
 
+@pytest.mark.parametrize("block", [None, 5])
+def test_changes_may_be_computed_together(block):
+    """Of all trees without some weights the best for the measured quadratic, block by block."""
+    tree, x = {"w": normal(0, 10, 1)}, normal(1, 6, 10)
+    found = linear(tree, x)(damping=1e-2, block_size=block)
+    gone = np.isin(np.arange(10), [1, 2, 5, 8, 9])
+    mask = {"w": ~gone[:, None]}
+    w, x = (np.asarray(a, np.float64) for a in (tree["w"].ravel(), x))
+    matrix = 1e-2 * np.eye(10) + x.T @ x / 6
+    if block:
+        matrix[:5, 5:] = matrix[5:, :5] = 0
+    best = np.zeros(10)
+    best[~gone] = w[~gone] + np.linalg.solve(
+        matrix[np.ix_(~gone, ~gone)], matrix[np.ix_(~gone, gone)] @ w[gone]
+    )
+    together, summed = (
+        np.asarray(found.prune(tree, mask, jointly=jointly)["w"], np.float64).ravel()
+        for jointly in (True, False)
+    )
+    np.testing.assert_allclose(together, best, rtol=1e-4, atol=1e-6)
+    risen = [(v - w) @ matrix @ (v - w) for v in (together, summed)]
+    assert risen[0] < 0.9 * risen[1]
+
+
 def test_memory_is_told_before_it_is_taken(net, data):
     with pytest.raises(ValueError, match=r"4000 gradients of 128 weights .* take 0\.\d GiB, more"):
         prune.woodfisher(net, dense(), data, count=4000, max_memory=1 << 20)

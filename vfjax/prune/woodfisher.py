@@ -80,14 +80,17 @@ class InverseFisher:
             found[start:end] = _solve(part, factor, self.damping, flat[start:end])
         return found.reshape(np.shape(vector))
 
-    def prune(self, tree: PyTree, mask: PyTree) -> PyTree:
+    def prune(self, tree: PyTree, mask: PyTree, *, jointly: bool = False) -> PyTree:
         """The pruned tree, with the weights that stay set to make up for those that go.
 
-        The changes for each weight that goes, `-w [F^-1]_:w / [F^-1]_ww`, are summed.
+        WoodFisher sums the changes for each weight that goes, `-w [F^-1]_:w / [F^-1]_ww`, as if all
+        others stayed. `jointly` sets the weights K that stay to what is best without all weights Q
+        that go, `[F_KK]^-1 F_KQ w_Q` of change, at the same cost.
 
         Args:
             tree: The tree that was measured.
             mask: What `vfjax.prune.masks` made of the scores.
+            jointly: Whether the changes are computed together.
 
         Returns:
             A tree of the same dtypes, zero where the mask is False.
@@ -107,12 +110,32 @@ class InverseFisher:
             path = self.scores.paths[layer]
             flat = changed.setdefault(path, np.asarray(leaves[path], np.float64).reshape(-1).copy())
             gone = ~np.broadcast_to(kept[path], np.shape(leaves[path])).reshape(-1)[rows]
-            flat[rows] -= self.solve(layer, gone * flat[rows] / self.diagonal[layer])
+            if jointly:
+                flat[rows] += self._jointly(layer, flat[rows], gone)
+            else:
+                flat[rows] -= self.solve(layer, gone * flat[rows] / self.diagonal[layer])
         new = {
             path: jnp.asarray(flat.reshape(like[path].shape), like[path].dtype)
             for path, flat in changed.items()
         }
         return apply(_tree.with_leaves(tree, new), mask)
+
+    def _jointly(self, layer: str, weights: np.ndarray, gone: np.ndarray) -> np.ndarray:
+        """The change of one layer's weights `[outputs, inputs]` that is best without some."""
+        change = np.empty(weights.size)
+        for start, end in _blocks(weights.size, self.block_size):
+            block, out = weights.reshape(-1)[start:end], gone.reshape(-1)[start:end]
+            part = self.gradients[layer][:, start:end]
+            gram, product = self.damping * len(part) * np.eye(len(part)), np.zeros(len(part))
+            for place, piece in _pieces(part):
+                stays, goes = piece[:, ~out[place]], piece[:, out[place]]
+                gram += stays @ stays.T
+                product += goes @ block[place][out[place]]
+            # By the Woodbury identity, F_KK^-1 G_K^T / N = G_K^T (N damping I + G_K G_K^T)^-1.
+            inner = scipy.linalg.solve(gram, product, assume_a="pos")
+            for place, piece in _pieces(part):
+                change[start:end][place] = np.where(out[place], -block[place], piece.T @ inner)
+        return change.reshape(weights.shape)
 
 
 def inverse_fisher(
