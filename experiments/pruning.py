@@ -403,15 +403,14 @@ def never_behind(record: dict[str, Any]) -> tuple[bool, str]:
     cells = []
     for method, found in ({"": record["unpruned"]} | record["methods"]).items():
         plain, new, error = (np.array(found[key]) for key in ("none", "renormalised", "error"))
-        gain = np.atleast_1d((new - plain).mean(0))
+        gain, before = (np.atleast_1d(rows.mean(0)) for rows in (new - plain, plain))
         # Of a mean over seeds.
         error = np.atleast_1d(np.sqrt((error**2).sum(0)) / seeds)
         at = [f" at {s}%" for s in record["sparsities"]] if method else [""]
         name = _pruning.METHODS[method] if method else "nothing pruned"
-        for place, where in enumerate(at):
-            cells.append(
-                (gain[place], error[place], f"{100 * gain[place]:+.1f} with {name}{where}")
-            )
+        for k, where in enumerate(at):
+            text = f"{100 * gain[k]:+.1f} from {100 * before[k]:.1f} with {name}{where}"
+            cells.append((gain[k], error[k], text))
     limit = statistics.NormalDist().inv_cdf(1 - CHANCE / len(cells))
     behind = [text for gain, error, text in cells if gain < -limit * error]
     *_, least = min(cells, key=lambda cell: cell[0])
