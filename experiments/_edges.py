@@ -76,7 +76,7 @@ def edge_options(p: argparse.ArgumentParser, *, examples: str, cifar: str = "vgg
         "--dataset",
         default="auto",
         choices=data.NAMES,
-        help="images to merge and test on; auto is the digits that come with scikit-learn for the "
+        help="images to work and test on; auto is the digits that come with scikit-learn for the "
         "digits models, for others CIFAR-10 where it is found, else, with a warning and in titles, "
         "the digits",
     )
@@ -84,21 +84,21 @@ def edge_options(p: argparse.ArgumentParser, *, examples: str, cifar: str = "vgg
         "--model",
         type=model_of,
         metavar="NAME[-wWIDTH]",
-        help=f"architecture of the edge models, for example {examples}; WIDTH multiplies all "
+        help=f"architecture of the networks, for example {examples}; WIDTH multiplies all "
         f"channel counts (default: {cifar} for CIFAR, mlp for MNIST, digits-conv for the digits; "
         "with --preset cpu as wide as the shipped ones, with --preset paper 1)",
     )
     p.add_argument(
         "--retrain",
         action="store_true",
-        help="train the edge models instead of loading shipped ones; they are kept in "
+        help="train the networks instead of loading shipped ones; they are kept in "
         "OUT/checkpoints-PRESET, where a run that was stopped goes on and finished ones are reused",
     )
     p.add_argument(
         "--preset",
         default="cpu",
         choices=("cpu", "paper"),
-        help="width and recipe of the edge models: cpu is what two cores can train (VGG16 at a "
+        help="width and recipe of the networks: cpu is what two cores can train (as VGG16 at a "
         "quarter of the width, 24 epochs, about half an hour a model); paper is full width and the "
         "paper's recipe (160 epochs, step decay, weight decay 1e-4), meant for a GPU, where an "
         "epoch is one compiled scan; no such models are shipped, so it needs --retrain",

@@ -67,8 +67,10 @@ def sparsity_of(text: str) -> int | float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage above 0, up to 100")
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no percentage from 1 to 100: say 90 for 0.9 of the weights"
+        )
     return int(value) if value == int(value) else value
 
 

@@ -4,9 +4,11 @@
     python experiments/imagenet_pruning.py --model convnext-base --weights convnext_base.safetensors
     python experiments/imagenet_pruning.py --stand-in       # seconds: random weights and images
 
-`--weights` is a file of PyTorch weights, as torchvision or timm publish them, `.safetensors` or
-`.npz`; ImageNet is what TFDS prepared of it in `--data-dir`, and is streamed, its shorter side
-resized to 256 pixels and the centre of 224 taken. Presets are the paper's: ResNet50 without its
+`--weights` is a file of PyTorch weights under the names of torchvision or timm: `.safetensors`, as
+timm publishes them, or `.npz`, as numpy.savez writes what torch.load reads. ImageNet is what TFDS
+prepared of it in `--data-dir`, and is streamed, its shorter side resized to `--resize` pixels
+(torchvision's first ResNet50 takes 256, its ConvNeXt-tiny 236 and -base 232) and the centre of 224
+taken. Presets are the paper's: ResNet50 without its
 first layer, up to 90% of all weights, by global and layerwise magnitude, with RESET; ConvNeXt's
 linear layers but for the last, up to 80%, by layerwise magnitude and by Wanda, with REPAIR. The
 paper prunes layer by layer, and whether its Wanda compares the weights of a layer or, as Wanda's
@@ -19,7 +21,7 @@ twice as many times the network's size as there are sparsities.
 What the paper found: ResNet50 gains most at high sparsity, by RESET; ConvNeXt-B at 76% goes from
 43.2 to 65.0 with Wanda and from 35.5 to 69.9 with magnitude, and at 80% gains 36 and 55 points.
 
-What came out here: not measured yet.
+What came out here: not measured, for want of ImageNet and of weights.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ NAMES = ("resnet50", "convnext-tiny", "convnext-base")
 METHODS = ("magnitude", "magnitude-layer", "wanda", "wanda-layer")
 # Training images for the statistics, which the REPAIR paper found to be enough.
 STATISTICS, BATCH = 5_000, 50
+RESIZE = 256
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,6 +99,13 @@ def parser() -> argparse.ArgumentParser:
         type=_common.count_of("images"),
         metavar="N",
         help="validation images, the first N (default: all 50,000)",
+    )
+    p.add_argument(
+        "--resize",
+        type=_common.count_of("pixels"),
+        default=RESIZE,
+        metavar="N",
+        help="pixels of the shorter side, of which 224 are taken",
     )
     p.add_argument(
         "--batch-size", type=_common.count_of("images"), default=BATCH, help="images at once"
@@ -159,7 +169,7 @@ def images_of(
     """Batches of a split, or of random images in its place."""
     if not args.stand_in:
         options = {"batch_size": args.batch_size, "samples": count, "data_dir": args.data_dir}
-        return imagenet.load(split, **options)
+        return imagenet.load(split, resize=args.resize, **options)
     rng = np.random.default_rng(len(split))
     source = [
         {"image": rng.integers(0, 256, (40, 48, 3), np.uint8), "label": int(rng.integers(10))}
@@ -251,7 +261,7 @@ def file_name(record: dict[str, Any]) -> str:
         parts.append("+".join(config["methods"]))
     if config["sparsities"] != list(preset["sparsities"]):
         parts.append("at" + "+".join(map(str, config["sparsities"])))
-    for option, default in (("test", None), ("statistics", STATISTICS)):
+    for option, default in (("test", None), ("statistics", STATISTICS), ("resize", RESIZE)):
         parts += [f"{option}{config[option]}"] if config[option] != default else []
     return "-".join(parts)
 

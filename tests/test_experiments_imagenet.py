@@ -57,7 +57,7 @@ def published(tmp_path, monkeypatch):
 
     def load(split, **options):
         options.pop("data_dir")
-        return imagenet.Streamed(source, resize=224, **options)
+        return imagenet.Streamed(source, **options | {"resize": 224})
 
     ((x, _),) = load("train", batch_size=8, data_dir=None)
     logits = models.apply_fn(model)(checkpoint.from_torch(file, model, image=(224, 224, 3)), x)

@@ -292,7 +292,7 @@ def test_examples_in_docstrings(module):
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        (pruning, ["--sparsities", "0"], "'0' is no percentage above 0, up to 100"),
+        (pruning, ["--sparsities", "0"], "'0' is no percentage from 1 to 100"),
         (pruning, ["--samples", "some"], "'some' is no number of images, from 1 on"),
         (pruning, ["--methods", "random"], "invalid choice: 'random'"),
         (pruning, ["--model", "vgg16", "--dataset", "digits"], "--model vgg16 is not for"),
@@ -305,7 +305,7 @@ def test_examples_in_docstrings(module):
             ["--dataset", "digits", "--renorm", "reset", "--retrain"],
             "for networks with BatchNorm",
         ),
-        (vanishing, ["--sparsity", "101"], "'101' is no percentage above 0, up to 100"),
+        (vanishing, ["--sparsity", "101"], "'101' is no percentage from 1 to 100"),
         (vanishing, ["--dataset", "digits", "--renorm", "reset"], "for networks with BatchNorm"),
     ],
 )

@@ -503,6 +503,17 @@ def test_the_update_takes_masks_of_other_scores(net, data):
 # ------------------------------------------------------------------------------------ afterwards
 
 
+def test_what_is_no_scores_or_mask(net, data):
+    inverse = prune.inverse_fisher(net, dense(), data, count=3)
+    for wrong in (inverse, dense()):
+        with pytest.raises(TypeError, match="scores must be Scores, .* InverseFisher are its"):
+            prune.masks(wrong, 0.5)
+    with pytest.raises(ValueError, match=r"from 0 to 1 \(0.8 is 80%\), got 80"):
+        prune.masks(inverse.scores, 80)
+    with pytest.raises(TypeError, match="mask must hold bools"):
+        prune.sparsity(dense())
+
+
 def test_pruned_weights_stay_pruned_in_training(net, data):
     tree = dense()
     mask = prune.masks(prune.magnitude(net, tree), 0.7)

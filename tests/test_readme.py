@@ -34,7 +34,7 @@ class Yours(nn.Module):
 
 
 def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
-    example, mix, look, thin = code("python")
+    example, mix, look, thin, fisher = code("python")
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) == 10
     model = Yours()
@@ -67,6 +67,11 @@ def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
     for before, after in moments.var.values():
         alive = np.asarray(after) > 0
         np.testing.assert_allclose(after[alive], before[alive], rtol=1e-3)
+    exec(compile(fisher, "README.md", "exec"), names)
+    assert prune.sparsity(names["mask"]) == pytest.approx(0.9, abs=0.01)
+    assert not np.asarray(names["pruned"]["params"]["Dense_0"]["kernel"])[
+        ~np.asarray(names["mask"]["params"]["Dense_0"]["kernel"])
+    ].any()
 
 
 def test_experiments_explain_their_notation():

@@ -269,7 +269,10 @@ def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """All arrays of a file by name."""
     path = Path(path).expanduser()
     if path.suffix not in (".npz", ".safetensors"):
-        raise CheckpointError(f"path must end in .safetensors or .npz, got {path}.")
+        raise CheckpointError(
+            f"path must end in .safetensors or .npz, got {path}. Where there is PyTorch, write it: "
+            "np.savez('net.npz', **{k: v.numpy() for k, v in torch.load(path).items()})"
+        )
     if not path.is_file():
         raise CheckpointError(f"path: there is no file at {path}.")
     if path.suffix == ".safetensors" and importlib.util.find_spec("safetensors") is None:

@@ -16,3 +16,22 @@ from vfjax.align.weights import match_weights as match_weights
 from vfjax.align.zip import merged_correlation as merged_correlation
 from vfjax.align.zip import zip_features as zip_features
 from vfjax.align.zip import zip_moments as zip_moments
+
+__all__ = [
+    "Alignment",
+    "Maps",
+    "Universe",
+    "canonical_correlations",
+    "cca",
+    "cca_moments",
+    "match_activations",
+    "match_moments",
+    "match_universe",
+    "match_universe_moments",
+    "match_weights",
+    "merged_correlation",
+    "transport",
+    "transport_moments",
+    "zip_features",
+    "zip_moments",
+]

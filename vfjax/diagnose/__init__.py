@@ -25,3 +25,31 @@ from vfjax.diagnose.similarity import CKA as CKA
 from vfjax.diagnose.similarity import Distance as Distance
 from vfjax.diagnose.similarity import cka as cka
 from vfjax.diagnose.similarity import distance as distance
+
+__all__ = [
+    "CKA",
+    "Advice",
+    "Bound",
+    "Collapse",
+    "Decomposition",
+    "Distance",
+    "FeatureSite",
+    "Features",
+    "Interpolation",
+    "LayerFinding",
+    "NormFinding",
+    "Report",
+    "barrier",
+    "bound_sequence",
+    "cka",
+    "decompose",
+    "decompose_matrices",
+    "distance",
+    "features",
+    "interpolation",
+    "report",
+    "resample",
+    "rescale_product",
+    "upper_bound",
+    "variance_collapse",
+]

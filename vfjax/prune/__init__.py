@@ -22,3 +22,19 @@ from vfjax.prune.woodfisher import InverseFisher as InverseFisher
 from vfjax.prune.woodfisher import inverse_fisher as inverse_fisher
 from vfjax.prune.woodfisher import memory as memory
 from vfjax.prune.woodfisher import woodfisher as woodfisher
+
+__all__ = [
+    "InverseFisher",
+    "Scores",
+    "apply",
+    "fisher",
+    "inverse_fisher",
+    "keep",
+    "magnitude",
+    "masks",
+    "memory",
+    "prunable",
+    "sparsity",
+    "wanda",
+    "woodfisher",
+]

@@ -26,21 +26,24 @@ def masks(
 ) -> PyTree:
     """Which weights stay: all but the lowest scores.
 
-    Exactly `floor(sparsity * n + 1/2)` of n weights go. Among equal scores those go first whose
-    layer is evaluated earlier, and in it those that come first in its leaf, row-major.
+    Exactly `floor(sparsity * n + 1/2)` of n weights go, n being those of the scope: of a row of 4
+    all go at 0.9. Among equal scores those go first whose layer is evaluated earlier, and in it
+    those that come first in its leaf, row-major.
 
     Args:
         scores: What `magnitude`, `fisher`, `wanda` or `woodfisher` returned.
         sparsity: Share of the weights to prune, from 0 to 1; None with N:M.
         scope: Among which weights it holds: `"global"`, all of them; `"layer"`, those of every
-            layer; `"row"`, those of every output of a layer; or `(n, m)`, by which n of every m
-            consecutive inputs of an output stay.
+            layer; `"row"`, those of every output of a layer, which is Wanda's; or `(n, m)`, by
+            which n of every m consecutive inputs of an output stay, in the order of the leaf: of
+            a convolution, channels of one pixel.
 
     Returns:
         A tree like that of the scores: bool arrays of the leaves' shapes where weights may be
         pruned, `True` everywhere else.
 
     Raises:
+        TypeError: If `scores` are none.
         ValueError: If `sparsity` is not from 0 to 1, is missing or given beside N:M, `scope` is
             unknown, or m does not divide the inputs of a layer.
 
@@ -54,9 +57,14 @@ def masks(
         >>> masks(scores, scope=(1, 2))["w"].ravel().tolist()
         [False, True, True, False]
     """
+    if not isinstance(scores, Scores):
+        raise TypeError(
+            "scores must be Scores, as vfjax.prune.magnitude returns them (those of an "
+            f"InverseFisher are its `.scores`), got {type(scores).__name__}"
+        )
     pattern = _pattern(scope)
     if pattern is None and (sparsity is None or not 0 <= sparsity <= 1):
-        raise ValueError(f"sparsity must be a share from 0 to 1, got {sparsity!r}")
+        raise ValueError(f"sparsity must be a share from 0 to 1 (0.8 is 80%), got {sparsity!r}")
     if pattern is not None and sparsity is not None:
         raise ValueError(f"sparsity follows from scope={scope!r}: leave it out, got {sparsity!r}")
     kept = {path: np.ones(value.size, bool) for path, value in scores.values.items()}
@@ -107,7 +115,8 @@ def _local(
             if rows.shape[1] % scope[1]:
                 raise ValueError(
                     f"scope={scope!r}: layer '{name}' has {rows.shape[1]} inputs per output, which "
-                    f"{scope[1]} does not divide; leave it out of the scores' `layers`"
+                    f"{scope[1]} does not divide; leave it out of the scores' `layers`, as "
+                    "`prunable(net, first=False)` does the first"
                 )
             rows = rows.reshape(-1, scope[1])
         size = rows.shape[1]
@@ -182,7 +191,8 @@ def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str)
     for path, leaf in leaves.items():
         if path not in mask:
             raise ValueError(
-                f"{name} has a leaf '{path}', which mask lacks: make it of the tree that is meant"
+                f"{name} has a leaf '{path}', which mask lacks: make it of the tree that is meant; "
+                "an optimiser of Flax `params` takes mask['params']"
             )
         if np.shape(mask[path]) not in ((), np.shape(leaf)):
             raise ValueError(
@@ -212,6 +222,7 @@ def sparsity(mask: PyTree) -> float:
         From 0 to 1.
 
     Raises:
+        TypeError: If a leaf holds anything but bools.
         ValueError: If no leaf is masked.
 
     Example:
@@ -221,14 +232,18 @@ def sparsity(mask: PyTree) -> float:
     parts = [np.asarray(kept) for kept in jax.tree.leaves(mask) if np.ndim(kept)]
     if not parts:
         raise ValueError("mask masks no leaf")
+    if any(part.dtype != bool for part in parts):
+        raise TypeError("mask must hold bools, as vfjax.prune.masks returns them; got other leaves")
     return 1 - sum(int(kept.sum()) for kept in parts) / sum(kept.size for kept in parts)
 
 
 def keep(mask: PyTree) -> Any:
     """An optax transformation that leaves pruned weights at zero while the others are trained.
 
+    It does not prune: train what `apply` returned.
+
     Args:
-        mask: What `masks` returned.
+        mask: What `masks` returned; of Flax variables `mask["params"]`, if that is what is trained.
 
     Returns:
         A stateless `optax.GradientTransformation` of updates; last in a chain. It goes into

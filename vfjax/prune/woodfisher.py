@@ -39,8 +39,8 @@ class InverseFisher:
     """The inverse of the empirical Fisher matrix of the weights to prune, in blocks.
 
     Attributes:
-        scores: By how much the loss rises without each weight if all others are set as is best
-            then, `w^2 / (2 [F^-1]_ww)`.
+        scores: By how much the loss rises without each weight if all others of its block are set
+            as is best then, `w^2 / (2 [F^-1]_ww)`.
         diagonal: By layer, `[F^-1]_ww`, float64 `[outputs, inputs]`.
         gradients: By layer, float32 `[N, outputs * inputs]`.
         factors: By layer, of each block the lower Cholesky factor of `N damping I + G G^T`, or of F
@@ -90,7 +90,8 @@ class InverseFisher:
         Args:
             tree: The tree that was measured.
             mask: What `vfjax.prune.masks` made of the scores.
-            jointly: Whether the changes are computed together.
+            jointly: Whether the changes are computed together. The loss that was measured is lower
+                then; that of other data may be lower or higher, so try both.
 
         Returns:
             A tree of the same dtypes, zero where the mask is False.
@@ -159,7 +160,8 @@ def inverse_fisher(
         data: Re-iterable of `(x, label)`.
         count: N, how many gradients.
         minibatch: Of how many examples each is the mean; 1 in the empirical Fisher matrix.
-        block_size: Weights of a block, in the order of a layer's outputs; None for whole layers.
+        block_size: Weights of a block, in the order of a layer's outputs; None for whole layers,
+            which takes no longer. Blocks are there to compare with what others use.
         damping: What is added to the diagonal, positive.
         loss: `loss(output, label)` of a batch, its mean over examples; None for the cross-entropy.
         layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
