@@ -157,12 +157,15 @@ def test_half_precision_is_widened(tmp_path):
 def test_missing_and_unknown_tensors_are_listed(tmp_path):
     tree = weights("vgg11")
     tree["features.99.weight"] = tree.pop("classifier.3.weight")
-    message = "it lacks classifier.3.weight; the model has no features.99.weight"
+    message = "lacks classifier.3.weight; the model has no features.99.weight. Create the model"
     with pytest.raises(ValueError, match=message):
         load(tmp_path, "vgg11", tree)
     # A file of the network with BatchNorm, into the one without.
     with pytest.raises(ValueError, match="the model has no .*running_mean.* and 18 more"):
         load(tmp_path, "vgg11", weights("vgg11-bn"))
+    wrapped = {f"module.{key}": value for key, value in weights("vgg11").items()}
+    with pytest.raises(ValueError, match="begins with 'module.': save it without"):
+        load(tmp_path, "vgg11", wrapped)
 
 
 @pytest.mark.parametrize(

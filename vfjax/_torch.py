@@ -145,7 +145,7 @@ def from_torch(
     # A file in no layout is compared with the one that it shares most names with.
     tensors = max(layouts, key=lambda layout: len(found & {tensor.name for tensor in layout}))
     names = {tensor.name for tensor in tensors}
-    _check_names(path, missing=names - found, unknown=found - names)
+    _check_names(path, names, found)
     wrong = [
         f"{tensor.name} {values[tensor.name].shape} in place of {tensor.shape}"
         for tensor in tensors
@@ -296,18 +296,20 @@ def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _check_names(path: str | os.PathLike[str], *, missing: set[str], unknown: set[str]) -> None:
-    parts = [
-        f"{what} {_list(sorted(names))}"
-        for what, names in (("it lacks", missing), ("the model has no", unknown))
-        if names
-    ]
-    if parts:
-        raise ValueError(
-            f"path: {path} does not hold the tensors of the model: {'; '.join(parts)}. Create the "
-            "model with the depth and norm of the file, and save its state_dict by the names that "
-            "torchvision or timm give."
-        )
+def _check_names(path: str | os.PathLike[str], wanted: set[str], found: set[str]) -> None:
+    sides = (("it lacks", wanted - found), ("the model has no", found - wanted))
+    parts = [f"{what} {_list(sorted(names))}" for what, names in sides if names]
+    if not parts:
+        return
+    hint = "Create the model with the depth and norm of the file, and save its state_dict by the "
+    hint += "names that torchvision or timm give."
+    begins = {name.partition(".")[0] for name in found}
+    if len(begins) == 1 and not begins & {name.partition(".")[0] for name in wanted}:
+        # As wrappers of modules leave it.
+        hint = f"All that it holds begins with '{begins.pop()}.': save it without."
+    raise ValueError(
+        f"path: {path} does not hold the tensors of the model: {'; '.join(parts)}. {hint}"
+    )
 
 
 def _list(items: Sequence[str]) -> str:
