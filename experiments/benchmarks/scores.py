@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         return Path()
     rows = large_rows(args)
     model = {"name": "digits-conv"} if args.quick else {"name": "resnet20"}
-    counts = (4, 8) if args.quick else COUNTS
-    blocks = (10, None) if args.quick else BLOCKS
+    counts = (8,) if args.quick else COUNTS
+    blocks = (None,) if args.quick else BLOCKS
     by_count = [in_process(**model, count=count, block=None) for count in counts]
     by_block = [in_process(**model, count=counts[-1], block=block) for block in blocks[:-1]]
     by_block.append(by_count[-1])
