@@ -132,7 +132,7 @@ from typing import Any
 import _common
 import _edges
 import _pairs
-import cifar_pfm
+import _old_pfm as cifar_pfm
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,0 +1,254 @@
+"""Command lines as frozen dataclasses: an option is a field, its help the field's metadata."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vfjax import models
+
+ROOT = Path(__file__).resolve().parents[2]
+Config = TypeVar("Config", bound="Options")
+
+
+class UserError(ValueError):
+    """Something that whoever runs the script can put right; shown without a traceback."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the description's line breaks."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # A default of None or False says nothing; where it means something, the text says what.
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        if "(default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> Any:
+        """Exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+def option(
+    default: Any = None,
+    help: str = "",
+    *,
+    presets: dict[str, Any] | None = None,
+    part: str | Callable[[Any], str | None] | None = None,
+    **argument: Any,
+) -> Any:
+    """A field of an `Options` class: one option of the command line.
+
+    Args:
+      default: Its default. A tuple makes an option of several values, False one without a value.
+      help: What it does. The default is said after it.
+      presets: Instead of `default`, one for each `--preset`; None stands for all there are.
+      part: How names of files show what is not the default: a format, or a function of the record
+        that gives the text, or None for none.
+      **argument: As of `argparse`: type, choices, metavar, nargs.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Config(Options):
+      ...     images: int = option(100, "test images", type=count_of("images"), part="images{}")
+      >>> parse(Config, "script.py", "", ["--images", "5"]).images
+      5
+    """
+    if presets is not None:
+        shown = {name: "all" if v is None else f"{v:,}" for name, v in presets.items()}
+        first, *others = shown
+        rest = "".join(f"; {shown[name]} with --preset {name}" for name in others)
+        help += f" (default: {shown[first]}{rest})"
+    metadata = {"help": help, "presets": presets, "part": part, "argument": argument}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that all experiments have."""
+
+    data_dir: str | None = option(
+        None, "folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)"
+    )
+    out: str = option(
+        str(ROOT / "results"),
+        "folder that the JSON record, the PNG and the page are written to; what a run that was "
+        "stopped has measured waits there, too",
+        type=lambda text: output_folder(text),
+    )
+
+
+def parser(options: type, prog: str, doc: str | None) -> Parser:
+    """The parser of a command line."""
+    p = Parser(prog=prog, description=doc, formatter_class=Help)
+    # Own options first.
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    common = [fields.pop(f.name) for f in dataclasses.fields(Options) if f.name in fields]
+    for field in (*fields.values(), *common):
+        given = dict(field.metadata["argument"])
+        if field.default is False:
+            given["action"] = "store_true"
+        elif isinstance(field.default, tuple):
+            given.setdefault("nargs", "+")
+        name = "--" + field.name.replace("_", "-")
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        p.add_argument(name, default=default, help=field.metadata["help"], **given)
+    return p
+
+
+def parse(
+    options: type[Config], prog: str, doc: str | None, argv: Sequence[str] | None = None
+) -> Config:
+    """The options of a command line, with the defaults of the preset filled in."""
+    return settled(options, vars(parser(options, prog, doc).parse_args(argv)))
+
+
+def settled(options: type[Config], values: dict[str, Any]) -> Config:
+    """Options of some values; lists become tuples, and defaults by preset are filled in."""
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for field in dataclasses.fields(options):
+        presets = field.metadata["presets"]
+        if presets is not None and found.get(field.name) is None:
+            found[field.name] = presets[found["preset"]]
+    return options(**found)
+
+
+def defaults(options: type[Options], config: dict[str, Any]) -> dict[str, Any]:
+    """The default of each option, of a record's preset where there are several."""
+    return {
+        field.name: field.default
+        if (presets := field.metadata["presets"]) is None
+        else presets[config["preset"]]
+        for field in dataclasses.fields(options)
+    }
+
+
+def command(script: str, argv: Sequence[str] | None) -> str:
+    """The command line that is running, for the record."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", f"experiments/{script}", *words])
+
+
+# ---------------------------------------------------------------------------------------- types
+
+
+def count_of(what: str) -> Callable[[str], int]:
+    """The type of an option that is a number of things, from 1 on.
+
+    Example:
+      >>> count_of("pairs")("0")
+      Traceback (most recent call last):
+        ...
+      argparse.ArgumentTypeError: '0' is no number of pairs, from 1 on
+    """
+
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of {what}, from 1 on")
+        return int(text)
+
+    return count
+
+
+def count_or_all(text: str) -> int | str:
+    """The type of a number of images, or `all`; `counted` makes a number or None of it."""
+    if text == "all" or (text.isdigit() and int(text) >= 1):
+        return text if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor 'all'")
+
+
+def counted(value: int | str | None) -> int | None:
+    """A number of images as `vfjax.data` takes it: None for all."""
+    return None if value == "all" else value  # type: ignore[return-value]
+
+
+def seed_of(text: str) -> int:
+    """The type of an option that is a seed."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed, from 0 on")
+    return int(text)
+
+
+def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """The type of an option that is a number from `low` to `high`.
+
+    Example:
+      >>> number_of(0, 1)("2")
+      Traceback (most recent call last):
+        ...
+      argparse.ArgumentTypeError: '2' is no number from 0 to 1
+    """
+    to = "on" if high == float("inf") else f"to {high:g}"
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {low:g} {to}")
+        return value
+
+    return number
+
+
+def model_of(text: str) -> tuple[str, float | None]:
+    """The type of `--model`: a name, and the width if it has one."""
+    name, _, width = text.partition("-w")
+    if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
+        known = ", ".join(models.NAMES)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no model; take one of {known}, with -wFRACTION after it for another width"
+        )
+    return name, float(width) if width else None
+
+
+def output_folder(text: str) -> str:
+    """The type of `--out`: a folder that files can be written to, now or once it is made.
+
+    This is tried, and what was made to try it is removed again.
+
+    Example:
+      >>> output_folder("/dev/null/x")
+      Traceback (most recent call last):
+        ...
+      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is no folder
+    """
+    text = os.path.expanduser(text)
+    folder = Path(text).absolute()
+    made: list[Path] = []
+    try:
+        for parent in reversed((folder, *folder.parents)):
+            if not parent.is_dir():
+                parent.mkdir()
+                made.append(parent)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, FileExistsError):
+            why = f"{error.filename} is no folder"
+        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {why}") from error
+    finally:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+    return text

@@ -1,0 +1,376 @@
+"""Edge models of the experiments: options, where they are found, and what records say of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vfjax
+from kit import cli, records, timing, training
+from kit.experiment import Setup
+from vfjax import checkpoint, data, merge, models
+
+PyTree = Any
+
+# Images in a batch.
+BATCH = 500
+DEFAULT_MODEL = {"mnist": "mlp", "digits": "digits-conv"}
+# Channel multipliers of the shipped models, and of what two cores train in half an hour: of some
+# models, and of the other ones of a family.
+CPU_WIDTH = {
+    "vgg": 0.25,
+    "vgg16-bn": 0.125,
+    "vgg16-ln": 0.125,
+    "resnet": 0.5,
+    "resnet20-ln": 0.25,
+    "vit": 0.125,
+    "convnext-pico": 0.5,
+}
+# Of a training split with too few images for both, at most this share is held out.
+SHARE = 0.2
+
+# -------------------------------------------------------------------------------------- options
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeOptions(cli.Options):
+    """The options that say which networks are merged, on which images."""
+
+    dataset: str = cli.option(
+        "auto",
+        "images to work and test on; auto is the digits that come with scikit-learn for the digits "
+        "models, for others CIFAR-10 where it is found, else, with a warning and in titles, the "
+        "digits",
+        choices=data.NAMES,
+    )
+    model: tuple[str, float | None] | None = cli.option(
+        None,
+        "architecture of the networks, for example vgg16, vgg16-w0.5, vgg16-bn, resnet20, "
+        "digits-mlp; WIDTH multiplies all channel counts (default: that of the first command "
+        "above, digits-conv for the digits, mlp for MNIST; with --preset cpu as wide as the "
+        "shipped ones, with --preset paper 1)",
+        type=cli.model_of,
+        metavar="NAME[-wWIDTH]",
+    )
+    retrain: bool = cli.option(
+        False,
+        "train the networks instead of loading shipped ones; they, and what a run that was stopped "
+        "goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
+        part=lambda record: "retrained" if record["config"]["retrain"] else None,
+    )
+    preset: str = cli.option(
+        "cpu",
+        "width and recipe of the networks: cpu is what two cores can train (as VGG16 at a quarter "
+        "of the width, 24 epochs, about half an hour a model); paper is full width and the paper's "
+        "recipe (160 epochs, step decay, weight decay 1e-4), meant for a GPU, where an epoch is "
+        "one compiled scan; no such models are shipped, so it needs --retrain",
+        choices=("cpu", "paper"),
+        part="{}",
+    )
+
+
+# ---------------------------------------------------------------------------------- edge models
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Which networks are merged.
+
+    Attributes:
+      name: Name of the model, as in `vfjax.models.create`.
+      width: Multiplier of all channel counts.
+      dataset: Name of the data set that they are trained on.
+    """
+
+    name: str
+    width: float
+    dataset: str
+
+    @property
+    def stem(self) -> str:
+        """Names of checkpoints, up to the seed."""
+        name = training.checkpoint_name(self.dataset, self.name, self.width, 0)
+        return name.removesuffix("0")
+
+
+def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16") -> Architecture:
+    """Decides which networks, from the options and the data that was found."""
+    default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
+    name, width = args.model or (default, None)
+    if name.startswith("digits") != (dataset.name == "digits"):
+        if dataset.name != "digits":
+            hint = "give --dataset digits"
+        elif dataset.fallback:
+            hint = "CIFAR-10 was not found, give --data-dir, or --model digits-conv"
+        else:
+            hint = "give --dataset cifar10, or --model digits-conv"
+        label = records.DATASETS[dataset.name]
+        raise cli.UserError(f"--model {name} is not for {label}; {hint}.")
+    if width is None:
+        family = re.sub(r"\d.*", "", name)
+        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(family, 1.0))
+        width = 1.0 if args.preset == "paper" else narrow
+    return Architecture(name, width, dataset.name)
+
+
+def load(args: EdgeOptions, **counts: int | None) -> data.Dataset:
+    """The images, as the options have it; `counts` of them, as in `vfjax.data.load`."""
+    # As training decides.
+    for_digits = args.dataset == "auto" and args.model and args.model[0].startswith("digits")
+    return data.load("digits" if for_digits else args.dataset, args.data_dir, **counts)
+
+
+def probed(name: str, data_dir: str | None) -> data.Dataset:
+    """One image of each split: by this it is known soon which data set a name comes to."""
+    return data.load(name, data_dir, train=1, test=1)
+
+
+def whole(probe: data.Dataset, data_dir: str | None, **counts: int | None) -> data.Dataset:
+    """The data set of a probe, as found: all of it, or `counts` as in `vfjax.data.load`."""
+    found = data.load(probe.name, data_dir, **counts)
+    return dataclasses.replace(found, fallback=probe.fallback)
+
+
+def traced(model: Any, dataset: data.Dataset) -> vfjax.Network:
+    """Traces a network, for which its shapes are enough."""
+    x = jax.ShapeDtypeStruct((BATCH, *dataset.test_images.shape[1:]), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    return vfjax.trace(models.apply_fn(model), variables, x)
+
+
+def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
+    """Traces the network of an architecture."""
+    options = {} if arch.width == 1 else {"width": arch.width}
+    try:
+        model = models.create(arch.name, classes=dataset.classes, **options)
+    except ValueError as error:
+        raise cli.UserError(f"--model: {error}") from error
+    return traced(model, dataset)
+
+
+def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Path]:
+    """Finds the first `count` shipped models of an architecture, by seed; None for all."""
+    folder = records.ROOT / "checkpoints"
+    numbers = {path: path.name.removeprefix(arch.stem) for path in folder.glob(f"{arch.stem}*")}
+    found = {int(number): path for path, number in numbers.items() if number.isdigit()}
+    count = max(len(found), 1) if count is None else count
+    if len(found) < count:
+        kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
+        seeds = (seed for seed in itertools.count() if seed not in found)
+        words = ["python", "experiments/train_edges.py", "--model", arch.name]
+        words += ["--width", f"{arch.width:g}"] if arch.width != 1 else []
+        words += ["--dataset", arch.dataset]
+        words += ["--data-dir", args.data_dir] if args.data_dir else []
+        words += ["--seeds", *map(str, itertools.islice(seeds, count - len(found)))]
+        other = ("--model", "--dataset", *(["--pairs"] if hasattr(args, "pairs") else []))
+        raise cli.UserError(
+            f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
+            f"train what is missing: {shlex.join(words)} (--retrain trains all {count} into --out)."
+            f" Or choose another {', '.join(other[:-1])} or {other[-1]}: {folder.name}/ has "
+            f"{', '.join(kinds) or 'none'}."
+        )
+    return [found[seed] for seed in sorted(found)[:count]]
+
+
+def trained(args: EdgeOptions, arch: Architecture, count: int) -> list[Path]:
+    """Trains `count` models as `train_edges.py` does, or finds them trained by an earlier run."""
+    folder = Path(args.out) / f"checkpoints-{args.preset}"
+    return training.run(
+        training.Training(
+            model=arch.name,
+            width=arch.width,
+            dataset=arch.dataset,
+            data_dir=args.data_dir,
+            seeds=tuple(range(count)),
+            preset=args.preset,
+            out=str(folder),
+            work_dir=str(folder / ".training"),
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Edges:
+    """The edge models of a run, and its images.
+
+    Attributes:
+      arch: Which networks.
+      dataset: The images that were read.
+      net: The traced network.
+      folders: Their checkpoints.
+      cards: What these say.
+      trees: Their variables.
+      images: Batches to measure statistics on, to test on, and those held out, if any.
+    """
+
+    arch: Architecture
+    dataset: data.Dataset
+    net: vfjax.Network
+    folders: Sequence[Path]
+    cards: Sequence[Mapping[str, Any]]
+    trees: Sequence[PyTree]
+    images: Images
+
+    def batches(self, split: str, samples: int | None) -> data.Batches:
+        """The first images of a split, not augmented."""
+        return self.dataset.batches(split, batch_size=BATCH, samples=samples)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Their seeds."""
+        return [card["seed"] for card in self.cards]
+
+    def record(self) -> dict[str, Any]:
+        """What records say of images and networks."""
+        counts = {
+            "statistics": self.images.statistics,
+            "held_out": self.images.held_out,
+            "test": self.images.test,
+        }
+        sizes = {k: None if v is None else len(v.images) for k, v in counts.items()}
+        about = records.about(self.dataset, **sizes)
+        return {
+            "config": {"model": self.arch.name, "width": self.arch.width},
+            "data": about | {"batch_size": BATCH, "augmented": False},
+            "model": {
+                "name": self.arch.name,
+                "width": self.arch.width,
+                "depth": self.net.depth,
+                "parameters": self.net.parameters,
+                "flops": self.net.flops,
+            },
+            "edge_models": [
+                {
+                    "checkpoint": folder.name,
+                    "seed": card["seed"],
+                    "test_accuracy": card["test"]["accuracy"],
+                    "command": card["command"],
+                }
+                for folder, card in zip(self.folders, self.cards, strict=True)
+            ],
+            "seeds": {"edge_models": self.seeds},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Batches: to measure statistics on, to choose on, to test on."""
+
+    statistics: data.Batches
+    held_out: data.Batches | None
+    test: data.Batches
+
+
+def images_of(
+    dataset: data.Dataset,
+    statistics: int | None,
+    held_out: int | None = None,
+    test: int | None = None,
+) -> Images:
+    """The images, none in two of the three; None for all there are, and for none held out."""
+    if held_out is None:
+        return Images(
+            dataset.batches("train", batch_size=BATCH, samples=statistics),
+            None,
+            dataset.batches("test", batch_size=BATCH, samples=test),
+        )
+    images, labels = dataset.train_images, dataset.train_labels
+    statistics = len(images) if statistics is None else statistics
+    if len(images) < statistics + held_out:
+        held_out = min(held_out, int(SHARE * len(images)))
+
+    def part(of: slice) -> data.Batches:
+        return data.Batches(images[of], labels[of], dataset.mean, dataset.std, BATCH)
+
+    return Images(
+        part(slice(min(statistics, len(images) - held_out))),
+        part(slice(len(images) - held_out, None)),
+        dataset.batches("test", batch_size=BATCH, samples=test),
+    )
+
+
+def digest(tree: PyTree) -> str:
+    """What tells the variables of a network from others."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def loaded(
+    *,
+    count: Callable[[Any], int | None] = lambda config: 2,
+    statistics: str | None = None,
+    held_out: str | None = None,
+    test: str | None = None,
+    read: Callable[[Any], int | None] | None = None,
+    cifar: str = "vgg16",
+    checked: Callable[[Any], Any] | None = None,
+    settled: Callable[[Any, vfjax.Network, str], Any] | None = None,
+) -> Callable[[Any, timing.Stopwatch], Setup]:
+    """The `prepare` of experiments on edge models.
+
+    Args:
+      count: From options to how many models; None for all that are shipped, or two with
+        `--retrain`.
+      statistics: Name of the option of how many training images moments are measured on; all
+        without one.
+      held_out: Name of the option of how many more are held out.
+      test: Name of the option of how many test images there are.
+      read: From options to how many training images are read, where the options above do not say.
+      cifar: The model for CIFAR where `--model` has none.
+      checked: Called with the options before anything is read, to raise what is wrong.
+      settled: From options, traced network and its name to options with what depends on these,
+        such as default layers; raises what the options have against it. Called before anything is
+        trained.
+
+    Returns:
+      From options and clock to a `Setup` whose value is `Edges`.
+    """
+
+    def number(config: Any, name: str | None) -> int | None:
+        return None if name is None else cli.counted(getattr(config, name))
+
+    def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
+        if checked is not None:
+            checked(config)
+        if config.preset == "paper" and not config.retrain:
+            raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
+        parts = [number(config, name) for name in (statistics, held_out, test)]
+        train = None if parts[0] is None else parts[0] + (parts[1] or 0)
+        with watch("data"):
+            train = train if read is None else read(config)
+            dataset = load(config, train=train, test=parts[2])
+        if config.preset == "paper" and dataset.fallback:
+            raise cli.UserError("CIFAR-10 was not found, which --preset paper is for: --data-dir.")
+        arch = architecture(config, dataset, cifar)
+        with watch("trace"):
+            net = trace(arch, dataset)
+        if settled is not None:
+            config = settled(config, net, arch.name)
+        wanted = count(config)
+        with watch("training" if config.retrain else "checkpoints"):
+            find = functools.partial(trained if config.retrain else shipped, config, arch)
+            folders = find(wanted or 2 if config.retrain else wanted)
+            cards = [checkpoint.card(folder) for folder in folders]
+            trees = [checkpoint.load(folder) for folder in folders]
+        found = Edges(arch, dataset, net, folders, cards, trees, images_of(dataset, *parts))
+        return Setup(config, found, found.record(), tuple(digest(tree) for tree in trees))
+
+    return prepare
+
+
+def forward(merged: merge.Merged, x: PyTree) -> jax.Array:
+    """One function for all networks, so that those of equal structure share its compilation."""
+    return merged.run(x)

@@ -1,0 +1,367 @@
+"""What an experiment is, and everything that happens around its measurements.
+
+A script holds what is asked and measured::
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(edges.EdgeOptions):
+        samples: int = cli.option(2_000, "test images", type=cli.count_of("images"),
+                                  part="samples{}")
+
+    def measure(config, run):
+        models = run.setup                        # what `prepare` made: here, edge models
+        for cell in run.cells({"remedy": r} for r in REMEDIES):
+            with run.watch("REPAIR"):
+                yield cell | {"accuracy": ...}    # one row, or several
+
+    EXPERIMENT = Experiment(
+        name="cifar_pfm", doc=__doc__, options=Config, prepare=edges.loaded(test="samples"),
+        measure=measure, title=..., finding=..., tables=..., figure=..., claims=CLAIMS)
+    main = EXPERIMENT.main
+
+    if __name__ == "__main__":
+        main()
+
+A cell is what is measured at once: the rows that follow it are kept as soon as the next one is
+asked for. A run that is stopped leaves them beside where the record will be, and the same command
+goes on from there; `run.cells` gives what is missing. So what cells share (moments, matchings) is
+best made when the first of them needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kit import claims, cli, pages, records, tables, timing
+from vfjax import plot
+from vfjax.checkpoint import CheckpointError
+from vfjax.data import DatasetError
+
+# Seconds between two writes of what was measured so far.
+EVERY = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is there before anything is measured.
+
+    Attributes:
+      config: The options, with all settled that depends on data or networks.
+      value: What `measure` works on, as `run.setup`.
+      record: What the record says of it: data, model, edge_models, seeds; its "config" is merged
+        into the options as they are recorded.
+      identity: What makes measurements of another call valid, beside options and record: digests
+        of networks.
+    """
+
+    config: Any
+    value: Any
+    record: Mapping[str, Any]
+    identity: Sequence[str] = ()
+
+
+class Run:
+    """A run of an experiment, as `measure` sees it.
+
+    Attributes:
+      setup: What `prepare` made.
+      watch: The clock: `with run.watch("matching"): ...`.
+    """
+
+    def __init__(self, setup: Setup, watch: timing.Stopwatch, partial: Path, key: str) -> None:
+        self.setup, self.watch, self._path, self._key = setup.value, watch, partial, key
+        self._done: dict[str, list[records.Row]] = {}
+        self._order: list[str] = []
+        self._pending: list[records.Row] | None = None
+        self._saved = time.monotonic()
+        self.notes: dict[str, list[records.Row]] = {}
+        self._read()
+
+    # -------------------------------------------------------------------------- for measurements
+
+    def cells(
+        self,
+        plan: Iterable[Mapping[str, Any]],
+        describe: Callable[[Mapping[str, Any]], str] | None = None,
+    ) -> Iterator[records.Row]:
+        """Gives each cell of a plan that is not measured yet, with a progress bar over all.
+
+        Args:
+          plan: What identifies each cell, plain values by name; rows begin with them.
+          describe: What the progress bar says of a cell; None for its values.
+        """
+        cells = [dict(cell) for cell in plan]
+        names = [json.dumps(records.finite(cell), sort_keys=True) for cell in cells]
+        self._order += names
+        there = sum(name in self._done for name in names)
+        with tqdm(total=len(cells), initial=there, unit="cell", leave=False) as bar:
+            for name, cell in zip(names, cells, strict=True):
+                if name in self._done:
+                    continue
+                values = ", ".join(str(value) for value in cell.values() if value is not None)
+                bar.set_description(values if describe is None else describe(cell))
+                self._pending = []
+                yield dict(cell)
+                self._done[name], self._pending = self._pending, None
+                self.cell_done()
+                bar.update()
+
+    def note(self, name: str, **values: Any) -> None:
+        """Keeps what was found on the way and is no cell, such as whether a matching converged."""
+        values = records.finite(values)
+        found = self.notes.setdefault(name, [])
+        if values not in found:
+            found.append(values)
+
+    def watched(self, batches: Iterable[Any], description: str) -> timing.Watched:
+        """Batches with a progress bar."""
+        return timing.Watched(batches, description)
+
+    # -------------------------------------------------------------------------- for `Experiment`
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes a row that `measure` yields."""
+        if self._pending is None:
+            raise RuntimeError("a row belongs to a cell: yield it after one that `run.cells` gave.")
+        self._pending.append(records.finite(row))
+
+    @property
+    def count(self) -> int:
+        """How many cells are measured."""
+        return len(self._done)
+
+    @property
+    def rows(self) -> list[records.Row]:
+        """All rows, in the order of the plans."""
+        return [row for name in dict.fromkeys(self._order) for row in self._done.get(name, ())]
+
+    def cell_done(self) -> None:
+        """Called after each cell."""
+        if time.monotonic() - self._saved > EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Writes what was measured so far, if anything."""
+        self._saved = time.monotonic()
+        if self._done:
+            kept = {"cells": self._done, "notes": self.notes, "seconds": self.watch.record()}
+            records.write(self._path, {"key": self._key} | kept)
+
+    def forget(self) -> None:
+        """Removes it."""
+        self._path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            if found["key"] == self._key:
+                self.watch.go_on(found["seconds"])
+                self._done, self.notes = found["cells"], found["notes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is asked, what is measured, and how it is shown.
+
+    Attributes:
+      name: Of the script, without suffix.
+      doc: The head of the script: the question in its first paragraph, what the paper found, and
+        commands; `--help` begins with it.
+      options: A frozen dataclass, see `kit.cli.Options`.
+      prepare: From options and clock to what `measure` works on; `kit.edges.loaded` for edge
+        models. Whatever speaks against the options is raised here, before anything is trained.
+      measure: Yields rows, see `Run`.
+      title: Of a record: data, networks, what was done.
+      finding: Of a record: what came out, one sentence; the figure's title.
+      figure: Of a record, made with `kit.figures.draw`.
+      tables: Of a record.
+      claims: The papers' claims.
+      summary: Of a record with rows: numbers derived from them that others need, if any.
+      legend: How the words of its tables and figures are to be read; a paragraph of its page.
+      stem: Of a record: what names of files begin with after the experiment's; None for data set
+        and network.
+      untold: Of a record: whether its numbers mean nothing, so that claims are left out.
+    """
+
+    name: str
+    doc: str | None
+    options: type[cli.Options]
+    prepare: Callable[[Any, timing.Stopwatch], Setup]
+    measure: Callable[[Any, Run], Iterator[Mapping[str, Any]]]
+    title: Callable[[records.Record], str]
+    finding: Callable[[records.Record], str]
+    figure: Callable[[records.Record], Any]
+    tables: Callable[[records.Record], Sequence[tables.Table]]
+    claims: Sequence[claims.Claim] = ()
+    summary: Callable[[records.Record], Mapping[str, Any]] | None = None
+    legend: str = ""
+    stem: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+    untold: Callable[[Mapping[str, Any]], bool] = lambda record: False
+
+    @property
+    def script(self) -> str:
+        """The name of the file."""
+        return f"{self.name}.py"
+
+    @property
+    def question(self) -> str:
+        """What is asked: the first paragraph of the head."""
+        return " ".join((self.doc or "").split("\n\n")[0].split())
+
+    def parser(self) -> cli.Parser:
+        """The parser of the command line."""
+        p = cli.parser(self.options, self.script, self.doc)
+        p.add_argument(
+            "--redraw",
+            nargs="+",
+            metavar="RECORD",
+            help="measure nothing: write tables, claims, figures and page of these records anew",
+        )
+        return p
+
+    def file_name(self, record: Mapping[str, Any]) -> str:
+        """Name of record and figure, without suffix."""
+        stem = None if self.stem is None else self.stem(record)
+        return records.file_name(record, self.options, stem)
+
+    def main(self, argv: Sequence[str] | None = None) -> Path:
+        """Runs the experiment from a command line; returns the path of the record."""
+        p = self.parser()
+        values = vars(p.parse_args(argv))
+        redraw = values.pop("redraw")
+        with reported(p.prog), timing.logs_above_bars():
+            if redraw:
+                for path in map(Path, redraw):
+                    self.present(self.write(path, records.read(path)))
+                return path
+            config = cli.settled(self.options, values)
+            path = self.run(config, cli.command(self.script, argv))
+            self.present(path)
+        return path
+
+    def run(self, config: Any, command: str) -> Path:
+        """Measures everything and writes the record."""
+        watch = timing.Stopwatch()
+        with stoppable(lambda: None):
+            setup = self.prepare(config, watch)
+        recorded = dict(setup.record)
+        config = dataclasses.asdict(setup.config) | recorded.pop("config", {})
+        about = {"experiment": self.name, "question": self.question, "command": command}
+        head = records.Record(records.finite(about | {"config": config} | recorded))
+        path = Path(setup.config.out) / f"{self.file_name(head)}.json"
+        run = Run(setup, watch, path.with_suffix(".partial"), key_of(head, setup.identity))
+        with stoppable(lambda: run):
+            try:
+                for row in self.measure(setup.config, run):
+                    run.add(row)
+            except BaseException:
+                run.save()
+                raise
+        measured = {"rows": run.rows, "notes": run.notes, "seconds": watch.record()}
+        self.write(path, head | measured | records.environment())
+        run.forget()
+        return path
+
+    def derived(self, record: Mapping[str, Any]) -> records.Record:
+        """The record with all that follows from its rows."""
+        record = records.Record(record)
+        record["question"], record["legend"] = self.question, " ".join(self.legend.split())
+        if self.summary is not None:
+            record["summary"] = records.finite(self.summary(record))
+        record["title"] = self.title(record)
+        record["finding"] = self.finding(record)
+        record["tables"] = [dataclasses.asdict(table) for table in self.tables(record)]
+        told = not self.untold(record)
+        record["claims"] = claims.decided(self.claims, record) if told else []
+        return record
+
+    def write(self, path: Path, record: Mapping[str, Any]) -> Path:
+        """Writes a record with all that follows from its rows."""
+        return records.write(path, self.derived(record))
+
+    def present(self, path: Path) -> None:
+        """Draws a record, writes its page, and prints it.
+
+        The record is there before: a figure that fails does not lose it.
+        """
+        record = records.read(path)
+        figure = plot.save(self.figure(record), path.with_suffix(".png"))
+        page = pages.write_page(path.parent, self.name)
+        self.show(record)
+        print(f"{record['seconds']['total']:.0f} s; wrote {path}, {figure} and {page}")
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Prints what was found."""
+        record = records.Record(record)
+        for table in record["tables"]:
+            tables.show(tables.Table(**table))
+        print(f"{record['finding']}.")
+        if record["claims"]:
+            tables.show(claims.table(record["claims"]))
+            print(f"Claims: {claims.counts(record['claims'])}.")
+
+
+# -------------------------------------------------------------------------------- what goes wrong
+
+
+class Stopped(Exception):
+    """Ctrl-C was pressed; the message says how to go on."""
+
+
+@contextlib.contextmanager
+def stoppable(run: Callable[[], Run | None]) -> Iterator[None]:
+    """Turns Ctrl-C into a message of what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        found = run()
+        kept = f"{found.count} cells are kept" if found and found.count else "nothing was measured"
+        raise Stopped(
+            f"stopped: {kept}, networks in training are where they were; the same command goes on "
+            "from there."
+        ) from None
+
+
+@contextlib.contextmanager
+def reported(prog: str) -> Iterator[None]:
+    """Turns errors that a sentence explains into that sentence, on one line.
+
+    Exit status 2 is for what was asked for: options, data and checkpoints that are not there. What
+    only shows on the way (models that hold NaN, training that diverges, a full disk) gives 1, and
+    Ctrl-C 130.
+    """
+    try:
+        yield
+    except (cli.UserError, DatasetError, CheckpointError) as error:
+        status, found = 2, f"error: {_line(error)}"
+    except (ValueError, FloatingPointError, OSError) as error:
+        status, found = 1, f"error: {_line(error)}"
+    except Stopped as error:
+        status, found = 130, str(error)
+    except KeyboardInterrupt:
+        status, found = 130, "stopped: the same command does it again."
+    else:
+        return
+    sys.stderr.write(f"{prog}: {found}\n")
+    raise SystemExit(status)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def key_of(head: Mapping[str, Any], identity: Sequence[str]) -> str:
+    """What measurements are valid for: options, data, networks, versions."""
+    config = {k: v for k, v in head["config"].items() if k not in ("out", "data_dir")}
+    known = {k: v for k, v in head.items() if k not in ("command", "config", "question")}
+    text = json.dumps([config, known, list(identity), records.versions()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

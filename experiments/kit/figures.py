@@ -1,0 +1,275 @@
+"""Figures: a title that says the finding, one colour for one method everywhere, one legend."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kit import records
+
+# Of Okabe and Ito, and of Tol where those do not suffice: apart for the colour-blind.
+_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)
+_BLACK, _GREY, _INDIGO, _WINE, _TEAL, _OLIVE, _PURPLE = (
+    "#000000",
+    "#777777",
+    "#332288",
+    "#882255",
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+)
+# Methods: label, colour, marker. Those of one block stand in one figure.
+METHODS: dict[str, tuple[str, str, str]] = {
+    "direct": ("direct", _GREY, "o"),
+    "none": ("no remedy", _GREY, "o"),
+    "matched": ("matched", _BLUE, "s"),
+    "repair": ("REPAIR", _RED, "D"),
+    "rescale": ("RESCALE", _GREEN, "^"),
+    "reset": ("RESET", _PINK, "v"),
+    "bias_calibration": ("bias cal.", _ORANGE, "X"),
+    "bias_removal": ("bias removal", _SKY, "P"),
+    # Matchings.
+    "activation": ("activation matching", _INDIGO, "s"),
+    "weight": ("weight matching", _WINE, "o"),
+    "zipit": ("ZipIt!", _TEAL, "D"),
+    "cca": ("CCA", _OLIVE, "^"),
+    "transport": ("optimal transport", _PURPLE, "v"),
+    # Pruning.
+    "magnitude": ("global magnitude", _BLUE, "o"),
+    "magnitude-layer": ("layerwise magnitude", _RED, "s"),
+    "fisher": ("diagonal Fisher", _GREEN, "D"),
+    "woodfisher": ("WoodFisher", _PINK, "^"),
+    "wanda": ("Wanda per row", _ORANGE, "v"),
+    "wanda-layer": ("layerwise Wanda", _SKY, "X"),
+    # What all others are held against.
+    "edges": ("edge models", _BLACK, "o"),
+    "ensemble": ("ensemble", _BLACK, "o"),
+}
+# For what has no method of its own: parts of one figure, in this order.
+COLOURS = (_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, _INDIGO, _OLIVE, _WINE, _TEAL)
+MARKERS = "osD^vXP*<>"
+_FONT = 14
+
+
+def label(method: str) -> str:
+    """What a method is called in figures, tables and claims."""
+    return METHODS[method][0] if method in METHODS else method
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve, or with one y for all x a level.
+
+    Attributes:
+      name: In the legend; lines of one name look alike in all panels, and stand there once.
+      x: Where it was measured; None for a level all along the axis.
+      y: As many numbers, or one for a level; NaN leaves a gap.
+      error: Half the height of bars, or None; all zero is none.
+      method: Of `METHODS`, which gives the colour; or a number, of `COLOURS`.
+      dashed: Whether it is dashed, with hollow markers.
+    """
+
+    name: str
+    x: Sequence[float] | None
+    y: Sequence[float] | float
+    error: Sequence[float] | None = None
+    method: str | int = 0
+    dashed: bool = False
+
+    @property
+    def style(self) -> tuple[str, str]:
+        """Colour and marker."""
+        if isinstance(self.method, str):
+            return METHODS[self.method][1:]
+        return COLOURS[self.method % len(COLOURS)], MARKERS[self.method % len(MARKERS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One of the axes of a figure.
+
+    Attributes:
+      title: What it shows.
+      x_label: Quantity and unit along x.
+      y_label: Quantity and unit along y.
+      lines: The lines.
+      log: Whether y is logarithmic.
+      log_x: Whether x is.
+      y_limits: Lower and upper limit of y; None for what the lines need.
+      ticks: Where along x there are marks; None for what suits the axis.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    log: bool = False
+    log_x: bool = False
+    y_limits: tuple[float, float] | None = None
+    ticks: Sequence[float] | None = None
+
+
+def line(
+    rows: records.Rows,
+    x: str,
+    y: str = "accuracy",
+    *,
+    name: str | None = None,
+    method: str | int = 0,
+    dashed: bool = False,
+    scale: float = 100,
+    **where: Any,
+) -> Line:
+    """The mean over repetitions of rows against x, with their standard deviation as bars.
+
+    Example:
+      >>> rows = records.Rows([{"k": k, "seed": s, "accuracy": (k + s) / 4}
+      ...                      for k in (0, 1) for s in (0, 2)])
+      >>> found = line(rows, "k", method="repair")
+      >>> found.name, found.x, found.y
+      ('REPAIR', [0, 1], [25.0, 50.0])
+    """
+    xs, mean, spread = rows.curve(x, y, **where)
+    name = (label(method) if isinstance(method, str) else "") if name is None else name
+    error = [scale * value for value in spread] if any(value > 0 for value in spread) else None
+    return Line(name, xs, [scale * value for value in mean], error, method, dashed)
+
+
+def draw(
+    panels: Sequence[Panel],
+    *,
+    finding: str,
+    subtitle: str = "",
+    bars: str = "",
+    columns: int | None = None,
+) -> Any:
+    """Draws panels with one legend below them.
+
+    Args:
+      panels: From left to right.
+      finding: The title: what the figure shows, a sentence made from the record.
+      subtitle: Data, networks, images.
+      bars: What error bars are, such as "standard deviation over 3 pairs"; said where there are
+        some.
+      columns: How many panels stand side by side; None for all.
+
+    Returns:
+      A matplotlib figure; `vfjax.plot.save` writes it.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(len(panels), columns or len(panels))
+    rows = -(-len(panels) // columns)
+    width = max(6.0 * columns, 9.0)
+    shown: dict[str, Any] = {}
+    for panel in panels:
+        for one in panel.lines:
+            shown.setdefault(one.name, None)
+    # Into as many columns as there is room for, and as few lines.
+    fits = max(1, int(width / (1.1 + 0.105 * max(map(len, shown)))))
+    legend_rows = -(-len(shown) // min(fits, len(shown)))
+    wrapped = textwrap.fill(finding, int(9.0 * width))
+    below = textwrap.fill(subtitle, int(10.5 * width))
+    head = 0.33 * (1 + wrapped.count("\n")) + 0.27 * (1 + below.count("\n")) + 0.1
+    foot = 0.3 * legend_rows + 0.35 * bool(bars) + 0.1
+    height = 4.6 * rows + head + foot
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(
+        rect=(0, foot / height, 1, 1 - (head + foot) / height), w_pad=0.12, h_pad=0.1
+    )
+    any_bars = False
+    for place, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        for one in panel.lines:
+            any_bars |= one.error is not None
+            shown[one.name] = _draw_line(axes, one)
+        for which in [*("y" * panel.log), *("x" * panel.log_x)]:
+            _log_scale(axes, which)
+        if panel.ticks is not None:
+            axes.set_xticks(list(panel.ticks))
+        elif not panel.log_x and all(
+            float(x).is_integer() for one in panel.lines for x in one.x or ()
+        ):
+            # Layers and epochs have no halves.
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if panel.y_limits is not None:
+            axes.set_ylim(*panel.y_limits)
+        axes.set_xlabel(panel.x_label, fontsize=_FONT)
+        axes.set_ylabel(panel.y_label, fontsize=_FONT)
+        axes.set_title(panel.title, fontsize=_FONT)
+        axes.tick_params(labelsize=_FONT - 1)
+        axes.grid(alpha=0.3)
+    style = {"ha": "left", "va": "top"}
+    figure.text(
+        0.12 / width, 1 - 0.08 / height, wrapped, fontsize=_FONT + 3, weight="bold", **style
+    )
+    top = 0.33 * (1 + wrapped.count("\n")) + 0.1
+    figure.text(0.12 / width, 1 - top / height, below, fontsize=_FONT - 1, color="#444444", **style)
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="lower center",
+        bbox_to_anchor=(0.5, (0.35 * (bool(bars) and any_bars)) / height),
+        ncols=min(fits, len(shown)),
+        fontsize=_FONT - 1,
+        frameon=False,
+        borderaxespad=0.2,
+    )
+    if bars and any_bars:
+        note = f"Bars: {bars}."
+        figure.text(0.5, 0.08 / height, note, ha="center", va="bottom", fontsize=_FONT - 2)
+    return figure
+
+
+def _draw_line(axes: Any, one: Line) -> Any:
+    colour, marker = one.style
+    if one.x is None:
+        style = {"linestyle": (0, (6, 3)) if one.dashed else "-", "linewidth": 1.6}
+        return axes.axhline(float(one.y), color=colour, label=one.name, zorder=1, **style)
+    return axes.errorbar(
+        one.x,
+        np.asarray(one.y, float),
+        None if one.error is None else np.asarray(one.error, float),
+        label=one.name,
+        color=colour,
+        linestyle="--" if one.dashed else "-",
+        linewidth=2.3,
+        marker=marker,
+        markersize=7.5,
+        markerfacecolor="white" if one.dashed else None,
+        capsize=4,
+        elinewidth=1.5,
+    )
+
+
+def _log_scale(axes: Any, which: str) -> None:
+    """Makes x or y logarithmic, with enough numbers along it where it spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def levels(found: Mapping[str, float]) -> list[Line]:
+    """Edge models and ensemble as levels: accuracies by name; the last one, the goal, is solid."""
+    last = list(found)[-1]
+    return [
+        Line(name, None, 100 * value, method="edges", dashed=name != last)
+        for name, value in found.items()
+    ]

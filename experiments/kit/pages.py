@@ -1,0 +1,178 @@
+"""Writes the pages of results from the records, and the index of all claims.
+
+    python experiments/kit/pages.py            # all pages of experiments/results
+    python experiments/kit/pages.py --check    # only says whether they are up to date
+
+A page holds a section for each record of an experiment. No script is imported: what tables and
+claims say is in the records, which `--redraw` of a script brings up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kit import claims, cli, records, tables
+
+INDEX = "README.md"
+BENCHMARKS = "benchmarks"
+
+
+def found(folder: Path) -> dict[str, list[tuple[str, records.Record]]]:
+    """Names and contents of the records in a folder, by experiment; the plainest run first."""
+    read = [(path.stem, records.read(path)) for path in sorted(folder.glob("*.json"))]
+    told = [(name, record) for name, record in read if "claims" in record]
+    told.sort(key=lambda pair: (len(pair[1]["command"]), pair[0]))
+    by_experiment: dict[str, list[tuple[str, records.Record]]] = {}
+    for name, record in sorted(told, key=lambda pair: pair[1]["experiment"]):
+        by_experiment.setdefault(record["experiment"], []).append((name, record))
+    return by_experiment
+
+
+def section(name: str, record: records.Record) -> str:
+    """What a page says of a record."""
+    parts = [f"## {name}", f"{record['title']}.", f"**{record['finding']}.**"]
+    parts.append(f"![{record['finding']}]({name}.png)")
+    for shown in record["tables"]:
+        table = tables.Table(**shown)
+        heading = [f"*{table.title}*"] if len(record["tables"]) > 1 and table.title else []
+        parts += [*heading, tables.markdown(table)]
+    if record["claims"]:
+        rules = [f"- {row['claim']}: {row['rule']}." for row in record["claims"]]
+        parts.append(tables.markdown(claims.table(record["claims"])))
+        parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
+        parts.append("</details>")
+    versions = record["versions"]
+    parts.append(
+        f"Made by `{record['command']}` in {records.made_on(record)}, on {record['date']}, with "
+        f"Python {versions['python']} and jax {versions['jax']}. All numbers: [{name}.json]"
+        f"({name}.json)."
+    )
+    return "\n\n".join(parts)
+
+
+def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
+    """The page of an experiment."""
+    newest = runs[0][1]
+    head = [f"# {experiment}", f"*{newest['question']}*"]
+    head += [newest["legend"]] if newest.get("legend") else []
+    if len(runs) > 1:
+        lines = [f"- [{name}](#{anchor(name)}): {record['title']}" for name, record in runs]
+        head.append("\n".join(lines))
+    return "\n\n".join([*head, *(section(*run) for run in runs)]) + "\n"
+
+
+def anchor(heading: str) -> str:
+    """Where a heading is on its page.
+
+    Example:
+      >>> anchor("cifar_pfm-w0.25-layers12+13")
+      'cifar_pfm-w025-layers1213'
+    """
+    kept = (c for c in heading.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+    return "".join(kept)
+
+
+def write_page(folder: Path, experiment: str) -> Path:
+    """Writes the page of an experiment from all of its records in a folder."""
+    path = folder / f"{experiment}.md"
+    path.write_text(page(experiment, found(folder)[experiment]), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------- index
+
+
+def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """The verdicts on one claim: how many, with links to where each is from."""
+    words = []
+    for verdict in claims.VERDICTS:
+        links = [
+            f"[{k}]({experiment}.md#{anchor(name)})"
+            for k, (experiment, name, row) in enumerate(runs, start=1)
+            if row["verdict"] == verdict
+        ]
+        if links:
+            shown = f"**{verdict}**" if verdict == claims.UNLIKE else verdict
+            words.append(f"{shown} {' '.join(links)}")
+    return "; ".join(words)
+
+
+def index(folder: Path) -> str:
+    """The index: experiments, and every claim once."""
+    by_experiment = found(folder)
+    by_claim: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
+    lines = []
+    for experiment, runs in by_experiment.items():
+        rows = [(experiment, name, row) for name, record in runs for row in record["claims"]]
+        for run in rows:
+            by_claim.setdefault(run[2]["id"], []).append(run)
+        count = claims.counts([row for *_, row in rows]) or "no claims"
+        question = runs[0][1]["question"]
+        lines.append([f"[{experiment}]({experiment}.md)", question, str(len(runs)), count])
+    table = tables.Table("", ["experiment", "question", "records", "claims"], lines, texts=4)
+    listed = []
+    for name in sorted(by_claim):
+        runs = by_claim[name]
+        said = next((row["paper"] for *_, row in runs if row["paper"]), "-")
+        listed.append([f"`{name}`", runs[0][2]["claim"], said, verdicts_of(runs)])
+    verdicts = tables.Table("", ["id", "claim", "paper", "here"], listed, texts=4)
+    parts = [
+        "# Results",
+        "A page for each experiment, with a section for each record: one JSON file and one figure "
+        "of a run. A record says by which command it was made, from which checkpoints, data and "
+        "seeds, on which device, with which versions, and how long each stage took. Pages and this "
+        "index are written from the records by `python experiments/kit/pages.py`.",
+        tables.markdown(table),
+        "## Claims of the papers",
+        "Each claim once; numbers lead to the records that it was held against. A claim is "
+        "undecided where what it compares is near chance or differs by no more than noise.",
+        tables.markdown(verdicts),
+        *benchmarks(folder / BENCHMARKS),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def benchmarks(folder: Path) -> list[str]:
+    """The parts of the index on benchmarks."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        record = records.read(path)
+        table = tables.benchmark(record["title"], record["rows"])
+        figure = path.with_suffix(".png")
+        parts += [f"*{table.title}* ({path.stem})", tables.markdown(table)]
+        parts += [f"![{path.stem}]({folder.name}/{figure.name})"] if figure.exists() else []
+    return ["## Benchmarks", *parts] if parts else []
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """All that is written, by name of file."""
+    written = {f"{name}.md": page(name, runs) for name, runs in found(folder).items()}
+    return written | {INDEX: index(folder)}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Writes all pages, or checks them."""
+    p = argparse.ArgumentParser(prog="pages.py", description=__doc__, formatter_class=cli.Help)
+    p.add_argument("--check", action="store_true", help="only say whether they are up to date")
+    args = p.parse_args(argv)
+    late = []
+    for name, text in texts(records.RESULTS).items():
+        path = records.RESULTS / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            late.append(name)
+            if not args.check:
+                path.write_text(text, encoding="utf-8")
+    if args.check and late:
+        p.exit(1, f"not up to date: {', '.join(late)}\n")
+    return records.RESULTS / INDEX
+
+
+if __name__ == "__main__":
+    main()

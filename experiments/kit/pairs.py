@@ -1,0 +1,347 @@
+"""Two edge models: measured once, matched in any way, merged in part, renormalised, tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import vfjax
+from kit import cli, edges, timing
+from vfjax import align, data, merge, renorm, stats, train
+from vfjax.align import Maps
+
+PyTree = Any
+
+# Matchings, and what titles call them.
+MATCHES = {
+    "activation": "activation matching",
+    "weight": "weight matching",
+    "none": "no matching",
+    "zipit": "ZipIt!",
+    "cca": "CCA",
+    "transport": "optimal transport",
+}
+# Those that go by activations, and of them those that may mix units.
+MIXING = ("zipit", "cca", "transport")
+FROM_DATA = ("activation", *MIXING)
+# What the settings of a matching are called in titles and in names of files.
+SETTINGS = {
+    "zipit": {"zip_alpha": ("alpha {:g}", "a{:g}"), "zip_beta": ("beta {:g}", "b{:g}")},
+    "cca": {
+        "regularization": ("ridge {:g}", "r{:g}"),
+        "relative": ("times the mean variance", "relative"),
+    },
+}
+# Those of the paper's code.
+DEFAULTS = {"zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1, "relative": False}
+# l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
+LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
+
+# -------------------------------------------------------------------------------------- options
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchingOptions(edges.EdgeOptions):
+    """The settings of matchings that have any; they are those of the paper's code."""
+
+    zip_alpha: float = cli.option(
+        DEFAULTS["zip_alpha"],
+        "with ZipIt!, discount on the correlations of units that are merges already",
+        type=cli.number_of(0, 1),
+        metavar="A",
+    )
+    zip_beta: float = cli.option(
+        DEFAULTS["zip_beta"],
+        "with ZipIt!, share of the merges that may be of units of one network",
+        type=cli.number_of(0, 1),
+        metavar="B",
+    )
+    regularization: float = cli.option(
+        DEFAULTS["regularization"],
+        "with CCA, what is added to the diagonal of the covariances: as it is, whatever their "
+        "size, like in the paper's code; the library's own default is 1 with --relative",
+        type=cli.number_of(0),
+        metavar="R",
+    )
+    relative: bool = cli.option(
+        False, "with CCA, take --regularization times the mean variance of a network's features"
+    )
+
+
+def check(config: MatchingOptions, matches: Iterable[str]) -> None:
+    """Refuses settings of matchings that are not asked for: they would do nothing.
+
+    Raises:
+      UserError: If there are some.
+    """
+    for match, settings in SETTINGS.items():
+        for option in settings:
+            if match not in matches and getattr(config, option) != DEFAULTS[option]:
+                raise cli.UserError(
+                    f"--{option.replace('_', '-')} does nothing here: it is for --match {match}."
+                )
+
+
+def title_of(match: str, config: Mapping[str, Any]) -> str:
+    """A matching in titles, with those of its settings that are not the default.
+
+    Example:
+      >>> title_of("cca", DEFAULTS), title_of("cca", DEFAULTS | {"regularization": 1.0})
+      ('CCA', 'CCA (ridge 1)')
+    """
+    changed = [label.format(value) for label, _, value in _changed(match, config)]
+    return MATCHES[match] + (f" ({', '.join(changed)})" if changed else "")
+
+
+def name_of(match: str, config: Mapping[str, Any]) -> str:
+    """A matching in names of files.
+
+    Example:
+      >>> name_of("zipit", DEFAULTS), name_of("zipit", DEFAULTS | {"zip_beta": 0.0})
+      ('zipit', 'zipit-b0')
+    """
+    return "-".join([match, *(short.format(value) for _, short, value in _changed(match, config))])
+
+
+def _changed(match: str, config: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    return [
+        (label, short, config[option])
+        for option, (label, short) in SETTINGS.get(match, {}).items()
+        # Older records lack what was added since, and have its default.
+        if config.get(option, DEFAULTS[option]) != DEFAULTS[option]
+    ]
+
+
+def default_layers(depth: int) -> list[int]:
+    """The numbers of preserved layers that a table has a row for.
+
+    Example:
+      >>> default_layers(20), default_layers(7)
+      ([0, 6, 10, 13, 19], [0, 2, 3, 4, 6])
+    """
+    nearest = {min(int(layers / 14 * depth + 0.5), depth - 1) for layers in LAYERS[14]}
+    return list(LAYERS.get(depth, sorted(nearest)))
+
+
+def remedies_of(net: vfjax.Network) -> list[str]:
+    """What merged networks of a kind are renormalised with, in the paper's tables."""
+    return ["reset"] if net.norms else ["repair", "rescale", "bias_calibration"]
+
+
+# Images wait at a cut for what is tried behind it, up to so many bytes.
+STORE = 1 << 29
+
+
+# ---------------------------------------------------------------------------------------- pairs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matching:
+    """How the units of two networks were brought together.
+
+    Attributes:
+      maps: Of both networks.
+      references: Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET,
+        which has none.
+      mapped: Both networks after the maps: where their biases are read.
+      record: What records say of it.
+    """
+
+    maps: Maps
+    references: stats.Moments | None
+    mapped: Sequence[PyTree]
+    record: Mapping[str, Any]
+
+
+class Pair:
+    """Two edge models on one set of statistics and test images.
+
+    Args:
+      net: The traced network.
+      trees: The two models.
+      weights: Their weights in averages.
+      statistics: Batches that moments are measured on.
+      test: Batches to test on.
+      matches: Matchings that will be asked for.
+    """
+
+    def __init__(
+        self,
+        net: vfjax.Network,
+        trees: Sequence[PyTree],
+        weights: tuple[float, float],
+        statistics: data.Batches,
+        test: data.Batches,
+        matches: Sequence[str],
+    ) -> None:
+        self.net, self.trees, self.weights = net, tuple(trees), weights
+        self.statistics, self.test = statistics, test
+        self.moments = self._measured(matches)
+
+    def _measured(self, matches: Sequence[str]) -> stats.Moments | None:
+        """One pass, which serves all matchings and the goals of every REPAIR and RESCALE."""
+        net = self.net
+        covariance: bool | str | Sequence[str] = False
+        if any(match in MIXING for match in matches):
+            # Moments go through matrices by the covariances within each network.
+            corrected = () if net.norms else stats.resolve_sites(net, "paper")
+            covariance = [*stats.resolve_sites(net, "taps"), *corrected]
+        elif any(match in FROM_DATA for match in matches):
+            covariance = "cross"
+        if net.norms and not covariance:
+            return None
+        return stats.moments(
+            net,
+            self.trees,
+            timing.Watched(self.statistics, "statistics of edge models"),
+            sites="taps" if net.norms else "paper",
+            covariance=covariance,
+        )
+
+    def matching(self, match: str, config: Mapping[str, Any] = DEFAULTS) -> Matching:
+        """Matches the second network to the first, or both to each other; with their settings."""
+        net, record = self.net, {"method": match}
+        # There are some wherever the matching was asked for.
+        moments: Any = self.moments
+        if match in ("activation", "weight"):
+            if match == "activation":
+                found = align.match_moments(net, moments)
+            else:
+                found = align.match_weights(net, *self.trees, key=jax.random.key(0))
+            maps = Maps.of_permutations([None, found.permutations])
+            record |= {
+                "objective": [float(value) for value in found.objective],
+                "converged": found.converged,
+                "moved": found.moved,
+            }
+        elif match == "zipit":
+            alpha, beta = config["zip_alpha"], config["zip_beta"]
+            maps = align.zip_moments(net, moments, alpha=alpha, beta=beta)
+            record |= {"alpha": alpha, "beta": beta}
+        elif match == "cca":
+            ridge = {name: config[name] for name in ("regularization", "relative")}
+            maps = align.cca_moments(net, moments, **ridge)
+            record |= ridge
+        elif match == "transport":
+            maps = align.transport_moments(net, moments)
+        else:
+            maps = Maps.of_permutations([None, None])
+        references = None if moments is None or net.norms else maps.carry(moments)
+        return Matching(maps, references, maps.apply(net, self.trees), record)
+
+    def merged(self, matching: Matching, layers: slice) -> merge.Merged:
+        """The two models merged in a range of layers, before any renormalisation."""
+        return merge.partial(
+            self.net, self.trees, matching.maps, merged=layers, weights=self.weights
+        )
+
+    def lacks_variances(self, matching: Matching, merged: merge.Merged) -> bool:
+        """Whether merging left variances unknown that the merged layers need."""
+        read = self.net.trunk_leaves(merged.cut, merged.end)
+        return bool(matching.maps.unknown(self.net) & read)
+
+    def renormalised(
+        self, remedy: str | None, matching: Matching, merged: merge.Merged, statistics: Any
+    ) -> merge.Merged:
+        """What the remedy's name says; `statistics` are images, or what they are at the cut."""
+        net = self.net
+        if remedy is None:
+            return merged
+        if remedy == "bias_calibration":
+            return renorm.calibrate_bias(net, merged, references=matching.mapped)
+        if remedy == "reset":
+            return renorm.reset(net, merged, statistics)
+        function = renorm.repair if remedy == "repair" else renorm.rescale
+        goals: Any = matching.references
+        return function(net, merged, statistics, references=goals)
+
+    def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
+        """Accuracy and loss on the test images, or on what they are at the cut."""
+        found = train.evaluate(_logits, merged, timing.Watched(batches, description))
+        return {"accuracy": found.accuracy, "loss": found.loss}
+
+    def edge(self, name: str) -> dict[str, float]:
+        """Accuracy and loss of `model 1`, `model 2` or the `ensemble`."""
+        if name == "ensemble":
+            merged = merge.ensemble(self.net, self.trees, self.weights)
+        else:
+            tree = self.trees[int(name.removeprefix("model ")) - 1]
+            merged = merge.as_merged(self.net, tree, weights=self.weights)
+        return self.evaluate(merged, self.test, name)
+
+
+class Cut:
+    """A pair merged from some layer on, and what is tried behind it.
+
+    Attributes:
+      merged: The two models, before any renormalisation.
+    """
+
+    def __init__(self, pair: Pair, matching: Matching, layers: int) -> None:
+        self.pair, self.matching = pair, matching
+        self.merged = pair.merged(matching, slice(layers, None))
+
+    @functools.cached_property
+    def test(self) -> Any:
+        """The test images as they cross the cut."""
+        return at_cut(self.merged, self.pair.test)
+
+    @functools.cached_property
+    def statistics(self) -> Any:
+        """The statistics images as they cross the cut."""
+        return at_cut(self.merged, self.pair.statistics, labelled=False)
+
+    def cost(self) -> dict[str, float]:
+        """Parameters and FLOPs, and relative to one model's."""
+        return cost_of(self.pair.net, self.merged.params, self.merged.flops)
+
+    def measured(self, remedy: str | None, description: str) -> dict[str, float | None]:
+        """Accuracy and loss; None of a network that lacks statistics it needs."""
+        pair, merged = self.pair, self.merged
+        if remedy is None and pair.lacks_variances(self.matching, merged):
+            return {"accuracy": None, "loss": None}
+        statistics = self.statistics if remedy in ("repair", "rescale") else pair.statistics
+        found = pair.renormalised(remedy, self.matching, merged, statistics)
+        # What is stored at the cut serves all that have the very same stems.
+        batches = self.test if found.stems is merged.stems else pair.test
+        return pair.evaluate(found, batches, description)
+
+
+def cost_of(net: vfjax.Network, params: int, flops: int) -> dict[str, float]:
+    """Parameters and FLOPs of a network, and relative to one model's."""
+    ratios = params / net.parameters, flops / net.flops
+    return {"params": params, "params_ratio": ratios[0], "flops": flops, "flops_ratio": ratios[1]}
+
+
+def at_cut(merged: merge.Merged, batches: data.Batches, *, labelled: bool = True) -> Any:
+    """The batches as they cross the cut, if there is one and memory allows; else as given."""
+    if merged.cut == 0:
+        return batches
+    x, _ = next(iter(batches))
+    crossing = jax.eval_shape(merged.crossing, x)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(crossing))
+    if size * len(batches) > STORE:
+        return batches
+    watched = timing.Watched(batches, f"first {merged.cut} layers")
+    stored = [(_crossing(merged, x), label) for x, label in watched]
+    return stored if labelled else [crossing for crossing, _ in stored]
+
+
+@jax.jit
+def _crossing(merged: merge.Merged, x: jax.Array) -> vfjax.Crossing:
+    """What the stems hand to the trunk."""
+    return merged.crossing(x)
+
+
+def _logits(merged: merge.Merged, x: PyTree) -> jax.Array:
+    """The output; of heads, which all know the same classes, the average."""
+    out = edges.forward(merged, x)
+    if not merged.heads:
+        return out
+    parts = (weight * logits for weight, logits in zip(merged.weights, out, strict=True))
+    return sum(parts, start=jnp.zeros(()))

@@ -1,0 +1,286 @@
+"""Records: tidy rows with all that says where they come from, and what is read from them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kit import cli
+from vfjax import checkpoint
+
+ROOT = cli.ROOT
+RESULTS = ROOT / "experiments" / "results"
+PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+PACKAGES += ("scikit-learn", "tensorflow-datasets")
+DATASETS = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "mnist": "MNIST",
+    "digits": "scikit-learn's 8x8 digits",
+}
+Row = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+class Rows(list[Row]):
+    """Rows of a record, each a flat dict of what was measured and what of.
+
+    Example:
+      >>> rows = Rows([{"k": 1, "seed": 0, "accuracy": 0.5}, {"k": 1, "seed": 1, "accuracy": 0.7},
+      ...              {"k": 2, "seed": 0, "accuracy": 0.9}])
+      >>> rows.where(k=1).values("accuracy")
+      [0.5, 0.7]
+      >>> round(rows.mean("accuracy", k=1), 3), rows.distinct("k"), rows.where(k=3).mean("accuracy")
+      (0.6, [1, 2], nan)
+      >>> rows.curve("k")[0], rows.curve("k", seed=0)[1]
+      ([1, 2], [0.5, 0.9])
+    """
+
+    def where(self, **wanted: Any) -> Rows:
+        """Those with some values; of a tuple, list or set of values, any."""
+
+        def fits(row: Row, key: str, value: Any) -> bool:
+            found = row.get(key)
+            return found in value if isinstance(value, (tuple, list, set)) else found == value
+
+        return Rows(r for r in self if all(fits(r, k, v) for k, v in wanted.items()))
+
+    def values(self, key: str = "accuracy", **wanted: Any) -> list[Any]:
+        """What stands at a key, in the order of the rows; rows with None there are left out."""
+        return [row[key] for row in self.where(**wanted) if row.get(key) is not None]
+
+    def mean(self, key: str = "accuracy", **wanted: Any) -> float:
+        """Their mean, NaN where there are none."""
+        values = self.values(key, **wanted)
+        return float(np.mean(values)) if values else float("nan")
+
+    def distinct(self, key: str, **wanted: Any) -> list[Any]:
+        """The values that there are, each once; None is left out."""
+        return list(dict.fromkeys(self.values(key, **wanted)))
+
+    def only(self, **wanted: Any) -> Row:
+        """The one row with some values.
+
+        Raises:
+          LookupError: If there is none, or several.
+        """
+        found = self.where(**wanted)
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} rows with {wanted}, not one.")
+        return found[0]
+
+    def curve(
+        self, x: str, y: str = "accuracy", **wanted: Any
+    ) -> tuple[list[Any], list[float], list[float]]:
+        """Values of x in their order, and mean and standard deviation of y over all else."""
+        rows = self.where(**wanted)
+        xs = sorted(rows.distinct(x))
+        found = [mean_std(rows.values(y, **{x: value})) for value in xs]
+        return xs, [mean for mean, _ in found], [spread for _, spread in found]
+
+
+class Record(dict[str, Any]):
+    """A record as in its JSON, with `rows` to select from."""
+
+    @property
+    def rows(self) -> Rows:
+        """What was measured."""
+        return Rows(self["rows"])
+
+    def notes(self, name: str) -> Rows:
+        """What was found on the way, by the name that `Run.note` was given."""
+        return Rows(self.get("notes", {}).get(name, ()))
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess."""
+        data = self["data"]
+        known = {"cifar100": 100, "imagenet": 1000}
+        return 1 / data.get("classes", known.get(data.get("name"), 10))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value, NaN for none).
+
+    Example:
+      >>> mean_std([1.0, 3.0])
+      (2.0, 1.4142135623730951)
+    """
+    if not values:
+        return float("nan"), float("nan")
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), spread
+
+
+# ------------------------------------------------------------------------------ where they are
+
+
+def finite(value: Any) -> Any:
+    """The same with None in place of NaN and infinities, which JSON does not have.
+
+    Example:
+      >>> finite({"loss": [0.5, float("nan")]})
+      {'loss': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(path: Path, record: Mapping[str, Any]) -> Path:
+    """Writes a JSON record, whole or not at all."""
+    checkpoint.write_json(path, finite(record))
+    return path
+
+
+def read(path: Path) -> Record:
+    """Reads a record.
+
+    Raises:
+      UserError: If there is none.
+    """
+    try:
+        return Record(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise cli.UserError(f"{path} is no record: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if "vfjax" not in found:
+        import vfjax
+
+        found["vfjax"] = vfjax.__version__
+    return found
+
+
+def device() -> dict[str, Any]:
+    """What the numbers were computed on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "platform": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "count": jax.device_count(),
+        "cores": cores,
+        "machine": platform.machine(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The parts of a record that say where and when it was made."""
+    return {"versions": versions(), "device": device(), "date": time.strftime("%Y-%m-%d")}
+
+
+def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
+    """What records say of a `vfjax.data.Dataset`, with numbers of images that are not None."""
+    return {
+        "name": dataset.name,
+        "source": dataset.source.split(" in ")[0],
+        "fallback": dataset.fallback,
+        "classes": dataset.classes,
+        **{f"{key}_images": count for key, count in counts.items() if count is not None},
+    }
+
+
+# ----------------------------------------------------------------------------- how they are told
+
+
+def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
+    """The data of a record as in titles, where a fall-back from what was wanted shows.
+
+    Example:
+      >>> dataset_label({"name": "digits", "fallback": True}, "mnist")
+      "MNIST NOT FOUND, SO: scikit-learn's 8x8 digits"
+    """
+    label = DATASETS.get(source["name"], source["name"])
+    return f"{DATASETS[wanted]} NOT FOUND, SO: {label}" if source["fallback"] else label
+
+
+def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
+    """Data and networks, as titles begin."""
+    config = record["config"]
+    width = "" if config["width"] == 1 else f" at {config['width']:g} of the width"
+    return f"{dataset_label(record['data'], wanted)}: {config['model']}{width}"
+
+
+def images(count: int, what: str) -> str:
+    """A number of images of some kind.
+
+    Example:
+      >>> images(1, "test"), images(2000, "test")
+      ('1 test image', '2,000 test images')
+    """
+    return f"{count:,} {what} image{'' if count == 1 else 's'}".replace("  ", " ")
+
+
+def made_on(record: Mapping[str, Any]) -> str:
+    """How long a record took, and on what."""
+    device = record["device"]
+    where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
+    return f"{record['seconds']['total']:.0f} s on {where}"
+
+
+def joined(words: Iterable[Any]) -> str:
+    """Words as in a sentence.
+
+    Example:
+      >>> joined(["a", "b", "c"])
+      'a, b and c'
+    """
+    words = list(map(str, words))
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def file_name(
+    record: Mapping[str, Any], options: type[cli.Options], stem: Sequence[str] | None = None
+) -> str:
+    """Name of record and figure, without suffix: what was asked for and is not default.
+
+    So runs that differ in what they measure do not overwrite each other's results.
+
+    Args:
+      record: The record.
+      options: The options of the experiment; their `part` says how each shows.
+      stem: What the name begins with after the experiment's; None for data and network.
+    """
+    config = record["config"]
+    if stem is None:
+        width = config.get("width", 1)
+        model = config["model"] + ("" if width == 1 else f"-w{width:g}")
+        stem = [record["data"]["name"], model]
+    parts, last = [record["experiment"], *stem], []
+    usual = cli.defaults(options, config)
+    for field in dataclasses.fields(options):
+        part, value = field.metadata["part"], config.get(field.name)
+        if callable(part):
+            text = part(record)
+        elif part is None or finite(value) == finite(usual[field.name]):
+            continue
+        else:
+            several = isinstance(value, (list, tuple))
+            text = part.format("+".join(map(str, value)) if several else value)
+        # How the networks were made comes after what was done with them.
+        (last if field.name in ("preset", "retrain") else parts).extend([text] if text else [])
+    return "-".join(parts + last)

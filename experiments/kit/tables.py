@@ -1,0 +1,181 @@
+"""Tables, printed and in Markdown; most are rows of a record, spread over lines and columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from kit import records
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What is shown; its fields are kept in records, so it is plain data.
+
+    Attributes:
+      title: What it is of.
+      header: Names of the columns.
+      lines: Cells; a cell that begins with an asterisk is marked.
+      caption: What the mark means, or how cells are to be read.
+      texts: How many of the first columns hold text: left-aligned.
+    """
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    caption: str = ""
+    texts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of `pivot`.
+
+    Attributes:
+      title: Its name.
+      where: What its rows have, beside what those of the line have.
+      key: What is shown of them.
+      show: From the values of a cell, one for each repetition, to its text.
+    """
+
+    title: str
+    where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    key: str = "accuracy"
+    show: Callable[[Sequence[float]], str] | None = None
+
+
+def pivot(
+    rows: records.Rows,
+    lines: Mapping[str, Mapping[str, Any]],
+    columns: Sequence[Column],
+    *,
+    title: str = "",
+    corner: str = "",
+    mark: Callable[[str, float], bool] | None = None,
+    caption: str = "",
+) -> Table:
+    """Spreads rows over lines and columns.
+
+    Args:
+      rows: Those of a record.
+      lines: By its name, what the rows of a line have.
+      columns: The columns.
+      title: Of the table.
+      corner: Name of the first column.
+      mark: Called with the name of a line and the mean of a cell: whether it is marked.
+      caption: What the mark means.
+
+    Returns:
+      The table. A cell without rows is empty; one whose rows have None is a dash. Rows that lack
+      what columns differ in, such as those of edge models, stand in the first of these.
+
+    Example:
+      >>> rows = records.Rows([{"k": 0, "how": "direct", "accuracy": 0.5},
+      ...                      {"k": 0, "how": "REPAIR", "accuracy": None}])
+      >>> pivot(rows, {"k = 0": {"k": 0}}, [Column(n, {"how": n}) for n in ("direct", "REPAIR")]
+      ...       ).lines
+      [['k = 0', '50.00', '-']]
+    """
+    found = []
+    for name, of_line in lines.items():
+        cells, line, seen = rows.where(**of_line), [name], set()
+        for column in columns:
+            # What is not split any further stands in the first column.
+            whole = all(row.get(key) is None for row in cells for key in column.where)
+            there = cells.where(**({} if whole else column.where))
+            there = records.Rows() if whole and column.key in seen else there
+            seen.add(column.key)
+            values = there.values(column.key)
+            empty = "-" if any(column.key in row for row in there) else ""
+            text = (column.show or percent)(values) if values else empty
+            if values and mark is not None and column.show is None:
+                text = ("*" if mark(name, records.mean_std(values)[0]) else "") + text
+            line.append(text)
+        found.append(line)
+    return Table(title, [corner, *(column.title for column in columns)], found, caption)
+
+
+# ---------------------------------------------------------------------------------------- cells
+
+
+def percent(values: Sequence[float]) -> str:
+    """Accuracies in [0, 1] as a percentage, with their spread if there are several.
+
+    Example:
+      >>> percent([0.5]), percent([0.5, 0.52])
+      ('50.00', '51.00 ± 1.41')
+    """
+    mean, spread = records.mean_std(values)
+    text = f"{100 * mean:.2f}"
+    return text if len(values) == 1 else f"{text} ± {100 * spread:.2f}"
+
+
+def number(digits: int = 3, scale: float = 1.0) -> Callable[[Sequence[float]], str]:
+    """A way to show a mean: with so many digits, divided by `scale`.
+
+    Example:
+      >>> number(scale=1e6)([1_234_567])
+      '1.23'
+    """
+    return lambda values: f"{records.mean_std(values)[0] / scale:.{digits}g}"
+
+
+# ------------------------------------------------------------------------------------ where to
+
+
+def show(table: Table) -> None:
+    """Prints a table: marks are green on a terminal that has colours, else asterisks."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    coloured = console.color_system is not None and not console.no_color
+    caption = table.caption.replace("*:", "green:") if coloured else table.caption
+    rich = RichTable(
+        title=table.title, caption=caption or None, box=box.SIMPLE_HEAD, title_style="bold"
+    )
+    for index, column in enumerate(table.header):
+        text = index < table.texts
+        # What is all text may be folded, a number may not.
+        wide = any(len(line[index]) > 30 for line in table.lines)
+        rich.add_column(column, justify="left" if text else "right", no_wrap=not wide)
+    for line in table.lines:
+        rich.add_row(
+            *(_marked(cell, ("[bold green]", "[/]")) if coloured else cell for cell in line)
+        )
+    console.print(rich, markup=True)
+
+
+def markdown(table: Table) -> str:
+    """The same in Markdown, without its title.
+
+    Example:
+      >>> print(markdown(Table("", ["row", "%"], [["a", "*1"]], "*: best")))
+      | row | % |
+      | :-- | --: |
+      | a | **1** |
+      <BLANKLINE>
+      Bold: best.
+    """
+    rule = [":--" if k < table.texts else "--:" for k in range(len(table.header))]
+    body = [[_marked(cell, ("**", "**")) for cell in line] for line in table.lines]
+    lines = ["| " + " | ".join(line) + " |" for line in (table.header, rule, *body)]
+    caption = table.caption.replace("*:", "Bold:").rstrip(".")
+    return "\n".join([*lines, *(["", f"{caption}."] if caption else [])])
+
+
+def _marked(cell: str, mark: tuple[str, str]) -> str:
+    return mark[0] + cell[1:] + mark[1] if cell.startswith("*") else cell
+
+
+def benchmark(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of a benchmark: what, seconds, ratio, target, met."""
+    lines = []
+    for row in rows:
+        numbers = ["" if row.get(k) is None else f"{row[k]:.3g}" for k in ("seconds", "ratio")]
+        met = {True: "yes", False: "NO", None: ""}[row.get("met")]
+        lines.append([row["what"], *numbers, row.get("target") or "", met])
+    return Table(title, ["measured", "seconds", "ratio", "aim", "met"], lines)
