@@ -1,4 +1,4 @@
-"""Remedies against vanishing features compared: what to do to the average of two networks.
+"""Which remedy against vanishing features does best, at every weight of the second network?
 
     python experiments/normalization.py                      # VGG16, the shipped pair
     python experiments/normalization.py --seed 1             # weight matching in another order
@@ -6,480 +6,372 @@
     python experiments/normalization.py --dataset digits     # seconds, needs no data
     python experiments/normalization.py --retrain --preset paper    # full width, on a GPU
 
-Edge models are found as by `cifar_pfm.py`: two shipped ones that differ in their random seed. The
-units of the second are matched to those of the first, by weights or by activations, and the two are
-averaged with weights 1 - alpha and alpha. Shown is the accuracy on test images of the average as it
-is, with REPAIR, with RESCALE, without the biases of its last k layers, and with bias calibration.
-Barriers, by the paper's definition and by that of its code, are relative to the edge models; where
-biases are removed the ends of the curve are no edge models, for they lose theirs, too.
+The units of the second network are matched to those of the first, by weights or by activations, and
+the two are averaged with weights 1 - alpha and alpha: as it is, with REPAIR, with RESCALE, without
+the biases of the last k layers, and with bias calibration. k is chosen for each matching at alpha
+0.5 on held-out training images, the smallest of equals (the paper's code chooses on test images).
 
-The last panel shows the midpoint without the biases of the first k layers (forward), or of the last
-k (backward, counting the classifier), k = 0 to L, and nothing else done. k = 0 removes nothing.
-
-k of the bias removal is chosen for each matching, at alpha 0.5, by the accuracy on held-out images,
-the smallest of equals, and then kept for all alphas. These are training images that come after
-those that statistics are measured on. The edge models have seen them in training: what is held out
-is the test split and the statistics images. The record has the accuracies of all k. The paper's
-code chooses k on the test images.
-
-What the paper found (VGG16 on CIFAR-10): at the midpoint, with weight matching, REPAIR is the worst
-of the four and the other three are about equal (taken here as: within 5 points); all help. With
-activation matching (its table 1, per cent: none 46.5, REPAIR 39.1, RESCALE 84.7, bias calibration
-82.9) REPAIR is below none, RESCALE is the best, and bias calibration is next to it (taken as:
-within 5 points). Its networks were trained with a weight decay of 1e-4, those here with 5e-4; it,
-too, finds REPAIR reliable at large weight decay, and with residual connections and on ImageNet it
-finds it best. Forward removal hurts (taken as: with 1 to 5 biases removed, accuracy is on average
-more than a point below that with none removed), while it is enough to remove the last 5 or 6 biases
-(taken as: k is 5 or 6, and 5 have 95% of the best accuracy of all k).
-
-What came out here (CIFAR-10: vgg16 at 0.25 of the width, 2,000 test images, 283 s on 2 CPU cores):
-Edge models of 85.0 and 84.2; midpoints with weight matching none 16.1, REPAIR 63.6, RESCALE 58.5,
-bias removal 52.2 and bias cal. 45.6; with activation matching none 13.7, REPAIR 74.0, RESCALE 72.2,
-bias removal 65.8 and bias cal. 41.9. As in the paper: with weight matching REPAIR gives 63.6, none
-16.1; with weight matching RESCALE gives 58.5, none 16.1; with weight matching bias removal gives
-52.2, none 16.1; with weight matching bias cal. gives 45.6, none 16.1; with activation matching, 1
-to 5 of the first biases removed give 11.1 on average, none removed 13.7; with activation matching
-held-out images choose k = 5; with activation matching, 5 of the last biases removed give 65.8, 100%
-of the 65.8 that the best k, 5, gives. Unlike the paper: with weight matching REPAIR is the best of
-four at the midpoint; with weight matching RESCALE, bias removal and bias cal. are up to 12.9 points
-apart; with activation matching REPAIR 74.0 stands against none 13.7; with activation matching
-REPAIR is the best; with activation matching bias cal. 41.9 stands against RESCALE 72.2; with weight
-matching, 1 to 5 of the first biases removed give 15.1 on average, none removed 16.1; with weight
-matching held-out images choose k = 7; with weight matching, 5 of the last biases removed give 41.9,
-80% of the 52.2 that the best k, 7, gives.
+The paper ("Vanishing Feature", VGG16 on CIFAR-10): with weight matching REPAIR is the worst of the
+four at the midpoint and the other three are about equal; with activation matching (table 1: none
+46.5, REPAIR 39.1, RESCALE 84.7, bias calibration 82.9) RESCALE is best, REPAIR below none. Removing
+biases of the first layers hurts; removing the last 5 or 6 is enough. Its networks were trained with
+a weight decay of 1e-4, those here with 5e-4; it, too, finds REPAIR reliable at large weight decay.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import _common
-import _edges
-import cifar_pfm
 import jax
 import numpy as np
-from tqdm import tqdm
+from kit import claims, cli, edges, figures, records, tables
+from kit.claims import Above, Claim, Decision, Leads, Level, Quantity, accuracy
+from kit.experiment import Experiment, Run
+from kit.figures import label
 
-import vfjax
-from vfjax import align, data, diagnose, merge, plot, renorm, stats, train
-
-PyTree = Any
+from vfjax import align, diagnose, merge, renorm, stats, train
 
 ALPHAS = 11
-# By preset: test images, statistics images, held-out images, runs of weight matching.
-DEFAULTS = {
-    "cpu": {"samples": 2_000, "statistics": 5_000, "held_out": 2_000, "runs": 1},
-    "paper": {"samples": 10_000, "statistics": 48_000, "held_out": 2_000, "runs": 5},
-}
-# Of a training split with too few images for both, at most this share is held out.
-SHARE = 0.2
 REMEDIES = ("repair", "rescale", "bias_removal", "bias_calibration")
-LABELS = cifar_pfm.LABELS | {"none": "none", "bias_removal": "bias removal"}
 MATCHES = {"weight": "weight matching", "activation": "activation matching"}
 SIDES = {"first": "forward", "last": "backward"}
 # What claims are decided by: the paper's k, "about equal", "enough" and "hurts".
 LAST, EQUAL, ENOUGH, MARGIN = (5, 6), 0.05, 0.95, 0.01
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    p = argparse.ArgumentParser(
-        prog="normalization.py", description=__doc__, formatter_class=_common.Help
-    )
-    _edges.edge_options(p, examples="vgg16, vgg16-ln, resnet20, digits-mlp")
-
-    def count(name: str, what: str, text: str) -> None:
-        of = {preset: f"{defaults[name]:,}" for preset, defaults in DEFAULTS.items()}
-        text += f" (default: {of['cpu']}; with --preset paper {of['paper']})"
-        option = f"--{name.replace('_', '-')}"
-        p.add_argument(option, type=_common.count_of(what), metavar="N", help=text)
-
-    count("samples", "images", "test images, the first N")
-    count(
-        "statistics",
-        "images",
-        "training images, the first N, not augmented, for activation matching and renormalisation",
-    )
-    count(
-        "held_out",
-        "images",
-        "training images, those after the statistics images, that choose how many biases are "
-        "removed; at most a fifth of a split that is too small for both",
-    )
-    p.add_argument(
-        "--seed",
-        type=_common.seed_of,
-        default=0,
-        metavar="S",
-        help="seed of the random order in which weight matching visits layers",
-    )
-    count("runs", "runs", "runs of weight matching, with seeds from S on")
-    _common.folder_options(p)
-    return p
-
-
-# ------------------------------------------------------------------------------------- one matching
+def _count(help: str, part: str, what: str, cpu: int, paper: int) -> Any:
+    presets = {"cpu": cpu, "paper": paper}
+    kind = cli.count_of(what)
+    return cli.option(None, help, presets=presets, type=kind, metavar="N", part=part)
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
-    """Batches: to measure statistics on, to choose k on, to test on."""
+class Config(edges.EdgeOptions):
+    """The options."""
 
-    statistics: data.Batches
-    held_out: data.Batches
-    test: data.Batches
-
-
-def images_of(args: argparse.Namespace, dataset: data.Dataset) -> Images:
-    """The images; none is in two of the three."""
-    images, labels = dataset.train_images, dataset.train_labels
-    kept = args.held_out
-    if len(images) < args.statistics + kept:
-        kept = min(kept, int(SHARE * len(images)))
-
-    def training(part: slice) -> data.Batches:
-        return data.Batches(images[part], labels[part], dataset.mean, dataset.std, _edges.BATCH)
-
-    return Images(
-        training(slice(min(args.statistics, len(images) - kept))),
-        training(slice(len(images) - kept, None)),
-        dataset.batches("test", batch_size=_edges.BATCH, samples=args.samples),
+    samples: int = _count("test images, the first N", "samples{}", "images", 2_000, 10_000)
+    statistics: int = _count(
+        "training images, the first N, not augmented, for activation matching and renormalisation",
+        *("statistics{}", "images", 5_000, 48_000),
+    )
+    held_out: int = _count(
+        "training images, those after the statistics images, that choose how many biases are "
+        "removed; at most a fifth of a split that is too small for both",
+        *("heldout{}", "images", 2_000, 2_000),
+    )
+    runs: int = _count("runs of weight matching, with seeds from S on", "runs{}", "runs", 1, 5)
+    seed: int = cli.option(
+        0,
+        "seed of the random order in which weight matching visits layers",
+        type=cli.seed_of,
+        metavar="S",
+        part="seed{}",
     )
 
 
-def removals(
-    net: vfjax.Network, midpoint: merge.Merged, images: data.Batches, side: str
-) -> list[float]:
-    """Accuracy without the biases of the first or the last k layers, k = 0 to L."""
-    counts = tqdm(range(net.depth + 1), f"removing {side} biases", delay=2, leave=False)
-    return [
-        train.evaluate(
-            _edges.forward, renorm.remove_bias(net, midpoint, **{side: k}), images
-        ).accuracy
-        for k in counts
-    ]
+def seeds_of(config: Config) -> list[int]:
+    """The seeds of weight matching."""
+    return list(range(config.seed, config.seed + config.runs))
 
 
-def removal_of(
-    net: vfjax.Network, trees: Sequence[PyTree], images: Images
-) -> dict[str, Any] | None:
-    """Accuracies of the midpoint without biases, and k; None for networks with BatchNorm.
-
-    Most of these have no biases but those of their norms, which stay.
-    """
-    if net.norms:
-        return None
-    midpoint = merge.as_merged(net, merge.interpolate(trees))
-    held_out = removals(net, midpoint, images.held_out, "last")
-    # The first of equals: as few as possible.
-    found = {"held_out": held_out, "k": int(np.argmax(held_out))}
-    return found | {side: removals(net, midpoint, images.test, side) for side in SIDES}
+# ------------------------------------------------------------------------------------- measuring
 
 
-def curves_of(
-    net: vfjax.Network,
-    trees: Sequence[PyTree],
-    references: stats.Moments,
-    images: Images,
-    removed: int | None,
-) -> dict[str, diagnose.Interpolation]:
-    """Accuracy and loss against alpha, by what was done."""
-    remedies: dict[str, Any] = {"reset": "reset"}
-    if removed is not None:
-        remedies = {name: name for name in REMEDIES} | {"bias_removal": ("remove_bias", removed)}
-    return {
-        name: diagnose.interpolation(
-            net,
-            trees,
-            images.test,
-            alphas=ALPHAS,
-            renormalise=remedy,
-            data=images.statistics,
-            references=references,
-        )
-        for name, remedy in ({"none": None} | remedies).items()
-    }
+def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
+    """Accuracy at each k without biases, then against alpha with each remedy."""
+    net, trees, images = run.setup.net, run.setup.trees, run.setup.images
 
-
-def measured(found: diagnose.Interpolation) -> dict[str, Any]:
-    """What the record holds of a curve."""
-    return _common.measured(found) | {"reference_barrier": found.reference_barrier}
-
-
-# ------------------------------------------------------------------------------ record and figure
-
-
-def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Measures everything; returns the record."""
-    for name, default in DEFAULTS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    watch = _common.Stopwatch()
-    read = args.statistics + args.held_out
-    models = _edges.found(args, watch, train=read, test=args.samples)
-    net, trees, images = models.net, models.trees, images_of(args, models.dataset)
-    # One pass serves activation matching and, carried along, the references of all matchings.
-    with watch("statistics of edge models"):
-        moments = stats.moments(
-            net,
-            trees,
-            _common.Watched(images.statistics, "statistics of edge models"),
-            sites="taps" if net.norms else "paper",
-            covariance="cross",
-        )
-    seeds = list(range(args.seed, args.seed + args.runs))
-    runs: dict[str, list[dict[str, Any]]] = {match: [] for match in MATCHES}
-    for match, seed in (*(("weight", seed) for seed in seeds), ("activation", None)):
-        with watch(f"{match} matching"):
-            found = (
-                align.match_moments(net, moments)
-                if seed is None
-                else align.match_weights(net, *trees, key=jax.random.key(seed))
+    @functools.cache
+    def moments() -> stats.Moments:
+        # One pass serves activation matching and, carried along, the references of all matchings.
+        with run.watch("statistics of edge models"):
+            return stats.moments(
+                net,
+                trees,
+                run.watched(images.statistics, "statistics of edge models"),
+                sites="taps" if net.norms else "paper",
+                covariance="cross",
             )
+
+    @functools.lru_cache(maxsize=1)
+    def matched(match: str, seed: int | None) -> tuple[Sequence[Any], stats.Moments]:
+        known = moments()
+        with run.watch(f"{match} matching"):
+            if seed is None:
+                found = align.match_moments(net, known)
+            else:
+                found = align.match_weights(net, *trees, key=jax.random.key(seed))
             aligned = [trees[0], net.spec.permute(trees[1], found.permutations)]
-            references = moments.carried([None, dict(found.permutations)])
-        with watch(f"{match} matching, biases removed"):
-            removal = removal_of(net, aligned, images)
-        with watch(f"{match} matching, interpolation"):
-            removed = None if removal is None else removal["k"]
-            curves = curves_of(net, aligned, references, images, removed)
-        runs[match].append(
-            {
-                "seed": seed,
-                "matching": {
-                    "objective": [float(value) for value in found.objective],
-                    "converged": found.converged,
-                    "moved": found.moved,
-                },
-                "removal": removal,
-                "curves": {name: measured(curve) for name, curve in curves.items()},
-            }
+        run.note(
+            "matching",
+            match=match,
+            seed=seed,
+            objective=[float(value) for value in found.objective],
+            converged=found.converged,
+            moved=found.moved,
         )
-    record: dict[str, Any] = {
-        "experiment": "normalization",
-        "command": command,
-        "config": vars(args) | {"model": models.arch.name, "width": models.arch.width},
-        **models.record(images.statistics, images.test),
-        "seeds": {"edge_models": models.seeds, "weight_matching": seeds},
-        "alphas": curves["none"].alphas.tolist(),
-        "edge_accuracy": curves["none"].edge_accuracy.tolist(),
-        "runs": runs,
-    }
-    record["data"]["held_out_images"] = len(images.held_out.images)
-    record["title"] = title_of(record)
-    record["seconds"] = watch.record()
-    return record | _common.environment()
+        return aligned, known.carried([None, dict(found.permutations)])
+
+    # Most networks with BatchNorm have no biases but those of their norms, which stay.
+    removals = () if net.norms else (("held_out", "last"), ("test", "last"), ("test", "first"))
+    remedies = ("none", "reset") if net.norms else ("none", *REMEDIES)
+    keys = ("match", "seed", "remedy", "images", "side")
+    plan = [
+        dict(zip(keys, (match, seed, *cell), strict=True))
+        for match, seed in (*(("weight", s) for s in seeds_of(config)), ("activation", None))
+        for cell in (
+            *(("bias_removal", of, side) for of, side in removals),
+            *((remedy, "test", None) for remedy in remedies),
+        )
+    ]
+    for cell in run.cells(plan):
+        match, seed, remedy = (cell[key] for key in keys[:3])
+        aligned, references = matched(match, seed)
+        if cell["side"] is not None:
+            midpoint = merge.as_merged(net, merge.interpolate(aligned))
+            with run.watch(f"{match} matching, biases removed"):
+                for k in range(net.depth + 1):
+                    without = renorm.remove_bias(net, midpoint, **{cell["side"]: k})
+                    batches = getattr(images, cell["images"])
+                    found = train.evaluate(edges.forward, without, batches)
+                    yield cell | {"k": k, "accuracy": found.accuracy}
+            continue
+        k = chosen(run.rows, match, seed) if remedy == "bias_removal" else None
+        plain = {"none": None, "bias_removal": ("remove_bias", k)}
+        with run.watch(f"{match} matching, interpolation"):
+            curve = diagnose.interpolation(
+                net,
+                aligned,
+                images.test,
+                alphas=ALPHAS,
+                renormalise=plain.get(remedy, remedy),
+                data=images.statistics,
+                references=references,
+            )
+        cell |= {"removed": k}
+        for alpha, value, loss in zip(curve.alphas, curve.accuracy, curve.loss, strict=True):
+            yield cell | {"alpha": float(alpha), "accuracy": float(value), "loss": float(loss)}
+        yield cell | {
+            "lowest": float(curve.accuracy.min()),
+            "barrier": curve.barrier,
+            "reference_barrier": curve.reference_barrier,
+            "loss_barrier": curve.loss_barrier,
+        }
+        if remedy == "none":
+            for name, value in zip(("model 1", "model 2"), curve.edge_accuracy, strict=True):
+                yield {"network": name, "match": match, "seed": seed, "accuracy": float(value)}
 
 
-def title_of(record: dict[str, Any]) -> str:
-    """Data, models, images."""
-    parts = [_edges.networks(record), f"{record['data']['test_images']:,} test images"]
-    runs = len(record["runs"]["weight"])
-    parts += [f"mean of {runs} runs of weight matching"] if runs > 1 else []
-    return ", ".join(parts)
+def chosen(rows: records.Rows, match: str, seed: int | None) -> int:
+    """The k that is best on held-out images: the smallest of equals."""
+    held_out = rows.where(match=match, seed=seed, images="held_out")
+    return max(held_out, key=lambda row: (row["accuracy"], -row["k"]))["k"]
 
 
-def over_runs(record: dict[str, Any], match: str, *keys: str) -> np.ndarray:
-    """The numbers at some keys of each run, `[runs, ...]`."""
-    return np.array([functools.reduce(lambda d, k: d[k], keys, r) for r in record["runs"][match]])
+# ------------------------------------------------------------------------------- what came of it
 
 
-def middles(record: dict[str, Any], match: str) -> dict[str, float]:
-    """Accuracy at the midpoint, the mean over runs, by what was done."""
-    place = record["alphas"].index(0.5)
-    return {
-        name: float(over_runs(record, match, "curves", name, "accuracy")[:, place].mean())
-        for name in record["runs"][match][0]["curves"]
-    }
+def middle(match: str, remedy: str) -> Quantity:
+    """Accuracy at the midpoint."""
+    return accuracy(label(remedy), match=match, remedy=remedy, alpha=0.5)
 
 
-def chosen(record: dict[str, Any], match: str) -> list[int]:
+def removed(record: records.Record, match: str) -> list[int]:
     """The k that held-out images chose, by run, without repetition."""
-    return sorted(set(over_runs(record, match, "removal", "k").tolist()))
+    seeds = dict.fromkeys(row["seed"] for row in record.rows.where(match=match))
+    return sorted({chosen(record.rows, match, seed) for seed in seeds})
 
 
-def label_of(record: dict[str, Any], match: str, name: str) -> str:
-    """What was done, as in legends and tables."""
-    if name != "bias_removal":
-        return LABELS[name]
-    return f"{LABELS[name]} (k = {', '.join(map(str, chosen(record, match)))})"
+def remedies_of(record: records.Record) -> list[str]:
+    """What was done, as it is first."""
+    return record.rows.where(match="weight", side=None).distinct("remedy")
 
 
-def curve_of(values: np.ndarray, x: Sequence[float], **style: Any) -> plot.Curve:
-    """Mean of some runs' accuracies, in per cent, with their spread if there are several."""
-    error = 100 * values.std(0, ddof=1) if len(values) > 1 else None
-    return plot.Curve(x, 100 * values.mean(0), error=error, **style)
+def title_of(record: records.Record) -> str:
+    """Data, models, images."""
+    runs, images = record["config"]["runs"], record["data"]["test_images"]
+    parts = [records.networks(record), f"{images:,} test images"]
+    return ", ".join(parts + ([f"mean of {runs} runs of weight matching"] if runs > 1 else []))
 
 
-def figure_of(record: dict[str, Any]) -> Any:
+def finding_of(record: records.Record) -> str:
+    """What leads at the midpoint, by matching."""
+    parts = []
+    for match, text in MATCHES.items():
+        found = {remedy: middle(match, remedy).of(record) for remedy in remedies_of(record)}
+        best = max(found, key=lambda remedy: found[remedy])
+        values = f"{100 * found[best]:.0f}% at the midpoint, {100 * found['none']:.0f}% as it is"
+        parts.append(f"with {text} {label(best)} does best: {values}")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
+
+
+def tables_of(record: records.Record) -> list[tables.Table]:
+    """Midpoints, lowest points, and barriers by both definitions."""
+    lines = {}
+    for match in MATCHES:
+        for remedy in remedies_of(record):
+            text = f"{match}: {label(remedy)}"
+            if remedy == "bias_removal":
+                text += f" (k = {', '.join(map(str, removed(record, match)))})"
+            lines[text] = {"match": match, "remedy": remedy, "side": None}
+    columns = [
+        tables.Column("midpoint, %", {"alpha": 0.5}),
+        tables.Column("lowest, %", key="lowest"),
+        tables.Column("barrier, points", key="barrier"),
+        tables.Column("in the paper's code", key="reference_barrier"),
+        tables.Column("barrier of loss, nats", key="loss_barrier", show=tables.number()),
+    ]
+    edge = [100 * record.rows.mean(network=name, match="weight") for name in ("model 1", "model 2")]
+    caption = f"Edge models: {edge[0]:.2f} and {edge[1]:.2f}. Barriers are relative to them"
+    title = record["title"]
+    return [tables.pivot(record.rows, lines, columns, title=title, corner="matching: done",
+                         caption=caption)]  # fmt: skip
+
+
+def figure_of(record: records.Record) -> Any:
     """Accuracy against alpha for both matchings, and against the number of biases removed."""
     y, limits, row = "test accuracy (%)", (0, 102), []
-    for match, title in MATCHES.items():
-        curves = {
-            label_of(record, match, name): curve_of(
-                over_runs(record, match, "curves", name, "accuracy"),
-                record["alphas"],
-                colour=colour,
-                dashed=name == "none",
-            )
-            for colour, name in enumerate(record["runs"][match][0]["curves"])
-        }
-        x = "alpha, weight of the second network"
-        row.append(plot.Panel(title, x, y, curves, y_limits=limits))
-    if record["runs"]["weight"][0]["removal"]:
-        depth = record["model"]["depth"]
-        curves = {
-            f"{label}, {match}": curve_of(
-                over_runs(record, match, "removal", side),
-                range(depth + 1),
-                colour=colour,
-                dashed=side == "first",
-            )
-            for colour, match in enumerate(MATCHES)
-            for side, label in SIDES.items()
-        }
-        x, title = f"layers without bias k (of L = {depth})", "biases removed at the midpoint"
-        row.append(plot.Panel(title, x, y, curves, y_limits=limits))
-    return plot.panels(row, title=record["title"])
-
-
-def claims_of(record: dict[str, Any]) -> list[tuple[bool | None, str]]:
-    """Each claim of the paper: whether it holds here, and what was measured."""
-    claims: list[tuple[bool | None, str]] = []
-    remedies = [name for name in record["runs"]["weight"][0]["curves"] if name != "none"]
-    if "repair" in remedies:
-        found = middles(record, "weight")
-        others = [found[name] for name in REMEDIES if name != "repair"]
-        names = _common.joined([LABELS[name] for name in REMEDIES if name != "repair"])
-        better = sum(value > found["repair"] for value in others)
-        place = ("best", "second", "third", "worst")[better]
-        spread = max(others) - min(others)
-        claims += [
-            (
-                better == len(others),
-                f"with weight matching REPAIR is the {place} of four at the midpoint",
-            ),
-            (
-                spread <= EQUAL,
-                f"with weight matching {names} are up to {100 * spread:.1f} points apart",
-            ),
+    for match, text in MATCHES.items():
+        rows = record.rows.where(match=match, side=None)
+        lines = [
+            figures.line(rows, "alpha", method=remedy, dashed=remedy == "none", remedy=remedy)
+            for remedy in remedies_of(record)
         ]
-        for name in REMEDIES:
-            text = f"with weight matching {LABELS[name]} gives {100 * found[name]:.1f}, none "
-            claims.append((found[name] > found["none"], f"{text}{100 * found['none']:.1f}"))
-        claims += table_claims(middles(record, "activation"))
-    else:
-        for match, label in MATCHES.items():
-            found = {name: 100 * value for name, value in middles(record, match).items()}
-            text = f"with {label} RESET gives {found['reset']:.1f}, none {found['none']:.1f}"
-            claims.append((None, text))
-    if "bias_removal" in remedies:
-        claims += [claim for match in MATCHES for claim in removal_claims(record, match)]
-    return claims
+        x = "alpha, weight of the second network"
+        row.append(figures.Panel(text, x, y, lines, y_limits=limits))
+    if record.rows.where(side="last"):
+        rows = record.rows.where(images="test")
+        lines = [
+            figures.line(rows, "k", name=f"{text} removal, {match}", method=match, match=match,
+                         dashed=side == "first", side=side)
+            for match in MATCHES for side, text in SIDES.items()
+        ]  # fmt: skip
+        x = f"layers without bias k (of L = {record['model']['depth']})"
+        title = "biases removed at the midpoint"
+        row.append(figures.Panel(title, x, y, lines, y_limits=limits))
+    bars = f"standard deviation over {record['config']['runs']} runs of weight matching"
+    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
 
 
-def table_claims(found: Mapping[str, float]) -> list[tuple[bool, str]]:
-    """Those of the paper's table 1, with activation matching."""
-    value = {name: f"{LABELS[name]} {100 * accuracy:.1f}" for name, accuracy in found.items()}
-    best = max(REMEDIES, key=lambda name: found[name])
-    return [
-        (
-            found["repair"] < found["none"],
-            f"with activation matching {value['repair']} stands against {value['none']}",
-        ),
-        (best == "rescale", f"with activation matching {LABELS[best]} is the best"),
-        (
-            abs(found["rescale"] - found["bias_calibration"]) <= EQUAL,
-            f"with activation matching {value['bias_calibration']} stands against "
-            f"{value['rescale']}",
-        ),
-    ]
+# ---------------------------------------------------------------------------------------- claims
 
 
-def removal_claims(record: dict[str, Any], match: str) -> list[tuple[bool, str]]:
-    """That forward removal hurts, and that few of the last biases are enough."""
-    forward, backward = (over_runs(record, match, "removal", side).mean(0) for side in SIDES)
-    few = min(LAST[0], record["model"]["depth"] - 1)
-    early, share = forward[1 : few + 1].mean(), backward[few] / backward.max()
-    ks = chosen(record, match)
-    return [
-        (
-            bool(early < forward[0] - MARGIN),
-            f"with {MATCHES[match]}, 1 to {few} of the first biases removed give "
-            f"{100 * early:.1f} on average, none removed {100 * forward[0]:.1f}",
-        ),
-        (
-            set(ks) <= set(LAST),
-            f"with {MATCHES[match]} held-out images choose k = {' or '.join(map(str, ks))}",
-        ),
-        (
-            bool(share >= ENOUGH),
-            f"with {MATCHES[match]}, {few} of the last biases removed give "
-            f"{100 * backward[few]:.1f}, {100 * share:.0f}% of the {100 * backward.max():.1f} that "
-            f"the best k, {int(backward.argmax())}, gives",
-        ),
-    ]
+def few(record: records.Record) -> int:
+    """The paper's k, or as many layers as there are but the first."""
+    return min(LAST[0], record["model"]["depth"] - 1)
 
 
-def outcome(record: dict[str, Any]) -> tuple[str, _common.Claims]:
-    """The accuracies in a sentence, and the paper's claims."""
-    parts = []
-    for match, label in MATCHES.items():
-        found = middles(record, match)
-        rows = [f"{LABELS[name]} {100 * value:.1f}" for name, value in found.items()]
-        parts.append(f"with {label} {_common.joined(rows)}")
-    edges = _common.joined([f"{100 * value:.1f}" for value in record["edge_accuracy"]])
-    return f"Edge models of {edges}; midpoints {'; '.join(parts)}.", claims_of(record)
+def removal(record: records.Record, match: str, side: str) -> np.ndarray:
+    """Accuracy by k, the mean over runs."""
+    return np.array(record.rows.curve("k", match=match, images="test", side=side)[1])
 
 
-def table_of(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: midpoints, lowest points, and barriers by both definitions."""
-    header = ["matching: done", "midpoint, %", "lowest, %", "barrier, points"]
-    header += ["in the paper's code", "barrier of loss, nats"]
-    place, rows = record["alphas"].index(0.5), []
-    for match, runs in record["runs"].items():
-        for name in runs[0]["curves"]:
-            accuracy, paper, code, loss = (
-                over_runs(record, match, "curves", name, key)
-                for key in ("accuracy", "barrier", "reference_barrier", "loss_barrier")
-            )
-            columns = accuracy[:, place], accuracy.min(1), paper, code
-            cells = [_common.percent(column.tolist()) for column in columns]
-            cells.append(f"{loss.mean():.3g}")
-            rows.append([f"{match}: {label_of(record, match, name)}", *cells])
-    return header, rows
+def early(match: str) -> Quantity:
+    """The mean with 1 to `few` of the first biases removed."""
+
+    def of(record: records.Record) -> float:
+        found = removal(record, match, "first")
+        return float(found[1 : few(record) + 1].mean()) if len(found) else float("nan")
+
+    return Quantity("1 to 5 of the first biases removed, on average", of)
 
 
-def file_name(record: dict[str, Any]) -> str:
-    """Name of record and figure, without suffix."""
-    config, parts = record["config"], []
-    for name, default in (DEFAULTS[config["preset"]] | {"seed": 0}).items():
-        parts += [f"{name.replace('_', '')}{config[name]}"] if config[name] != default else []
-    return _edges.file_name(record, parts)
+def chosen_by_paper(record: records.Record, match: str) -> Decision | None:
+    """Whether held-out images choose the paper's k; open where that k is as good within noise."""
+    rows = record.rows.where(match=match, images="held_out")
+    if not rows:
+        return None
+    ks, by_k = removed(record, match), dict(zip(*rows.curve("k")[:2], strict=True))
+    best, paper = max(by_k.values()), max(by_k.get(k, 0.0) for k in LAST)
+    close = best - paper <= claims.noise(best, record["data"]["held_out_images"])
+    holds = set(ks) <= set(LAST) or (None if close else False)
+    here = f"k = {' or '.join(map(str, ks))}"
+    return Decision(None if claims.near_chance(record, best) else holds, here)
 
 
-def show(record: dict[str, Any]) -> None:
-    """Prints a record."""
-    _common.print_table(record["title"], *table_of(record))
-    print(_common.told(*outcome(record)))
+def few_are_enough(record: records.Record, match: str) -> Decision | None:
+    """Whether the paper's k has most of the best accuracy of all k."""
+    found = removal(record, match, "last")
+    if not len(found):
+        return None
+    k, best = few(record), float(found.max())
+    here = f"{k} removed: {100 * found[k]:.1f}, {100 * found[k] / best:.0f}% of the "
+    here += f"{100 * best:.1f} with {int(found.argmax())} removed"
+    holds = found[k] >= ENOUGH * best or claims.compared(record, float(found[k]), ENOUGH * best)
+    return Decision(None if claims.near_chance(record, best) else holds, here)
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the experiment; returns the path of the record."""
-    return _common.run(
-        parser(),
-        argv,
-        experiment=experiment,
-        file_name=file_name,
-        figure_of=figure_of,
-        show=show,
+def helps(remedy: str) -> Claim:
+    """That a remedy does, with weight matching."""
+    return Claim(
+        f"vf.remedies.weight-{remedy.replace('_', '-')}-helps",
+        f"with weight matching {label(remedy)} helps",
+        "all four do",
+        Above(middle("weight", remedy), middle("weight", "none")),
     )
 
+
+def removal_claims(match: str) -> list[Claim]:
+    """That forward removal hurts, and that few of the last biases are enough."""
+    name, text = f"vf.remedies.{match}", f"with {MATCHES[match]}"
+    none = Quantity("none removed", lambda record: [*removal(record, match, "first"), np.nan][0])
+    return [
+        Claim(f"{name}-forward-hurts", f"{text}, removing the first biases hurts",
+              "forward removal hurts", Above(none, early(match), MARGIN)),
+        Claim(f"{name}-k", f"{text}, held-out images choose to remove 5 or 6 biases",
+              "5 or 6 (on test images)", functools.partial(chosen_by_paper, match=match),
+              by="k is 5 or 6; open where 5 or 6 are as good within two standard errors"),
+        Claim(f"{name}-enough", f"{text}, removing the last 5 biases is enough",
+              "5 or 6 are enough", functools.partial(few_are_enough, match=match),
+              by="95% of the best accuracy of all k; open up to two standard errors below"),
+    ]  # fmt: skip
+
+
+W = {remedy: middle("weight", remedy) for remedy in REMEDIES}
+A = {remedy: middle("activation", remedy) for remedy in (*REMEDIES, "none")}
+OTHERS = [W[remedy] for remedy in REMEDIES[1:]]
+CLAIMS = [
+    Claim("vf.remedies.weight-repair-worst", "with weight matching REPAIR is the worst of four",
+          "the worst at the midpoint", Leads(W["repair"], OTHERS, last=True)),
+    Claim("vf.remedies.weight-others-level", "with weight matching the other three are about equal",
+          "about equal", Level(OTHERS, EQUAL)),
+    *map(helps, REMEDIES),
+    Claim("vf.t1.repair-below-matched", "REPAIR is below activation matching alone",
+          "39.1 and 46.5 (table 1)", Above(A["none"], A["repair"])),
+    Claim("vf.t1.rescale-leads", "RESCALE is the best after activation matching",
+          "84.7; bias cal. 82.9 (table 1)",
+          Leads(A["rescale"], [A[r] for r in REMEDIES if r != "rescale"])),
+    Claim("vf.t1.bias-next-to-rescale", "bias calibration is next to RESCALE",
+          "82.9 and 84.7 (table 1)", Level((A["bias_calibration"], A["rescale"]), EQUAL)),
+    *removal_claims("weight"),
+    *removal_claims("activation"),
+    *(Claim(f"vf.new.{match}-reset", f"with {text} RESET brings accuracy back at the midpoint", "",
+            Above(middle(match, "reset"), middle(match, "none")))
+      for match, text in MATCHES.items()),
+]  # fmt: skip
+
+EXPERIMENT = Experiment(
+    name="normalization",
+    doc=__doc__,
+    options=Config,
+    prepare=edges.loaded(
+        statistics="statistics",
+        held_out="held_out",
+        test="samples",
+        seeds=lambda config: {"weight_matching": seeds_of(config)},
+    ),
+    measure=measure,
+    title=title_of,
+    finding=finding_of,
+    figure=figure_of,
+    tables=tables_of,
+    claims=CLAIMS,
+)
+main = EXPERIMENT.main
 
 if __name__ == "__main__":
     main()

@@ -318,6 +318,7 @@ def loaded(
     cifar: str = "vgg16",
     checked: Callable[[Any], Any] | None = None,
     settled: Callable[[Any, vfjax.Network, str], Any] | None = None,
+    seeds: Callable[[Any], Mapping[str, Any]] = lambda config: {},
 ) -> Callable[[Any, timing.Stopwatch], Setup]:
     """The `prepare` of experiments on edge models.
 
@@ -334,6 +335,7 @@ def loaded(
       settled: From options, traced network and its name to options with what depends on these,
         such as default layers; raises what the options have against it. Called before anything is
         trained.
+      seeds: From options to the seeds that the record holds beside those of the models.
 
     Returns:
       From options and clock to a `Setup` whose value is `Edges`.
@@ -366,7 +368,9 @@ def loaded(
             cards = [checkpoint.card(folder) for folder in folders]
             trees = [checkpoint.load(folder) for folder in folders]
         found = Edges(arch, dataset, net, folders, cards, trees, images_of(dataset, *parts))
-        return Setup(config, found, found.record(), tuple(digest(tree) for tree in trees))
+        record = found.record()
+        record["seeds"] |= seeds(config)
+        return Setup(config, found, record, tuple(digest(tree) for tree in trees))
 
     return prepare
 

@@ -140,9 +140,10 @@ class Run:
         return len(self._done)
 
     @property
-    def rows(self) -> list[records.Row]:
-        """All rows, in the order of the plans."""
-        return [row for name in dict.fromkeys(self._order) for row in self._done.get(name, ())]
+    def rows(self) -> records.Rows:
+        """The rows of all finished cells, in the order of the plans."""
+        names = dict.fromkeys(self._order)
+        return records.Rows(row for name in names for row in self._done.get(name, ()))
 
     def cell_done(self) -> None:
         """Called after each cell."""

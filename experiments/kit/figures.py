@@ -173,27 +173,23 @@ def draw(
     columns = min(len(panels), columns or len(panels))
     rows = -(-len(panels) // columns)
     width = max(6.0 * columns, 9.0)
-    shown: dict[str, Any] = {}
-    for panel in panels:
-        for one in panel.lines:
-            shown.setdefault(one.name, None)
-    # Into as many columns as there is room for, and as few lines.
-    fits = max(1, int(width / (1.1 + 0.105 * max(map(len, shown)))))
-    legend_rows = -(-len(shown) // min(fits, len(shown)))
-    wrapped = textwrap.fill(finding, int(9.0 * width))
-    below = textwrap.fill(subtitle, int(10.5 * width))
-    head = 0.33 * (1 + wrapped.count("\n")) + 0.27 * (1 + below.count("\n")) + 0.1
-    foot = 0.3 * legend_rows + 0.35 * bool(bars) + 0.1
-    height = 4.6 * rows + head + foot
+    every = [one for panel in panels for one in panel.lines]
+    shown: dict[str, Any] = dict.fromkeys(one.name for one in every)
+    bars = f"Bars: {bars}." if bars and any(one.error is not None for one in every) else ""
+    # Inches: the legend has as many columns as there is room for.
+    across = max(1, int(width / (0.85 + 0.1 * max(map(len, shown)))))
+    across = -(-len(shown) // -(-len(shown) // across))
+    title, about = textwrap.fill(finding, int(6.9 * width)), textwrap.fill(subtitle, int(9 * width))
+    title_height = 0.1 + 0.31 * (1 + title.count("\n"))
+    head = title_height + 0.25 * (1 + about.count("\n")) + 0.15
+    foot = 0.27 * -(-len(shown) // across) + 0.15
+    height = 4.6 * rows + head + foot + 0.3 * bool(bars)
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(
-        rect=(0, foot / height, 1, 1 - (head + foot) / height), w_pad=0.12, h_pad=0.1
-    )
-    any_bars = False
+    low = (foot + 0.3 * bool(bars)) / height
+    figure.get_layout_engine().set(rect=(0, low, 1, 1 - low - head / height), w_pad=0.1, h_pad=0.08)
     for place, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, place)
         for one in panel.lines:
-            any_bars |= one.error is not None
             shown[one.name] = _draw_line(axes, one)
         for which in [*("y" * panel.log), *("x" * panel.log_x)]:
             _log_scale(axes, which)
@@ -211,25 +207,22 @@ def draw(
         axes.set_title(panel.title, fontsize=_FONT)
         axes.tick_params(labelsize=_FONT - 1)
         axes.grid(alpha=0.3)
-    style = {"ha": "left", "va": "top"}
-    figure.text(
-        0.12 / width, 1 - 0.08 / height, wrapped, fontsize=_FONT + 3, weight="bold", **style
-    )
-    top = 0.33 * (1 + wrapped.count("\n")) + 0.1
-    figure.text(0.12 / width, 1 - top / height, below, fontsize=_FONT - 1, color="#444444", **style)
+    style = {"x": 0.12 / width, "ha": "left", "va": "top"}
+    figure.text(y=1 - 0.08 / height, s=title, fontsize=_FONT + 3, weight="bold", **style)
+    figure.text(y=1 - title_height / height, s=about, fontsize=_FONT - 1, color="#444444", **style)
+    if bars:
+        figure.text(0.5, 0.06 / height, bars, ha="center", va="bottom", fontsize=_FONT - 2)
     figure.legend(
         list(shown.values()),
         list(shown),
         loc="lower center",
-        bbox_to_anchor=(0.5, (0.35 * (bool(bars) and any_bars)) / height),
-        ncols=min(fits, len(shown)),
+        bbox_to_anchor=(0.5, 0.3 * bool(bars) / height),
+        ncols=across,
         fontsize=_FONT - 1,
         frameon=False,
         borderaxespad=0.2,
+        columnspacing=1.2,
     )
-    if bars and any_bars:
-        note = f"Bars: {bars}."
-        figure.text(0.5, 0.08 / height, note, ha="center", va="bottom", fontsize=_FONT - 2)
     return figure
 
 
