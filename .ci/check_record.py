@@ -10,7 +10,15 @@ import math
 import sys
 from pathlib import Path
 
-COLUMNS = ["direct", "matched", "repair", "rescale", "bias_calibration"]
+COLUMNS = {
+    "direct": ("none", "none"),
+    "matched": ("activation", "none"),
+    "repair": ("activation", "repair"),
+    "rescale": ("activation", "rescale"),
+    "bias_calibration": ("activation", "bias_calibration"),
+}
+EDGES = ["model 1", "model 2", "ensemble"]
+VERDICTS = {"as in the paper", "unlike", "undecided here", "not in the paper"}
 
 
 def check(folder: Path) -> str:
@@ -22,41 +30,52 @@ def check(folder: Path) -> str:
         if not condition:
             raise ValueError(f"{path.name}: {what}")
 
-    figure = path.with_suffix(".png")
+    figure, page = path.with_suffix(".png"), folder / "cifar_pfm.md"
     demand(figure.exists() and figure.read_bytes()[:4] == b"\x89PNG", "there is no figure")
-    for key in ("config", "seeds", "device", "versions", "seconds", "data", "title", "command"):
+    demand(page.exists() and f"## {path.stem}" in page.read_text(), "there is no page")
+    demand(not list(folder.glob("*.partial")), "there is still a partial record")
+    keys = ("config", "seeds", "device", "versions", "seconds", "data", "title", "command")
+    for key in (*keys, "rows", "question", "finding", "tables", "claims"):
         demand(bool(record.get(key)), f"{key} is missing")
-    demand(record["columns"] == COLUMNS, f"the columns are {record['columns']}")
     demand(record["data"]["name"] == "digits", "it is not of the digits")
+    for claim in record["claims"]:
+        demand(claim["verdict"] in VERDICTS, f"{claim['id']} is {claim['verdict']}")
 
-    rows = {row["name"]: row for row in record["rows"]}
-    others, merged = record["rows"][:3], record["rows"][3:]
-    demand([r["name"] for r in others] == ["model 1", "model 2", "ensemble"], "rows are missing")
-    demand(len(merged) >= 4 and merged[0]["layers"] == 0, "rows of merged models are missing")
-    for row in record["rows"]:
-        wanted = COLUMNS if row in merged else ["direct"]
-        demand(list(row["cells"]) == wanted, f"{row['name']} has cells {list(row['cells'])}")
-        for column, cell in row["cells"].items():
-            values = [cell["mean"], *cell["accuracy"], *cell["loss"]]
-            # None stands for what is not finite.
-            numbers = all(value is not None and math.isfinite(value) for value in values)
-            demand(numbers, f"{row['name']}, {column}: {values}")
-            demand(0 <= cell["mean"] <= 1, f"{row['name']}, {column}: {cell['mean']}")
-        demand(1 <= row["params_ratio"] <= 2, f"{row['name']}: params {row['params_ratio']}")
-        demand(1 <= row["flops_ratio"] <= 2, f"{row['name']}: FLOPs {row['flops_ratio']}")
+    rows = record["rows"]
+    demand([row["network"] for row in rows[:3]] == EDGES, "rows are missing")
+    merged = rows[3:]
+    layers = sorted({row["layers"] for row in merged})
+    demand(len(layers) >= 4 and layers[0] == 0, "rows of merged models are missing")
+    cells = {(row["layers"], row["match"], row["remedy"]): row for row in merged}
+    wanted = {(number, *column) for number in layers for column in COLUMNS.values()}
+    demand(set(cells) == wanted and len(merged) == len(wanted), f"the cells are {list(cells)}")
+    for row in rows:
+        name = f"{row['network']}, {row['layers']}, {row['match']}, {row['remedy']}"
+        # None stands for what is not finite.
+        for key in ("accuracy", "loss"):
+            number = row[key] is not None and math.isfinite(row[key])
+            demand(number, f"{name}: {key} {row[key]}")
+        demand(0 <= row["accuracy"] <= 1, f"{name}: {row['accuracy']}")
+        demand(1 <= row["params_ratio"] <= 2, f"{name}: params {row['params_ratio']}")
+        demand(1 <= row["flops_ratio"] <= 2, f"{name}: FLOPs {row['flops_ratio']}")
 
-    edge = record["summary"]["edge_mean"]
-    first = {column: cell["mean"] for column, cell in merged[0]["cells"].items()}
+    def accuracy(number: int, column: str) -> float:
+        return cells[number, *COLUMNS[column]]["accuracy"]
+
+    edge, last = record["summary"]["edge_mean"], layers[-1]
+    mean = (rows[0]["accuracy"] + rows[1]["accuracy"]) / 2
+    demand(math.isclose(edge, mean), f"the edge models have {mean}, not {edge}")
+    first = {column: accuracy(0, column) for column in COLUMNS}
     demand(edge > 0.95, f"the edge models have {edge}")
-    demand(rows["ensemble"]["cells"]["direct"]["mean"] > edge - 0.02, "the ensemble is poor")
+    demand(rows[2]["accuracy"] > edge - 0.02, "the ensemble is poor")
     demand(first["direct"] < 0.3, f"direct averaging at l = 0 gives {first['direct']}")
     for column in ("repair", "rescale"):
         demand(first[column] > first["matched"] + 0.2, f"{column} at l = 0 gives {first[column]}")
-        last = merged[-1]["cells"][column]["mean"]
-        demand(last >= first[column], f"{column} falls with l, from {first[column]} to {last}")
-        demand(last > edge - 0.02, f"{column} at the largest l gives {last}")
+        end = accuracy(last, column)
+        demand(end >= first[column], f"{column} falls with l, from {first[column]} to {end}")
+        demand(end > edge - 0.02, f"{column} at the largest l gives {end}")
     seconds = record["seconds"]["total"]
-    return f"{path.name}: {len(record['rows'])} rows in {seconds:.0f} s, as it should be"
+    return f"{path.name}: {len(rows)} rows in {seconds:.0f} s, as it should be"
 
 
 if __name__ == "__main__":

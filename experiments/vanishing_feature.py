@@ -131,8 +131,8 @@ from typing import Any
 
 import _common
 import _edges
-import _pairs
 import _old_pfm as cifar_pfm
+import _pairs
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -74,25 +72,6 @@ def test_the_examples_merge_a_flax_model_and_look_at_it(tmp_path, monkeypatch):
     ].any()
 
 
-def test_experiments_explain_their_notation():
-    """What their results abbreviate is told before them."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    update = importlib.import_module("update_readme")
-    assert set(update.LEGENDS) <= set(update.ASKED)
-    beyond = README.partition("<!-- beyond -->")[2].partition("<!-- /beyond -->")[0]
-    terms = {
-        "zipit_disjoint": ("ZipIt! l/L", "alpha:", "beta:"),
-        "vit_transport": ("k:", "OT-acts", "soft", "uniform plan", "AM"),
-        "cifar_pfm": ("PFM l/L", "AM", "CCA", "RESET"),
-        "multi_dataset": ("l/L",),
-    }
-    for experiment, said in terms.items():
-        legend = update.LEGENDS[experiment]
-        assert all(term in legend for term in said) and legend in beyond
-        # After what is asked, before what came out.
-        assert beyond.index(update.ASKED[experiment]) < beyond.index(legend)
-
-
 def test_commands_are_as_promised():
     commands = "\n".join(code("bash"))
     assert "pip install . && python experiments/cifar_pfm.py" in commands
@@ -108,8 +87,3 @@ def test_extras_exist():
 def test_named_files_exist():
     for name in re.findall(r"`((?:vfjax|experiments|checkpoints|tests)/[\w./-]*)`", README):
         assert (ROOT / name).exists(), name
-
-
-def test_generated_parts_are_up_to_date():
-    sys.path.insert(0, str(ROOT / "experiments"))
-    assert importlib.import_module("update_readme").filled(README) == README

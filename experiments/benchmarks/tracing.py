@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import _common
+from kit import timing
 
 import vfjax
 from vfjax import align, models
@@ -55,18 +55,18 @@ def matching(name: str) -> Callable[[], Any]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
-    args = _common.benchmark_parser(__doc__).parse_args(argv)
+    args = timing.benchmark_parser(__doc__).parse_args(argv)
     names = ("digits-mlp",) if args.quick else ("vgg16", "vgg16-bn", "resnet20")
     rows = []
     for name in names:
-        seconds = sorted(_common.alternate({name: tracing(name)}, args.repeats)[name])
+        seconds = sorted(timing.alternate({name: tracing(name)}, args.repeats)[name])
         median = seconds[len(seconds) // 2]
         row = {"what": f"tracing {name}", "seconds": median, "target": "< 0.5 s"}
         rows.append(row | {"met": median < 0.5})
-    spent = _common.timed(matching(names[0]))
+    spent = timing.timed(matching(names[0]))
     row = {"what": f"weight matching of {names[0]} at full width", "seconds": spent}
     rows.append(row | {"target": "< 30 s", "met": spent < 30})
-    return _common.finish_benchmark("tracing", args, "Tracing and weight matching", rows)
+    return timing.finish_benchmark("tracing", args, "Tracing and weight matching", rows)
 
 
 if __name__ == "__main__":

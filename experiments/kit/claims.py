@@ -5,7 +5,7 @@ A claim is one entry of a list::
     NONE = accuracy("none", remedy="none", layers=0)
     REPAIR = accuracy("REPAIR", remedy="repair", layers=0)
     Claim("vf.t3.repair-hurts", "REPAIR lowers the accuracy of CCA at l = 0",
-          "81.9 to 57.7 (table 3)", Above(NONE, REPAIR), when=lambda r: r["config"]["match"] == "cca")
+          "81.9 to 57.7 (table 3)", Above(NONE, REPAIR), when=of_cca)
 
 What is decided by two accuracies is open where both are near chance, for a network whose features
 have vanished shows nothing, or where they differ by no more than noise.
@@ -90,18 +90,14 @@ def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
     return [row for row in found if row is not None]
 
 
-def table(verdicts: Sequence[Mapping[str, str]]) -> tables.Table:
-    """Claim, paper, here, verdict."""
+def table(verdicts: Sequence[Mapping[str, str]], mark: str = "") -> tables.Table:
+    """Claim, paper, here, verdict; before what is unlike the paper stands a mark."""
     lines = [
-        [row["claim"], row["paper"] or "-", row["here"], emphasised(row["verdict"])]
+        [row["claim"], row["paper"] or "-", row["here"], mark * (v == UNLIKE) + v]
         for row in verdicts
+        for v in [row["verdict"]]
     ]
     return tables.Table("", ["claim", "paper", "here", "verdict"], lines, texts=4)
-
-
-def emphasised(verdict: str) -> str:
-    """A verdict, marked where it is unlike the paper."""
-    return f"*{verdict}" if verdict == UNLIKE else verdict
 
 
 def counts(verdicts: Iterable[Mapping[str, str]]) -> str:

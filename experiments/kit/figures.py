@@ -174,7 +174,10 @@ def draw(
     rows = -(-len(panels) // columns)
     width = max(6.0 * columns, 9.0)
     every = [one for panel in panels for one in panel.lines]
-    shown: dict[str, Any] = dict.fromkeys(one.name for one in every)
+    # Curves before levels.
+    shown: dict[str, Any] = dict.fromkeys(
+        one.name for one in sorted(every, key=lambda one: one.x is None)
+    )
     bars = f"Bars: {bars}." if bars and any(one.error is not None for one in every) else ""
     # Inches: the legend has as many columns as there is room for.
     across = max(1, int(width / (0.85 + 0.1 * max(map(len, shown)))))

@@ -45,7 +45,7 @@ def section(name: str, record: records.Record) -> str:
         parts += [*heading, tables.markdown(table)]
     if record["claims"]:
         rules = [f"- {row['claim']}: {row['rule']}." for row in record["claims"]]
-        parts.append(tables.markdown(claims.table(record["claims"])))
+        parts.append(tables.markdown(claims.table(record["claims"], "*")))
         parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
         parts.append("</details>")
     versions = record["versions"]

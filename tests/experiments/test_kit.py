@@ -1,0 +1,272 @@
+"""What the experiments share: rows, tables, claims, pages, errors."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import importlib
+import json
+import logging
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from vfjax import data
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+if str(EXPERIMENTS) not in sys.path:
+    sys.path.insert(0, str(EXPERIMENTS))
+kit = importlib.import_module("kit")
+claims, cli, experiment, figures, pages, records, tables, timing = (
+    importlib.import_module(f"kit.{name}")
+    for name in "claims cli experiment figures pages records tables timing".split()
+)
+AS, UNLIKE, OPEN, NEW = claims.VERDICTS
+MODULES = [f"kit.{module.name}" for module in pkgutil.iter_modules(kit.__path__)]
+
+
+@pytest.mark.parametrize("name", [*MODULES, "cifar_pfm"])
+def test_examples_in_docstrings(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert not found.failed
+    assert found.attempted or name in ("cifar_pfm", "kit.edges", "kit.experiment")
+
+
+# --------------------------------------------------------------------------------------- options
+
+
+def test_folder_is_tried_and_left_as_it_was(tmp_path):
+    folder = tmp_path / "new" / "newer"
+    assert cli.output_folder(str(folder)) == str(folder)
+    assert cli.output_folder(str(tmp_path)) == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(argparse.ArgumentTypeError, match="file is no folder"):
+        cli.output_folder(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ValueError("a\n  b"), 1),
+        (FloatingPointError("a b"), 1),
+        (cli.UserError("a b"), 2),
+        (data.DatasetError("a b"), 2),
+    ],
+)
+def test_errors_are_one_line(error, status, capsys):
+    with pytest.raises(SystemExit, match=str(status)), experiment.reported("cifar_pfm.py"):
+        raise error
+    assert capsys.readouterr().err == "cifar_pfm.py: error: a b\n"
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(TypeError), experiment.reported("cifar_pfm.py"):
+        raise TypeError("a bug")
+
+
+def test_records_hold_no_nan(tmp_path):
+    record = {"loss": [float("nan"), 0.5], "more": {"x": (float("inf"), 1, None, "NaN")}}
+    path = records.write(tmp_path / "a.json", record)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert found == {"loss": [None, 0.5], "more": {"x": [None, 1, None, "NaN"]}}
+
+
+# ---------------------------------------------------------------------------------------- claims
+
+
+def record(images=10_000, **accuracies):
+    """A record with a row for each accuracy."""
+    rows = [{"remedy": name, "accuracy": value} for name, value in accuracies.items()]
+    return records.Record(data={"name": "cifar10", "test_images": images}, rows=rows)
+
+
+def of(name):
+    return claims.accuracy(name, remedy=name)
+
+
+@pytest.mark.parametrize(
+    "rule, found, holds",
+    [
+        (claims.Above(of("a"), of("b")), {"a": 0.6, "b": 0.5}, True),
+        (claims.Above(of("a"), of("b")), {"a": 0.5, "b": 0.6}, False),
+        (claims.Above(of("a"), of("b")), {"a": 0.505, "b": 0.5}, None),
+        (claims.Above(of("a"), of("b")), {"a": 0.19, "b": 0.1}, None),
+        (claims.Above(of("a"), of("b"), 0.2), {"a": 0.6, "b": 0.5}, False),
+        (claims.Above(of("a"), of("b"), 0.2), {"a": 0.8, "b": 0.5}, True),
+        (claims.Level((of("a"), of("b")), 0.02), {"a": 0.51, "b": 0.5}, True),
+        (claims.Level((of("a"), of("b")), 0.02), {"a": 0.5, "b": 0.6}, False),
+        (claims.Level((of("a"), of("b")), 0.02), {"a": 0.525, "b": 0.5}, None),
+        (claims.Level((of("a"), of("b")), 0), {"a": 0.505, "b": 0.5}, True),
+        (claims.Level((of("a"), of("b")), 0), {"a": 0.52, "b": 0.5}, False),
+        (claims.Leads(of("a"), (of("b"), of("c"))), {"a": 0.9, "b": 0.5, "c": 0.8}, True),
+        (claims.Leads(of("a"), (of("b"), of("c"))), {"a": 0.7, "b": 0.5, "c": 0.8}, False),
+        (claims.Leads(of("a"), (of("b"), of("c"))), {"a": 0.8, "b": 0.5, "c": 0.8}, None),
+        (claims.Leads(of("a"), (of("b"),), last=True), {"a": 0.5, "b": 0.8}, True),
+        (claims.Leads(of("a"), (of("b"),), last=True), {"a": 0.8, "b": 0.5}, False),
+        (claims.AtChance(of("a")), {"a": 0.11}, True),
+        (claims.AtChance(of("a")), {"a": 0.125}, None),
+        (claims.AtChance(of("a")), {"a": 0.3}, False),
+    ],
+)
+def test_rules(rule, found, holds):
+    assert rule(record(**found)).holds is holds
+    assert str(rule) and "object at" not in str(rule)
+
+
+def test_what_was_not_measured_has_no_verdict():
+    for rule in (
+        claims.Above(of("a"), of("b")),
+        claims.Level((of("a"), of("b")), 0),
+        claims.Leads(of("b"), (of("a"),)),
+        claims.AtChance(of("b")),
+    ):
+        assert rule(record(a=0.5)) is None
+        claim = claims.Claim("id", "claim", "paper", rule)
+        assert claims.decided([claim], record(a=0.5)) == []
+
+
+def test_verdicts():
+    """As in the paper, unlike, undecided, or nothing the paper has."""
+    rule, told = claims.Above(of("a"), of("b")), lambda record: record["data"]["name"] != "cifar10"
+    found = record(a=0.6, b=0.5)
+    for paper, of_record, numbers, verdict in (
+        ("a leads", None, {"a": 0.6, "b": 0.5}, AS),
+        ("a leads", None, {"a": 0.5, "b": 0.6}, UNLIKE),
+        ("a leads", None, {"a": 0.5, "b": 0.5}, OPEN),
+        ("", None, {"a": 0.6, "b": 0.5}, NEW),
+        ("a leads", told, {"a": 0.6, "b": 0.5}, NEW),
+    ):
+        options = {} if of_record is None else {"told": of_record}
+        (row,) = claims.decided(
+            [claims.Claim("id", "c", paper, rule, **options)], record(**numbers)
+        )
+        assert row["verdict"] == verdict
+        assert (row["paper"] == "") == (verdict == NEW)
+    claim = claims.Claim("id", "c", "p", rule, when=lambda record: False)
+    assert claims.decided([claim], found) == []
+
+
+# ---------------------------------------------------------------------------------- logs, figures
+
+
+def test_logs_do_not_tear_bars(capsys):
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, []
+    try:
+        with timing.logs_above_bars(), tqdm(total=2) as bar:
+            bar.update()
+            logging.getLogger("vfjax.train").info("epoch 1")
+        assert not root.handlers
+    finally:
+        root.handlers = before
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert any(line.endswith(" epoch 1") and "%" not in line for line in lines)
+
+
+def test_one_method_has_one_look_and_one_place_in_the_legend():
+    line = figures.Line("REPAIR", [0, 1], [1.0, 2.0], [0.1, 0.2], method="repair")
+    other = figures.Line("ensemble", None, 2.0, method="ensemble")
+    panel = figures.Panel("a", "x", "y", [other, line])
+    figure = figures.draw([panel, panel], finding="It works", subtitle="digits", bars="spread")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["REPAIR", "ensemble"]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    texts = [text.get_text() for text in figure.texts]
+    assert {"It works", "digits", "Bars: spread."} <= set(texts)
+    colours = [axes.containers[0].lines[0].get_color() for axes in figure.axes]
+    assert colours == [figures.METHODS["repair"][1]] * 2
+    plain = figures.draw([figures.Panel("a", "x", "y", [other])], finding="It works", bars="spread")
+    assert not any("Bars" in text.get_text() for text in plain.texts)
+
+
+def test_a_row_needs_a_cell(tmp_path):
+    setup = experiment.Setup(None, None, {})
+    run = experiment.Run(setup, timing.Stopwatch(), tmp_path / "a.partial", "key")
+    with pytest.raises(RuntimeError, match="a row belongs to a cell"):
+        run.add({"accuracy": 1.0})
+
+
+def test_what_a_stopped_run_kept_is_for_the_same_run(tmp_path):
+    setup, path = experiment.Setup(None, None, {}), tmp_path / "a.partial"
+
+    def run(key):
+        return experiment.Run(setup, timing.Stopwatch(), path, key)
+
+    first, plan = run("key"), [{"k": 1}, {"k": 2}]
+    cells = first.cells(plan)
+    for value in (0.5, 0.6):
+        first.add(next(cells) | {"accuracy": value})
+    first.note("matching", converged=True)
+    first.save()
+    again = run("key")
+    # The second cell was not finished.
+    assert again.count == 1 and again.notes == {"matching": [{"converged": True}]}
+    assert [dict(cell) for cell in again.cells(plan)] == [{"k": 2}]
+    assert again.rows[0] == {"k": 1, "accuracy": 0.5}
+    assert run("other").count == 0
+    path.write_text("{")
+    assert run("key").count == 0
+    first.forget()
+    assert not path.exists()
+
+
+# ----------------------------------------------------------------------------------------- pages
+
+
+def test_pages_are_up_to_date():
+    for name, text in pages.texts(records.RESULTS).items():
+        assert (records.RESULTS / name).read_text(encoding="utf-8") == text, name
+
+
+FOUND = [pair for runs in pages.found(records.RESULTS).values() for pair in runs]
+
+
+@pytest.mark.parametrize("name, record", FOUND, ids=[name for name, _ in FOUND])
+def test_records_are_those_of_the_scripts(name, record):
+    """Tables, claims and findings follow from the rows, and no script has their numbers."""
+    script = importlib.import_module(record["experiment"])
+    derived = records.finite(script.EXPERIMENT.derived(record))
+    for key in ("question", "title", "finding", "tables", "claims", "legend", "summary"):
+        assert json.loads(json.dumps(derived.get(key))) == record.get(key), key
+    assert script.EXPERIMENT.file_name(record) == name
+    # What a script does by default is to be seen soon.
+    assert record["seconds"]["total"] < (1200 if "--model" in record["command"] else 600)
+    found = record["data"] if isinstance(record["data"], list) else [record["data"]]
+    assert not any(one.get("fallback") for one in found)
+    assert (records.RESULTS / f"{name}.png").exists()
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    assert "What came out" not in source and record["finding"] not in source
+
+
+def test_the_index_has_every_claim_once():
+    index = pages.index(records.RESULTS)
+    for _, found in FOUND:
+        for row in found["claims"]:
+            assert index.count(f"| `{row['id']}` |") == 1
+    ids = [line.split("`")[1] for line in index.splitlines() if line.startswith("| `")]
+    assert ids == sorted(set(ids))
+    for verdict in claims.VERDICTS:
+        assert verdict in index
+
+
+# What results abbreviate, by experiment.
+TERMS = {"cifar_pfm": ("PFM l/L", "AM", "CCA", "RESET")}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_pages_explain_their_notation(name):
+    """After what is asked, before what came out."""
+    page = pages.texts(records.RESULTS)[f"{name}.md"]
+    head = page.partition("\n## ")[0]
+    legend = importlib.import_module(name).EXPERIMENT.legend
+    assert all(term in legend for term in TERMS[name]) and " ".join(legend.split()) in head
+    assert head.index(importlib.import_module(name).EXPERIMENT.question) < head.index("PFM l/L")
