@@ -299,7 +299,8 @@ def few_are_enough(record: records.Record, match: str) -> Decision | None:
     if not len(found):
         return None
     k, best = few(record), float(found.max())
-    here = f"{k} removed: {100 * found[k]:.1f}, {100 * found[k] / best:.0f}% of the "
+    share = 100 * found[k] / max(best, 1e-9)
+    here = f"{k} removed: {100 * found[k]:.1f}, {share:.0f}% of the "
     here += f"{100 * best:.1f} with {int(found.argmax())} removed"
     holds = found[k] >= ENOUGH * best or claims.compared(record, float(found[k]), ENOUGH * best)
     return Decision(None if claims.near_chance(record, best) else holds, here)

@@ -63,12 +63,6 @@ class EdgeOptions(cli.Options):
         type=cli.model_of,
         metavar="NAME[-wWIDTH]",
     )
-    retrain: bool = cli.option(
-        False,
-        "train the networks instead of loading shipped ones; they, and what a run that was stopped "
-        "goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
-        part=lambda record: "retrained" if record["config"]["retrain"] else None,
-    )
     preset: str = cli.option(
         "cpu",
         "width and recipe of the networks: cpu is what two cores can train (as VGG16 at a quarter "
@@ -77,6 +71,12 @@ class EdgeOptions(cli.Options):
         "one compiled scan; no such models are shipped, so it needs --retrain",
         choices=("cpu", "paper"),
         part="{}",
+    )
+    retrain: bool = cli.option(
+        False,
+        "train the networks instead of loading shipped ones; they, and what a run that was stopped "
+        "goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
+        part=lambda record: "retrained" if record["config"]["retrain"] else None,
     )
 
 
