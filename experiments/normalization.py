@@ -151,15 +151,7 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
                 data=images.statistics,
                 references=references,
             )
-        cell |= {"removed": k}
-        for alpha, value, loss in zip(curve.alphas, curve.accuracy, curve.loss, strict=True):
-            yield cell | {"alpha": float(alpha), "accuracy": float(value), "loss": float(loss)}
-        yield cell | {
-            "lowest": float(curve.accuracy.min()),
-            "barrier": curve.barrier,
-            "reference_barrier": curve.reference_barrier,
-            "loss_barrier": curve.loss_barrier,
-        }
+        yield from records.curve_rows(cell | {"removed": k}, curve)
         if remedy == "none":
             for name, value in zip(("model 1", "model 2"), curve.edge_accuracy, strict=True):
                 yield {"network": name, "match": match, "seed": seed, "accuracy": float(value)}

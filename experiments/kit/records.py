@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,19 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
         return float("nan"), float("nan")
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return float(np.mean(values)), spread
+
+
+def curve_rows(cell: Mapping[str, Any], found: Any) -> Iterator[Row]:
+    """The rows of a `vfjax.diagnose.Interpolation`: one for each alpha, then one of barriers."""
+    for alpha, value, loss in zip(found.alphas, found.accuracy, found.loss, strict=True):
+        yield {**cell, "alpha": float(alpha), "accuracy": float(value), "loss": float(loss)}
+    yield {
+        **cell,
+        "lowest": float(found.accuracy.min()),
+        "barrier": float(found.barrier),
+        "reference_barrier": float(found.reference_barrier),
+        "loss_barrier": float(found.loss_barrier),
+    }
 
 
 # ------------------------------------------------------------------------------ where they are

@@ -1,0 +1,370 @@
+"""Pairs of networks that an experiment trains itself: options, data, recipes, grids of cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vfjax
+from kit import cli, records, timing
+from vfjax import align, data, diagnose, models, train
+
+PyTree = Any
+
+BATCH = 500
+SAMPLES = 10_000
+# --quick: to see that it runs. Nothing is learnt.
+QUICK_EPOCHS, QUICK_IMAGES = 1, 300
+MNIST_IMAGES = 60_000
+ALPHAS = 11
+# Distances are taken after at most so many epochs, evenly spaced.
+POINTS = 20
+
+# ------------------------------------------------------------------------------ options and data
+
+
+@dataclasses.dataclass(frozen=True)
+class PairOptions(cli.Options):
+    """The options of experiments that train their pairs; give `seeds` a default of your own."""
+
+    dataset: str = cli.option(
+        "auto",
+        "images to train and test on; auto is MNIST where it is found, else, with a warning and in "
+        "the figure's title, the digits that come with scikit-learn",
+        choices=("auto", "mnist", "digits"),
+    )
+    seeds: tuple[int, ...] = cli.option(
+        (0, 1),
+        "seeds of the edge models; the first and the second make a pair, the third and the fourth "
+        "another, and so on",
+        type=cli.seed_of,
+        metavar="S",
+        part="seeds{}",
+    )
+    quick: bool = cli.option(
+        False,
+        f"one pair, {QUICK_EPOCHS} epoch on {QUICK_IMAGES} images: to see that it runs; the "
+        "numbers mean nothing",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOptions(PairOptions):
+    """The options of experiments on linear networks."""
+
+    epochs: int | None = cli.option(
+        None,
+        "passes over the training images (default: the paper's; for the digits as many as make "
+        "equally many steps)",
+        type=cli.count_of("epochs"),
+        part="epochs{}",
+    )
+    preset: str = cli.option(
+        "paper",
+        "networks, recipe and number of models are the paper's, which two cores can train",
+        choices=("paper",),
+    )
+
+
+def pairs_of(config: Any) -> list[tuple[int, int]]:
+    """The seeds of each pair: no model is in two of them, so that pairs are independent.
+
+    Raises:
+      UserError: If seeds do not come in pairs, or one comes twice.
+
+    Example:
+      >>> pairs_of(PairOptions(seeds=(0, 1, 2, 3)))
+      [(0, 1), (2, 3)]
+    """
+    seeds = config.seeds
+    if len(seeds) % 2 or len(set(seeds)) != len(seeds):
+        raise cli.UserError(f"--seeds must be different and come in pairs, got {list(seeds)}.")
+    pairs = list(zip(seeds[::2], seeds[1::2], strict=True))
+    return pairs[:1] if config.quick else pairs
+
+
+def load(config: Any) -> data.Dataset:
+    """The images, as the options have it."""
+    count = QUICK_IMAGES if config.quick else None
+    return data.load(config.dataset, config.data_dir, train=count, test=count, prefer="mnist")
+
+
+def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train.Recipe:
+    """The paper's recipe, with the epochs that the options or the number of images ask for."""
+    epochs = config.epochs
+    if epochs is None and dataset.name == "digits":
+        steps = math.ceil(len(dataset.train_images) / recipe.batch_size)
+        epochs = round(recipe.epochs * math.ceil(MNIST_IMAGES / recipe.batch_size) / steps)
+    if config.quick:
+        epochs = QUICK_EPOCHS
+    return recipe if epochs is None else dataclasses.replace(recipe, epochs=epochs)
+
+
+def linear_record(model: models.LinearNetwork, net: vfjax.Network) -> dict[str, Any]:
+    """What a record says of a linear network."""
+    return {
+        "name": "linear",
+        "width": model.width,
+        "depth": model.depth,
+        "residual": model.residual,
+        "initial_std": model.std,
+        "parameters": net.parameters,
+    }
+
+
+def titled(record: Mapping[str, Any], what: str, count: int, wanted: str = "mnist") -> str:
+    """A title: data, networks, number of pairs."""
+    parts = [f"{records.dataset_label(record['data'], wanted)}: {what}"]
+    parts += [f"mean of {count} pairs"] if count > 1 else []
+    parts += ["QUICK, MEANS NOTHING"] if record["config"]["quick"] else []
+    return ", ".join(parts)
+
+
+def stem(record: Mapping[str, Any]) -> list[str]:
+    """What names of files begin with after the experiment's: the data set."""
+    return [record["data"]["name"], *(["quick"] if record["config"]["quick"] else [])]
+
+
+# --------------------------------------------------------------------------------------- a grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What is trained.
+
+    Attributes:
+      rates: Learning rates, all with `decay`.
+      decays: Weight decays, all at `rate`; none for no such sweep.
+      rate: The learning rate of the decays' sweep.
+      decay: The weight decay of the rates' sweep.
+      low: The learning rate that is compared with `rates[-1]`, and that of ablations.
+      initialisers: The first is that of the sweeps; the second, if any, is compared with it.
+    """
+
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
+    rate: float
+    decay: float
+    low: float
+    initialisers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """How the two networks of a pair are trained.
+
+    Attributes:
+      initialiser: Of both networks.
+      rate: Learning rate, at its peak.
+      decay: Weight decay.
+      then: Rate and decay of one more epoch, None for none.
+    """
+
+    initialiser: str
+    rate: float
+    decay: float
+    then: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        """Its name in records and tables."""
+        text = f"{self.initialiser}, rate {self.rate:g}, decay {self.decay:g}"
+        return text if self.then is None else f"{text}, then {self.then[0]:g}, {self.then[1]:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A grid with its networks and recipe.
+
+    Attributes:
+      name: Of the architecture, for titles.
+      model: The module; cells replace its initialiser.
+      recipe: What cells replace rate and decay of.
+      grid: The cells.
+      factor: Epochs on these data for one on those that the recipe is for: as many steps.
+    """
+
+    name: str
+    model: Any
+    recipe: train.Recipe
+    grid: Grid
+    factor: float = 1.0
+
+    def cells(self) -> list[Cell]:
+        """All cells; those that start from others after them."""
+        grid = self.grid
+        first = grid.initialisers[0]
+        found = [Cell(first, rate, grid.decay) for rate in grid.rates]
+        found += [Cell(first, grid.rate, decay) for decay in grid.decays]
+        for other in grid.initialisers[1:]:
+            found += [Cell(other, rate, grid.decay) for rate in (grid.low, grid.rates[-1])]
+        found += [Cell(first, grid.rates[-1], grid.decay, then=(grid.low, grid.decay))]
+        if grid.decays:
+            found += [Cell(first, grid.rate, grid.decays[-1], then=(grid.low, grid.decays[0]))]
+        return list(dict.fromkeys(found))
+
+    def tracked(self, cell: Cell) -> bool:
+        """Whether distances are followed while the networks of a cell are trained."""
+        grid = self.grid
+        rates = (grid.low, grid.rates[-1])
+        compared = len(grid.initialisers) > 1 and cell.rate in rates and cell.decay == grid.decay
+        return compared and cell.then is None
+
+    def recipe_of(self, cell: Cell) -> train.Recipe:
+        """The recipe of a cell."""
+        if cell.then is None:
+            warm = self.recipe.warmup_epochs
+            if self.name.startswith("vgg16") and self.recipe.schedule == "step":
+                # Where the paper has a warm-up, too.
+                warm = 1.0 if cell.decay > 1e-4 or cell.initialiser == "uniform" else warm
+            found = dataclasses.replace(
+                self.recipe, learning_rate=cell.rate, weight_decay=cell.decay, warmup_epochs=warm
+            )
+        else:
+            rate, decay = cell.then
+            found = dataclasses.replace(
+                self.recipe,
+                learning_rate=rate,
+                weight_decay=decay,
+                schedule="constant",
+                milestones=(),
+                warmup_epochs=0.0,
+                epochs=1,
+            )
+        return dataclasses.replace(found, epochs=max(1, round(found.epochs * self.factor)))
+
+
+class Diverged(Exception):
+    """A pair of networks has no finite parameters to merge."""
+
+
+class Pair:
+    """Trains the two networks of a pair for one cell after another, and merges them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        net: vfjax.Network,
+        dataset: data.Dataset,
+        seeds: Sequence[int],
+        work_dir: str | None,
+        watch: timing.Stopwatch,
+    ) -> None:
+        self.plan, self.net, self.dataset, self.seeds = plan, net, dataset, seeds
+        self.work_dir, self.watch = work_dir, watch
+        self.key = jax.random.key(seeds[0])
+        self.trained: dict[Cell, list[PyTree] | None] = {}
+
+    def measure(self, cell: Cell, key: Mapping[str, Any]) -> Iterator[records.Row]:
+        """Trains and merges; the rows of a cell and a pair, which begin with `key`.
+
+        Where training diverges that is the only row. Others are of the networks' accuracies, of
+        distances in training, and of the way from one to the other, direct and matched.
+        """
+        try:
+            with self.watch("training"):
+                runs, distances = self.train(cell)
+        except (Diverged, FloatingPointError) as error:
+            self.trained[cell] = None
+            yield {**key, "diverged": str(error)}
+            return
+        self.trained[cell] = trees = [run.variables for run in runs]
+        for name, values in (distances or {}).items():
+            for epoch, distance in values:
+                yield {**key, "merged": name, "epoch": epoch, "distance": distance}
+        with self.watch("matching"):
+            matched, alignment = self.matched(trees)
+        yield {**key, "converged": alignment.converged, "moved": alignment.moved}
+        statistics = self.dataset.batches("train") if self.net.norms else None
+        for name, ends in (("direct", trees), ("matched", [trees[0], matched])):
+            with self.watch("interpolation"):
+                curve = diagnose.interpolation(
+                    self.net,
+                    ends,
+                    self.dataset.batches("test"),
+                    alphas=ALPHAS,
+                    renormalise=None if statistics is None else "reset",
+                    data=statistics,
+                )
+            yield from records.curve_rows({**key, "merged": name}, curve)
+            between = diagnose.distance(*ends, net=self.net).total
+            yield {**key, "merged": name, "epoch": None, "distance": between}
+        for k, run in enumerate(runs):
+            trained, tested = run.history[-1]["accuracy"], float(curve.edge_accuracy[k])
+            row = {"network": f"model {k + 1}", "train_accuracy": trained, "accuracy": tested}
+            yield {**key, **row}
+
+    def matched(self, trees: Sequence[PyTree]) -> tuple[PyTree, align.Alignment]:
+        """The second network with its units permuted."""
+        found = align.match_weights(self.net, *trees, key=self.key)
+        return self.net.spec.permute(trees[1], found.permutations), found
+
+    def train(
+        self, cell: Cell
+    ) -> tuple[list[train.Trained], dict[str, list[tuple[int, float]]] | None]:
+        """The two networks, and the distances between them during training."""
+        model = dataclasses.replace(self.plan.model, initialiser=cell.initialiser)
+        starts: Sequence[PyTree | None] = (None, None)
+        if cell.then is not None:
+            source = dataclasses.replace(cell, then=None)
+            if source not in self.trained:
+                # An earlier call that was stopped has measured them.
+                self.trained[source] = [run.variables for run in self.train(source)[0]]
+            found = self.trained[source]
+            if found is None:
+                raise Diverged(f"there are no networks of {source} to start from.")
+            starts = found
+        recipe, tracked = self.plan.recipe_of(cell), self.plan.tracked(cell)
+        every = -(-recipe.epochs // POINTS)
+        # The first network's, on the host; and after which epochs which distances.
+        kept: dict[int, PyTree] = {}
+        distances: dict[str, list[tuple[int, float]]] = {"direct": [], "matched": []}
+
+        def keep(epoch: int, variables: PyTree) -> None:
+            if epoch % every == 0 or epoch == recipe.epochs:
+                kept[epoch] = jax.device_get(variables)
+
+        def compare(epoch: int, variables: PyTree) -> None:
+            if epoch not in kept:
+                return
+            pair = [kept.pop(epoch), jax.device_get(variables)]
+            ends = {"direct": pair[1], "matched": self.matched(pair)[0]}
+            for name, end in ends.items():
+                between = diagnose.distance(pair[0], end, net=self.net).total
+                distances[name].append((epoch, between))
+
+        runs = []
+        for seed, start, follow in zip(self.seeds, starts, (keep, compare), strict=True):
+            if tracked:
+                start = self.initial(model, seed)
+                follow(0, start)
+            run = train.fit(
+                model,
+                recipe,
+                self.dataset,
+                seed=seed,
+                start=start,
+                on_epoch=follow if tracked else None,
+                work_dir=None if tracked else self.folder(cell, seed),
+            )
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.variables)):
+                raise Diverged(f"training with {cell} left parameters that are not finite.")
+            runs.append(run)
+        return runs, distances if tracked else None
+
+    def initial(self, model: Any, seed: int) -> PyTree:
+        """The variables that training with a seed begins with."""
+        x = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
+        return jax.jit(model.init)(jax.random.key(seed), x)
+
+    def folder(self, cell: Cell, seed: int) -> Path | None:
+        """Where the states of a run are kept."""
+        if self.work_dir is None:
+            return None
+        return Path(self.work_dir) / self.plan.name / str(cell).replace(", ", "-") / f"seed{seed}"
