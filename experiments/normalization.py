@@ -26,28 +26,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from kit import claims, cli, edges, figures, records, tables
-from kit.claims import Above, Claim, Decision, Leads, Level, Quantity, accuracy
+from kit import cli, edges, figures, records, tables
 from kit.experiment import Experiment, Run
 from kit.figures import label
+from papers.normalization import CLAIMS, MATCHES, REMEDIES, chosen, middle, removed
 
 from vfjax import align, diagnose, merge, renorm, stats, train
 
 ALPHAS = 11
-REMEDIES = ("repair", "rescale", "bias_removal", "bias_calibration")
-MATCHES = {"weight": "weight matching", "activation": "activation matching"}
 SIDES = {"first": "forward", "last": "backward"}
-# What claims are decided by: the paper's k, "about equal", "enough" and "hurts".
-LAST, EQUAL, ENOUGH, MARGIN = (5, 6), 0.05, 0.95, 0.01
 
 
 def _count(help: str, part: str, what: str, cpu: int, paper: int) -> Any:
-    presets = {"cpu": cpu, "paper": paper}
-    kind = cli.count_of(what)
-    return cli.option(None, help, presets=presets, type=kind, metavar="N", part=part)
+    options = {"type": cli.count_of(what), "metavar": "N", "part": part}
+    return cli.option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(edges.EdgeOptions):
     """The options."""
@@ -55,21 +50,16 @@ class Config(edges.EdgeOptions):
     samples: int = _count("test images, the first N", "samples{}", "images", 2_000, 10_000)
     statistics: int = _count(
         "training images, the first N, not augmented, for activation matching and renormalisation",
-        *("statistics{}", "images", 5_000, 48_000),
-    )
+        "statistics{}", "images", 5_000, 48_000)
     held_out: int = _count(
         "training images, those after the statistics images, that choose how many biases are "
         "removed; at most a fifth of a split that is too small for both",
-        *("heldout{}", "images", 2_000, 2_000),
-    )
+        "heldout{}", "images", 2_000, 2_000)
     runs: int = _count("runs of weight matching, with seeds from S on", "runs{}", "runs", 1, 5)
     seed: int = cli.option(
-        0,
-        "seed of the random order in which weight matching visits layers",
-        type=cli.seed_of,
-        metavar="S",
-        part="seed{}",
-    )
+        0, "seed of the random order in which weight matching visits layers", type=cli.seed_of,
+        metavar="S", part="seed{}")
+# fmt: on
 
 
 def seeds_of(config: Config) -> list[int]:
@@ -157,24 +147,7 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
                 yield {"network": name, "match": match, "seed": seed, "accuracy": float(value)}
 
 
-def chosen(rows: records.Rows, match: str, seed: int | None) -> int:
-    """The k that is best on held-out images: the smallest of equals."""
-    held_out = rows.where(match=match, seed=seed, images="held_out")
-    return max(held_out, key=lambda row: (row["accuracy"], -row["k"]))["k"]
-
-
 # ------------------------------------------------------------------------------- what came of it
-
-
-def middle(match: str, remedy: str) -> Quantity:
-    """Accuracy at the midpoint."""
-    return accuracy(label(remedy), match=match, remedy=remedy, alpha=0.5)
-
-
-def removed(record: records.Record, match: str) -> list[int]:
-    """The k that held-out images chose, by run, without repetition."""
-    seeds = dict.fromkeys(row["seed"] for row in record.rows.where(match=match))
-    return sorted({chosen(record.rows, match, seed) for seed in seeds})
 
 
 def remedies_of(record: records.Record) -> list[str]:
@@ -249,121 +222,12 @@ def figure_of(record: records.Record) -> Any:
     return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
 
 
-# ---------------------------------------------------------------------------------------- claims
-
-
-def few(record: records.Record) -> int:
-    """The paper's k, or as many layers as there are but the first."""
-    return min(LAST[0], record["model"]["depth"] - 1)
-
-
-def removal(record: records.Record, match: str, side: str) -> np.ndarray:
-    """Accuracy by k, the mean over runs."""
-    return np.array(record.rows.curve("k", match=match, images="test", side=side)[1])
-
-
-def early(match: str) -> Quantity:
-    """The mean with 1 to `few` of the first biases removed."""
-
-    def of(record: records.Record) -> float:
-        found = removal(record, match, "first")
-        return float(found[1 : few(record) + 1].mean()) if len(found) else float("nan")
-
-    return Quantity("1 to 5 of the first biases removed, on average", of)
-
-
-def chosen_by_paper(record: records.Record, match: str) -> Decision | None:
-    """Whether held-out images choose the paper's k; open where that k is as good within noise."""
-    rows = record.rows.where(match=match, images="held_out")
-    if not rows:
-        return None
-    ks, by_k = removed(record, match), dict(zip(*rows.curve("k")[:2], strict=True))
-    best, paper = max(by_k.values()), max(by_k.get(k, 0.0) for k in LAST)
-    close = best - paper <= claims.noise(best, record["data"]["held_out_images"])
-    holds = set(ks) <= set(LAST) or (None if close else False)
-    here = f"k = {' or '.join(map(str, ks))}"
-    return Decision(None if claims.near_chance(record, best) else holds, here)
-
-
-def few_are_enough(record: records.Record, match: str) -> Decision | None:
-    """Whether the paper's k has most of the best accuracy of all k."""
-    found = removal(record, match, "last")
-    if not len(found):
-        return None
-    k, best = few(record), float(found.max())
-    share = 100 * found[k] / max(best, 1e-9)
-    here = f"{k} removed: {100 * found[k]:.1f}, {share:.0f}% of the "
-    here += f"{100 * best:.1f} with {int(found.argmax())} removed"
-    holds = found[k] >= ENOUGH * best or claims.compared(record, float(found[k]), ENOUGH * best)
-    return Decision(None if claims.near_chance(record, best) else holds, here)
-
-
-def helps(remedy: str) -> Claim:
-    """That a remedy does, with weight matching."""
-    return Claim(
-        f"vf.remedies.weight-{remedy.replace('_', '-')}-helps",
-        f"with weight matching {label(remedy)} helps",
-        "all four do",
-        Above(middle("weight", remedy), middle("weight", "none")),
-    )
-
-
-def removal_claims(match: str) -> list[Claim]:
-    """That forward removal hurts, and that few of the last biases are enough."""
-    name, text = f"vf.remedies.{match}", f"with {MATCHES[match]}"
-    none = Quantity("none removed", lambda record: [*removal(record, match, "first"), np.nan][0])
-    return [
-        Claim(f"{name}-forward-hurts", f"{text}, removing the first biases hurts",
-              "forward removal hurts", Above(none, early(match), MARGIN)),
-        Claim(f"{name}-k", f"{text}, held-out images choose to remove 5 or 6 biases",
-              "5 or 6 (on test images)", functools.partial(chosen_by_paper, match=match),
-              by="k is 5 or 6; open where 5 or 6 are as good within two standard errors"),
-        Claim(f"{name}-enough", f"{text}, removing the last 5 biases is enough",
-              "5 or 6 are enough", functools.partial(few_are_enough, match=match),
-              by="95% of the best accuracy of all k; open up to two standard errors below"),
-    ]  # fmt: skip
-
-
-W = {remedy: middle("weight", remedy) for remedy in REMEDIES}
-A = {remedy: middle("activation", remedy) for remedy in (*REMEDIES, "none")}
-OTHERS = [W[remedy] for remedy in REMEDIES[1:]]
-CLAIMS = [
-    Claim("vf.remedies.weight-repair-worst", "with weight matching REPAIR is the worst of four",
-          "the worst at the midpoint", Leads(W["repair"], OTHERS, last=True)),
-    Claim("vf.remedies.weight-others-level", "with weight matching the other three are about equal",
-          "about equal", Level(OTHERS, EQUAL)),
-    *map(helps, REMEDIES),
-    Claim("vf.t1.repair-below-matched", "REPAIR is below activation matching alone",
-          "39.1 and 46.5 (table 1)", Above(A["none"], A["repair"])),
-    Claim("vf.t1.rescale-leads", "RESCALE is the best after activation matching",
-          "84.7; bias cal. 82.9 (table 1)",
-          Leads(A["rescale"], [A[r] for r in REMEDIES if r != "rescale"])),
-    Claim("vf.t1.bias-next-to-rescale", "bias calibration is next to RESCALE",
-          "82.9 and 84.7 (table 1)", Level((A["bias_calibration"], A["rescale"]), EQUAL)),
-    *removal_claims("weight"),
-    *removal_claims("activation"),
-    *(Claim(f"vf.new.{match}-reset", f"with {text} RESET brings accuracy back at the midpoint", "",
-            Above(middle(match, "reset"), middle(match, "none")))
-      for match, text in MATCHES.items()),
-]  # fmt: skip
-
+PREPARE = edges.loaded(statistics="statistics", held_out="held_out", test="samples",
+                       seeds=lambda config: {"weight_matching": seeds_of(config)})  # fmt: skip
 EXPERIMENT = Experiment(
-    name="normalization",
-    doc=__doc__,
-    options=Config,
-    prepare=edges.loaded(
-        statistics="statistics",
-        held_out="held_out",
-        test="samples",
-        seeds=lambda config: {"weight_matching": seeds_of(config)},
-    ),
-    measure=measure,
-    title=title_of,
-    finding=finding_of,
-    figure=figure_of,
-    tables=tables_of,
-    claims=CLAIMS,
-)
+    name="normalization", doc=__doc__, options=Config, prepare=PREPARE, measure=measure,
+    title=title_of, finding=finding_of, figure=figure_of, tables=tables_of,
+    claims=CLAIMS)  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

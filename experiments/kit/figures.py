@@ -60,6 +60,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
 COLOURS = (_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, _INDIGO, _OLIVE, _WINE, _TEAL)
 MARKERS = "osD^vXP*<>"
 _FONT = 14
+ACCURACY = "test accuracy (%)"
 
 
 def label(method: str) -> str:

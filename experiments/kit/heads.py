@@ -225,10 +225,7 @@ class EmbeddingOptions:
         metavar="FILE",
     )
     dimensions: int | None = cli.option(
-        None,
-        "of the orthonormal embeddings; at least as many as classes",
-        type=int,
-        metavar="N",
+        None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N"
     )
     scale: float = cli.option(SCALE, "of the cosines, above 0", type=_scale, metavar="S")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import vfjax
-from kit import cli, edges, timing
+from kit import cli, edges, figures, timing
 from vfjax import align, data, merge, renorm, stats, train
 from vfjax.align import Maps
 
@@ -128,9 +128,43 @@ def default_layers(depth: int) -> list[int]:
     return list(LAYERS.get(depth, sorted(nearest)))
 
 
+def layers_part(record: Mapping[str, Any]) -> str | None:
+    """Numbers of preserved layers in names of files, where they are not the default."""
+    layers = list(record["config"]["layers"])
+    usual = layers == default_layers(record["model"]["depth"])
+    return None if usual else "layers" + "+".join(map(str, layers))
+
+
 def remedies_of(net: vfjax.Network) -> list[str]:
     """What merged networks of a kind are renormalised with, in the paper's tables."""
     return ["reset"] if net.norms else ["repair", "rescale", "bias_calibration"]
+
+
+def methods_of(net: vfjax.Network, match: str) -> list[tuple[str, str]]:
+    """Matchings and remedies: the columns of the paper's table 1, or 7 and 8 with BatchNorm."""
+    remedies = remedies_of(net)
+    found = [("none", "none"), *([(match, "none")] if match != "none" else [])]
+    found += [(match, remedy) for remedy in remedies]
+    if match in MIXING:
+        beside = [remedy for remedy in remedies if remedy != "bias_calibration"]
+        found += [("activation", remedy) for remedy in ("none", *beside)]
+    return found
+
+
+def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Matchings and remedies by their names in tables; `own` is the matching of the run.
+
+    Example:
+      >>> columns_of("cca", [("activation", "reset"), ("cca", "none"), ("none", "none")]).keys()
+      dict_keys(['direct', 'matched', 'AM + RESET'])
+    """
+    methods, names = list(dict.fromkeys(methods)), {}
+    for match, remedy in sorted(methods, key=lambda m: (m != ("none", "none"), m[0] != own)):
+        name = "matched" if remedy == "none" else figures.label(remedy)
+        if match != own:
+            name = "AM" if remedy == "none" else f"AM + {name}"
+        names["direct" if (match, remedy) == ("none", "none") else name] = match, remedy
+    return names
 
 
 # Images wait at a cut for what is tried behind it, up to so many bytes.
@@ -303,6 +337,7 @@ class Cut:
     def measured(self, remedy: str | None, description: str) -> dict[str, float | None]:
         """Accuracy and loss; None of a network that lacks statistics it needs."""
         pair, merged = self.pair, self.merged
+        remedy = None if remedy == "none" else remedy
         if remedy is None and pair.lacks_variances(self.matching, merged):
             return {"accuracy": None, "loss": None}
         statistics = self.statistics if remedy in ("repair", "rescale") else pair.statistics

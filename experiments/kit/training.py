@@ -58,9 +58,7 @@ class Training(heads.EmbeddingOptions):
         (0,), "one model is trained for each", type=int, metavar="SEED"
     )
     preset: str = cli.option(
-        "cpu",
-        "recipe: what two cores finish, or the paper's Table 2",
-        choices=("cpu", "paper"),
+        "cpu", "recipe: what two cores finish, or the paper's Table 2", choices=("cpu", "paper")
     )
     recipe: str | None = cli.option(
         None,
