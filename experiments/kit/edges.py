@@ -43,41 +43,31 @@ SHARE = 0.2
 # -------------------------------------------------------------------------------------- options
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class EdgeOptions(cli.Options):
     """The options that say which networks are merged, on which images."""
 
     dataset: str = cli.option(
-        "auto",
-        "images to work and test on; auto is the digits that come with scikit-learn for the digits "
-        "models, for others CIFAR-10 where it is found, else, with a warning and in titles, the "
-        "digits",
-        choices=data.NAMES,
-    )
+        "auto", "images to work and test on; auto is the digits that come with scikit-learn for "
+        "the digits models, for others CIFAR-10 where it is found, else, with a warning and in "
+        "titles, the digits", choices=data.NAMES)
     model: tuple[str, float | None] | None = cli.option(
-        None,
-        "architecture of the networks, for example vgg16, vgg16-w0.5, vgg16-bn, resnet20, "
+        None, "architecture of the networks, for example vgg16, vgg16-w0.5, vgg16-bn, resnet20, "
         "digits-mlp; WIDTH multiplies all channel counts (default: that of the first command "
         "above, digits-conv for the digits, mlp for MNIST; with --preset cpu as wide as the "
-        "shipped ones, with --preset paper 1)",
-        type=cli.model_of,
-        metavar="NAME[-wWIDTH]",
-    )
+        "shipped ones, with --preset paper 1)", type=cli.model_of, metavar="NAME[-wWIDTH]")
     preset: str = cli.option(
-        "cpu",
-        "width and recipe of the networks: cpu is what two cores can train (as VGG16 at a quarter "
-        "of the width, 24 epochs, about half an hour a model); paper is full width and the paper's "
-        "recipe (160 epochs, step decay, weight decay 1e-4), meant for a GPU, where an epoch is "
-        "one compiled scan; no such models are shipped, so it needs --retrain",
-        choices=("cpu", "paper"),
-        part="{}",
-    )
+        "cpu", "width and recipe of the networks: cpu is what two cores can train (as VGG16 at a "
+        "quarter of the width, 24 epochs, about half an hour a model); paper is full width and the "
+        "paper's recipe (160 epochs, step decay, weight decay 1e-4), meant for a GPU, where an "
+        "epoch is one compiled scan; no such models are shipped, so it needs --retrain",
+        choices=("cpu", "paper"), part="{}")
     retrain: bool = cli.option(
-        False,
-        "train the networks instead of loading shipped ones; they, and what a run that was stopped "
-        "goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
-        part=lambda record: "retrained" if record["config"]["retrain"] else None,
-    )
+        False, "train the networks instead of loading shipped ones; they, and what a run that was "
+        "stopped goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
+        part=lambda record: "retrained" if record["config"]["retrain"] else None)
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------- edge models

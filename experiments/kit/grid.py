@@ -30,47 +30,38 @@ POINTS = 20
 # ------------------------------------------------------------------------------ options and data
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class PairOptions(cli.Options):
     """The options of experiments that train their pairs; give `seeds` a default of your own."""
 
     dataset: str = cli.option(
-        "auto",
-        "images to train and test on; auto is MNIST where it is found, else, with a warning and in "
-        "the figure's title, the digits that come with scikit-learn",
-        choices=("auto", "mnist", "digits"),
-    )
+        "auto", "images to train and test on; auto is MNIST where it is found, else, with a "
+        "warning and in the figure's title, the digits that come with scikit-learn",
+        choices=("auto", "mnist", "digits"))
     seeds: tuple[int, ...] = cli.option(
-        (0, 1),
-        "seeds of the edge models; the first and the second make a pair, the third and the fourth "
-        "another, and so on",
-        type=cli.seed_of,
-        metavar="S",
-        part="seeds{}",
-    )
+        (0, 1), "seeds of the edge models; the first and the second make a pair, the third and the "
+        "fourth another, and so on", type=cli.seed_of, metavar="S", part="seeds{}")
     quick: bool = cli.option(
         False,
         f"one pair, {QUICK_EPOCHS} epoch on {QUICK_IMAGES} images: to see that it runs; the "
         "numbers mean nothing",
     )
+# fmt: on
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class LinearOptions(PairOptions):
     """The options of experiments on linear networks."""
 
     epochs: int | None = cli.option(
-        None,
-        "passes over the training images (default: the paper's; for the digits as many as make "
-        "equally many steps)",
-        type=cli.count_of("epochs"),
-        part="epochs{}",
-    )
+        None, "passes over the training images (default: the paper's; for the digits as many as "
+        "make equally many steps)", type=cli.count_of("epochs"), part="epochs{}")
     preset: str = cli.option(
-        "paper",
-        "networks, recipe and number of models are the paper's, which two cores can train",
-        choices=("paper",),
-    )
+        "paper", "networks, recipe and number of models are the paper's, which two cores can train",
+        choices=("paper",))
+# fmt: on
 
 
 def pairs_of(config: Any) -> list[tuple[int, int]]:

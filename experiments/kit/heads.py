@@ -208,16 +208,15 @@ def _scale(text: str) -> float:
     return value
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class EmbeddingOptions:
     """The options that say towards which embeddings networks are trained."""
 
     loss: str = cli.option(
-        "cosine",
-        "for networks on some of the classes: cosine is the cross-entropy of the cosines with the "
-        "class embeddings, cross-entropy that of the plain outputs for these classes",
-        choices=LOSSES,
-    )
+        "cosine", "for networks on some of the classes: cosine is the cross-entropy of the cosines "
+        "with the class embeddings, cross-entropy that of the plain outputs for these classes",
+        choices=LOSSES)
     embeddings: str | None = cli.option(
         None,
         "class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for each "
@@ -225,9 +224,9 @@ class EmbeddingOptions:
         metavar="FILE",
     )
     dimensions: int | None = cli.option(
-        None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N"
-    )
+        None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
     scale: float = cli.option(SCALE, "of the cosines, above 0", type=_scale, metavar="S")
+# fmt: on
 
 
 def check(args: EmbeddingOptions, *, parts: bool = True) -> None:

@@ -45,32 +45,24 @@ LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
 # -------------------------------------------------------------------------------------- options
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class MatchingOptions(edges.EdgeOptions):
     """The settings of matchings that have any; they are those of the paper's code."""
 
     zip_alpha: float = cli.option(
-        DEFAULTS["zip_alpha"],
-        "with ZipIt!, discount on the correlations of units that are merges already",
-        type=cli.number_of(0, 1),
-        metavar="A",
-    )
+        DEFAULTS["zip_alpha"], "with ZipIt!, discount on the correlations of units that are merges "
+        "already", type=cli.number_of(0, 1), metavar="A")
     zip_beta: float = cli.option(
-        DEFAULTS["zip_beta"],
-        "with ZipIt!, share of the merges that may be of units of one network",
-        type=cli.number_of(0, 1),
-        metavar="B",
-    )
+        DEFAULTS["zip_beta"], "with ZipIt!, share of the merges that may be of units of one "
+        "network", type=cli.number_of(0, 1), metavar="B")
     regularization: float = cli.option(
-        DEFAULTS["regularization"],
-        "with CCA, what is added to the diagonal of the covariances: as it is, whatever their "
-        "size, like in the paper's code; the library's own default is 1 with --relative",
-        type=cli.number_of(0),
-        metavar="R",
-    )
+        DEFAULTS["regularization"], "with CCA, what is added to the diagonal of the covariances: "
+        "as it is, whatever their size, like in the paper's code; the library's own default is 1 "
+        "with --relative", type=cli.number_of(0), metavar="R")
     relative: bool = cli.option(
-        False, "with CCA, take --regularization times the mean variance of a network's features"
-    )
+        False, "with CCA, take --regularization times the mean variance of a network's features")
+# fmt: on
 
 
 def check(config: MatchingOptions, matches: Iterable[str]) -> None:

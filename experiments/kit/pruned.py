@@ -32,23 +32,19 @@ LAYERS: dict[str, dict[str, Any]] = {
 CHUNK = 5_000
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class RemedyOptions(edges.EdgeOptions):
     """The options of how pruned networks are renormalised."""
 
     plain: bool = cli.option(
-        False,
-        "take statistics of training images as they are, not cropped and mirrored at random as in "
-        "training",
-        part=lambda record: "plain" if record["config"]["plain"] else None,
-    )
+        False, "take statistics of training images as they are, not cropped and mirrored at random "
+        "as in training", part=lambda record: "plain" if record["config"]["plain"] else None)
     renorm: str = cli.option(
-        "auto",
-        "how pruned networks are renormalised; auto is RESET where there is BatchNorm, RESCALE for "
-        "VGGs without any norm, as in the paper's code, and REPAIR for all others",
-        choices=("auto", *REMEDIES),
-        part="{}",
-    )
+        "auto", "how pruned networks are renormalised; auto is RESET where there is BatchNorm, "
+        "RESCALE for VGGs without any norm, as in the paper's code, and REPAIR for all others",
+        choices=("auto", *REMEDIES), part="{}")
+# fmt: on
 
 
 def sparsity_of(text: str) -> int | float:

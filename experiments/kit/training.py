@@ -35,65 +35,46 @@ def _change(name: str) -> Any:
     return cli.option(None, f"{text}, instead of the recipe's", type=kind, metavar="N")
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Training(heads.EmbeddingOptions):
     """What is trained: the options of `train_edges.py`."""
 
     model: str = cli.option(
-        "vgg16",
-        f"architecture, one of {', '.join(models.NAMES)} (default: vgg16)",
-        choices=models.NAMES,
-        metavar="NAME",
-    )
+        "vgg16", f"architecture, one of {', '.join(models.NAMES)} (default: vgg16)",
+        choices=models.NAMES, metavar="NAME")
     width: float = cli.option(1.0, "multiplier of all channel counts", type=float)
     dataset: str = cli.option(
-        "auto",
-        "training data; auto is the digits for the digits models, else CIFAR-10",
-        choices=data.NAMES,
-    )
+        "auto", "training data; auto is the digits for the digits models, else CIFAR-10",
+        choices=data.NAMES)
     data_dir: str | None = cli.option(
-        None, "folder of TFDS data sets (default: TFDS_DATA_DIR)", metavar="DIR"
-    )
+        None, "folder of TFDS data sets (default: TFDS_DATA_DIR)", metavar="DIR")
     seeds: tuple[int, ...] = cli.option(
-        (0,), "one model is trained for each", type=int, metavar="SEED"
-    )
+        (0,), "one model is trained for each", type=int, metavar="SEED")
     preset: str = cli.option(
-        "cpu", "recipe: what two cores finish, or the paper's Table 2", choices=("cpu", "paper")
-    )
+        "cpu", "recipe: what two cores finish, or the paper's Table 2", choices=("cpu", "paper"))
     recipe: str | None = cli.option(
-        None,
-        f"recipe by name, instead of --preset: one of {', '.join(sorted(train.RECIPES))}",
-        choices=sorted(train.RECIPES),
-        metavar="NAME",
-    )
+        None, f"recipe by name, instead of --preset: one of {', '.join(sorted(train.RECIPES))}",
+        choices=sorted(train.RECIPES), metavar="NAME")
     epochs: int | None = _change("epochs")
     learning_rate: float | None = _change("learning_rate")
     weight_decay: float | None = _change("weight_decay")
     batch_size: int | None = _change("batch_size")
     warmup_epochs: float | None = _change("warmup_epochs")
     classes: tuple[int, ...] | None = cli.option(
-        None,
-        "train on these classes alone, as one of several networks (default: on all)",
-        type=int,
-        nargs="+",
-        metavar="CLASS",
-    )
+        None, "train on these classes alone, as one of several networks (default: on all)",
+        type=int, nargs="+", metavar="CLASS")
     storage: str = cli.option(
-        "float32",
-        "how numbers are stored; in half the bits only if no more than one in 2,000 of the train "
-        "images is told differently",
-        choices=("float32", "float16"),
-    )
+        "float32", "how numbers are stored; in half the bits only if no more than one in 2,000 of "
+        "the train images is told differently", choices=("float32", "float16"))
     out: str = cli.option(
-        str(records.ROOT / "checkpoints"),
-        "folder of the checkpoints (default: checkpoints, beside the experiments)",
-        metavar="DIR",
-    )
+        str(records.ROOT / "checkpoints"), "folder of the checkpoints (default: checkpoints, "
+        "beside the experiments)", metavar="DIR")
     work_dir: str = cli.option(
-        "~/.cache/vfjax/training", "where runs keep the state that they resume from", metavar="DIR"
-    )
+        "~/.cache/vfjax/training", "where runs keep the state that they resume from", metavar="DIR")
     restart: bool = cli.option(False, "forget saved state, begin afresh")
     overwrite: bool = cli.option(False, "train again what is in --out already")
+# fmt: on
 
 
 def checkpoint_name(
