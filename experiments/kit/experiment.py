@@ -291,11 +291,8 @@ class Stopped(Exception):
     """Ctrl-C was pressed; the message says how to go on."""
 
     def __init__(self, count: int = 0) -> None:
-        kept = f"{count} cells are kept" if count else "nothing was measured"
-        super().__init__(
-            f"stopped: {kept}, networks in training are where they were; the same command goes on "
-            "from there."
-        )
+        kept = f": {count} cells are kept" if count else " before anything was measured"
+        super().__init__(f"stopped{kept}; the same command goes on from there, in training, too.")
 
 
 @contextlib.contextmanager
