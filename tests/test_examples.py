@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax import _examples, _graph, models
+from vfjax import _examples, models
+from vfjax._jaxpr.flatten import flatten
 
 
 def _graph_of(fn, v, x, size):
     x = jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
     with jax.numpy_rank_promotion("allow"):  # these are users' functions
         closed = jax.make_jaxpr(fn)(v, x)
-    return _graph.flatten(closed, len(jax.tree.leaves(v)))
+    return flatten(closed, len(jax.tree.leaves(v)))
 
 
 def apart(fn, v, x, piece=2):

@@ -11,18 +11,20 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from vfjax import _calls, _graph
+from vfjax._jaxpr import calls
+from vfjax._jaxpr.flatten import MAX_UNROLL, flatten
+from vfjax._jaxpr.graph import evaluate, holds_layer
 
 
 def graph_of(fn, variables, x):
     leaves, tree = jax.tree.flatten(variables)
     closed = jax.make_jaxpr(lambda leaves, x: fn(jax.tree.unflatten(tree, leaves), x))(leaves, x)
-    return _graph.flatten(closed, len(leaves))
+    return flatten(closed, len(leaves))
 
 
 def run(graph, variables, x, **how):
     env = dict(zip(graph.inputs, [*jax.tree.leaves(variables), *jax.tree.leaves(x)], strict=True))
-    values = _graph.evaluate(graph, env, graph.output_ids, **how)
+    values = evaluate(graph, env, graph.output_ids, **how)
     return [values[v] for v in graph.output_ids]
 
 
@@ -58,7 +60,7 @@ def test_calls_that_only_delimit_are_inlined():
         return jax.jit(jax.jit(jnp.exp))(x)
 
     graph = graph_of(fn, W, X)
-    assert not set(names(graph)) & (_calls.INLINE | _calls.CUSTOM)
+    assert not set(names(graph)) & (calls.INLINE | calls.CUSTOM)
     assert names(graph).count("dot_general") == 2
     np.testing.assert_allclose(run(graph, W, X)[0], fn(W, X), rtol=1e-6)
 
@@ -123,7 +125,7 @@ def test_scan_over_stacked_layers_is_unrolled(length, reverse):
 
 
 def test_a_long_scan_stays_whole_and_still_runs():
-    p = stack(_graph.MAX_UNROLL + 1)
+    p = stack(MAX_UNROLL + 1)
     graph = graph_of(stacked, p, X)
     assert names(graph).count("scan") == 1
     np.testing.assert_allclose(run(graph, p, X)[1], stacked(p, X)[1], rtol=1e-5)
@@ -161,7 +163,7 @@ def test_layers_inside_loops_and_branches_are_seen(kind):
     found = [
         e.primitive
         for e in graph.equations
-        if _graph.holds_layer(e.eqn, [depends[v] if isinstance(v, int) else 0 for v in e.inputs])
+        if holds_layer(e.eqn, [depends[v] if isinstance(v, int) else 0 for v in e.inputs])
         and e.primitive != "dot_general"
     ]
     assert found == ["scan" if kind == "carried" else kind]
@@ -178,7 +180,7 @@ def test_loops_without_layers_hold_none():
     for e in graph.equations:
         if e.primitive != "dot_general":
             bits = [depends[v] if isinstance(v, int) else 0 for v in e.inputs]
-            assert not _graph.holds_layer(e.eqn, bits)
+            assert not holds_layer(e.eqn, bits)
 
 
 def test_dependency_bits():
@@ -246,9 +248,9 @@ def test_only_what_is_wanted_runs():
     graph = graph_of(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], W, X)
     first = graph.equations[0].outputs[0]
     env = {graph.inputs[0]: W["a"], graph.inputs[2]: X}  # p["b"] is not there
-    assert _graph.evaluate(graph, env, [first])[first].shape == (2, 4)
+    assert evaluate(graph, env, [first])[first].shape == (2, 4)
     with pytest.raises(KeyError):
-        _graph.evaluate(graph, env, graph.output_ids)
+        evaluate(graph, env, graph.output_ids)
 
 
 def test_where_names_the_user_s_line():

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vfjax._graph import flatten
 from vfjax._inferred import from_propagation
+from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
 from vfjax._tree import leaf_paths
 from vfjax.symmetry import PermutationSpec, check_spec

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 from vfjax._effects import effects
-from vfjax._graph import flatten
 from vfjax._inferred import from_propagation
+from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import RULES, propagate
 from vfjax._tree import leaf_paths
 

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from vfjax._graph import flatten
 from vfjax._inferred import from_propagation
+from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import RULES, propagate, rule
 from vfjax._propagate.algebra import Algebra, Cause
 from vfjax._tree import leaf_paths

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax._graph import flatten
 from vfjax._inferred import from_propagation
+from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
 from vfjax._propagate.algebra import Algebra, Cause
 from vfjax._tree import leaf_paths

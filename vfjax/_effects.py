@@ -12,9 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from vfjax._graph import INPUT, LINEAR, PARAM, Equation, Graph
+from vfjax._jaxpr.graph import (
+    INPUT,
+    LINEAR,
+    PARAM,
+    Equation,
+    Graph,
+)
+from vfjax._jaxpr.primitives import SPREAD
 from vfjax._norms import NormSite
-from vfjax._views import SPREAD
 
 ADDS, SCALES, KERNEL, JOINED, BENT = "adds", "scales", "kernel", "joined", "bent"
 """Added to features; multiplies them; in a linear layer; in a product of parameters; all else."""

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from tqdm import tqdm
 
 from vfjax._batches import labelled
-from vfjax._route import routed
+from vfjax._jaxpr.faster import routed
 from vfjax._tree import check_finite, flatten_named
 
 __all__ = ["Evaluation", "evaluate"]

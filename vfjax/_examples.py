@@ -14,9 +14,21 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
-from vfjax import _taps
-from vfjax._graph import INPUT, Equation, Graph, subjaxpr
-from vfjax._views import CAST, ELEMENTWISE, LAYOUT, REDUCTIONS, SPREAD, varying_axes
+from vfjax._jaxpr.graph import (
+    INPUT,
+    Equation,
+    Graph,
+    subjaxpr,
+)
+from vfjax._jaxpr.primitives import (
+    CAST,
+    ELEMENTWISE,
+    LAYOUT,
+    REDUCTIONS,
+    SPREAD,
+    is_elementwise,
+)
+from vfjax._views import varying_axes
 
 
 class _Mixed(Exception):
@@ -160,7 +172,7 @@ def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
         # What does not depend on the input may be laid out along the batch, but not vary there.
         if value not in axes and axis in varying_axes(graph, value):
             raise _Mixed
-    if name in CAST | ELEMENTWISE or _taps.is_elementwise(equation):
+    if name in CAST | ELEMENTWISE or is_elementwise(equation):
         return axis
     rule = _RULES.get(name)
     if rule is None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._graph import Graph
+from vfjax._jaxpr.graph import Graph
 from vfjax._sites import LinearSite
 from vfjax._traced import Traced
 from vfjax._views import View, slot_of

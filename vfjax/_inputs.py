@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._graph import Equation
+from vfjax._jaxpr.graph import Equation
 from vfjax._sites import LinearSite
 from vfjax.network import Network
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
-from vfjax._graph import INPUT, PARAM, Graph
-from vfjax._views import CAST, SPREAD, View, varying_axes, view_of
+from vfjax._jaxpr.graph import INPUT, PARAM, Graph
+from vfjax._jaxpr.primitives import CAST, SPREAD
+from vfjax._views import View, varying_axes, view_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

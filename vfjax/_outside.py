@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from vfjax import _graph
-from vfjax._graph import INPUT, PARAM, Graph
+from vfjax._jaxpr.graph import INPUT, LINEAR, PARAM, Graph
+from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD
 from vfjax._norms import NormSite
 from vfjax._sites import LinearSite
-from vfjax._views import REDUCTIONS, SPREAD
 
 _PRODUCTS, _SUMS = frozenset({"mul", "div"}), frozenset({"add", "add_any", "sub"})
 _ROOTS = frozenset({"sqrt", "rsqrt", "pow"})
@@ -91,7 +90,7 @@ def closed_over(graph: Graph) -> Iterator[tuple[tuple[int, ...], str, str]]:
         `(shape of the constant, primitive, file:line)`.
     """
     for equation in graph.equations:
-        if equation.primitive not in _graph.LINEAR or not equation.depends & INPUT:
+        if equation.primitive not in LINEAR or not equation.depends & INPUT:
             continue
         for value, var in zip(equation.inputs, equation.eqn.invars, strict=True):
             if isinstance(value, int) and graph.depends[value]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from vfjax import _graph, _tree
+from vfjax import _tree
+from vfjax._jaxpr.flatten import flatten
 from vfjax._records import Crossing
 from vfjax._traced import Traced
 
@@ -91,7 +92,7 @@ class Retracer:
                 f"{_listed('variables', list(self.avals))}, {_listed('x', _tree.leaf_paths(x))}; "
                 "pass trees as apply_fn reads them."
             ) from error
-        graph = _graph.flatten(closed, len(avals))
+        graph = flatten(closed, len(avals))
         traced = Traced(graph, list(self.avals), x_tree, jax.tree.structure(shape))
         if self._cache and self.reference.signature != traced.signature:
             raise ValueError(

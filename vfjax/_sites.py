@@ -12,9 +12,14 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _graph
-from vfjax._graph import INPUT, PARAM, Graph
-from vfjax._views import CAST, LAYOUT, View, blocks_of, varying_axes, view_of
+from vfjax._jaxpr.graph import INPUT, LINEAR, PARAM, Equation, Graph
+from vfjax._jaxpr.primitives import CAST, LAYOUT
+from vfjax._views import (
+    View,
+    blocks_of,
+    varying_axes,
+    view_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +56,7 @@ def linear_sites(graph: Graph) -> list[LinearSite]:
     """The layers of a graph, in the order of their equations."""
     sites = []
     for index, equation in enumerate(graph.equations):
-        if equation.primitive not in _graph.LINEAR:
+        if equation.primitive not in LINEAR:
             continue
         bits = [graph.depends[v] if isinstance(v, int) else 0 for v in equation.inputs[:2]]
         if sorted(b & INPUT for b in bits) == [0, INPUT] and PARAM in bits:
@@ -100,7 +105,7 @@ def _largest_leaf(graph: Graph, value: int) -> int:
     return graph.inputs.index(max(leaves, key=weight))
 
 
-def _output_axes(equation: _graph.Equation, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _output_axes(equation: Equation, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Axes of the kernel operand that survive, and the axes of the result that they become."""
     if equation.primitive == "conv_general_dilated":
         dims = equation.params["dimension_numbers"]

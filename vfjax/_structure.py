@@ -9,8 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _describe, _graph, _inferred, _retrace, _summary, symmetry
+from vfjax import (
+    _describe,
+    _inferred,
+    _retrace,
+    _summary,
+    symmetry,
+)
 from vfjax._axes import Place
+from vfjax._jaxpr.flatten import MAX_UNROLL
 from vfjax._plan import Plan
 from vfjax._records import JointTap, Layer, Norm, Tap
 
@@ -325,7 +332,7 @@ class Structure:
         primitive, where = self.opaque[0]
         return (
             f" Layers inside the opaque {primitive} at {where} cannot be reached: write it as a "
-            f"Python loop, or as a scan over at most {_graph.MAX_UNROLL} stacked layers."
+            f"Python loop, or as a scan over at most {MAX_UNROLL} stacked layers."
         )
 
     def check_depth(self, depth: Any, argument: str) -> None:

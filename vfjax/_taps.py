@@ -2,40 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from jax.extend import core as jex
-
-from vfjax import _graph
-from vfjax._graph import Graph
-from vfjax._views import ELEMENTWISE, REDUCTIONS, SPREAD
-
-
-def is_elementwise(equation: _graph.Equation) -> bool:
-    """Whether an equation is elementwise, looking into custom derivatives such as relu's."""
-    if equation.primitive in ELEMENTWISE:
-        return True
-    inner = _graph.subjaxpr(equation.eqn)
-    return inner is not None and _elementwise_jaxpr(*inner)
-
-
-def _elementwise_jaxpr(jaxpr: Any, consts: Sequence[Any]) -> bool:
-    literals = [v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, jex.Literal)]
-    shapes = [v.aval.shape for v in jaxpr.constvars] + [np.shape(v.val) for v in literals]
-    if any(shapes) or any(map(np.ndim, consts)):
-        return False  # an array that is no operand: nobody could tell where it varies
-    for eqn in jaxpr.eqns:
-        inner = _graph.subjaxpr(eqn)
-        if inner is not None and _elementwise_jaxpr(*inner):
-            continue
-        scalar = eqn.primitive.name == "broadcast_in_dim" and all(
-            isinstance(v, jex.Literal) or not v.aval.shape for v in eqn.invars
-        )
-        if eqn.primitive.name not in ELEMENTWISE and not scalar:
-            return False
-    return True
+from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD, is_elementwise
 
 
 def tap_of(graph: Graph, value: int) -> int:

@@ -10,9 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax import _calls, _effects, _graph, _norms, _outside, _propagate, _sites, _taps
+from vfjax import (
+    _effects,
+    _norms,
+    _outside,
+    _propagate,
+    _sites,
+    _taps,
+)
 from vfjax._axes import Axis, Place, owners
-from vfjax._graph import INPUT, PARAM, Graph
+from vfjax._jaxpr import calls
+from vfjax._jaxpr.graph import INPUT, LINEAR, PARAM, Graph, holds_layer
+from vfjax._jaxpr.primitives import is_elementwise
 from vfjax._propagate.groups import named_groups
 
 
@@ -121,11 +130,9 @@ class Traced:
         return tuple(
             (e.primitive, e.where)
             for e in self.graph.equations
-            if e.primitive not in _graph.LINEAR
+            if e.primitive not in LINEAR
             and e.depends == PARAM | INPUT
-            and _graph.holds_layer(
-                e.eqn, [depends[v] if isinstance(v, int) else 0 for v in e.inputs]
-            )
+            and holds_layer(e.eqn, [depends[v] if isinstance(v, int) else 0 for v in e.inputs])
         )
 
     @functools.cached_property
@@ -266,7 +273,7 @@ class Traced:
             return 2 * out
         if name.startswith(("reduce_window", "reduce_sum", "reduce_max")):
             return max(sizes)
-        if name in _ACTIVATIONS or (name in _calls.CUSTOM and _taps.is_elementwise(equation)):
+        if name in _ACTIVATIONS or (name in calls.CUSTOM and is_elementwise(equation)):
             return out
         return 0
 

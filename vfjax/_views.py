@@ -8,29 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax import _graph
-from vfjax._graph import Graph
-
-CAST = frozenset(
-    """convert_element_type copy copy_p name optimization_barrier pvary reduce_precision reshard
-    sharding_constraint stop_gradient""".split()
-)
-"""Primitives that hand a value on, at another precision, place or name at most."""
-
-LAYOUT = frozenset({"reshape", "transpose", "squeeze", "expand_dims"})
-SPREAD = CAST | LAYOUT | {"broadcast_in_dim"}
-"""Primitives that only lay values out."""
-
-REDUCTIONS = frozenset(
-    {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax"}
-)
-ELEMENTWISE = CAST | frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma
-    log log1p logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt select_n sign
-    sin sinh sqrt square sub tan tanh xor""".split()
-)
-"""Primitives that map each position of their operands to the same position of the result."""
+from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr.primitives import CAST, ELEMENTWISE, LAYOUT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +91,7 @@ def view_of(graph: Graph, value: Any) -> View | None:
     return View(graph.inputs.index(value), slot, tuple(reversed(steps)))
 
 
-def slot_of(graph: Graph, equation: _graph.Equation) -> int | None:
+def slot_of(graph: Graph, equation: Equation) -> int | None:
     """The index along axis 0 that a slice takes out, if it takes one, whole."""
     if equation.primitive != "slice":
         return None

@@ -8,8 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax import _fold, _graph, _outside, _retrace, _route, _tree
+from vfjax import (
+    _fold,
+    _outside,
+    _retrace,
+    _tree,
+)
 from vfjax._fold import FoldError
+from vfjax._jaxpr import faster
+from vfjax._jaxpr.graph import evaluate
 from vfjax._plan import Edit, Plan
 from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped, mapped_value
 from vfjax._structure import Structure
@@ -173,13 +180,13 @@ class Network(Structure):
         ends = traced.ends(stop)
         wanted = list(dict.fromkeys([*ends, *plan.values]))
         self._check_present(traced, wanted, env, "variables")
-        values = _graph.evaluate(
+        values = evaluate(
             traced.graph,
             env,
             wanted,
             edits=plan.edits,
             operand_edits=plan.operand_edits,
-            rules=_route.rules(),
+            rules=faster.rules(),
         )
         if stop is not None:
             origin = x.origin if isinstance(x, Crossing) else _retrace.origin_of(x)

@@ -25,8 +25,8 @@ from flax import linen as nn
 from tqdm import tqdm
 
 from vfjax._evaluate import Evaluation, evaluate
+from vfjax._jaxpr.faster import routed
 from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
-from vfjax._route import routed
 from vfjax._saved import Saved, checksum
 from vfjax._tree import check_finite, flatten_named
 from vfjax.data import Dataset, normalise

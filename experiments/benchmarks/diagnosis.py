@@ -27,7 +27,7 @@ import _common
 
 import vfjax
 from vfjax import diagnose, models, train
-from vfjax._route import routed
+from vfjax._jaxpr.faster import routed
 
 # At most 1.15 times the bare passes.
 FEATURES = round(1 / 1.15, 2)

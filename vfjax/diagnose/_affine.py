@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from vfjax import _graph
-from vfjax._graph import Graph
-from vfjax._views import CAST, SPREAD
+from vfjax._jaxpr.graph import Graph, subjaxpr
+from vfjax._jaxpr.primitives import CAST, SPREAD
 
 Flags = Sequence[bool]
 
@@ -63,7 +62,7 @@ def culprit(graph: Graph, values: Collection[int]) -> Culprit | None:
 def _blame(eqn: Any, flags: Flags) -> str | None:
     """The primitive that makes an equation not affine in the flagged operands, or None."""
     name = eqn.primitive.name
-    inner = _graph.subjaxpr(eqn)
+    inner = subjaxpr(eqn)
     if inner is not None:
         return _blame_inside(inner[0], flags)
     rule = _RULES.get(name)

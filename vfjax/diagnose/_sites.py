@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _graph, stats
+from vfjax import stats
+from vfjax._jaxpr import graph
 from vfjax._streaming import Site
 from vfjax._tree import flatten_named
 from vfjax.network import Network
@@ -195,5 +196,5 @@ def kernels(net: Network, tree: PyTree, names: Sequence[str]) -> list[np.ndarray
     named, _ = flatten_named(tree)
     ids = zip(traced.graph.inputs, traced.paths, strict=False)
     env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
-    found = _graph.evaluate(traced.graph, env, operands)
+    found = graph.evaluate(traced.graph, env, operands)
     return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from vfjax._batches import batches
 from vfjax._fits import check_fits
-from vfjax._graph import INPUT
+from vfjax._jaxpr.graph import INPUT
 from vfjax._merged import Merged
 from vfjax._networks import check_net
 from vfjax._tree import check_finite, flatten_named

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vfjax import _graph
+from vfjax._jaxpr.flatten import flatten
+from vfjax._jaxpr.graph import Equation, evaluate
 
 Array = jax.Array
 
@@ -70,20 +71,20 @@ def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
         if chosen is None:
             return fn(*args)
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        graph = _graph.flatten(closed, 0)
+        graph = flatten(closed, 0)
         env = dict(zip(graph.inputs, jax.tree.leaves(args), strict=True))
-        values = _graph.evaluate(graph, env, graph.output_ids, rules=chosen)
+        values = evaluate(graph, env, graph.output_ids, rules=chosen)
         return jax.tree.unflatten(jax.tree.structure(shape), graph.output_values(values))
 
     return wrapper
 
 
-def rules() -> Callable[[_graph.Equation, Sequence[Any]], Callable[..., Any] | None] | None:
+def rules() -> Callable[[Equation, Sequence[Any]], Callable[..., Any] | None] | None:
     """The rules for the default backend, in the form that `_graph.evaluate` takes, or None."""
     return _cpu_rule if jax.default_backend() == "cpu" else None
 
 
-def _cpu_rule(equation: _graph.Equation, args: Sequence[Any]) -> Callable[..., Any] | None:
+def _cpu_rule(equation: Equation, args: Sequence[Any]) -> Callable[..., Any] | None:
     make = _CPU_RULES.get(equation.primitive)
     return None if make is None else make(equation.params, *(np.shape(a) for a in args))
 
