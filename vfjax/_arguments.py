@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from vfjax import _tree
 from vfjax._fits import check_fits
 from vfjax._merged import Merged
 from vfjax._networks import check_net, networks
+from vfjax._types import PyTree
 from vfjax._weights import resolve_weights
 from vfjax.network import Network
-
-PyTree = Any
 
 
 def check_merged(net: Network | Sequence[Network], merged: PyTree | Merged) -> Network:

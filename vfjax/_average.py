@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,8 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax import _tree
+from vfjax._types import Array, PyTree
 from vfjax._weights import resolve_weights, weighted_mean
-
-Array = jax.Array
-PyTree = Any
 
 
 def resolve_mix(

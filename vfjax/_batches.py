@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._types import Array, PyTree
+
 __all__ = ["batch_size", "batches", "check_finite_means", "keep", "labelled"]
 
-Array = jax.Array
-PyTree = Any
 
 # What is kept, at most, in bytes: 10,000 images of CIFAR take an eighth of it.
 _KEEP_BYTES = 1 << 30

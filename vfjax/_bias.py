@@ -15,12 +15,11 @@ from vfjax import _tree
 from vfjax._arguments import check_merged, weights_for
 from vfjax._fits import check_models
 from vfjax._merged import Merged
+from vfjax._types import Array, PyTree
 from vfjax._weights import resolve_weights
 from vfjax.align._maps import Maps
 from vfjax.network import Network
 
-Array = jax.Array
-PyTree = Any
 # A bias: path of its leaf, and which slice of it where a scan over layers was unrolled.
 Bias = tuple[str, int | None]
 

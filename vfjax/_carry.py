@@ -7,14 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from vfjax._axes import Axis, map_axis, map_within, permute_at, size_at
 from vfjax._maps import check_permutation
 from vfjax._streaming import GroupAxis
-
-Array = jax.Array
+from vfjax._types import Array
 
 
 def single(found: Any) -> np.ndarray | Array:

@@ -10,9 +10,9 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax import _tree
+from vfjax._types import PyTree
 from vfjax.network import Network
 
-PyTree = Any
 # By group, a matrix.
 Matrices = Mapping[str, jax.Array]
 

@@ -25,10 +25,8 @@ from vfjax._batches import batches, check_finite_means, keep
 from vfjax._merged import Arrays, Frame, Merged
 from vfjax._meshes import on_mesh, on_meshes
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
+from vfjax._types import Array, PyTree
 from vfjax.network import Crossing, Network, Norm
-
-Array = jax.Array
-PyTree = Any
 
 
 class Job(NamedTuple):

@@ -17,11 +17,9 @@ from tqdm import tqdm
 from vfjax._batches import labelled
 from vfjax._jaxpr.faster import routed
 from vfjax._tree import check_finite, flatten_named
+from vfjax._types import Array, PyTree
 
 __all__ = ["Evaluation", "evaluate"]
-
-Array = jax.Array
-PyTree = Any
 
 
 class Evaluation(NamedTuple):

@@ -10,9 +10,8 @@ import numpy as np
 from vfjax import _tree
 from vfjax._networks import check_net, networks
 from vfjax._plan import Plan
+from vfjax._types import PyTree
 from vfjax.network import Network
-
-PyTree = Any
 
 
 def check_fits(

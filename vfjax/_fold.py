@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vfjax._jaxpr.graph import Graph
 from vfjax._sites import LinearSite
 from vfjax._traced import Traced
+from vfjax._types import Array
 from vfjax._views import View, slot_of
-
-Array = jax.Array
 
 
 class FoldError(ValueError):

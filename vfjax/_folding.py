@@ -10,10 +10,8 @@ import jax
 from vfjax import _tree
 from vfjax._correct import Found, renewed
 from vfjax._merged import Merged
+from vfjax._types import Array, PyTree
 from vfjax.network import FoldError
-
-Array = jax.Array
-PyTree = Any
 
 
 def fold_all(model: Merged, found: Found, *, shift: bool) -> Merged:

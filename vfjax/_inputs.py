@@ -11,10 +11,8 @@ import numpy as np
 
 from vfjax._jaxpr.graph import Equation
 from vfjax._sites import LinearSite
+from vfjax._types import Array, PyTree
 from vfjax.network import Network
-
-Array = jax.Array
-PyTree = Any
 
 
 def kernel_rows(net: Network, layer: str) -> np.ndarray:

@@ -8,9 +8,7 @@ import jax
 import numpy as np
 
 from vfjax._tree import check_finite, flatten_named
-
-Array = jax.Array
-PyTree = Any
+from vfjax._types import Array, PyTree
 
 
 def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = None) -> float:

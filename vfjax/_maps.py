@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-Array = jax.Array
+from vfjax._types import Array
 
 
 def check_permutation(

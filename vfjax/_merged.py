@@ -14,11 +14,10 @@ from vfjax import _parts, _tree
 from vfjax._composition import Composition, Matrices
 from vfjax._fits import check_fits
 from vfjax._plan import check_capture, check_edit
+from vfjax._types import Array, PyTree
 from vfjax._weights import resolve_weights
 from vfjax.network import Crossing, Network
 
-Array = jax.Array
-PyTree = Any
 Edits = Mapping[str, Callable[[Array], Array]]
 
 

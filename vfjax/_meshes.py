@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-PyTree = Any
+from vfjax._types import PyTree
 
 
 def replicate(tree: PyTree, mesh: Any) -> PyTree:

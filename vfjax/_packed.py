@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from vfjax._types import PyTree
 
 
 class CheckpointError(ValueError):

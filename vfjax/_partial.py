@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -17,11 +16,9 @@ from vfjax._average import average_trees, resolve_mix
 from vfjax._fits import as_trees, check_models
 from vfjax._merged import Matrices, Merged
 from vfjax._networks import check_net, networks
+from vfjax._types import PyTree
 from vfjax.align._maps import Maps
 from vfjax.network import Layer, Network
-
-Array = jax.Array
-PyTree = Any
 
 
 def partial(

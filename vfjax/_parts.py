@@ -9,9 +9,8 @@ import jax
 
 from vfjax import _tree
 from vfjax._networks import networks
+from vfjax._types import PyTree
 from vfjax.network import Network
-
-PyTree = Any
 
 
 def take_apart(model: Any) -> tuple[PyTree, dict[str, Any]]:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from vfjax._traced import Traced
+from vfjax._types import Array
 
-Array = jax.Array
 Edit = Callable[[Array], Array]
 
 

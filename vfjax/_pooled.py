@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from vfjax._types import Array
 
 # A channel below this fraction of its layer's largest variance counts as constant.
 _DEAD = 1e-12

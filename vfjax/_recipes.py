@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from vfjax._types import Array
+
 __all__ = ["PRESETS", "RECIPES", "Recipe", "recipe_for"]
 
-Array = jax.Array
 
 # The first learning rate of a warm-up; that of the paper's code at its peak of 0.1.
 _WARMUP_START = 1e-6

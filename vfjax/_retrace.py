@@ -13,8 +13,7 @@ from vfjax import _tree
 from vfjax._jaxpr.flatten import flatten
 from vfjax._records import Crossing
 from vfjax._traced import Traced
-
-PyTree = Any
+from vfjax._types import PyTree
 
 
 class Retracer:

@@ -15,8 +15,7 @@ import jax
 import numpy as np
 
 from vfjax import checkpoint
-
-PyTree = Any
+from vfjax._types import PyTree
 
 _log = logging.getLogger(__name__)
 

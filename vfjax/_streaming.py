@@ -23,11 +23,8 @@ from vfjax._examples import separable
 from vfjax._meshes import on_mesh, on_meshes, replicate
 from vfjax._pooled import ROUNDINGS, shifted_moments
 from vfjax._tree import flatten_named
+from vfjax._types import Array, PyTree
 from vfjax.network import Network
-
-Array = jax.Array
-PyTree = Any
-
 
 # On CPU the largest value of a piece of a batch, and the fewest examples in a piece.
 _PIECE_BYTES = 4 << 20

@@ -20,8 +20,7 @@ from vfjax._axes import Place
 from vfjax._jaxpr.flatten import MAX_UNROLL
 from vfjax._plan import Plan
 from vfjax._records import JointTap, Layer, Norm, Tap
-
-PyTree = Any
+from vfjax._types import PyTree
 
 
 class Structure:

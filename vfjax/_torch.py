@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from vfjax._packed import CheckpointError
+from vfjax._types import PyTree
 from vfjax.models.bottleneck import BLOCKS, BottleneckResNet
 from vfjax.models.convnext import ConvNeXt
 from vfjax.models.layers import scaled
@@ -24,7 +25,6 @@ from vfjax.models.vgg import STAGES, ImageNetVGG
 
 __all__ = ["from_torch"]
 
-PyTree = Any
 
 # A normalisation's scale is what PyTorch calls its weight.
 _LEAVES = {

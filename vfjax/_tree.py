@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-Array = jax.Array
-PyTree = Any
+from vfjax._types import PyTree
 
 
 def _name(path: tuple[Any, ...]) -> str:

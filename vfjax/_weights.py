@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-Array = jax.Array
+from vfjax._types import Array
 
 # Weights given in float32 still sum to one.
 _TOLERANCE = 1e-5

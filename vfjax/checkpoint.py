@@ -33,7 +33,6 @@ from vfjax._torch import from_torch
 
 __all__ = ["CheckpointError", "card", "from_torch", "load", "save", "write_json"]
 
-PyTree = Any
 
 _FORMAT = 1
 _CARD = "card.json"

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from vfjax._types import Array
+
 __all__ = ["NAMES", "Batches", "Dataset", "DatasetError", "grey", "load", "normalise"]
 
-Array = jax.Array
 
 _log = logging.getLogger(__name__)
 

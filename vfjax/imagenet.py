@@ -11,16 +11,15 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from vfjax import data
+from vfjax._types import Array
 
 __all__ = ["MEAN", "STD", "Streamed", "centre", "load"]
 
-Array = jax.Array
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of images in [0, 1], by channel: those of torchvision's and timm's networks."""

@@ -13,14 +13,13 @@ that can be called, jitted, differentiated, saved, and handed to `vfjax.renorm`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import jax
+from typing import NamedTuple
 
 from vfjax._average import average_trees, resolve_mix
 from vfjax._fits import as_trees
 from vfjax._merged import Merged, as_merged
 from vfjax._partial import ensemble, partial, preserve_first
+from vfjax._types import PyTree
 
 __all__ = [
     "Merged",
@@ -33,9 +32,6 @@ __all__ = [
     "preserve_first",
     "uniform_soup",
 ]
-
-Array = jax.Array
-PyTree = Any
 
 
 def interpolate(

@@ -21,6 +21,7 @@ from vfjax._plan import Edit, Plan
 from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped, mapped_value
 from vfjax._structure import Structure
 from vfjax._traced import Traced
+from vfjax._types import Array, PyTree
 
 __all__ = [
     "Crossing",
@@ -32,9 +33,6 @@ __all__ = [
     "Tap",
     "trace",
 ]
-
-Array = jax.Array
-PyTree = Any
 
 
 def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: PyTree) -> Network:

@@ -27,13 +27,13 @@ from vfjax._bias import calibrate_bias, remove_bias
 from vfjax._folding import fold_all
 from vfjax._goals import goals_of
 from vfjax._merged import Merged, as_merged
+from vfjax._types import PyTree
 from vfjax.align._maps import Maps
 from vfjax.network import Network
 from vfjax.stats import Moments
 
 __all__ = ["calibrate_bias", "remove_bias", "repair", "rescale", "reset"]
 
-PyTree = Any
 
 _SWEEPS = {"batch": _correct.by_batch, "layer": _correct.by_layer}
 

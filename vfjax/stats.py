@@ -29,13 +29,12 @@ from vfjax._networks import check_net, networks
 from vfjax._records import JointTap
 from vfjax._streaming import GroupAxis, Model, Plan, Site, finish, measure, pool, stream
 from vfjax._tree import check_sequence
+from vfjax._types import Array, PyTree
 from vfjax._weights import resolve_weights
 from vfjax.network import Network
 
 __all__ = ["Moments", "moments", "resolve_sites"]
 
-Array = jax.Array
-PyTree = Any
 Sites = Literal["paper", "all", "taps"] | Sequence[str]
 
 

@@ -53,6 +53,7 @@ from vfjax._maps import (
     invert,
 )
 from vfjax._tree import flatten_named, some
+from vfjax._types import Array, PyTree
 
 __all__ = [
     "Axis",
@@ -62,9 +63,6 @@ __all__ = [
     "compose",
     "invert",
 ]
-
-Array = jax.Array
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

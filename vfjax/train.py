@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from vfjax._jaxpr.faster import routed
 from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
 from vfjax._saved import Saved, checksum
 from vfjax._tree import check_finite, flatten_named
+from vfjax._types import Array, PyTree
 from vfjax.data import Dataset, normalise
 
 __all__ = [
@@ -44,8 +45,6 @@ __all__ = [
     "recipe_for",
 ]
 
-Array = jax.Array
-PyTree = Any
 
 _log = logging.getLogger(__name__)
 

@@ -31,8 +31,7 @@ from jax import lax
 
 from vfjax._jaxpr.flatten import flatten
 from vfjax._jaxpr.graph import Equation, evaluate
-
-Array = jax.Array
+from vfjax._types import Array
 
 # Up to this many (input position, output position) pairs a dense layer beats a convolution on CPU.
 _MAX_PAIRS = 16

@@ -34,6 +34,7 @@ from vfjax._jaxpr.calls import (
     scan_arity,
     subjaxpr,
 )
+from vfjax._types import Array
 
 __all__ = [
     "INPUT",
@@ -47,8 +48,6 @@ __all__ = [
     "scan_arity",
     "subjaxpr",
 ]
-
-Array = jax.Array
 
 
 # Frames of installed packages, JAX and this core are never where a user wrote a layer.

@@ -21,11 +21,10 @@ from vfjax._streaming import (
     stream,
     without_rounding,
 )
+from vfjax._types import Array, PyTree
 from vfjax.align._entries import matched_sites, within
 from vfjax.network import Network
 
-Array = jax.Array
-PyTree = Any
 # Means, variances and covariances with the first network, by network and site.
 Measured = dict[str, list[dict[str, Array]]]
 

@@ -15,13 +15,12 @@ import numpy as np
 
 from vfjax._axes import Axis, grid, map_axis, map_within, rows
 from vfjax._tree import flatten_named
+from vfjax._types import PyTree
 from vfjax.align._entries import within
 from vfjax.align._nested import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.align._units import in_output_units
 from vfjax.network import Network
-
-PyTree = Any
 
 # Squared distances up to this part of the norms are rounding.
 _EQUAL = 1e-14

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from vfjax import stats
 from vfjax._fits import check_comparable
 from vfjax._networks import networks
 from vfjax._tree import check_sequence
+from vfjax._types import PyTree
 from vfjax.network import Network
-
-PyTree = Any
 
 
 def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> tuple[Network, ...]:

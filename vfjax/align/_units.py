@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _tree
+from vfjax._types import PyTree
 from vfjax.network import Network, Norm
-
-PyTree = Any
 
 
 def norms_in_units(net: Network, unknown: Collection[str]) -> list[Norm]:

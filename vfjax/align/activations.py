@@ -16,20 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vfjax import stats
+from vfjax._types import Array, PyTree
 from vfjax.align._entries import matched_sites
 from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE, Alignment, assign_within
 from vfjax.network import Network
 
 __all__ = ["match_activations", "match_moments"]
-
-Array = jax.Array
-PyTree = Any
 
 
 def match_activations(

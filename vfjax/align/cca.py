@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from vfjax import stats
+from vfjax._types import PyTree
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._maps import Maps
@@ -29,9 +29,6 @@ from vfjax.align.activations import correlation
 from vfjax.network import Network
 
 __all__ = ["canonical_correlations", "cca", "cca_moments"]
-
-Array = jax.Array
-PyTree = Any
 
 
 def cca(

@@ -22,12 +22,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from vfjax import stats
 from vfjax._networks import check_net, networks
 from vfjax._tree import check_finite, check_trees, flatten_named
+from vfjax._types import PyTree
 from vfjax.align._between import Pair, measure, pair_of
 from vfjax.align._entries import matched_sites, within
 from vfjax.align._incoming import match_incoming
@@ -39,8 +39,6 @@ from vfjax.network import Network
 
 __all__ = ["transport", "transport_moments"]
 
-Array = jax.Array
-PyTree = Any
 Marginals = Literal["uniform", "l1", "l2", "softmax"]
 
 

@@ -16,12 +16,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from vfjax import stats
 from vfjax._networks import networks
 from vfjax._tree import check_trees, flatten_named
+from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
 from vfjax.align._entries import matched_sites
 from vfjax.align._models import check_at_taps, network_of
@@ -38,8 +38,6 @@ from vfjax.symmetry import compose, invert
 
 __all__ = ["Universe", "match_universe", "match_universe_moments"]
 
-Array = jax.Array
-PyTree = Any
 
 # How often the weights of two models with heads are matched from random permutations, too: the
 # search from where they are often ends with wrong heads, and heads are not relaxed.

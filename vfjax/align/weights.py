@@ -23,15 +23,13 @@ import numpy as np
 from vfjax._axes import grid, permute_at, rows
 from vfjax._networks import check_net
 from vfjax._tree import check_finite, check_like, flatten_named
+from vfjax._types import Array, PyTree
 from vfjax.align._options import check_key
 from vfjax.align._record import Alignment, assign_within
 from vfjax.network import Network
 from vfjax.symmetry import Axis, PermutationSpec, compose
 
 __all__ = ["match_weights"]
-
-Array = jax.Array
-PyTree = Any
 
 
 def match_weights(

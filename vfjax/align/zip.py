@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from vfjax import stats
+from vfjax._types import Array, PyTree
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather
 from vfjax.align._greedy import greedy_groups
@@ -37,8 +38,6 @@ from vfjax.network import Network
 
 __all__ = ["merged_correlation", "zip_features", "zip_moments"]
 
-Array = jax.Array
-PyTree = Any
 Matcher = Literal["greedy", "optimal", "kmeans", "permute", "identity"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,11 @@ from vfjax._batches import batch_size
 from vfjax._merged import Merged
 from vfjax._pooled import alive
 from vfjax._tree import flatten_named
+from vfjax._types import PyTree
 from vfjax.diagnose._sites import describe, kernels, value_of
 from vfjax.diagnose.bounds import Bound
 from vfjax.diagnose.features import Features
 from vfjax.network import Network, Norm
-
-PyTree = Any
 
 # Of a site without a kernel to compare: its ratio, and both cosines.
 _UNKNOWN = (float("nan"),) * 3

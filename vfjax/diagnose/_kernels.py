@@ -22,12 +22,11 @@ from vfjax._batches import batch_size, batches
 from vfjax._meshes import on_mesh, on_meshes
 from vfjax._pooled import ROUNDINGS
 from vfjax._streaming import stream
+from vfjax._types import Array, PyTree
 from vfjax.diagnose._measure import scale_of
 from vfjax.diagnose._sites import by_example
 from vfjax.merge import Merged
 
-Array = jax.Array
-PyTree = Any
 Shape = tuple[int, ...]
 # Models, and the scales of their features, the sites of all models in one row.
 _State = tuple[tuple[Merged, ...], list[Array]]

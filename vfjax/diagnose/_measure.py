@@ -29,11 +29,9 @@ from vfjax._streaming import (
     pieces,
     stream,
 )
+from vfjax._types import Array, PyTree
 from vfjax.diagnose._sites import by_example
 from vfjax.network import Network
-
-Array = jax.Array
-PyTree = Any
 
 # Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
 # it; below, the difference would lose more than two of seven digits, and values are centred.

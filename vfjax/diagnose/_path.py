@@ -17,11 +17,9 @@ import numpy as np
 
 from vfjax import merge
 from vfjax._evaluate import Evaluation, evaluate
+from vfjax._types import Array, PyTree
 from vfjax.merge import Merged
 from vfjax.network import Network
-
-Array = jax.Array
-PyTree = Any
 
 
 @jax.jit

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,10 +13,9 @@ from vfjax import stats
 from vfjax._jaxpr import graph
 from vfjax._streaming import Site
 from vfjax._tree import flatten_named
+from vfjax._types import Array, PyTree
 from vfjax.network import Network
 
-Array = jax.Array
-PyTree = Any
 Sites = Literal["taps", "layers", "paper"] | Sequence[str]
 
 

@@ -23,6 +23,7 @@ from vfjax._jaxpr.graph import INPUT
 from vfjax._merged import Merged
 from vfjax._networks import check_net
 from vfjax._tree import check_finite, flatten_named
+from vfjax._types import Array, PyTree
 from vfjax._views import view_of
 from vfjax.diagnose._affine import culprit
 from vfjax.diagnose._measure import zero_example
@@ -30,9 +31,6 @@ from vfjax.diagnose._sites import Sites, resolve_sites, value_of
 from vfjax.network import Network
 
 __all__ = ["Decomposition", "decompose", "decompose_matrices"]
-
-Array = jax.Array
-PyTree = Any
 
 
 @jax.tree_util.register_dataclass

@@ -20,6 +20,7 @@ import numpy as np
 from vfjax._arguments import weights_for
 from vfjax._batches import check_finite_means
 from vfjax._merged import Merged
+from vfjax._types import Array, PyTree
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
 from vfjax.diagnose._compared import carry, compared
@@ -28,8 +29,6 @@ from vfjax.network import Network
 
 __all__ = ["FeatureSite", "Features", "features"]
 
-Array = jax.Array
-PyTree = Any
 
 _FIELDS = ("feature", "feature_std", "offset", "mean", "std", "variance", "dead")
 

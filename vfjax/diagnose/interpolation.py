@@ -19,14 +19,13 @@ from tqdm import tqdm
 from vfjax import align, merge, renorm, stats
 from vfjax._batches import batches, keep, labelled
 from vfjax._networks import check_net
+from vfjax._types import Array, PyTree
 from vfjax.diagnose._path import Path
 from vfjax.merge import Merged
 from vfjax.network import Network
 
 __all__ = ["Interpolation", "barrier", "interpolation"]
 
-Array = jax.Array
-PyTree = Any
 Match = Literal["weight", "activation"] | Callable[[PyTree, PyTree], Any] | None
 Renormalise = str | tuple[str, int | str] | Callable[[Merged, Any, Any], PyTree | Merged] | None
 

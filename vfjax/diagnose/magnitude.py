@@ -8,19 +8,17 @@ layers before it and loses a factor at each, an offset of a late bias passes thr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from vfjax._arguments import check_merged, weights_for
 from vfjax._merged import Merged
+from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import kernels
 from vfjax.network import Layer, Network
 
 __all__ = ["rescale_product"]
-
-PyTree = Any
 
 
 def rescale_product(

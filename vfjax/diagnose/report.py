@@ -18,6 +18,7 @@ import numpy as np
 from vfjax._arguments import weights_for
 from vfjax._files import write_whole
 from vfjax._merged import Merged
+from vfjax._types import PyTree
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Advice", "LayerFinding", "NormFinding", "Report", "report"]
 
-PyTree = Any
 
 # The smoothing of the paper's detailed plots.
 _GAMMA = 1.4

@@ -16,6 +16,7 @@ from vfjax import _tree
 from vfjax._batches import batch_size, batches, keep
 from vfjax._fits import check_fits
 from vfjax._merged import Merged, as_merged
+from vfjax._types import PyTree
 from vfjax.diagnose import _kernels
 from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import Sites, resolve_sites
@@ -23,8 +24,6 @@ from vfjax.network import Network
 
 __all__ = ["CKA", "Distance", "cka", "distance"]
 
-Array = jax.Array
-PyTree = Any
 Model = tuple[Network, PyTree] | Merged
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import jax
 from flax import linen as nn
 
+from vfjax._types import PyTree
 from vfjax.models.bottleneck import BottleneckResNet
 from vfjax.models.convnext import ConvNeXt
 from vfjax.models.digits import DigitsConv, DigitsMLP
@@ -38,8 +39,6 @@ __all__ = [
     "apply_fn",
     "create",
 ]
-
-PyTree = Any
 
 
 def _families() -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:

@@ -13,10 +13,9 @@ import numpy as np
 from vfjax import _tree
 from vfjax._batches import labelled
 from vfjax._meshes import mesh_of
+from vfjax._types import Array, PyTree
 from vfjax.network import Network
 
-Array = jax.Array
-PyTree = Any
 Loss = Callable[[PyTree, Array], Array]
 
 # Bytes of the gradients that one call computes: on CPU what its caches hold, elsewhere a small part

@@ -14,9 +14,8 @@ from vfjax import _tree
 from vfjax._fits import check_fits
 from vfjax._inputs import kernel_rows
 from vfjax._networks import check_net
+from vfjax._types import PyTree
 from vfjax.network import Network
-
-PyTree = Any
 
 KINDS = ("dense", "conv")
 

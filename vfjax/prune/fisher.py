@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from vfjax._types import PyTree
 from vfjax.network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
 from vfjax.prune._kernels import Scores, scores_of, weights_of
-
-PyTree = Any
 
 
 def fisher(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from vfjax._types import PyTree
 from vfjax.network import Network
 from vfjax.prune._kernels import Scores, scores_of, weights_of, widened
-
-PyTree = Any
 
 
 def magnitude(net: Network, tree: PyTree, *, layers: Sequence[str] | None = None) -> Scores:

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import _tree
+from vfjax._types import PyTree
 from vfjax.prune._kernels import Scores
-
-PyTree = Any
 
 SCOPES = ("global", "layer", "row")
 

@@ -13,10 +13,9 @@ from vfjax._batches import batch_size
 from vfjax._inputs import input_squares, kernel_rows, spread
 from vfjax._meshes import on_mesh
 from vfjax._streaming import stream
+from vfjax._types import PyTree
 from vfjax.network import Network
 from vfjax.prune._kernels import Scores, scores_of, weights_of
-
-PyTree = Any
 
 
 def wanda(

@@ -21,12 +21,11 @@ import numpy as np
 import scipy.linalg
 
 from vfjax import _tree
+from vfjax._types import PyTree
 from vfjax.network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
 from vfjax.prune._kernels import Scores, rows_of, scores_of, weights_of
 from vfjax.prune.masks import apply, mask_of
-
-PyTree = Any
 
 _log = logging.getLogger(__name__)
 
