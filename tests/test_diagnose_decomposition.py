@@ -16,7 +16,7 @@ from flax import nnx
 
 import vfjax
 from vfjax import diagnose, merge, models
-from vfjax._tree import flatten_named
+from vfjax._trees.paths import flatten_named
 from vfjax.diagnose import decomposition
 
 # Sums of a few dozen products in float32, relative to the largest part of the sum.

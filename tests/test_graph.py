@@ -12,8 +12,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from vfjax._jaxpr import calls
+from vfjax._jaxpr.calls import holds_layer
 from vfjax._jaxpr.flatten import MAX_UNROLL, flatten
-from vfjax._jaxpr.graph import evaluate, holds_layer
+from vfjax._jaxpr.graph import evaluate
 
 
 def graph_of(fn, variables, x):

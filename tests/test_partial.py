@@ -324,10 +324,10 @@ def renorm_ones(net, model):
     """A model with ones for the variances that it lacks."""
     lacking = {n.var: jnp.ones(n.input_shape[-1]) for n in net.norms}
     have = dict(zip(net.paths, [None] * len(net.paths), strict=True))
-    have |= vfjax._tree.flatten_named(model.trunk)[0]
+    have |= vfjax._trees.paths.flatten_named(model.trunk)[0]
     kept = net.trunk_leaves(model.cut, model.end)
     leaves = {p: lacking[p] for p in lacking if have[p] is None and p in kept}
-    return dataclasses.replace(model, trunk=vfjax._tree.with_leaves(model.trunk, leaves))
+    return dataclasses.replace(model, trunk=vfjax._trees.paths.with_leaves(model.trunk, leaves))
 
 
 def test_maps_of_heads_and_of_their_dimensions_at_once():

@@ -128,7 +128,7 @@ def of_site(value, axes):
 
 
 def leaf(tree, path):
-    return vfjax._tree.flatten_named(tree)[0][path]
+    return vfjax._trees.paths.flatten_named(tree)[0][path]
 
 
 def check_norms(model, x):

@@ -14,7 +14,7 @@ import pytest
 from vfjax._inferred import from_propagation
 from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
-from vfjax._tree import leaf_paths
+from vfjax._trees.paths import leaf_paths
 from vfjax.symmetry import PermutationSpec, check_spec
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))

@@ -13,8 +13,9 @@ from jax import lax
 from vfjax._effects import effects
 from vfjax._inferred import from_propagation
 from vfjax._jaxpr.flatten import flatten
-from vfjax._propagate import RULES, propagate
-from vfjax._tree import leaf_paths
+from vfjax._propagate import propagate
+from vfjax._propagate.registry import RULES
+from vfjax._trees.paths import leaf_paths
 
 BATCH, LARGEST = 3, 400
 OPERATIONS = {}

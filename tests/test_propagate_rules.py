@@ -13,9 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vfjax._inferred import from_propagation
 from vfjax._jaxpr.flatten import flatten
-from vfjax._propagate import RULES, propagate, rule
-from vfjax._propagate.algebra import Algebra, Cause
-from vfjax._tree import leaf_paths
+from vfjax._propagate import propagate
+from vfjax._propagate.algebra import Algebra
+from vfjax._propagate.atoms import Cause
+from vfjax._propagate.registry import RULES, rule
+from vfjax._trees.paths import leaf_paths
 from vfjax.symmetry import check_spec
 
 RNG = np.random.default_rng(0)

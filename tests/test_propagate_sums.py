@@ -15,8 +15,9 @@ from jax import lax
 from vfjax._inferred import from_propagation
 from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
-from vfjax._propagate.algebra import Algebra, Cause
-from vfjax._tree import leaf_paths
+from vfjax._propagate.algebra import Algebra
+from vfjax._propagate.atoms import Cause
+from vfjax._trees.paths import leaf_paths
 from vfjax.symmetry import Axis, PermutationSpec, check_spec
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))

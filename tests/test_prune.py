@@ -170,7 +170,7 @@ def test_layers_are_chosen():
     assert prune.sparsity(mask) == pytest.approx(0.9, abs=1e-3)
     for name in set(every) - set(without):
         path = net.layer(name).kernel
-        flat = vfjax._tree.flatten_named(pruned)[0][path]
+        flat = vfjax._trees.paths.flatten_named(pruned)[0][path]
         assert np.count_nonzero(flat) == flat.size
     with pytest.raises(ValueError, match="kinds must be a sequence of dense and conv"):
         prune.prunable(net, kinds="dense")

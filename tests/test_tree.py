@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vfjax import _tree
+from vfjax._trees.paths import check_trees, flatten_named, leaf_paths
 
 
 class Pair(NamedTuple):
@@ -45,41 +45,41 @@ A = jnp.ones(2)
     ],
 )
 def test_paths(tree, paths):
-    assert _tree.leaf_paths(tree) == paths
+    assert leaf_paths(tree) == paths
 
 
 def test_paths_that_would_coincide_are_told_apart():
     tree = {"a/b": 1 * A, "a": {"b": 2 * A}}
-    named, treedef = _tree.flatten_named(tree)
+    named, treedef = flatten_named(tree)
     assert len(named) == 2
     assert jax.tree.unflatten(treedef, list(named.values()))["a"]["b"] is tree["a"]["b"]
 
 
 def test_nnx_paths_have_no_value():
     state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))[1]
-    assert sorted(_tree.leaf_paths(state)) == ["bias", "kernel"]
+    assert sorted(leaf_paths(state)) == ["bias", "kernel"]
     mixed = {"backbone": state, "head": {"w": A}}
-    assert sorted(_tree.leaf_paths(mixed)) == ["backbone/bias", "backbone/kernel", "head/w"]
+    assert sorted(leaf_paths(mixed)) == ["backbone/bias", "backbone/kernel", "head/w"]
 
 
 def test_a_function_leaf_names_the_remedy():
     module = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
     with pytest.raises(TypeError, match=r"'activation'.*eqx\.partition"):
-        _tree.flatten_named(module)
+        flatten_named(module)
     with pytest.raises(TypeError, match=r"variables has a str at 'name'"):
-        _tree.flatten_named({"name": "vgg"})
+        flatten_named({"name": "vgg"})
 
 
 @pytest.mark.parametrize("leaf", [1, 2.0, True, np.float32(3), jax.ShapeDtypeStruct((2,), "int8")])
 def test_numbers_and_shapes_are_leaves(leaf):
-    assert _tree.flatten_named({"x": leaf})[0] == {"x": leaf}
+    assert flatten_named({"x": leaf})[0] == {"x": leaf}
 
 
 def test_trees_that_fit():
     trees = [{"w": k * A, "n": 3, "key": jax.random.key(k)} for k in range(3)]
-    _tree.check_trees(trees)
-    _tree.check_trees(tuple(jax.eval_shape(lambda t: t, t) for t in trees))
-    jax.jit(lambda ts: _tree.check_trees(ts))(trees)
+    check_trees(trees)
+    check_trees(tuple(jax.eval_shape(lambda t: t, t) for t in trees))
+    jax.jit(lambda ts: check_trees(ts))(trees)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_trees_that_fit():
 )
 def test_trees_that_do_not_fit(trees, error, message):
     with pytest.raises(error, match=message):
-        _tree.check_trees(trees)
+        check_trees(trees)
 
 
 def test_finite_is_optional_and_skips_tracers():
     bad = {"w": A * jnp.nan}
-    _tree.check_trees([bad], finite=False)
-    jax.jit(lambda t: _tree.check_trees([t]))(bad)
+    check_trees([bad], finite=False)
+    jax.jit(lambda t: check_trees([t]))(bad)
     with pytest.raises(ValueError, match="NaN"):  # a concrete tree is looked at under a trace too
-        jax.jit(lambda x: (_tree.check_trees([bad]), x)[1])(A)
+        jax.jit(lambda x: (check_trees([bad]), x)[1])(A)

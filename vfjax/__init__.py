@@ -16,15 +16,15 @@ from vfjax import merge as merge
 from vfjax import prune as prune
 from vfjax import renorm as renorm
 from vfjax import stats as stats
-from vfjax.network import Crossing as Crossing
-from vfjax.network import FoldError as FoldError
-from vfjax.network import Layer as Layer
+from vfjax._fold import FoldError as FoldError
+from vfjax._invariance import check_spec as check_spec
+from vfjax._records import Crossing as Crossing
+from vfjax._records import Layer as Layer
+from vfjax._records import Norm as Norm
+from vfjax._records import Tap as Tap
 from vfjax.network import Network as Network
-from vfjax.network import Norm as Norm
-from vfjax.network import Tap as Tap
 from vfjax.network import trace as trace
 from vfjax.symmetry import PermutationSpec as PermutationSpec
-from vfjax.symmetry import check_spec as check_spec
 
 __version__ = "0.1.0"
 

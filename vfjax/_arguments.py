@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vfjax import _tree
 from vfjax._fits import check_fits
 from vfjax._merged import Merged
 from vfjax._networks import check_net, networks
+from vfjax._trees import paths
+from vfjax._trees.mean import resolve_weights
 from vfjax._types import PyTree
-from vfjax._weights import resolve_weights
 from vfjax.network import Network
 
 
@@ -36,9 +36,9 @@ def check_merged(net: Network | Sequence[Network], merged: PyTree | Merged) -> N
     check_net(net)
     assert isinstance(net, Network)
     if not isinstance(merged, Merged):
-        leaves, _ = _tree.flatten_named(merged, name="merged")
+        leaves, _ = paths.flatten_named(merged, name="merged")
         check_fits(net, merged, "merged", variances=False)
-        _tree.check_finite(leaves, name="merged")
+        paths.check_finite(leaves, name="merged")
     elif merged.net is not net:
         raise ValueError("merged was made with another network than net; pass net=merged.net")
     return net

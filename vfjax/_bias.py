@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax import _tree
 from vfjax._arguments import check_merged, weights_for
 from vfjax._fits import check_models
 from vfjax._merged import Merged
+from vfjax._trees import paths
+from vfjax._trees.mean import resolve_weights
 from vfjax._types import Array, PyTree
-from vfjax._weights import resolve_weights
 from vfjax.align._maps import Maps
 from vfjax.network import Network
 
@@ -165,7 +165,7 @@ def _in_basis(
     net: Network, merged: PyTree | Merged, references: Sequence[PyTree], maps: Maps | None
 ) -> list[dict[str, Any]]:
     """The leaves of the references, of which those of the trunk are in the basis of the merge."""
-    _tree.check_sequence(references, name="references")
+    paths.check_sequence(references, name="references")
     cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
     if maps is not None:
         if not isinstance(maps, Maps):
@@ -181,11 +181,11 @@ def _in_basis(
     found = []
     for k, tree in enumerate(references):
         name = f"references[{k}]"
-        leaves, _ = _tree.flatten_named(tree, name=name)
-        _tree.check_finite(leaves, name=name)
+        leaves, _ = paths.flatten_named(tree, name=name)
+        paths.check_finite(leaves, name=name)
         mine = {path: leaf for path, leaf in leaves.items() if path in kept}
         try:
-            _tree.check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
+            paths.check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
         except ValueError as error:
             raise ValueError(
                 f"{error} Biases are added up in the basis of the merge: give the models as they "
@@ -231,7 +231,7 @@ def _map_biases(
     cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
     depths = bias_depths(net, cut, end)
     tree = merged.trunk if isinstance(merged, Merged) else merged
-    leaves, treedef = _tree.flatten_named(tree)
+    leaves, treedef = paths.flatten_named(tree)
     for index, found in depths.items():
         if not all(same(depth, found[0]) for depth in found):
             raise ValueError(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from vfjax import _tree
+from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.network import Network
 
@@ -136,7 +136,7 @@ class Composition:
         parts += [(self.net, self.trunk)]
         parts += [(self.net_of(k), head) for k, head in enumerate(self.heads)]
         matrices = [m for maps in (*self.merge, *self.unmerge) for m in maps.values()]
-        return sum(net.count(_tree.flatten_named(tree)[0]) for net, tree in parts) + sum(
+        return sum(net.count(paths.flatten_named(tree)[0]) for net, tree in parts) + sum(
             int(np.prod(np.shape(m))) for m in matrices if not _selects(m)
         )
 
@@ -148,11 +148,11 @@ class Composition:
 
         Matrices at the cuts count, but for those that select.
         """
-        total = self.net.part_flops(_tree.flatten_named(self.trunk)[0], self.cut or None, self.end)
+        total = self.net.part_flops(paths.flatten_named(self.trunk)[0], self.cut or None, self.end)
         for k, stem in enumerate(self.stems):
-            total += self.net_of(k).part_flops(_tree.flatten_named(stem)[0], None, self.cut)
+            total += self.net_of(k).part_flops(paths.flatten_named(stem)[0], None, self.cut)
         for k, head in enumerate(self.heads):
-            total += self.net_of(k).part_flops(_tree.flatten_named(head)[0], self.end, None)
+            total += self.net_of(k).part_flops(paths.flatten_named(head)[0], self.end, None)
         for k, maps in enumerate(self.merge):
             total += self.net_of(k).map_flops(self.cut, _widths(maps))
         for maps in self.unmerge:

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _tree
 from vfjax._batches import batches, check_finite_means, keep
 from vfjax._merged import Arrays, Frame, Merged
 from vfjax._meshes import on_mesh, on_meshes
 from vfjax._pooled import Pooled, coefficients, moments_of, pool
+from vfjax._records import Crossing, Norm
+from vfjax._trees import paths
 from vfjax._types import Array, PyTree
-from vfjax.network import Crossing, Network, Norm
+from vfjax.network import Network
 
 
 class Job(NamedTuple):
@@ -208,7 +209,7 @@ def with_statistics(net: Network, tree: PyTree, found: Mapping[str, Pooled]) -> 
     Returns:
         A new tree; statistics are cast to the leaves' dtypes.
     """
-    leaves, treedef = _tree.flatten_named(tree)
+    leaves, treedef = paths.flatten_named(tree)
     joined: dict[tuple[Any, ...], Pooled] = {}
     for name, moments in found.items():
         site = net._reference.norms[name]
@@ -299,7 +300,7 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
 
     def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
         """The edits of norms of a tree; `labels` are what their moments go by."""
-        leaves, _ = _tree.flatten_named(tree)
+        leaves, _ = paths.flatten_named(tree)
 
         def edit(norm: Norm, u: Array) -> Array:
             now = found[labels[norm.name]] = moments_of(u, norm.sample_axes)

@@ -12,13 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from vfjax._jaxpr.graph import (
-    INPUT,
-    LINEAR,
-    PARAM,
-    Equation,
-    Graph,
-)
+from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.graph import Equation, Graph
 from vfjax._jaxpr.primitives import SPREAD
 from vfjax._norms import NormSite
 

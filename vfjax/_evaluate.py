@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vfjax._batches import labelled
 from vfjax._jaxpr.faster import routed
-from vfjax._tree import check_finite, flatten_named
+from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 
 __all__ = ["Evaluation", "evaluate"]

@@ -14,12 +14,8 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
-from vfjax._jaxpr.graph import (
-    INPUT,
-    Equation,
-    Graph,
-    subjaxpr,
-)
+from vfjax._jaxpr.calls import INPUT, subjaxpr
+from vfjax._jaxpr.graph import Equation, Graph
 from vfjax._jaxpr.primitives import (
     CAST,
     ELEMENTWISE,

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vfjax import _tree
 from vfjax._networks import check_net, networks
 from vfjax._plan import Plan
+from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.network import Network
 
@@ -36,14 +36,14 @@ def check_fits(
         ValueError: If leaves are missing or added, or differ in shape or dtype.
     """
     check_net(net)
-    leaves, _ = _tree.flatten_named(tree, name=name)
+    leaves, _ = paths.flatten_named(tree, name=name)
     like = {path: leaves.get(path, a) if path in free else a for path, a in net._avals.items()}
     if variances:
         net.check_variances([path for path in like if path not in leaves], name)
     else:
         unknown = {norm.var for norm in net.norms} - leaves.keys()
         like = {path: aval for path, aval in like.items() if path not in unknown}
-    _tree.check_like(leaves, like, name=name, other="the traced network's variables")
+    paths.check_like(leaves, like, name=name, other="the traced network's variables")
 
 
 def check_models(
@@ -67,7 +67,7 @@ def check_models(
         TypeError: If there is no sequence of trees, or a leaf is no array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
-    _tree.check_sequence(trees, name=name)
+    paths.check_sequence(trees, name=name)
     nets = networks(net, len(trees))
     if all(own is nets[0] for own in nets) and not free:
         as_trees(trees, name=name)
@@ -76,8 +76,8 @@ def check_models(
     apart = len(set(nets)) > 1
     for k, (own, tree) in enumerate(zip(nets, trees, strict=True)):
         label = f"{name}[{k}]"
-        leaves, _ = _tree.flatten_named(tree, name=label)
-        _tree.check_finite(leaves, name=label)
+        leaves, _ = paths.flatten_named(tree, name=label)
+        paths.check_finite(leaves, name=label)
         check_fits(own, tree, label, variances=variances, free=() if apart else free)
         if not apart:
             _check_run(own, leaves, label)
@@ -100,27 +100,27 @@ def check_comparable(
         TypeError: If there is no sequence of trees, or a leaf is no array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
-    _tree.check_sequence(trees, name="trees")
+    paths.check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
-    flats = [_tree.flatten_named(tree, name=f"trees[{k}]")[0] for k, tree in enumerate(trees)]
+    flats = [paths.flatten_named(tree, name=f"trees[{k}]")[0] for k, tree in enumerate(trees)]
     shapes = [{path: np.shape(leaf) for path, leaf in flat.items()} for flat in flats]
     apart = any(own is not nets[0] for own in nets)
     if not apart and all(found == shapes[0] for found in shapes):
-        _tree.check_trees(trees)
+        paths.check_trees(trees)
         return
     read = leaves_before(nets[0], sites)
     like = {path: leaf for path, leaf in flats[0].items() if path in read}
     for k, (own, flat) in enumerate(zip(nets, flats, strict=True)):
         label = f"trees[{k}]"
-        _tree.check_finite(flat, name=label)
+        paths.check_finite(flat, name=label)
         seen = read if own is nets[0] else leaves_before(own, sites)
         mine = {path: leaf for path, leaf in flat.items() if path in seen}
-        _tree.check_like(mine, like, name=label, other="trees[0]")
+        paths.check_like(mine, like, name=label, other="trees[0]")
         if apart:
             check_fits(own, trees[k], label)
         else:
             rest = {path: leaf for path, leaf in flat.items() if path not in read}
-            _tree.check_like(flat, {**flats[0], **rest}, name=label, other="trees[0]")
+            paths.check_like(flat, {**flats[0], **rest}, name=label, other="trees[0]")
             _check_run(own, flat, label)
 
 
@@ -172,5 +172,5 @@ def as_trees(trees: Sequence[PyTree], *, name: str = "trees") -> tuple[PyTree, .
         TypeError: If it is no list or tuple, such as one tree by itself.
         ValueError: If it is empty, or the trees are not alike, or hold NaN or infinite values.
     """
-    _tree.check_trees(trees, name=name)
+    paths.check_trees(trees, name=name)
     return tuple(trees)

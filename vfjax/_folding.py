@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from vfjax import _tree
 from vfjax._correct import Found, renewed
+from vfjax._fold import FoldError
 from vfjax._merged import Merged
+from vfjax._trees import paths
 from vfjax._types import Array, PyTree
-from vfjax.network import FoldError
 
 
 def fold_all(model: Merged, found: Found, *, shift: bool) -> Merged:
@@ -63,13 +63,13 @@ def _fold_into_stems(model: Merged, name: str, scale: Array, shift: Array | None
         raise FoldError(f"the channels of '{name}' are mapped at the cut")
     norm = net.layer(name).norm
     lent = net.norm(norm).mean if norm is not None else None
-    trunk, trunk_def = _tree.flatten_named(model.trunk)
+    trunk, trunk_def = paths.flatten_named(model.trunk)
     means = {lent: trunk[lent]} if lent in trunk else {}
     stems = []
     for k, stem in enumerate(model.stems):
-        net, own = model.net_of(k), _tree.flatten_named(stem)[0]
+        net, own = model.net_of(k), paths.flatten_named(stem)[0]
         whole = net.fold(_tree_of(net, own | means), name, scale, shift)
-        folded = _tree.flatten_named(whole)[0]
+        folded = paths.flatten_named(whole)[0]
         stems.append(_tree_of(net, {p: v for p, v in folded.items() if p in own}))
         trunk |= {p: folded[p] for p in means}
     return dataclasses.replace(

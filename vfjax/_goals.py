@@ -12,9 +12,10 @@ from vfjax._arguments import weights_for
 from vfjax._fits import check_models
 from vfjax._merged import Merged, as_merged
 from vfjax._networks import networks
+from vfjax._records import Crossing
 from vfjax._types import Array, PyTree
 from vfjax.align._maps import Maps
-from vfjax.network import Crossing, Network
+from vfjax.network import Network
 from vfjax.stats import Moments, moments, resolve_sites
 
 

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vfjax import _parts, _tree
+from vfjax import _parts
 from vfjax._composition import Composition, Matrices
 from vfjax._fits import check_fits
 from vfjax._plan import check_capture, check_edit
+from vfjax._records import Crossing
+from vfjax._trees import paths
+from vfjax._trees.mean import resolve_weights
 from vfjax._types import Array, PyTree
-from vfjax._weights import resolve_weights
-from vfjax.network import Crossing, Network
+from vfjax.network import Network
 
 Edits = Mapping[str, Callable[[Array], Array]]
 
@@ -297,9 +299,9 @@ class Merged(Composition):
         Raises:
             ValueError: If it cannot.
         """
-        kept, leaves = self.net.trunk_leaves(self.cut, self.end), _tree.flatten_named(self.trunk)[0]
+        kept, leaves = self.net.trunk_leaves(self.cut, self.end), paths.flatten_named(self.trunk)[0]
         self.net.check_variances([p for p in self.net.paths if p in kept - leaves.keys()], name)
-        _tree.check_finite(_tree.flatten_named(self.arrays._asdict())[0], name=name)
+        paths.check_finite(paths.flatten_named(self.arrays._asdict())[0], name=name)
 
     @property
     def frame(self) -> Frame:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from vfjax._jaxpr.graph import INPUT, LINEAR, PARAM, Graph
+from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD
 from vfjax._norms import NormSite
 from vfjax._sites import LinearSite

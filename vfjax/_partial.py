@@ -11,14 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from vfjax import _tree
-from vfjax._average import average_trees, resolve_mix
+from vfjax._composition import Matrices
 from vfjax._fits import as_trees, check_models
-from vfjax._merged import Matrices, Merged
+from vfjax._merged import Merged
 from vfjax._networks import check_net, networks
+from vfjax._records import Layer
+from vfjax._trees.mean import average_trees, resolve_mix
+from vfjax._trees.paths import (
+    check_like,
+    check_sequence,
+    flatten_named,
+    without,
+)
 from vfjax._types import PyTree
 from vfjax.align._maps import Maps
-from vfjax.network import Layer, Network
+from vfjax.network import Network
 
 
 def partial(
@@ -91,7 +98,7 @@ corrections=[])
     layer of a head instead, and runs stems through merged and unmerged copies; where U selects, a
     head is the same function here, and a stem is the original.
     """
-    _tree.check_sequence(trees, name="trees")
+    check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
     start, stop = _bounds(merged, nets[0].depth)
     end = None if stop == nets[0].depth else stop
@@ -264,9 +271,9 @@ def _bounds(merged: Any, depth: int) -> tuple[int, int]:
 def _check_trunks(net: Network, mapped: Sequence[PyTree]) -> None:
     """Checks that mapped models are of the shapes of the network that the trunk runs on."""
     for k, tree in enumerate(mapped):
-        leaves, _ = _tree.flatten_named(tree)
+        leaves, _ = flatten_named(tree)
         like = {path: net._avals[path] for path in leaves}
-        _tree.check_like(leaves, like, name=f"trees[{k}], mapped,", other="net")
+        check_like(leaves, like, name=f"trees[{k}], mapped,", other="net")
 
 
 def _check_mappable(nets: Sequence[Network], maps: Maps, depths: Sequence[int]) -> None:
@@ -299,7 +306,7 @@ def _matrices(nets: Sequence[Network], maps: Maps, depth: int, which: int) -> tu
 
 def _keep(tree: PyTree, paths: Collection[str]) -> PyTree:
     """The tree with None in place of leaves that are not among `paths`."""
-    return _tree.without(tree, _tree.flatten_named(tree)[0].keys() - paths)
+    return without(tree, flatten_named(tree)[0].keys() - paths)
 
 
 _WARNED: weakref.WeakSet[Network] = weakref.WeakSet()

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from vfjax import _tree
 from vfjax._networks import networks
+from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.network import Network
 
@@ -22,9 +22,9 @@ def take_apart(model: Any) -> tuple[PyTree, dict[str, Any]]:
     Returns:
         Lists of arrays by name, and what JSON says of them.
     """
-    trees = {"trunk": _tree.flatten_named(model.trunk)[0]}
-    trees |= {f"stem{k}": _tree.flatten_named(stem)[0] for k, stem in enumerate(model.stems)}
-    trees |= {f"head{k}": _tree.flatten_named(head)[0] for k, head in enumerate(model.heads)}
+    trees = {"trunk": paths.flatten_named(model.trunk)[0]}
+    trees |= {f"stem{k}": paths.flatten_named(stem)[0] for k, stem in enumerate(model.stems)}
+    trees |= {f"head{k}": paths.flatten_named(head)[0] for k, head in enumerate(model.heads)}
     trees |= {f"merge{k}": dict(maps) for k, maps in enumerate(model.merge)}
     trees |= {f"unmerge{k}": dict(maps) for k, maps in enumerate(model.unmerge)}
     # Leaves go by number, their paths into the JSON: a path may hold any character.

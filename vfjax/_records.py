@@ -13,8 +13,8 @@ import numpy as np
 
 from vfjax._axes import Axis, Place, Window, map_axis, map_within, moved, permute_at, size_at
 from vfjax._maps import check_matrix, contract
+from vfjax._trees.mean import resolve_weights, weighted_mean
 from vfjax._types import Array
-from vfjax._weights import resolve_weights, weighted_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from vfjax import _tree
 from vfjax._jaxpr.flatten import flatten
 from vfjax._records import Crossing
 from vfjax._traced import Traced
+from vfjax._trees.paths import flatten_named, leaf_paths, some
 from vfjax._types import PyTree
 
 
@@ -39,9 +39,9 @@ class Retracer:
             x: Likewise.
         """
         self._apply = apply_fn
-        named, self.treedef = _tree.flatten_named(variables)
+        named, self.treedef = flatten_named(variables)
         self.avals = {path: abstract(leaf) for path, leaf in named.items()}
-        _tree.flatten_named(x, name="x")
+        flatten_named(x, name="x")
         self.x = jax.tree.map(abstract, x)
         self._cache: dict[Hashable, Traced] = {}
         self._inputs: dict[Hashable, PyTree] = {}
@@ -88,7 +88,7 @@ class Retracer:
                 raise
             raise ValueError(
                 f"apply_fn raised KeyError {error}. If that is a key of variables or x: "
-                f"{_listed('variables', list(self.avals))}, {_listed('x', _tree.leaf_paths(x))}; "
+                f"{_listed('variables', list(self.avals))}, {_listed('x', leaf_paths(x))}; "
                 "pass trees as apply_fn reads them."
             ) from error
         graph = flatten(closed, len(avals))
@@ -167,7 +167,7 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def _listed(name: str, paths: Sequence[str]) -> str:
     if not any(paths):
         return f"{name} is a single array" if paths else f"{name} is empty"
-    return f"{name} has {_tree.some(paths)}"
+    return f"{name} has {some(paths)}"
 
 
 def _key(leaf: jax.ShapeDtypeStruct) -> Hashable:

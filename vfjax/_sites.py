@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._jaxpr.graph import INPUT, LINEAR, PARAM, Equation, Graph
+from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.graph import Equation, Graph
 from vfjax._jaxpr.primitives import CAST, LAYOUT
 from vfjax._views import (
     View,

@@ -22,7 +22,7 @@ from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
 from vfjax._meshes import on_mesh, on_meshes, replicate
 from vfjax._pooled import ROUNDINGS, shifted_moments
-from vfjax._tree import flatten_named
+from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import Network
 

@@ -20,7 +20,13 @@ from vfjax import (
 )
 from vfjax._axes import Axis, Place, owners
 from vfjax._jaxpr import calls
-from vfjax._jaxpr.graph import INPUT, LINEAR, PARAM, Graph, holds_layer
+from vfjax._jaxpr.calls import (
+    INPUT,
+    LINEAR,
+    PARAM,
+    holds_layer,
+)
+from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import is_elementwise
 from vfjax._propagate.groups import named_groups
 

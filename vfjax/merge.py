@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vfjax._average import average_trees, resolve_mix
 from vfjax._fits import as_trees
 from vfjax._merged import Merged, as_merged
 from vfjax._partial import ensemble, partial, preserve_first
+from vfjax._trees.mean import average_trees, resolve_mix
 from vfjax._types import PyTree
 
 __all__ = [

@@ -8,12 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax import (
-    _fold,
-    _outside,
-    _retrace,
-    _tree,
-)
+from vfjax import _fold, _outside, _retrace
 from vfjax._fold import FoldError
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
@@ -21,6 +16,7 @@ from vfjax._plan import Edit, Plan
 from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped, mapped_value
 from vfjax._structure import Structure
 from vfjax._traced import Traced
+from vfjax._trees import paths
 from vfjax._types import Array, PyTree
 
 __all__ = [
@@ -342,14 +338,14 @@ class Network(Structure):
             ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
         """
         self.layer(layer)
-        named, treedef = _tree.flatten_named(variables)
+        named, treedef = paths.flatten_named(variables)
         new = _fold.fold(self._reference, named, layer, scale, shift)
         return jax.tree.unflatten(treedef, [new[path] for path in named])
 
     # ---------------------------------------------------------------------------------- private
 
     def _named(self, variables: PyTree) -> dict[str, Any]:
-        named, _ = _tree.flatten_named(variables)
+        named, _ = paths.flatten_named(variables)
         unknown = [path for path in named if path not in self._avals]
         if unknown:
             raise ValueError(

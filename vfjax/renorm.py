@@ -21,12 +21,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax import _correct, _tree
+from vfjax import _correct
 from vfjax._arguments import check_merged
 from vfjax._bias import calibrate_bias, remove_bias
 from vfjax._folding import fold_all
 from vfjax._goals import goals_of
 from vfjax._merged import Merged, as_merged
+from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.align._maps import Maps
 from vfjax.network import Network
@@ -244,10 +245,10 @@ def _renormalise(
 
 def _with_variances(model: Merged) -> Merged:
     """The model with ones for the variances that it lacks, to be measured."""
-    leaves = _tree.flatten_named(model.trunk)[0]
+    leaves = paths.flatten_named(model.trunk)[0]
     kept = model.net.trunk_leaves(model.cut, model.end)
     unknown = [n.var for n in model.net.norms if n.var in kept and n.var not in leaves]
     if not unknown:
         return model
     ones = {path: jnp.ones(a.shape, a.dtype) for path, a in model.net.leaves(unknown).items()}
-    return dataclasses.replace(model, trunk=_tree.with_leaves(model.trunk, ones))
+    return dataclasses.replace(model, trunk=paths.with_leaves(model.trunk, ones))

@@ -28,9 +28,9 @@ from vfjax._fits import check_comparable
 from vfjax._networks import check_net, networks
 from vfjax._records import JointTap
 from vfjax._streaming import GroupAxis, Model, Plan, Site, finish, measure, pool, stream
-from vfjax._tree import check_sequence
+from vfjax._trees.mean import resolve_weights
+from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree
-from vfjax._weights import resolve_weights
 from vfjax.network import Network
 
 __all__ = ["Moments", "moments", "resolve_sites"]

@@ -52,7 +52,7 @@ from vfjax._maps import (
     contract,
     invert,
 )
-from vfjax._tree import flatten_named, some
+from vfjax._trees.paths import flatten_named, some
 from vfjax._types import Array, PyTree
 
 __all__ = [

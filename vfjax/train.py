@@ -28,7 +28,7 @@ from vfjax._evaluate import Evaluation, evaluate
 from vfjax._jaxpr.faster import routed
 from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
 from vfjax._saved import Saved, checksum
-from vfjax._tree import check_finite, flatten_named
+from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.data import Dataset, normalise
 

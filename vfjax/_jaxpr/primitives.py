@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
-from vfjax._jaxpr.graph import Equation, subjaxpr
+from vfjax._jaxpr.calls import subjaxpr
+from vfjax._jaxpr.graph import Equation
 
 CAST = frozenset(
     """convert_element_type copy copy_p name optimization_barrier pvary reduce_precision reshard

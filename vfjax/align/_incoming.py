@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._axes import Axis, grid, map_axis, map_within, rows
-from vfjax._tree import flatten_named
+from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
 from vfjax.align._entries import within
 from vfjax.align._nested import Compared, mapped, problems_of

@@ -11,12 +11,12 @@ import numpy as np
 
 from vfjax._maps import as_permutation, check_maps, check_permutation
 from vfjax._networks import networks
-from vfjax._tree import with_leaves, without
+from vfjax._trees.options import whole
+from vfjax._trees.paths import with_leaves, without
 from vfjax._types import PyTree
 from vfjax.align._covariances import tap_covariances
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._labels import check_labels, pairs_of, sizes_of
-from vfjax.align._options import whole
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network import Network
 from vfjax.stats import Moments

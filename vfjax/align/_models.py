@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vfjax import stats
 from vfjax._fits import check_comparable
 from vfjax._networks import networks
-from vfjax._tree import check_sequence
+from vfjax._trees.paths import check_sequence
 from vfjax._types import PyTree
 from vfjax.network import Network
 

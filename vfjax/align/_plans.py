@@ -16,7 +16,7 @@ import scipy.sparse
 from scipy.optimize import linprog
 from scipy.special import softmax
 
-from vfjax.align._options import number, whole
+from vfjax._trees.options import number, whole
 from vfjax.align._record import PLACE, assign
 
 __all__ = [

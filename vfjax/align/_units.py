@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _tree
+from vfjax._records import Norm
+from vfjax._trees.paths import flatten_named, with_leaves, without
 from vfjax._types import PyTree
-from vfjax.network import Network, Norm
+from vfjax.network import Network
 
 
 def norms_in_units(net: Network, unknown: Collection[str]) -> list[Norm]:
@@ -39,7 +40,7 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
     """The same function, with layers in the units of the output of the norm that follows."""
     for norm in norms_in_units(net, unknown):
         assert norm.layer is not None
-        leaves, _ = _tree.flatten_named(tree)
+        leaves, _ = flatten_named(tree)
         path = norm.scale
         if not {path or norm.var, norm.var, norm.mean} <= leaves.keys():
             continue
@@ -50,11 +51,11 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
         spread = jnp.maximum(jnp.abs(scale), np.sqrt(2 * norm.eps))
         layer = net.layer(norm.layer)
         tree = net.fold(tree, layer.name, factor.reshape(layer.channel_shape), None)
-        leaves, _ = _tree.flatten_named(tree)
+        leaves, _ = flatten_named(tree)
         changed = {norm.mean: leaves[norm.mean] * factor, norm.var: spread**2 - norm.eps}
         if path is not None:
             changed[path] = spread
-        tree = _tree.with_leaves(
+        tree = with_leaves(
             tree, {p: jnp.asarray(v, jnp.result_type(leaves[p])) for p, v in changed.items()}
         )
     return tree
@@ -69,15 +70,15 @@ def mixed_scales(
 ) -> dict[str, Any]:
     """By path, the scales of norms in output units after their features are mixed."""
     paths = {norm.scale for norm in norms_in_units(net, unknown) if norm.scale is not None}
-    paths &= (leaves := _tree.flatten_named(tree)[0]).keys()
-    alone = _tree.without(tree, leaves.keys() - paths)
+    paths &= (leaves := flatten_named(tree)[0]).keys()
+    alone = without(tree, leaves.keys() - paths)
     sizes = {
         group: (np.abs(pair[0]) * np.asarray(spreads.get(group, 1.0))[..., None], pair[1])
         for group, pair in maps.items()
     }
     # Here scales stand for standard deviations, which sum as values do.
     plain = dataclasses.replace(net.spec, scaling=())
-    return _tree.flatten_named(plain.apply(alone, sizes))[0] if paths else {}
+    return flatten_named(plain.apply(alone, sizes))[0] if paths else {}
 
 
 def spread_of(merge: np.ndarray, covariance: np.ndarray) -> np.ndarray:

@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import grid, permute_at, rows
+from vfjax._axes import Axis, grid, permute_at, rows
+from vfjax._maps import compose
 from vfjax._networks import check_net
-from vfjax._tree import check_finite, check_like, flatten_named
+from vfjax._trees.options import check_key
+from vfjax._trees.paths import check_finite, check_like, flatten_named
 from vfjax._types import Array, PyTree
-from vfjax.align._options import check_key
 from vfjax.align._record import Alignment, assign_within
 from vfjax.network import Network
-from vfjax.symmetry import Axis, PermutationSpec, compose
+from vfjax.symmetry import PermutationSpec
 
 __all__ = ["match_weights"]
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from vfjax import stats
+from vfjax._trees.options import check_key, number
 from vfjax._types import Array, PyTree
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
 from vfjax.align._entries import Part, gather
@@ -31,7 +32,6 @@ from vfjax.align._matchers import (
     permute_groups,
 )
 from vfjax.align._models import check_at_taps, network_of
-from vfjax.align._options import check_key, number
 from vfjax.align._record import PLACE
 from vfjax.align.activations import correlation
 from vfjax.network import Network

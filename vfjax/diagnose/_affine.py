@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from vfjax._jaxpr.graph import Graph, subjaxpr
+from vfjax._jaxpr.calls import subjaxpr
+from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import CAST, SPREAD
 
 Flags = Sequence[bool]

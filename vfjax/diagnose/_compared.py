@@ -12,7 +12,7 @@ from vfjax._arguments import check_merged
 from vfjax._fits import check_fits, check_models
 from vfjax._merged import Merged
 from vfjax._networks import networks
-from vfjax._tree import check_finite, flatten_named
+from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import PyTree
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure

@@ -13,12 +13,13 @@ import numpy as np
 from vfjax._batches import batch_size
 from vfjax._merged import Merged
 from vfjax._pooled import alive
-from vfjax._tree import flatten_named
+from vfjax._records import Norm
+from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
 from vfjax.diagnose._sites import describe, kernels, value_of
 from vfjax.diagnose.bounds import Bound
 from vfjax.diagnose.features import Features
-from vfjax.network import Network, Norm
+from vfjax.network import Network
 
 # Of a site without a kernel to compare: its ratio, and both cosines.
 _UNKNOWN = (float("nan"),) * 3

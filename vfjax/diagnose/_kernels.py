@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._batches import batch_size, batches
+from vfjax._merged import Merged
 from vfjax._meshes import on_mesh, on_meshes
 from vfjax._pooled import ROUNDINGS
 from vfjax._streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._measure import scale_of
 from vfjax.diagnose._sites import by_example
-from vfjax.merge import Merged
 
 Shape = tuple[int, ...]
 # Models, and the scales of their features, the sites of all models in one row.

@@ -17,8 +17,8 @@ import numpy as np
 
 from vfjax import merge
 from vfjax._evaluate import Evaluation, evaluate
+from vfjax._merged import Merged
 from vfjax._types import Array, PyTree
-from vfjax.merge import Merged
 from vfjax.network import Network
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from vfjax import stats
 from vfjax._jaxpr import graph
 from vfjax._streaming import Site
-from vfjax._tree import flatten_named
+from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import Network
 

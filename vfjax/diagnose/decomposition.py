@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from vfjax._batches import batches
 from vfjax._fits import check_fits
-from vfjax._jaxpr.graph import INPUT
+from vfjax._jaxpr.calls import INPUT
 from vfjax._merged import Merged
 from vfjax._networks import check_net
-from vfjax._tree import check_finite, flatten_named
+from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax._views import view_of
 from vfjax.diagnose._affine import culprit

@@ -13,10 +13,11 @@ import numpy as np
 
 from vfjax._arguments import check_merged, weights_for
 from vfjax._merged import Merged
+from vfjax._records import Layer
 from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import kernels
-from vfjax.network import Layer, Network
+from vfjax.network import Network
 
 __all__ = ["rescale_product"]
 

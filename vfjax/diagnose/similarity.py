@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax import _tree
 from vfjax._batches import batch_size, batches, keep
 from vfjax._fits import check_fits
 from vfjax._merged import Merged, as_merged
+from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.diagnose import _kernels
 from vfjax.diagnose._compared import as_networks
@@ -246,7 +246,7 @@ def _names(model: Merged, sites: Sites) -> tuple[str, ...]:
     apart = [name for name in names if model.apart(name)]
     if apart and not isinstance(sites, str):
         raise ValueError(
-            f"the sites {_tree.some(apart)} lie inside the stems or heads, where each model has a "
+            f"the sites {paths.some(apart)} lie inside the stems or heads, where each model has a "
             "value of its own; compare the models themselves there"
         )
     kept = tuple(name for name in names if name not in apart)
@@ -308,11 +308,11 @@ def distance(
     Source: the l2 distance of models of "Vanishing Feature: Diagnosing Model Merging and Beyond",
     appendix on initialisation.
     """
-    _tree.check_trees([a, b])
+    paths.check_trees([a, b])
     if net is not None:
         check_fits(net, a, "a")
     ignored = frozenset() if net is None else net.statistics
-    (left, _), (right, _) = _tree.flatten_named(a), _tree.flatten_named(b)
+    (left, _), (right, _) = paths.flatten_named(a), paths.flatten_named(b)
     squares = {}
     for path, leaf in left.items():
         if path in ignored or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _tree
 from vfjax._fits import check_fits
 from vfjax._inputs import kernel_rows
 from vfjax._networks import check_net
+from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
 from vfjax.network import Network
 
@@ -167,7 +167,7 @@ def weights_of(
     """
     check_fits(net, tree, "tree")
     rows, paths = rows_of(net, layers)
-    leaves = _tree.flatten_named(tree, name="tree")[0]
+    leaves = flatten_named(tree, name="tree")[0]
     return {path: leaves[path] for path in dict.fromkeys(paths.values())}, rows, paths
 
 

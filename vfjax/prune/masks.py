@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _tree
+from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.prune._kernels import Scores
 
@@ -71,7 +71,7 @@ def masks(
     for path, places in chosen:
         kept[path][places] = False
     shaped = {path: mask.reshape(scores.values[path].shape) for path, mask in kept.items()}
-    flat, treedef = _tree.flatten_named(scores.like)
+    flat, treedef = paths.flatten_named(scores.like)
     return jax.tree.unflatten(treedef, [shaped.get(path, True) for path in flat])
 
 
@@ -181,8 +181,8 @@ def mask_of(tree: PyTree, mask: PyTree) -> dict[str, Any]:
             "mask must have the structure of the tree: make it of scores of that tree, with "
             "vfjax.prune.masks"
         )
-    found = _tree.flatten_named(mask, name="mask")[0]
-    _check_shapes(_tree.flatten_named(tree, name="tree")[0], found, "tree")
+    found = paths.flatten_named(mask, name="mask")[0]
+    _check_shapes(paths.flatten_named(tree, name="tree")[0], found, "tree")
     return found
 
 
@@ -202,7 +202,7 @@ def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str)
 
 def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
     """A tree with zeros where a mask by path, which fits it, is False."""
-    flat, treedef = _tree.flatten_named(tree)
+    flat, treedef = paths.flatten_named(tree)
 
     def masked(leaf: Any, kept: Any) -> Any:
         return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))
@@ -258,11 +258,11 @@ def keep(mask: PyTree) -> Any:
     """
     import optax
 
-    by_path = _tree.flatten_named(mask, name="mask")[0]
+    by_path = paths.flatten_named(mask, name="mask")[0]
 
     def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
         del params
-        _check_shapes(_tree.flatten_named(updates, name="updates")[0], by_path, "updates")
+        _check_shapes(paths.flatten_named(updates, name="updates")[0], by_path, "updates")
         return _masked(updates, by_path)
 
     return optax.stateless(update)

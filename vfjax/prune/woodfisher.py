@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from vfjax import _tree
+from vfjax._trees.paths import check_like, flatten_named, with_leaves
 from vfjax._types import PyTree
 from vfjax.network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
@@ -101,9 +101,9 @@ class InverseFisher:
 
         Source: "WoodFisher" (Singh & Alistarh, 2020), section 4, equation 9.
         """
-        leaves = _tree.flatten_named(tree, name="tree")[0]
-        like = _tree.flatten_named(self.scores.like)[0]
-        _tree.check_like(leaves, like, name="tree", other="the measured tree")
+        leaves = flatten_named(tree, name="tree")[0]
+        like = flatten_named(self.scores.like)[0]
+        check_like(leaves, like, name="tree", other="the measured tree")
         kept = mask_of(tree, mask)
         changed: dict[str, np.ndarray] = {}
         for layer, rows in self.scores.rows.items():
@@ -118,7 +118,7 @@ class InverseFisher:
             path: jnp.asarray(flat.reshape(like[path].shape), like[path].dtype)
             for path, flat in changed.items()
         }
-        return apply(_tree.with_leaves(tree, new), mask)
+        return apply(with_leaves(tree, new), mask)
 
     def _jointly(self, layer: str, weights: np.ndarray, gone: np.ndarray) -> np.ndarray:
         """The change of one layer's weights `[outputs, inputs]` that is best without some."""
