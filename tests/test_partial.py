@@ -13,9 +13,9 @@ import pytest
 
 import vfjax
 from vfjax import checkpoint, merge
-from vfjax._axes import Axis, Place
 from vfjax._records import mapped_value
 from vfjax.align import Maps
+from vfjax.symmetry._places import Axis, Place
 
 ROUNDING = 2e-5
 

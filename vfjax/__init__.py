@@ -17,14 +17,14 @@ from vfjax import prune as prune
 from vfjax import renorm as renorm
 from vfjax import stats as stats
 from vfjax._fold import FoldError as FoldError
-from vfjax._invariance import check_spec as check_spec
 from vfjax._records import Crossing as Crossing
 from vfjax._records import Layer as Layer
 from vfjax._records import Norm as Norm
 from vfjax._records import Tap as Tap
 from vfjax.network import Network as Network
 from vfjax.network import trace as trace
-from vfjax.symmetry import PermutationSpec as PermutationSpec
+from vfjax.symmetry._check import check_spec as check_spec
+from vfjax.symmetry._spec import PermutationSpec as PermutationSpec
 
 __version__ = "0.1.0"
 

@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._axes import Axis, map_axis, map_within, permute_at, size_at
-from vfjax._maps import check_permutation
 from vfjax._streaming import GroupAxis
 from vfjax._types import Array
+from vfjax.symmetry._group_maps import check_permutation
+from vfjax.symmetry._places import (
+    Axis,
+    map_axis,
+    map_within,
+    permute_at,
+    size_at,
+)
 
 
 def single(found: Any) -> np.ndarray | Array:

@@ -112,7 +112,7 @@ def obstacle(role: str, found: Mapping[str, Effect]) -> str | None:
     """Why features cannot be mixed along an axis of a leaf, or None if they can.
 
     Args:
-        role: Role of the axis, as in `vfjax._axes.Axis`.
+        role: Role of the axis, as in `vfjax.symmetry._places.Axis`.
         found: The leaf's effects.
     """
     against = {

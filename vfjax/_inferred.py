@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vfjax._axes import Axis, FixedAxis
 from vfjax._effects import KERNEL, SCALES, Effect, obstacle
 from vfjax._propagate import Propagation
 from vfjax._propagate.groups import named_groups
-from vfjax.symmetry import PermutationSpec
+from vfjax.symmetry._places import Axis, FixedAxis
+from vfjax.symmetry._spec import PermutationSpec
 
 
 def from_propagation(

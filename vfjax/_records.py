@@ -11,10 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import Axis, Place, Window, map_axis, map_within, moved, permute_at, size_at
-from vfjax._maps import check_matrix, contract
 from vfjax._trees.mean import resolve_weights, weighted_mean
 from vfjax._types import Array
+from vfjax.symmetry._group_maps import check_matrix, contract
+from vfjax.symmetry._places import (
+    Axis,
+    Place,
+    Window,
+    map_axis,
+    map_within,
+    moved,
+    permute_at,
+    size_at,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from vfjax._axes import Axis, Window, grid, moved, rows
 from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
 from vfjax._meshes import on_mesh, on_meshes, replicate
@@ -25,6 +24,13 @@ from vfjax._pooled import ROUNDINGS, shifted_moments
 from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import Network
+from vfjax.symmetry._places import (
+    Axis,
+    Window,
+    grid,
+    moved,
+    rows,
+)
 
 # On CPU the largest value of a piece of a batch, and the fewest examples in a piece.
 _PIECE_BYTES = 4 << 20

@@ -14,13 +14,13 @@ from vfjax import (
     _inferred,
     _retrace,
     _summary,
-    symmetry,
 )
-from vfjax._axes import Place
 from vfjax._jaxpr.flatten import MAX_UNROLL
 from vfjax._plan import Plan
 from vfjax._records import JointTap, Layer, Norm, Tap
 from vfjax._types import PyTree
+from vfjax.symmetry._places import Place
+from vfjax.symmetry._spec import PermutationSpec
 
 
 class Structure:
@@ -64,11 +64,11 @@ class Structure:
         return self._reference.propagation
 
     @functools.cached_property
-    def _symmetry(self) -> tuple[symmetry.PermutationSpec, dict[int, str]]:
+    def _symmetry(self) -> tuple[PermutationSpec, dict[int, str]]:
         return _inferred.from_propagation(self._propagation, self.paths, self._reference.effects)
 
     @property
-    def spec(self) -> symmetry.PermutationSpec:
+    def spec(self) -> PermutationSpec:
         """Groups of axes that can be permuted together without changing the function."""
         return self._symmetry[0]
 

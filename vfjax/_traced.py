@@ -18,7 +18,6 @@ from vfjax import (
     _sites,
     _taps,
 )
-from vfjax._axes import Axis, Place, owners
 from vfjax._jaxpr import calls
 from vfjax._jaxpr.calls import (
     INPUT,
@@ -29,6 +28,7 @@ from vfjax._jaxpr.calls import (
 from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import is_elementwise
 from vfjax._propagate.groups import named_groups
+from vfjax.symmetry._places import Axis, Place, owners
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import Axis
 from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
 from vfjax._fits import check_comparable
@@ -32,6 +31,7 @@ from vfjax._trees.mean import resolve_weights
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree
 from vfjax.network import Network
+from vfjax.symmetry._places import Axis
 
 __all__ = ["Moments", "moments", "resolve_sites"]
 

@@ -16,7 +16,7 @@ _DEFAULT_SUFFIXES = (":heads", ":dims")
 
 
 class Entry(NamedTuple):
-    """Where a group sits: the fields of `vfjax._axes.Axis`."""
+    """Where a group sits: the fields of `vfjax.symmetry._places.Axis`."""
 
     path: str
     axis: int

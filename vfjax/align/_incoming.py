@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import Axis, grid, map_axis, map_within, rows
 from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
 from vfjax.align._entries import within
@@ -21,6 +20,13 @@ from vfjax.align._nested import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.align._units import in_output_units
 from vfjax.network import Network
+from vfjax.symmetry._places import (
+    Axis,
+    grid,
+    map_axis,
+    map_within,
+    rows,
+)
 
 # Squared distances up to this part of the norms are rounding.
 _EQUAL = 1e-14

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._maps import as_permutation, check_maps, check_permutation
 from vfjax._networks import networks
 from vfjax._trees.options import whole
 from vfjax._trees.paths import with_leaves, without
@@ -20,6 +19,7 @@ from vfjax.align._labels import check_labels, pairs_of, sizes_of
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network import Network
 from vfjax.stats import Moments
+from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permutation
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

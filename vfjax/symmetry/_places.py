@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._maps import take
+from vfjax.symmetry._group_maps import take
 
 ROLES = ("out", "in", "elementwise")
 

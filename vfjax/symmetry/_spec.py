@@ -1,21 +1,4 @@
-"""Permutation symmetries of a network's parameters, as values: write, print, compare, apply.
-
-Permuting the output channels of one layer, and the input channels of whatever reads them, leaves
-the network's function unchanged. A `PermutationSpec` lists which axes of which leaves move
-together. `vfjax.trace` reads it off the network (`net.spec`); it can also be written by hand:
-
-    PermutationSpec({
-        "hidden": [("dense_0/kernel", 1, "out"), ("dense_0/bias", 0), ("dense_1/kernel", 0, "in")],
-    })
-
-A group may move by itself inside each entry of another, as the dims of an attention head inside
-their head: `spec.within` says so. Its permutation is then one for all, `[n]`, or one for each,
-`[h, n]`, where the owners count in their new order: entry k of owner i is what was entry `p[i, k]`
-of owner `q[i]`, if the owners are permuted by q.
-
-More general maps of a group, such as the merge and unmerge matrices of ZipIt! or transport plans,
-go through the same description: see `PermutationSpec.apply`.
-"""
+"""Permutation specs: which axes of which leaves move together, and maps applied to them."""
 
 from __future__ import annotations
 
@@ -29,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._axes import (
+from vfjax._trees.paths import flatten_named, some
+from vfjax._types import Array, PyTree
+from vfjax.symmetry._group_maps import (
+    as_array,
+    as_permutation,
+    check_matrices,
+    check_permutations,
+    contract,
+)
+from vfjax.symmetry._places import (
     Axis,
     FixedAxis,
     absent_paths,
@@ -42,27 +34,6 @@ from vfjax._axes import (
     permute_at,
     size_at,
 )
-from vfjax._invariance import check_spec
-from vfjax._maps import (
-    as_array,
-    as_permutation,
-    check_matrices,
-    check_permutations,
-    compose,
-    contract,
-    invert,
-)
-from vfjax._trees.paths import flatten_named, some
-from vfjax._types import Array, PyTree
-
-__all__ = [
-    "Axis",
-    "FixedAxis",
-    "PermutationSpec",
-    "check_spec",
-    "compose",
-    "invert",
-]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
