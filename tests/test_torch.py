@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from vfjax import _torch as from_torch_module
 from vfjax import checkpoint, models
+from vfjax.checkpoint import _torch as from_torch_module
 
 HERE = pathlib.Path(__file__).parent / "oracles"
 RECORD = json.loads((HERE / "torch_models.json").read_text())

@@ -16,6 +16,7 @@ import numpy as np
 
 from vfjax import checkpoint
 from vfjax._types import PyTree
+from vfjax.checkpoint._checkpoint import card, load, save
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Saved:
         older = self._epochs()
         path = self.folder / f"epoch-{epoch:04d}"
         meta = {"run": self.identity, "epoch": epoch, "history": list(history)}
-        checkpoint.save(path, {"leaves": jax.tree.leaves(state)}, meta)
+        save(path, {"leaves": jax.tree.leaves(state)}, meta)
         for other in older:
             if other != path:
                 shutil.rmtree(other, ignore_errors=True)
@@ -65,8 +66,8 @@ class Saved:
         """Returns the newest readable (state, epochs done, history), or None."""
         for path in reversed(self._epochs()):
             try:
-                meta = checkpoint.card(path)
-                leaves = checkpoint.load(path)["leaves"] if meta["run"] == self.identity else []
+                meta = card(path)
+                leaves = load(path)["leaves"] if meta["run"] == self.identity else []
             except checkpoint.CheckpointError as error:
                 _log.warning("skipping %s: %s", path, error)
                 continue

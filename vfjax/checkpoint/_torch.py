@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from vfjax._packed import CheckpointError
 from vfjax._types import PyTree
+from vfjax.checkpoint._packed import CheckpointError
 from vfjax.models.bottleneck import BLOCKS, BottleneckResNet
 from vfjax.models.convnext import ConvNeXt
 from vfjax.models.layers import scaled

@@ -1,16 +1,4 @@
-"""Saving and loading parameter trees: orbax for the arrays, JSON for everything else.
-
-A checkpoint is a folder with
-
-    tree/            the arrays, an ordinary orbax checkpoint of nested dictionaries
-    structure.json   which containers were lists, tuples or None; shapes, dtypes and a checksum
-    card.json        what the author has to say: recipe, seed, accuracy, command ...
-
-It is written under a temporary name beside its place and renamed when complete, so that a reader
-never sees half of one, and a save that is killed leaves the previous checkpoint readable.
-
-Weights that others published for PyTorch are read by `from_torch`.
-"""
+"""Saving and loading trees and models."""
 
 from __future__ import annotations
 
@@ -28,11 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vfjax._files import write_whole
-from vfjax._packed import CheckpointError, checksum_of, pack, target_of, unpack
-from vfjax._torch import from_torch
-
-__all__ = ["CheckpointError", "card", "from_torch", "load", "save", "write_json"]
-
+from vfjax.checkpoint._packed import (
+    CheckpointError,
+    checksum_of,
+    pack,
+    target_of,
+    unpack,
+)
 
 _FORMAT = 1
 _CARD = "card.json"
