@@ -30,7 +30,7 @@ from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
 from vfjax._saved import Saved, checksum
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
-from vfjax.data import Dataset, normalise
+from vfjax.data._data import Dataset, normalise
 
 __all__ = [
     "PRESETS",

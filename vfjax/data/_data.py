@@ -1,9 +1,4 @@
-"""Image data sets, read by TensorFlow Datasets without TensorFlow, kept as uint8 in memory.
-
-A split is read once into one uint8 array.  Batches go to the device as uint8, a quarter of the
-bytes, and are normalised there.  Where there is no prepared data set, ``"auto"`` falls back to the
-8x8 handwritten digits that ship inside scikit-learn, and says so.
-"""
+"""Data sets of images, in batches."""
 
 from __future__ import annotations
 
@@ -22,9 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax._types import Array
-
-__all__ = ["NAMES", "Batches", "Dataset", "DatasetError", "grey", "load", "normalise"]
-
 
 _log = logging.getLogger(__name__)
 
