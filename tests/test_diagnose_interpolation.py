@@ -10,7 +10,15 @@ import pytest
 from flax import nnx
 
 import vfjax
-from vfjax import _batches, _evaluate, align, merge, renorm, stats, train
+from vfjax import (
+    align,
+    merge,
+    renorm,
+    stats,
+    train,
+)
+from vfjax._passes import batches
+from vfjax._passes.evaluate import _add_batch
 from vfjax.diagnose import Interpolation, barrier, interpolation
 
 # Averages of float32 leaves inside and outside of a compiled call: products and sums may be fused.
@@ -387,11 +395,11 @@ def test_new_alphas_compile_nothing(plain, norms, name):
 
 def test_one_program_evaluates_all_alphas():
     case = Case(mlp, MLP)
-    before = _evaluate._add_batch._cache_size()
+    before = _add_batch._cache_size()
     with Compilations() as compiled:
         case(alphas=11, renormalise="repair", data=case.data)
     # One for each of the two shapes of a batch.
-    assert _evaluate._add_batch._cache_size() - before == 2
+    assert _add_batch._cache_size() - before == 2
     assert compiled.count > 0
 
 
@@ -411,7 +419,7 @@ def test_data_is_read_once(plain, monkeypatch):
     expected = plain(alphas=3, renormalise="rescale", data=plain.data)
     np.testing.assert_array_equal(found.loss, expected.loss)
     # What does not fit is read anew each time.
-    monkeypatch.setattr(_batches, "_KEEP_BYTES", 100)
+    monkeypatch.setattr(batches, "_KEEP_BYTES", 100)
     found = plain(alphas=3, renormalise="rescale", data=plain.data)
     np.testing.assert_array_equal(found.loss, expected.loss)
     with pytest.raises(ValueError, match="exhausted"):

@@ -20,10 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._batches import batches, check_finite_means, keep
 from vfjax._merged import Arrays, Frame, Merged
-from vfjax._meshes import on_mesh, on_meshes
-from vfjax._pooled import Pooled, coefficients, moments_of, pool
+from vfjax._passes.batches import batches, check_finite_means, keep
+from vfjax._passes.devices import on_mesh, on_meshes
+from vfjax._passes.moments import (
+    Pooled,
+    coefficients,
+    moments_of,
+    pool,
+)
 from vfjax._records import Crossing, Norm
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from vfjax._batches import batch_size, batches
 from vfjax._examples import separable
-from vfjax._meshes import on_mesh, on_meshes, replicate
-from vfjax._pooled import ROUNDINGS, shifted_moments
+from vfjax._passes.batches import batch_size
+from vfjax._passes.devices import on_mesh
+from vfjax._passes.moments import (
+    covariance_of,
+    merge_moments,
+    shifted_moments,
+    without_rounding,
+)
+from vfjax._passes.stream import by_pieces, each
 from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import Network
@@ -93,32 +99,6 @@ class Model:
     tree: PyTree
 
 
-def vmapped() -> bool:
-    """Whether models are vmapped; on CPU that makes their convolutions slow, so it loops."""
-    return jax.default_backend() != "cpu"
-
-
-def each(fn: Callable[[Any, PyTree], Any], models: Sequence[Any], x: PyTree) -> tuple[Any, ...]:
-    """`fn(model, x)` of every model; vmapped over those that are alike where that is fast."""
-    if not vmapped():
-        return tuple(fn(model, x) for model in models)
-    alike: dict[Any, list[int]] = {}
-    for k, model in enumerate(models):
-        leaves, structure = jax.tree.flatten(model)
-        types = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        alike.setdefault((structure, types), []).append(k)
-    found: list[Any] = [None] * len(models)
-    for members in alike.values():
-        if len(members) == 1:  # under vmap, `cond` would take both of its branches
-            found[members[0]] = fn(models[members[0]], x)
-            continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[models[k] for k in members])
-        results = jax.vmap(fn, (0, None))(stacked, x)
-        for place, k in enumerate(members):
-            found[k] = jax.tree.map(lambda a, place=place: a[place], results)
-    return tuple(found)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def measure(
     plan: Plan, mesh: Any, models: tuple[Model, ...], x: PyTree
@@ -163,40 +143,6 @@ def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
     except Exception:  # whatever a function raises that only takes batches of this size
         return 1
     return size // piece if separable(whole.graph, traced.graph) else 1
-
-
-def by_pieces(
-    fn: Callable[[PyTree], tuple[Any, list[Array]]],
-    merge: Callable[[Any, Any, Any], Any],
-    parts: int,
-    x: PyTree,
-) -> tuple[Any, list[Array]]:
-    """Reduces a batch piece by piece, one after the other in one loop.
-
-    Args:
-        fn: From a batch to what it is reduced to, and the number of samples at each site.
-        merge: Merges what was pooled and a piece, given the piece's share of both together.
-        parts: Number of pieces, which divides the batch.
-        x: The batch.
-
-    Returns:
-        What `fn` returns, of the whole batch.
-    """
-    if parts == 1:
-        return fn(x)
-    xs = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), x)
-    empty, _ = jax.eval_shape(fn, jax.tree.map(lambda a: a[0], xs))
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty)
-
-    def step(pooled: Any, nth: tuple[Array, PyTree]) -> tuple[Any, list[Array]]:
-        piece, counts = fn(nth[1])
-        merged = merge(pooled, piece, 1 / nth[0])
-        # Not merged with nothing: the square of a large mean may overflow.
-        first = functools.partial(jnp.where, nth[0] == 1)
-        return jax.tree.map(first, piece, merged), counts
-
-    pooled, counts = jax.lax.scan(step, empty, (jnp.arange(1.0, parts + 1), xs))
-    return pooled, [n.sum(dtype=n.dtype) for n in counts]
 
 
 def _batch(plan: Plan, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
@@ -272,13 +218,6 @@ def read(
     return mean, var, rest, rows
 
 
-def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
-    """Covariances `[n, m]` of what `read` gave: shifted values `[samples, n]` and their means."""
-    exact = jax.lax.Precision.HIGHEST
-    found = jnp.matmul(first[0].T, second[0], precision=exact) / len(first[0])
-    return found - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
-
-
 def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
     """A site's value in float32 or better, channels as axes of their own, and its sample axes."""
     if not hasattr(value, "dtype"):
@@ -319,32 +258,6 @@ def _merge(
     return out
 
 
-def merge_moments(
-    pooled: tuple[PyTree, PyTree], batch: tuple[PyTree, PyTree], share: float | Array
-) -> tuple[PyTree, PyTree, PyTree]:
-    """Means and variances of the union of two sets of samples (Chan, Golub and LeVeque 1979).
-
-    Args:
-        pooled: Means and variances of the first set, two trees of one structure.
-        batch: Those of the second.
-        share: The second set's part of all samples.
-
-    Returns:
-        Means, variances, and the steps from the first set's means to the second's.
-    """
-    steps = jax.tree.map(jnp.subtract, batch[0], pooled[0])
-
-    def mean(old: Array, step: Array) -> Array:
-        return old + step * jnp.asarray(share, old.dtype)
-
-    def var(old: Array, new: Array, step: Array) -> Array:
-        part = jnp.asarray(share, old.dtype)
-        return old + (new - old) * part + jnp.square(step) * (part * (1 - part))
-
-    means = jax.tree.map(mean, pooled[0], steps)
-    return means, jax.tree.map(var, pooled[1], batch[1], steps), steps
-
-
 def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
     """Mean, variance and covariance `[K, K, n, n]` by site, rounding taken off the variances.
 
@@ -360,49 +273,3 @@ def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
         for (i, j), block in zip(plan.pairs, value, strict=True):
             blocks[site][i, j], blocks[site][j, i] = block, block.T
     return jax.tree.map(jnp.asarray, (mean, var, blocks))
-
-
-def without_rounding(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """Variances, zero where they are no larger than the rounding of the values themselves."""
-    floor = ROUNDINGS * np.finfo(var.dtype).eps * np.abs(mean)
-    return np.where(var <= np.square(floor), 0, var)
-
-
-def stream(
-    measure: Callable[[Any, Any, PyTree], tuple[Any, list[Array]]],
-    pool: Callable[[Any, Any, float], Any],
-    state: PyTree,
-    data: Iterable[Any],
-    *,
-    like: PyTree,
-) -> tuple[Any, list[float]]:
-    """Pools what a measurement gives over all batches of `data`, wherever they lie.
-
-    Args:
-        measure: `(mesh, state, x)` to what `pool` takes and the number of samples at each site; the
-            mesh is the one that the batches are sharded over, or None.
-        pool: `(pooled, batch, share)` to what is pooled then; `share` is the batch's part of all
-            examples so far.
-        state: What `measure` needs, placed on the mesh before it gets it.
-        data: As `batches` takes it.
-        like: The traced input.
-
-    Returns:
-        What was pooled over all batches, and the number of samples at each site.
-
-    Raises:
-        TypeError: As `batches`.
-        ValueError: As `batches`.
-    """
-    pooled, samples, counts = None, 0, []
-    for mesh, placed, x in on_meshes(batches(data, like=like), state):
-        size = batch_size(x)
-        batch, each = measure(mesh, placed, x)
-        samples += size
-        if pooled is not None:
-            pooled = pool(replicate(pooled, mesh), batch, size / samples)
-            continue
-        # Every batch has the same number of positions per example.
-        pooled, counts = batch, [int(n) / size for n in each]
-    assert pooled is not None  # `batches` gives one or raises
-    return pooled, [n * samples for n in counts]

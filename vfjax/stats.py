@@ -21,12 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._batches import check_finite_means
 from vfjax._carry import carry, single
 from vfjax._fits import check_comparable
 from vfjax._networks import check_net, networks
+from vfjax._passes.batches import check_finite_means
+from vfjax._passes.stream import stream
 from vfjax._records import JointTap
-from vfjax._streaming import GroupAxis, Model, Plan, Site, finish, measure, pool, stream
+from vfjax._streaming import (
+    GroupAxis,
+    Model,
+    Plan,
+    Site,
+    finish,
+    measure,
+    pool,
+)
 from vfjax._trees.mean import resolve_weights
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree

@@ -24,8 +24,8 @@ import optax
 from flax import linen as nn
 from tqdm import tqdm
 
-from vfjax._evaluate import Evaluation, evaluate
 from vfjax._jaxpr.faster import routed
+from vfjax._passes.evaluate import Evaluation, evaluate
 from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
 from vfjax._saved import Saved, checksum
 from vfjax._trees.paths import check_finite, flatten_named

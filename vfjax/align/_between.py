@@ -11,16 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import stats
-from vfjax._batches import check_finite_means
-from vfjax._meshes import on_mesh
-from vfjax._streaming import (
-    Site,
-    covariance_of,
-    merge_moments,
-    read,
-    stream,
-    without_rounding,
-)
+from vfjax._passes.batches import check_finite_means
+from vfjax._passes.devices import on_mesh
+from vfjax._passes.moments import covariance_of, merge_moments, without_rounding
+from vfjax._passes.stream import stream
+from vfjax._streaming import Site, read
 from vfjax._types import Array, PyTree
 from vfjax.align._entries import matched_sites, within
 from vfjax.network import Network

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._batches import batch_size
 from vfjax._merged import Merged
-from vfjax._pooled import alive
+from vfjax._passes.batches import batch_size
+from vfjax._passes.moments import alive
 from vfjax._records import Norm
 from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree

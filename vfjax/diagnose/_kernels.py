@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._batches import batch_size, batches
 from vfjax._merged import Merged
-from vfjax._meshes import on_mesh, on_meshes
-from vfjax._pooled import ROUNDINGS
-from vfjax._streaming import stream
+from vfjax._passes.batches import batch_size, batches
+from vfjax._passes.devices import on_mesh, on_meshes
+from vfjax._passes.moments import ROUNDINGS, scale_of
+from vfjax._passes.stream import stream
 from vfjax._types import Array, PyTree
-from vfjax.diagnose._measure import scale_of
 from vfjax.diagnose._sites import by_example
 
 Shape = tuple[int, ...]

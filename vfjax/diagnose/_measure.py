@@ -17,18 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._batches import batch_size
 from vfjax._merged import Merged
-from vfjax._meshes import mesh_of, on_mesh, replicate
-from vfjax._pooled import ROUNDINGS, alive
-from vfjax._streaming import (
-    Site,
-    arrange,
-    by_pieces,
-    each,
-    pieces,
-    stream,
-)
+from vfjax._passes.batches import batch_size
+from vfjax._passes.devices import mesh_of, on_mesh, replicate
+from vfjax._passes.moments import ROUNDINGS, alive, scale_of
+from vfjax._passes.stream import by_pieces, each, stream
+from vfjax._streaming import Site, arrange, pieces
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._sites import by_example
 from vfjax.network import Network
@@ -38,8 +32,6 @@ from vfjax.network import Network
 _LEAST = 0.02
 # What there is per channel.
 CHANNELS = ("mean", "std")
-# The largest exponent of two by which values are scaled: float32 holds its inverse too.
-_EXPONENT = 120
 
 
 @jax.tree_util.register_dataclass
@@ -179,13 +171,6 @@ def _length(a: Array, axes: tuple[int, ...]) -> Array:
     """L2 norms over some axes."""
     scale = scale_of(a)
     return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale
-
-
-def scale_of(*arrays: Array) -> Array:
-    """A power of two that brings the largest entry near one, so that it scales without rounding."""
-    largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
-    exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
-    return jnp.ldexp(jnp.ones((), largest.dtype), -exponent)
 
 
 def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple[Rows, ...]:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import merge
-from vfjax._evaluate import Evaluation, evaluate
 from vfjax._merged import Merged
+from vfjax._passes.evaluate import Evaluation, evaluate
 from vfjax._types import Array, PyTree
 from vfjax.network import Network
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vfjax._batches import batches
 from vfjax._fits import check_fits
 from vfjax._jaxpr.calls import INPUT
 from vfjax._merged import Merged
 from vfjax._networks import check_net
+from vfjax._passes.batches import batches
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax._views import view_of

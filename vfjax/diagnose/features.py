@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._arguments import weights_for
-from vfjax._batches import check_finite_means
 from vfjax._merged import Merged
+from vfjax._passes.batches import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure

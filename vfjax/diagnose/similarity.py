@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax._batches import batch_size, batches, keep
 from vfjax._fits import check_fits
 from vfjax._merged import Merged, as_merged
+from vfjax._passes.batches import batch_size, batches, keep
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.diagnose import _kernels

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._batches import labelled
-from vfjax._meshes import mesh_of
+from vfjax._passes.batches import labelled
+from vfjax._passes.devices import mesh_of
 from vfjax._trees.paths import flatten_named, with_leaves
 from vfjax._types import Array, PyTree
 from vfjax.network import Network

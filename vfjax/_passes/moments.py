@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vfjax._types import Array
+from vfjax._types import Array, PyTree
 
 # A channel below this fraction of its layer's largest variance counts as constant.
 _DEAD = 1e-12
@@ -115,3 +116,53 @@ def coefficients(
     varies = alive(mean, var)
     scale = jnp.where(varies, goal_std / jnp.sqrt(jnp.where(varies, var, 1)), 1)
     return scale, jnp.where(centre, goal_mean - scale * mean, 0)
+
+
+def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
+    """Covariances `[n, m]` of what `read` gave: shifted values `[samples, n]` and their means."""
+    exact = jax.lax.Precision.HIGHEST
+    found = jnp.matmul(first[0].T, second[0], precision=exact) / len(first[0])
+    return found - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
+
+
+def merge_moments(
+    pooled: tuple[PyTree, PyTree], batch: tuple[PyTree, PyTree], share: float | Array
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Means and variances of the union of two sets of samples (Chan, Golub and LeVeque 1979).
+
+    Args:
+        pooled: Means and variances of the first set, two trees of one structure.
+        batch: Those of the second.
+        share: The second set's part of all samples.
+
+    Returns:
+        Means, variances, and the steps from the first set's means to the second's.
+    """
+    steps = jax.tree.map(jnp.subtract, batch[0], pooled[0])
+
+    def mean(old: Array, step: Array) -> Array:
+        return old + step * jnp.asarray(share, old.dtype)
+
+    def var(old: Array, new: Array, step: Array) -> Array:
+        part = jnp.asarray(share, old.dtype)
+        return old + (new - old) * part + jnp.square(step) * (part * (1 - part))
+
+    means = jax.tree.map(mean, pooled[0], steps)
+    return means, jax.tree.map(var, pooled[1], batch[1], steps), steps
+
+
+def without_rounding(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Variances, zero where they are no larger than the rounding of the values themselves."""
+    floor = ROUNDINGS * np.finfo(var.dtype).eps * np.abs(mean)
+    return np.where(var <= np.square(floor), 0, var)
+
+
+# The largest exponent of two by which values are scaled: float32 holds its inverse too.
+_EXPONENT = 120
+
+
+def scale_of(*arrays: Array) -> Array:
+    """A power of two that brings the largest entry near one, so that it scales without rounding."""
+    largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
+    exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
+    return jnp.ldexp(jnp.ones((), largest.dtype), -exponent)

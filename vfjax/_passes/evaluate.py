@@ -14,8 +14,8 @@ import optax
 from jax.core import Tracer
 from tqdm import tqdm
 
-from vfjax._batches import labelled
 from vfjax._jaxpr.faster import routed
+from vfjax._passes.batches import labelled
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 
