@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax import _examples, models
+from vfjax import models
+from vfjax._analysis import batch_axis
 from vfjax._jaxpr.flatten import flatten
 
 
@@ -22,7 +23,7 @@ def _graph_of(fn, v, x, size):
 
 def apart(fn, v, x, piece=2):
     """The answer for a function of `(variables, x)`."""
-    return _examples.separable(_graph_of(fn, v, x, x.shape[0]), _graph_of(fn, v, x, piece))
+    return batch_axis.separable(_graph_of(fn, v, x, x.shape[0]), _graph_of(fn, v, x, piece))
 
 
 V = {"w": jnp.ones((5, 5)), "b": jnp.ones(5), "slots": jnp.ones((4, 1))}
@@ -226,5 +227,5 @@ def _batch_as_channels(v, x):
     ("fn", "v", "x"), [(_hidden, V, X), (_batch_as_channels, KERNEL, IMAGES[:3])]
 )
 def test_one_graph_is_enough_to_see_that_examples_meet(fn, v, x):
-    with pytest.raises(_examples._Mixed):
-        _examples.batch_axes(_graph_of(fn, v, x, len(x)))
+    with pytest.raises(batch_axis._Mixed):
+        batch_axis.batch_axes(_graph_of(fn, v, x, len(x)))

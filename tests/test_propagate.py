@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vfjax._inferred import from_propagation
+from vfjax._analysis.groups import from_propagation
 from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
 from vfjax._trees.paths import leaf_paths

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax._effects import effects
-from vfjax._inferred import from_propagation
+from vfjax._analysis.effects import effects
+from vfjax._analysis.groups import from_propagation
 from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
 from vfjax._propagate.registry import RULES

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from vfjax._inferred import from_propagation
+from vfjax._analysis.groups import from_propagation
 from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
 from vfjax._propagate.algebra import Algebra

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax._inferred import from_propagation
+from vfjax._analysis.groups import from_propagation
 from vfjax._jaxpr.flatten import flatten
 from vfjax._propagate import propagate
 from vfjax._propagate.algebra import Algebra

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vfjax._analysis.traced import Traced
+from vfjax._analysis.views import View
 from vfjax._records import JointTap, Layer, Norm, Tap
-from vfjax._traced import Traced
-from vfjax._views import View
 from vfjax.symmetry._places import Axis
 
 Axes = Mapping[int, Sequence[Sequence[Any]]]

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._analysis.layers import LinearSite
+from vfjax._analysis.traced import Traced
+from vfjax._analysis.views import View, slot_of
 from vfjax._jaxpr.graph import Graph
-from vfjax._sites import LinearSite
-from vfjax._traced import Traced
 from vfjax._types import Array
-from vfjax._views import View, slot_of
 
 
 class FoldError(ValueError):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._analysis.layers import LinearSite
 from vfjax._jaxpr.graph import Equation
-from vfjax._sites import LinearSite
 from vfjax._types import Array, PyTree
 from vfjax.network import Network
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._traced import Traced
+from vfjax._analysis.traced import Traced
 from vfjax._types import Array
 
 Edit = Callable[[Array], Array]

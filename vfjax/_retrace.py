@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from vfjax._analysis.traced import Traced
 from vfjax._jaxpr.flatten import flatten
 from vfjax._records import Crossing
-from vfjax._traced import Traced
 from vfjax._trees.paths import flatten_named, leaf_paths, some
 from vfjax._types import PyTree
 

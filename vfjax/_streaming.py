@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from vfjax._examples import separable
+from vfjax._analysis.batch_axis import separable
 from vfjax._passes.batches import batch_size
 from vfjax._passes.devices import on_mesh
 from vfjax._passes.moments import (

@@ -9,12 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import (
-    _describe,
-    _inferred,
-    _retrace,
-    _summary,
-)
+from vfjax import _describe, _retrace, _summary
+from vfjax._analysis.groups import from_propagation
 from vfjax._jaxpr.flatten import MAX_UNROLL
 from vfjax._plan import Plan
 from vfjax._records import JointTap, Layer, Norm, Tap
@@ -65,7 +61,7 @@ class Structure:
 
     @functools.cached_property
     def _symmetry(self) -> tuple[PermutationSpec, dict[int, str]]:
-        return _inferred.from_propagation(self._propagation, self.paths, self._reference.effects)
+        return from_propagation(self._propagation, self.paths, self._reference.effects)
 
     @property
     def spec(self) -> PermutationSpec:

@@ -8,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax import _fold, _outside, _retrace
+from vfjax import _fold, _retrace
+from vfjax._analysis import outside
+from vfjax._analysis.traced import Traced
 from vfjax._fold import FoldError
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
 from vfjax._plan import Edit, Plan
 from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped, mapped_value
 from vfjax._structure import Structure
-from vfjax._traced import Traced
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
 
@@ -96,7 +97,7 @@ class Network(Structure):
                 f"the kernel '{taken}' would name a layer like the site '{taken}' of the network "
                 f"itself: rename it, or put it into a dict, {{'{taken}': {{'kernel': ...}}}}"
             )
-        _outside.report_missing_layers(self._reference)
+        outside.report_missing_layers(self._reference)
 
     def __repr__(self) -> str:
         """Size and depth at a glance."""

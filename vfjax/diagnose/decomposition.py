@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vfjax._analysis.affine import culprit
+from vfjax._analysis.views import view_of
 from vfjax._fits import check_fits
 from vfjax._jaxpr.calls import INPUT
 from vfjax._merged import Merged
@@ -24,8 +26,6 @@ from vfjax._networks import check_net
 from vfjax._passes.batches import batches
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
-from vfjax._views import view_of
-from vfjax.diagnose._affine import culprit
 from vfjax.diagnose._measure import zero_example
 from vfjax.diagnose._sites import Sites, resolve_sites, value_of
 from vfjax.network import Network

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
+from vfjax._analysis.views import View, varying_axes, view_of
 from vfjax._jaxpr.calls import INPUT, PARAM
 from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import CAST, SPREAD
-from vfjax._views import View, varying_axes, view_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from vfjax._analysis.norms import NormSite
 from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
 from vfjax._jaxpr.graph import Equation, Graph
 from vfjax._jaxpr.primitives import SPREAD
-from vfjax._norms import NormSite
 
 ADDS, SCALES, KERNEL, JOINED, BENT = "adds", "scales", "kernel", "joined", "bent"
 """Added to features; multiplies them; in a linear layer; in a product of parameters; all else."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core as jex
 
+from vfjax._analysis.views import varying_axes
 from vfjax._jaxpr.calls import INPUT, subjaxpr
 from vfjax._jaxpr.graph import Equation, Graph
 from vfjax._jaxpr.primitives import (
@@ -24,7 +25,6 @@ from vfjax._jaxpr.primitives import (
     SPREAD,
     is_elementwise,
 )
-from vfjax._views import varying_axes
 
 
 class _Mixed(Exception):

@@ -10,14 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax import (
-    _effects,
-    _norms,
-    _outside,
-    _propagate,
-    _sites,
-    _taps,
+from vfjax import _propagate
+from vfjax._analysis import effects as _effects
+from vfjax._analysis import outside
+from vfjax._analysis.groups import named_groups
+from vfjax._analysis.layers import (
+    LinearSite,
+    depths,
+    follow,
+    linear_sites,
 )
+from vfjax._analysis.norms import NormSite, norm_sites
+from vfjax._analysis.taps import tap_of
 from vfjax._jaxpr import calls
 from vfjax._jaxpr.calls import (
     INPUT,
@@ -27,7 +31,6 @@ from vfjax._jaxpr.calls import (
 )
 from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import is_elementwise
-from vfjax._propagate.groups import named_groups
 from vfjax.symmetry._places import Axis, Place, owners
 
 
@@ -66,19 +69,19 @@ class Traced:
         return jax.tree.unflatten(self.out_tree, self.graph.output_values(values))
 
     @functools.cached_property
-    def layers(self) -> dict[str, _sites.LinearSite]:
+    def layers(self) -> dict[str, LinearSite]:
         """Layers by name, in the order of their equations."""
-        named: dict[str, _sites.LinearSite] = {}
-        for site in _sites.linear_sites(self.graph):
+        named: dict[str, LinearSite] = {}
+        for site in linear_sites(self.graph):
             slot = None if site.kernel is None else site.kernel.slot
             named[_unused(_slotted(self.paths[site.leaf], slot), named)] = site
         return named
 
     @functools.cached_property
-    def norms(self) -> dict[str, _norms.NormSite]:
+    def norms(self) -> dict[str, NormSite]:
         """Normalisations with stored statistics by name, in the order of their equations."""
-        named: dict[str, _norms.NormSite] = {}
-        for site in _norms.norm_sites(self.graph):
+        named: dict[str, NormSite] = {}
+        for site in norm_sites(self.graph):
             base = _slotted(self.paths[site.mean.leaf], site.mean.slot)
             named[_unused(base, named)] = site
         return named
@@ -86,13 +89,11 @@ class Traced:
     @functools.cached_property
     def taps(self) -> dict[str, int]:
         """Id of the tap of each layer, by the layer's name."""
-        return {
-            name: _taps.tap_of(self.graph, site.preactivation) for name, site in self.layers.items()
-        }
+        return {name: tap_of(self.graph, site.preactivation) for name, site in self.layers.items()}
 
     @functools.cached_property
     def _depths(self) -> tuple[dict[int, int], dict[int, int]]:
-        return _sites.depths(self.graph, list(self.layers.values()))
+        return depths(self.graph, list(self.layers.values()))
 
     @functools.cached_property
     def depth(self) -> int:
@@ -100,11 +101,11 @@ class Traced:
         depth, after = self._depths
         return max((depth[i] + after[i] for i in depth if i in after), default=0)
 
-    def depth_of(self, site: _sites.LinearSite) -> int:
+    def depth_of(self, site: LinearSite) -> int:
         """Number of layers on the longest path from the input up to and including this one."""
         return self._depths[0][site.index]
 
-    def is_main(self, site: _sites.LinearSite) -> bool:
+    def is_main(self, site: LinearSite) -> bool:
         """Whether a layer lies on a longest path from input to output."""
         depth, after = self._depths
         return depth[site.index] + after.get(site.index, -1) == self.depth
@@ -144,7 +145,7 @@ class Traced:
     @functools.cached_property
     def others(self) -> tuple[tuple[str, str, str], ...]:
         """Leaves that act outside of layers, norms and biases: (path, primitive, file:line)."""
-        found = _outside.leaves_outside(self.graph, self.layers.values(), self.norms.values())
+        found = outside.leaves_outside(self.graph, self.layers.values(), self.norms.values())
         return tuple((self.paths[leaf], primitive, where) for leaf, primitive, where in found)
 
     @functools.cached_property
@@ -186,21 +187,19 @@ class Traced:
                 places.append(Place(self.groups[group], place, owner))
         return tuple(places)
 
-    def norm_after(self, site: _sites.LinearSite) -> str | None:
+    def norm_after(self, site: LinearSite) -> str | None:
         """The norm that alone reads a layer's pre-activation, casts and layout aside, or None."""
         link = self.norm_link(site)
         return None if link is None else link[0]
 
     @functools.cache  # noqa: B019 - lives and dies with the network that owns it
-    def norm_link(self, site: _sites.LinearSite) -> tuple[str, tuple[int, ...]] | None:
+    def norm_link(self, site: LinearSite) -> tuple[str, tuple[int, ...]] | None:
         """The norm that alone reads a layer, and the layer's channel axes in the norm's input."""
         graph = self.graph
         shape = graph.avals[site.preactivation].shape
         sizes = [n if a in site.channel_axes else 1 for a, n in enumerate(shape)]
         labels = np.arange(int(np.prod(sizes))).reshape(sizes)
-        index, value, axes, labels = _sites.follow(
-            graph, site.preactivation, site.channel_axes, labels
-        )
+        index, value, axes, labels = follow(graph, site.preactivation, site.channel_axes, labels)
         for name, norm in self.norms.items():
             if norm.index == index and graph.equations[index].inputs[0] == value:
                 # Channels in another order would need maps between the two.

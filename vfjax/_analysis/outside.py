@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from vfjax._analysis.layers import LinearSite
+from vfjax._analysis.norms import NormSite
 from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
 from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD
-from vfjax._norms import NormSite
-from vfjax._sites import LinearSite
 
 _PRODUCTS, _SUMS = frozenset({"mul", "div"}), frozenset({"add", "add_any", "sub"})
 _ROOTS = frozenset({"sqrt", "rsqrt", "pow"})

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
-from vfjax._jaxpr.graph import Equation, Graph
-from vfjax._jaxpr.primitives import CAST, LAYOUT
-from vfjax._views import (
+from vfjax._analysis.views import (
     View,
     blocks_of,
     varying_axes,
     view_of,
 )
+from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr.primitives import CAST, LAYOUT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
