@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
-from vfjax import _retrace
+from vfjax.network import _retrace
 
 IMAGES = jax.random.normal(jax.random.key(7), (4, 6, 6, 3))
 ROWS = jax.random.normal(jax.random.key(8), (4, 3))

@@ -13,8 +13,8 @@ import pytest
 
 import vfjax
 from vfjax import checkpoint, merge
-from vfjax._records import mapped_value
 from vfjax.align import Maps
+from vfjax.network._crossing import mapped_value
 from vfjax.symmetry._places import Axis, Place
 
 ROUNDING = 2e-5

@@ -16,13 +16,13 @@ from vfjax import merge as merge
 from vfjax import prune as prune
 from vfjax import renorm as renorm
 from vfjax import stats as stats
-from vfjax._fold import FoldError as FoldError
-from vfjax._records import Crossing as Crossing
-from vfjax._records import Layer as Layer
-from vfjax._records import Norm as Norm
-from vfjax._records import Tap as Tap
-from vfjax.network import Network as Network
-from vfjax.network import trace as trace
+from vfjax.network._crossing import Crossing as Crossing
+from vfjax.network._fold import FoldError as FoldError
+from vfjax.network._network import Network as Network
+from vfjax.network._network import trace as trace
+from vfjax.network._records import Layer as Layer
+from vfjax.network._records import Norm as Norm
+from vfjax.network._records import Tap as Tap
 from vfjax.symmetry._check import check_spec as check_spec
 from vfjax.symmetry._spec import PermutationSpec as PermutationSpec
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vfjax._fits import check_fits
 from vfjax._merged import Merged
-from vfjax._networks import check_net, networks
 from vfjax._trees import paths
 from vfjax._trees.mean import resolve_weights
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._arguments import check_fits, check_net, networks
+from vfjax.network._network import Network
 
 
 def check_merged(net: Network | Sequence[Network], merged: PyTree | Merged) -> Network:

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from vfjax._arguments import check_merged, weights_for
-from vfjax._fits import check_models
 from vfjax._merged import Merged
 from vfjax._trees import paths
 from vfjax._trees.mean import resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.align._maps import Maps
-from vfjax.network import Network
+from vfjax.network._arguments import check_models
+from vfjax.network._network import Network
 
 # A bias: path of its leaf, and which slice of it where a scan over layers was unrolled.
 Bias = tuple[str, int | None]

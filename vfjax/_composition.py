@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from vfjax._trees import paths
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 # By group, a matrix.
 Matrices = Mapping[str, jax.Array]

@@ -29,10 +29,11 @@ from vfjax._passes.moments import (
     moments_of,
     pool,
 )
-from vfjax._records import Crossing, Norm
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax.network._crossing import Crossing
+from vfjax.network._network import Network
+from vfjax.network._records import Norm
 
 
 class Job(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from vfjax._correct import Found, renewed
-from vfjax._fold import FoldError
 from vfjax._merged import Merged
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
+from vfjax.network._fold import FoldError
 
 
 def fold_all(model: Merged, found: Found, *, shift: bool) -> Merged:

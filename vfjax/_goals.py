@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from vfjax._arguments import weights_for
-from vfjax._fits import check_models
 from vfjax._merged import Merged, as_merged
-from vfjax._networks import networks
-from vfjax._records import Crossing
 from vfjax._types import Array, PyTree
 from vfjax.align._maps import Maps
-from vfjax.network import Network
+from vfjax.network._arguments import check_models, networks
+from vfjax.network._crossing import Crossing
+from vfjax.network._network import Network
 from vfjax.stats import Moments, moments, resolve_sites
 
 

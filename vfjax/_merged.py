@@ -12,13 +12,13 @@ import numpy as np
 
 from vfjax import _parts
 from vfjax._composition import Composition, Matrices
-from vfjax._fits import check_fits
-from vfjax._plan import check_capture, check_edit
-from vfjax._records import Crossing
 from vfjax._trees import paths
 from vfjax._trees.mean import resolve_weights
 from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax.network._arguments import check_fits
+from vfjax.network._crossing import Crossing
+from vfjax.network._network import Network
+from vfjax.network._run import check_capture, check_edit
 
 Edits = Mapping[str, Callable[[Array], Array]]
 

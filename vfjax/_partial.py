@@ -12,10 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._composition import Matrices
-from vfjax._fits import as_trees, check_models
 from vfjax._merged import Merged
-from vfjax._networks import check_net, networks
-from vfjax._records import Layer
 from vfjax._trees.mean import average_trees, resolve_mix
 from vfjax._trees.paths import (
     check_like,
@@ -25,7 +22,9 @@ from vfjax._trees.paths import (
 )
 from vfjax._types import PyTree
 from vfjax.align._maps import Maps
-from vfjax.network import Network
+from vfjax.network._arguments import as_trees, check_models, check_net, networks
+from vfjax.network._network import Network
+from vfjax.network._records import Layer
 
 
 def partial(

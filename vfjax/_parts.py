@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from vfjax._networks import networks
 from vfjax._trees import paths
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._arguments import networks
+from vfjax.network._network import Network
 
 
 def take_apart(model: Any) -> tuple[PyTree, dict[str, Any]]:

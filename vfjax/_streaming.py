@@ -29,7 +29,7 @@ from vfjax._passes.moments import (
 from vfjax._passes.stream import by_pieces, each
 from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
 from vfjax.symmetry._places import (
     Axis,
     Window,

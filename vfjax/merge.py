@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vfjax._fits import as_trees
 from vfjax._merged import Merged, as_merged
 from vfjax._partial import ensemble, partial, preserve_first
 from vfjax._trees.mean import average_trees, resolve_mix
 from vfjax._types import PyTree
+from vfjax.network._arguments import as_trees
 
 __all__ = [
     "Merged",

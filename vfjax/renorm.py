@@ -30,7 +30,7 @@ from vfjax._merged import Merged, as_merged
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.align._maps import Maps
-from vfjax.network import Network
+from vfjax.network._network import Network
 from vfjax.stats import Moments
 
 __all__ = ["calibrate_bias", "remove_bias", "repair", "rescale", "reset"]

@@ -22,11 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._carry import carry, single
-from vfjax._fits import check_comparable
-from vfjax._networks import check_net, networks
 from vfjax._passes.batches import check_finite_means
 from vfjax._passes.stream import stream
-from vfjax._records import JointTap
 from vfjax._streaming import (
     GroupAxis,
     Model,
@@ -39,7 +36,9 @@ from vfjax._streaming import (
 from vfjax._trees.mean import resolve_weights
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax.network._arguments import check_comparable, check_net, networks
+from vfjax.network._network import Network
+from vfjax.network._records import JointTap
 from vfjax.symmetry._places import Axis
 
 __all__ = ["Moments", "moments", "resolve_sites"]

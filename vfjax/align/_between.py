@@ -18,7 +18,7 @@ from vfjax._passes.stream import stream
 from vfjax._streaming import Site, read
 from vfjax._types import Array, PyTree
 from vfjax.align._entries import matched_sites, within
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 # Means, variances and covariances with the first network, by network and site.
 Measured = dict[str, list[dict[str, Array]]]

@@ -9,7 +9,7 @@ import numpy as np
 from vfjax import stats
 from vfjax.align._entries import Part, matched_sites
 from vfjax.align.activations import assign_in_place, joint_gains
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 Orders = Sequence[Mapping[str, np.ndarray]]
 

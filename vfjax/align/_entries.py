@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from vfjax import stats
-from vfjax._records import JointTap
-from vfjax.network import Network
+from vfjax.network._network import Network
+from vfjax.network._records import JointTap
 
 
 class Part(NamedTuple):

@@ -19,7 +19,7 @@ from vfjax.align._entries import within
 from vfjax.align._nested import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.align._units import in_output_units
-from vfjax.network import Network
+from vfjax.network._network import Network
 from vfjax.symmetry._places import (
     Axis,
     grid,

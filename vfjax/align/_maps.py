@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._networks import networks
 from vfjax._trees.options import whole
 from vfjax._trees.paths import with_leaves, without
 from vfjax._types import PyTree
@@ -17,7 +16,8 @@ from vfjax.align._covariances import tap_covariances
 from vfjax.align._entries import Part, gather, permuting
 from vfjax.align._labels import check_labels, pairs_of, sizes_of
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
-from vfjax.network import Network
+from vfjax.network._arguments import networks
+from vfjax.network._network import Network
 from vfjax.stats import Moments
 from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permutation
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vfjax import stats
-from vfjax._fits import check_comparable
-from vfjax._networks import networks
 from vfjax._trees.paths import check_sequence
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._arguments import check_comparable, networks
+from vfjax.network._network import Network
 
 
 def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> tuple[Network, ...]:

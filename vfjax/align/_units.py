@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._records import Norm
 from vfjax._trees.paths import flatten_named, with_leaves, without
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
+from vfjax.network._records import Norm
 
 
 def norms_in_units(net: Network, unknown: Collection[str]) -> list[Norm]:

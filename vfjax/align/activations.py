@@ -24,7 +24,7 @@ from vfjax._types import Array, PyTree
 from vfjax.align._entries import matched_sites
 from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE, Alignment, assign_within
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 __all__ = ["match_activations", "match_moments"]
 

@@ -26,7 +26,7 @@ from vfjax.align._maps import Maps
 from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE, assign
 from vfjax.align.activations import correlation
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 __all__ = ["canonical_correlations", "cca", "cca_moments"]
 

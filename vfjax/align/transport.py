@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 
 from vfjax import stats
-from vfjax._networks import check_net, networks
 from vfjax._trees.options import whole
 from vfjax._trees.paths import check_finite, check_trees, flatten_named
 from vfjax._types import PyTree
@@ -35,7 +34,8 @@ from vfjax.align._incoming import match_incoming
 from vfjax.align._maps import Maps
 from vfjax.align._nested import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
-from vfjax.network import Network
+from vfjax.network._arguments import check_net, networks
+from vfjax.network._network import Network
 
 __all__ = ["transport", "transport_moments"]
 

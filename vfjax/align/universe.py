@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from vfjax import stats
-from vfjax._networks import networks
 from vfjax._trees.paths import check_trees, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
@@ -33,7 +32,8 @@ from vfjax.align.activations import (
     joint_gains,
 )
 from vfjax.align.weights import _counted, _generator, _host, match_weights
-from vfjax.network import Network
+from vfjax.network._arguments import networks
+from vfjax.network._network import Network
 from vfjax.symmetry._group_maps import compose, invert
 
 __all__ = ["Universe", "match_universe", "match_universe_moments"]

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._networks import check_net
 from vfjax._trees.options import check_key
 from vfjax._trees.paths import check_finite, check_like, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align._record import Alignment, assign_within
-from vfjax.network import Network
+from vfjax.network._arguments import check_net
+from vfjax.network._network import Network
 from vfjax.symmetry._group_maps import compose
 from vfjax.symmetry._places import (
     Axis,

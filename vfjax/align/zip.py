@@ -34,7 +34,7 @@ from vfjax.align._matchers import (
 from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE
 from vfjax.align.activations import correlation
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 __all__ = ["merged_correlation", "zip_features", "zip_moments"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vfjax import _bias, stats
 from vfjax.diagnose._findings import LayerFinding, NormFinding
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 # A standard deviation is off beyond this factor, either way.
 STD_OFF = 1.25

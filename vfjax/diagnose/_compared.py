@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from vfjax._arguments import check_merged
-from vfjax._fits import check_fits, check_models
 from vfjax._merged import Merged
-from vfjax._networks import networks
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import PyTree
 from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
-from vfjax.network import Network
+from vfjax.network._arguments import check_fits, check_models, networks
+from vfjax.network._network import Network
 
 
 def compared(

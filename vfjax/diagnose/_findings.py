@@ -13,13 +13,14 @@ import numpy as np
 from vfjax._merged import Merged
 from vfjax._passes.batches import batch_size
 from vfjax._passes.moments import alive
-from vfjax._records import Norm
 from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
-from vfjax.diagnose._sites import describe, kernels, value_of
+from vfjax.diagnose._sites import describe, value_of
 from vfjax.diagnose.bounds import Bound
 from vfjax.diagnose.features import Features
-from vfjax.network import Network
+from vfjax.network._kernels import kernels
+from vfjax.network._network import Network
+from vfjax.network._records import Norm
 
 # Of a site without a kernel to compare: its ratio, and both cosines.
 _UNKNOWN = (float("nan"),) * 3

@@ -25,7 +25,7 @@ from vfjax._passes.stream import by_pieces, each, stream
 from vfjax._streaming import Site, arrange, pieces
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._sites import by_example
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 # Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
 # it; below, the difference would lose more than two of seven digits, and values are centred.

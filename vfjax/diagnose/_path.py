@@ -19,7 +19,7 @@ from vfjax import merge
 from vfjax._merged import Merged
 from vfjax._passes.evaluate import Evaluation, evaluate
 from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 
 @jax.jit

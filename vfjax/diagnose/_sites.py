@@ -6,15 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
-
 from vfjax import stats
-from vfjax._jaxpr import graph
 from vfjax._streaming import Site
-from vfjax._trees.paths import flatten_named
-from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax._types import Array
+from vfjax.network._network import Network
 
 Sites = Literal["taps", "layers", "paper"] | Sequence[str]
 
@@ -178,21 +173,3 @@ def by_example(name: str, value: Array, single: tuple[int, ...], size: int) -> t
         # Examples were merged with positions, as by x.reshape(-1, features): they are outermost.
         value = value.reshape(*many[:axis], size, *single[axis:])
     return value, axis
-
-
-def kernels(net: Network, tree: PyTree, names: Sequence[str]) -> list[np.ndarray]:
-    """The entries of layers' kernels as the layers use them, masks and sums included: `[n]` each.
-
-    Args:
-        net: The traced network.
-        tree: Its variables; leaves that these layers do not read may be None.
-        names: Names of the layers.
-    """
-    traced = net._reference
-    sites = [traced.layers[name] for name in names]
-    operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
-    named, _ = flatten_named(tree)
-    ids = zip(traced.graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
-    found = graph.evaluate(traced.graph, env, operands)
-    return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]

@@ -25,7 +25,7 @@ from vfjax.align._maps import Maps
 from vfjax.diagnose import _measure
 from vfjax.diagnose._compared import carry, compared
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 __all__ = ["FeatureSite", "Features", "features"]
 

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from vfjax import align, merge, renorm, stats
 from vfjax._merged import Merged
-from vfjax._networks import check_net
 from vfjax._passes.batches import batches, keep, labelled
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._path import Path
-from vfjax.network import Network
+from vfjax.network._arguments import check_net
+from vfjax.network._network import Network
 
 __all__ = ["Interpolation", "barrier", "interpolation"]
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from vfjax._arguments import check_merged, weights_for
 from vfjax._merged import Merged
-from vfjax._records import Layer
 from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks
-from vfjax.diagnose._sites import kernels
-from vfjax.network import Network
+from vfjax.network._kernels import kernels
+from vfjax.network._network import Network
+from vfjax.network._records import Layer
 
 __all__ = ["rescale_product"]
 

@@ -27,7 +27,7 @@ from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.diagnose.bounds import Bound, Collapse, bound_sequence, variance_collapse
 from vfjax.diagnose.features import Features, features
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax._fits import check_fits
 from vfjax._merged import Merged, as_merged
 from vfjax._passes.batches import batch_size, batches, keep
 from vfjax._trees import paths
@@ -20,7 +19,8 @@ from vfjax._types import PyTree
 from vfjax.diagnose import _kernels
 from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import Sites, resolve_sites
-from vfjax.network import Network
+from vfjax.network._arguments import check_fits
+from vfjax.network._network import Network
 
 __all__ = ["CKA", "Distance", "cka", "distance"]
 

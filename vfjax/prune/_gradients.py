@@ -14,7 +14,7 @@ from vfjax._passes.batches import labelled
 from vfjax._passes.devices import mesh_of
 from vfjax._trees.paths import flatten_named, with_leaves
 from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 Loss = Callable[[PyTree, Array], Array]
 

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._fits import check_fits
-from vfjax._inputs import kernel_rows
-from vfjax._networks import check_net
 from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._arguments import check_fits, check_net
+from vfjax.network._kernels import kernel_rows
+from vfjax.network._network import Network
 
 KINDS = ("dense", "conv")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
 from vfjax.prune._kernels import Scores, scores_of, weights_of
 

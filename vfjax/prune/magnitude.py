@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vfjax._types import PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
 from vfjax.prune._kernels import Scores, scores_of, weights_of, widened
 
 

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees.mean import resolve_weights, weighted_mean
+from vfjax._analysis.traced import Traced
+from vfjax._analysis.views import View
 from vfjax._types import Array
-from vfjax.symmetry._group_maps import check_matrix, contract
 from vfjax.symmetry._places import (
     Axis,
-    Place,
     Window,
-    map_axis,
-    map_within,
-    moved,
-    permute_at,
-    size_at,
 )
 
 
@@ -176,83 +169,103 @@ class JointTap:
     around: Axis
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Crossing:
-    """The values that cross a cut, from stem to trunk.
+Axes = Mapping[int, Sequence[Sequence[Any]]]
 
-    Attributes:
-        values: Arrays, in the network's own order.
-        depth: Depth of the cut.
-        origin: What the network's input was, apart from its batch size.
+
+def describe_layer(
+    traced: Traced, name: str, *, batch: int, axes: Axes, groups: Mapping[int, str]
+) -> Layer:
+    """The record of a layer.
+
+    Args:
+        traced: The trace.
+        name: The layer.
+        batch: Number of examples of its input.
+        axes: Atoms of every axis, by value id.
+        groups: Names of groups, by their id in `axes`.
     """
-
-    values: tuple[Array, ...]
-    depth: int = dataclasses.field(metadata={"static": True})
-    origin: Hashable = dataclasses.field(default=None, metadata={"static": True}, repr=False)
-
-
-def average(
-    crossings: Sequence[Crossing], averaged: Sequence[bool], weights: Sequence[Any] | None
-) -> Crossing:
-    """See `Network.average_crossings`; `averaged` tells which values depend on parameters."""
-    first = crossings[0]
-    if len({c.depth for c in crossings}) > 1:
-        raise ValueError(f"crossings are of different cuts: {[c.depth for c in crossings]}.")
-    shapes = {tuple((jnp.shape(v), jnp.result_type(v)) for v in c.values) for c in crossings}
-    if len({c.origin for c in crossings}) > 1 or len(shapes) > 1:
-        raise ValueError(f"crossings are of different inputs; their shapes are {shapes}.")
-    weights = resolve_weights(weights, len(crossings), of="crossings")
-    values = []
-    for mix, *column in zip(averaged, *(c.values for c in crossings), strict=True):
-        dtype = column[0].dtype
-        if not mix:
-            values.append(column[0])
-            continue
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise ValueError(
-                f"A value of dtype {dtype} that depends on parameters crosses the cut at depth "
-                f"{first.depth}; models disagree on it, and it has no average. Cut elsewhere."
-            )
-        values.append(weighted_mean(column, weights))
-    return Crossing(tuple(values), first.depth, first.origin)
+    graph, site = traced.graph, traced.layers[name]
+    equation = graph.equations[site.index]
+    shape = graph.avals[site.preactivation].shape
+    flops = traced.flops(site.index)
+    if site.bias_equation is not None:
+        flops += traced.flops(site.bias_equation)
+    atoms = axes.get(site.preactivation, ())
+    names = [groups.get(t.group) for a in site.channel_axes if a < len(atoms) for t in atoms[a]]
+    return Layer(
+        name=name,
+        kernel=_path(traced, site.kernel),
+        bias=_path(traced, site.bias),
+        kind="conv" if equation.primitive == "conv_general_dilated" else "dense",
+        depth=traced.depth_of(site),
+        main=traced.is_main(site),
+        shape=tuple(graph.avals[equation.values[site.side]].shape),
+        output_shape=tuple(shape),
+        channel_axes=site.channel_axes,
+        sample_axes=tuple(a for a in range(len(shape)) if a not in site.channel_axes),
+        parameters=sum(_size(traced, v) for v in (site.kernel, site.bias) if v is not None),
+        flops=flops // batch,
+        group=next((n for n in reversed(names) if n is not None), None),
+        norm=traced.norm_after(site),
+        where=equation.where,
+    )
 
 
-def mapped(
-    crossing: Crossing, places: Sequence[Sequence[Place]], maps: Mapping[str, Any]
-) -> Crossing:
-    """See `Network.map_crossing`; `places` are the groups of each value, with their places."""
-    values = [
-        mapped_value(value, found, maps)
-        for value, found in zip(crossing.values, places, strict=True)
-    ]
-    return Crossing(tuple(values), crossing.depth, crossing.origin)
+def describe_norm(traced: Traced, name: str) -> Norm:
+    """The record of a normalisation with stored statistics."""
+    site = traced.norms[name]
+    shape = traced.graph.avals[traced.graph.equations[site.index].values[0]].shape
+    before = (n for n, s in traced.layers.items() if traced.norm_after(s) == name)
+    return Norm(
+        name=name,
+        mean=traced.paths[site.mean.leaf],
+        var=traced.paths[site.var.leaf],
+        scale=_path(traced, site.scale),
+        bias=_path(traced, site.bias),
+        eps=site.eps,
+        input_shape=tuple(shape),
+        channel_axes=site.channel_axes,
+        sample_axes=tuple(a for a in range(len(shape)) if a not in site.channel_axes),
+        layer=next(before, None),
+    )
 
 
-def mapped_value(value: Array, places: Sequence[Place], maps: Mapping[str, Any]) -> Array:
-    """See `Network.map_site`; `places` are the groups of the value, those within others last."""
-    todo = [place for place in places if place.group in maps]
-    while todo:
-        place, *todo = todo
-        length, at = value.shape[place.at.axis], place.at
-        found = maps[place.group]
-        value = _mapped(value, place, found)
-        if value.shape[at.axis] != length:
-            move = functools.partial(moved, mapped=at, length=length, m=np.shape(found)[-2])
-            todo = [Place(group, move(a), owner and move(owner)) for group, a, owner in todo]
-    return value
+def describe_taps(traced: Traced, *, axes: Axes, groups: Mapping[int, str]) -> tuple[Tap, ...]:
+    """Where each group shows: one record per value and group."""
+    found: dict[tuple[int, str], Tap] = {}
+    for name, value in traced.taps.items():
+        for axis, atoms in enumerate(axes.get(value, ())):
+            for atom in atoms:
+                group = groups.get(atom.group)
+                if group is not None and (value, group) not in found:
+                    where = atom.outer, atom.inner, atom.windows
+                    found[value, group] = Tap(f"{name}:act", group, axis, *where)
+    return tuple(found.values())
 
 
-def _mapped(value: Array, place: Place, found: Any) -> Array:
-    group, at, owner = place
-    if np.issubdtype(found.dtype, np.integer):
-        return permute_at(value, at, owner, found)
-    if not jnp.issubdtype(value.dtype, jnp.inexact):
-        raise ValueError(
-            f"A value of dtype {value.dtype} that carries the group {group!r} crosses the cut, and "
-            "a matrix cannot map it. Cut elsewhere."
-        )
-    if owner is not None and np.ndim(found) == 3:
-        return map_within(value, at, owner, lambda view, axis, i: contract(found[i], view, axis))
-    check_matrix(group, found, size_at(group, at, value.shape))
-    return map_axis(value, at, lambda view, axis: contract(found, view, axis))
+def describe_joint_taps(traced: Traced, within: Mapping[str, str]) -> tuple[JointTap, ...]:
+    """Where groups show inside the entries of those that they are within."""
+    found: dict[tuple[int, Axis], JointTap] = {}
+    names: set[str] = set()
+    for layer, value in traced.taps.items():
+        for group, place, around in traced.places(value):
+            if around is None or (value, place) in found:
+                continue
+            owner = within[group]
+            base = name = f"{layer}:act[{group} in {owner}]"
+            count = 1
+            while name in names:
+                count += 1
+                name = f"{base}#{count}"
+            names.add(name)
+            found[value, place] = JointTap(name, layer, group, owner, place, around)
+    return tuple(found.values())
+
+
+def _path(traced: Traced, view: View | None) -> str | None:
+    return None if view is None else traced.paths[view.leaf]
+
+
+def _size(traced: Traced, view: View) -> int:
+    shape = traced.graph.avals[traced.graph.inputs[view.leaf]].shape
+    return math.prod(shape[view.slot is not None :])

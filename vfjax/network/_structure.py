@@ -9,12 +9,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _describe, _retrace, _summary
 from vfjax._analysis.groups import from_propagation
 from vfjax._jaxpr.flatten import MAX_UNROLL
-from vfjax._plan import Plan
-from vfjax._records import JointTap, Layer, Norm, Tap
 from vfjax._types import PyTree
+from vfjax.network import _retrace, _summary
+from vfjax.network._records import (
+    JointTap,
+    Layer,
+    Norm,
+    Tap,
+    describe_joint_taps,
+    describe_layer,
+    describe_norm,
+    describe_taps,
+)
+from vfjax.network._run import Plan
 from vfjax.symmetry._places import Place
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -40,7 +49,7 @@ class Structure:
     def layers(self) -> tuple[Layer, ...]:
         """The linear and convolution layers, in the order of evaluation."""
         return tuple(
-            _describe.describe_layer(
+            describe_layer(
                 self._reference,
                 name,
                 batch=self._traces.batch,
@@ -53,7 +62,7 @@ class Structure:
     @functools.cached_property
     def norms(self) -> tuple[Norm, ...]:
         """The normalisations with stored statistics, in the order of evaluation."""
-        return tuple(_describe.describe_norm(self._reference, n) for n in self._reference.norms)
+        return tuple(describe_norm(self._reference, n) for n in self._reference.norms)
 
     @functools.cached_property
     def _propagation(self) -> Any:
@@ -71,14 +80,12 @@ class Structure:
     @functools.cached_property
     def taps(self) -> tuple[Tap, ...]:
         """Where each group shows: one per tap of a layer and group, each value once."""
-        return _describe.describe_taps(
-            self._reference, axes=self._propagation.axes, groups=self._symmetry[1]
-        )
+        return describe_taps(self._reference, axes=self._propagation.axes, groups=self._symmetry[1])
 
     @functools.cached_property
     def joint_taps(self) -> tuple[JointTap, ...]:
         """Where groups show inside the entries of the groups that they are within."""
-        return _describe.describe_joint_taps(self._reference, self.spec.within)
+        return describe_joint_taps(self._reference, self.spec.within)
 
     @property
     def depth(self) -> int:

@@ -1,4 +1,4 @@
-"""`trace`: everything that merging, repair and diagnosis need to know of a network."""
+"""`trace`, and the network that it makes."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax import _fold, _retrace
 from vfjax._analysis import outside
 from vfjax._analysis.traced import Traced
-from vfjax._fold import FoldError
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
-from vfjax._plan import Edit, Plan
-from vfjax._records import Crossing, Layer, Norm, Tap, average, mapped, mapped_value
-from vfjax._structure import Structure
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
-
-__all__ = [
-    "Crossing",
-    "Edit",
-    "FoldError",
-    "Layer",
-    "Network",
-    "Norm",
-    "Tap",
-    "trace",
-]
+from vfjax.network import _fold, _retrace
+from vfjax.network._crossing import (
+    Crossing,
+    average,
+    mapped,
+    mapped_value,
+)
+from vfjax.network._run import Edit, Plan
+from vfjax.network._structure import Structure
 
 
 def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: PyTree) -> Network:

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._analysis.layers import LinearSite
+from vfjax._jaxpr import graph
 from vfjax._jaxpr.graph import Equation
+from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
-from vfjax.network import Network
+from vfjax.network._network import Network
 
 
 def kernel_rows(net: Network, layer: str) -> np.ndarray:
@@ -120,3 +122,21 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
         return equation.eqn.primitive.bind(*operands, **params).sum()
 
     return jax.grad(total)(jnp.zeros(shape, dtype))
+
+
+def kernels(net: Network, tree: PyTree, names: Sequence[str]) -> list[np.ndarray]:
+    """The entries of layers' kernels as the layers use them, masks and sums included: `[n]` each.
+
+    Args:
+        net: The traced network.
+        tree: Its variables; leaves that these layers do not read may be None.
+        names: Names of the layers.
+    """
+    traced = net._reference
+    sites = [traced.layers[name] for name in names]
+    operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
+    named, _ = flatten_named(tree)
+    ids = zip(traced.graph.inputs, traced.paths, strict=False)
+    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
+    found = graph.evaluate(traced.graph, env, operands)
+    return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]

@@ -11,9 +11,9 @@ import jax
 
 from vfjax._analysis.traced import Traced
 from vfjax._jaxpr.flatten import flatten
-from vfjax._records import Crossing
 from vfjax._trees.paths import flatten_named, leaf_paths, some
 from vfjax._types import PyTree
+from vfjax.network._crossing import Crossing
 
 
 class Retracer:
