@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import _streaming, align, checkpoint, merge, renorm, stats
+from vfjax import (
+    align,
+    checkpoint,
+    merge,
+    renorm,
+    stats,
+)
+from vfjax.stats import _measure
 
 CLASSES = (3, 5)
 ROUNDING = 1e-5
@@ -89,7 +96,7 @@ MATCHERS = {
 @pytest.mark.parametrize("sites", ["taps", "paper", ["input"]])
 def test_moments_do_not_look_behind_their_sites(models, monkeypatch, sites, vmapped):
     nets, net, trees, alike, data = models
-    monkeypatch.setattr(_streaming, "vmapped", lambda: vmapped)
+    monkeypatch.setattr(_measure, "vmapped", lambda: vmapped)
     covariance = sites == "taps"
     found = stats.moments(nets, trees, data, sites=sites, covariance=covariance)
     same(found, stats.moments(net, alike, data, sites=sites, covariance=covariance))
@@ -109,9 +116,9 @@ def test_moments_of_three_models_keep_their_order(models):
 def test_a_second_pass_compiles_nothing(models):
     nets, _, trees, _, data = models
     stats.moments(nets, trees, data, sites="taps")
-    sizes = [fn._cache_size() for fn in (_streaming.measure, _streaming.pool)]
+    sizes = [fn._cache_size() for fn in (_measure.measure, _measure.pool)]
     stats.moments(nets, [jax.tree.map(lambda a: a + 1, t) for t in trees], data, sites="taps")
-    assert sizes == [fn._cache_size() for fn in (_streaming.measure, _streaming.pool)]
+    assert sizes == [fn._cache_size() for fn in (_measure.measure, _measure.pool)]
 
 
 @pytest.mark.parametrize("matcher", MATCHERS)

@@ -14,8 +14,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
-from vfjax import _streaming, diagnose, merge, renorm, stats
+from vfjax import (
+    diagnose,
+    merge,
+    renorm,
+    stats,
+)
 from vfjax.diagnose import _measure
+from vfjax.stats import _measure as _streaming
 
 # Two passes in float32 over a few thousand samples of order one.
 RTOL = 3e-5

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
 from vfjax import merge
-from vfjax.diagnose import CKA, _kernels, cka, distance
+from vfjax.diagnose import CKA, cka, distance
+from vfjax.stats import _hsic
 
 # Sums of float32 products over examples, in other orders.
 ROUNDING = 2e-5
@@ -103,7 +104,7 @@ def test_equals_the_definition(nets, count):
 def test_batches_may_be_cut_any_way(nets, monkeypatch, cuts, form):
     mlp_net, a, cnn_net, c = nets
     x = inputs(9)
-    monkeypatch.setattr(_kernels, f"{form}_bytes", lambda *_: 0)
+    monkeypatch.setattr(_hsic, f"{form}_bytes", lambda *_: 0)
     arguments = (mlp_net, a), (cnn_net, c)
     options = {"sites": SITES, "second_sites": CONV}
     found = cka(*arguments, [(part, None) for part in np.split(x, cuts)], **options)
@@ -114,11 +115,11 @@ def test_batches_may_be_cut_any_way(nets, monkeypatch, cuts, form):
 def test_sites_may_take_several_passes(nets):
     mlp_net, a, cnn_net, c = nets
     x, widths = inputs(9), (5, 7, 3, 24, 3)
-    least = _kernels.gram_bytes(widths, 9)
-    job = _kernels.Job((("x",) * 3, ("y",) * 2), (((1, 5), (1, 7), (1, 3)), ((1, 24), (1, 3))))
+    least = _hsic.gram_bytes(widths, 9)
+    job = _hsic.Job((("x",) * 3, ("y",) * 2), (((1, 5), (1, 7), (1, 3)), ((1, 24), (1, 3))))
     assert job.widths == widths
-    assert _kernels._groups(widths, 0) == [[0], [1], [2], [3], [4]]
-    assert _kernels._groups(widths, 8) == [[0, 1, 2], [3, 4]]
+    assert _hsic._groups(widths, 0) == [[0], [1], [2], [3], [4]]
+    assert _hsic._groups(widths, 8) == [[0, 1, 2], [3, 4]]
     assert job.only([2, 3]).sites == (("x",), ("y",))
     arguments = (mlp_net, a), (cnn_net, c)
     options = {"sites": SITES, "second_sites": CONV}
@@ -146,7 +147,7 @@ def test_the_size_of_the_features_makes_no_difference(nets, monkeypatch, form, s
     net, a, _, _ = nets
     estimator = "minibatch" if form == "minibatch" else "exact"
     if form != "minibatch":
-        monkeypatch.setattr(_kernels, f"{form}_bytes", lambda *_: 0)
+        monkeypatch.setattr(_hsic, f"{form}_bytes", lambda *_: 0)
     # A linear head, of which only the size changes.
     scaled = {**a, "w3": a["w3"] * np.float32(scale)}
     data = [inputs(12), inputs(8, seed=4)]

@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import _streaming, diagnose, merge, renorm, stats
+from vfjax import (
+    diagnose,
+    merge,
+    renorm,
+    stats,
+)
 from vfjax.align import Maps
+from vfjax.stats import _measure
 
 ROUNDING = 1e-4
 
@@ -414,7 +420,7 @@ def own_networks(name, trees, x):
 @pytest.mark.parametrize("vmapped", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
-    monkeypatch.setattr(_streaming, "vmapped", lambda: vmapped)
+    monkeypatch.setattr(_measure, "vmapped", lambda: vmapped)
     _, trees, x = case("heads", classes=7)
     nets = own_networks("heads", trees, x)[apart]
     maps = random_zip(case("heads")[0], 2)

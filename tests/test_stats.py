@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
-from vfjax import _streaming, stats
+from vfjax import stats
+from vfjax.stats import _measure
 
 # Two passes in float32 over a few thousand samples of order one.
 RTOL = 2e-5
@@ -464,7 +465,7 @@ def test_vmapped_models_give_the_same_numbers(monkeypatch):
     """The road that accelerators take."""
     net, trees, data = _make(Conv())
     looped = stats.moments(net, trees, [data], covariance=True)
-    monkeypatch.setattr(_streaming, "vmapped", lambda: True)
+    monkeypatch.setattr(_measure, "vmapped", lambda: True)
     net, _, _ = _make(Conv())
     jax.tree.map(_close, stats.moments(net, trees, [data], covariance=True), looped)
 
@@ -490,7 +491,7 @@ def test_pieces_of_a_batch_give_the_numbers_of_the_batch(monkeypatch, covariance
     whole, sizes = _runs(net, trees, x, monkeypatch, **how)
     assert sizes == {96}
     # 8x8 positions of 6 channels are the widest value.
-    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 40 * 8 * 8 * 6 * 4)
+    monkeypatch.setattr(_measure, "_PIECE_BYTES", 40 * 8 * 8 * 6 * 4)
     net, *_ = _make(Conv(norm=True), seed=3)
     cut, sizes = _runs(net, trees, x, monkeypatch, **how)
     assert sizes == {32}
@@ -500,7 +501,7 @@ def test_pieces_of_a_batch_give_the_numbers_of_the_batch(monkeypatch, covariance
 
 
 def test_a_network_that_mixes_examples_gets_its_batches_whole(monkeypatch):
-    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
     v = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
     x = jnp.arange(192.0).reshape(64, 3)
 
@@ -525,7 +526,7 @@ def test_a_network_that_mixes_examples_gets_its_batches_whole(monkeypatch):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh_of_one_device(monkeypatch, kind):
-    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
     net, trees, x = _make(Conv(), seed=5)
     x = np.concatenate([x, x])[:64]
     mesh = jax.make_mesh((1,), ("d",), axis_types=(kind,))
@@ -536,14 +537,14 @@ def test_a_mesh_of_one_device(monkeypatch, kind):
 
 
 def test_pieces_of_enormous_values_have_finite_variances(monkeypatch):
-    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
     v = {"a": jnp.ones((3, 2)), "b": jnp.full(2, 3e19)}
     net = vfjax.trace(lambda v, x: x @ v["a"] + v["b"][None], v, jnp.ones((64, 3)))
     assert stats.moments(net, [v], [jnp.ones((64, 3))], sites=["a"]).var["a"].tolist() == [[0, 0]]
 
 
 def test_a_batch_without_a_fitting_divisor_stays_whole(monkeypatch):
-    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
     net, trees, x = _make(Conv(), seed=4)
     assert _runs(net, trees, x[:37], monkeypatch)[1] == {37}
 
@@ -552,10 +553,10 @@ def test_a_second_pass_compiles_nothing():
     net, trees, data = conv()
     parts = _cut(data, 16, 16, 5)
     stats.moments(net, trees, parts, covariance="cross")
-    sizes = _streaming.measure._cache_size(), _streaming.pool._cache_size()
+    sizes = _measure.measure._cache_size(), _measure.pool._cache_size()
     with jax.log_compiles(False):
         stats.moments(net, trees[::-1], parts, covariance="cross")
-    assert sizes == (_streaming.measure._cache_size(), _streaming.pool._cache_size())
+    assert sizes == (_measure.measure._cache_size(), _measure.pool._cache_size())
 
 
 def test_data_with_nan_is_an_error():

@@ -15,7 +15,8 @@ from vfjax.align._maps import Maps
 from vfjax.network._arguments import check_models, networks
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network
-from vfjax.stats import Moments, moments, resolve_sites
+from vfjax.stats._moments import Moments, moments
+from vfjax.stats._sites import resolve_sites
 
 
 def goals_of(

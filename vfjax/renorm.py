@@ -31,7 +31,7 @@ from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.align._maps import Maps
 from vfjax.network._network import Network
-from vfjax.stats import Moments
+from vfjax.stats._moments import Moments
 
 __all__ = ["calibrate_bias", "remove_bias", "repair", "rescale", "reset"]
 

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import stats
 from vfjax._passes.batches import check_finite_means
 from vfjax._passes.devices import on_mesh
 from vfjax._passes.moments import covariance_of, merge_moments, without_rounding
 from vfjax._passes.stream import stream
-from vfjax._streaming import Site, read
 from vfjax._types import Array, PyTree
 from vfjax.align._entries import matched_sites, within
 from vfjax.network._network import Network
+from vfjax.stats._measure import read
+from vfjax.stats._moments import Moments
+from vfjax.stats._sites import Site, site_of, taps_by_site
 
 # Means, variances and covariances with the first network, by network and site.
 Measured = dict[str, list[dict[str, Array]]]
@@ -51,7 +52,7 @@ class Pair(NamedTuple):
         return np.maximum(squares, 0) + (first[:, None] - second) ** 2
 
 
-def pair_of(moments: stats.Moments, site: str, model: int, to: int) -> Pair:
+def pair_of(moments: Moments, site: str, model: int, to: int) -> Pair:
     """The moments of two of K models, units of `model` first.
 
     Raises:
@@ -119,8 +120,8 @@ def measure(
 
 
 def _sites(net: Network, inside: Mapping[str, str]) -> tuple[Site, ...]:
-    taps = stats.taps_by_site(net)
-    return tuple(stats.site_of(net, name, taps) for of in matched_sites(net, inside) for name in of)
+    taps = taps_by_site(net)
+    return tuple(site_of(net, name, taps) for of in matched_sites(net, inside) for name in of)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

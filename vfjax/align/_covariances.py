@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vfjax import stats
 from vfjax.align._entries import Part, matched_sites
 from vfjax.align.activations import assign_in_place, joint_gains
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
 
 Orders = Sequence[Mapping[str, np.ndarray]]
 
 
-def match_owners(net: Network, moments: stats.Moments) -> list[dict[str, np.ndarray]]:
+def match_owners(net: Network, moments: Moments) -> list[dict[str, np.ndarray]]:
     """Matches the owners of other groups, as heads of their dims, with those of the first model.
 
     What pairing two of them is worth is the sum of the correlations of the best assignments of what
@@ -42,7 +42,7 @@ def match_owners(net: Network, moments: stats.Moments) -> list[dict[str, np.ndar
 
 
 def tap_covariances(
-    net: Network, moments: stats.Moments, orders: Orders
+    net: Network, moments: Moments, orders: Orders
 ) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
     """The covariances and standard deviations at each tap, with the part that it is of.
 

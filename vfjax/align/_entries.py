@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vfjax import stats
 from vfjax.network._network import Network
 from vfjax.network._records import JointTap
+from vfjax.stats._sites import joint_taps, taps_by_site
 
 
 class Part(NamedTuple):
@@ -88,7 +88,7 @@ def matched_sites(
         inside: What `within` gives for several networks; None for this one alone.
     """
     inside = net.spec.within if inside is None else inside
-    joint = {site: tap for site, tap in stats.joint_taps(net).items() if tap.group in inside}
+    joint = {site: tap for site, tap in joint_taps(net).items() if tap.group in inside}
     nested = {*inside, *(tap.owner for tap in joint.values())}
-    plain = stats.taps_by_site(net)
+    plain = taps_by_site(net)
     return {site: tap for site, tap in plain.items() if tap.group not in nested}, joint

@@ -18,7 +18,7 @@ from vfjax.align._labels import check_labels, pairs_of, sizes_of
 from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
-from vfjax.stats import Moments
+from vfjax.stats._moments import Moments
 from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permutation
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vfjax import stats
 from vfjax._trees.paths import check_sequence
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_comparable, networks
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
+from vfjax.stats._sites import resolve_sites, site_of, taps_by_site
 
 
 def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> tuple[Network, ...]:
@@ -28,15 +29,15 @@ def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> 
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
-    taps = stats.taps_by_site(nets[0])
-    sites = stats.resolve_sites(nets[0], "taps")
-    check_comparable(nets, trees, [stats.site_of(nets[0], site, taps).source for site in sites])
+    taps = taps_by_site(nets[0])
+    sites = resolve_sites(nets[0], "taps")
+    check_comparable(nets, trees, [site_of(nets[0], site, taps).source for site in sites])
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     return nets
 
 
-def network_of(net: Network | Sequence[Network], moments: stats.Moments) -> Network:
+def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
     """The network whose taps and groups stand for those of all models.
 
     Args:

@@ -25,6 +25,7 @@ from vfjax.align._entries import matched_sites
 from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE, Alignment, assign_within
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
 
 __all__ = ["match_activations", "match_moments"]
 
@@ -35,7 +36,7 @@ def match_activations(
     b: PyTree,
     data: Iterable[Any] | None,
     *,
-    moments: stats.Moments | None = None,
+    moments: Moments | None = None,
 ) -> Alignment:
     """Finds permutations of `b` whose units correlate best with those of `a`.
 
@@ -90,7 +91,7 @@ def match_activations(
 
 
 def match_moments(
-    net: Network | Sequence[Network], moments: stats.Moments, *, to: int = 0, model: int = 1
+    net: Network | Sequence[Network], moments: Moments, *, to: int = 0, model: int = 1
 ) -> Alignment:
     """Activation matching of two out of K models, from moments alone.
 
@@ -170,7 +171,7 @@ def assign_in_place(
 
 
 def joint_gains(
-    net: Network, moments: stats.Moments, to: int, model: int
+    net: Network, moments: Moments, to: int, model: int
 ) -> dict[str, dict[str, np.ndarray]]:
     """Correlations of what is inside every entry of a group in one model and in another.
 
@@ -191,7 +192,7 @@ def joint_gains(
     return gains
 
 
-def correlation_between(moments: stats.Moments, site: str, to: int, model: int) -> np.ndarray:
+def correlation_between(moments: Moments, site: str, to: int, model: int) -> np.ndarray:
     """Correlations `[n, n]` between two models at a site.
 
     Raises:

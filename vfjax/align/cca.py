@@ -27,6 +27,7 @@ from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE, assign
 from vfjax.align.activations import correlation
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
 
 __all__ = ["canonical_correlations", "cca", "cca_moments"]
 
@@ -117,7 +118,7 @@ def cca(
 
 def cca_moments(
     net: Network | Sequence[Network],
-    moments: stats.Moments,
+    moments: Moments,
     *,
     regularization: float = 1.0,
     relative: bool = True,
@@ -172,7 +173,7 @@ def cca_moments(
 
 def canonical_correlations(
     net: Network | Sequence[Network],
-    moments: stats.Moments,
+    moments: Moments,
     *,
     regularization: float = 1.0,
     relative: bool = True,
@@ -280,7 +281,7 @@ class _Pair:
 
 
 def _pooled(
-    net: Network, moments: stats.Moments, regularization: float, dtype: Any
+    net: Network, moments: Moments, regularization: float, dtype: Any
 ) -> tuple[dict[Part, np.ndarray], Orders]:
     """By part, the covariances `[K, K, n, n]`, the mean over its taps; checks all arguments.
 
@@ -296,7 +297,7 @@ def _pooled(
     return {part: np.mean(blocks, axis=0) for part, blocks in taps.items()}, orders
 
 
-def _rounding(moments: stats.Moments, block: np.ndarray) -> float:
+def _rounding(moments: Moments, block: np.ndarray) -> float:
     """The relative rounding of covariances as measured and as decomposed."""
     assert moments.covariance is not None
     measured = next(iter(moments.covariance.values())).dtype

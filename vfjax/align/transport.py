@@ -36,6 +36,7 @@ from vfjax.align._nested import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.network._arguments import check_net, networks
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
 
 __all__ = ["transport", "transport_moments"]
 
@@ -163,7 +164,7 @@ def transport(
 
 def transport_moments(
     net: Network,
-    moments: stats.Moments,
+    moments: Moments,
     *,
     regularization: float = 0.0,
     marginals: Marginals = "uniform",
@@ -214,7 +215,7 @@ def transport_moments(
     return _by_activations([net], _pairs(net, moments), solver, marginals, squared)
 
 
-def _pairs(net: Network, moments: stats.Moments) -> list[dict[str, Pair]]:
+def _pairs(net: Network, moments: Moments) -> list[dict[str, Pair]]:
     """For every model but the first, by tap, its moments and the first one's."""
     sites = [site for of in matched_sites(net) for site in of]
     return [

@@ -34,6 +34,7 @@ from vfjax.align.activations import (
 from vfjax.align.weights import _counted, _generator, _host, match_weights
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
 from vfjax.symmetry._group_maps import compose, invert
 
 __all__ = ["Universe", "match_universe", "match_universe_moments"]
@@ -211,7 +212,7 @@ def match_universe(
 
 
 def match_universe_moments(
-    net: Network | Sequence[Network], moments: stats.Moments, *, max_steps: int = 100
+    net: Network | Sequence[Network], moments: Moments, *, max_steps: int = 100
 ) -> Universe:
     """The same for activations, from moments alone.
 
@@ -346,7 +347,7 @@ def _of_weights(net: Network, trees: Sequence[PyTree], key: Array, max_steps: in
     return Universe(permutations, tuple(end.history), end.converged, spec.within)
 
 
-def _correlations(net: Network, moments: stats.Moments) -> dict[str, np.ndarray]:
+def _correlations(net: Network, moments: Moments) -> dict[str, np.ndarray]:
     """By group, correlations `[K, K, n, n]` between different models, the sum over its taps."""
     sites, total = matched_sites(net)[0], {}
     for i, j in itertools.combinations(range(moments.models), 2):
@@ -359,7 +360,7 @@ def _correlations(net: Network, moments: stats.Moments) -> dict[str, np.ndarray]
     return total
 
 
-def _inside(net: Network, moments: stats.Moments) -> dict[str, dict[str, np.ndarray]]:
+def _inside(net: Network, moments: Moments) -> dict[str, dict[str, np.ndarray]]:
     """By owner and group inside its h entries, correlations `[K, K, h, h, n, n]`."""
     total: dict[str, dict[str, np.ndarray]] = {}
     for i, j in itertools.combinations(range(moments.models), 2):

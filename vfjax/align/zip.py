@@ -35,6 +35,7 @@ from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE
 from vfjax.align.activations import correlation
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
 
 __all__ = ["merged_correlation", "zip_features", "zip_moments"]
 
@@ -125,7 +126,7 @@ def zip_features(
 
 def zip_moments(
     net: Network | Sequence[Network],
-    moments: stats.Moments,
+    moments: Moments,
     *,
     matcher: Matcher = "greedy",
     alpha: float = 0.3,
@@ -196,7 +197,7 @@ def zip_moments(
 
 
 def merged_correlation(
-    net: Network | Sequence[Network], moments: stats.Moments, maps: Maps
+    net: Network | Sequence[Network], moments: Moments, maps: Maps
 ) -> dict[str, float]:
     """What matchers compete for: how much the features correlate that were merged, by group.
 
@@ -254,7 +255,7 @@ def merged_correlation(
 
 
 def correlations(
-    net: Network, moments: stats.Moments, orders: Orders | None = None
+    net: Network, moments: Moments, orders: Orders | None = None
 ) -> dict[Part, np.ndarray]:
     """By part, the correlations `[K n, K n]` of all models' features, the mean over its taps.
 

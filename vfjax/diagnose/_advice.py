@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfjax import _bias, stats
+from vfjax import _bias
 from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.network._network import Network
+from vfjax.stats._sites import resolve_sites
 
 # A standard deviation is off beyond this factor, either way.
 STD_OFF = 1.25
@@ -240,7 +241,7 @@ def _renormalise(case: Case, row: LayerFinding, remedy: str, reason: str) -> Adv
     """A renormalisation from data that reaches a layer."""
     if not case.trees:
         return Advice(remedy, f"{reason}; it needs the references as trees")
-    sites = "" if row.layer in stats.resolve_sites(case.net, "paper") else ', sites="all"'
+    sites = "" if row.layer in resolve_sites(case.net, "paper") else ', sites="all"'
     weights = _weights(case, case.own_weights)
     maps = ", maps=maps" if case.mapped else ""
     arguments = f"net, merged, data, references=references{maps}{weights}{sites}"

@@ -22,10 +22,10 @@ from vfjax._passes.batches import batch_size
 from vfjax._passes.devices import mesh_of, on_mesh, replicate
 from vfjax._passes.moments import ROUNDINGS, alive, scale_of
 from vfjax._passes.stream import by_pieces, each, stream
-from vfjax._streaming import Site, arrange, pieces
 from vfjax._types import Array, PyTree
-from vfjax.diagnose._sites import by_example
 from vfjax.network._network import Network
+from vfjax.stats._pieces import pieces
+from vfjax.stats._sites import Site, arrange, by_example
 
 # Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
 # it; below, the difference would lose more than two of seven digits, and values are centred.

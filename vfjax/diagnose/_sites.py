@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from vfjax import stats
-from vfjax._streaming import Site
-from vfjax._types import Array
 from vfjax.network._network import Network
+from vfjax.stats._sites import Site, check_names
 
 Sites = Literal["taps", "layers", "paper"] | Sequence[str]
 
@@ -61,7 +60,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     taps = tuple(layer.tap for layer in net.layers)
     if not isinstance(sites, str):
         norms = (norm.site for norm in net.norms)
-        names = stats.check_names(net, sites, ["input", *layers, *taps, *norms, "output"])
+        names = check_names(net, sites, ["input", *layers, *taps, *norms, "output"])
     elif sites in ("taps", "layers"):
         names = taps if sites == "taps" else layers
     elif sites == "paper":
@@ -142,34 +141,3 @@ def describe(net: Network, name: str, size: int) -> FeatureSite:
     sites = net._reference.layers.values()
     depth = max((net._reference.depth_of(s) for s in sites if s.index in before), default=0)
     return FeatureSite(name, None, depth, True, int(size))
-
-
-def by_example(name: str, value: Array, single: tuple[int, ...], size: int) -> tuple[Array, int]:
-    """A value of `size` examples, with an axis of examples alone, and that axis.
-
-    It is the one along which the value of one example is shorter, whatever the network did to
-    layouts.
-
-    Args:
-        name: Name of the site.
-        value: Its value.
-        single: The shape of the value of one example.
-        size: Number of examples.
-
-    Raises:
-        ValueError: If there is no such axis.
-    """
-    many = value.shape
-    if size == 1 and many == single:
-        return value[None], 0
-    axes = [a for a, (n, m) in enumerate(zip(many, single, strict=False)) if n != m]
-    if len(many) != len(single) or len(axes) != 1 or many[axes[0]] != size * single[axes[0]]:
-        raise ValueError(
-            f'site "{name}" has shape {list(many)} at {size} examples and {list(single)} at one: '
-            "no axis of it holds the examples; leave it out of `sites`"
-        )
-    (axis,) = axes
-    if single[axis] > 1:
-        # Examples were merged with positions, as by x.reshape(-1, features): they are outermost.
-        value = value.reshape(*many[:axis], size, *single[axis:])
-    return value, axis

@@ -16,13 +16,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from vfjax import align, merge, renorm, stats
+from vfjax import align, merge, renorm
 from vfjax._merged import Merged
 from vfjax._passes.batches import batches, keep, labelled
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._path import Path
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
+from vfjax.stats._moments import Moments, moments
+from vfjax.stats._sites import resolve_sites
 
 __all__ = ["Interpolation", "barrier", "interpolation"]
 
@@ -170,7 +172,7 @@ def interpolation(
     match: Match = None,
     renormalise: Renormalise = None,
     data: Iterable[Any] | None = None,
-    references: Sequence[PyTree] | stats.Moments | None = None,
+    references: Sequence[PyTree] | Moments | None = None,
     layers: int = 0,
     key: Array | None = None,
     progress: bool = True,
@@ -347,8 +349,8 @@ def _renormaliser(
         return lambda merged: renorm.calibrate_bias(net, merged, references=trees)
     if callable(name):
         return lambda merged: name(merged, references, data)
-    sites = stats.resolve_sites(net, "paper")
-    if sites and not isinstance(references, stats.Moments):
-        references = stats.moments(net, references, data, sites=sites)
+    sites = resolve_sites(net, "paper")
+    if sites and not isinstance(references, Moments):
+        references = moments(net, references, data, sites=sites)
     correct = renorm.repair if name == "repair" else renorm.rescale
     return lambda merged: correct(net, merged, data, references=references)

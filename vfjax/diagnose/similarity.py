@@ -16,11 +16,11 @@ from vfjax._merged import Merged, as_merged
 from vfjax._passes.batches import batch_size, batches, keep
 from vfjax._trees import paths
 from vfjax._types import PyTree
-from vfjax.diagnose import _kernels
 from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.network._arguments import check_fits
 from vfjax.network._network import Network
+from vfjax.stats import _hsic
 
 __all__ = ["CKA", "Distance", "cka", "distance"]
 
@@ -141,7 +141,7 @@ def cka(
         models, columns = models[:1], slice(0, rows)  # its features are needed once
     else:
         columns = slice(rows, rows + len(names[1]))
-    job = _kernels.job_of(models, names[: len(models)])
+    job = _hsic.job_of(models, names[: len(models)])
     like = models[0].net.x
     if estimator == "exact":
         data = keep(batches(data, like=like), data)
@@ -150,7 +150,7 @@ def cka(
         return tqdm(batches(data, like=like), "CKA", delay=2, leave=False, disable=not progress)
 
     if estimator == "minibatch":
-        inner, count = _kernels.by_minibatches(job, models, read())
+        inner, count = _hsic.by_minibatches(job, models, read())
     else:
         count = sum(batch_size(x) for x in batches(data, like=like))
         if count < 2:
@@ -173,7 +173,7 @@ def cka(
 
 
 def _exact(
-    job: _kernels.Job,
+    job: _hsic.Job,
     models: tuple[Merged, ...],
     read: Any,
     count: int,
@@ -185,7 +185,7 @@ def _exact(
     own = {(k, k) for k in range(len(widths))}
     cross = {(i, j) for i in range(rows) for j in range(columns.start, columns.stop)}
     pairs = tuple(sorted(own | {(min(pair), max(pair)) for pair in cross}))
-    blocks, grams = _kernels.covariance_bytes(widths, pairs), _kernels.gram_bytes(widths, count)
+    blocks, grams = _hsic.covariance_bytes(widths, pairs), _hsic.gram_bytes(widths, count)
     if min(blocks, grams) > memory:
         raise ValueError(
             f"exact CKA of {len(widths)} sites over {count} examples takes {_size(blocks)} for "
@@ -193,8 +193,8 @@ def _exact(
             'give fewer examples or sites, raise memory, or estimator="minibatch"'
         )
     if blocks <= grams:
-        return _kernels.by_covariances(job, models, read(), pairs)
-    return _kernels.by_grams(job, models, read, count, memory)
+        return _hsic.by_covariances(job, models, read(), pairs)
+    return _hsic.by_grams(job, models, read, count, memory)
 
 
 def _size(count: int) -> str:

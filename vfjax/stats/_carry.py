@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._streaming import GroupAxis
 from vfjax._types import Array
+from vfjax.stats._sites import GroupAxis
 from vfjax.symmetry._group_maps import check_permutation
 from vfjax.symmetry._places import (
     Axis,

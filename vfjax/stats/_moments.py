@@ -1,18 +1,8 @@
-"""Streaming moments and covariances at named sites, of several models at once.
-
-One pass over the data gives, at every requested site and for every model, the mean and variance of
-each channel over the pooled samples, and between any two models the covariances of their channels.
-Batches are merged by the update of Chan, Golub & LeVeque (1979), and values are shifted close to
-zero before they are squared, so the numbers do not depend on how the data was cut into batches and
-keep float32 accuracy.
-
-The forward passes of all models and the statistics of a batch are one compiled call.
-"""
+"""Means, variances and covariances of several models in one pass."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,29 +11,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._carry import carry, single
 from vfjax._passes.batches import check_finite_means
 from vfjax._passes.stream import stream
-from vfjax._streaming import (
-    GroupAxis,
+from vfjax._trees.mean import resolve_weights
+from vfjax._trees.paths import check_sequence
+from vfjax._types import Array, PyTree
+from vfjax.network._arguments import check_comparable, networks
+from vfjax.network._network import Network
+from vfjax.stats._carry import carry, single
+from vfjax.stats._measure import (
     Model,
     Plan,
-    Site,
     finish,
     measure,
     pool,
 )
-from vfjax._trees.mean import resolve_weights
-from vfjax._trees.paths import check_sequence
-from vfjax._types import Array, PyTree
-from vfjax.network._arguments import check_comparable, check_net, networks
-from vfjax.network._network import Network
-from vfjax.network._records import JointTap
-from vfjax.symmetry._places import Axis
-
-__all__ = ["Moments", "moments", "resolve_sites"]
-
-Sites = Literal["paper", "all", "taps"] | Sequence[str]
+from vfjax.stats._sites import (
+    GroupAxis,
+    Sites,
+    joint_taps,
+    resolve_sites,
+    site_of,
+    taps_by_site,
+)
 
 
 @functools.partial(
@@ -262,94 +252,6 @@ def moments(
     )
 
 
-def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
-    """Names of the sites that a `sites=` argument stands for.
-
-    Args:
-        net: The traced network.
-        sites: `"paper"`: the pre-activations that the reference of REPAIR corrects: every main-path
-            layer but the last and, where the network has a residual join, not the first. `"all"`:
-            every layer, shortcuts, first and last included. `"taps"`: every tap of a group. Else a
-            list of names: `<layer>`, `<layer>:act`, `<norm>:in`, `input`, `output`.
-
-    Returns:
-        Site names in the order of the network, or as listed.
-
-    Raises:
-        ValueError: If a name is none of the network's.
-        TypeError: If `net` is no traced network, or `sites` no string and no sequence of strings.
-
-    Example:
-        >>> import jax.numpy as jnp, vfjax
-        >>> v = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 2))}
-        >>> net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"] @ v["c"], v, jnp.ones((1, 3)))
-        >>> resolve_sites(net, "paper")
-        ('a', 'b')
-    """
-    check_net(net)
-    if isinstance(sites, str):
-        if sites == "paper":
-            first = 1 if net.residual else 0
-            main = [layer for layer in net.layers if layer.main]
-            return tuple(layer.name for layer in main if first < layer.depth < net.depth)
-        if sites == "all":
-            return tuple(layer.name for layer in net.layers)
-        if sites == "taps":
-            return (*taps_by_site(net), *joint_taps(net))
-        raise ValueError(
-            f'`sites` must be "paper", "all", "taps" or a list of site names, got "{sites}"'
-            + (f'; for this one site pass ["{sites}"]' if sites in _known(net) else "")
-        )
-    return check_names(net, sites, _known(net))
-
-
-def check_names(net: Network, sites: Any, known: Sequence[str]) -> tuple[str, ...]:
-    """A list of site names, each once, after checking that they are among the `known` ones.
-
-    Raises:
-        ValueError: If a name is unknown.
-        TypeError: If `sites` is no sequence of strings.
-    """
-    names: list[Any] = [*sites] if isinstance(sites, Iterable) else [None]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`sites` must be a string or a sequence of site names, got {sites!r}")
-    known = _known(net)
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 3, 0.4)
-            raise ValueError(
-                f'`sites`: the network has no site "{name}"'
-                + (f"; did you mean {' or '.join(close)}" if close else "; see net.summary()")
-                + f".{net.opaque_hint()}"
-            )
-    return tuple(dict.fromkeys(names))
-
-
-def taps_by_site(net: Network) -> dict[str, Any]:
-    """Taps by the name of their site: `<layer>:act`, with `[group]` added where groups share it."""
-    names = [tap.name for tap in net.taps]
-    return {
-        tap.name if names.count(tap.name) == 1 else f"{tap.name}[{tap.group}]": tap
-        for tap in net.taps
-    }
-
-
-def joint_taps(net: Network) -> dict[str, JointTap]:
-    """Joint taps by the name of their site."""
-    return {tap.name: tap for tap in net.joint_taps}
-
-
-def _known(net: Network) -> list[str]:
-    """All names that a site may have."""
-    layers = [layer.name for layer in net.layers]
-    taps = taps_by_site(net)
-    shared = {tap.name for name, tap in taps.items() if name != tap.name}
-    acts = [f"{name}:act" for name in layers if f"{name}:act" not in shared]
-    norms = [f"{norm.name}:in" for norm in net.norms]
-    joint = joint_taps(net)
-    return list(dict.fromkeys(["input", *layers, *acts, *taps, *joint, *norms, "output"]))
-
-
 def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], models: int) -> Plan:
     if isinstance(covariance, str) and covariance == "cross" and models < 2:
         raise ValueError(
@@ -373,44 +275,3 @@ def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mo
     cross = covariance == "cross"
     pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
     return Plan(tuple(site_of(net, name, taps) for name in names), chosen, pairs)
-
-
-def site_of(net: Network, name: str, taps: Mapping[str, Any]) -> Site:
-    """How a site is read, by its name; `taps` are `taps_by_site(net)`."""
-    if name in taps:
-        tap = taps[name]
-        return Site(
-            name,
-            tap.name,
-            Axis("", tap.axis, "elementwise", tap.outer, tap.inner, tap.windows),
-            (1,),
-            (GroupAxis(tap.group, 0, 1, 1),),
-        )
-    if name in (joint := joint_taps(net)):
-        tap = joint[name]
-        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
-        owner = GroupAxis(tap.owner, 0, 1, n)
-        axes = owner, GroupAxis(tap.group, 0, h, 1, owner=owner.place)
-        return Site(name, f"{tap.layer}:act", tap.place, (0,), axes, tap.around)
-    if name in ("input", "output"):
-        return Site(name, name, None, None, ())
-    if name.endswith(":in") and name not in {layer.name for layer in net.layers}:
-        keep = net.norm(name.removesuffix(":in")).channel_axes
-    else:
-        keep = net.layer(name.removesuffix(":act")).channel_axes
-    return Site(name, name, None, keep, _group_axes(net, name, keep))
-
-
-def _group_axes(net: Network, name: str, keep: tuple[int, ...]) -> tuple[GroupAxis, ...]:
-    """Which of a site's channel axes carry which group.
-
-    Groups within others come last: what they do inside the others' entries counts them anew.
-    """
-    found = []
-    for group, place, owner in net.places(name):
-        if place.axis not in keep:
-            continue
-        if owner is not None:
-            owner = owner._replace(axis=keep.index(owner.axis)) if owner.axis in keep else None
-        found.append(GroupAxis(group, keep.index(place.axis), *place[3:], owner=owner))
-    return tuple(found)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
-from vfjax._analysis.batch_axis import separable
-from vfjax._passes.batches import batch_size
 from vfjax._passes.devices import on_mesh
 from vfjax._passes.moments import (
     covariance_of,
@@ -27,59 +24,10 @@ from vfjax._passes.moments import (
     without_rounding,
 )
 from vfjax._passes.stream import by_pieces, each
-from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network._network import Network
-from vfjax.symmetry._places import (
-    Axis,
-    Window,
-    grid,
-    moved,
-    rows,
-)
-
-# On CPU the largest value of a piece of a batch, and the fewest examples in a piece.
-_PIECE_BYTES = 4 << 20
-_PIECE_MIN = 16
-
-
-class GroupAxis(NamedTuple):
-    """A channel axis that carries a group, as in `vfjax.symmetry.Axis`."""
-
-    group: str
-    axis: int
-    outer: int
-    inner: int
-    windows: tuple[Window, ...] = ()
-    # Where the group lies that this one moves within, if the channel axes tell its entries apart.
-    owner: Axis | None = None
-
-    @property
-    def place(self) -> Axis:
-        """The same as a place of a value that has the channel axes alone."""
-        return Axis("", self.axis, "elementwise", self.outer, self.inner, self.windows)
-
-    def after(self, mapped: GroupAxis, length: int, m: int) -> GroupAxis:
-        """Where it lies after another group of an axis of some length has got m entries."""
-        move = functools.partial(moved, mapped=mapped.place, length=length, m=m)
-        return GroupAxis(
-            self.group, self.axis, *move(self.place)[3:], owner=self.owner and move(self.owner)
-        )
-
-
-class Site(NamedTuple):
-    """How a site is read: what to capture, and which of its axes are channels."""
-
-    name: str
-    source: str
-    # Where the channels are, of a value that becomes `[before, n, after]` before `keep` counts its
-    # axes; None to leave it as it is.
-    split: Axis | None
-    # Channel axes; None for all but the first.
-    keep: tuple[int, ...] | None
-    axes: tuple[GroupAxis, ...]
-    # Where the owners lie, of a value that becomes `[owners * n, rest]`; None for one without.
-    around: Axis | None = None
+from vfjax.stats._pieces import pieces
+from vfjax.stats._sites import Site, arrange
 
 
 class Plan(NamedTuple):
@@ -109,40 +57,6 @@ def measure(
     batch = functools.partial(_batch, plan, models)
     parts = pieces({model.net: model.tree for model in models}, x)
     return by_pieces(batch, functools.partial(_merge, plan), parts, x)
-
-
-def pieces(models: Mapping[Network, PyTree], x: PyTree) -> int:
-    """Into how many equal pieces a batch is cut, where that only saves time.
-
-    The numbers are those of as many small batches. On CPU what a layer makes of a large batch is
-    out of the caches before its statistics read it.
-
-    Args:
-        models: By network, a tree that it runs; leaves that it lacks count as traced.
-        x: The batch.
-    """
-    found = {_pieces(net, tree, x) for net, tree in models.items()}
-    return found.pop() if len(found) == 1 else 1
-
-
-def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
-    size, leaves = batch_size(x), jax.tree.leaves(x)
-    if jax.default_backend() != "cpu" or size < 2 * _PIECE_MIN:
-        return 1
-    if any(AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in leaves):
-        return 1  # even over one device, a loop would have to be told how its slices lie
-    named, _ = flatten_named(tree)
-    whole = net._traces.at(named, x)
-    most = max(_PIECE_BYTES * size // max(whole.widest, 1), _PIECE_MIN)
-    piece = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
-    if not _PIECE_MIN <= piece < size:
-        return 1
-    try:
-        part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((piece, *a.shape[1:]), a.dtype), x)
-        traced = net._traces.at(named, part)
-    except Exception:  # whatever a function raises that only takes batches of this size
-        return 1
-    return size // piece if separable(whole.graph, traced.graph) else 1
 
 
 def _batch(plan: Plan, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
@@ -216,23 +130,6 @@ def read(
             keep = [a for a in range(value.ndim) if a not in sample]
             rows[name] = value.transpose(*sample, *keep).reshape(counts[name], -1)
     return mean, var, rest, rows
-
-
-def arrange(value: Any, site: Site) -> tuple[Array, tuple[int, ...]]:
-    """A site's value in float32 or better, channels as axes of their own, and its sample axes."""
-    if not hasattr(value, "dtype"):
-        raise TypeError(
-            f'site "{site.name}" holds a {type(value).__name__} of arrays; statistics need one '
-            "array"
-        )
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    if site.split is not None and site.around is not None:
-        value = grid(value, site.split, site.around)
-        value = value.reshape(-1, value.shape[-1])
-    elif site.split is not None:
-        value = rows(value, site.split)
-    keep = tuple(range(1, value.ndim)) if site.keep is None else site.keep
-    return value, tuple(a for a in range(value.ndim) if a not in keep)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -24,7 +24,7 @@ from vfjax._passes.devices import on_mesh, on_meshes
 from vfjax._passes.moments import ROUNDINGS, scale_of
 from vfjax._passes.stream import stream
 from vfjax._types import Array, PyTree
-from vfjax.diagnose._sites import by_example
+from vfjax.stats._sites import by_example
 
 Shape = tuple[int, ...]
 # Models, and the scales of their features, the sites of all models in one row.
