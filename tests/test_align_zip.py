@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 import vfjax
 from vfjax import align, merge, stats
-from vfjax.align._entries import Part
+from vfjax._maps.parts import Part
 from vfjax.align._greedy import greedy_groups
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from vfjax._arguments import weights_for
+from vfjax._maps.maps import Maps
 from vfjax._merged import Merged, as_merged
 from vfjax._types import Array, PyTree
-from vfjax.align._maps import Maps
 from vfjax.network._arguments import check_models, networks
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network

@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._composition import Matrices
+from vfjax._maps.maps import Maps
 from vfjax._merged import Merged
 from vfjax._trees.mean import average_trees, resolve_mix
 from vfjax._trees.paths import (
@@ -21,7 +22,6 @@ from vfjax._trees.paths import (
     without,
 )
 from vfjax._types import PyTree
-from vfjax.align._maps import Maps
 from vfjax.network._arguments import as_trees, check_models, check_net, networks
 from vfjax.network._network import Network
 from vfjax.network._records import Layer

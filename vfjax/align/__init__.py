@@ -1,6 +1,6 @@
 """Alignment: finding the maps that bring one network's features next to another's."""
 
-from vfjax.align._maps import Maps as Maps
+from vfjax._maps.maps import Maps as Maps
 from vfjax.align._record import Alignment as Alignment
 from vfjax.align.activations import match_activations as match_activations
 from vfjax.align.activations import match_moments as match_moments

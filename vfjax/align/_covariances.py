@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vfjax.align._entries import Part, matched_sites
+from vfjax._maps.parts import Part
+from vfjax.align._entries import matched_sites
 from vfjax.align.activations import assign_in_place, joint_gains
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments

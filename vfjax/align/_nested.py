@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vfjax.align._entries import Part, gather, permuting
+from vfjax._maps.parts import Part, gather, permuting
 from vfjax.align._plans import Problem, exact_plan, maps_of, shares_of
 from vfjax.align._record import PLACE, assign
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from vfjax import stats
+from vfjax._maps.maps import Maps
+from vfjax._maps.parts import Part, gather, permuting
 from vfjax._trees.options import number
 from vfjax._types import PyTree
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
-from vfjax.align._entries import Part, gather, permuting
-from vfjax.align._maps import Maps
 from vfjax.align._models import check_at_taps, network_of
 from vfjax.align._record import PLACE, assign
 from vfjax.align.activations import correlation

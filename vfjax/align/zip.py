@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 from vfjax import stats
+from vfjax._maps.maps import Maps
+from vfjax._maps.parts import Part, gather
 from vfjax._trees.options import check_key, number
 from vfjax._types import Array, PyTree
 from vfjax.align._covariances import Orders, match_owners, tap_covariances
-from vfjax.align._entries import Part, gather
 from vfjax.align._greedy import greedy_groups
-from vfjax.align._maps import Maps
 from vfjax.align._matchers import (
     identity_groups,
     kmeans_groups,

@@ -17,9 +17,9 @@ import numpy as np
 
 from vfjax._arguments import weights_for
 from vfjax._files import write_whole
+from vfjax._maps.maps import Maps
 from vfjax._merged import Merged
 from vfjax._types import PyTree
-from vfjax.align._maps import Maps
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
 from vfjax.diagnose._compared import compared

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from vfjax._maps.labels import check_labels, pairs_of, sizes_of
+from vfjax._maps.norm_units import in_output_units, mixed_scales, spread_of
+from vfjax._maps.parts import Part, gather, permuting
 from vfjax._trees.options import whole
 from vfjax._trees.paths import with_leaves, without
 from vfjax._types import PyTree
 from vfjax.align._covariances import tap_covariances
-from vfjax.align._entries import Part, gather, permuting
-from vfjax.align._labels import check_labels, pairs_of, sizes_of
-from vfjax.align._units import in_output_units, mixed_scales, spread_of
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
