@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
 from vfjax import diagnose, merge, models, prune, renorm, stats
-from vfjax.prune.masks import _count, lowest
+from vfjax.prune._masks import _count, lowest
 
 DIMS = ("NHWC", "HWIO", "NHWC")
 

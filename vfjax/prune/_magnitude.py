@@ -8,7 +8,12 @@ import numpy as np
 
 from vfjax._types import PyTree
 from vfjax.network._network import Network
-from vfjax.prune._kernels import Scores, scores_of, weights_of, widened
+from vfjax.prune._scores import (
+    Scores,
+    scores_of,
+    weights_of,
+    widened,
+)
 
 
 def magnitude(net: Network, tree: PyTree, *, layers: Sequence[str] | None = None) -> Scores:

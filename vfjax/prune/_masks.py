@@ -12,7 +12,7 @@ import numpy as np
 
 from vfjax._trees import paths
 from vfjax._types import PyTree
-from vfjax.prune._kernels import Scores
+from vfjax.prune._scores import Scores
 
 SCOPES = ("global", "layer", "row")
 

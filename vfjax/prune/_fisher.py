@@ -10,7 +10,7 @@ import numpy as np
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
-from vfjax.prune._kernels import Scores, scores_of, weights_of
+from vfjax.prune._scores import Scores, scores_of, weights_of
 
 
 def fisher(

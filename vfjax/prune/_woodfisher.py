@@ -24,8 +24,13 @@ from vfjax._trees.paths import check_like, flatten_named, with_leaves
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
-from vfjax.prune._kernels import Scores, rows_of, scores_of, weights_of
-from vfjax.prune.masks import apply, mask_of
+from vfjax.prune._masks import apply, mask_of
+from vfjax.prune._scores import (
+    Scores,
+    rows_of,
+    scores_of,
+    weights_of,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from vfjax._passes.stream import stream
 from vfjax._types import PyTree
 from vfjax.network._kernels import input_squares, kernel_rows, spread
 from vfjax.network._network import Network
-from vfjax.prune._kernels import Scores, scores_of, weights_of
+from vfjax.prune._scores import Scores, scores_of, weights_of
 
 
 def wanda(
