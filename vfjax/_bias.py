@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._arguments import check_merged, weights_for
 from vfjax._maps.maps import Maps
-from vfjax._merged import Merged
 from vfjax._trees import paths
 from vfjax._trees.mean import resolve_weights
 from vfjax._types import Array, PyTree
+from vfjax.merge._arguments import check_merged, weights_for
+from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_models
 from vfjax.network._network import Network
 

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._merged import Arrays, Frame, Merged
 from vfjax._passes.batches import batches, check_finite_means, keep
 from vfjax._passes.devices import on_mesh, on_meshes
 from vfjax._passes.moments import (
@@ -31,6 +30,7 @@ from vfjax._passes.moments import (
 )
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
+from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network
 from vfjax.network._records import Norm

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from vfjax._correct import Found, renewed
-from vfjax._merged import Merged
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
+from vfjax.merge._merged import Merged
 from vfjax.network._fold import FoldError
 
 

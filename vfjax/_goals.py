@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._arguments import weights_for
 from vfjax._maps.maps import Maps
-from vfjax._merged import Merged, as_merged
 from vfjax._types import Array, PyTree
+from vfjax.merge._arguments import weights_for
+from vfjax.merge._merged import Merged, as_merged
 from vfjax.network._arguments import check_models, networks
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network

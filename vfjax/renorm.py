@@ -22,14 +22,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from vfjax import _correct
-from vfjax._arguments import check_merged
 from vfjax._bias import calibrate_bias, remove_bias
 from vfjax._folding import fold_all
 from vfjax._goals import goals_of
 from vfjax._maps.maps import Maps
-from vfjax._merged import Merged, as_merged
 from vfjax._trees import paths
 from vfjax._types import PyTree
+from vfjax.merge._arguments import check_merged
+from vfjax.merge._merged import Merged, as_merged
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._arguments import check_merged
 from vfjax._maps.maps import Maps
-from vfjax._merged import Merged
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import PyTree
 from vfjax.diagnose import _measure
+from vfjax.merge._arguments import check_merged
+from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_fits, check_models, networks
 from vfjax.network._network import Network
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._merged import Merged
 from vfjax._passes.batches import batch_size
 from vfjax._passes.moments import alive
 from vfjax._trees.paths import flatten_named
@@ -18,6 +17,7 @@ from vfjax._types import PyTree
 from vfjax.diagnose._sites import describe, value_of
 from vfjax.diagnose.bounds import Bound
 from vfjax.diagnose.features import Features
+from vfjax.merge._merged import Merged
 from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Norm

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax import merge
-from vfjax._merged import Merged
 from vfjax._passes.evaluate import Evaluation, evaluate
 from vfjax._types import Array, PyTree
+from vfjax.merge._merged import Merged
+from vfjax.merge._soups import interpolate
 from vfjax.network._network import Network
 
 
 @jax.jit
 def _mix(trunks: tuple[PyTree, ...], weights: Array) -> PyTree:
     mix: tuple[Any, ...] = tuple(weights)
-    return merge.interpolate(trunks, mix)
+    return interpolate(trunks, mix)
 
 
 @dataclasses.dataclass(frozen=True)

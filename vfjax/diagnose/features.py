@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._arguments import weights_for
 from vfjax._maps.maps import Maps
-from vfjax._merged import Merged
 from vfjax._passes.batches import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _measure
 from vfjax.diagnose._compared import carry, compared
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
+from vfjax.merge._arguments import weights_for
+from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
 
 __all__ = ["FeatureSite", "Features", "features"]

@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm
-from vfjax._merged import Merged
 from vfjax._passes.batches import batches, keep, labelled
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._path import Path
+from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments, moments

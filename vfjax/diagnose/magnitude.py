@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfjax._arguments import check_merged, weights_for
-from vfjax._merged import Merged
 from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks
+from vfjax.merge._arguments import check_merged, weights_for
+from vfjax.merge._merged import Merged
 from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Layer

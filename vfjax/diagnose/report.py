@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vfjax._arguments import weights_for
 from vfjax._files import write_whole
 from vfjax._maps.maps import Maps
-from vfjax._merged import Merged
 from vfjax._types import PyTree
 from vfjax.diagnose import _advice, _findings, _page
 from vfjax.diagnose._advice import Advice
@@ -27,6 +25,8 @@ from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.diagnose._sites import Sites, resolve_sites
 from vfjax.diagnose.bounds import Bound, Collapse, bound_sequence, variance_collapse
 from vfjax.diagnose.features import Features, features
+from vfjax.merge._arguments import weights_for
+from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
 
 if TYPE_CHECKING:

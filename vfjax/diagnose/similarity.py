@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax._merged import Merged, as_merged
 from vfjax._passes.batches import batch_size, batches, keep
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import Sites, resolve_sites
+from vfjax.merge._merged import Merged, as_merged
 from vfjax.network._arguments import check_fits
 from vfjax.network._network import Network
 from vfjax.stats import _hsic

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from vfjax._composition import Matrices
 from vfjax._maps.maps import Maps
-from vfjax._merged import Merged
 from vfjax._trees.mean import average_trees, resolve_mix
 from vfjax._trees.paths import (
     check_like,
@@ -22,6 +20,7 @@ from vfjax._trees.paths import (
     without,
 )
 from vfjax._types import PyTree
+from vfjax.merge._merged import Matrices, Merged
 from vfjax.network._arguments import as_trees, check_models, check_net, networks
 from vfjax.network._network import Network
 from vfjax.network._records import Layer

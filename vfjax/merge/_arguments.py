@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vfjax._merged import Merged
 from vfjax._trees import paths
 from vfjax._trees.mean import resolve_weights
 from vfjax._types import PyTree
+from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_fits, check_net, networks
 from vfjax.network._network import Network
 

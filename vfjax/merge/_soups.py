@@ -1,37 +1,13 @@
-"""Merging parameter trees: averages, soups, ensembles and Preserve-First Merging.
-
-Several models are a sequence of trees of one structure. They are expected to be aligned already
-(`vfjax.align`); nothing here permutes anything.
-
-`interpolate` averages whole trees. `partial` merges a range of layers: every model runs its own
-*stem*, their results are averaged, one averaged *trunk* follows, and every model's own *head*
-finishes. `preserve_first` is the case without heads: it keeps the first `l` layers apart, from
-`l = 0`, the merged model, to `l = L`, the logit ensemble. What they return, `Merged`, is a pytree
-that can be called, jitted, differentiated, saved, and handed to `vfjax.renorm`.
-"""
+"""Averages of whole trees: interpolation, uniform and greedy soups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vfjax._merged import Merged, as_merged
-from vfjax._partial import ensemble, partial, preserve_first
 from vfjax._trees.mean import average_trees, resolve_mix
 from vfjax._types import PyTree
 from vfjax.network._arguments import as_trees
-
-__all__ = [
-    "Merged",
-    "Soup",
-    "as_merged",
-    "ensemble",
-    "greedy_soup",
-    "interpolate",
-    "partial",
-    "preserve_first",
-    "uniform_soup",
-]
 
 
 def interpolate(
