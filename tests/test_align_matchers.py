@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 
 import vfjax
 from vfjax import align, merge, stats
-from vfjax.align import _matchers
+from vfjax.align._grouping import kmeans_groups, optimal_groups
 
 MATCHERS = ["greedy", "optimal", "kmeans", "permute", "identity"]
 SHAPES = {"a": (5, 8), "b": (8,), "c": (8, 6), "d": (6, 3)}
@@ -64,7 +64,7 @@ def test_optimal_pairs_are_those_of_the_plain_algorithm(seed, n, ties):
     similarity = np.corrcoef(correlations(seed, 2 * n).T)
     if ties:
         similarity = similarity.round(1)
-    labels = _matchers.optimal_groups(similarity)
+    labels = optimal_groups(similarity)
     assert (np.bincount(labels, minlength=n) == 2).all() and len(labels) == 2 * n
     graph = networkx.Graph()
     for i, j in itertools.combinations(range(2 * n), 2):
@@ -80,7 +80,7 @@ def test_optimal_leaves_odd_cycles():
     similarity[:3, :3] = similarity[3:, 3:] = 0.9
     similarity[2, 3] = similarity[3, 2] = 0.1
     np.fill_diagonal(similarity, 1)
-    labels = _matchers.optimal_groups(similarity)
+    labels = optimal_groups(similarity)
     assert labels[0] == labels[1] and labels[2] == labels[3] and labels[4] == labels[5]
 
 
@@ -91,11 +91,11 @@ def test_clusters_are_those_of_the_features_themselves(seed, n):
     values = correlations(seed, 2 * n, samples=60)
     standard = (values - values.mean(0)) / values.std(0) / np.sqrt(len(values))
     key = jax.random.key(seed)
-    labels = _matchers.kmeans_groups(standard.T @ standard, n, key)
+    labels = kmeans_groups(standard.T @ standard, n, key)
     seeded = int(jax.random.bits(key))
     direct = KMeans(n, n_init=1, random_state=seeded, tol=0).fit_predict(standard.T)
     np.testing.assert_array_equal(np.equal.outer(labels, labels), np.equal.outer(direct, direct))
-    np.testing.assert_array_equal(labels, _matchers.kmeans_groups(standard.T @ standard, n, key))
+    np.testing.assert_array_equal(labels, kmeans_groups(standard.T @ standard, n, key))
 
 
 @pytest.mark.parametrize("distinct", [1, 2, 5])
@@ -105,7 +105,7 @@ def test_no_cluster_is_empty(distinct):
     values = values[:, np.arange(12) % distinct]
     similarity = np.corrcoef(values.T)
     similarity[:2] = similarity[:, :2] = 0
-    labels = _matchers.kmeans_groups(similarity, 6, jax.random.key(0))
+    labels = kmeans_groups(similarity, 6, jax.random.key(0))
     assert sorted(set(labels)) == list(range(6))
 
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from scipy.optimize import linear_sum_assignment
 
 from vfjax.align import _plans
+from vfjax.align._assignment import assign
 from vfjax.align._plans import Problem, Solver, exact_plan, maps_of, shares_of, sinkhorn
-from vfjax.align._record import assign
 
 HERE = pathlib.Path(__file__).parent / "oracles"
 RECORD = json.loads((HERE / "transport.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 
 import vfjax
 from vfjax import align, merge, stats
-from vfjax.align import _between
+from vfjax.align import _by_activations
 
 
 def mlp(v, x):
@@ -242,10 +242,10 @@ def test_moments_between_networks_are_those_of_one():
     net, trees = traced(convnet), [make(convnet, seed) for seed in range(3)]
     data = batches(convnet)
     moments = stats.moments(net, trees, data, sites="taps", covariance="cross")
-    for model, sites in enumerate(_between.measure([net] * 3, trees, data), start=1):
+    for model, sites in enumerate(_by_activations.measure([net] * 3, trees, data), start=1):
         assert sites.keys() == stats.taps_by_site(net).keys()
         for site, pair in sites.items():
-            expected = _between.pair_of(moments, site, model, 0)
+            expected = _by_activations.pair_of(moments, site, model, 0)
             for got, wanted in zip(jax.tree.leaves(pair), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
 
@@ -253,7 +253,7 @@ def test_moments_between_networks_are_those_of_one():
 def test_distances_are_those_of_the_samples():
     net, trees = traced(mlp), [make(mlp, seed) for seed in (0, 1)]
     data = batches(mlp)
-    (sites,) = _between.measure([net] * 2, trees, data)
+    (sites,) = _by_activations.measure([net] * 2, trees, data)
     x = np.concatenate(data)
     hidden = [np.float64(jax.nn.relu(x @ t["w0"] + t["b0"][None])) for t in trees]
     expected = ((hidden[1][:, :, None] - hidden[0][:, None]) ** 2).mean(0)
@@ -404,7 +404,7 @@ def test_shares_by_importance(marginals):
     np.testing.assert_allclose(matrix * norms[0][:, None], (back * norms[1][:, None]).T, atol=1e-6)
     if marginals != "l1":
         found = align.transport(net, trees, batches(mlp), marginals=marginals)
-        (sites,) = _between.measure([net] * 2, trees, batches(mlp))
+        (sites,) = _by_activations.measure([net] * 2, trees, batches(mlp))
         norms = [np.sqrt(v) for v in sites["w0:act"].squares]
         norms = [np.exp(v) if marginals == "softmax" else v for v in norms]
         share = [
@@ -424,7 +424,7 @@ def test_nothing_is_compiled_twice():
         trees = [make(mlp, seed), make(mlp, seed + 5)]
         align.transport(nets, trees, batches(mlp), regularization=0.1 * seed)
         align.transport(nets, trees, on="weights", regularization=0.1 * seed, tolerance=1e-3)
-        sizes.append([fn._cache_size() for fn in (_between._measure, _between._pool)])
+        sizes.append([fn._cache_size() for fn in (_by_activations._measure, _by_activations._pool)])
     assert sizes[0] == sizes[1]
 
 

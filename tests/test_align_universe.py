@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import vfjax
 from vfjax import align, merge, stats
-from vfjax.align import _cycles, universe
+from vfjax.align import _cycles, _universe
 from vfjax.symmetry import compose, invert
 
 KEY = jax.random.key(0)
@@ -169,7 +169,7 @@ def test_the_order_of_four_models_does_not_matter(seed):
 @pytest.mark.parametrize("on", ["activations", "weights"])
 def test_the_search_itself_has_no_order(monkeypatch, on):
     """Without the canonical order of sums, too: what it fixes is rounding alone."""
-    monkeypatch.setattr(universe, "_canonical", lambda parts: list(range(len(parts))))
+    monkeypatch.setattr(_universe, "_canonical", lambda parts: list(range(len(parts))))
     trees = [_tree(mlp, seed) for seed in range(3)]
     first = _match(mlp, trees, on)
     for order in ([1, 2, 0], [0, 2, 1], [2, 1, 0]):
@@ -229,7 +229,7 @@ def test_nothing_found_is_below_a_star(models, n, seed, noise):
 def test_activations_match_at_least_as_well_as_to_any_one(apply_fn):
     net, moments = _net(apply_fn), _moments(apply_fn, (0, 1, 2))
     found = align.match_universe_moments(net, moments)
-    total = universe._correlations(net, moments)
+    total = _universe._correlations(net, moments)
 
     def value(permutations):
         return sum(
@@ -245,7 +245,7 @@ def test_activations_match_at_least_as_well_as_to_any_one(apply_fn):
             for k in (0, 1, 2)
             if k != to
         ]
-        star.insert(to, universe.in_place(net))
+        star.insert(to, _universe.in_place(net))
         assert found.objective[-1] >= value(star) * (1 - 1e-9)
 
 
@@ -299,7 +299,7 @@ def test_gradients_and_polynomials_are_those_of_the_objective(apply_fn):
     else:
         net = _net(apply_fn)
         sizes, trees = net.spec.sizes, [_tree(apply_fn, seed) for seed in range(3)]
-        counted = universe._counted(net.spec, trees[0], net.statistics)
+        counted = _universe._counted(net.spec, trees[0], net.statistics)
         leaves = [{p: np.float64(v[p]) for p in counted} for v in trees]
         objective = _cycles.Weights(net.spec, leaves, counted, 0)
     ends = [

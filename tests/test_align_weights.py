@@ -12,8 +12,8 @@ import pytest
 
 import vfjax
 from vfjax import PermutationSpec
-from vfjax.align import _record, match_weights
-from vfjax.align import weights as module
+from vfjax.align import _assignment, match_weights
+from vfjax.align._ascent import _inner
 from vfjax.symmetry import Axis, compose, invert
 
 KEY = jax.random.key(0)
@@ -150,7 +150,7 @@ def test_the_found_optimum_is_one_for_every_group(apply_fn):
     moved = net.spec.permute(b, found.permutations)
     for group, n in net.spec.sizes.items():
         gain = np.array([[_gain(net, a, moved, group, i, j) for j in range(n)] for i in range(n)])
-        best = _record.assign(gain)
+        best = _assignment.assign(gain)
         assert gain[np.arange(n), best].sum() <= np.trace(gain) + 1e-6 * np.abs(gain).sum()
 
 
@@ -185,7 +185,7 @@ def _unit(leaf, axis, i):
 def test_gain_matrices_are_inner_products_of_units(shape, axis):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=shape), rng.normal(size=shape)
-    found = module._inner(a, b, axis)
+    found = _inner(a, b, axis)
     wanted = [[np.vdot(_unit(a, axis, i), _unit(b, axis, j)) for j in range(5)] for i in range(5)]
     np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -349,4 +349,4 @@ def test_assignment_agrees_with_brute_force():
     for n in (1, 2, 5):
         gain = rng.normal(size=(n, n))
         totals = {p: gain[np.arange(n), list(p)].sum() for p in itertools.permutations(range(n))}
-        assert tuple(_record.assign(gain)) == max(totals, key=totals.get)
+        assert tuple(_assignment.assign(gain)) == max(totals, key=totals.get)

@@ -13,9 +13,9 @@ import pytest
 
 import vfjax
 from vfjax import align, merge, models, stats
-from vfjax.align._entries import matched_sites
-from vfjax.align._nested import Compared, problems_of
+from vfjax.align._heads import Compared, problems_of
 from vfjax.align._plans import exact_plan
+from vfjax.align._taps import matched_sites
 
 MODELS = 3
 VIT = {"blocks": 2, "features": 24, "heads": 3}

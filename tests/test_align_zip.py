@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 import vfjax
 from vfjax import align, merge, stats
 from vfjax._maps.parts import Part
-from vfjax.align._greedy import greedy_groups
+from vfjax.align._grouping import greedy_groups
 
 
 def apply_fn(v, x):

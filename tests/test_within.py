@@ -20,8 +20,8 @@ import vfjax
 from vfjax import stats
 from vfjax._propagate.within import Record
 from vfjax.align import match_activations, match_weights
-from vfjax.align._record import assign_within
-from vfjax.align.activations import match_moments
+from vfjax.align._activations import match_moments
+from vfjax.align._assignment import assign_within
 from vfjax.symmetry import PermutationSpec, check_spec, compose, invert
 
 HEADS, DIMS, WIDTH = 3, 4, 7

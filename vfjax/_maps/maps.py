@@ -15,7 +15,7 @@ from vfjax._maps.parts import Part, gather, permuting
 from vfjax._trees.options import whole
 from vfjax._trees.paths import with_leaves, without
 from vfjax._types import PyTree
-from vfjax.align._covariances import tap_covariances
+from vfjax.align._taps import tap_covariances
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments

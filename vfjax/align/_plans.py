@@ -17,7 +17,7 @@ from scipy.optimize import linprog
 from scipy.special import softmax
 
 from vfjax._trees.options import number, whole
-from vfjax.align._record import PLACE, assign
+from vfjax.align._assignment import PLACE, assign
 
 __all__ = [
     "Entropic",

@@ -16,9 +16,9 @@ import numpy as np
 from vfjax._maps.norm_units import in_output_units
 from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
-from vfjax.align._entries import within
-from vfjax.align._nested import Compared, mapped, problems_of
+from vfjax.align._heads import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
+from vfjax.align._taps import within
 from vfjax.network._network import Network
 from vfjax.symmetry._places import (
     Axis,

@@ -23,17 +23,22 @@ from vfjax._maps.maps import Maps
 from vfjax._maps.parts import Part, gather
 from vfjax._trees.options import check_key, number
 from vfjax._types import Array, PyTree
-from vfjax.align._covariances import Orders, match_owners, tap_covariances
-from vfjax.align._greedy import greedy_groups
-from vfjax.align._matchers import (
+from vfjax.align._assignment import PLACE
+from vfjax.align._grouping import (
+    greedy_groups,
     identity_groups,
     kmeans_groups,
     optimal_groups,
     permute_groups,
 )
-from vfjax.align._models import check_at_taps, network_of
-from vfjax.align._record import PLACE
-from vfjax.align.activations import correlation
+from vfjax.align._taps import (
+    Orders,
+    check_at_taps,
+    correlation,
+    match_owners,
+    network_of,
+    tap_covariances,
+)
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 

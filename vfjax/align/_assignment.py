@@ -124,3 +124,13 @@ def assign_pairs(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     h, _, n, _ = gains.shape
     pairs = np.stack([assign(each) for each in gains.reshape(h * h, n, n)]).reshape(h, h, n)
     return pairs, np.take_along_axis(gains, pairs[..., None], axis=3).sum((2, 3))
+
+
+def assign_in_place(
+    gain: np.ndarray, inner: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """As `assign_within`; ties go to what is in place."""
+    return assign_within(
+        gain + PLACE * np.eye(len(gain)),
+        {name: each + PLACE * np.eye(each.shape[-1]) for name, each in inner.items()},
+    )

@@ -13,17 +13,22 @@ the pair is worth, and one of heads over these gives the optimum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from vfjax import stats
-from vfjax._types import Array, PyTree
-from vfjax.align._entries import matched_sites
-from vfjax.align._models import check_at_taps, network_of
-from vfjax.align._record import PLACE, Alignment, assign_within
+from vfjax._types import PyTree
+from vfjax.align._assignment import Alignment, assign_in_place
+from vfjax.align._taps import (
+    check_at_taps,
+    correlation_between,
+    in_place,
+    joint_gains,
+    matched_sites,
+    network_of,
+)
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 
@@ -149,79 +154,3 @@ def match_moments(
 def _in_place(net: Network) -> Alignment:
     """The alignment that moves nothing."""
     return Alignment(in_place(net), (0.0,), converged=True)
-
-
-def in_place(net: Network) -> dict[str, np.ndarray]:
-    """The permutations that move nothing, int32 `[n]`, or `[h, n]` for a group within another."""
-    spec, order = net.spec, {}
-    for group, n in spec.sizes.items():
-        shape = (spec.sizes[spec.within[group]], n) if group in spec.within else (n,)
-        order[group] = np.broadcast_to(np.arange(n, dtype=np.int32), shape).copy()
-    return order
-
-
-def assign_in_place(
-    gain: np.ndarray, inner: Mapping[str, np.ndarray]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """As `assign_within`; ties go to what is in place."""
-    return assign_within(
-        gain + PLACE * np.eye(len(gain)),
-        {name: each + PLACE * np.eye(each.shape[-1]) for name, each in inner.items()},
-    )
-
-
-def joint_gains(
-    net: Network, moments: Moments, to: int, model: int
-) -> dict[str, dict[str, np.ndarray]]:
-    """Correlations of what is inside every entry of a group in one model and in another.
-
-    Returns:
-        By owner and group within it `[h, h, n, n]`: entry `[i, j, a, b]` is the sum over joint taps
-        of the correlations of what a is in owner i of `to` and b in owner j of `model`.
-
-    Raises:
-        ValueError: If the covariances at a joint tap are missing.
-    """
-    gains: dict[str, dict[str, np.ndarray]] = {}
-    for site, tap in matched_sites(net)[1].items():
-        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
-        found = correlation_between(moments, site, to, model)
-        total = gains.setdefault(tap.owner, {})
-        split = found.reshape(h, n, h, n).swapaxes(1, 2)
-        total[tap.group] = total.get(tap.group, 0.0) + split
-    return gains
-
-
-def correlation_between(moments: Moments, site: str, to: int, model: int) -> np.ndarray:
-    """Correlations `[n, n]` between two models at a site.
-
-    Raises:
-        ValueError: If their covariances were not measured.
-    """
-    block = None if moments.covariance is None else moments.covariance.get(site)
-    if block is None or np.isnan(block := np.asarray(block[to, model])).any():
-        raise ValueError(
-            f'`moments` has no covariance between models {to} and {model} at the tap "{site}"; '
-            'measure with sites="taps", covariance="cross"'
-        )
-    std = jnp.sqrt(moments.var[site])
-    return correlation(block, std[to], std[model])
-
-
-def correlation(
-    covariance: Array | np.ndarray, std_a: Array | np.ndarray, std_b: Array | np.ndarray
-) -> np.ndarray:
-    """Pearson correlations `[n, n]` in float64; 0 for a unit without variance.
-
-    Args:
-        covariance: `[n, n]` between the units of two models.
-        std_a: `[n]`, standard deviations of the first.
-        std_b: `[n]`, of the second.
-
-    Example:
-        >>> correlation(np.ones((2, 2)), np.array([1.0, 0.0]), np.array([2.0, 1.0])).tolist()
-        [[0.5, 1.0], [0.0, 0.0]]
-    """
-    scale = np.outer(np.asarray(std_a, np.float64), np.asarray(std_b, np.float64))
-    out = np.zeros_like(scale)
-    return np.divide(np.asarray(covariance, np.float64), scale, out=out, where=scale > 0)

@@ -15,7 +15,7 @@ from vfjax._passes.devices import on_mesh
 from vfjax._passes.moments import covariance_of, merge_moments, without_rounding
 from vfjax._passes.stream import stream
 from vfjax._types import Array, PyTree
-from vfjax.align._entries import matched_sites, within
+from vfjax.align._taps import matched_sites, within
 from vfjax.network._network import Network
 from vfjax.stats._measure import read
 from vfjax.stats._moments import Moments

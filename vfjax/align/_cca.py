@@ -22,10 +22,15 @@ from vfjax._maps.maps import Maps
 from vfjax._maps.parts import Part, gather, permuting
 from vfjax._trees.options import number
 from vfjax._types import PyTree
-from vfjax.align._covariances import Orders, match_owners, tap_covariances
-from vfjax.align._models import check_at_taps, network_of
-from vfjax.align._record import PLACE, assign
-from vfjax.align.activations import correlation
+from vfjax.align._assignment import PLACE, assign
+from vfjax.align._taps import (
+    Orders,
+    check_at_taps,
+    correlation,
+    match_owners,
+    network_of,
+    tap_covariances,
+)
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 

@@ -29,11 +29,11 @@ from vfjax._maps.maps import Maps
 from vfjax._trees.options import whole
 from vfjax._trees.paths import check_finite, check_trees, flatten_named
 from vfjax._types import PyTree
-from vfjax.align._between import Pair, measure, pair_of
-from vfjax.align._entries import matched_sites, within
-from vfjax.align._incoming import match_incoming
-from vfjax.align._nested import Compared, mapped, problems_of
+from vfjax.align._by_activations import Pair, measure, pair_of
+from vfjax.align._by_weights import match_incoming
+from vfjax.align._heads import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
+from vfjax.align._taps import matched_sites, within
 from vfjax.network._arguments import check_net, networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments

@@ -22,16 +22,17 @@ from vfjax import stats
 from vfjax._trees.paths import check_trees, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
-from vfjax.align._entries import matched_sites
-from vfjax.align._models import check_at_taps, network_of
-from vfjax.align._record import assign_pairs
-from vfjax.align.activations import (
-    assign_in_place,
+from vfjax.align._ascent import _counted, _generator, _host
+from vfjax.align._assignment import assign_in_place, assign_pairs
+from vfjax.align._taps import (
+    check_at_taps,
     correlation_between,
     in_place,
     joint_gains,
+    matched_sites,
+    network_of,
 )
-from vfjax.align.weights import _counted, _generator, _host, match_weights
+from vfjax.align._weights import match_weights
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
