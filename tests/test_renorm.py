@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import _correct, checkpoint, merge, renorm, stats
+from vfjax import (
+    checkpoint,
+    merge,
+    renorm,
+    stats,
+)
+from vfjax.renorm import _passes
 
 # Moments of float32 values, summed in different orders, and folded into float32 kernels.
 ROUNDING = 5e-5
@@ -548,12 +554,12 @@ def test_a_second_call_compiles_nothing():
     references = stats.moments(net, edges, data)
     models = [merge.preserve_first(net, edges, layers=2, weights=(a, 1 - a)) for a in (0.25, 0.5)]
     renorm.repair(net, models[0], data, references=references)
-    before = _correct._measure._cache_size()
+    before = _passes._measure._cache_size()
     # Another column of a table, another weight, another kind: all share the compilation.
     renorm.repair(net, models[1], data, references=references)
     renorm.rescale(net, models[1], data, references=references)
     renorm.rescale(net, models[0], data, references=references)
-    assert _correct._measure._cache_size() == before
+    assert _passes._measure._cache_size() == before
 
 
 # --------------------------------------------------------------------------------- dead channels

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfjax import _bias
 from vfjax.diagnose._findings import LayerFinding, NormFinding
 from vfjax.network._network import Network
+from vfjax.renorm import _bias
 from vfjax.stats._sites import resolve_sites
 
 # A standard deviation is off beyond this factor, either way.

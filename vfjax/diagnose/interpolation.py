@@ -23,6 +23,7 @@ from vfjax.diagnose._path import Path
 from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
+from vfjax.renorm._renorm import repair, rescale, reset
 from vfjax.stats._moments import Moments, moments
 from vfjax.stats._sites import resolve_sites
 
@@ -342,7 +343,7 @@ def _renormaliser(
     if name is None:
         return lambda merged: merged
     if name == "reset":
-        return lambda merged: renorm.reset(net, merged, data)
+        return lambda merged: reset(net, merged, data)
     if name == "remove_bias":
         return lambda merged: renorm.remove_bias(net, merged, last=rest[0])
     if name == "bias_calibration":
@@ -352,5 +353,5 @@ def _renormaliser(
     sites = resolve_sites(net, "paper")
     if sites and not isinstance(references, Moments):
         references = moments(net, references, data, sites=sites)
-    correct = renorm.repair if name == "repair" else renorm.rescale
+    correct = repair if name == "repair" else rescale
     return lambda merged: correct(net, merged, data, references=references)

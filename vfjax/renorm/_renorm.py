@@ -1,17 +1,4 @@
-"""Renormalising merged networks: RESET, REPAIR, RESCALE, bias removal and bias calibration.
-
-Averaged parameters make features that vanish with depth, while biases stay as large as ever. The
-functions here put the features' scale back, from data (`reset`, `repair`, `rescale`) or without any
-(`remove_bias`, `calibrate_bias`).
-
-All take a merged tree, or the `vfjax.merge.Merged` of `preserve_first` or `partial`, and return a
-new one. Stems are never touched, except that a correction at the cut, where every stem ends in the
-averaged pre-activation, goes into all stems alike. Of heads, what their norms store is measured
-anew, since what comes in has changed; else they are never touched.
-
-Trees and models whose features were merged through matrices lack the variances of norms along them
-(`vfjax.align.Maps.apply`): `reset` measures them, and so do `repair` and `rescale` on their way.
-"""
+"""RESET, REPAIR and RESCALE."""
 
 from __future__ import annotations
 
@@ -21,22 +8,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax import _correct
-from vfjax._bias import calibrate_bias, remove_bias
-from vfjax._folding import fold_all
-from vfjax._goals import goals_of
 from vfjax._maps.maps import Maps
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.merge._arguments import check_merged
 from vfjax.merge._merged import Merged, as_merged
 from vfjax.network._network import Network
+from vfjax.renorm import _passes
+from vfjax.renorm._goals import goals_of
+from vfjax.renorm._write import fold_all
 from vfjax.stats._moments import Moments
 
-__all__ = ["calibrate_bias", "remove_bias", "repair", "rescale", "reset"]
-
-
-_SWEEPS = {"batch": _correct.by_batch, "layer": _correct.by_layer}
+_SWEEPS = {"batch": _passes.by_batch, "layer": _passes.by_layer}
 
 
 def reset(
@@ -232,7 +215,7 @@ def _renormalise(
     ]
     heads = [n.name for n in net.norms if model.in_heads(n.site)]
     places = tuple((k, name) for k in range(len(model.heads)) for name in heads)
-    job = _correct.Job(model.frame, tuple(goals), tuple(norms), places)
+    job = _passes.Job(model.frame, tuple(goals), tuple(norms), places)
     if job.layers or job.norms or job.heads:
         model = _with_variances(model)
         found = _SWEEPS[sweeps](job, model, data, goals, centre=centre)

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from vfjax._correct import Found, renewed
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._fold import FoldError
+from vfjax.renorm._passes import Found, renewed
 
 
 def fold_all(model: Merged, found: Found, *, shift: bool) -> Merged:
