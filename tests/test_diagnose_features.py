@@ -20,7 +20,7 @@ from vfjax import (
     renorm,
     stats,
 )
-from vfjax.diagnose import _measure
+from vfjax.diagnose import _rows
 from vfjax.stats import _measure as _streaming
 
 # Two passes in float32 over a few thousand samples of order one.
@@ -417,8 +417,8 @@ def _runs(monkeypatch):
 def test_the_input_zero_is_run_once(monkeypatch):
     net, trees, x = mlp()
     calls, sizes = [], _runs(monkeypatch)
-    offsets = _measure._offsets
-    monkeypatch.setattr(_measure, "_offsets", lambda *args: calls.append(0) or offsets(*args))
+    offsets = _rows._offsets
+    monkeypatch.setattr(_rows, "_offsets", lambda *args: calls.append(0) or offsets(*args))
     net = vfjax.trace(_mlp, trees[0], x[:4])  # nothing is compiled for it yet
     diagnose.features(net, trees[0], _cut(x, 5, 5, 5, 5))
     assert len(calls) == 1
@@ -428,9 +428,9 @@ def test_the_input_zero_is_run_once(monkeypatch):
 def test_a_second_pass_compiles_nothing():
     net, trees, x = mlp()
     diagnose.features(net, trees[:2], _cut(x, 8, 8, 4))
-    sizes = [fn._cache_size() for fn in (_measure._offsets, _measure._measure, _measure._pool)]
+    sizes = [fn._cache_size() for fn in (_rows._offsets, _rows._measure, _rows._pool)]
     diagnose.features(net, trees[1:], _cut(x, 8, 8, 4))
-    again = [fn._cache_size() for fn in (_measure._offsets, _measure._measure, _measure._pool)]
+    again = [fn._cache_size() for fn in (_rows._offsets, _rows._measure, _rows._pool)]
     assert again == sizes
 
 

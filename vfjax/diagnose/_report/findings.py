@@ -14,9 +14,9 @@ from vfjax._passes.batches import batch_size
 from vfjax._passes.moments import alive
 from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
+from vfjax.diagnose._bounds import Bound
+from vfjax.diagnose._features import Features
 from vfjax.diagnose._sites import describe, value_of
-from vfjax.diagnose.bounds import Bound
-from vfjax.diagnose.features import Features
 from vfjax.merge._merged import Merged
 from vfjax.network._kernels import kernels
 from vfjax.network._network import Network

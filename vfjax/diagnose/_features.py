@@ -20,7 +20,7 @@ import numpy as np
 from vfjax._maps.maps import Maps
 from vfjax._passes.batches import check_finite_means
 from vfjax._types import Array, PyTree
-from vfjax.diagnose import _measure
+from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import carry, compared
 from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
 from vfjax.merge._arguments import weights_for
@@ -257,13 +257,13 @@ def features(
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
     names = resolve_sites(net, sites)
     chosen, source = unique(net, names)
-    job = _measure.Job(net, chosen)
+    job = _rows.Job(net, chosen)
 
     whole = (*mine, *others)
-    shifts = _measure.offsets(job, carried)
+    shifts = _rows.offsets(job, carried)
     at_zero = jax.tree.map(np.asarray, shifts)
     _check_defined(job, at_zero)
-    rows = _measure.measure(job, carried, shifts, data)
+    rows = _rows.measure(job, carried, shifts, data)
     means = {
         site.name: np.concatenate([np.ravel(m) for r in rows for m in r.mean[site.name]])
         for site in job.sites
@@ -272,7 +272,7 @@ def features(
 
     found = {
         site.name: [
-            _measure.numbers(site.name, row, zero[site.source], getattr(network, "weights", ()))
+            _rows.numbers(site.name, row, zero[site.source], getattr(network, "weights", ()))
             for network, row, zero in zip(whole, rows, at_zero, strict=True)
         ]
         for site in job.sites
@@ -313,7 +313,7 @@ def _check_range(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
                 )
 
 
-def _check_defined(job: _measure.Job, at_zero: _measure.Offsets) -> None:
+def _check_defined(job: _rows.Job, at_zero: _rows.Offsets) -> None:
     for site in job.sites:
         values = [value for zero in at_zero for value in zero[site.source]]
         bad = sum(int(np.size(v) - np.count_nonzero(np.isfinite(v))) for v in values)

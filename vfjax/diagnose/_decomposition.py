@@ -23,7 +23,7 @@ from vfjax._jaxpr.calls import INPUT
 from vfjax._passes.batches import batches
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
-from vfjax.diagnose._measure import zero_example
+from vfjax.diagnose._rows import zero_example
 from vfjax.diagnose._sites import Sites, resolve_sites, value_of
 from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_fits, check_net

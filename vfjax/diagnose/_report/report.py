@@ -18,13 +18,26 @@ import numpy as np
 from vfjax._files import write_whole
 from vfjax._maps.maps import Maps
 from vfjax._types import PyTree
-from vfjax.diagnose import _advice, _findings, _page
-from vfjax.diagnose._advice import Advice
+from vfjax.diagnose._bounds import (
+    Bound,
+    Collapse,
+    bound_sequence,
+    variance_collapse,
+)
 from vfjax.diagnose._compared import compared
-from vfjax.diagnose._findings import LayerFinding, NormFinding
+from vfjax.diagnose._features import Features, features
+from vfjax.diagnose._report import findings, html
+from vfjax.diagnose._report.advice import (
+    MEAN_OFF,
+    STD_OFF,
+    Advice,
+    Case,
+    advise,
+)
+from vfjax.diagnose._report.figure import draw
+from vfjax.diagnose._report.findings import LayerFinding, NormFinding
+from vfjax.diagnose._report.table import text_table
 from vfjax.diagnose._sites import Sites, resolve_sites
-from vfjax.diagnose.bounds import Bound, Collapse, bound_sequence, variance_collapse
-from vfjax.diagnose.features import Features, features
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
@@ -110,7 +123,7 @@ class Report:
 
     def table(self) -> str:
         """The findings of every layer as a text table, without a trailing newline."""
-        return _page.text_table(self.layers)
+        return text_table(self.layers)
 
     def figure(self) -> Figure:
         """Draws features and offsets over relative depth, of the network and its references.
@@ -121,7 +134,7 @@ class Report:
             A matplotlib figure; `vfjax.plot.save` writes it.
         """
         sizes = [self.features.site(row.site).size for row in self.layers]
-        return _page.draw(self.layers, sizes, self.depth, self.vanishes, self.title)
+        return draw(self.layers, sizes, self.depth, self.vanishes, self.title)
 
     def page(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as one HTML page that needs no other file and no network.
@@ -135,7 +148,7 @@ class Report:
         Raises:
             OSError: If nothing can be written there; what was at `path` stays.
         """
-        text = _page.page(
+        text = html.page(
             self.title, self.words, self.advice, self.layers, self.vanishes, self.figure()
         )
         return write_whole(path, text.encode())
@@ -344,7 +357,7 @@ def report(
     net, model = nets[0], _one(mine)
     names = resolve_sites(net, sites)
     norms = [norm.site for norm in net.norms if norm.site not in names]
-    path, end = _findings.main_path(net, names)
+    path, end = findings.main_path(net, names)
     found = features(
         given,
         model,
@@ -358,15 +371,15 @@ def report(
     bound = bound_sequence(found, sites=path)
     smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
     collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
-    rows = _findings.layer_findings(net, model, aligned, found, bound, smoothed)
+    rows = findings.layer_findings(net, model, aligned, found, bound, smoothed)
     heads = [s for s in found.names if isinstance(model, Merged) and model.in_heads(s)]
     inside = [norm.site for norm in net.norms if norm.site in heads]
     # Statistics that heads store are of values in the models' own basis, where maps led out of it.
     own = features(given, model, data, sites=inside) if inside and maps is not None else found
-    stored = _findings.norm_findings(
-        net, model, aligned, found, own, mean_error=_advice.MEAN_OFF, std_ratio=_advice.STD_OFF
+    stored = findings.norm_findings(
+        net, model, aligned, found, own, mean_error=MEAN_OFF, std_ratio=STD_OFF
     )
-    case = _advice.Case(
+    case = Case(
         net=net,
         merged=model.merged if isinstance(model, Merged) else slice(0, net.depth),
         mapped=maps is not None,
@@ -392,7 +405,7 @@ def report(
         vanishes=case.vanishes,
         largest_drop=case.largest_drop,
         biases_dominate=case.biases_dominate,
-        advice=_advice.advise(case),
+        advice=advise(case),
     )
     if page is not None:
         made.page(page)

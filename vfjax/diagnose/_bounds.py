@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax.diagnose.features import Features
+from vfjax.diagnose._features import Features
 
 __all__ = [
     "Bound",

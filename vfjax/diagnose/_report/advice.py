@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfjax.diagnose._findings import LayerFinding, NormFinding
+from vfjax.diagnose._report.findings import LayerFinding, NormFinding
 from vfjax.network._network import Network
 from vfjax.renorm import _bias
 from vfjax.stats._sites import resolve_sites
