@@ -1,9 +1,4 @@
-"""Training the edge models: the step, the loop, resuming.
-
-The state of a run is a pytree whose only clock is its step counter: the order of the images and
-their augmentation follow from the seed and the step, so that a run that was killed and resumed ends
-with the very numbers of one that was not.
-"""
+"""The loop: an epoch is one compiled scan."""
 
 from __future__ import annotations
 
@@ -25,26 +20,13 @@ from flax import linen as nn
 from tqdm import tqdm
 
 from vfjax._jaxpr.faster import routed
-from vfjax._passes.evaluate import Evaluation, evaluate
-from vfjax._recipes import PRESETS, RECIPES, Recipe, recipe_for
-from vfjax._saved import Saved, checksum
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.data._data import Dataset, normalise
-
-__all__ = [
-    "PRESETS",
-    "RECIPES",
-    "Evaluation",
-    "Recipe",
-    "Trained",
-    "augment",
-    "evaluate",
-    "fit",
-    "fit_seeds",
-    "recipe_for",
-]
-
+from vfjax.train._recipes import (
+    Recipe,
+)
+from vfjax.train._state import Saved, checksum
 
 _log = logging.getLogger(__name__)
 
