@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from vfjax import checkpoint, data
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 # Experiments are scripts: they import each other as Python finds them when one is run.
 sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "benchmarks")]
 edges = importlib.import_module("_edges")

@@ -543,7 +543,7 @@ def test_outputs_that_are_no_logits(labelled, fn):
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parent.parent / "experiments" / "train_edges.py"
+    path = Path(__file__).parent.parent.parent / "experiments" / "train_edges.py"
     if not path.exists():
         pytest.skip("the experiments are not installed with the package")
     # Experiments are scripts: they import each other as Python finds them when one is run.
@@ -587,7 +587,7 @@ def test_bad_options_of_the_script(script, options, message, tmp_path, capsys):
 
 
 def test_shipped_checkpoints_are_what_their_cards_say(script):
-    folders = sorted((Path(__file__).parent.parent / "checkpoints").glob("[!.]*/card.json"))
+    folders = sorted((Path(__file__).parent.parent.parent / "checkpoints").glob("[!.]*/card.json"))
     assert sum(p.stat().st_size for f in folders for p in f.parent.rglob("*")) < 18e6
     for path in folders:
         card = json.loads(path.read_text())

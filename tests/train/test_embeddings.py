@@ -17,7 +17,7 @@ import pytest
 
 from vfjax import checkpoint, data, models, train
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 common = importlib.import_module("_common")

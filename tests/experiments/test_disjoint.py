@@ -19,7 +19,7 @@ from flax import linen as nn
 import vfjax
 from vfjax import data, merge, models
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 common = importlib.import_module("_common")

@@ -17,7 +17,7 @@ from vfjax.align import _plans
 from vfjax.align._assignment import assign
 from vfjax.align._plans import Problem, Solver, exact_plan, maps_of, shares_of, sinkhorn
 
-HERE = pathlib.Path(__file__).parent / "oracles"
+HERE = pathlib.Path(__file__).parent.parent / "oracles"
 RECORD = json.loads((HERE / "transport.json").read_text())
 _spec = importlib.util.spec_from_file_location("closed_form", HERE / "closed_form.py")
 closed_form = importlib.util.module_from_spec(_spec)

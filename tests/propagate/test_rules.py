@@ -264,8 +264,8 @@ def test_fixed_axes_say_where():
     line = apply.__code__.co_firstlineno + 2
     spec = infer(apply, {"w": jnp.ones((4, 6)), "v": jnp.ones((6, 3))}, jnp.ones((5, 4)))
     entries = {(f.path, f.axis): tuple(f[2:]) for f in spec.fixed}
-    assert entries["w", 1] == ("rev", f"test_propagate_rules.py:{line}")
-    assert entries["w", 0] == ("input", f"test_propagate_rules.py:{line - 1}")
+    assert entries["w", 1] == ("rev", f"test_rules.py:{line}")
+    assert entries["w", 0] == ("input", f"test_rules.py:{line - 1}")
 
 
 def test_what_has_no_rule_or_a_broken_one_is_fixed(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import vfjax
 from vfjax import merge, renorm, stats
 
-HERE = pathlib.Path(__file__).parent / "oracles"
+HERE = pathlib.Path(__file__).parent.parent / "oracles"
 RECORD = json.loads((HERE / "torch.json").read_text())
 _spec = importlib.util.spec_from_file_location("closed_form", HERE / "closed_form.py")
 closed_form = importlib.util.module_from_spec(_spec)

@@ -20,7 +20,7 @@ import vfjax
 from vfjax import data, models
 from vfjax.models import layers
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 multi = importlib.import_module("multi_dataset")

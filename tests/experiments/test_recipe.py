@@ -14,7 +14,7 @@ import pytest
 
 from vfjax import data, train
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 recipe = importlib.import_module("training_recipe")

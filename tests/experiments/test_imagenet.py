@@ -13,8 +13,8 @@ import pytest
 
 from vfjax import checkpoint, imagenet, models
 
-ORACLES = Path(__file__).resolve().parent / "oracles"
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+ORACLES = Path(__file__).resolve().parent.parent / "oracles"
+EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 common = importlib.import_module("_common")

@@ -16,7 +16,7 @@ from flax import traverse_util
 from vfjax import checkpoint, models
 from vfjax.checkpoint import _torch as from_torch_module
 
-HERE = pathlib.Path(__file__).parent / "oracles"
+HERE = pathlib.Path(__file__).parent.parent / "oracles"
 RECORD = json.loads((HERE / "torch_models.json").read_text())
 NARROW = RECORD["narrow"]
 
