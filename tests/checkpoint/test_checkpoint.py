@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from vfjax import checkpoint
-from vfjax.checkpoint import CheckpointError
+from vfjax.checkpoint import CheckpointError, _checkpoint
 
 TREES = {
     "nested": {"params": {"conv1": {"kernel": np.arange(36.0).reshape(3, 3, 2, 2)}}, "b": {}},
@@ -103,8 +104,8 @@ def test_a_save_that_is_killed_leaves_the_previous_one(saved, monkeypatch, momen
 
     with monkeypatch.context() as patch:
         # A killed process does not tidy up either.
-        patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)
-        target = (checkpoint, "_write_arrays") if moment == "arrays" else (checkpoint.os, "rename")
+        patch.setattr(shutil, "rmtree", lambda *a, **k: None)
+        target = (_checkpoint, "_write_arrays") if moment == "arrays" else (os, "rename")
         patch.setattr(*target, die)
         with pytest.raises(Killed):
             checkpoint.save(saved, {"w": jnp.ones(2)})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from vfjax import data
+from vfjax.data import _data
 
 PLACE = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -32,7 +33,7 @@ def nothing_prepared(tmp_path, monkeypatch):
     """A machine without data and without TensorFlow."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setattr(data, "_can_prepare", lambda: False)
+    monkeypatch.setattr(_data, "_can_prepare", lambda: False)
     return tmp_path
 
 
@@ -112,7 +113,7 @@ def test_failing_to_prepare_is_told(nothing_prepared, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(data, "_can_prepare", lambda: True)
+    monkeypatch.setattr(_data, "_can_prepare", lambda: True)
     monkeypatch.setattr(tfds, "builder", offline)
     with pytest.raises(data.DatasetError, match="could not download.*no route to host"):
         data.load("mnist")

@@ -20,8 +20,9 @@ from vfjax import (
     renorm,
     stats,
 )
+from vfjax._passes import stream
 from vfjax.diagnose import _rows
-from vfjax.stats import _measure as _streaming
+from vfjax.stats import _pieces
 
 # Two passes in float32 over a few thousand samples of order one.
 RTOL = 3e-5
@@ -439,7 +440,7 @@ def test_pieces_of_a_batch_give_the_numbers_of_the_batch(monkeypatch):
     x = np.concatenate([x + 1, x, x, x - 2])
     whole = diagnose.features(net, trees[0], [x])
     sizes = _runs(monkeypatch)
-    monkeypatch.setattr(_streaming, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_pieces, "_PIECE_BYTES", 1)
     net = vfjax.trace(_mlp, trees[0], x[:4])
     found = diagnose.features(net, trees[0], [x])
     assert set(sizes) == {1, 16}
@@ -452,7 +453,7 @@ def test_vmapped_networks_give_the_same_numbers(monkeypatch):
     _, trees, x = mlp()
     found = []
     for vmapped in (False, True):
-        monkeypatch.setattr(_streaming, "vmapped", lambda v=vmapped: v)
+        monkeypatch.setattr(stream, "vmapped", lambda v=vmapped: v)
         net = vfjax.trace(_mlp, trees[0], x)
         models = [merge.preserve_first(net, t, layers=2) for t in (trees[:2], trees[1:])]
         many = [trees[0], models[0], trees[1], models[1]]

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
 from vfjax import stats
-from vfjax.stats import _measure
+from vfjax._passes import stream
+from vfjax.stats import _measure, _pieces
 
 # Two passes in float32 over a few thousand samples of order one.
 RTOL = 2e-5
@@ -465,7 +466,7 @@ def test_vmapped_models_give_the_same_numbers(monkeypatch):
     """The road that accelerators take."""
     net, trees, data = _make(Conv())
     looped = stats.moments(net, trees, [data], covariance=True)
-    monkeypatch.setattr(_measure, "vmapped", lambda: True)
+    monkeypatch.setattr(stream, "vmapped", lambda: True)
     net, _, _ = _make(Conv())
     jax.tree.map(_close, stats.moments(net, trees, [data], covariance=True), looped)
 
@@ -491,7 +492,7 @@ def test_pieces_of_a_batch_give_the_numbers_of_the_batch(monkeypatch, covariance
     whole, sizes = _runs(net, trees, x, monkeypatch, **how)
     assert sizes == {96}
     # 8x8 positions of 6 channels are the widest value.
-    monkeypatch.setattr(_measure, "_PIECE_BYTES", 40 * 8 * 8 * 6 * 4)
+    monkeypatch.setattr(_pieces, "_PIECE_BYTES", 40 * 8 * 8 * 6 * 4)
     net, *_ = _make(Conv(norm=True), seed=3)
     cut, sizes = _runs(net, trees, x, monkeypatch, **how)
     assert sizes == {32}
@@ -501,7 +502,7 @@ def test_pieces_of_a_batch_give_the_numbers_of_the_batch(monkeypatch, covariance
 
 
 def test_a_network_that_mixes_examples_gets_its_batches_whole(monkeypatch):
-    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_pieces, "_PIECE_BYTES", 1)
     v = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
     x = jnp.arange(192.0).reshape(64, 3)
 
@@ -526,7 +527,7 @@ def test_a_network_that_mixes_examples_gets_its_batches_whole(monkeypatch):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_mesh_of_one_device(monkeypatch, kind):
-    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_pieces, "_PIECE_BYTES", 1)
     net, trees, x = _make(Conv(), seed=5)
     x = np.concatenate([x, x])[:64]
     mesh = jax.make_mesh((1,), ("d",), axis_types=(kind,))
@@ -537,14 +538,14 @@ def test_a_mesh_of_one_device(monkeypatch, kind):
 
 
 def test_pieces_of_enormous_values_have_finite_variances(monkeypatch):
-    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_pieces, "_PIECE_BYTES", 1)
     v = {"a": jnp.ones((3, 2)), "b": jnp.full(2, 3e19)}
     net = vfjax.trace(lambda v, x: x @ v["a"] + v["b"][None], v, jnp.ones((64, 3)))
     assert stats.moments(net, [v], [jnp.ones((64, 3))], sites=["a"]).var["a"].tolist() == [[0, 0]]
 
 
 def test_a_batch_without_a_fitting_divisor_stays_whole(monkeypatch):
-    monkeypatch.setattr(_measure, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(_pieces, "_PIECE_BYTES", 1)
     net, trees, x = _make(Conv(), seed=4)
     assert _runs(net, trees, x[:37], monkeypatch)[1] == {37}
 

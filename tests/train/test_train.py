@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pytest
 from flax import linen as nn
 
 from vfjax import checkpoint, data, models, train
+from vfjax.checkpoint import _checkpoint
+from vfjax.train import _fit
 
 TINY = train.Recipe(
     learning_rate=0.2, schedule="cosine", epochs=3, batch_size=64, weight_decay=1e-3
@@ -227,12 +230,12 @@ def kill_at(patch, where, owner, name, moment):
 @pytest.mark.parametrize(
     ("where", "owner", "name", "moment"),
     [
-        ("before", train, "_step", 2),  # in the first epoch: nothing saved yet
-        ("before", train, "_step", 7),  # in the second
-        ("before", checkpoint, "_write_arrays", 2),  # while the second is saved
-        ("after", checkpoint, "_write_arrays", 2),  # its arrays written, nothing else
-        ("before", checkpoint.os, "rename", 2),  # all written, not yet in place
-        ("after", checkpoint.os, "rename", 2),  # in place, the first not yet removed
+        ("before", _fit, "_step", 2),  # in the first epoch: nothing saved yet
+        ("before", _fit, "_step", 7),  # in the second
+        ("before", _checkpoint, "_write_arrays", 2),  # while the second is saved
+        ("after", _checkpoint, "_write_arrays", 2),  # its arrays written, nothing else
+        ("before", os, "rename", 2),  # all written, not yet in place
+        ("after", os, "rename", 2),  # in place, the first not yet removed
     ],
 )
 def test_a_killed_run_resumes_to_the_same_numbers(
@@ -315,7 +318,7 @@ def test_a_run_is_resumed_with_its_start_only(digits, uninterrupted, tmp_path, m
     whole = train.fit(SmallBatchNorm(), TINY, digits, start=start, **options)
     options["work_dir"] = tmp_path
     with monkeypatch.context() as patch:
-        kill_at(patch, "before", train, "_step", 7)
+        kill_at(patch, "before", _fit, "_step", 7)
         with pytest.raises(Killed):
             train.fit(SmallBatchNorm(), TINY, digits, start=start, **options)
     other = jax.tree.map(lambda leaf: leaf + 1, start)
@@ -370,7 +373,7 @@ def test_the_state_of_another_run_is_not_resumed(digits, tmp_path):
 
 
 def test_a_scanned_epoch_is_the_loop(digits, monkeypatch, uninterrupted):
-    monkeypatch.setattr(train, "_scans", lambda: True)
+    monkeypatch.setattr(_fit, "_scans", lambda: True)
     scanned = train.fit(SmallBatchNorm(), TINY, digits, seed=3, progress=False)
     # XLA fuses the two differently; a dozen steps of SGD let the rounding grow a little.
     jax.tree.map(
@@ -395,9 +398,9 @@ def test_too_few_classes_are_told(digits):
 def test_no_compilation_on_the_second_run(digits):
     # The first run is here, under this test's own settings: they are part of the cache's key.
     train.fit(SmallBatchNorm(), TINY, digits, seed=7, progress=False)
-    compiled = train._step._cache_size()
+    compiled = _fit._step._cache_size()
     train.fit(SmallBatchNorm(), TINY, digits, seed=8, progress=False)
-    assert train._step._cache_size() == compiled
+    assert _fit._step._cache_size() == compiled
 
 
 # ---- evaluation
