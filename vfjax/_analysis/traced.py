@@ -13,6 +13,7 @@ import numpy as np
 from vfjax import _propagate
 from vfjax._analysis import effects as _effects
 from vfjax._analysis import outside
+from vfjax._analysis.cost import equation_flops
 from vfjax._analysis.groups import named_groups
 from vfjax._analysis.layers import (
     LinearSite,
@@ -22,7 +23,6 @@ from vfjax._analysis.layers import (
 )
 from vfjax._analysis.norms import NormSite, norm_sites
 from vfjax._analysis.taps import tap_of
-from vfjax._jaxpr import calls
 from vfjax._jaxpr.calls import (
     INPUT,
     LINEAR,
@@ -30,7 +30,6 @@ from vfjax._jaxpr.calls import (
     holds_layer,
 )
 from vfjax._jaxpr.graph import Graph
-from vfjax._jaxpr.primitives import is_elementwise
 from vfjax.symmetry._places import Axis, Place, owners
 
 
@@ -252,35 +251,8 @@ class Traced:
         return frozenset(self.paths[self.graph.inputs.index(v)] for v in read & leaves)
 
     def flops(self, index: int) -> int:
-        """Operations of one equation over the whole batch, counted as torchstat counts modules.
-
-        A multiply-accumulate counts once; a convolution's bias, an activation and a pool's or
-        mean's input count one per element, a normalisation by stored statistics two; the rest
-        nothing.
-        """
-        graph, equation = self.graph, self.graph.equations[index]
-        if not equation.depends & INPUT:
-            return 0
-        sizes = [int(np.prod(graph.avals[v].shape)) for v in equation.values]
-        out = int(np.prod(graph.avals[next(v for v in equation.outputs if v is not None)].shape))
-        name = equation.primitive
-        if name == "dot_general":
-            contract, _ = equation.params["dimension_numbers"]
-            shape = equation.eqn.invars[0].aval.shape
-            return out * int(np.prod([shape[a] for a in contract[0]]))
-        if name == "conv_general_dilated":
-            dims = equation.params["dimension_numbers"]
-            kernel = equation.eqn.invars[1].aval.shape
-            return out * int(np.prod(kernel)) // kernel[dims.rhs_spec[0]]
-        if index in self._conv_biases:
-            return out
-        if index in self._norm_equations:
-            return 2 * out
-        if name.startswith(("reduce_window", "reduce_sum", "reduce_max")):
-            return max(sizes)
-        if name in _ACTIVATIONS or (name in calls.CUSTOM and is_elementwise(equation)):
-            return out
-        return 0
+        """Operations of one equation over the whole batch; see `vfjax._analysis.cost`."""
+        return equation_flops(self.graph, index, self._conv_biases, self._norm_equations)
 
     @functools.cached_property
     def _conv_biases(self) -> frozenset[int]:
@@ -310,10 +282,6 @@ class Traced:
             for name, site in self.layers.items()
         )
         return layers, tuple(self.norms)
-
-
-# Nonlinear primitives that stand for one activation each.
-_ACTIVATIONS = frozenset({"max", "tanh", "logistic", "erf", "erfc", "exp", "sin", "cos"})
 
 
 def _slotted(path: str, slot: int | None) -> str:

@@ -25,6 +25,7 @@ from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
 from vfjax.network._arguments import check_net
+from vfjax.network._checks import check_depth
 from vfjax.network._network import Network
 from vfjax.renorm._renorm import repair, rescale, reset
 from vfjax.stats._moments import Moments, moments
@@ -248,7 +249,7 @@ def interpolation(
     trees = merge.as_trees(trees)
     if len(trees) != 2:
         raise ValueError(f"trees must be two, the ends of the interpolation, got {len(trees)}")
-    net.check_depth(layers, "layers")
+    check_depth(net, layers, "layers")
     _check_match(match, data, key)
     _check_renormalise(renormalise, data)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from vfjax import stats
+from vfjax.network._checks import opaque_hint
 from vfjax.network._network import Network
 from vfjax.stats._sites import Site, check_names
 
@@ -74,7 +75,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     if not names:
         raise ValueError(
             f"`sites` is {sites!r}, which is no site of this network; name some, as in ['output']."
-            + net.opaque_hint()
+            + opaque_hint(net)
         )
     return names
 

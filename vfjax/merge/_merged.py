@@ -16,6 +16,8 @@ from vfjax._trees.mean import resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.merge import _saved
 from vfjax.network._arguments import check_fits
+from vfjax.network._checks import check_variances
+from vfjax.network._cost import count, map_flops, part_flops
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network
 from vfjax.network._run import check_capture, check_edit
@@ -146,7 +148,7 @@ class Composition:
         parts += [(self.net, self.trunk)]
         parts += [(self.net_of(k), head) for k, head in enumerate(self.heads)]
         matrices = [m for maps in (*self.merge, *self.unmerge) for m in maps.values()]
-        return sum(net.count(paths.flatten_named(tree)[0]) for net, tree in parts) + sum(
+        return sum(count(net, paths.flatten_named(tree)[0]) for net, tree in parts) + sum(
             int(np.prod(np.shape(m))) for m in matrices if not _selects(m)
         )
 
@@ -158,16 +160,16 @@ class Composition:
 
         Matrices at the cuts count, but for those that select.
         """
-        total = self.net.part_flops(paths.flatten_named(self.trunk)[0], self.cut or None, self.end)
+        total = part_flops(self.net, paths.flatten_named(self.trunk)[0], self.cut or None, self.end)
         for k, stem in enumerate(self.stems):
-            total += self.net_of(k).part_flops(paths.flatten_named(stem)[0], None, self.cut)
+            total += part_flops(self.net_of(k), paths.flatten_named(stem)[0], None, self.cut)
         for k, head in enumerate(self.heads):
-            total += self.net_of(k).part_flops(paths.flatten_named(head)[0], self.end, None)
+            total += part_flops(self.net_of(k), paths.flatten_named(head)[0], self.end, None)
         for k, maps in enumerate(self.merge):
-            total += self.net_of(k).map_flops(self.cut, _widths(maps))
+            total += map_flops(self.net_of(k), self.cut, _widths(maps))
         for maps in self.unmerge:
             assert self.end is not None  # there are heads
-            total += self.net.map_flops(self.end, _widths(maps))
+            total += map_flops(self.net, self.end, _widths(maps))
         return total
 
     def __repr__(self) -> str:
@@ -471,7 +473,7 @@ class Merged(Composition):
             ValueError: If it cannot.
         """
         kept, leaves = self.net.trunk_leaves(self.cut, self.end), paths.flatten_named(self.trunk)[0]
-        self.net.check_variances([p for p in self.net.paths if p in kept - leaves.keys()], name)
+        check_variances(self.net, [p for p in self.net.paths if p in kept - leaves.keys()], name)
         paths.check_finite(paths.flatten_named(self.arrays._asdict())[0], name=name)
 
     @property

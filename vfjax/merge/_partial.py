@@ -22,6 +22,7 @@ from vfjax._trees.paths import (
 from vfjax._types import PyTree
 from vfjax.merge._merged import Matrices, Merged
 from vfjax.network._arguments import as_trees, check_models, check_net, networks
+from vfjax.network._checks import check_depth
 from vfjax.network._network import Network
 from vfjax.network._records import Layer
 
@@ -164,7 +165,7 @@ def preserve_first(
     """
     check_net(net)
     trees = as_trees(trees)
-    net.check_depth(layers, "layers")
+    check_depth(net, layers, "layers")
     return _merge((net,) * len(trees), trees, None, int(layers), None, weights)
 
 

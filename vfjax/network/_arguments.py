@@ -10,6 +10,7 @@ import numpy as np
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.network import _retrace
+from vfjax.network._checks import check_variances
 from vfjax.network._network import Network
 from vfjax.network._run import Plan
 
@@ -39,7 +40,7 @@ def check_fits(
     leaves, _ = paths.flatten_named(tree, name=name)
     like = {path: leaves.get(path, a) if path in free else a for path, a in net._avals.items()}
     if variances:
-        net.check_variances([path for path in like if path not in leaves], name)
+        check_variances(net, [path for path in like if path not in leaves], name)
     else:
         unknown = {norm.var for norm in net.norms} - leaves.keys()
         like = {path: aval for path, aval in like.items() if path not in unknown}

@@ -14,6 +14,7 @@ from vfjax._jaxpr import graph
 from vfjax._jaxpr.graph import Equation
 from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
+from vfjax.network._checks import named_leaves
 from vfjax.network._network import Network
 
 
@@ -55,7 +56,7 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
     """
     sites = [f"{name}:in" for name in layers]
     _, found = net.run(variables, x, capture=sites)
-    traced = net._traces.at(net._named(variables), x)
+    traced = net._traces.at(named_leaves(net, variables), x)
     squares = []
     for name, at in zip(layers, sites, strict=True):
         site = traced.layers[name]

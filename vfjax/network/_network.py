@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,20 +10,39 @@ import jax
 import jax.numpy as jnp
 
 from vfjax._analysis import outside
-from vfjax._analysis.traced import Traced
+from vfjax._analysis.groups import from_propagation
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
-from vfjax.network import _fold, _retrace
+from vfjax.network import _cost, _fold, _retrace, _summary
+from vfjax.network._checks import (
+    check_crossing,
+    check_depth,
+    check_part,
+    check_present,
+    named_leaves,
+    unknown,
+)
 from vfjax.network._crossing import (
     Crossing,
     average,
     mapped,
     mapped_value,
 )
+from vfjax.network._records import (
+    JointTap,
+    Layer,
+    Norm,
+    Tap,
+    describe_joint_taps,
+    describe_layer,
+    describe_norm,
+    describe_taps,
+)
 from vfjax.network._run import Edit, Plan
-from vfjax.network._structure import Structure
+from vfjax.symmetry._places import Place
+from vfjax.symmetry._spec import PermutationSpec
 
 
 def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: PyTree) -> Network:
@@ -61,7 +81,7 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
     return Network(apply_fn, variables, x)
 
 
-class Network(Structure):
+class Network:
     """A traced network, made by `trace`: what is known of it, and how to run, cut and fold it.
 
     It is hashable by identity, static in pytrees, and not saved.
@@ -83,7 +103,9 @@ class Network(Structure):
                 f"apply_fn must be a function (variables, x) -> output; it was a "
                 f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
             )
-        super().__init__(_retrace.Retracer(apply_fn, variables, x))
+        self._traces = _retrace.Retracer(apply_fn, variables, x)
+        self._reference, self._treedef = self._traces.reference, self._traces.treedef
+        self._avals = self._traces.avals
         taken = next((name for name in self._reference.layers if name in ("input", "output")), None)
         if taken is not None:
             raise ValueError(
@@ -99,7 +121,142 @@ class Network(Structure):
             f"parameters, {len(self.spec.groups)} groups)"
         )
 
-    # ------------------------------------------------------------------------------- evaluation
+    # -------------------------------------------------------------------------------- what is known
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all leaves of the variables."""
+        return tuple(self._avals)
+
+    @functools.cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The linear and convolution layers, in the order of evaluation."""
+        return tuple(
+            describe_layer(
+                self._reference,
+                name,
+                batch=self._traces.batch,
+                axes=self._propagation.axes,
+                groups=self._symmetry[1],
+            )
+            for name in self._reference.layers
+        )
+
+    @functools.cached_property
+    def norms(self) -> tuple[Norm, ...]:
+        """The normalisations with stored statistics, in the order of evaluation."""
+        return tuple(describe_norm(self._reference, n) for n in self._reference.norms)
+
+    @functools.cached_property
+    def _propagation(self) -> Any:
+        return self._reference.propagation
+
+    @functools.cached_property
+    def _symmetry(self) -> tuple[PermutationSpec, dict[int, str]]:
+        return from_propagation(self._propagation, self.paths, self._reference.effects)
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """Groups of axes that can be permuted together without changing the function."""
+        return self._symmetry[0]
+
+    @functools.cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """Where each group shows: one per tap of a layer and group, each value once."""
+        return describe_taps(self._reference, axes=self._propagation.axes, groups=self._symmetry[1])
+
+    @functools.cached_property
+    def joint_taps(self) -> tuple[JointTap, ...]:
+        """Where groups show inside the entries of the groups that they are within."""
+        return describe_joint_taps(self._reference, self.spec.within)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers on the longest path from input to output."""
+        return self._reference.depth
+
+    @functools.cached_property
+    def statistics(self) -> frozenset[str]:
+        """Paths of the stored statistics of norms, which are no parameters."""
+        return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, stored statistics not counted."""
+        return _cost.params_of(self, self.paths)
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Operations per example: see `Layer.flops`, plus norms, activations and pools."""
+        return _cost.flops_of(self, range(len(self._reference.graph.equations)))
+
+    @property
+    def x(self) -> PyTree:
+        """The traced input: `jax.ShapeDtypeStruct`s, batch axis first."""
+        return self._traces.x
+
+    @functools.cached_property
+    def residual(self) -> bool:
+        """Whether the network has a residual join: a sum of values behind different layers."""
+        return self._reference.joins
+
+    @property
+    def opaque(self) -> tuple[tuple[str, str], ...]:
+        """Primitives that hold linear equations and were kept whole: (primitive, file:line)."""
+        return self._reference.opaque
+
+    @property
+    def others(self) -> tuple[tuple[str, str, str], ...]:
+        """Leaves that act outside of layers, norms and biases: (path, primitive, file:line).
+
+        Embeddings, layer scales and gates are such. Permutations follow them, corrections and the
+        removal of biases do not. A leaf that is an output by itself is listed under `output`.
+        """
+        return self._reference.others
+
+    def summary(self) -> str:
+        """A table of layer, depth, shapes, parameters, FLOPs and group.
+
+        Returns:
+            Text of several lines; below the table stands what could not be followed.
+        """
+        return _summary.summary(self)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of a name.
+
+        Args:
+            name: As in `Layer.name`.
+
+        Returns:
+            Its record.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise ValueError(unknown(self, "layer", name, [x.name for x in self.layers]))
+
+    def norm(self, name: str) -> Norm:
+        """The norm of a name.
+
+        Args:
+            name: As in `Norm.name`: the path of its leaf of means.
+
+        Returns:
+            Its record.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for norm in self.norms:
+            if norm.name == name:
+                return norm
+        raise ValueError(unknown(self, "norm", name, [x.name for x in self.norms]))
+
+    # ----------------------------------------------------------------------------------- evaluation
 
     def run(
         self,
@@ -149,9 +306,9 @@ class Network(Structure):
             >>> net.run(p, crossing, start=1).tolist() == net.run(p, x).tolist() == [[1.0]]
             True
         """
-        self.check_part(start, stop)
-        _check_crossing(x, start)
-        named = self._named(variables)
+        check_part(self, start, stop)
+        check_crossing(x, start)
+        named = named_leaves(self, variables)
         if isinstance(x, Crossing):
             traced = self._traces.at_crossing(named, x)
             env = dict(zip(traced.cut(x.depth).crossing, x.values, strict=True))
@@ -167,7 +324,7 @@ class Network(Structure):
         env = plan.enter(env)
         ends = traced.ends(stop)
         wanted = list(dict.fromkeys([*ends, *plan.values]))
-        self._check_present(traced, wanted, env, "variables")
+        check_present(self, traced, wanted, env, "variables")
         values = evaluate(
             traced.graph,
             env,
@@ -249,7 +406,7 @@ class Network(Structure):
         """
         if not maps:
             return crossing
-        traced = self._traces.at_crossing(self._named(variables), crossing)
+        traced = self._traces.at_crossing(named_leaves(self, variables), crossing)
         places = [traced.places(v) for v in traced.cut(crossing.depth).crossing]
         return mapped(crossing, places, maps)
 
@@ -274,11 +431,163 @@ class Network(Structure):
         """
         if site in ("input", "output"):
             return value
-        traced = self._traces.at(self._named(variables), x)
+        traced = self._traces.at(named_leaves(self, variables), x)
         plan = Plan(self, traced, None, None, None, None)
         return mapped_value(value, traced.places(plan.value_of(site)), maps)
 
-    # ---------------------------------------------------------------------------------- folding
+    # ------------------------------------------------------------------------------- sides of a cut
+
+    def stem_leaves(self, depth: int) -> frozenset[str]:
+        """Paths of the leaves that the stem of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        check_depth(self, depth, "depth")
+        return self._leaves(None, depth)
+
+    def trunk_leaves(self, depth: int, stop: int | None = None) -> frozenset[str]:
+        """Paths of the leaves that the trunk of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+            stop: Depth of a second cut at which the trunk ends; None for the output.
+
+        Raises:
+            TypeError: If a depth is no whole number.
+            ValueError: If it is out of range, or `stop` is less than `depth`.
+        """
+        check_depth(self, depth, "depth")
+        return self._leaves(depth, stop)
+
+    def head_leaves(self, start: int, end: int | None) -> frozenset[str]:
+        """Paths of the leaves that heads alone read, and neither stems nor the trunk between.
+
+        Args:
+            start: Depth at which the trunk begins, from 0 to `net.depth`.
+            end: Depth at which heads begin; None where there are none.
+        """
+        if end is None:
+            return frozenset()
+        shared = self.trunk_leaves(start, end) | self.stem_leaves(start)
+        return self.trunk_leaves(end) - shared
+
+    def leaves(self, paths: Iterable[str]) -> dict[str, Any]:
+        """Types of leaves of the variables, by path."""
+        return {path: self._avals[path] for path in paths}
+
+    def stem_parameters(self, depth: int) -> int:
+        """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
+        return _cost.params_of(self, self.stem_leaves(depth))
+
+    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
+        """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
+        return _cost.params_of(self, self.trunk_leaves(depth, stop))
+
+    def stem_flops(self, depth: int) -> int:
+        """Operations per example of the stem of a cut, counted as in `flops`."""
+        check_depth(self, depth, "depth")
+        return _cost.flops_of(self, self._reference.part(None, depth))
+
+    def trunk_flops(self, depth: int, stop: int | None = None) -> int:
+        """Operations per example of the trunk of a cut, counted as in `flops`."""
+        check_depth(self, depth, "depth")
+        check_part(self, depth, stop)
+        return _cost.flops_of(self, self._reference.part(depth, stop))
+
+    def _leaves(self, start: int | None, stop: int | None) -> frozenset[str]:
+        check_part(self, start, stop)
+        traced = self._reference
+        return traced.leaves_of(traced.part(start, stop), traced.ends(stop))
+
+    def crossing(self, depth: int) -> tuple[tuple[Any, frozenset[str]], ...]:
+        """What crosses a cut: of each value its type, and the groups that its axes carry.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [(aval.shape, set(groups)) for aval, groups in net.crossing(1)]
+            [((5, 4), {'w0'})]
+        """
+        check_depth(self, depth, "depth")
+        traced = self._reference
+        return tuple(
+            (
+                traced.graph.avals[v],
+                frozenset(place.group for place in traced.places(v)),
+            )
+            for v in traced.cut(depth).crossing
+        )
+
+    def places(self, site: str) -> tuple[Place, ...]:
+        """Groups that the axes of a site's value carry, each with its place there.
+
+        Args:
+            site: Name of a site, as in `run`, but for `output` and an `input` of several arrays.
+
+        Raises:
+            ValueError: If the network has no such site.
+        """
+        plan = Plan(self, self._reference, None, None, None, None)
+        return self._reference.places(plan.value_of(site))
+
+    def in_stem(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is made in the stem of a cut.
+
+        Args:
+            site: Name of a site, as in `run`.
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range, or the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [net.in_stem(layer.name, 1) for layer in net.layers]
+            [True, False]
+            >>> sorted(net.stem_leaves(1)), net.stem_parameters(1), net.trunk_flops(1)
+            (['w0'], 12, 8)
+        """
+        check_depth(self, depth, "depth")
+        return Plan(self, self._reference, None, None, None, None).in_stem(site, depth)
+
+    def crosses(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is handed from the stem of a cut to its trunk.
+
+        Args:
+            site: Name of a site, as in `run`.
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range, or the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [net.crosses(site, 1) for site in ("input", "w0", "w1")]
+            [False, True, False]
+        """
+        check_depth(self, depth, "depth")
+        return Plan(self, self._reference, None, None, None, None).crosses(site, depth)
+
+    # -------------------------------------------------------------------------------------- folding
 
     def can_fold(self, layer: str, *, shift: bool = True) -> bool:
         """Whether a correction of a layer's pre-activation can go into its leaves.
@@ -335,59 +644,3 @@ class Network(Structure):
         named, treedef = paths.flatten_named(variables)
         new = _fold.fold(self._reference, named, layer, scale, shift)
         return jax.tree.unflatten(treedef, [new[path] for path in named])
-
-    # ---------------------------------------------------------------------------------- private
-
-    def _named(self, variables: PyTree) -> dict[str, Any]:
-        named, _ = paths.flatten_named(variables)
-        unknown = [path for path in named if path not in self._avals]
-        if unknown:
-            raise ValueError(
-                f"variables has leaves {unknown[:3]} that the traced network has not; pass a tree "
-                "of the structure that was traced."
-            )
-        return named
-
-    def _check_present(
-        self, traced: Traced, wanted: Sequence[int], env: Mapping[int, Any], name: str
-    ) -> None:
-        """Checks that all leaves are there that computing values reads."""
-        graph = traced.graph
-        read = {v for i in graph.needed(wanted, env) for v in graph.equations[i].values}
-        given = graph.inputs[: len(self._avals)]
-        leaves = zip(given, self._avals, strict=True)
-        missing = [p for v, p in leaves if v in read | set(wanted) and v not in env]
-        self.check_variances(missing, name)
-        if missing:
-            raise ValueError(
-                f"{name} lacks {missing[:3]}{' and more' if len(missing) > 3 else ''}, which this "
-                "part of the network reads; pass a tree of the structure that was traced."
-            )
-
-    def check_variances(self, missing: Iterable[str], name: str) -> None:
-        """Raises a ValueError if what is missing are variances alone, which merging left unknown.
-
-        Args:
-            missing: Paths of the leaves that a tree lacks.
-            name: What to call it.
-        """
-        missing = list(missing)
-        if missing and set(missing) <= {norm.var for norm in self.norms}:
-            raise ValueError(
-                f"{name} lacks {missing[:3]}{' and more' if len(missing) > 3 else ''}, stored "
-                "variances: merged through a matrix they are unknown, since the variance of a "
-                "mixture of features does not follow from theirs. Measure them on data: "
-                "vfjax.renorm.reset(net, merged, data) returns all."
-            )
-
-
-def _check_crossing(x: Any, start: int | None) -> None:
-    if start is None:
-        if isinstance(x, Crossing):
-            raise ValueError(f"x is a Crossing of a cut at {x.depth}; run it with start={x.depth}.")
-    elif not isinstance(x, Crossing) or x.depth != start:
-        found = f"a cut at {x.depth}" if isinstance(x, Crossing) else type(x).__name__
-        raise ValueError(
-            f"start={start} takes the Crossing that run(..., stop={start}) returns in place of x; "
-            f"it was {found}."
-        )

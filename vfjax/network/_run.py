@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis.traced import Traced
 from vfjax._types import Array
+from vfjax.network._checks import unknown
 
 Edit = Callable[[Array], Array]
 
@@ -135,7 +136,7 @@ class Plan:
             return value, (layer.index, operand)
         inner = [f"{n}:in" for n in (*traced.norms, *traced.layers)]
         known = [*traced.layers, *inner, "input", "output"]
-        raise ValueError(self._net._unknown("site", site, known))
+        raise ValueError(unknown(self._net, "site", site, known))
 
     def _check_side(self, site: str) -> None:
         """Checks that a site lies in the part that runs; what crosses lies in both."""

@@ -18,6 +18,7 @@ from vfjax._types import Array, PyTree
 from vfjax.merge._arguments import check_merged, weights_for
 from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_models
+from vfjax.network._checks import opaque_hint
 from vfjax.network._network import Network
 
 # A bias: path of its leaf, and which slice of it where a scan over layers was unrolled.
@@ -224,7 +225,7 @@ def _map_biases(
     """
     if net.opaque:
         warnings.warn(
-            f"biases are changed in the layers of net.layers only.{net.opaque_hint()}",
+            f"biases are changed in the layers of net.layers only.{opaque_hint(net)}",
             UserWarning,
             stacklevel=3,
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._types import Array
 from vfjax.network._arguments import check_net
+from vfjax.network._checks import opaque_hint
 from vfjax.network._network import Network
 from vfjax.network._records import JointTap
 from vfjax.symmetry._places import Axis, Window, grid, moved, rows
@@ -133,7 +134,7 @@ def check_names(net: Network, sites: Any, known: Sequence[str]) -> tuple[str, ..
             raise ValueError(
                 f'`sites`: the network has no site "{name}"'
                 + (f"; did you mean {' or '.join(close)}" if close else "; see net.summary()")
-                + f".{net.opaque_hint()}"
+                + f".{opaque_hint(net)}"
             )
     return tuple(dict.fromkeys(names))
 
