@@ -75,7 +75,7 @@ def test_a_mixed_linear_model_keeps_its_function(x):
     models = [tree(1, x), tree(2, x)]
     net = vfjax.trace(network(lambda u: u), models[0], x)
     moments = stats.moments(net, models, [x], sites="taps", covariance=True)
-    maps = dense(3).with_spreads(net, moments)
+    maps = align.with_spreads(dense(3), net, moments)
     mapped = maps.apply(net, models)[1]
     assert mapped["var"] is None
     before, after = net.run(models[1], x), net.run(renorm.reset(net, mapped, [x]), x)
@@ -97,7 +97,7 @@ def test_units_before_the_norm_do_not_count(seed, has_scale):
     outputs = []
     for second in (b, other):
         moments = stats.moments(net, [a, second], [x], sites="taps", covariance=True)
-        maps = dense(seed).with_spreads(net, moments)
+        maps = align.with_spreads(dense(seed), net, moments)
         merged = renorm.reset(net, merge.interpolate(maps.apply(net, [a, second])), [x])
         outputs.append(net.run(merged, x))
     np.testing.assert_allclose(*outputs, rtol=1e-2, atol=1e-2 * np.abs(outputs[0]).max())

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 
 from vfjax._maps.labels import check_labels, pairs_of, sizes_of
-from vfjax._maps.norm_units import in_output_units, mixed_scales, spread_of
-from vfjax._maps.parts import Part, gather, permuting
+from vfjax._maps.norm_units import in_output_units, mixed_scales
+from vfjax._maps.parts import permuting
 from vfjax._trees.options import whole
 from vfjax._trees.paths import with_leaves, without
 from vfjax._types import PyTree
-from vfjax.align._taps import tap_covariances
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
-from vfjax.stats._moments import Moments
 from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permutation
 
 
@@ -114,43 +112,6 @@ class Maps:
                 check_permutation(group, permutation, None, within=True)
             maps.append(permuting(of_model or {}))
         return cls(tuple(maps))
-
-    def with_spreads(self, net: Network, moments: Moments) -> Maps:
-        """The same, with spreads as the features at the taps have them.
-
-        Args:
-            net: The traced network.
-            moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
-
-        Returns:
-            Maps with `spreads`; the same ones where no scale of a norm takes them.
-
-        Raises:
-            ValueError: If `moments` lacks a covariance.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> x = np.float32([[1], [2]])
-            >>> found = vfjax.stats.moments(net, [tree] * 2, [x], sites="taps", covariance=True)
-            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
-            >>> maps.with_spreads(net, found) is maps
-            True
-        """
-        if not self.unknown(net):  # no scale takes them
-            return self
-        owners = {owner: np.arange(net.spec.sizes[owner]) for owner in net.spec.within.values()}
-        orders = [owners | of for of in self.permutations]
-        found: list[dict[Part, list[np.ndarray]]] = [{} for _ in self.maps]
-        for part, block, _ in tap_covariances(net, moments, orders):
-            for k, of in enumerate(self.mixing):
-                if part.group in of:
-                    matrix = of[part.group][0]
-                    matrix = matrix[part.entry] if np.ndim(matrix) == 3 else matrix
-                    found[k].setdefault(part, []).append(spread_of(matrix, block[k, k]))
-        spreads = [gather({p: np.mean(taps, 0) for p, taps in of.items()}) for of in found]
-        return dataclasses.replace(self, spreads=tuple(spreads))
 
     @property
     def models(self) -> int:

@@ -7,6 +7,7 @@ from vfjax.align._assignment import Alignment as Alignment
 from vfjax.align._cca import canonical_correlations as canonical_correlations
 from vfjax.align._cca import cca as cca
 from vfjax.align._cca import cca_moments as cca_moments
+from vfjax.align._taps import with_spreads as with_spreads
 from vfjax.align._transport import transport as transport
 from vfjax.align._transport import transport_moments as transport_moments
 from vfjax.align._universe import Universe as Universe
@@ -32,6 +33,7 @@ __all__ = [
     "merged_correlation",
     "transport",
     "transport_moments",
+    "with_spreads",
     "zip_features",
     "zip_moments",
 ]

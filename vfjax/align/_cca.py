@@ -30,6 +30,7 @@ from vfjax.align._taps import (
     match_owners,
     network_of,
     tap_covariances,
+    with_spreads,
 )
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
@@ -173,7 +174,7 @@ def cca_moments(
             }
         )
         maps[k] = {**permuting(orders[k]), **found}
-    return Maps(tuple(maps), {}).with_spreads(net, moments)
+    return with_spreads(Maps(tuple(maps), {}), net, moments)
 
 
 def canonical_correlations(

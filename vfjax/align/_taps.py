@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._maps.parts import Part
+from vfjax._maps.maps import Maps
+from vfjax._maps.norm_units import spread_of
+from vfjax._maps.parts import Part, gather
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import assign_in_place
@@ -225,3 +228,42 @@ def correlation(
     scale = np.outer(np.asarray(std_a, np.float64), np.asarray(std_b, np.float64))
     out = np.zeros_like(scale)
     return np.divide(np.asarray(covariance, np.float64), scale, out=out, where=scale > 0)
+
+
+def with_spreads(maps: Maps, net: Network, moments: Moments) -> Maps:
+    """Maps with the spreads that the features at the taps have.
+
+    Args:
+        maps: What was found.
+        net: The traced network.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+
+    Returns:
+        The maps with `spreads`; the same ones where no scale of a norm takes them.
+
+    Raises:
+        ValueError: If `moments` lacks a covariance.
+
+    Example:
+        >>> import vfjax
+        >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+        >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+        >>> x = np.float32([[1], [2]])
+        >>> found = vfjax.stats.moments(net, [tree] * 2, [x], sites="taps", covariance=True)
+        >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+        >>> with_spreads(maps, net, found) is maps
+        True
+    """
+    if not maps.unknown(net):  # no scale takes them
+        return maps
+    owners = {owner: np.arange(net.spec.sizes[owner]) for owner in net.spec.within.values()}
+    orders = [owners | of for of in maps.permutations]
+    found: list[dict[Part, list[np.ndarray]]] = [{} for _ in maps.maps]
+    for part, block, _ in tap_covariances(net, moments, orders):
+        for k, of in enumerate(maps.mixing):
+            if part.group in of:
+                matrix = of[part.group][0]
+                matrix = matrix[part.entry] if np.ndim(matrix) == 3 else matrix
+                found[k].setdefault(part, []).append(spread_of(matrix, block[k, k]))
+    spreads = [gather({p: np.mean(taps, 0) for p, taps in of.items()}) for of in found]
+    return dataclasses.replace(maps, spreads=tuple(spreads))

@@ -38,6 +38,7 @@ from vfjax.align._taps import (
     match_owners,
     network_of,
     tap_covariances,
+    with_spreads,
 )
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
@@ -198,7 +199,7 @@ def zip_moments(
                 similarity, models
             )
         found[part] = _in_order(labels)
-    return Maps.of_labels({**heads, **gather(found)}, models).with_spreads(net, moments)
+    return with_spreads(Maps.of_labels({**heads, **gather(found)}, models), net, moments)
 
 
 def merged_correlation(

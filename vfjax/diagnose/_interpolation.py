@@ -24,7 +24,7 @@ from vfjax._passes.evaluate import Evaluation, evaluate
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
-from vfjax.network._arguments import check_net
+from vfjax.network._arguments import as_trees, check_net
 from vfjax.network._checks import check_depth
 from vfjax.network._network import Network
 from vfjax.renorm._renorm import repair, rescale, reset
@@ -246,7 +246,7 @@ def interpolation(
     """
     check_net(net)
     grid = _grid(alphas)
-    trees = merge.as_trees(trees)
+    trees = as_trees(trees)
     if len(trees) != 2:
         raise ValueError(f"trees must be two, the ends of the interpolation, got {len(trees)}")
     check_depth(net, layers, "layers")

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,24 @@ from vfjax._passes.devices import on_mesh, on_meshes
 from vfjax._passes.moments import ROUNDINGS, scale_of
 from vfjax._passes.stream import stream
 from vfjax._types import Array, PyTree
-from vfjax.merge._merged import Merged
 from vfjax.stats._sites import by_example
 
 Shape = tuple[int, ...]
+
+
+class Runs(Protocol):
+    """A model with its network, as `vfjax.merge.Merged`: a pytree that can be run."""
+
+    @property
+    def net(self) -> Any:
+        """The traced network."""
+
+    def run(self, x: Any, *, capture: Any = None) -> Any:
+        """The output; with `capture` also the values at sites, by name."""
+
+
 # Models, and the scales of their features, the sites of all models in one row.
-_State = tuple[tuple[Merged, ...], list[Array]]
+_State = tuple[tuple[Runs, ...], list[Array]]
 
 # Entries of a Gram matrix that are multiplied at a time, in float64 on the host.
 _BLOCK = 1 << 18
@@ -61,7 +73,7 @@ class Job(NamedTuple):
         return Job(tuple(sites), tuple(shapes))
 
 
-def job_of(models: Sequence[Merged], sites: Sequence[Sequence[str]]) -> Job:
+def job_of(models: Sequence[Runs], sites: Sequence[Sequence[str]]) -> Job:
     """Finds the shapes of the values of one example.
 
     Raises:
@@ -85,7 +97,7 @@ def itemsize() -> int:
     return 8 if jax.config.jax_enable_x64 else 4
 
 
-def _features(job: Job, models: Sequence[Merged], x: PyTree) -> list[Array]:
+def _features(job: Job, models: Sequence[Runs], x: PyTree) -> list[Array]:
     """`[batch, p]` of every site, float32 or better."""
     found = []
     for model, names, shapes in zip(models, job.sites, job.shapes, strict=True):
@@ -105,7 +117,7 @@ def _scaled(job: Job, state: _State, x: PyTree) -> list[Array]:
 
 
 def _with_scales(
-    job: Job, models: tuple[Merged, ...], data: Iterable[PyTree]
+    job: Job, models: tuple[Runs, ...], data: Iterable[PyTree]
 ) -> tuple[_State, Iterable[PyTree]]:
     """Scales of all sites beside the models, and the data again, from its first batch on.
 
@@ -147,7 +159,7 @@ def covariance_bytes(widths: Sequence[int], pairs: Sequence[tuple[int, int]]) ->
 
 
 def by_covariances(
-    job: Job, models: tuple[Merged, ...], data: Iterable[Any], pairs: tuple[tuple[int, int], ...]
+    job: Job, models: tuple[Runs, ...], data: Iterable[Any], pairs: tuple[tuple[int, int], ...]
 ) -> np.ndarray:
     """`H / n^2` `[sites, sites]` from the covariances of pairs of sites, in one pass.
 
@@ -220,7 +232,7 @@ def gram_bytes(widths: Sequence[int], count: int) -> int:
 
 def by_grams(
     job: Job,
-    models: tuple[Merged, ...],
+    models: tuple[Runs, ...],
     read: Callable[[], Iterable[Any]],
     count: int,
     memory: int,
@@ -289,7 +301,7 @@ def _gram(parts: list[Array]) -> Array:
 
 
 def by_minibatches(
-    job: Job, models: tuple[Merged, ...], data: Iterable[Any]
+    job: Job, models: tuple[Runs, ...], data: Iterable[Any]
 ) -> tuple[np.ndarray, int]:
     """Unbiased estimates of HSIC `[sites, sites]`, averaged over batches by their examples.
 
