@@ -18,7 +18,7 @@ from vfjax import (
     renorm,
     stats,
 )
-from vfjax._passes import stream
+from vfjax._passes import streaming
 from vfjax.stats import _measure
 
 CLASSES = (3, 5)
@@ -97,7 +97,7 @@ MATCHERS = {
 @pytest.mark.parametrize("sites", ["taps", "paper", ["input"]])
 def test_moments_do_not_look_behind_their_sites(models, monkeypatch, sites, vmapped):
     nets, net, trees, alike, data = models
-    monkeypatch.setattr(stream, "vmapped", lambda: vmapped)
+    monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
     covariance = sites == "taps"
     found = stats.moments(nets, trees, data, sites=sites, covariance=covariance)
     same(found, stats.moments(net, alike, data, sites=sites, covariance=covariance))

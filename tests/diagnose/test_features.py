@@ -20,7 +20,7 @@ from vfjax import (
     renorm,
     stats,
 )
-from vfjax._passes import stream
+from vfjax._passes import streaming
 from vfjax.diagnose import _rows
 from vfjax.stats import _pieces
 
@@ -453,7 +453,7 @@ def test_vmapped_networks_give_the_same_numbers(monkeypatch):
     _, trees, x = mlp()
     found = []
     for vmapped in (False, True):
-        monkeypatch.setattr(stream, "vmapped", lambda v=vmapped: v)
+        monkeypatch.setattr(streaming, "vmapped", lambda v=vmapped: v)
         net = vfjax.trace(_mlp, trees[0], x)
         models = [merge.preserve_first(net, t, layers=2) for t in (trees[:2], trees[1:])]
         many = [trees[0], models[0], trees[1], models[1]]

@@ -17,8 +17,8 @@ from vfjax import (
     stats,
     train,
 )
-from vfjax._passes import batches
-from vfjax._passes.evaluate import _add_batch
+from vfjax._passes import batching
+from vfjax._passes.evaluation import _add_batch
 from vfjax.diagnose import Interpolation, _interpolation, barrier
 
 # Averages of float32 leaves inside and outside of a compiled call: products and sums may be fused.
@@ -419,7 +419,7 @@ def test_data_is_read_once(plain, monkeypatch):
     expected = plain(alphas=3, renormalise="rescale", data=plain.data)
     np.testing.assert_array_equal(found.loss, expected.loss)
     # What does not fit is read anew each time.
-    monkeypatch.setattr(batches, "_KEEP_BYTES", 100)
+    monkeypatch.setattr(batching, "_KEEP_BYTES", 100)
     found = plain(alphas=3, renormalise="rescale", data=plain.data)
     np.testing.assert_array_equal(found.loss, expected.loss)
     with pytest.raises(ValueError, match="exhausted"):

@@ -16,7 +16,7 @@ from vfjax import (
     renorm,
     stats,
 )
-from vfjax._passes import stream
+from vfjax._passes import streaming
 from vfjax.align import Maps
 
 ROUNDING = 1e-4
@@ -420,7 +420,7 @@ def own_networks(name, trees, x):
 @pytest.mark.parametrize("vmapped", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
-    monkeypatch.setattr(stream, "vmapped", lambda: vmapped)
+    monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
     _, trees, x = case("heads", classes=7)
     nets = own_networks("heads", trees, x)[apart]
     maps = random_zip(case("heads")[0], 2)

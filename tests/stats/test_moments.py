@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
 from vfjax import stats
-from vfjax._passes import stream
+from vfjax._passes import streaming
 from vfjax.stats import _measure, _pieces
 
 # Two passes in float32 over a few thousand samples of order one.
@@ -466,7 +466,7 @@ def test_vmapped_models_give_the_same_numbers(monkeypatch):
     """The road that accelerators take."""
     net, trees, data = _make(Conv())
     looped = stats.moments(net, trees, [data], covariance=True)
-    monkeypatch.setattr(stream, "vmapped", lambda: True)
+    monkeypatch.setattr(streaming, "vmapped", lambda: True)
     net, _, _ = _make(Conv())
     jax.tree.map(_close, stats.moments(net, trees, [data], covariance=True), looped)
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batches import check_finite_means
+from vfjax._passes.batching import check_finite_means
 from vfjax._passes.devices import on_mesh
 from vfjax._passes.moments import covariance_of, merge_moments, without_rounding
-from vfjax._passes.stream import stream
+from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within
 from vfjax.network._network import Network

@@ -16,10 +16,10 @@ from vfjax.diagnose._interpolation import barrier as barrier
 from vfjax.diagnose._interpolation import interpolation as interpolation
 from vfjax.diagnose._magnitude import rescale_product as rescale_product
 from vfjax.diagnose._report.advice import Advice as Advice
+from vfjax.diagnose._report.compose import Report as Report
+from vfjax.diagnose._report.compose import report as report
 from vfjax.diagnose._report.findings import LayerFinding as LayerFinding
 from vfjax.diagnose._report.findings import NormFinding as NormFinding
-from vfjax.diagnose._report.report import Report as Report
-from vfjax.diagnose._report.report import report as report
 from vfjax.diagnose._similarity import CKA as CKA
 from vfjax.diagnose._similarity import Distance as Distance
 from vfjax.diagnose._similarity import cka as cka

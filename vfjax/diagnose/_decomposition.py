@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from vfjax._analysis.affine import culprit
 from vfjax._analysis.views import view_of
 from vfjax._jaxpr.calls import INPUT
-from vfjax._passes.batches import batches
+from vfjax._passes.batching import batches
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._rows import zero_example

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._maps.maps import Maps
-from vfjax._passes.batches import check_finite_means
+from vfjax._passes.batching import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import carry, compared

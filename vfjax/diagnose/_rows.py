@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batches import batch_size
+from vfjax._passes.batching import batch_size
 from vfjax._passes.devices import mesh_of, on_mesh, replicate
 from vfjax._passes.moments import ROUNDINGS, alive, scale_of
-from vfjax._passes.stream import by_pieces, each, stream
+from vfjax._passes.streaming import by_pieces, each, stream
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._network import Network

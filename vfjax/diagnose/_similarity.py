@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax._passes.batches import batch_size, batches, keep
+from vfjax._passes.batching import batch_size, batches, keep
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batches import labelled
+from vfjax._passes.batching import labelled
 from vfjax._passes.devices import mesh_of
 from vfjax._trees.paths import flatten_named, with_leaves
 from vfjax._types import Array, PyTree

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._passes.batches import batch_size
+from vfjax._passes.batching import batch_size
 from vfjax._passes.devices import on_mesh
-from vfjax._passes.stream import stream
+from vfjax._passes.streaming import stream
 from vfjax._types import PyTree
 from vfjax.network._kernels import input_squares, kernel_rows, spread
 from vfjax.network._network import Network

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batches import batches, check_finite_means, keep
+from vfjax._passes.batching import batches, check_finite_means, keep
 from vfjax._passes.devices import on_mesh, on_meshes
 from vfjax._passes.moments import (
     Pooled,

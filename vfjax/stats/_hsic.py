@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batches import batch_size, batches
+from vfjax._passes.batching import batch_size, batches
 from vfjax._passes.devices import on_mesh, on_meshes
 from vfjax._passes.moments import ROUNDINGS, scale_of
-from vfjax._passes.stream import stream
+from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.stats._sites import by_example
 

@@ -23,7 +23,7 @@ from vfjax._passes.moments import (
     shifted_moments,
     without_rounding,
 )
-from vfjax._passes.stream import by_pieces, each
+from vfjax._passes.streaming import by_pieces, each
 from vfjax._types import Array, PyTree
 from vfjax.network._network import Network
 from vfjax.stats._pieces import pieces

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batches import check_finite_means
-from vfjax._passes.stream import stream
+from vfjax._passes.batching import check_finite_means
+from vfjax._passes.streaming import stream
 from vfjax._trees.mean import resolve_weights
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batches import batch_size
+from vfjax._passes.batching import batch_size
 from vfjax._passes.moments import alive
 from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from tqdm import tqdm
 
 from vfjax._jaxpr.faster import routed
-from vfjax._passes.batches import labelled
+from vfjax._passes.batching import labelled
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 

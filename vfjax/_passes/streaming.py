@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._passes.batches import batch_size, batches
+from vfjax._passes.batching import batch_size, batches
 from vfjax._passes.devices import on_meshes, replicate
 from vfjax._types import Array, PyTree
 
