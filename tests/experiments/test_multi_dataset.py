@@ -18,7 +18,7 @@ from flax import linen as nn
 
 import vfjax
 from vfjax import data, models
-from vfjax.models import layers
+from vfjax.models import _layers
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
@@ -99,7 +99,7 @@ def test_record_is_complete(quick):
     assert {"python", "vfjax", "jax"} <= set(record["versions"]) and record["date"]
     (found,) = record["combinations"]
     assert [(row["method"], row["layers"]) for row in found["rows"]] == [
-        (method, layers) for method in multi.METHODS for layers in (1, 2)
+        (method, _layers) for method in multi.METHODS for _layers in (1, 2)
     ]
     for row in found["rows"]:
         assert list(row["accuracy"]) == ["digits", "digits-turned"]
@@ -191,9 +191,9 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = layers.conv(x, 6, name="conv", init="kaiming_normal")
-        x = nn.relu(layers.normalise(x, "batch", name="norm", train=train))
-        return layers.dense(x.mean((1, 2)), 10, name="head", init="kaiming_normal")
+        x = _layers.conv(x, 6, name="conv", init="kaiming_normal")
+        x = nn.relu(_layers.normalise(x, "batch", name="norm", train=train))
+        return _layers.dense(x.mean((1, 2)), 10, name="head", init="kaiming_normal")
 
 
 def test_a_network_merged_with_itself_is_itself(sets):
@@ -249,7 +249,7 @@ def test_the_papers_numbers_are_as_in_the_paper(told):
 def test_each_pair_is_judged(told, layers, value, holds, where):
     """Where one loses and another wins their mean does not tell."""
     pair = told["combinations"][0]
-    (row,) = (r for r in pair["rows"] if (r["method"], r["layers"]) == ("zip", int(layers)))
+    (row,) = (r for r in pair["rows"] if (r["method"], r["_layers"]) == ("zip", int(_layers)))
     row["mean"] = value
     ((found, text),) = multi.pair_claims(told)
     assert found is holds and text.endswith(f"so ZipIt! is {where}")
@@ -273,7 +273,7 @@ def test_each_pair_is_judged(told, layers, value, holds, where):
     ],
 )
 def test_each_claim_can_fail(told, claim, group, method, layers, value):
-    told["summary"][group][method][layers] = value
+    told["summary"][group][method][_layers] = value
     assert verdicts(told)[claim] is False
     assert f"{100 * value:.1f}" in multi.claims_of(told)[claim][1] or claim > 4
 

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from vfjax import models
-from vfjax.models.layers import conv, dense, normalise
+from vfjax.models._layers import conv, dense, normalise
 
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 DIGIT = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)

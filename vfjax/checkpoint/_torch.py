@@ -18,10 +18,10 @@ from flax import traverse_util
 
 from vfjax._types import PyTree
 from vfjax.checkpoint._packed import CheckpointError
-from vfjax.models.bottleneck import BLOCKS, BottleneckResNet
-from vfjax.models.convnext import ConvNeXt
-from vfjax.models.layers import scaled
-from vfjax.models.vgg import STAGES, ImageNetVGG
+from vfjax.models._bottleneck import BLOCKS, BottleneckResNet
+from vfjax.models._convnext import ConvNeXt
+from vfjax.models._layers import scaled
+from vfjax.models._vgg import STAGES, ImageNetVGG
 
 __all__ = ["from_torch"]
 

@@ -7,7 +7,12 @@ from typing import Any, cast
 import jax
 from flax import linen as nn
 
-from vfjax.models.layers import conv, dense, normalise, scaled
+from vfjax.models._layers import (
+    conv,
+    dense,
+    normalise,
+    scaled,
+)
 
 __all__ = ["BLOCKS", "BottleneckResNet"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from vfjax.models.layers import dense
+from vfjax.models._layers import dense
 
 __all__ = ["MLP"]
 

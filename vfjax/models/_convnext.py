@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from vfjax.models.layers import scaled
+from vfjax.models._layers import scaled
 
 __all__ = ["ConvNeXt"]
 

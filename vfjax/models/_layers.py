@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from vfjax.models.init import initialisers
+from vfjax.models._init import initialisers
 
 __all__ = ["NORMS", "conv", "dense", "normalise", "scaled"]
 

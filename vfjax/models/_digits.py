@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from vfjax.models.layers import conv, dense, scaled
-from vfjax.models.mlp import MLP
+from vfjax.models._layers import conv, dense, scaled
+from vfjax.models._mlp import MLP
 
 __all__ = ["DigitsConv", "DigitsMLP"]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vfjax.models.layers import scaled
+from vfjax.models._layers import scaled
 
 __all__ = ["ViT"]
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from vfjax.models.layers import conv, dense, normalise, scaled
+from vfjax.models._layers import (
+    conv,
+    dense,
+    normalise,
+    scaled,
+)
 
 __all__ = ["ResNet"]
 
