@@ -26,8 +26,25 @@ from vfjax.network._records import Tap as Tap
 from vfjax.symmetry._check import check_spec as check_spec
 from vfjax.symmetry._spec import PermutationSpec as PermutationSpec
 
-__version__ = "0.1.0"
+__all__ = [
+    "Crossing",
+    "FoldError",
+    "Layer",
+    "Network",
+    "Norm",
+    "PermutationSpec",
+    "Tap",
+    "align",
+    "check_spec",
+    "diagnose",
+    "merge",
+    "prune",
+    "renorm",
+    "stats",
+    "trace",
+]
 
+__version__ = "0.1.0"
 _ON_FIRST_USE = frozenset({"checkpoint", "data", "imagenet", "models", "plot", "train"})
 
 

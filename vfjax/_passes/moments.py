@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -74,11 +75,11 @@ def shifted_moments(
 
 
 def pool(a: Pooled, b: Pooled) -> Pooled:
-    """Moments of the union of two sets of samples (Chan, Golub and LeVeque 1979)."""
+    """Moments of the union of two sets of samples, on the host as on the device."""
     count = a.count + b.count
-    step = b.mean - a.mean
-    share = b.count / count
-    return Pooled(count, a.mean + step * share, a.m2 + b.m2 + step * step * (a.count * share))
+    mean, step = union_means(a.mean, b.mean, b.count / count)
+    second = union_second(a.var, b.var, step * step, b.count / count)
+    return Pooled(count, mean, second * count)
 
 
 def alive(mean: Any, var: Any) -> Any:
@@ -125,10 +126,55 @@ def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Ar
     return found - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
 
 
+def union_means(old: PyTree, new: PyTree, share: float | Array) -> tuple[PyTree, PyTree]:
+    """Means of the union of two sets of samples, and the steps that lead from the first set's.
+
+    Args:
+        old: Means of the first set, a tree of arrays.
+        new: Those of the second.
+        share: The second set's part of all samples.
+    """
+    steps = jax.tree.map(operator.sub, new, old)
+    return jax.tree.map(lambda a, step: a + step * _part(share, a), old, steps), steps
+
+
+def union_second(old: Array, new: Array, between: Array, share: float | Array) -> Array:
+    """Second central moments of the union of two sets of samples (Chan, Golub and LeVeque 1979).
+
+    Args:
+        old: Variances or covariances of the first set.
+        new: Those of the second.
+        between: Products of the steps between the means: squares for variances, outer products for
+            covariances.
+        share: The second set's part of all samples.
+    """
+    part = _part(share, old)
+    return old + (new - old) * part + between * (part * (1 - part))
+
+
+def union_deviation(old: Array, new: Array, step: Array, share: float | Array) -> Array:
+    """The square root of `union_second`, of square roots, whose squares need not be finite.
+
+    Args:
+        old: Standard deviations of the first set.
+        new: Those of the second.
+        step: Sizes of the steps between the means.
+        share: The second set's part of all samples.
+    """
+    part = jnp.asarray(share, old.dtype)
+    within, between = jnp.sqrt(jnp.stack([1 - part, part])), jnp.sqrt(part * (1 - part))
+    return length(jnp.stack([old * within[0], new * within[1], step * between]), (0,))
+
+
+def _part(share: Any, like: Any) -> Any:
+    """A share in the precision of what it multiplies; a plain number takes it on anyway."""
+    return share if isinstance(share, float) else share.astype(like.dtype)
+
+
 def merge_moments(
     pooled: tuple[PyTree, PyTree], batch: tuple[PyTree, PyTree], share: float | Array
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Means and variances of the union of two sets of samples (Chan, Golub and LeVeque 1979).
+    """Means and variances of the union of two sets of samples.
 
     Args:
         pooled: Means and variances of the first set, two trees of one structure.
@@ -138,16 +184,11 @@ def merge_moments(
     Returns:
         Means, variances, and the steps from the first set's means to the second's.
     """
-    steps = jax.tree.map(jnp.subtract, batch[0], pooled[0])
-
-    def mean(old: Array, step: Array) -> Array:
-        return old + step * jnp.asarray(share, old.dtype)
+    means, steps = union_means(pooled[0], batch[0], share)
 
     def var(old: Array, new: Array, step: Array) -> Array:
-        part = jnp.asarray(share, old.dtype)
-        return old + (new - old) * part + jnp.square(step) * (part * (1 - part))
+        return union_second(old, new, jnp.square(step), share)
 
-    means = jax.tree.map(mean, pooled[0], steps)
     return means, jax.tree.map(var, pooled[1], batch[1], steps), steps
 
 
@@ -166,3 +207,9 @@ def scale_of(*arrays: Array) -> Array:
     largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
     exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
     return jnp.ldexp(jnp.ones((), largest.dtype), -exponent)
+
+
+def length(a: Array, axes: tuple[int, ...]) -> Array:
+    """L2 norms over some axes, also where the squares are not finite."""
+    scale = scale_of(a)
+    return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale

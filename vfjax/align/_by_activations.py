@@ -12,7 +12,7 @@ import numpy as np
 
 from vfjax._passes.batching import check_finite_means
 from vfjax._passes.devices import on_mesh
-from vfjax._passes.moments import covariance_of, merge_moments, without_rounding
+from vfjax._passes.moments import covariance_of, merge_moments, union_second, without_rounding
 from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within
@@ -168,14 +168,14 @@ def _batch(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _pool(pooled: Measured, batch: Measured, share: float | Array) -> Measured:
-    """Chan's merge of two sets of samples; `share` is the batch's part of all so far."""
+    """The moments of the union of two sets of samples; `share` is the second's part."""
     mean, var, steps = merge_moments(
         (pooled["mean"], pooled["var"]), (batch["mean"], batch["var"]), share
     )
 
     def merge(k: int, name: str, old: Array) -> Array:
-        between = jnp.outer(steps[k][name], steps[0][name]) * (share * (1 - share))
-        return old + (batch["covariance"][k - 1][name] - old) * share + between
+        between = jnp.outer(steps[k][name], steps[0][name])
+        return union_second(old, batch["covariance"][k - 1][name], between, share)
 
     covariance = [
         {name: merge(k, name, old) for name, old in of.items()}

@@ -70,8 +70,8 @@ def rescale_product(
     main = [layer for layer in net.layers if layer.main]
     for depth in sorted({layer.depth for layer in main}):
         layers = [layer for layer in main if layer.depth == depth]
-        goal = sum(w * _magnitude(net, o, layers) for w, o in zip(share, others, strict=True))
-        mine = _magnitude(net, merged, layers)
+        goal = sum(w * _magnitude_of(net, o, layers) for w, o in zip(share, others, strict=True))
+        mine = _magnitude_of(net, merged, layers)
         if mine == 0:
             raise ValueError(
                 f"the merged kernel of '{layers[0].name}' is all 0, so that no factor gives it the "
@@ -82,7 +82,7 @@ def rescale_product(
     return factors
 
 
-def _magnitude(net: Network, network: PyTree | Merged, layers: Sequence[Layer]) -> float:
+def _magnitude_of(net: Network, network: PyTree | Merged, layers: Sequence[Layer]) -> float:
     """Mean absolute value of the kernels of some layers, as the layers use them."""
     if isinstance(network, Merged):
         name, trees = layers[0].name, ()
@@ -91,8 +91,8 @@ def _magnitude(net: Network, network: PyTree | Merged, layers: Sequence[Layer]) 
         elif network.in_heads(name):
             trees = network.heads
         if trees:
-            each = [_magnitude(network.net_of(k), t, layers) for k, t in enumerate(trees)]
+            each = [_magnitude_of(network.net_of(k), t, layers) for k, t in enumerate(trees)]
             return float(np.dot(network.weights, each))
-        return _magnitude(net, network.trunk, layers)
+        return _magnitude_of(net, network.trunk, layers)
     found = kernels(net, network, [layer.name for layer in layers])
     return float(np.abs(np.concatenate(found)).mean())

@@ -19,7 +19,7 @@ import numpy as np
 
 from vfjax._passes.batching import batch_size
 from vfjax._passes.devices import mesh_of, on_mesh, replicate
-from vfjax._passes.moments import ROUNDINGS, alive, scale_of
+from vfjax._passes.moments import ROUNDINGS, alive, length, scale_of, union_deviation, union_means
 from vfjax._passes.streaming import by_pieces, each, stream
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
@@ -142,35 +142,18 @@ def _merge(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tup
 
 
 def _union(old: Rows, new: Rows, share: Any) -> Rows:
-    """The rows of the union of two sets of samples (Chan, Golub and LeVeque 1979)."""
-
-    def mean(old: Array, step: Array) -> Array:
-        return old + step * jnp.asarray(share, old.dtype)
-
-    def deviation(old: Array, new: Array, step: Array) -> Array:
-        part = jnp.asarray(share, old.dtype)
-        within, between = jnp.sqrt(jnp.stack([1 - part, part])), jnp.sqrt(part * (1 - part))
-        return _length(jnp.stack([old * within[0], new * within[1], step * between]), (0,))
-
-    def length(step: Array) -> Array:
-        return _length(step, tuple(range(step.ndim)))
-
-    known = (old.mean, old.norm, old.centre)
-    steps = jax.tree.map(jnp.subtract, (new.mean, new.norm, new.centre), known)
-    means = jax.tree.map(mean, known, steps)
+    """The rows of the union of two sets of samples."""
+    means, steps = union_means(
+        (old.mean, old.norm, old.centre), (new.mean, new.norm, new.centre), share
+    )
+    sizes = (*steps[:2], jax.tree.map(lambda step: length(step, tuple(range(step.ndim))), steps[2]))
     std, norm_std, spread = jax.tree.map(
-        deviation,
+        lambda a, b, step: union_deviation(a, b, step, share),
         (old.std, old.norm_std, old.spread),
         (new.std, new.norm_std, new.spread),
-        (*steps[:2], jax.tree.map(length, steps[2])),
+        sizes,
     )
     return Rows(*(means[0], std, means[1], norm_std, means[2], spread))
-
-
-def _length(a: Array, axes: tuple[int, ...]) -> Array:
-    """L2 norms over some axes."""
-    scale = scale_of(a)
-    return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale
 
 
 def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple[Rows, ...]:

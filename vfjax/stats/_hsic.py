@@ -20,7 +20,7 @@ import numpy as np
 
 from vfjax._passes.batching import batch_size, batches
 from vfjax._passes.devices import on_mesh, on_meshes
-from vfjax._passes.moments import ROUNDINGS, scale_of
+from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
 from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.stats._sites import by_example
@@ -211,14 +211,12 @@ def _covariances(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _pool(pairs: tuple[tuple[int, int], ...], pooled: Any, batch: Any, share: Any) -> Any:
-    """Those of the union of two sets of examples (Chan, Golub and LeVeque 1979)."""
-    steps = [new - old for old, new in zip(pooled[0], batch[0], strict=True)]
-    means = [m + d * jnp.asarray(share, d.dtype) for m, d in zip(pooled[0], steps, strict=True)]
-    blocks = []
-    for (i, j), old, new in zip(pairs, pooled[1], batch[1], strict=True):
-        part = jnp.asarray(share, old.dtype)
-        between = jnp.outer(steps[i], steps[j]) * (part * (1 - part))
-        blocks.append(old + (new - old) * part + between)
+    """Those of the union of two sets of examples."""
+    means, steps = union_means(pooled[0], batch[0], share)
+    blocks = [
+        union_second(old, new, jnp.outer(steps[i], steps[j]), share)
+        for (i, j), old, new in zip(pairs, pooled[1], batch[1], strict=True)
+    ]
     return means, blocks
 
 
@@ -323,7 +321,7 @@ def by_minibatches(
             raise ValueError('estimator="minibatch" needs batches of 4 examples or more')
 
     state, counted_data = _with_scales(job, models, counted())
-    found, _ = stream(functools.partial(_hsic, job), _mean, state, counted_data, like=like)
+    found, _ = stream(functools.partial(_inner_product, job), _mean, state, counted_data, like=like)
     return np.asarray(found, np.float64), count
 
 
@@ -333,7 +331,7 @@ def _mean(pooled: Array, batch: Array, share: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _hsic(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, list[Array]]:
+def _inner_product(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, list[Array]]:
     """The estimate of one batch, of all pairs of sites (Song et al. 2012)."""
     n = batch_size(x)
 

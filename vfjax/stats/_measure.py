@@ -21,6 +21,7 @@ from vfjax._passes.moments import (
     covariance_of,
     merge_moments,
     shifted_moments,
+    union_second,
     without_rounding,
 )
 from vfjax._passes.streaming import by_pieces, each
@@ -136,7 +137,7 @@ def read(
 def pool(
     plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
-    """Chan's merge of two sets of samples; `share` is the batch's part of all samples so far."""
+    """The moments of the union of two sets of samples; `share` is the second's part."""
     return _merge(plan, pooled, batch, share)
 
 
@@ -150,8 +151,7 @@ def _merge(
     for site, old in pooled["covariance"].items():
         rows = steps[site].reshape(steps[site].shape[0], -1)
         between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in plan.pairs])
-        new = old + (batch["covariance"][site] - old) * share
-        out["covariance"][site] = new + between * (share * (1 - share))
+        out["covariance"][site] = union_second(old, batch["covariance"][site], between, share)
     return out
 
 

@@ -29,11 +29,11 @@ def pieces(models: Mapping[Network, PyTree], x: PyTree) -> int:
         models: By network, a tree that it runs; leaves that it lacks count as traced.
         x: The batch.
     """
-    found = {_pieces(net, tree, x) for net, tree in models.items()}
+    found = {_pieces_of(net, tree, x) for net, tree in models.items()}
     return found.pop() if len(found) == 1 else 1
 
 
-def _pieces(net: Network, tree: PyTree, x: PyTree) -> int:
+def _pieces_of(net: Network, tree: PyTree, x: PyTree) -> int:
     size, leaves = batch_size(x), jax.tree.leaves(x)
     if jax.default_backend() != "cpu" or size < 2 * _PIECE_MIN:
         return 1
