@@ -48,7 +48,7 @@ def hidden_layer(n):
     """A network with one hidden group, and the name of its tap."""
     v = {"c": np.ones((2, n), np.float32), "d": np.ones((n, 1), np.float32)}
     net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["c"]) @ v["d"], v, np.ones((1, 2), np.float32))
-    (site,) = stats.taps_by_site(net)
+    (site,) = stats.resolve_sites(net, "taps")
     return net, site
 
 

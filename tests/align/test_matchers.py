@@ -16,6 +16,7 @@ from sklearn.cluster import KMeans
 
 import vfjax
 from vfjax import align, merge, stats
+from vfjax.align import _zip
 from vfjax.align._grouping import kmeans_groups, optimal_groups
 
 MATCHERS = ["greedy", "optimal", "kmeans", "permute", "identity"]
@@ -188,7 +189,7 @@ def test_merged_correlation_of_larger_groups(net, data):
     moments = stats.moments(net, trees, data, sites="taps", covariance=True)
     found = align.zip_moments(net, moments, matcher="kmeans", key=jax.random.key(0))
     scores = align.merged_correlation(net, moments, found)
-    for (group, _), similarity in align.zip.correlations(net, moments).items():
+    for (group, _), similarity in _zip.correlations(net, moments).items():
         member = np.concatenate([maps[group][1] for maps in found.maps])
         expected = 0.0
         for column in member.T:

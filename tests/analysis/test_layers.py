@@ -196,8 +196,8 @@ def test_opaque_layers_are_reported(how, primitive):
     net = trace(fn, p, x)
     assert [x.name for x in net.layers] == ["head"] and net.depth == 1
     assert [name for name, _ in net.opaque] == [primitive]
-    assert net.opaque[0][1].startswith("test_sites.py:")
-    assert f"opaque: {primitive} at test_sites.py" in net.summary()
+    assert net.opaque[0][1].startswith("test_layers.py:")
+    assert f"opaque: {primitive} at test_layers.py" in net.summary()
     np.testing.assert_allclose(net.run(p, x), fn(p, x), rtol=1e-6)
     with pytest.raises(ValueError, match=rf"no site 'w'.*inside the opaque {primitive}"):
         net.run(p, x, capture=["w"])

@@ -19,7 +19,7 @@ from vfjax import (
 )
 from vfjax._passes import batching
 from vfjax._passes.evaluation import _add_batch
-from vfjax.diagnose import Interpolation, _interpolation, barrier
+from vfjax.diagnose import Interpolation, barrier, interpolation
 
 # Averages of float32 leaves inside and outside of a compiled call: products and sums may be fused.
 ROUNDING = 1e-5
@@ -82,7 +82,7 @@ class Case:
 
     def __call__(self, trees=None, **options):
         trees = self.trees if trees is None else trees
-        return _interpolation(self.net, trees, self.test, progress=False, **options)
+        return interpolation(self.net, trees, self.test, progress=False, **options)
 
     def evaluate(self, tree):
         return train.evaluate(forward, merge.as_merged(self.net, tree), self.test)
@@ -263,8 +263,8 @@ def test_matching_where_nothing_can_be_permuted():
     net = vfjax.trace(apply_fn, trees[0], inputs(0, 4))
     test = [(inputs(3, 8), np.zeros(8, np.int32))]
     options = {"alphas": 3, "progress": False, "data": [inputs(2, 8)]}
-    found = _interpolation(net, trees, test, match="activation", **options)
-    np.testing.assert_array_equal(found.loss, _interpolation(net, trees, test, **options).loss)
+    found = interpolation(net, trees, test, match="activation", **options)
+    np.testing.assert_array_equal(found.loss, interpolation(net, trees, test, **options).loss)
 
 
 def test_modules_and_dictionaries():
@@ -300,12 +300,12 @@ def test_modules_and_dictionaries():
     ):
         net = vfjax.trace(fn, trees[0], batch)
         options = {"alphas": 3, "progress": False}
-        found = _interpolation(net, trees, [(batch, label)], **options)
+        found = interpolation(net, trees, [(batch, label)], **options)
         for alpha, loss in zip(found.alphas, found.loss, strict=True):
             logits = jax.jit(fn)(merge.interpolate(trees, (1 - alpha, alpha)), batch)
             wanted = -np.asarray(jax.nn.log_softmax(logits))[np.arange(16), label].mean()
             assert loss == pytest.approx(wanted, rel=ROUNDING)
-        repaired = _interpolation(
+        repaired = interpolation(
             net, trees, [(batch, label)], match="activation", renormalise="repair", data=[batch],
             **options,
         )  # fmt: skip
@@ -407,7 +407,7 @@ def test_data_is_read_once(plain, monkeypatch):
     def one_shot():
         return iter(plain.test)
 
-    found = _interpolation(
+    found = interpolation(
         plain.net,
         plain.trees,
         one_shot(),
@@ -423,7 +423,7 @@ def test_data_is_read_once(plain, monkeypatch):
     found = plain(alphas=3, renormalise="rescale", data=plain.data)
     np.testing.assert_array_equal(found.loss, expected.loss)
     with pytest.raises(ValueError, match="exhausted"):
-        _interpolation(plain.net, plain.trees, one_shot(), progress=False)
+        interpolation(plain.net, plain.trees, one_shot(), progress=False)
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -464,9 +464,9 @@ def test_errors_of_models_and_test_data(plain):
     with pytest.raises(TypeError, match="trees must be"):
         plain(plain.a)
     with pytest.raises(TypeError, match="net must be a Network"):
-        _interpolation(mlp, plain.trees, plain.test)
+        interpolation(mlp, plain.trees, plain.test)
     with pytest.raises(TypeError, match="test_data.*pair"):
-        _interpolation(plain.net, plain.trees, [inputs(0, 4)])
+        interpolation(plain.net, plain.trees, [inputs(0, 4)])
     other = Case(mlp, MLP).net
     wrong = merge.as_merged(other, plain.a)
     with pytest.raises(ValueError, match="another network"):

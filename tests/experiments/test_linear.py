@@ -193,7 +193,7 @@ def test_bad_options(script, arguments, message, capsys, tmp_path, monkeypatch):
 def test_falling_back_to_the_digits_shows(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(shared.data, "_can_prepare", lambda: False)
+    monkeypatch.setattr(shared.data._data, "_can_prepare", lambda: False)
     args = residual.parser().parse_args([])
     dataset = shared.load(args)
     assert dataset.name == "digits" and dataset.fallback and "'mnist'" in caplog.text

@@ -274,7 +274,7 @@ def test_falling_back_to_the_digits_shows(ship, tmp_path, monkeypatch, capsys, c
     ship(Tiny(), "digits-conv", (8, 8, 1), 2)
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data, "_can_prepare", lambda: False)
+    monkeypatch.setattr(data._data, "_can_prepare", lambda: False)
     options = ["--layers", "0", "--match", "none", "--samples", "100"]
     options += ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
     with caplog.at_level(logging.WARNING):

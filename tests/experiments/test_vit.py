@@ -251,7 +251,7 @@ def nowhere(monkeypatch, tmp_path):
     """CIFAR-10 is not there."""
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data, "_can_prepare", lambda: False)
+    monkeypatch.setattr(data._data, "_can_prepare", lambda: False)
 
 
 def test_without_cifar10_the_digits_have_their_own_networks(monkeypatch, tmp_path, caplog):

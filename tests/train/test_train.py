@@ -20,6 +20,7 @@ from flax import linen as nn
 from vfjax import checkpoint, data, models, train
 from vfjax.checkpoint import _checkpoint
 from vfjax.train import _fit
+from vfjax.train._state import Saved
 
 TINY = train.Recipe(
     learning_rate=0.2, schedule="cosine", epochs=3, batch_size=64, weight_decay=1e-3
@@ -158,7 +159,7 @@ def test_augmentation_crops_and_mirrors():
 
 
 def test_an_epoch_takes_every_image_and_fills_its_last_batch(digits):
-    task = train._Task(SmallBatchNorm(), TINY, digits.mean, digits.std, 200)
+    task = _fit._Task(SmallBatchNorm(), TINY, digits.mean, digits.std, 200)
     order = np.asarray(task.order(0, 0))
     assert order.shape == (4, 64)
     np.testing.assert_array_equal(np.sort(order.ravel()[:200]), np.arange(200))
@@ -185,7 +186,7 @@ def test_the_first_step_is_the_plain_one(digits):
     recipe = train.Recipe(learning_rate=0.05, batch_size=200, weight_decay=1e-3)
     model = models.MLP((8,))
     found = train.fit(model, recipe, digits, seed=5, progress=False).variables["params"]
-    task = train._Task(model, recipe, digits.mean, digits.std, 200)
+    task = _fit._Task(model, recipe, digits.mean, digits.std, 200)
     params = task.init(5, (8, 8, 1))["variables"]["params"]
     (x, label), *_ = digits.batches("train", batch_size=200)
 
@@ -360,7 +361,7 @@ def test_the_newest_state_is_that_of_most_epochs(tmp_path):
     for epoch in (9999, 10000):
         meta = {"run": {}, "epoch": epoch, "history": []}
         checkpoint.save(tmp_path / f"epoch-{epoch:04d}", {"leaves": [state["step"]]}, meta)
-    _, epoch, _ = train.Saved(tmp_path, {}).read(state)
+    _, epoch, _ = Saved(tmp_path, {}).read(state)
     assert epoch == 10000
 
 

@@ -111,7 +111,7 @@ class Universe:
             ValueError: If there are not K trees, or they do not fit the network.
 
         Example:
-            >>> import vfjax
+            >>> import jax, vfjax
             >>> tree = {"w": np.float32([[1, 2]]), "v": np.ones((2, 1), np.float32)}
             >>> x = np.ones((1, 1), np.float32)
             >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)

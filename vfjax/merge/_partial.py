@@ -76,7 +76,7 @@ def partial(
         UserWarning: As `preserve_first`.
 
     Example:
-        >>> import vfjax
+        >>> import jax, jax.numpy as jnp, vfjax
         >>> def apply_fn(v, x):
         ...     return jax.nn.relu(x @ v["w1"]) @ v["w2"]
         >>> a = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
@@ -147,7 +147,7 @@ def preserve_first(
             no alignment can then have matched them.
 
     Example:
-        >>> import vfjax
+        >>> import jax, jax.numpy as jnp, vfjax
         >>> def apply_fn(v, x):
         ...     return jax.nn.relu(x @ v["w1"]) @ v["w2"]
         >>> a = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
