@@ -132,7 +132,8 @@ def repair(
         ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
 
     Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
-    Repair", eq. 3; "Vanishing Feature", section on normalisation.
+    Repair", eq. 3; "Vanishing Feature", section on normalisation. Their code divides through a
+    BatchNorm, with its epsilon.
     """
     net = check_merged(net, merged)
     goals, mix = goals_of(net, merged, data, references, maps, weights, sites)
