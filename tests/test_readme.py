@@ -136,6 +136,15 @@ def test_links_into_the_repository_lead_to_files():
         assert target.exists() or list(RESULTS.glob(f"{target.stem}-*.json")), path
 
 
+def test_links_of_the_notebook():
+    text = (ROOT / "experiments" / "notebooks" / "vfjax_colab.ipynb").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((https://[^)]+)\)", text)
+    assert links
+    for link in links:
+        path = link.removeprefix(REPOSITORY).removeprefix("/blob/main/")
+        assert link.startswith(REPOSITORY) and (ROOT / path).exists(), link
+
+
 # -------------------------------------------------------------------------------------- numbers
 
 
