@@ -1,4 +1,4 @@
-r"""Writes what is in `experiments/results/` into the README, between its markers.
+r"""Writes what is in `experiments/results/` into the heads of the scripts.
 
     python experiments/cifar_pfm.py --out experiments/results
     python experiments/cifar_pfm.py --pairs 3 --out experiments/results
@@ -325,24 +325,14 @@ def benchmarks() -> str:
     return f"\n{_common.markdown_table(columns, lines)}\n{''.join(figures)}"
 
 
-def filled(text: str) -> str:
-    """The README's text with all generated parts brought up to date."""
-    for marker, name in TABLES.items():
-        text = _common.fill(text, marker, table(marker, name))
-    text = _common.fill(text, "diagnosis", told(DIAGNOSIS))
-    text = _common.fill(text, "beyond", told(BEYOND))
-    text = _common.fill(text, "pruning", told(PRUNING))
-    return _common.fill(text, "benchmarks", benchmarks())
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Writes the README and the heads of the scripts, or checks them."""
+    """Writes the heads of the scripts, or checks them."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=_common.Help)
     p.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = p.parse_args(argv)
     late = []
     heads = [(Path(str(s.__file__)), functools.partial(headed, script=s)) for s in HEADS]
-    for path, bring in ((README, filled), *heads):
+    for path, bring in heads:
         old = path.read_text(encoding="utf-8")
         new = bring(old)
         if new != old:
