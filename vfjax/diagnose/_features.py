@@ -217,9 +217,8 @@ def features(
             own, if there are several), and for 1/R each otherwise.
         sites: `"taps"`: the value after every layer and the elementwise region that follows (norm,
             activation, residual sum), the last layer's included. `"layers"`: every layer's
-            pre-activation, where the paper measures. `"paper"`: the sites of REPAIR, see
-            `vfjax.stats.resolve_sites`. Or a list of names: `<layer>`, `<layer>:act`, `<norm>:in`,
-            `input`, `output`. Shortcuts are among the first two; `found.sites` tells which.
+            pre-activation, where the paper measures. Any other of `vfjax.stats.resolve_sites` that
+            is a whole value. Shortcuts are among the first two; `found.sites` tells which.
 
     Returns:
         Features, offsets and moments by site.
@@ -256,7 +255,7 @@ def features(
         raise ValueError("weights are those of the references, and there are none")
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
     names = resolve_sites(net, sites)
-    chosen, source = unique(net, names)
+    chosen, source = unique(net, names, (*mine, *others))
     job = _rows.Job(net, chosen)
 
     whole = (*mine, *others)

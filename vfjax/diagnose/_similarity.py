@@ -97,9 +97,8 @@ def cka(
         first: A traced network and its variables, `(net, variables)`, or a `vfjax.merge.Merged`.
         second: Likewise; the two may be of different architectures that take the same input.
         data: Re-iterable of `x` or `(x, label)`; kept on the device up to 1 GiB.
-        sites: Sites of both: `"taps"`, `"layers"`, `"paper"` or a list of names, as in
-            `vfjax.diagnose.features`. Sites inside stems and heads of a `Merged`, which have
-            several values, are left out.
+        sites: Sites of both: as in `vfjax.stats.resolve_sites`, whole values alone. Sites inside
+            stems and heads of a `Merged`, which have several values, are left out.
         second_sites: Those of the second network, if they are others.
         estimator: `"exact"` or `"minibatch"`.
         memory: Bytes that `"exact"` may take for its matrices and features.

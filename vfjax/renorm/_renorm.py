@@ -104,8 +104,8 @@ def repair(
             moments that are given need `covariance` at the sites.
         weights: One per reference, summing to one. None for those of `merged`, if that is a
             `Merged` of as many models, else 1/K each.
-        sites: "paper", "all", or names of layers, as in `vfjax.stats.resolve_sites`. At a cut, only
-            layers of the trunk and those at the cut, averaged, are corrected.
+        sites: Layers: "paper", "all", or their names, as in `vfjax.stats.resolve_sites`. At a cut,
+            only layers of the trunk and those at the cut, averaged, are corrected.
         sweeps: "batch" for one pass in which layers see upstream layers corrected by the batch's
             own moments, exact on one batch; "layer" for one pass per depth, exact on any data.
 
