@@ -254,6 +254,36 @@ def test_what_cannot_be_measured_says_why():
     with pytest.raises(ValueError, match=r"'w:in' cannot be measured.*no axis of it holds the ex"):
         stats.moments(net, [p], [x], sites=["w:in"])
 
+    def summed(p, x):
+        return x + jnp.broadcast_to(p["w"][:, :1], (1, len(x))) @ x
+
+    net = vfjax.trace(summed, p, x)
+    with pytest.raises(ValueError, match=r"'w:in' cannot be.*the examples are among them.*, 'w'"):
+        stats.moments(net, [p], [x], sites=["w:in"])
+
+
+def test_ends_of_several_arrays():
+    def pair(p, x):
+        h = x["one"] @ p["w"] + x["two"]
+        return h, h @ p["v"]
+
+    p, x = {"w": draw(3, 4), "v": draw(4, 2)}, {"one": draw(5, 3), "two": draw(5, 4)}
+    net = vfjax.trace(pair, p, x)
+    out, found = net.run(p, x, capture=list(net.sites))
+    jax.tree.map(np.testing.assert_array_equal, (found["input"], found["output"]), (x, out))
+    for site in ("input", "output"):
+        with pytest.raises(TypeError, match=f'site "{site}" holds a .* of arrays'):
+            stats.moments(net, [p], [x], sites=[site])
+        with pytest.raises(TypeError, match=f'site "{site}" holds a .* of arrays'):
+            diagnose.features(net, p, [x], sites=[site])
+        with pytest.raises(TypeError, match=f'site "{site}" must hold an array'):
+            diagnose.cka((net, p), (net, p), [x], sites=[site])
+        with pytest.raises(ValueError, match=f"the network's {site} must be one array"):
+            net.places(site)
+    rest = [site for site in net.sites if site not in ("input", "output")]
+    assert stats.moments(net, [p], [x], sites=rest).sites == tuple(rest)
+    assert diagnose.features(net, p, [x], sites=rest).names == tuple(rest)
+
 
 def test_a_tap_that_groups_share():
     net, p, x = traced("joined")

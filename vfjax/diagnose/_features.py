@@ -22,10 +22,11 @@ from vfjax._passes.batching import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import carry, compared
-from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
+from vfjax.diagnose._sites import FeatureSite, describe, resolve_sites, unique
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 
 __all__ = ["FeatureSite", "Features", "features"]
 

@@ -16,10 +16,11 @@ from vfjax._passes.batching import batch_size, batches, keep
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks
-from vfjax.diagnose._sites import Sites, resolve_sites
+from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._merged import Merged, as_merged
 from vfjax.network._arguments import check_fits
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 from vfjax.stats import _hsic
 
 __all__ = ["CKA", "Distance", "cka", "distance"]

@@ -10,8 +10,7 @@ from vfjax.merge._merged import Merged
 from vfjax.network._checks import opaque_hint
 from vfjax.network._layout import Layout, whole_layout
 from vfjax.network._network import Network
-from vfjax.network._sites import Sites as Sites
-from vfjax.network._sites import depth_of, locate, select
+from vfjax.network._sites import Sites, depth_of, locate, select
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ break symmetries. Axis 0 of every input leaf is the batch, of any size. Shapes a
   and `net.spec` hold the same as values.
 - `net.run(v, x, ...)`: the network with values read or replaced (`Edit`) at named sites, or a part
   of it between cuts; what passes a cut is a `Crossing`.
+- `net.sites`: every `Site` by its name; what the names mean stands in `vfjax.stats.resolve_sites`.
 - `net.fold` writes a correction of a layer into its parameters, or raises a `FoldError`.
 
 A `scan` over stacked layers is unrolled up to 64 layers. Layers in other loops and in branches
@@ -31,6 +32,7 @@ from vfjax.network._records import Layer as Layer
 from vfjax.network._records import Norm as Norm
 from vfjax.network._records import Tap as Tap
 from vfjax.network._run import Edit as Edit
+from vfjax.network._sites import Site as Site
 
 __all__ = [
     "Crossing",
@@ -39,6 +41,7 @@ __all__ = [
     "Layer",
     "Network",
     "Norm",
+    "Site",
     "Tap",
     "trace",
 ]
