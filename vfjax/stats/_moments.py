@@ -133,7 +133,7 @@ class Moments:
                 measured.
 
         Example:
-            >>> import jax.numpy as jnp
+            >>> import jax.numpy as jnp, vfjax
             >>> mean = jnp.array([[1.0, 2.0, 3.0]])
             >>> axes = (("a", (Place("g", vfjax.symmetry.Axis("", 0)),)),)
             >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": mean}, axes=axes)
