@@ -23,12 +23,7 @@ from vfjax.network._checks import (
     check_present,
     named_leaves,
 )
-from vfjax.network._crossing import (
-    Crossing,
-    average,
-    mapped,
-    mapped_value,
-)
+from vfjax.network._crossing import Crossing, average, mapped, mapped_value
 from vfjax.network._records import (
     JointTap,
     Layer,
