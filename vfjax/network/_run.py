@@ -1,0 +1,152 @@
+"""One run of a network: named sites, resolved to values and equations of one trace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vfjax._analysis.traced import Traced
+from vfjax._types import Array
+from vfjax.network._sites import crosses, in_stem, inputs_of, locate
+
+Edit = Callable[[Array], Array]
+
+
+class Changes:
+    """What one run reads and replaces at sites, and where.
+
+    Attributes:
+        edits: By value id, the function that replaces the value for all its readers.
+        operand_edits: By (equation, operand), the function that replaces it for one reader.
+        values: Ids of the values that have to be computed for the captures.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        traced: Traced,
+        capture: Iterable[str] | None,
+        edit: Mapping[str, Edit] | None,
+        stop: int | None,
+        start: int | None,
+    ) -> None:
+        """Resolves the sites; see `Network.run` for the arguments and errors."""
+        capture, edit = check_capture(capture), edit or {}
+        check_edit(edit)
+        if not all(isinstance(site, str) for site in (*capture, *edit)):
+            raise TypeError(
+                f"capture and edit must name sites by strings; they were {list(capture)} and "
+                f"{list(edit)}."
+            )
+        self._net, self._traced, self._capture = net, traced, capture
+        self._start, self._stop = start, stop
+        self._whole = {s: _checked(edit[s], s) for s in ("input", "output") if s in edit}
+        self._seen: dict[str, Any] = {}
+        self._ids: dict[str, int] = {}
+        self.edits: dict[int, Edit] = {}
+        self.operand_edits: dict[tuple[int, int], Edit] = {}
+        self.values: list[int] = []
+        # A layer's value may be its tap too: then the pre-activation is edited first.
+        names = sorted(dict.fromkeys([*edit, *self._capture]), key=lambda s: s.endswith(":act"))
+        for site in names:
+            self._check_side(site)
+            if site == "output":
+                continue
+            if site == "input":
+                self.values += inputs_of(self._traced)
+                continue
+            value, use = locate(net, traced, site)
+            change = _checked(edit[site], site) if site in edit else None
+            self._ids[site] = value
+            if change is not None and use is not None:
+                self.operand_edits[use] = functools.partial(self._record, site, change)
+                value = traced.graph.equations[use[0]].result  # so that the edit is made
+            elif change is not None:
+                before = self.edits.get(value)
+                self.edits[value] = change if before is None else _after(before, change)
+            if site in self._capture:
+                self.values.append(value)
+
+    def enter(self, env: Mapping[int, Any]) -> dict[int, Any]:
+        """The given values after the edits that concern them."""
+        env = dict(env)
+        if "input" in self._whole:
+            leaves = [env[v] for v in inputs_of(self._traced)]
+            x = self._whole["input"](jax.tree.unflatten(self._traced.x_tree, leaves))
+            env.update(zip(inputs_of(self._traced), jax.tree.leaves(x), strict=True))
+        env.update((v, change(env[v])) for v, change in self.edits.items() if v in env)
+        return env
+
+    def finish(self, out: Any) -> Any:
+        """The output after its edit."""
+        return self._whole["output"](out) if "output" in self._whole else out
+
+    def captured(self, values: Mapping[int, Any], env: Mapping[int, Any], out: Any) -> dict:
+        """The captured values by site, given what was computed, what was given, and the output."""
+        found = {}
+        for site in self._capture:
+            if site == "output":
+                found[site] = out
+            elif site == "input":
+                leaves = [env[v] for v in inputs_of(self._traced)]
+                found[site] = jax.tree.unflatten(self._traced.x_tree, leaves)
+            else:
+                found[site] = self._seen.get(site, values.get(self._ids[site]))
+        return found
+
+    def _check_side(self, site: str) -> None:
+        """Checks that a site lies in the part that runs; what crosses lies in both."""
+        start, stop, found = self._start, self._stop, (self._net, self._traced, site)
+        if stop is not None and not in_stem(*found, stop):
+            raise ValueError(f"Site '{site}' lies in the trunk; stop={stop} ends before it.")
+        if start is not None and in_stem(*found, start) and not crosses(*found, start):
+            raise ValueError(f"Site '{site}' lies in the stem; start={start} begins after it.")
+
+    def _record(self, site: str, change: Edit, value: Array) -> Array:
+        self._seen[site] = change(value)
+        return self._seen[site]
+
+
+def check_capture(capture: Any) -> tuple[Any, ...]:
+    """The sites to capture, as a tuple; raises a TypeError unless they are a sequence."""
+    capture = () if capture is None else capture
+    if isinstance(capture, str) or not isinstance(capture, Iterable):
+        raise TypeError(f"capture must be a sequence of site names; it was {capture!r}.")
+    return tuple(capture)  # once: an iterator is read only once
+
+
+def check_edit(edit: Any) -> None:
+    """Raises a TypeError unless `edit` is a mapping, or nothing at all."""
+    if not isinstance(edit, Mapping) and edit is not None:
+        raise TypeError(f"edit must map site names to functions; it was {edit!r}.")
+
+
+def _after(first: Edit, second: Edit) -> Edit:
+    return lambda value: second(first(value))
+
+
+def _checked(change: Edit, site: str) -> Edit:
+    if not callable(change):
+        raise TypeError(f"edit['{site}'] must be a function of the value; it was {change!r}.")
+
+    def checked(value: Any) -> Any:
+        new = change(value)
+        before, after = _types(value), _types(new)
+        if before != after:
+            raise ValueError(
+                f"edit['{site}'] must keep shape and dtype; it made {after} of {before}. Cast back "
+                "with `.astype(value.dtype)`."
+            )
+        return new
+
+    return checked
+
+
+def _types(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    types = [(jnp.shape(a), str(jnp.result_type(a))) for a in leaves]
+    return types[0] if jax.tree.structure(0) == structure else (structure, types)

@@ -1,0 +1,39 @@
+"""Which axes move together, as values: permutation symmetries of a network's parameters.
+
+Permuting the output channels of one layer, and the input channels of whatever reads them, leaves
+the network's function unchanged. A `PermutationSpec` lists which axes of which leaves move
+together. `vfjax.trace` reads it off the network (`net.spec`); it can also be written by hand, and
+`check_spec` tests it: it permutes at random and returns the largest change of the output.
+
+    >>> import numpy as np
+    >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("b", 0), ("v", 0, "in")]})
+    >>> tree = {"w": np.array([[1, 2]]), "b": np.array([3, 4]), "v": np.array([[5], [6]])}
+    >>> spec.permute(tree, {"h": [1, 0]})["v"].tolist()
+    [[6], [5]]
+
+- `spec.fixed`: axes that could not be followed, each with the primitive and the source line. A
+  symmetry may be missed, never invented. Scalings of ReLU units and rotations are not looked for.
+- `spec.within`: a group that may move inside each entry of another, as the dims of attention heads
+  do. Its permutation is `[n]`, or `[h, n]` where the owners count in their new order.
+- `spec.rigid`: groups that only permutations can map, and the leaf that forbids other maps.
+- `spec.apply` takes other maps, as the merge and unmerge matrices of ZipIt!; `compose` and `invert`
+  are of permutations.
+"""
+
+from __future__ import annotations
+
+from vfjax.symmetry._check import check_spec as check_spec
+from vfjax.symmetry._group_maps import compose as compose
+from vfjax.symmetry._group_maps import invert as invert
+from vfjax.symmetry._places import Axis as Axis
+from vfjax.symmetry._places import FixedAxis as FixedAxis
+from vfjax.symmetry._spec import PermutationSpec as PermutationSpec
+
+__all__ = [
+    "Axis",
+    "FixedAxis",
+    "PermutationSpec",
+    "check_spec",
+    "compose",
+    "invert",
+]
