@@ -23,13 +23,9 @@ from vfjax._analysis.layers import (
 )
 from vfjax._analysis.norms import NormSite, norm_sites
 from vfjax._analysis.taps import tap_of
-from vfjax._jaxpr.calls import (
-    INPUT,
-    LINEAR,
-    PARAM,
-    holds_layer,
-)
+from vfjax._jaxpr.calls import INPUT, PARAM, holds_layer
 from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr.primitives import CONV, LINEAR, SUMS
 from vfjax.symmetry._places import Axis, Place, owners
 
 
@@ -116,7 +112,7 @@ class Traced:
         behind: dict[int, frozenset[int]] = {}
         for index, equation in enumerate(self.graph.equations):
             before = [behind.get(v, frozenset()) for v in equation.values]
-            if equation.primitive in ("add", "add_any", "sub") and index not in layers:
+            if equation.primitive in SUMS and index not in layers:
                 alike = [
                     b
                     for v, b in zip(equation.values, before, strict=True)
@@ -259,8 +255,7 @@ class Traced:
         return frozenset(
             s.bias_equation
             for s in self.layers.values()
-            if s.bias_equation is not None
-            and self.graph.equations[s.index].primitive == "conv_general_dilated"
+            if s.bias_equation is not None and self.graph.equations[s.index].primitive == CONV
         )
 
     @functools.cached_property

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from vfjax._analysis.affine import culprit
 from vfjax._analysis.views import view_of
 from vfjax._jaxpr.calls import INPUT
+from vfjax._jaxpr.primitives import SUMS
 from vfjax._passes.batching import batches
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
@@ -218,7 +219,7 @@ def _biases(net: Network) -> dict[_Bias, list[int]]:
     graph = traced.graph
     found: dict[_Bias, list[int]] = {}
     for index, equation in enumerate(graph.equations):
-        if equation.primitive not in ("add", "add_any", "sub") or not equation.depends & INPUT:
+        if equation.primitive not in SUMS or not equation.depends & INPUT:
             continue
         for value in equation.values:
             view = None if graph.depends[value] & INPUT else view_of(graph, value)

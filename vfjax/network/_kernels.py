@@ -12,6 +12,7 @@ import numpy as np
 from vfjax._analysis.layers import LinearSite
 from vfjax._jaxpr import graph
 from vfjax._jaxpr.graph import Equation
+from vfjax._jaxpr.primitives import DOT
 from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
@@ -104,7 +105,7 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
     params = dict(equation.params)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     shape = list(_kernel_aval(equation, site, avals).shape)
-    if equation.primitive == "dot_general":
+    if equation.primitive == DOT:
         contract, batch = params["dimension_numbers"]
         tied = {*contract[site.side], *batch[site.side]}
         shape = [n if axis in tied else 1 for axis, n in enumerate(shape)]

@@ -12,6 +12,7 @@ import numpy as np
 
 from vfjax._analysis.traced import Traced
 from vfjax._analysis.views import View
+from vfjax._jaxpr.primitives import CONV
 from vfjax._types import Array
 from vfjax.symmetry._places import (
     Axis,
@@ -201,7 +202,7 @@ def describe_layer(
         name=name,
         kernel=_path(traced, site.kernel),
         bias=_path(traced, site.bias),
-        kind="conv" if equation.primitive == "conv_general_dilated" else "dense",
+        kind="conv" if equation.primitive == CONV else "dense",
         depth=traced.depth_of(site),
         main=traced.is_main(site),
         shape=tuple(graph.avals[equation.values[site.side]].shape),
