@@ -181,6 +181,8 @@ def test_stacked_layers_taken_apart():
         assert [a.name for a in net.layers] == ["w[0]", "w[1]", "w[2]"]
         assert all(a.kernel == "w" and net.can_fold(a.name, shift=False) for a in net.layers)
         assert net.spec.groups == nets[-1].spec.groups
+        wheres = {f.where for f in net.spec.fixed}
+        assert wheres and all(at.startswith("test_casts.py:") for at in wheres)
         np.testing.assert_allclose(net.run(variables, X), entries(variables, X), rtol=1e-6)
 
 

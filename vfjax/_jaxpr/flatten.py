@@ -69,12 +69,13 @@ class _Flattener:
         if name == RESHAPE and eqn.params["dimensions"] is not None:
             # Of Fortran's order, say: a transpose is hidden in it.
             how = eqn.params["dimensions"], eqn.params["new_sizes"]
-            return [self.call(lambda a: a.transpose(how[0]).reshape(how[1]), operands, scope)]
+            regrouped = lambda a: a.transpose(how[0]).reshape(how[1])  # noqa: E731
+            return [self.call(regrouped, operands, scope, eqn.source_info)]
         if name == UNSTACK:
             # As jax 0.10 has it: each entry is a slice, which may be a layer of its own.
             pick = functools.partial(lax.index_in_dim, axis=eqn.params["axis"], keepdims=False)
             return [
-                self.call(functools.partial(pick, index=k), operands, scope)
+                self.call(functools.partial(pick, index=k), operands, scope, eqn.source_info)
                 for k in range(len(eqn.outvars))
             ]
         if name in CAST and len(operands) > 1:
@@ -90,10 +91,14 @@ class _Flattener:
         self.equations.append(Equation(eqn, tuple(operands), outputs, depends, scope))
         return outputs
 
-    def call(self, fn: Callable[..., Any], operands: Sequence[Any], scope: str) -> Any:
-        """Emits the equations of a small function of our own."""
+    def call(
+        self, fn: Callable[..., Any], operands: Sequence[Any], scope: str, source: Any = None
+    ) -> Any:
+        """Emits the equations of a small function of our own, as if written at a user's line."""
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in map(self.aval, operands)]
         jaxpr, consts = open_jaxpr(jax.make_jaxpr(fn)(*shapes))
+        if source is not None:
+            jaxpr = jaxpr.replace(eqns=[eqn.replace(source_info=source) for eqn in jaxpr.eqns])
         return self.inline(jaxpr, consts, operands, scope)[0]
 
     def aval(self, value: Any) -> Any:
