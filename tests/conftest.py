@@ -7,14 +7,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
-
-# The helpers that test modules share, `import helpers`, however pytest was started.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def _cache_folder() -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, norm
 from vfjax import (
     diagnose,
     merge,
@@ -23,27 +24,10 @@ ROUNDING = 1e-4
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
+    assert_close(actual, expected, tol, least=1e-9)
 
 
 # ------------------------------------------------------------------------------------- networks
-
-
-def along(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - along(p["mean"], x)) * along(root, x) + along(p["bias"], x)
-
-
-def conv(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def residual(v, x):
@@ -97,7 +81,7 @@ _NETS = {}
 
 
 def case(name, models=2, classes=3):
-    x = 1 + jax.random.normal(jax.random.key(3), SHAPE[name])
+    x = 1 + jnp.float32(np.random.default_rng(3).normal(size=SHAPE[name]))
     trees = [draw(name, seed, classes if seed else 3) for seed in range(models)]
     if name not in _NETS:
         _NETS[name] = vfjax.trace(APPLY[name], trees[0], x)
@@ -366,7 +350,7 @@ def test_calibration_of_models_of_other_widths():
         shapes = {"a": (4, n), "b": (n, m), "c": (m, classes)}
         biases = {"ab": (n,), "bb": (m,), "cb": (classes,)}
         trees.append({name: normal(rng, *shape) for name, shape in (shapes | biases).items()})
-    x = jax.random.normal(jax.random.key(1), (40, 4))
+    x = jnp.float32(np.random.default_rng(1).normal(size=(40, 4)))
     nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
     maps = vfjax.align.transport(nets, trees, [x])
     mapped = maps.apply(nets, trees)
@@ -477,7 +461,7 @@ def test_reports_on_models_of_other_widths():
     trees = [
         {name: normal(rng, *size[k : k + 2]) for k, name in enumerate("abc")} for size in sizes
     ]
-    x = jax.random.normal(jax.random.key(1), (40, 4))
+    x = jnp.float32(np.random.default_rng(1).normal(size=(40, 4)))
     nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
     maps = vfjax.align.transport(nets, trees, [x])
     model = merge.partial(nets, trees, maps, merged=slice(0, 2))

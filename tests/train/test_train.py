@@ -304,7 +304,7 @@ def test_starting_from_given_variables(digits, uninterrupted, tmp_path, convert)
 
 def test_starting_from_its_own_beginning_changes_nothing(digits, uninterrupted):
     x = jnp.zeros((1, 8, 8, 1))
-    start = SmallBatchNorm().init(jax.random.key(3), x)
+    start = jax.jit(SmallBatchNorm().init)(jax.random.key(3), x)
     found = train.fit(SmallBatchNorm(), TINY, digits, seed=3, start=start, progress=False)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
