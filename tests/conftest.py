@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import importlib.metadata
 import os
-import platform
-import warnings
 from pathlib import Path
 
 import pytest
 
-
-def _cache_folder() -> Path:
-    """Where compiled programs are kept from run to run, as long as jax and the CPU are the same."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # JAX's keys do not tell one CPU from another, and a program for a larger one may not run here.
-    cpu = platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text().splitlines()
-        cpu += "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
-    name = f"jax-{importlib.metadata.version('jax')}-{hashlib.sha256(cpu.encode()).hexdigest()[:8]}"
-    return Path(base, "vfjax-tests", name)
-
+import compilation_cache
 
 # Through the environment, so that processes that tests start do the same; what was set already
-# stays. Most of the suite's time would go into compiling small programs that run once, thus every
-# one is kept on disk, shared by all workers and by the next run, and few optimisations are made.
+# stays. Most of the suite's time would go into compiling small programs that run once: each is kept
+# on disk, shared by all workers and by the next run, and few optimisations are made.
 for _name, _value in {
-    "JAX_COMPILATION_CACHE_DIR": str(_cache_folder()),
+    "JAX_COMPILATION_CACHE_DIR": str(compilation_cache.folder()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }.items():
@@ -38,10 +23,6 @@ for _name, _value in {
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
-
-# The largest the cache gets, in bytes. JAX's own limit needs another package and lists the whole
-# folder at every write.
-_MOST_BYTES = 2 * 2**30
 
 # Every compiled program maps memory of its own, and past 65,530 maps of a process, Linux's default,
 # XLA crashes in the next compilation.
@@ -54,24 +35,8 @@ def pytest_configure(config):
     Traces are many small objects that live long, so that collections cost much and free little.
     """
     if not hasattr(config, "workerinput"):
-        _prune(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+        compilation_cache.prune(compilation_cache.folder())
     gc.set_threshold(50_000, 20, 50)
-
-
-def _prune(folder: Path):
-    """Removes the entries that were used least recently once there are too many bytes of them."""
-    try:
-        found = [(entry, entry.stat()) for entry in folder.glob("*-cache")]
-        size = sum(stat.st_size for _, stat in found)
-        if size <= _MOST_BYTES:
-            return
-        for entry, stat in sorted(found, key=lambda pair: max(pair[1].st_atime, pair[1].st_mtime)):
-            entry.unlink(missing_ok=True)
-            size -= stat.st_size
-            if size <= _MOST_BYTES // 2:
-                return
-    except OSError as error:
-        warnings.warn(f"the compilation cache could not be made smaller: {error}", stacklevel=1)
 
 
 @pytest.fixture(autouse=True)
