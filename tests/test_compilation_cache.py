@@ -29,7 +29,6 @@ def test_what_was_used_least_recently_goes(tmp_path):
     compilation_cache.prune(tmp_path, most=60)
     assert len(list(tmp_path.iterdir())) == 7
     compilation_cache.prune(tmp_path, most=59)
-    # The last ones were read before they were written, if the times are to be believed.
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["0-cache", "1-cache", "other"]
     compilation_cache.prune(tmp_path / "absent")
