@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -395,8 +396,10 @@ def test_features_of_models_with_heads_are_means_over_heads():
     close(found.feature["output"], found.feature["w4"])
 
 
-def own_networks(name, trees, x):
-    """The one network of models with classes of their own, and one each."""
+@functools.cache
+def own_networks(name):
+    """The one network of models with 3 and 7 classes, and one each."""
+    _, trees, x = case(name, classes=7)
     nets = [case(name)[0], vfjax.trace(APPLY[name], trees[1], x)]
     return nets[0], nets
 
@@ -406,14 +409,14 @@ def own_networks(name, trees, x):
 def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
     monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
     _, trees, x = case("heads", classes=7)
-    nets = own_networks("heads", trees, x)[apart]
+    nets = own_networks("heads")[apart]
     maps = random_zip(case("heads")[0], 2)
     model = merge.partial(nets, trees, maps, merged=slice(1, 3), alpha=0.25)
     found = diagnose.features(nets, model, [x], references=trees, maps=maps, sites="layers")
     here, there = (model.read(at, ["w4"])[1]["w4"] for at in (x, jnp.zeros_like(x)))
     lengths = [np.linalg.norm(a - b, axis=-1).mean() for a, b in zip(here, there, strict=True)]
     close(found.feature["w4"], [np.dot((0.75, 0.25), lengths)])
-    for k, (own, tree) in enumerate(zip(own_networks("heads", trees, x)[1], trees, strict=True)):
+    for k, (own, tree) in enumerate(zip(own_networks("heads")[1], trees, strict=True)):
         alone = diagnose.features(own, tree, [x], sites=["w4"])
         for what in ("feature", "feature_std", "offset", "variance", "dead"):
             theirs = getattr(found.references, what)["w4"][k : k + 1]
@@ -435,7 +438,7 @@ def test_reports_on_copies_with_heads_of_their_own(tmp_path, name, apart):
     last, bias = ("head", "bias") if name == "residual" else ("w4", "b4")
     head = draw(name, 0, classes=7)
     other = {**tree, last: head[last], bias: head[bias]}
-    nets = own_networks(name, [tree, other], x)[apart]
+    nets = own_networks(name)[apart]
     moves = net.spec.random(jax.random.key(2))
     copies = [tree, net.spec.permute(other, moves)]
     found = Maps.of_permutations([None, vfjax.symmetry.invert(moves, within=net.spec.within)])

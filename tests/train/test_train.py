@@ -555,6 +555,7 @@ def script():
     return importlib.import_module("train_edges")
 
 
+@pytest.mark.slow
 def test_the_script_trains_saves_and_does_not_train_again(script, tmp_path):
     options = ["--model", "digits-mlp", "--seeds", "4", "--epochs", "2", "--out", str(tmp_path)]
     options += ["--work-dir", str(tmp_path / "work")]
