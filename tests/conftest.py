@@ -17,6 +17,9 @@ for _name, _value in {
     "JAX_COMPILATION_CACHE_DIR": str(compilation_cache.folder()),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # A worker has one core: threads of BLAS, which wait by spinning, would take it from others.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
 
