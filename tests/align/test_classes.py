@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import assert_close, initial
 from vfjax import (
     align,
     checkpoint,
@@ -26,9 +27,7 @@ ROUNDING = 1e-5
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
+    assert_close(actual, expected, tol, least=1e-9)
 
 
 def same(actual, expected):
@@ -73,7 +72,7 @@ def case(kind):
     data = [np.float32(rng.normal(size=(n, 6, 6, 2))) for n in (20, 12)]
     with jax.numpy_rank_promotion("allow"):
         modules = [Conv(n) for n in CLASSES]
-        trees = [m.init(jax.random.key(k), data[0]) for k, m in enumerate(modules)]
+        trees = [initial(m, data[0], seed=k) for k, m in enumerate(modules)]
         nets = [vfjax.trace(m.apply, t, data[0]) for m, t in zip(modules, trees, strict=True)]
     head = trees[0]["params"]["c"]
     alike = [{**tree, "params": {**tree["params"], "c": head}} for tree in trees]

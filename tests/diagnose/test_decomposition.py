@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import vfjax
+from helpers import initial
 from vfjax import diagnose, merge, models
 from vfjax._trees.paths import flatten_named
 from vfjax.diagnose import _decomposition
@@ -164,8 +165,8 @@ def test_parts_scale_as_the_magnitude_argument_says(scale):
 def test_the_linear_networks_of_the_experiments(residual):
     model = models.LinearNetwork(width=4, depth=4, residual=residual, classes=3, std=0.5)
     x = _normal(np.random.default_rng(0), 5, 2, 3)
-    variables = model.init(jax.random.key(0), x)
-    variables = jax.tree.map(lambda a: a + 0.3, variables)  # biases start at 0
+    # Biases start at 0.
+    variables = jax.tree.map(lambda a: a + np.float32(0.3), initial(model, x))
     fn = models.apply_fn(model)
     net = vfjax.trace(fn, variables, x)
     found = diagnose.decompose(net, variables, x)

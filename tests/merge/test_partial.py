@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, initial, norm
 from vfjax import checkpoint, merge
 from vfjax.align import Maps
 from vfjax.network._crossing import mapped_value
@@ -21,29 +22,12 @@ ROUNDING = 2e-5
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
-
-
-def along(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - along(p["mean"], x)) * along(root, x) + along(p["bias"], x)
+    assert_close(actual, expected, tol, least=1e-9)
 
 
 def dense(x, w, b):
     x = x @ w
     return x + along(b, x)
-
-
-def conv(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def mlp(v, x):
@@ -122,7 +106,7 @@ _NETS = {}
 
 
 def case(name, models=2):
-    x = jax.random.normal(jax.random.key(3), INPUT[name])
+    x = jnp.float32(np.random.default_rng(3).normal(size=INPUT[name]))
     trees = [draw(name, seed) for seed in range(models)]
     if name not in _NETS:
         _NETS[name] = vfjax.trace(APPLY[name], trees[0], x)
@@ -382,9 +366,9 @@ class Classifier(nn.Module):
 
 
 def modules(*models):
-    x = jax.random.normal(jax.random.key(5), (4, 3))
+    x = np.float32(np.random.default_rng(5).normal(size=(4, 3)))
     with jax.numpy_rank_promotion("allow"):
-        trees = [m.init(jax.random.key(k), x) for k, m in enumerate(models)]
+        trees = [initial(m, x, seed=k) for k, m in enumerate(models)]
         nets = [vfjax.trace(m.apply, t, x) for m, t in zip(models, trees, strict=True)]
     return nets, trees, x
 

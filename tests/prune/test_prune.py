@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
+from helpers import initial
 from vfjax import diagnose, merge, models, prune, renorm, stats
 from vfjax.prune._masks import _count, lowest
 
@@ -155,7 +156,7 @@ def test_masks_must_fit_the_tree(net):
 def test_layers_are_chosen():
     model = models.create("resnet20", width=0.25)
     x = jnp.zeros((2, 8, 8, 3))
-    tree = model.init(jax.random.key(0), x)
+    tree = initial(model, x)
     net = vfjax.trace(models.apply_fn(model), tree, x)
     every = prune.prunable(net)
     assert len(every) == 22

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, norm
 from vfjax import (
     diagnose,
     merge,
@@ -23,27 +25,10 @@ ROUNDING = 1e-4
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
+    assert_close(actual, expected, tol, least=1e-9)
 
 
 # ------------------------------------------------------------------------------------- networks
-
-
-def along(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - along(p["mean"], x)) * along(root, x) + along(p["bias"], x)
-
-
-def conv(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def residual(v, x):
@@ -97,7 +82,7 @@ _NETS = {}
 
 
 def case(name, models=2, classes=3):
-    x = 1 + jax.random.normal(jax.random.key(3), SHAPE[name])
+    x = 1 + jnp.float32(np.random.default_rng(3).normal(size=SHAPE[name]))
     trees = [draw(name, seed, classes if seed else 3) for seed in range(models)]
     if name not in _NETS:
         _NETS[name] = vfjax.trace(APPLY[name], trees[0], x)
@@ -366,7 +351,7 @@ def test_calibration_of_models_of_other_widths():
         shapes = {"a": (4, n), "b": (n, m), "c": (m, classes)}
         biases = {"ab": (n,), "bb": (m,), "cb": (classes,)}
         trees.append({name: normal(rng, *shape) for name, shape in (shapes | biases).items()})
-    x = jax.random.normal(jax.random.key(1), (40, 4))
+    x = jnp.float32(np.random.default_rng(1).normal(size=(40, 4)))
     nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
     maps = vfjax.align.transport(nets, trees, [x])
     mapped = maps.apply(nets, trees)
@@ -411,8 +396,10 @@ def test_features_of_models_with_heads_are_means_over_heads():
     close(found.feature["output"], found.feature["w4"])
 
 
-def own_networks(name, trees, x):
-    """The one network of models with classes of their own, and one each."""
+@functools.cache
+def own_networks(name):
+    """The one network of models with 3 and 7 classes, and one each."""
+    _, trees, x = case(name, classes=7)
     nets = [case(name)[0], vfjax.trace(APPLY[name], trees[1], x)]
     return nets[0], nets
 
@@ -422,14 +409,14 @@ def own_networks(name, trees, x):
 def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
     monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
     _, trees, x = case("heads", classes=7)
-    nets = own_networks("heads", trees, x)[apart]
+    nets = own_networks("heads")[apart]
     maps = random_zip(case("heads")[0], 2)
     model = merge.partial(nets, trees, maps, merged=slice(1, 3), alpha=0.25)
     found = diagnose.features(nets, model, [x], references=trees, maps=maps, sites="layers")
     here, there = (model.read(at, ["w4"])[1]["w4"] for at in (x, jnp.zeros_like(x)))
     lengths = [np.linalg.norm(a - b, axis=-1).mean() for a, b in zip(here, there, strict=True)]
     close(found.feature["w4"], [np.dot((0.75, 0.25), lengths)])
-    for k, (own, tree) in enumerate(zip(own_networks("heads", trees, x)[1], trees, strict=True)):
+    for k, (own, tree) in enumerate(zip(own_networks("heads")[1], trees, strict=True)):
         alone = diagnose.features(own, tree, [x], sites=["w4"])
         for what in ("feature", "feature_std", "offset", "variance", "dead"):
             theirs = getattr(found.references, what)["w4"][k : k + 1]
@@ -451,7 +438,7 @@ def test_reports_on_copies_with_heads_of_their_own(tmp_path, name, apart):
     last, bias = ("head", "bias") if name == "residual" else ("w4", "b4")
     head = draw(name, 0, classes=7)
     other = {**tree, last: head[last], bias: head[bias]}
-    nets = own_networks(name, [tree, other], x)[apart]
+    nets = own_networks(name)[apart]
     moves = net.spec.random(jax.random.key(2))
     copies = [tree, net.spec.permute(other, moves)]
     found = Maps.of_permutations([None, vfjax.symmetry.invert(moves, within=net.spec.within)])
@@ -477,7 +464,7 @@ def test_reports_on_models_of_other_widths():
     trees = [
         {name: normal(rng, *size[k : k + 2]) for k, name in enumerate("abc")} for size in sizes
     ]
-    x = jax.random.normal(jax.random.key(1), (40, 4))
+    x = jnp.float32(np.random.default_rng(1).normal(size=(40, 4)))
     nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
     maps = vfjax.align.transport(nets, trees, [x])
     model = merge.partial(nets, trees, maps, merged=slice(0, 2))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, norm
 from vfjax import (
     checkpoint,
     merge,
@@ -23,10 +24,7 @@ ROUNDING = 5e-5
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = jnp.asarray(actual), jnp.asarray(expected)
-    assert actual.shape == expected.shape
-    scale = float(jnp.abs(expected).max()) if expected.size else 1.0
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * max(scale, 1e-30))
+    assert_close(actual, expected, tol, least=1e-30)
 
 
 def trees_close(actual, expected, tol=ROUNDING):
@@ -37,21 +35,6 @@ def trees_close(actual, expected, tol=ROUNDING):
 # ------------------------------------------------------------------------------------- networks
 
 
-def conv(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def vector(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - vector(p["mean"], x)) * vector(root, x) + vector(p["bias"], x)
-
-
 def layer_norm(x):
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
@@ -59,13 +42,13 @@ def layer_norm(x):
 
 def head(v, x):
     x = x.mean((1, 2)) @ v["head"]
-    return x + vector(v["bias"], x)
+    return x + along(v["bias"], x)
 
 
 def plain(v, x):
     for k in (1, 2, 3):
         x = conv(x, v[f"w{k}"])
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     return head(v, x)
 
 
@@ -105,17 +88,17 @@ def masked(v, x):
     for k in (1, 2, 3):
         w = v[f"w{k}"]
         x = conv(x, w * (1 - 0.5 * v["mask"]) if k == 2 else w)
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     return head(v, x)
 
 
 def shared(v, x):
     """One kernel used twice."""
     x = conv(x, v["w1"])
-    x = jax.nn.relu(x + vector(v["b1"], x))
+    x = jax.nn.relu(x + along(v["b1"], x))
     for k in (2, 3):
         x = conv(x, v["w2"])
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     return head(v, x)
 
 
@@ -738,7 +721,7 @@ def test_a_bias_of_several_depths_cannot_be_calibrated():
     def fn(v, x):
         for w in ("w1", "w2"):
             x = x @ v[w]
-            x = jax.nn.relu(x + vector(v["b"], x))
+            x = jax.nn.relu(x + along(v["b"], x))
         return x @ v["w3"]
 
     tree = {
@@ -763,7 +746,7 @@ def test_biases_of_an_unrolled_scan_are_told_apart():
     def fn(v, x):
         def step(x, p):
             y = x @ p["w"]
-            return jax.nn.relu(y + vector(p["b"], y)), None
+            return jax.nn.relu(y + along(p["b"], y)), None
 
         x, _ = jax.lax.scan(step, x, v["layers"])
         return x @ v["head"]
