@@ -35,7 +35,7 @@ class Effect(NamedTuple):
     where: str
 
 
-def effects(graph: Graph, norms: Iterable[NormSite]) -> dict[int, dict[str, Effect]]:
+def leaf_effects(graph: Graph, norms: Iterable[NormSite]) -> dict[int, dict[str, Effect]]:
     """How every leaf acts on what depends on the input.
 
     Args:

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax import _propagate
-from vfjax._analysis import effects as _effects
 from vfjax._analysis import outside
 from vfjax._analysis.cost import equation_flops
+from vfjax._analysis.effects import Effect, leaf_effects
 from vfjax._analysis.groups import named_groups
 from vfjax._analysis.layers import (
     LinearSite,
@@ -26,6 +25,7 @@ from vfjax._analysis.taps import tap_of
 from vfjax._jaxpr.calls import INPUT, PARAM, holds_layer
 from vfjax._jaxpr.graph import Graph
 from vfjax._jaxpr.primitives import CONV, LINEAR, SUMS
+from vfjax._propagate.propagation import Propagation, propagate
 from vfjax.symmetry._places import Axis, Place, owners
 
 
@@ -151,14 +151,14 @@ class Traced:
         return max((a.size * a.dtype.itemsize for a in avals), default=0)
 
     @functools.cached_property
-    def propagation(self) -> _propagate.Propagation:
+    def propagation(self) -> Propagation:
         """Which axes of all values carry which group."""
-        return _propagate.propagate(self.graph)
+        return propagate(self.graph)
 
     @functools.cached_property
-    def effects(self) -> dict[int, dict[str, _effects.Effect]]:
+    def effects(self) -> dict[int, dict[str, Effect]]:
         """By index of a leaf, how it acts on what depends on the input."""
-        return _effects.effects(self.graph, self.norms.values())
+        return leaf_effects(self.graph, self.norms.values())
 
     @functools.cached_property
     def groups(self) -> dict[int, str]:

@@ -7,7 +7,7 @@ from vfjax._propagate.registry import Axes, Step, opaque, rule
 
 
 @rule(*(ELEMENTWISE - CAST), lazy=True)
-def elementwise(step: Step) -> list[Axes]:
+def tied(step: Step) -> list[Axes]:
     """Ties the operands along every dimension in which they are not broadcast.
 
     A dimension of size 1 may meet a longer one inside the primitive (jax 0.12), which ties nothing;
