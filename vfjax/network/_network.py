@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis import outside
 from vfjax._analysis.groups import from_propagation
+from vfjax._deprecated import renamed
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
 from vfjax._trees import paths
@@ -111,7 +112,7 @@ class Network:
     def __repr__(self) -> str:
         """Size and depth at a glance."""
         return (
-            f"Network({len(self.layers)} layers, depth {self.depth}, {self.parameters:,} "
+            f"Network({len(self.layers)} layers, depth {self.depth}, {self.params:,} "
             f"parameters, {len(self.spec.groups)} groups)"
         )
 
@@ -180,9 +181,15 @@ class Network:
         return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
 
     @property
-    def parameters(self) -> int:
+    def params(self) -> int:
         """Number of parameters, stored statistics not counted."""
         return _cost.params_of(self, self.paths)
+
+    @property
+    def parameters(self) -> int:
+        """The old name of `params`."""
+        renamed("Network.parameters", "Network.params")
+        return self.params
 
     @functools.cached_property
     def flops(self) -> int:
@@ -482,13 +489,23 @@ class Network:
         """Types of leaves of the variables, by path."""
         return {path: self._avals[path] for path in paths}
 
-    def stem_parameters(self, depth: int) -> int:
+    def stem_params(self, depth: int) -> int:
         """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
         return _cost.params_of(self, self.stem_leaves(depth))
 
-    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
+    def stem_parameters(self, depth: int) -> int:
+        """The old name of `stem_params`."""
+        renamed("Network.stem_parameters", "Network.stem_params")
+        return self.stem_params(depth)
+
+    def trunk_params(self, depth: int, stop: int | None = None) -> int:
         """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
         return _cost.params_of(self, self.trunk_leaves(depth, stop))
+
+    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
+        """The old name of `trunk_params`."""
+        renamed("Network.trunk_parameters", "Network.trunk_params")
+        return self.trunk_params(depth, stop)
 
     def stem_flops(self, depth: int) -> int:
         """Operations per example of the stem of a cut, counted as in `flops`."""
@@ -562,7 +579,7 @@ class Network:
             >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
             >>> [net.in_stem(layer.name, 1) for layer in net.layers]
             [True, False]
-            >>> sorted(net.stem_leaves(1)), net.stem_parameters(1), net.trunk_flops(1)
+            >>> sorted(net.stem_leaves(1)), net.stem_params(1), net.trunk_flops(1)
             (['w0'], 12, 8)
         """
         check_depth(self, depth, "depth")
