@@ -341,11 +341,11 @@ def test_partial_merges_and_repair_with_maps_of_each_head(net, variables, copies
     """A zip of copies is the network wherever it is cut, and leaves REPAIR nothing to do."""
     found = align.zip_moments(net, two(moments), alpha=0, beta=0)
     soft = align.transport_moments(net, two(moments), regularization=0.3)
-    model = merge.partial(net, copies[:2], found, merged=slice(*cut))
+    model = merge.partial(net, copies[:2], found, span=slice(*cut))
     expected = net.run(variables, x)
     for out in jax.tree.leaves(model(x)):
         assert float(jnp.abs(out - expected).max() / jnp.abs(expected).max()) < 2e-5
-    mixed = merge.partial(net, copies[:2], soft, merged=slice(*cut))
+    mixed = merge.partial(net, copies[:2], soft, span=slice(*cut))
     assert all(jnp.isfinite(out).all() for out in jax.tree.leaves(mixed(x)))
     if cut[0] is None:
         return

@@ -312,9 +312,9 @@ def test_cost_is_that_of_all_stems_and_one_trunk(name, count):
     net, trees, _ = network(name)
     for layers in range(net.depth + 1):
         model = merge.preserve_first(net, trees[:count], layers=layers)
-        stems = count * net.stem_parameters(layers) if layers else 0
-        assert model.params == model.parameters == stems + net.trunk_parameters(layers)
-    assert merge.preserve_first(net, trees[:count], layers=0).params == net.parameters
+        stems = count * net.stem_params(layers) if layers else 0
+        assert model.params == model.params == stems + net.trunk_params(layers)
+    assert merge.preserve_first(net, trees[:count], layers=0).params == net.params
     assert merge.preserve_first(net, trees[:count], layers=0).flops == net.flops
     costs = [merge.preserve_first(net, trees[:count], layers=k) for k in range(net.depth + 1)]
     assert [c.params for c in costs] == sorted(c.params for c in costs)

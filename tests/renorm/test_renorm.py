@@ -331,7 +331,7 @@ def test_corrections_that_do_not_fold_stay_explicit(name, kind, explicit):
     if explicit:
         assert isinstance(new, merge.Merged) and new.cut == 0 and new.stems == ()
         assert sorted(new.corrections) == explicit
-        assert new.params == net.parameters
+        assert new.params == net.params
     else:
         assert jax.tree.structure(new) == jax.tree.structure(edges[0])
 

@@ -24,8 +24,8 @@ What they return, `Merged`, is a pytree: call it, jit it, differentiate it, save
 
 from __future__ import annotations
 
+from vfjax.merge._arguments import as_merged as as_merged
 from vfjax.merge._merged import Merged as Merged
-from vfjax.merge._merged import as_merged as as_merged
 from vfjax.merge._partial import ensemble as ensemble
 from vfjax.merge._partial import partial as partial
 from vfjax.merge._partial import preserve_first as preserve_first
