@@ -24,6 +24,41 @@ def renamed(old: str, new: str, *, depth: int = 3) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=depth)
 
 
+class OldName:
+    """An attribute by its old name, which warns and returns that of the new one.
+
+    Args:
+        new: The new name.
+
+    Example:
+        >>> import warnings
+        >>> class Box:
+        ...     params = 3
+        ...     parameters = OldName("params")
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     Box().parameters
+        3
+        >>> str(caught[0].message)
+        'Box.parameters is now Box.params; the old name goes with the next version'
+    """
+
+    def __init__(self, new: str) -> None:
+        """See the class."""
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learns its name, and of what class it is an attribute."""
+        self.owner, self.old = owner.__name__, name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """What goes by the new name now."""
+        if instance is None:
+            return self
+        renamed(f"{self.owner}.{self.old}", f"{self.owner}.{self.new}")
+        return getattr(instance, self.new)
+
+
 def renames(**keywords: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Lets a function take keywords by their old names too, with a warning.
 

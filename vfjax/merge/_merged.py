@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vfjax._deprecated import renamed
+from vfjax._deprecated import OldName
 from vfjax._types import Array, PyTree
 from vfjax.merge import _cost, _saved
 from vfjax.network._crossing import Crossing
@@ -90,11 +90,7 @@ class Merged:
         """The layers that are merged, of a list of all by depth."""
         return slice(self.cut, self.net.depth if self.end is None else self.end)
 
-    @property
-    def merged(self) -> slice:
-        """The old name of `span`."""
-        renamed("Merged.merged", "Merged.span")
-        return self.span
+    merged = OldName("span")
 
     def net_of(self, model: int) -> Network:
         """The network of a model's stem and head.
@@ -190,11 +186,7 @@ class Merged:
         """
         return _cost.params_of(self)
 
-    @property
-    def parameters(self) -> int:
-        """The old name of `params`."""
-        renamed("Merged.parameters", "Merged.params")
-        return self.params
+    parameters = OldName("params")
 
     @property
     def flops(self) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis import outside
 from vfjax._analysis.groups import from_propagation
-from vfjax._deprecated import renamed
+from vfjax._deprecated import OldName
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
 from vfjax._trees import paths
@@ -185,11 +185,7 @@ class Network:
         """Number of parameters, stored statistics not counted."""
         return _cost.params_of(self, self.paths)
 
-    @property
-    def parameters(self) -> int:
-        """The old name of `params`."""
-        renamed("Network.parameters", "Network.params")
-        return self.params
+    parameters = OldName("params")
 
     @functools.cached_property
     def flops(self) -> int:
@@ -493,19 +489,11 @@ class Network:
         """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
         return _cost.params_of(self, self.stem_leaves(depth))
 
-    def stem_parameters(self, depth: int) -> int:
-        """The old name of `stem_params`."""
-        renamed("Network.stem_parameters", "Network.stem_params")
-        return self.stem_params(depth)
-
     def trunk_params(self, depth: int, stop: int | None = None) -> int:
         """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
         return _cost.params_of(self, self.trunk_leaves(depth, stop))
 
-    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
-        """The old name of `trunk_params`."""
-        renamed("Network.trunk_parameters", "Network.trunk_params")
-        return self.trunk_params(depth, stop)
+    stem_parameters, trunk_parameters = OldName("stem_params"), OldName("trunk_params")
 
     def stem_flops(self, depth: int) -> int:
         """Operations per example of the stem of a cut, counted as in `flops`."""
@@ -660,6 +648,5 @@ class Network:
             ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
         """
         self.layer(layer)
-        named, treedef = paths.flatten_named(variables)
-        new = _fold.fold(self._reference, named, layer, scale, shift)
-        return jax.tree.unflatten(treedef, [new[path] for path in named])
+        flat = paths.flatten_named(variables)
+        return flat.put(_fold.fold(self._reference, flat.leaves, layer, scale, shift)).tree()

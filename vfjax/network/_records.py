@@ -12,7 +12,7 @@ import numpy as np
 
 from vfjax._analysis.traced import Traced
 from vfjax._analysis.views import View
-from vfjax._deprecated import renamed
+from vfjax._deprecated import OldName
 from vfjax._jaxpr.primitives import CONV
 from vfjax._types import Array
 from vfjax.symmetry._places import (
@@ -61,11 +61,7 @@ class Layer:
     norm: str | None
     where: str
 
-    @property
-    def parameters(self) -> int:
-        """The old name of `params`."""
-        renamed("Layer.parameters", "Layer.params")
-        return self.params
+    parameters = OldName("params")
 
     @property
     def channels(self) -> int:
