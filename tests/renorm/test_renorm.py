@@ -17,7 +17,7 @@ from vfjax import (
     renorm,
     stats,
 )
-from vfjax.renorm import _passes
+from vfjax.renorm import _passes, _write
 
 # Moments of float32 values, summed in different orders, and folded into float32 kernels.
 ROUNDING = 5e-5
@@ -349,7 +349,7 @@ def test_folding_changes_no_output(name, kind, monkeypatch):
             def refuse(*args):
                 raise vfjax.FoldError("not today")
 
-            patch.setattr(vfjax.Network, "fold", refuse)
+            patch.setattr(_write, "fold", refuse)
             explicit = RENORM[kind](net, model, data, references=edges)
         assert sorted(explicit.corrections) == sorted(sites_of(net, cut))
         assert len(folded.corrections) <= len(explicit.corrections)
