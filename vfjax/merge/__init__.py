@@ -5,7 +5,7 @@ Models are a sequence of trees of one structure, aligned already (`vfjax.align`)
 - `interpolate` averages whole trees; `uniform_soup` and `greedy_soup` do so for many.
 - `preserve_first(net, trees, layers=l)` keeps the first l layers of each model apart (its *stem*)
   and averages the rest (the *trunk*): l = 0 is the merged model, l = L the logit ensemble.
-- `partial(net, trees, maps, merged=slice(i, j))` merges any range of layers and leaves each model
+- `partial(net, trees, maps, span=slice(i, j))` merges any range of layers and leaves each model
   its own *head*: `slice(l, None)` is Preserve-First Merging, `slice(None, l)` ZipIt!'s partial zip.
   Heads may have different numbers of classes, and maps may mix units.
 

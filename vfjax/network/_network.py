@@ -186,6 +186,7 @@ class Network:
         return _cost.params_of(self, self.paths)
 
     parameters = OldName("params")
+    stem_parameters, trunk_parameters = OldName("stem_params"), OldName("trunk_params")
 
     @functools.cached_property
     def flops(self) -> int:
@@ -325,7 +326,6 @@ class Network:
         ids = zip(traced.graph.inputs, self._avals, strict=False)
         env |= {value: named[path] for value, path in ids if path in named}
         env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
-
         changes = Changes(self, traced, capture, edit, stop, start)
         env = changes.enter(env)
         ends = traced.ends(stop)
@@ -493,8 +493,6 @@ class Network:
         """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
         return _cost.params_of(self, self.trunk_leaves(depth, stop))
 
-    stem_parameters, trunk_parameters = OldName("stem_params"), OldName("trunk_params")
-
     def stem_flops(self, depth: int) -> int:
         """Operations per example of the stem of a cut, counted as in `flops`."""
         check_depth(self, depth, "depth")
@@ -531,10 +529,7 @@ class Network:
         check_depth(self, depth, "depth")
         traced = self._reference
         return tuple(
-            (
-                traced.graph.avals[v],
-                frozenset(place.group for place in traced.places(v)),
-            )
+            (traced.graph.avals[v], frozenset(place.group for place in traced.places(v)))
             for v in traced.cut(depth).crossing
         )
 
