@@ -250,7 +250,7 @@ def parser() -> argparse.ArgumentParser:
 
 def samples_of(text: str) -> int | None:
     """The type of `--samples`: a number of images, or None for `all`."""
-    return None if text == "all" else _common.count_of("images")(text)
+    return None if text == ALL else _common.count_of("images")(text)
 
 
 def label_of(samples: int | None) -> str:
@@ -299,7 +299,8 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     remedy, layers = _pruning.remedy_of(args, net, name), _pruning.layers_of(net, name)
     training, test = _pruning.statistics_of(args, models), models.batches("test", args.test)
     there = len(training.images)
-    for option, count in (("gradients", args.gradients if fisher else 0), *samples_options(counts)):
+    asked = [("samples", count) for count in counts if count is not None]
+    for option, count in [("gradients", args.gradients)] * bool(fisher) + asked:
         if count > there:
             raise _common.UserError(f"--{option} {count}: there are {there:,} training images.")
     options = {
@@ -373,11 +374,6 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     record["title"] = _pruning.titled(record, "pruned")
     record["seconds"] = watch.record()
     return record | _common.environment()
-
-
-def samples_options(counts: Sequence[int | None]) -> list[tuple[str, int]]:
-    """Options `--samples`, each with how many images it asks for."""
-    return [("samples", count) for count in counts if count is not None]
 
 
 # ------------------------------------------------------------------------------ record and figure

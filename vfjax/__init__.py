@@ -16,18 +16,35 @@ from vfjax import merge as merge
 from vfjax import prune as prune
 from vfjax import renorm as renorm
 from vfjax import stats as stats
-from vfjax.network import Crossing as Crossing
-from vfjax.network import FoldError as FoldError
-from vfjax.network import Layer as Layer
-from vfjax.network import Network as Network
-from vfjax.network import Norm as Norm
-from vfjax.network import Tap as Tap
-from vfjax.network import trace as trace
-from vfjax.symmetry import PermutationSpec as PermutationSpec
-from vfjax.symmetry import check_spec as check_spec
+from vfjax.network._crossing import Crossing as Crossing
+from vfjax.network._fold import FoldError as FoldError
+from vfjax.network._network import Network as Network
+from vfjax.network._network import trace as trace
+from vfjax.network._records import Layer as Layer
+from vfjax.network._records import Norm as Norm
+from vfjax.network._records import Tap as Tap
+from vfjax.symmetry._check import check_spec as check_spec
+from vfjax.symmetry._spec import PermutationSpec as PermutationSpec
+
+__all__ = [
+    "Crossing",
+    "FoldError",
+    "Layer",
+    "Network",
+    "Norm",
+    "PermutationSpec",
+    "Tap",
+    "align",
+    "check_spec",
+    "diagnose",
+    "merge",
+    "prune",
+    "renorm",
+    "stats",
+    "trace",
+]
 
 __version__ = "0.1.0"
-
 _ON_FIRST_USE = frozenset({"checkpoint", "data", "imagenet", "models", "plot", "train"})
 
 

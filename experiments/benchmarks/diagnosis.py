@@ -27,7 +27,7 @@ from kit import timing
 
 import vfjax
 from vfjax import diagnose, models, train
-from vfjax._route import routed
+from vfjax._jaxpr.faster import routed
 
 # At most 1.15 times the bare passes.
 FEATURES = round(1 / 1.15, 2)

@@ -26,7 +26,7 @@ from kit import timing
 
 import vfjax
 from vfjax import merge, models, renorm, stats, train
-from vfjax._route import routed
+from vfjax._jaxpr.faster import routed
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kit import timing
 
 from vfjax import models
-from vfjax._route import routed
+from vfjax._jaxpr.faster import routed
 
 # Per model: its width, and how much faster it is to be.
 MODELS = {

@@ -23,8 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kit import timing
 
-from vfjax.align import _matchers
-from vfjax.align._greedy import greedy_groups
+from vfjax.align import _grouping
+from vfjax.align._grouping import greedy_groups
+from vfjax.align._grouping import identity_groups
+from vfjax.align._grouping import kmeans_groups
+from vfjax.align._grouping import optimal_groups
+from vfjax.align._grouping import permute_groups
 
 SECONDS = 5
 ALPHA, BETA = 0.3, 0.125
@@ -114,10 +118,10 @@ def others(similarity: np.ndarray) -> dict[str, Callable[[], Any]]:
     """The matchers that the greedy one is compared with."""
     count = len(similarity) // 2
     return {
-        "optimal": lambda: _matchers.optimal_groups(similarity),
-        "k-means": lambda: _matchers.kmeans_groups(similarity, count, jax.random.key(0)),
-        "permute": lambda: _matchers.permute_groups(similarity, 2),
-        "identity": lambda: _matchers.identity_groups(similarity, 2),
+        "optimal": lambda: optimal_groups(similarity),
+        "k-means": lambda: kmeans_groups(similarity, count, jax.random.key(0)),
+        "permute": lambda: permute_groups(similarity, 2),
+        "identity": lambda: identity_groups(similarity, 2),
     }
 
 

@@ -1,4 +1,4 @@
-"""Records what PyTorch makes of RESET, REPAIR and RESCALE, for `tests/test_oracles.py`.
+"""Records what PyTorch makes of RESET, REPAIR and RESCALE, for `tests/renorm/test_oracles.py`.
 
     pip install ".[oracle]" && python tests/oracles/record_torch.py
 

@@ -1,4 +1,4 @@
-"""Records what torchvision's and timm's models compute, for `tests/test_torch.py`.
+"""Records what torchvision's and timm's models compute, for `tests/checkpoint/test_torch.py`.
 
     pip install ".[oracle]" && python tests/oracles/record_torch_models.py
 

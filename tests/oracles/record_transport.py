@@ -1,4 +1,4 @@
-"""Records what POT and ott-jax find for transport problems, for `tests/test_align_plans.py`.
+"""Records what POT and ott-jax find for transport problems, for `tests/align/test_plans.py`.
 
 pip install ".[oracle]" && python tests/oracles/record_transport.py
 """

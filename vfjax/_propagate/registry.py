@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
-from vfjax._graph import INPUT, PARAM
+from vfjax._jaxpr.calls import INPUT, PARAM
 from vfjax._propagate.atoms import Axis, Cause
 from vfjax._propagate.folds import Folds
 from vfjax._propagate.within import Record, Use

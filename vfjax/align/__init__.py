@@ -1,21 +1,22 @@
 """Alignment: finding the maps that bring one network's features next to another's."""
 
-from vfjax.align._maps import Maps as Maps
-from vfjax.align._record import Alignment as Alignment
-from vfjax.align.activations import match_activations as match_activations
-from vfjax.align.activations import match_moments as match_moments
-from vfjax.align.cca import canonical_correlations as canonical_correlations
-from vfjax.align.cca import cca as cca
-from vfjax.align.cca import cca_moments as cca_moments
-from vfjax.align.transport import transport as transport
-from vfjax.align.transport import transport_moments as transport_moments
-from vfjax.align.universe import Universe as Universe
-from vfjax.align.universe import match_universe as match_universe
-from vfjax.align.universe import match_universe_moments as match_universe_moments
-from vfjax.align.weights import match_weights as match_weights
-from vfjax.align.zip import merged_correlation as merged_correlation
-from vfjax.align.zip import zip_features as zip_features
-from vfjax.align.zip import zip_moments as zip_moments
+from vfjax._maps.maps import Maps as Maps
+from vfjax.align._activations import match_activations as match_activations
+from vfjax.align._activations import match_moments as match_moments
+from vfjax.align._assignment import Alignment as Alignment
+from vfjax.align._cca import canonical_correlations as canonical_correlations
+from vfjax.align._cca import cca as cca
+from vfjax.align._cca import cca_moments as cca_moments
+from vfjax.align._taps import with_spreads as with_spreads
+from vfjax.align._transport import transport as transport
+from vfjax.align._transport import transport_moments as transport_moments
+from vfjax.align._universe import Universe as Universe
+from vfjax.align._universe import match_universe as match_universe
+from vfjax.align._universe import match_universe_moments as match_universe_moments
+from vfjax.align._weights import match_weights as match_weights
+from vfjax.align._zip import merged_correlation as merged_correlation
+from vfjax.align._zip import zip_features as zip_features
+from vfjax.align._zip import zip_moments as zip_moments
 
 __all__ = [
     "Alignment",
@@ -32,6 +33,7 @@ __all__ = [
     "merged_correlation",
     "transport",
     "transport_moments",
+    "with_spreads",
     "zip_features",
     "zip_moments",
 ]

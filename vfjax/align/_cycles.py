@@ -18,10 +18,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import scipy.linalg
 
-from vfjax._axes import Axis, map_axis, permute_axis
-from vfjax.align._record import PLACE, assign, assign_within
-from vfjax.align.weights import _dot, _inner, _permute, _search
-from vfjax.symmetry import PermutationSpec
+from vfjax.align._ascent import (
+    _dot,
+    _inner,
+    _permute,
+    _search,
+)
+from vfjax.align._assignment import PLACE, assign, assign_within
+from vfjax.symmetry._places import Axis, map_axis, permute_axis
+from vfjax.symmetry._spec import PermutationSpec
 
 # Rises that are less than this, relative to the objective's scale, are rounding.
 _RISE = 1e-10

@@ -16,8 +16,8 @@ import scipy.sparse
 from scipy.optimize import linprog
 from scipy.special import softmax
 
-from vfjax.align._options import number, whole
-from vfjax.align._record import PLACE, assign
+from vfjax._trees.options import number, whole
+from vfjax.align._assignment import PLACE, assign
 
 __all__ = [
     "Entropic",

@@ -8,16 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._arguments import check_merged
-from vfjax._fits import check_fits, check_models
-from vfjax._merged import Merged
-from vfjax._networks import networks
-from vfjax._tree import check_finite, flatten_named
-from vfjax.align._maps import Maps
-from vfjax.diagnose import _measure
-from vfjax.network import Network
-
-PyTree = Any
+from vfjax._maps.maps import Maps
+from vfjax._trees.paths import check_finite, flatten_named
+from vfjax._types import PyTree
+from vfjax.diagnose import _rows
+from vfjax.merge._arguments import check_merged
+from vfjax.merge._merged import Merged
+from vfjax.network._arguments import check_fits, check_models, networks
+from vfjax.network._network import Network
 
 
 def compared(
@@ -125,7 +123,7 @@ def carry(
     """
     if maps is None:
         others = (
-            edge if own is nets[0] else _measure.Carried(edge, (), own)
+            edge if own is nets[0] else _rows.Carried(edge, (), own)
             for own, edge in zip(nets, edges, strict=False)
         )
         return (*merged, *others)
@@ -138,13 +136,13 @@ def carry(
     mixing = tuple({g: jnp.asarray(pair[0]) for g, pair in of.items()} for of in maps.mixing)
     merging = [{g: jnp.asarray(m) for g, m in of.items()} for of in maps.merging]
     mine = (
-        _measure.Carried(network, mixing, network.net)
+        _rows.Carried(network, mixing, network.net)
         if isinstance(network, Merged) and (network.stems or network.heads)
         else network
         for network in merged
     )
     others = (
-        _measure.Carried(maps.in_units(own, edge), (of,), own)
+        _rows.Carried(maps.in_units(own, edge), (of,), own)
         for own, edge, of in zip(nets, edges, merging, strict=True)
     )
     return (*mine, *others)

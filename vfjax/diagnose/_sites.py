@@ -6,17 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from vfjax import stats
+from vfjax.network._checks import opaque_hint
+from vfjax.network._network import Network
+from vfjax.stats._sites import Site, check_names
 
-from vfjax import _graph, stats
-from vfjax._streaming import Site
-from vfjax._tree import flatten_named
-from vfjax.network import Network
-
-Array = jax.Array
-PyTree = Any
 Sites = Literal["taps", "layers", "paper"] | Sequence[str]
 
 
@@ -67,7 +61,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     taps = tuple(layer.tap for layer in net.layers)
     if not isinstance(sites, str):
         norms = (norm.site for norm in net.norms)
-        names = stats.check_names(net, sites, ["input", *layers, *taps, *norms, "output"])
+        names = check_names(net, sites, ["input", *layers, *taps, *norms, "output"])
     elif sites in ("taps", "layers"):
         names = taps if sites == "taps" else layers
     elif sites == "paper":
@@ -81,7 +75,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     if not names:
         raise ValueError(
             f"`sites` is {sites!r}, which is no site of this network; name some, as in ['output']."
-            + net.opaque_hint()
+            + opaque_hint(net)
         )
     return names
 
@@ -148,52 +142,3 @@ def describe(net: Network, name: str, size: int) -> FeatureSite:
     sites = net._reference.layers.values()
     depth = max((net._reference.depth_of(s) for s in sites if s.index in before), default=0)
     return FeatureSite(name, None, depth, True, int(size))
-
-
-def by_example(name: str, value: Array, single: tuple[int, ...], size: int) -> tuple[Array, int]:
-    """A value of `size` examples, with an axis of examples alone, and that axis.
-
-    It is the one along which the value of one example is shorter, whatever the network did to
-    layouts.
-
-    Args:
-        name: Name of the site.
-        value: Its value.
-        single: The shape of the value of one example.
-        size: Number of examples.
-
-    Raises:
-        ValueError: If there is no such axis.
-    """
-    many = value.shape
-    if size == 1 and many == single:
-        return value[None], 0
-    axes = [a for a, (n, m) in enumerate(zip(many, single, strict=False)) if n != m]
-    if len(many) != len(single) or len(axes) != 1 or many[axes[0]] != size * single[axes[0]]:
-        raise ValueError(
-            f'site "{name}" has shape {list(many)} at {size} examples and {list(single)} at one: '
-            "no axis of it holds the examples; leave it out of `sites`"
-        )
-    (axis,) = axes
-    if single[axis] > 1:
-        # Examples were merged with positions, as by x.reshape(-1, features): they are outermost.
-        value = value.reshape(*many[:axis], size, *single[axis:])
-    return value, axis
-
-
-def kernels(net: Network, tree: PyTree, names: Sequence[str]) -> list[np.ndarray]:
-    """The entries of layers' kernels as the layers use them, masks and sums included: `[n]` each.
-
-    Args:
-        net: The traced network.
-        tree: Its variables; leaves that these layers do not read may be None.
-        names: Names of the layers.
-    """
-    traced = net._reference
-    sites = [traced.layers[name] for name in names]
-    operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
-    named, _ = flatten_named(tree)
-    ids = zip(traced.graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
-    found = _graph.evaluate(traced.graph, env, operands)
-    return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]

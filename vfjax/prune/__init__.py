@@ -9,19 +9,19 @@ Pruned networks lose their features layer by layer, as merged ones do; `vfjax.re
 back with the unpruned network as the one reference, from as few as one batch.
 """
 
-from vfjax.prune._kernels import Scores as Scores
-from vfjax.prune._kernels import prunable as prunable
-from vfjax.prune.fisher import fisher as fisher
-from vfjax.prune.magnitude import magnitude as magnitude
-from vfjax.prune.masks import apply as apply
-from vfjax.prune.masks import keep as keep
-from vfjax.prune.masks import masks as masks
-from vfjax.prune.masks import sparsity as sparsity
-from vfjax.prune.wanda import wanda as wanda
-from vfjax.prune.woodfisher import InverseFisher as InverseFisher
-from vfjax.prune.woodfisher import inverse_fisher as inverse_fisher
-from vfjax.prune.woodfisher import memory as memory
-from vfjax.prune.woodfisher import woodfisher as woodfisher
+from vfjax.prune._fisher import fisher as fisher
+from vfjax.prune._magnitude import magnitude as magnitude
+from vfjax.prune._masks import apply as apply
+from vfjax.prune._masks import keep as keep
+from vfjax.prune._masks import masks as masks
+from vfjax.prune._masks import sparsity as sparsity
+from vfjax.prune._scores import Scores as Scores
+from vfjax.prune._scores import prunable as prunable
+from vfjax.prune._wanda import wanda as wanda
+from vfjax.prune._woodfisher import InverseFisher as InverseFisher
+from vfjax.prune._woodfisher import inverse_fisher as inverse_fisher
+from vfjax.prune._woodfisher import memory as memory
+from vfjax.prune._woodfisher import woodfisher as woodfisher
 
 __all__ = [
     "InverseFisher",

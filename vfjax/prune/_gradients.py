@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax import _tree
-from vfjax._batches import labelled
-from vfjax._meshes import mesh_of
-from vfjax.network import Network
+from vfjax._passes.batching import labelled
+from vfjax._passes.devices import mesh_of
+from vfjax._trees.paths import flatten_named, with_leaves
+from vfjax._types import Array, PyTree
+from vfjax.network._network import Network
 
-Array = jax.Array
-PyTree = Any
 Loss = Callable[[PyTree, Array], Array]
 
 # Bytes of the gradients that one call computes: on CPU what its caches hold, elsewhere a small part
@@ -64,7 +63,7 @@ def gradients(
         ValueError: If data are empty, do not fit the network, or hold too few examples.
     """
     loss = cross_entropy if loss is None else loss
-    leaves = _tree.flatten_named(tree)[0]
+    leaves = flatten_named(tree)[0]
     most = _at_once({path: leaves[path] for path in paths})
     made = 0
     for _, x, label in labelled(data, like=net.x, reader="the loss"):
@@ -115,10 +114,10 @@ def _at_once(leaves: Mapping[str, Any]) -> int:
 def _vmapped(
     net: Network, paths: tuple[str, ...], loss: Loss, tree: PyTree, groups: Any
 ) -> dict[str, Array]:
-    leaves = _tree.flatten_named(tree)[0]
+    leaves = flatten_named(tree)[0]
 
     def value(chosen: dict[str, Array], x: PyTree, label: Array) -> Array:
-        return loss(net.run(_tree.with_leaves(tree, chosen), x), label)
+        return loss(net.run(with_leaves(tree, chosen), x), label)
 
     chosen = {path: leaves[path] for path in paths}
     return jax.vmap(jax.grad(value), (None, 0, 0))(chosen, *groups)

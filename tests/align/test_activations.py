@@ -1,0 +1,272 @@
+"""Tests of activation matching: recovery, equivariance, and an oracle in NumPy."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+import vfjax
+from vfjax import stats
+from vfjax.align import match_activations, match_moments
+from vfjax.align._taps import correlation
+from vfjax.symmetry import compose, invert
+
+
+def mlp(v, x):
+    for k in range(2):
+        x = jax.nn.relu(x @ v[f"w{k}"] + v[f"b{k}"][None])
+    return x @ v["w2"]
+
+
+def convnet(v, x):
+    """Two convolutions, one with stored statistics, a flattened map, a dense layer and a head."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, v["k0"], (1, 1), "SAME", dimension_numbers=dims)
+    spread = jax.lax.rsqrt(v["var"] + 1e-5)
+    x = jax.nn.relu((x - v["mean"][None, None, None]) * spread[None, None, None])
+    x = jax.nn.relu(
+        jax.lax.conv_general_dilated(x, v["k1"], (2, 2), "SAME", dimension_numbers=dims)
+    )
+    return jax.nn.relu(x.reshape(x.shape[0], -1) @ v["d0"]) @ v["d1"]
+
+
+def resnet(v, x):
+    h = jax.nn.relu(x @ v["stem"])
+    for k in range(2):
+        h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])
+    return h @ v["head"]
+
+
+SHAPES = {
+    mlp: {"w0": (6, 16), "b0": (16,), "w1": (16, 12), "b1": (12,), "w2": (12, 4)},
+    convnet: {"k0": (3, 3, 3, 8), "mean": (8,), "var": (8,), "k1": (3, 3, 8, 12)}
+    | {"d0": (2 * 2 * 12, 10), "d1": (10, 4)},
+    resnet: {"stem": (12, 16), "a0": (16, 24), "b0": (24, 16), "a1": (16, 24), "b1": (24, 16)}
+    | {"head": (16, 4)},
+}
+INPUTS = {mlp: (6,), convnet: (4, 4, 3), resnet: (12,)}
+FUNCTIONS = list(SHAPES)
+
+
+def _tree(apply_fn, seed):
+    rng = np.random.default_rng(seed)
+    tree = {p: rng.normal(size=s).astype(np.float32) for p, s in SHAPES[apply_fn].items()}
+    # A unit that is dead on the data could not be recovered: small biases and means, and weights
+    # that sum to zero, so that the positive means of what comes in cancel.
+    sums = {p: v.mean(tuple(range(v.ndim - 1)), keepdims=True) for p, v in tree.items()}
+    tree = {p: v - sums[p] if v.ndim > 1 else v for p, v in tree.items()}
+    scale = {p: 0.1 if v.ndim == 1 else np.prod(v.shape[:-1]) ** -0.5 for p, v in tree.items()}
+    tree = {p: v * np.float32(scale[p]) for p, v in tree.items()}
+    return {p: np.abs(v) + np.float32(0.5) if p == "var" else v for p, v in tree.items()}
+
+
+@functools.cache
+def _net(apply_fn):
+    shapes = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in SHAPES[apply_fn].items()}
+    return vfjax.trace(apply_fn, shapes, jax.ShapeDtypeStruct((2, *INPUTS[apply_fn]), jnp.float32))
+
+
+def _data(apply_fn, n=200, seed=9):
+    return np.random.default_rng(seed).normal(size=(n, *INPUTS[apply_fn])).astype(np.float32)
+
+
+def _batches(apply_fn):
+    return np.split(_data(apply_fn), [80, 160])
+
+
+def _random(spec, seed):
+    rng = np.random.default_rng(seed)
+    return {g: rng.permutation(n).astype(np.int32) for g, n in spec.sizes.items()}
+
+
+def _same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for group in wanted:
+        np.testing.assert_array_equal(found[group], wanted[group])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("apply_fn", FUNCTIONS)
+def test_a_permuted_copy_is_recovered_exactly(apply_fn, seed):
+    net, a = _net(apply_fn), _tree(apply_fn, seed)
+    wanted = _random(net.spec, seed + 100)
+    b = net.spec.permute(a, wanted)
+    found = match_activations(net, a, b, _batches(apply_fn))
+    _same(found.permutations, invert(wanted))
+    assert found.converged
+    assert len(found.objective) == 1
+    assert {p.dtype for p in found.permutations.values()} == {np.dtype(np.int32)}
+    # All correlations of a perfect match are one.
+    units = sum(net.spec.sizes[tap.group] for tap in net.taps)
+    assert found.objective[0] == pytest.approx(units, rel=1e-5)
+
+
+@pytest.mark.parametrize("apply_fn", FUNCTIONS)
+def test_a_network_matched_with_itself_stays(apply_fn):
+    net, a = _net(apply_fn), _tree(apply_fn, 0)
+    found = match_activations(net, a, a, _batches(apply_fn))
+    assert found.moved == 0
+
+
+@pytest.mark.parametrize("apply_fn", FUNCTIONS)
+def test_equivariance(apply_fn):
+    net, a, b = _net(apply_fn), _tree(apply_fn, 0), _tree(apply_fn, 1)
+    found = match_activations(net, a, b, _batches(apply_fn)).permutations
+    p, q = _random(net.spec, 4), _random(net.spec, 5)
+    moved = net.spec.permute(a, p), net.spec.permute(b, q)
+    again = match_activations(net, *moved, _batches(apply_fn)).permutations
+    _same(compose(q, again), compose(found, p))
+
+
+@pytest.mark.parametrize("apply_fn", FUNCTIONS)
+def test_the_sum_of_correlations_is_the_largest(apply_fn):
+    """Against NumPy's `corrcoef` of all activations and SciPy, group by group."""
+    net, a, b = _net(apply_fn), _tree(apply_fn, 0), _tree(apply_fn, 1)
+    names = [tap.name for tap in net.taps]
+    capture = jax.jit(lambda v, x: net.run(v, x, capture=names)[1])
+    values = [capture(tree, _data(apply_fn)) for tree in (a, b)]
+    total, best = {}, 0.0
+    for tap in net.taps:
+        n = net.spec.sizes[tap.group]
+        rows = []
+        for value in values:
+            v = np.asarray(value[tap.name], np.float64)
+            shape = v.shape
+            v = v.reshape(*shape[: tap.axis], tap.outer, n, tap.inner, *shape[tap.axis + 1 :])
+            rows.append(np.moveaxis(v, tap.axis + 1, 0).reshape(n, -1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = np.nan_to_num(np.corrcoef(*rows)[:n, n:])
+        total[tap.group] = total.get(tap.group, 0) + found
+    found = match_activations(net, a, b, _batches(apply_fn))
+    for group, gain in total.items():
+        rows, columns = linear_sum_assignment(gain, maximize=True)
+        best += gain[rows, columns].sum()
+        np.testing.assert_array_equal(found.permutations[group], columns)
+    assert found.objective[0] == pytest.approx(best, rel=1e-5)
+
+
+def test_how_the_data_is_cut_does_not_matter():
+    net, a, b = _net(convnet), _tree(convnet, 0), _tree(convnet, 1)
+    data = _data(convnet)
+    one = match_activations(net, a, b, [data])
+    for sizes in ([1], [199], [80, 160]):
+        _same(match_activations(net, a, b, np.split(data, sizes)).permutations, one.permutations)
+
+
+def test_units_that_never_vary_have_correlation_zero():
+    net, a = _net(mlp), _tree(mlp, 0)
+    # Two units that are never active, and one that is constant.
+    a["w0"][:, :3] = 0
+    a["b0"][:3] = [-1, -2, 0.3]
+    b = net.spec.permute(a, {"w0": np.roll(np.arange(16), 1)})
+    found = match_activations(net, a, b, _batches(mlp))
+    np.testing.assert_array_equal(found.permutations["w0"][3:], np.roll(np.arange(16), -1)[3:])
+    assert found.objective[0] == pytest.approx(16 - 3 + 12, rel=1e-5)
+    assert match_activations(net, a, a, _batches(mlp)).moved == 0
+
+
+def test_correlation():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 50, 4)) + 3
+    a[:, 2] = 1.5
+    covariance = (a - a.mean(0)).T @ (b - b.mean(0)) / 50
+    found = correlation(covariance, a.std(0), b.std(0))
+    wanted = np.corrcoef(np.delete(a, 2, 1).T, b.T)[:3, 3:]
+    np.testing.assert_allclose(np.delete(found, 2, 0), wanted, rtol=1e-12)
+    assert not found[2].any()
+
+
+def test_moments_may_be_measured_before():
+    net, a, b = _net(convnet), _tree(convnet, 0), _tree(convnet, 1)
+    wanted = match_activations(net, a, b, _batches(convnet))
+    for covariance in (True, "cross"):
+        measured = stats.moments(
+            net, [a, b], _batches(convnet), sites="paper", covariance=covariance
+        )
+        found = match_activations(net, a, b, None, moments=measured)
+        _same(found.permutations, wanted.permutations)
+
+
+def test_one_pass_serves_several_models():
+    net = _net(mlp)
+    trees = [_tree(mlp, seed) for seed in range(3)]
+    measured = stats.moments(net, trees, _batches(mlp), sites="taps", covariance="cross")
+    for to, model in ((0, 1), (0, 2), (2, 1)):
+        alone = match_activations(net, trees[to], trees[model], _batches(mlp))
+        found = match_moments(net, measured, to=to, model=model)
+        _same(found.permutations, alone.permutations)
+
+
+def test_a_group_without_a_tap_keeps_its_order(monkeypatch):
+    """Two layers in a row without anything between them that the tap of the first could be in."""
+    net, a, b = _net(mlp), _tree(mlp, 0), _tree(mlp, 1)
+    hidden = next(iter(net.spec.groups))
+
+    measured = stats.moments(net, [a, b], _batches(mlp), sites="taps", covariance="cross")
+    others = tuple(tap for tap in net.taps if tap.group != hidden)
+    monkeypatch.setattr(net, "taps", others)
+    found = match_moments(net, measured).permutations
+    np.testing.assert_array_equal(found[hidden], np.arange(16))
+
+
+def test_a_network_without_groups_stays_as_it_is():
+    def recurrent(v, x):
+        for _ in range(3):
+            x = jnp.tanh(x @ v["w"])
+        return x
+
+    v, x = {"w": np.eye(3, dtype=np.float32)}, np.ones((4, 3), np.float32)
+    for fn in (lambda v, x: jax.nn.relu(x @ v["w"]), recurrent):
+        net = vfjax.trace(fn, v, x)
+        assert not net.spec.groups
+        measured = stats.moments(net, [v, v], [x], sites="taps")
+        for found in (match_activations(net, v, v, [x]), match_moments(net, measured)):
+            assert found.permutations == {} and found.moved == 0
+        with pytest.raises(ValueError, match="of no site"):
+            _ = measured.models
+
+
+def test_bfloat16_networks():
+    net = vfjax.trace(
+        mlp,
+        {p: jax.ShapeDtypeStruct(s, jnp.bfloat16) for p, s in SHAPES[mlp].items()},
+        jax.ShapeDtypeStruct((2, 6), jnp.bfloat16),
+    )
+    a = {p: jnp.asarray(v, jnp.bfloat16) for p, v in _tree(mlp, 0).items()}
+    wanted = _random(net.spec, 1)
+    found = match_activations(
+        net, a, net.spec.permute(a, wanted), [jnp.asarray(_data(mlp), jnp.bfloat16)]
+    )
+    _same(found.permutations, invert(wanted))
+
+
+def test_errors():
+    net, a, b = _net(mlp), _tree(mlp, 0), _tree(mlp, 1)
+    with pytest.raises(ValueError, match="no batches"):
+        match_activations(net, a, b, [])
+    with pytest.raises(TypeError, match="dtype float64"):
+        match_activations(net, a, b, [_data(mlp).astype(np.float64)])
+    with pytest.raises(ValueError, match="`data` is None"):
+        match_activations(net, a, b, None)
+    with pytest.raises(ValueError, match="NaN"):
+        match_activations(net, a, {p: v * np.float32(np.nan) for p, v in b.items()}, _batches(mlp))
+    with pytest.raises(ValueError, match="shape"):
+        match_activations(net, a, b | {"b0": np.zeros(2, np.float32)}, _batches(mlp))
+    bare = stats.moments(net, [a, b], _batches(mlp), sites="taps")
+    with pytest.raises(ValueError, match="no covariance between models 0 and 1"):
+        match_activations(net, a, b, None, moments=bare)
+    alone = stats.moments(net, [a], _batches(mlp), sites="taps", covariance=True)
+    with pytest.raises(ValueError, match="it has 1 models"):
+        match_activations(net, a, b, None, moments=alone)
+    with pytest.raises(ValueError, match="`model` must be in 0..0, got 1"):
+        match_moments(net, alone)
+    wrong = r"net must be a Network.*; it was a function.*vfjax\.trace\(apply_fn, variables, x\)"
+    with pytest.raises(TypeError, match=wrong):
+        match_activations(mlp, a, b, _batches(mlp))
+    with pytest.raises(TypeError, match=wrong):
+        match_moments(mlp, bare)

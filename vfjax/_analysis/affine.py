@@ -1,0 +1,133 @@
+"""Which networks are affine: in their input, and in other values that are given, jointly.
+
+Decided from the graph, equation by equation: a function is affine in some values if each of its
+equations is linear in what depends on them, or multiplies that by what does not. Where the answer
+is no, the equation that makes it so is told. A primitive that is not known here counts as one that
+is not affine, so the answer yes is certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from vfjax._jaxpr.calls import subjaxpr
+from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr.primitives import CAST, SPREAD
+
+Flags = Sequence[bool]
+
+
+class Culprit(NamedTuple):
+    """The first equation that is not affine, or not known to be.
+
+    Attributes:
+        primitive: Name of its primitive.
+        where: Source line, as `file:line`, or "unknown".
+    """
+
+    primitive: str
+    where: str
+
+    @property
+    def why(self) -> str:
+        """What it says of the network, in words."""
+        at = "" if self.where == "unknown" else f" at {self.where}"
+        if self.primitive in _RULES or self.primitive in _BENT:
+            return f"net is not affine in its input, because of `{self.primitive}`{at}"
+        return f"cannot tell whether net is affine in its input: `{self.primitive}`{at} is unknown"
+
+
+def culprit(graph: Graph, values: Collection[int]) -> Culprit | None:
+    """The first equation for which a graph is not affine in some of its inputs, or None.
+
+    Args:
+        graph: The graph.
+        values: Ids of these inputs, all to be varied together.
+    """
+    varying = set(values)
+    for equation in graph.equations:
+        flags = [isinstance(v, int) and v in varying for v in equation.inputs]
+        if not any(flags):
+            continue
+        found = _blame(equation.eqn, flags)
+        if found is not None:
+            return Culprit(found, equation.where)
+        varying.update(equation.results)
+    return None
+
+
+def _blame(eqn: Any, flags: Flags) -> str | None:
+    """The primitive that makes an equation not affine in the flagged operands, or None."""
+    name = eqn.primitive.name
+    inner = subjaxpr(eqn)
+    if inner is not None:
+        return _blame_inside(inner[0], flags)
+    rule = _RULES.get(name)
+    if rule is None or not rule(flags):
+        return name
+    # To integers is rounding; from them it is not.
+    dtypes = [v.aval.dtype for v in eqn.outvars]
+    if name in CAST and not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+        before = [v.aval.dtype for v in eqn.invars]
+        return name if before != dtypes else None
+    return None
+
+
+def _blame_inside(jaxpr: Any, flags: Flags) -> str | None:
+    varying = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+    for eqn in jaxpr.eqns:
+        inside = [not isinstance(v, jex.Literal) and v in varying for v in eqn.invars]
+        if not any(inside):
+            continue
+        found = _blame(eqn, inside)
+        if found is not None:
+            return found
+        varying.update(eqn.outvars)
+    return None
+
+
+def _every(flags: Flags) -> bool:
+    """Linear in all operands together."""
+    return True
+
+
+def _one(flags: Flags) -> bool:
+    """Linear in each operand by itself."""
+    return sum(flags) == 1
+
+
+def _but(*constant: int) -> Callable[[Flags], bool]:
+    """Linear in all operands together but these, which must be given."""
+    return lambda flags: not any(flags[k] for k in constant if k < len(flags))
+
+
+def _first(flags: Flags) -> bool:
+    """Linear in the first operand; what comes after it says where."""
+    return not any(flags[1:])
+
+
+# Of what has no rule, primitives that are certainly not affine; the others may be.
+_BENT = frozenset(
+    """
+    abs and argmax argmin atan2 cbrt ceil clamp cos cosh cumlogsumexp cummax cummin cumprod eq erf
+    erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min
+    ne not or pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_window_max rem round
+    rsqrt sign sin sinh sort sqrt square tan tanh top_k xor
+    """.split()
+)
+
+_RULES: dict[str, Callable[[Flags], bool]] = {
+    **dict.fromkeys(CAST | SPREAD | {"add", "add_any", "sub", "neg"}, _every),
+    **dict.fromkeys(("mul", "dot_general", "conv_general_dilated"), _one),
+    **dict.fromkeys(("div", "gather", "dynamic_slice", "reduce_window_sum"), _first),
+    **dict.fromkeys(("reduce_sum", "cumsum", "slice", "rev", "split", "concatenate"), _every),
+    **dict.fromkeys(("pad", "real", "imag"), _every),
+    "select_n": _but(0),
+    # Operand, indices, updates; and operand, update, indices.
+    **dict.fromkeys(("scatter", "scatter-add"), _but(1)),
+    "dynamic_update_slice": lambda flags: not any(flags[2:]),
+}

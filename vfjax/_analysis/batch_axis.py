@@ -1,0 +1,275 @@
+"""Whether a batch may be computed in pieces: whether a network treats every example by itself.
+
+The batch axis of the input is followed through the graph, equation by equation. A network that
+mixes examples (batch statistics, an attention over the batch) is told, and so is one that is not
+the same at another batch size. The answer is yes only where it is certain: every primitive that is
+not known here counts as mixing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core as jex
+
+from vfjax._analysis.views import varying_axes
+from vfjax._jaxpr.calls import INPUT, subjaxpr
+from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr.primitives import (
+    CAST,
+    ELEMENTWISE,
+    LAYOUT,
+    REDUCTIONS,
+    SPREAD,
+    is_elementwise,
+)
+
+
+class _Mixed(Exception):
+    """Examples meet, or may meet."""
+
+
+def separable(whole: Graph, piece: Graph) -> bool:
+    """Whether a network gives for pieces of a batch what it gives for the batch.
+
+    Args:
+        whole: Its graph at a batch, batch axis first in every input.
+        piece: Its graph at a smaller batch, of two examples or more.
+    """
+    try:
+        axes = batch_axes(whole)
+        return _alike(whole, piece, axes) and axes == batch_axes(piece)
+    except _Mixed:
+        return False
+
+
+def batch_axes(graph: Graph) -> dict[int, int]:
+    """The batch axis of every value that depends on the input.
+
+    Raises:
+        _Mixed: If examples meet, or the output's first axis is not the batch.
+    """
+    axes = dict.fromkeys(graph.inputs[graph.num_leaves :], 0)
+    for equation in graph.equations:
+        if equation.depends & INPUT:
+            axis = _axis(graph, equation, axes)
+            axes.update((value, axis) for value in equation.results)
+    if any(axes.get(value) != 0 for value in graph.output_ids):
+        raise _Mixed
+    return axes
+
+
+# Parameters of primitives in which the size of a batch may show without meaning anything else.
+_SIZES = frozenset({"shape", "new_sizes", "sizes", "limit_indices", "slice_sizes"})
+
+
+def _alike(a: Graph, b: Graph, axes: Mapping[int, int]) -> bool:
+    """Whether two graphs differ in the length of the batch alone."""
+    if a.inputs != b.inputs or len(a.equations) != len(b.equations):
+        return False
+    if not _same_operands(a.outputs, b.outputs) or a.consts.keys() != b.consts.keys():
+        return False
+    if not all(_equal(a.consts[v], b.consts[v]) for v in a.consts):
+        return False
+    stretched = set()
+    for value in {*a.inputs, *(v for e in a.equations for v in e.results)}:
+        one, two = a.avals[value], b.avals[value]
+        if one.dtype != two.dtype or len(one.shape) != len(two.shape):
+            return False
+        differ = {k for k, (n, m) in enumerate(zip(one.shape, two.shape, strict=True)) if n != m}
+        if value in axes and differ - {axes[value]}:
+            return False
+        if value not in axes and differ:
+            # Laid out along the batch, as a bias may be. A sum over it would tell how long it is.
+            if differ & varying_axes(a, value):
+                return False
+            stretched.add(value)
+    return all(
+        _alike_equations(one, two)
+        and (
+            one.depends & INPUT
+            or one.primitive in SPREAD | ELEMENTWISE
+            or stretched.isdisjoint(one.values)
+        )
+        for one, two in zip(a.equations, b.equations, strict=True)
+    )
+
+
+def _alike_equations(a: Equation, b: Equation) -> bool:
+    return (
+        a.outputs == b.outputs
+        and _same_operands(a.inputs, b.inputs)
+        and _alike_operations(a.eqn, b.eqn)
+    )
+
+
+def _alike_operations(a: Any, b: Any) -> bool:
+    """Whether two equations of JAX do the same, sizes aside; of a call, what it evaluates."""
+    if a.primitive.name != b.primitive.name:
+        return False
+    one, two = subjaxpr(a), subjaxpr(b)
+    if one is not None and two is not None:
+        (one, consts), (two, more) = one, two
+        ids_one, ids_two = _numbered(one), _numbered(two)
+        return (
+            len(one.eqns) == len(two.eqns)
+            and not (consts or more or one.constvars or two.constvars)
+            and _same_operands(ids_one(one.outvars), ids_two(two.outvars))
+            and all(
+                _alike_operations(e, f) and _same_operands(ids_one(e.invars), ids_two(f.invars))
+                for e, f in zip(one.eqns, two.eqns, strict=True)
+            )
+        )
+    return a.params.keys() == b.params.keys() and all(
+        name in _SIZES or _equal(a.params[name], b.params[name]) for name in a.params
+    )
+
+
+def _numbered(jaxpr: Any) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function from variables of a jaxpr to numbers, in the order in which they come up."""
+    variables = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
+    number = {v: k for k, v in enumerate(variables)}
+    return lambda found: [v if isinstance(v, jex.Literal) else number[v] for v in found]
+
+
+def _same_operands(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether operands are the same values of two graphs, or equal literals."""
+
+    def same(one: Any, two: Any) -> bool:
+        if isinstance(one, jex.Literal) and isinstance(two, jex.Literal):
+            types: list[Any] = [one.aval, two.aval]
+            return types[0].dtype == types[1].dtype and _equal(one.val, two.val)
+        return isinstance(one, int) and isinstance(two, int) and one == two
+
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if hasattr(a, "shape") and hasattr(b, "shape"):
+        # By bytes: NaN equals itself.
+        return a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    return type(a) is type(b) and (a == b or a != a and b != b)
+
+
+def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
+    """The batch axis of an equation's results; raises `_Mixed` where there is none."""
+    name = equation.primitive
+    if name == "dot_general":
+        return _dot(graph, equation, axes)
+    if name == "conv_general_dilated":
+        return _convolution(equation, axes)
+    found = {axes[v] for v in equation.values if v in axes}
+    if len(found) != 1:
+        raise _Mixed
+    axis = found.pop()
+    for value in equation.values:
+        # What does not depend on the input may be laid out along the batch, but not vary there.
+        if value not in axes and axis in varying_axes(graph, value):
+            raise _Mixed
+    if name in CAST | ELEMENTWISE or is_elementwise(equation):
+        return axis
+    rule = _RULES.get(name)
+    if rule is None:
+        raise _Mixed
+    before = graph.avals[equation.values[0]].shape
+    return rule(equation.params, axis, before, graph.avals[equation.result].shape)
+
+
+def _dot(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
+    contract, batch = equation.params["dimension_numbers"]
+    found = set()
+    offset = len(batch[0])
+    for side, value in enumerate(equation.inputs):
+        shape = equation.eqn.invars[side].aval.shape
+        free = [a for a in range(len(shape)) if a not in contract[side] and a not in batch[side]]
+        axis = axes.get(value) if isinstance(value, int) else None
+        if axis is not None and axis in contract[side]:
+            raise _Mixed
+        if axis is not None:
+            place = batch[side].index(axis) if axis in batch[side] else offset + free.index(axis)
+            found.add(place)
+        offset += len(free)
+    if len(found) != 1:
+        raise _Mixed  # every example with every other
+    place = found.pop()
+    for side, value in enumerate(equation.inputs):
+        shared = place < len(batch[side]) and not (isinstance(value, int) and value in axes)
+        if shared and batch[side][place] in varying_axes(graph, value):
+            raise _Mixed
+    return place
+
+
+def _convolution(equation: Equation, axes: Mapping[int, int]) -> int:
+    params, dims = equation.params, equation.params["dimension_numbers"]
+    x, kernel = (axes.get(v) if isinstance(v, int) else None for v in equation.inputs)
+    if kernel is not None or x != dims.lhs_spec[0] or params["batch_group_count"] != 1:
+        raise _Mixed
+    return dims.out_spec[0]
+
+
+Shape = tuple[int, ...]
+
+
+def _reshape(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    ahead = np.prod(before[:axis])
+    for place, size in enumerate(after):
+        if size == before[axis] and np.prod(after[:place]) == ahead:
+            return place
+    raise _Mixed
+
+
+def _transpose(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    return params["permutation"].index(axis)
+
+
+def _broadcast(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    return params["broadcast_dimensions"][axis]
+
+
+def _reduce(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    if axis in params["axes"]:
+        raise _Mixed
+    return axis - sum(a < axis for a in params["axes"])
+
+
+def _window(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    one = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+    if any(params[name][axis] != 1 for name in one) or any(params["padding"][axis]):
+        raise _Mixed
+    return axis
+
+
+def _pad(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    if any(params["padding_config"][axis]):
+        raise _Mixed
+    return axis
+
+
+def _untouched(*names: str) -> Callable[[Mapping[str, Any], int, Shape, Shape], int]:
+    """A rule for primitives that work along the axes which these parameters name."""
+
+    def rule(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+        touched = [np.ravel(params[name]).tolist() for name in names]
+        if any(axis in found for found in touched) or before[axis] != after[axis]:
+            raise _Mixed
+        return axis
+
+    return rule
+
+
+_RULES: dict[str, Callable[[Mapping[str, Any], int, Shape, Shape], int]] = {
+    **dict.fromkeys(LAYOUT, _reshape),
+    **dict.fromkeys(REDUCTIONS | {"argmin"}, _reduce),
+    **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _window),
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _untouched("axis")),
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast,
+    "sort": _untouched("dimension"),
+    "concatenate": _untouched("dimension"),
+    "split": _untouched("axis"),
+    "rev": _untouched("dimensions"),
+    "slice": _untouched(),  # which touches an axis only by making it shorter
+    "pad": _pad,
+}

@@ -1,0 +1,55 @@
+"""What an equation costs: its operations, counted as torchstat counts those of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from vfjax._jaxpr import calls
+from vfjax._jaxpr.calls import INPUT
+from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr.primitives import is_elementwise
+
+# Nonlinear primitives that stand for one activation each.
+_ACTIVATIONS = frozenset({"max", "tanh", "logistic", "erf", "erfc", "exp", "sin", "cos"})
+
+
+def equation_flops(
+    graph: Graph, index: int, conv_biases: Collection[int], norms: Collection[int]
+) -> int:
+    """Operations of one equation over the whole batch, counted as torchstat counts modules.
+
+    A multiply-accumulate counts once; a convolution's bias, an activation and a pool's or
+    mean's input count one per element, a normalisation by stored statistics two; the rest
+    nothing.
+
+    Args:
+        graph: The flat graph.
+        index: Which of its equations.
+        conv_biases: Indices of equations that add a convolution's bias.
+        norms: Indices of the equations that normalisations by stored statistics begin with.
+    """
+    equation = graph.equations[index]
+    if not equation.depends & INPUT:
+        return 0
+    sizes = [int(np.prod(graph.avals[v].shape)) for v in equation.values]
+    out = int(np.prod(graph.avals[next(v for v in equation.outputs if v is not None)].shape))
+    name = equation.primitive
+    if name == "dot_general":
+        contract, _ = equation.params["dimension_numbers"]
+        shape = equation.eqn.invars[0].aval.shape
+        return out * int(np.prod([shape[a] for a in contract[0]]))
+    if name == "conv_general_dilated":
+        dims = equation.params["dimension_numbers"]
+        kernel = equation.eqn.invars[1].aval.shape
+        return out * int(np.prod(kernel)) // kernel[dims.rhs_spec[0]]
+    if index in conv_biases:
+        return out
+    if index in norms:
+        return 2 * out
+    if name.startswith(("reduce_window", "reduce_sum", "reduce_max")):
+        return max(sizes)
+    if name in _ACTIVATIONS or (name in calls.CUSTOM and is_elementwise(equation)):
+        return out
+    return 0

@@ -1,0 +1,210 @@
+"""What a graph holds: layers with their kernel, bias and pre-activation, and their depths.
+
+Everything here is found by dependency and by following values, never by the names of modules, so
+that Linen, NNX, Equinox and plain JAX read the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._analysis.views import (
+    View,
+    blocks_of,
+    varying_axes,
+    view_of,
+)
+from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr.primitives import CAST, LAYOUT
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearSite:
+    """A layer in a graph: the linear equation, what it reads, and its pre-activation.
+
+    Attributes:
+        index: Index of the linear equation.
+        side: Which operand is the kernel, 0 or 1.
+        kernel: The kernel's leaf, or None where more than layout lies between (a mask, a sum).
+        leaf: Index of the leaf that names the layer.
+        out_axes: Axes of the kernel operand that its channels run over.
+        preactivation: Id of the pre-activation.
+        bias: The bias leaf, None without one (or if it is computed from several leaves).
+        bias_equation: Index of the equation that adds the bias, or None.
+        channel_axes: Axes of the pre-activation that hold channels.
+        channels: For each channel of the pre-activation, in row-major order of its channel axes,
+            its row-major position along the kernel operand's `out_axes`.
+    """
+
+    index: int
+    side: int
+    kernel: View | None
+    leaf: int
+    out_axes: tuple[int, ...]
+    preactivation: int
+    bias: View | None
+    bias_equation: int | None
+    channel_axes: tuple[int, ...]
+    channels: np.ndarray
+
+
+def linear_sites(graph: Graph) -> list[LinearSite]:
+    """The layers of a graph, in the order of their equations."""
+    sites = []
+    for index, equation in enumerate(graph.equations):
+        if equation.primitive not in LINEAR:
+            continue
+        bits = [graph.depends[v] if isinstance(v, int) else 0 for v in equation.inputs[:2]]
+        if sorted(b & INPUT for b in bits) == [0, INPUT] and PARAM in bits:
+            sites.append(_linear_site(graph, index, bits.index(PARAM)))
+    return sites
+
+
+def _linear_site(graph: Graph, index: int, side: int) -> LinearSite:
+    equation = graph.equations[index]
+    operand = equation.values[side]
+    kernel = view_of(graph, operand)
+    if kernel is not None and not kernel.rigid:
+        kernel = None
+    leaf = kernel.leaf if kernel is not None else _largest_leaf(graph, operand)
+    out_axes, channel_axes = _output_axes(equation, side)
+    shape = graph.avals[equation.result].shape
+    sizes = [shape[a] if a in channel_axes else 1 for a in range(len(shape))]
+    # Channels are numbered along the kernel operand's own axes; sample axes shrink to size one.
+    labels = np.arange(int(np.prod(sizes))).reshape(sizes)
+    value, axes, labels, bias_index, bias = _preactivation(
+        graph, equation.result, channel_axes, labels
+    )
+    return LinearSite(
+        index=index,
+        side=side,
+        kernel=kernel,
+        leaf=leaf,
+        out_axes=out_axes,
+        preactivation=value,
+        bias=bias,
+        bias_equation=bias_index,
+        channel_axes=axes,
+        channels=labels.reshape(-1),
+    )
+
+
+def _largest_leaf(graph: Graph, value: int) -> int:
+    """The leaf to name a layer after whose kernel is computed: the largest, masks left out."""
+    leaves = {v for i in graph.needed([value], ()) for v in graph.equations[i].values} | {value}
+    leaves = sorted(leaves & set(graph.inputs[: graph.num_leaves]))
+
+    def weight(leaf: int) -> tuple[bool, int]:
+        aval = graph.avals[leaf]
+        return jnp.issubdtype(aval.dtype, jnp.inexact), int(np.prod(aval.shape))
+
+    return graph.inputs.index(max(leaves, key=weight))
+
+
+def _output_axes(equation: Equation, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes of the kernel operand that survive, and the axes of the result that they become."""
+    if equation.primitive == "conv_general_dilated":
+        dims = equation.params["dimension_numbers"]
+        if side == 1:
+            return (dims.rhs_spec[0],), (dims.out_spec[1],)
+        return (dims.lhs_spec[0],), (dims.out_spec[0],)  # a kernel convolved by the input: exotic
+    (contract, batch) = equation.params["dimension_numbers"]
+    ranks = [v.aval.ndim for v in equation.eqn.invars[:2]]
+    free = [
+        [a for a in range(ranks[k]) if a not in contract[k] and a not in batch[k]] for k in (0, 1)
+    ]
+    offset = len(batch[0]) + (len(free[0]) if side == 1 else 0)
+    out_axes = (*batch[side], *free[side])
+    channel = (*range(len(batch[side])), *range(offset, offset + len(free[side])))
+    return tuple(out_axes), tuple(channel)
+
+
+def _reshape_axes(
+    before: Sequence[int], after: Sequence[int], channel: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Channel axes after a reshape, or None if it mixes channels with samples."""
+    found: list[int] = []
+    for source, target in blocks_of(before, after):
+        kinds = {k in channel for k in source if before[k] > 1}
+        if len(kinds) > 1:
+            return None
+        if kinds == {True}:
+            found += [k for k in target if after[k] > 1]
+    return tuple(found)
+
+
+def follow(
+    graph: Graph, value: int, axes: tuple[int, ...], labels: np.ndarray
+) -> tuple[int, int, tuple[int, ...], np.ndarray]:
+    """Follows single-use casts and layout; the consumer's index, and the value that it reads."""
+    while True:
+        users = graph.users.get(value, ())
+        if len(users) != 1 or value in graph.output_ids:
+            return -1, value, axes, labels
+        equation = graph.equations[users[0]]
+        name, before = equation.primitive, graph.avals[value].shape
+        target = equation.result
+        after = graph.avals[target].shape
+        expands = name == "broadcast_in_dim" and np.prod(after) == np.prod(before)
+        if not (name in CAST | LAYOUT or expands) or len(equation.inputs) != 1:
+            return users[0], value, axes, labels
+        if name == "transpose":
+            permutation = equation.params["permutation"]
+            axes = tuple(k for k, p in enumerate(permutation) if p in axes)
+            labels = labels.transpose(permutation)
+        elif name not in CAST:
+            moved = _reshape_axes(before, after, axes)
+            if moved is None:
+                return users[0], value, axes, labels
+            axes = moved
+            labels = labels.reshape([n if k in axes else 1 for k, n in enumerate(after)])
+        value = target
+
+
+def _preactivation(
+    graph: Graph, value: int, axes: tuple[int, ...], labels: np.ndarray
+) -> tuple[int, tuple[int, ...], np.ndarray, int | None, View | None]:
+    index, followed, new_axes, new_labels = follow(graph, value, axes, labels)
+    if index >= 0 and graph.equations[index].primitive in ("add", "add_any"):
+        equation = graph.equations[index]
+        others = [v for v in equation.inputs if v != followed]
+        other = others[0] if len(others) == 1 else None
+        same = graph.avals[equation.result].shape == graph.avals[followed].shape
+        if (
+            isinstance(other, int)
+            and same
+            and graph.depends[other] == PARAM
+            and varying_axes(graph, other) <= set(new_axes)
+        ):
+            return equation.result, new_axes, new_labels, index, view_of(graph, other)
+    return value, axes, labels, None, None
+
+
+def depths(graph: Graph, sites: Sequence[LinearSite]) -> tuple[dict[int, int], dict[int, int]]:
+    """Depth of every layer, and how many layers follow it at most, by equation index."""
+    layers = {site.index for site in sites}
+    above: dict[int, int] = {}
+    depth: dict[int, int] = {}
+    for index, equation in enumerate(graph.equations):
+        deepest = max((above.get(v, 0) for v in equation.values), default=0) + (index in layers)
+        above.update((v, deepest) for v in equation.results)
+        if index in layers:
+            depth[index] = deepest
+    below: dict[int, int] = {}
+    after: dict[int, int] = {}
+    for index in reversed(range(len(graph.equations))):
+        equation = graph.equations[index]
+        rest = [below[v] for v in equation.outputs if v in below]
+        rest += [0 for v in equation.outputs if v in graph.output_ids]
+        if not rest:
+            continue
+        after[index] = max(rest)
+        reach = max(rest) + (index in layers)
+        for value in equation.values:
+            below[value] = max(below.get(value, 0), reach)
+    return depth, after

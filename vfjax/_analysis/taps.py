@@ -1,0 +1,76 @@
+"""Taps: the last value of the elementwise region that follows a layer."""
+
+from __future__ import annotations
+
+from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD, is_elementwise
+
+
+def tap_of(graph: Graph, value: int) -> int:
+    """The tap after a pre-activation: the last value of the elementwise region that follows it.
+
+    A reduction whose result comes back to the region, as a LayerNorm's moments do, belongs to it;
+    the region ends at the first value that a layer, a pool, a reshape or another reduction reads.
+    A transpose between the pre-activation and the region, as `vmap` leaves it behind a layer
+    without bias, is passed over.
+    """
+    value = _transposed(graph, value)
+    shape = graph.avals[value].shape
+    region = {value}
+    order = [value]
+    while order:
+        current = min(order)
+        order.remove(current)
+        if current in graph.output_ids:
+            return current
+        following = []
+        for index in graph.users.get(current, ()):
+            equation = graph.equations[index]
+            inside = is_elementwise(equation) and all(
+                graph.avals[v].shape == shape for v in equation.results
+            )
+            if inside:
+                following += [v for v in equation.results if v not in region]
+            elif not _returns(graph, index, region, shape):
+                return current
+        region.update(following)
+        order += [v for v in following if v not in order]
+    return max(region)
+
+
+def _transposed(graph: Graph, value: int) -> int:
+    """The value behind transposes that alone read it."""
+    while value not in graph.output_ids:
+        users = graph.users.get(value, ())
+        if len(users) != 1 or graph.equations[users[0]].primitive != "transpose":
+            break
+        value = graph.equations[users[0]].result
+    return value
+
+
+def _returns(graph: Graph, index: int, region: set[int], shape: tuple[int, ...]) -> bool:
+    """Whether an equation starts a statistic of the region that comes back to it elementwise.
+
+    A statistic is made by reductions and by what maps positions to positions: layout, broadcasts
+    and elementwise equations. A pool, a layer or an attention on the way makes it something else.
+    """
+    todo, seen = [(index, False)], set()
+    while todo:
+        current, reduced = todo.pop()
+        equation = graph.equations[current]
+        name = equation.primitive
+        if name in REDUCTIONS:
+            reduced = True
+        elif not (name in SPREAD or is_elementwise(equation)):
+            continue
+        for value in equation.results:
+            for user in graph.users.get(value, ()):
+                target = graph.equations[user]
+                if reduced and is_elementwise(target) and region & set(target.values):
+                    result = graph.avals[target.result].shape
+                    if result == shape:
+                        return True
+                if (user, reduced) not in seen:
+                    seen.add((user, reduced))
+                    todo.append((user, reduced))
+    return False

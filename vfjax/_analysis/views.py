@@ -1,0 +1,160 @@
+"""Parameter leaves seen through casts and layout, and what primitives do to positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr.primitives import CAST, ELEMENTWISE, LAYOUT
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """A parameter leaf seen through casts, transposes, reshapes and broadcasts.
+
+    Attributes:
+        leaf: Index of the leaf among the variables' leaves.
+        slot: Which slice of the leaf, where a scan over stacked layers was unrolled, else None.
+        steps: `("reshape", shape)`, `("transpose", permutation)` or `("broadcast", (shape, dims))`,
+            applied in this order to the leaf (or to its slice).
+    """
+
+    leaf: int
+    slot: int | None
+    steps: tuple[tuple[str, Any], ...]
+
+    @property
+    def rigid(self) -> bool:
+        """Whether each entry of the leaf is seen exactly once."""
+        return all(kind != "broadcast" for kind, _ in self.steps)
+
+    def forward(self, array: np.ndarray) -> np.ndarray:
+        """Shows an array of the leaf's (or slice's) shape as the operand shows the leaf."""
+        for kind, how in self.steps:
+            if kind == "reshape":
+                array = array.reshape(how)
+            elif kind == "transpose":
+                array = array.transpose(how)
+            else:
+                shape, dims = how
+                expanded = [1] * len(shape)
+                for source, target in enumerate(dims):
+                    expanded[target] = array.shape[source]
+                array = np.broadcast_to(array.reshape(expanded), shape)
+        return array
+
+    def backward(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """Carries an array of the operand's shape back to the leaf's; needs a rigid view."""
+        shapes = [shape]
+        for kind, how in self.steps:
+            last = shapes[-1]
+            shapes.append(tuple(how) if kind == "reshape" else tuple(last[i] for i in how))
+        for (kind, how), before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
+            array = array.reshape(before) if kind == "reshape" else array.transpose(np.argsort(how))
+        return array
+
+
+def view_of(graph: Graph, value: Any) -> View | None:
+    """The leaf that a value is, seen through casts and layout only, or None."""
+    steps: list[tuple[str, Any]] = []
+    slot, squeezed = None, False
+    while isinstance(value, int) and value in graph.producer:
+        equation = graph.equations[graph.producer[value]]
+        name, params, shape = equation.primitive, equation.params, graph.avals[value].shape
+        if len(equation.inputs) != 1 or (slot is not None and name not in CAST):
+            return None
+        source = equation.inputs[0]
+        before = _aval(graph, source).shape
+        if name in CAST:
+            pass
+        elif name == "slice" and squeezed and slot_of(graph, equation) is not None:
+            # One step of an unrolled scan over stacked layers, or `stacked[3]` written out.
+            slot = slot_of(graph, equation)
+            steps.pop()
+        elif name == "transpose":
+            steps.append(("transpose", tuple(params["permutation"])))
+        elif name in LAYOUT or (name == "broadcast_in_dim" and _size(shape) == _size(before)):
+            steps.append(("reshape", tuple(shape)))
+        elif name == "broadcast_in_dim":
+            steps.append(("broadcast", (tuple(shape), tuple(params["broadcast_dimensions"]))))
+        else:
+            return None
+        if name not in CAST:
+            squeezed = name == "squeeze" and tuple(params["dimensions"]) == (0,)
+        value = source
+    if value not in graph.inputs[: graph.num_leaves]:
+        return None
+    return View(graph.inputs.index(value), slot, tuple(reversed(steps)))
+
+
+def slot_of(graph: Graph, equation: Equation) -> int | None:
+    """The index along axis 0 that a slice takes out, if it takes one, whole."""
+    if equation.primitive != "slice":
+        return None
+    shape = graph.avals[equation.values[0]].shape
+    start, limit = equation.params["start_indices"], equation.params["limit_indices"]
+    if any((a, b) != (0, n) for a, b, n in zip(start[1:], limit[1:], shape[1:], strict=True)):
+        return None
+    return start[0] if limit[0] - start[0] == 1 else None
+
+
+def blocks_of(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Splits a reshape into the smallest runs of axes, before and after, of equal size."""
+    i = j = 0
+    blocks = []
+    while i < len(before) or j < len(after):
+        block_in, block_out, a, b = [], [], 1, 1
+        while True:
+            if a <= b and i < len(before) and (a < b or not block_in):
+                block_in.append(i)
+                a *= before[i]
+                i += 1
+            elif j < len(after) and (b < a or not block_out):
+                block_out.append(j)
+                b *= after[j]
+                j += 1
+            else:
+                break
+        blocks.append((tuple(block_in), tuple(block_out)))
+    return blocks
+
+
+def varying_axes(graph: Graph, value: Any) -> frozenset[int]:
+    """Axes along which a value may vary; a broadcast axis does not."""
+    if not isinstance(value, int):
+        return frozenset()
+    shape = graph.avals[value].shape
+    full = frozenset(i for i, n in enumerate(shape) if n > 1)
+    if value not in graph.producer:
+        return full
+    equation = graph.equations[graph.producer[value]]
+    name, params = equation.primitive, equation.params
+    if name in ELEMENTWISE:
+        # Under jax 0.12 operands of size one are stretched inside; they do not vary there.
+        parts = [varying_axes(graph, v) for v in equation.inputs if np.ndim(_aval(graph, v))]
+        return frozenset().union(*parts)
+    if name == "broadcast_in_dim":
+        inner, dims = varying_axes(graph, equation.inputs[0]), params["broadcast_dimensions"]
+        return frozenset(int(dims[i]) for i in inner if shape[dims[i]] > 1)
+    if name == "transpose":
+        inner = varying_axes(graph, equation.inputs[0])
+        return frozenset(k for k, p in enumerate(params["permutation"]) if p in inner)
+    if name in LAYOUT:
+        inner = varying_axes(graph, equation.inputs[0])
+        blocks = blocks_of(_aval(graph, equation.inputs[0]).shape, shape)
+        return full & {k for source, target in blocks if inner & set(source) for k in target}
+    return full
+
+
+def _aval(graph: Graph, value: Any) -> Any:
+    return graph.avals[value] if isinstance(value, int) else value.aval
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(np.prod(shape))

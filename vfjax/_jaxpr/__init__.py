@@ -1,0 +1,1 @@
+"""A jaxpr made flat, and run."""

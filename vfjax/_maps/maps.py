@@ -1,0 +1,373 @@
+"""Linear maps of every model's groups: what matchers beyond permutations return."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vfjax._maps.labels import check_labels, pairs_of, sizes_of
+from vfjax._maps.norm_units import in_output_units, mixed_scales
+from vfjax._maps.parts import permuting
+from vfjax._trees.options import whole
+from vfjax._trees.paths import with_leaves, without
+from vfjax._types import PyTree
+from vfjax.network._arguments import networks
+from vfjax.network._network import Network
+from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permutation
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Maps:
+    """Merge and unmerge matrices of K models; the mean of the mapped models is their merge.
+
+    Maps that merge features within a model (`of_labels`) divide by all that are merged and hold
+    the factor K, so that the plain mean is the merge. Weighted otherwise they make none: even the
+    weights (1, 0) give no model back, only one with features of its own merged and scaled.
+
+    Attributes:
+        maps: Per model and group, `(M [m, n], U [n, m])`: what writes the group takes M, what reads
+            it takes U. A group that a model's mapping lacks is left as it is. One that moves within
+            another of h entries (`net.spec.within`) may have `(M [h, m, n], U [h, n, m])`.
+        sizes: By group, how many features of all models each merged feature is made of, int `[m]`
+            (or `[h, m]`); empty where merged features are no plain means of others.
+        spreads: Per model and group, the standard deviation of what M makes of the features,
+            relative to `|M|` of theirs, `[m]`, for the scales of norms; 1 where it is not known.
+
+    Example:
+        >>> maps = Maps.of_permutations([{}, {"h": np.array([1, 0])}])
+        >>> maps
+        Maps(2 models, 1 group, of which 1 only permutes)
+        >>> maps.maps[1]["h"][0].tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+
+    maps: tuple[Mapping[str, tuple[np.ndarray, np.ndarray]], ...]
+    sizes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    spreads: tuple[Mapping[str, np.ndarray], ...] = ()
+
+    @classmethod
+    def of_labels(cls, labels: Mapping[str, np.ndarray], models: int) -> Maps:
+        """Maps that merge features of equal label to their mean.
+
+        Args:
+            labels: By group, int `[models * n]`: of the features of all models, one model after
+                another, which merged feature they go to. For a group within another of h entries,
+                `[h, models * n]`: inside each of these in their merged order.
+            models: K.
+
+        Returns:
+            Maps with `M = K U^T / sizes`, where `U` is one at the label of each feature.
+
+        Raises:
+            TypeError: If labels are not of integers, or `models` is no whole number.
+            ValueError: If they are not as many for each model, are negative, or leave out a number.
+
+        Example:
+            >>> found = Maps.of_labels({"h": np.array([0, 0, 1, 1])}, 2)
+            >>> found
+            Maps(2 models, 1 groups, 2 features of 4, at most 2 in one)
+            >>> found.maps[0]["h"][0].tolist()
+            [[1.0, 1.0], [0.0, 0.0]]
+        """
+        if whole(models) < 1:
+            raise TypeError(f"models must be a whole number of 1 or more, got {models!r}")
+        found = {group: check_labels(group, of, models) for group, of in labels.items()}
+        pairs = {group: pairs_of(of, models) for group, of in found.items()}
+        maps = tuple({group: of[k] for group, of in pairs.items()} for k in range(models))
+        return cls(maps, {group: sizes_of(of) for group, of in found.items()})
+
+    @classmethod
+    def of_permutations(cls, permutations: Sequence[Mapping[str, Any] | None]) -> Maps:
+        """Maps that permute: what a matcher of permutations found, as maps.
+
+        Args:
+            permutations: One per model: by group an integer array `[n]`, new axis =
+                `take(old, p)`, or `[h, n]` for a group within one of h entries; None or an empty
+                mapping for a model that stays.
+
+        Returns:
+            Maps with `M[i, p[i]] = 1` and `U = M^T`; they are applied by indexing.
+
+        Raises:
+            TypeError: If a permutation is not of integers, or `permutations` is one mapping.
+            ValueError: If one is no permutation, or two models' differ in size.
+
+        Example:
+            >>> found = Maps.of_permutations([None, {"h": [2, 0, 1]}])
+            >>> found.permutations[1]["h"].tolist()
+            [2, 0, 1]
+        """
+        if isinstance(permutations, Mapping):
+            raise TypeError(
+                "permutations must be a sequence with a mapping (or None) per model, got one "
+                "mapping; for two models of which the first stays, [None, found.permutations]"
+            )
+        maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+        for of_model in permutations:
+            for group, permutation in (of_model or {}).items():
+                check_permutation(group, permutation, None, within=True)
+            maps.append(permuting(of_model or {}))
+        return cls(tuple(maps))
+
+    @property
+    def models(self) -> int:
+        """K."""
+        return len(self.maps)
+
+    @functools.cached_property
+    def permutations(self) -> tuple[dict[str, np.ndarray], ...]:
+        """Per model, the permutations of groups that are only permuted, int32 `[n]` or `[h, n]`."""
+        return tuple(
+            {group: p for group, pair in of.items() if (p := as_permutation(*pair)) is not None}
+            for of in self.maps
+        )
+
+    @functools.cached_property
+    def mixing(self) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], ...]:
+        """Per model, the groups whose maps are no permutations, with their maps."""
+        return tuple(
+            {group: pair for group, pair in of.items() if group not in permuted}
+            for of, permuted in zip(self.maps, self.permutations, strict=True)
+        )
+
+    @property
+    def merging(self) -> tuple[dict[str, np.ndarray], ...]:
+        """Per model and group, what maps its features into the basis of the merge.
+
+        A permutation `int[n]` or `int[h, n]` where it is one, else M `[m, n]` or `[h, m, n]`.
+        """
+        return tuple(
+            permuted | {group: pair[0] for group, pair in mixed.items()}
+            for permuted, mixed in zip(self.permutations, self.mixing, strict=True)
+        )
+
+    @property
+    def mixed(self) -> frozenset[str]:
+        """Groups that any model's map mixes, so that variances along them are unknown."""
+        return frozenset().union(*self.mixing)
+
+    def check(self, nets: Sequence[Network], models: int) -> None:
+        """Checks that the maps are of so many models and of groups of their networks.
+
+        Args:
+            nets: One network per model.
+            models: How many trees there are.
+
+        Raises:
+            TypeError: If a map is no pair.
+            ValueError: If the number of models, a group, or the size of a matrix does not fit, or
+                a matrix holds NaN or infinity.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+            >>> maps.check([net, net], 2)
+        """
+        if models != self.models:
+            raise ValueError(f"trees must be the {self.models} models matched, got {models}")
+        check_maps([net.spec for net in nets], self.maps)
+
+    def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
+        """The mapped models, of which the merge is the mean.
+
+        Groups that are only permuted are indexed. Where a model's features are mixed, layers are
+        put into the units of the norm that follows (see `in_units`), whose scale becomes the
+        standard deviation of the mixed features; and the stored variances of norms are unknown:
+        None stands in their place in all models, and `vfjax.renorm.reset` measures those of the
+        merge.
+
+        Args:
+            net: The traced network, or one per model.
+            trees: The K models, in the order in which they were matched.
+
+        Returns:
+            K trees.
+
+        Raises:
+            TypeError: If a mapped leaf holds integers.
+            ValueError: If there are not K trees, they do not fit the network, or maps hold NaN or
+                infinity.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+            >>> [mapped["v"].tolist() for mapped in maps.apply(net, [tree, tree])]
+            [[[3.0], [4.0]], [[4.0], [3.0]]]
+        """
+        nets = networks(net, len(trees))
+        self.check(nets, len(trees))
+        return [self.map_tree(nets[k], tree, k) for k, tree in enumerate(trees)]
+
+    def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model mapped, as `apply` maps it, without its checks.
+
+        Args:
+            net: The model's network.
+            tree: The model as it was matched.
+            model: Its number.
+
+        Returns:
+            A tree, with None in place of variances that are unknown.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> Maps.of_permutations([None, {"w": [1, 0]}]).map_tree(net, tree, 1)["v"].tolist()
+            [[4.0], [3.0]]
+        """
+        return self.mix(net, self.prepare(net, tree, model), model)
+
+    def in_units(self, net: Network, tree: PyTree) -> PyTree:
+        """The same function, with layers in the units in which the maps mix their features.
+
+        Before a norm with stored statistics the channels of a layer have units of their own, in
+        which mixing them means nothing. Along the groups that the maps mix, the layer is rescaled
+        to the units of the norm's output, and the norm to the identity but for its shift.
+
+        Args:
+            net: The traced network.
+            tree: A model as it was matched.
+
+        Returns:
+            A tree of the same structure and function.
+
+        Raises:
+            ValueError: If the tree does not fit the network.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> rows = {"w": [1.0, 1.0], "m": [0.0, 1.0], "v": [4.0, 9.0], "s": [1.0, 6.0]}
+            >>> tree = {name: jnp.array(row) for name, row in rows.items()}
+            >>> def apply_fn(v, x):
+            ...     z = x @ v["w"][None] - v["m"][None]
+            ...     return abs(z * v["s"][None] / jnp.sqrt(v["v"][None])).sum(1)
+            >>> net = vfjax.trace(apply_fn, tree, jnp.ones((2, 1)))
+            >>> maps = Maps(({}, {"w": (np.full((2, 2), 0.5), np.full((2, 2), 0.5))}))
+            >>> found = maps.in_units(net, tree)
+            >>> [found[name].tolist() for name in "wvs"]
+            [[0.5, 2.0], [1.0, 36.0], [1.0, 6.0]]
+        """
+        return in_output_units(net, tree, self.unknown(net))
+
+    def prepare(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model permuted, in units to be mixed, but not mixed: the first half of `map_tree`.
+
+        Args:
+            net: The model's network.
+            tree: The model as it was matched.
+            model: Its number.
+
+        Returns:
+            A tree of the same function.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> Maps.of_permutations([None, {"w": [1, 0]}]).prepare(net, tree, 1)["w"].tolist()
+            [[2.0, 1.0]]
+        """
+        moves = self.permutations[model]
+        return self.in_units(net, net.spec.permute(tree, moves) if moves else tree)
+
+    def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
+        """One model mapped, of which all is done that `prepare` does: the rest of `map_tree`.
+
+        Args:
+            net: The model's network.
+            tree: What `prepare` returned, or some leaves of it, with None in place of the others.
+            model: Its number.
+
+        Returns:
+            A tree, with None in place of variances that are unknown.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> half = np.full((2, 2), 0.5, np.float32)
+            >>> Maps(({}, {"w": (half, half)})).mix(net, tree, 1)["w"].tolist()
+            [[1.5, 1.5]]
+        """
+        unknown, found = self.unknown(net), self.mixing[model]
+        tree = without(tree, unknown) if unknown else tree
+        if not found:
+            return tree
+        spreads = self.spreads[model] if self.spreads else {}
+        scales = mixed_scales(net, tree, unknown, found, spreads)
+        return with_leaves(net.spec.apply(tree, found), scales)
+
+    def carry(self, moments: Any) -> Any:
+        """The moments of the models in the basis of the merge: goals of REPAIR and RESCALE.
+
+        Args:
+            moments: `vfjax.stats.moments(net, trees, data, ...)` of the original models (before
+                norms with stored statistics, of what `in_units` makes of them), with `covariance`
+                at the sites where features are mixed; those of one model each, as of networks that
+                differ, one by one: `Maps.carry` of a sequence of them.
+
+        Returns:
+            Moments of the same kind; see `vfjax.stats.Moments.carried`.
+
+        Raises:
+            ValueError: If they are not of K models, or lack a covariance.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> found = vfjax.stats.moments(net, [tree, tree], [np.ones((2, 1), np.float32)])
+            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+            >>> maps.carry(found).mean["w"].tolist()
+            [[1.0, 2.0], [2.0, 1.0]]
+        """
+        each = self.merging
+        if isinstance(moments, (list, tuple)):
+            if len(moments) != self.models:
+                raise ValueError(f"moments must be of {self.models} models, got {len(moments)}")
+            return [found.carried([of]) for found, of in zip(moments, each, strict=True)]
+        return moments.carried(each)
+
+    def unknown(self, net: Network) -> frozenset[str]:
+        """Paths of stored variances along groups that are mixed.
+
+        Args:
+            net: The traced network.
+
+        Returns:
+            Those that `apply` leaves unknown.
+
+        Example:
+            >>> import vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+            >>> Maps.of_permutations([None, {"w": [1, 0]}]).unknown(net)
+            frozenset()
+        """
+        variances = {norm.var for norm in net.norms}
+        paths = {axis.path for group in self.mixed for axis in net.spec.groups[group]}
+        return frozenset(variances & paths)
+
+    def __repr__(self) -> str:
+        """How many features are merges of how many, in one line."""
+        if not self.sizes:
+            groups = {group for of in self.maps for group in of}
+            permuted = len(groups - self.mixed)
+            return (
+                f"Maps({self.models} models, {len(groups)} group{'' if len(groups) == 1 else 's'}, "
+                f"of which {permuted} only permute{'s' if permuted == 1 else ''})"
+            )
+        sizes = np.concatenate([*map(np.ravel, self.sizes.values()), np.zeros(0, int)])
+        return (
+            f"Maps({self.models} models, {len(self.sizes)} groups, {len(sizes)} features of "
+            f"{int(sizes.sum())}, at most {int(sizes.max(initial=0))} in one)"
+        )

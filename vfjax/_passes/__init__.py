@@ -1,0 +1,1 @@
+"""One pass over data: checked, placed on devices, streamed, pooled."""

@@ -1,0 +1,215 @@
+"""Moments per channel: of a batch, pooled over batches, and the correction that changes them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._types import Array, PyTree
+
+# A channel below this fraction of its layer's largest variance counts as constant.
+_DEAD = 1e-12
+# So does one whose standard deviation is within this many roundings of its mean.
+ROUNDINGS = 8
+# Examples whose mean values are shifted by.
+_FEW = 4
+
+
+class Pooled(NamedTuple):
+    """Moments of a value per channel.
+
+    Attributes:
+        count: Number of samples.
+        mean: Shaped like the channels; float32 or better.
+        m2: Sum of squared deviations from the mean, likewise.
+    """
+
+    count: Any
+    mean: Any
+    m2: Any
+
+    @property
+    def var(self) -> Any:
+        """Population variance."""
+        return self.m2 / self.count
+
+
+def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
+    """Moments of one batch."""
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    count = math.prod(value.shape[a] for a in sample_axes)
+    _, mean, var, _ = shifted_moments(value, sample_axes)
+    return Pooled(jnp.asarray(count, mean.dtype), mean, var * count)
+
+
+def shifted_moments(
+    value: Array, sample_axes: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """Mean and variance over some axes, in one read of the values.
+
+    The difference of a mean square and a squared mean loses its digits where the mean is large
+    against the standard deviation, and centring values on their mean reads them once more. Instead
+    they are shifted by the mean of a few of them, which is known before they are read. Since the
+    few count too, the variance is at least their share of the squared distance to the mean: little
+    is lost even if they are odd.
+
+    Args:
+        value: Float array, float32 or better.
+        sample_axes: The axes to reduce; the first of them is cut to get at the few.
+
+    Returns:
+        The shifted values, the mean, the variance, and the mean of the shifted values.
+    """
+    axis = sample_axes[0]
+    few = jax.lax.slice_in_dim(value, 0, min(_FEW, value.shape[axis]), axis=axis)
+    shift = few.mean(sample_axes, keepdims=True)
+    value = value - shift
+    rest = value.mean(sample_axes)
+    var = jnp.maximum(jnp.square(value).mean(sample_axes) - jnp.square(rest), 0)
+    return value, jnp.squeeze(shift, sample_axes) + rest, var, rest
+
+
+def pool(a: Pooled, b: Pooled) -> Pooled:
+    """Moments of the union of two sets of samples, on the host as on the device."""
+    count = a.count + b.count
+    mean, step = union_means(a.mean, b.mean, b.count / count)
+    second = union_second(a.var, b.var, step * step, b.count / count)
+    return Pooled(count, mean, second * count)
+
+
+def alive(mean: Any, var: Any) -> Any:
+    """Which channels of a layer vary: neither constant to rounding nor far below the others.
+
+    Args:
+        mean: Means of the channels, a JAX or NumPy array of float32 or better.
+        var: Their variances.
+
+    Returns:
+        Booleans, shaped likewise.
+    """
+    floor = ROUNDINGS * jnp.finfo(mean.dtype).eps * abs(mean)
+    return (var > _DEAD * var.max()) & (var > floor * floor)
+
+
+def coefficients(
+    now: Pooled, goal: tuple[Array, Array], centre: bool | Array
+) -> tuple[Array, Array]:
+    """Scale and shift that give a value its goal moments.
+
+    A channel keeps scale 1 if its variance is zero to rounding or below 1e-12 of the largest in the
+    layer, since no scale makes a constant vary. REPAIR still moves its mean to the goal.
+
+    Args:
+        now: Moments of the value.
+        goal: Mean and standard deviation that it should have.
+        centre: Whether to correct the mean; the shift is 0 if not.
+
+    Returns:
+        Scale and shift.
+    """
+    mean, var = jnp.asarray(now.mean), jnp.asarray(now.var)
+    goal_mean, goal_std = goal
+    varies = alive(mean, var)
+    scale = jnp.where(varies, goal_std / jnp.sqrt(jnp.where(varies, var, 1)), 1)
+    return scale, jnp.where(centre, goal_mean - scale * mean, 0)
+
+
+def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
+    """Covariances `[n, m]` of what `read` gave: shifted values `[samples, n]` and their means."""
+    exact = jax.lax.Precision.HIGHEST
+    found = jnp.matmul(first[0].T, second[0], precision=exact) / len(first[0])
+    return found - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
+
+
+def union_means(old: PyTree, new: PyTree, share: float | Array) -> tuple[PyTree, PyTree]:
+    """Means of the union of two sets of samples, and the steps that lead from the first set's.
+
+    Args:
+        old: Means of the first set, a tree of arrays.
+        new: Those of the second.
+        share: The second set's part of all samples.
+    """
+    steps = jax.tree.map(operator.sub, new, old)
+    return jax.tree.map(lambda a, step: a + step * _part(share, a), old, steps), steps
+
+
+def union_second(old: Array, new: Array, between: Array, share: float | Array) -> Array:
+    """Second central moments of the union of two sets of samples (Chan, Golub and LeVeque 1979).
+
+    Args:
+        old: Variances or covariances of the first set.
+        new: Those of the second.
+        between: Products of the steps between the means: squares for variances, outer products for
+            covariances.
+        share: The second set's part of all samples.
+    """
+    part = _part(share, old)
+    return old + (new - old) * part + between * (part * (1 - part))
+
+
+def union_deviation(old: Array, new: Array, step: Array, share: float | Array) -> Array:
+    """The square root of `union_second`, of square roots, whose squares need not be finite.
+
+    Args:
+        old: Standard deviations of the first set.
+        new: Those of the second.
+        step: Sizes of the steps between the means.
+        share: The second set's part of all samples.
+    """
+    part = jnp.asarray(share, old.dtype)
+    within, between = jnp.sqrt(jnp.stack([1 - part, part])), jnp.sqrt(part * (1 - part))
+    return length(jnp.stack([old * within[0], new * within[1], step * between]), (0,))
+
+
+def _part(share: Any, like: Any) -> Any:
+    """A share in the precision of what it multiplies; a plain number takes it on anyway."""
+    return share if isinstance(share, float) else share.astype(like.dtype)
+
+
+def merge_moments(
+    pooled: tuple[PyTree, PyTree], batch: tuple[PyTree, PyTree], share: float | Array
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Means and variances of the union of two sets of samples.
+
+    Args:
+        pooled: Means and variances of the first set, two trees of one structure.
+        batch: Those of the second.
+        share: The second set's part of all samples.
+
+    Returns:
+        Means, variances, and the steps from the first set's means to the second's.
+    """
+    means, steps = union_means(pooled[0], batch[0], share)
+
+    def var(old: Array, new: Array, step: Array) -> Array:
+        return union_second(old, new, jnp.square(step), share)
+
+    return means, jax.tree.map(var, pooled[1], batch[1], steps), steps
+
+
+def without_rounding(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Variances, zero where they are no larger than the rounding of the values themselves."""
+    floor = ROUNDINGS * np.finfo(var.dtype).eps * np.abs(mean)
+    return np.where(var <= np.square(floor), 0, var)
+
+
+# The largest exponent of two by which values are scaled: float32 holds its inverse too.
+_EXPONENT = 120
+
+
+def scale_of(*arrays: Array) -> Array:
+    """A power of two that brings the largest entry near one, so that it scales without rounding."""
+    largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
+    exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
+    return jnp.ldexp(jnp.ones((), largest.dtype), -exponent)
+
+
+def length(a: Array, axes: tuple[int, ...]) -> Array:
+    """L2 norms over some axes, also where the squares are not finite."""
+    scale = scale_of(a)
+    return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale

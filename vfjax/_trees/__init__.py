@@ -1,0 +1,1 @@
+"""Parameter trees by path, and means of trees."""

@@ -1,0 +1,156 @@
+"""Weights of an average over models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from vfjax._trees import paths
+from vfjax._types import Array, PyTree
+
+# Weights given in float32 still sum to one.
+_TOLERANCE = 1e-5
+
+
+def resolve_weights(
+    weights: Sequence[float] | Array | None, count: int | None, *, of: str = "trees"
+) -> tuple[float, ...]:
+    """Checks the weights of `count` models.
+
+    Args:
+        weights: One number per model, summing to one; None for `1 / count` each. Numbers outside
+            `[0, 1]` extrapolate, which is allowed.
+        count: The number of models; None for as many as there are weights.
+        of: What is weighted, for error messages.
+
+    Returns:
+        One Python float per model (for traced weights: one traced scalar, unchecked but in number).
+
+    Raises:
+        TypeError: If `weights` is no flat sequence.
+        ValueError: If there are not `count` of them, one is not finite, or they do not sum to one.
+
+    Example:
+        >>> resolve_weights(None, 4)
+        (0.25, 0.25, 0.25, 0.25)
+    """
+    if weights is None:
+        if count is None:
+            raise TypeError("weights is None, and nothing tells how many there would be")
+        return (1.0 / count,) * count
+    if not isinstance(weights, (list, tuple)) and np.ndim(weights) != 1:
+        raise TypeError(
+            f"weights must be a sequence of numbers, one per model, got {weights!r}; for two "
+            "models and an alpha, (1 - alpha, alpha)"
+        )
+    traced = isinstance(weights, Tracer) or (
+        not isinstance(weights, (jax.Array, np.ndarray))
+        and any(isinstance(w, Tracer) for w in weights)
+    )
+    given: tuple[Any, ...] = tuple(weights)
+    if len(given) != count and count is not None:
+        raise ValueError(f"weights has {len(given)} entries for {count} {of}; give one per model")
+    if traced:
+        return given
+    given = tuple(float(w) for w in given)
+    if not all(math.isfinite(w) for w in given):
+        raise ValueError(f"weights must be finite numbers, got {given}")
+    if abs(math.fsum(given) - 1.0) > _TOLERANCE:
+        raise ValueError(
+            f"weights must sum to one, got {given} with sum {math.fsum(given):g}; divide them by it"
+        )
+    return given
+
+
+def weighted_mean(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
+    """Averages arrays of one floating-point dtype in float32 or better, and casts back.
+
+    An array of weight 0 is left out, whatever it holds, and one of weight 1 not multiplied: with
+    such weights that very array comes back.
+
+    Args:
+        arrays: K arrays of equal shape and dtype.
+        weights: K weights, as `resolve_weights` gives them.
+
+    Returns:
+        An array of that shape and dtype.
+
+    Example:
+        >>> float(weighted_mean([jnp.float32(0), jnp.float32(4)], (0.75, 0.25)))
+        1.0
+    """
+    dtype = jnp.result_type(arrays[0])
+    accumulator = jnp.promote_types(dtype, jnp.float32)
+    total = None
+    for array, weight in zip(arrays, weights, strict=True):
+        if isinstance(weight, float) and weight == 0.0:
+            continue
+        term = jnp.asarray(array, accumulator)
+        if not (isinstance(weight, float) and weight == 1.0):
+            term = term * jnp.asarray(weight, accumulator)
+        total = term if total is None else total + term
+    assert total is not None  # for the weights sum to one
+    return total.astype(dtype)
+
+
+def resolve_mix(
+    weights: Sequence[float] | None, alpha: float | None, count: int
+) -> tuple[float, ...]:
+    """The weights of `count` trees, given as such or, of two, as an alpha.
+
+    Raises:
+        TypeError: If `weights` is no flat sequence.
+        ValueError: If both are given, `alpha` for other than two trees, or weights do not fit.
+    """
+    if alpha is not None:
+        if weights is not None:
+            raise ValueError("give either weights or alpha, not both")
+        if count != 2:
+            raise ValueError(f"alpha is for two trees, got {count}; give weights")
+        weights = (1 - alpha, alpha)
+    return resolve_weights(weights, count)
+
+
+def average_trees(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
+    """The average of alike trees; integer leaves must agree.
+
+    Args:
+        trees: The trees.
+        weights: One per tree, summing to one.
+    """
+    named = [paths.flatten_named(tree) for tree in trees]
+    treedef = named[0][1]
+    leaves = [
+        _average_leaf(path, [leaves[path] for leaves, _ in named], weights) for path in named[0][0]
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _average_leaf(path: str, leaves: Sequence[Array], weights: Sequence[float]) -> Array:
+    if not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.inexact):
+        return _agreed(path, leaves)
+    return weighted_mean(leaves, weights)
+
+
+def _agreed(path: str, leaves: Sequence[Array]) -> Array:
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return leaves[0]
+
+    def plain(leaf: Array) -> np.ndarray:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf)
+
+    for k, leaf in enumerate(leaves[1:], start=1):
+        if not np.array_equal(plain(leaves[0]), plain(leaf)):
+            raise ValueError(
+                f"leaf {path!r} is of dtype {jnp.result_type(leaf)}, which cannot be averaged, and "
+                f"differs between trees 0 and {k}; make them agree, or keep it out of the trees"
+            )
+    return leaves[0]

@@ -1,0 +1,204 @@
+"""Parameter trees by path: naming leaves, comparing trees, and the errors when they do not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from vfjax._types import PyTree
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, Any], Any]:
+    """Flattens a tree into a dict from leaf path to leaf.
+
+    Paths read like `params/Conv_0/kernel`. The `/value` that Flax NNX appends is left out, so that
+    names agree between APIs. Where keys hold a slash themselves and paths would coincide, those
+    read like `['a/b']` instead.
+
+    Args:
+        tree: A pytree of arrays. None counts as an absent subtree, as everywhere in JAX.
+        name: What to call the tree in an error.
+
+    Returns:
+        The leaves by path, in the tree's own order, and the tree's structure.
+
+    Raises:
+        TypeError: If a leaf is not an array: a function or a module, for example.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = _named([path for path, _ in flat])
+    for path, leaf in zip(names, (leaf for _, leaf in flat), strict=True):
+        check_leaf(leaf, path, name)
+    return dict(zip(names, (leaf for _, leaf in flat), strict=True)), treedef
+
+
+def _named(paths: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Names of leaves by their paths; see `flatten_named`."""
+    names = [_name(path) for path in paths]
+    attribute = jax.tree_util.GetAttrKey("value")  # as against a key of a dict
+    whole = all(n.endswith("/value") for n in names)
+    short = [
+        n.removesuffix("/value") if whole or path[-1:] == (attribute,) else n
+        for n, path in zip(names, paths, strict=True)
+    ]
+    names = short if len(set(short)) == len(short) else names
+    if len(set(names)) < len(names):
+        counts = Counter(names)
+        full = (jax.tree_util.keystr(path) for path in paths)
+        names = [n if counts[n] == 1 else f for n, f in zip(names, full, strict=True)]
+    return names
+
+
+def check_leaf(leaf: Any, path: str, name: str) -> None:
+    """Raises a TypeError unless a leaf is an array, a number or a `ShapeDtypeStruct`."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return
+    if isinstance(leaf, (bool, int, float, complex)):
+        return
+    if callable(leaf):
+        raise TypeError(
+            f"{name} has a function at '{path or '.'}': {leaf!r}. Every leaf must be an array; for "
+            "an Equinox module, pass its arrays: `params, static = eqx.partition(module, "
+            "eqx.is_array)` with `apply_fn = lambda p, x: eqx.combine(p, static)(x)`."
+        )
+    raise TypeError(
+        f"{name} has a {type(leaf).__name__} at '{path or '.'}'; every leaf must be an array. Keep "
+        "configuration out of the tree, in `apply_fn`."
+    )
+
+
+def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with some leaves replaced, or put in place of None.
+
+    Args:
+        tree: A parameter tree.
+        leaves: New leaves by path.
+
+    Returns:
+        A new tree, its containers as they were.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    names = _named([path for path, _ in flat])
+    return jax.tree.unflatten(
+        treedef, [leaves.get(name, leaf) for name, (_, leaf) in zip(names, flat, strict=True)]
+    )
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """Paths of a tree's leaves, such as `params/Conv_0/kernel`, in the tree's own order."""
+    return list(flatten_named(tree)[0])
+
+
+def check_trees(trees: Sequence[PyTree], *, name: str = "trees", finite: bool = True) -> None:
+    """Checks that trees can be merged: same leaves, same shapes and dtypes, finite numbers.
+
+    Args:
+        trees: Parameter trees of models of one architecture.
+        name: What to call them in an error.
+        finite: Whether to look for NaN and infinity too (never in tracers or abstract values).
+
+    Raises:
+        TypeError: If `trees` is no sequence of trees, or a leaf is no array.
+        ValueError: If there are none, or they differ, or one holds NaN or infinity.
+    """
+    check_sequence(trees, name=name)
+    flats = [flatten_named(tree, name=f"{name}[{k}]")[0] for k, tree in enumerate(trees)]
+    for k, flat in enumerate(flats):
+        if k:
+            check_like(flat, flats[0], name=f"{name}[{k}]", other=f"{name}[0]")
+        if finite:
+            check_finite(flat, name=f"{name}[{k}]")
+
+
+def check_sequence(trees: Any, *, name: str) -> None:
+    """Raises a TypeError unless `trees` is a sequence, and a ValueError if it is empty."""
+    if isinstance(trees, (Mapping, str)) or not isinstance(trees, Sequence):
+        raise TypeError(
+            f"{name} must be a list or tuple of parameter trees, one per model; it was a "
+            f"{type(trees).__name__}."
+        )
+    if not trees:
+        raise ValueError(f"{name} is empty; give at least one parameter tree.")
+
+
+def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, other: str) -> None:
+    """Checks that two named trees have the same leaves, shapes and dtypes.
+
+    Args:
+        flat: Leaves by path.
+        like: Leaves by path, to compare with.
+        name: What to call the first in an error.
+        other: What to call the second.
+
+    Raises:
+        ValueError: If they differ; the message names the first leaf that does.
+    """
+    missing, extra = sorted(like.keys() - flat.keys()), sorted(flat.keys() - like.keys())
+    if missing or extra:
+        parts = [f"lacks {missing[:3]}"] if missing else []
+        parts += [f"has the extra {extra[:3]}"] if extra else []
+        raise ValueError(
+            f"{name} differs in structure from {other}: it {' and '.join(parts)}"
+            f"{' and more' if len(missing) > 3 or len(extra) > 3 else ''}. Merged models must "
+            "share one architecture."
+        )
+    for path, leaf in flat.items():
+        a, b = np.shape(leaf), np.shape(like[path])
+        if a != b:
+            raise ValueError(
+                f"{name} has shape {a} at '{path}' where {other} has {b}. Merged models must share "
+                "one architecture."
+            )
+        p, q = jax.numpy.result_type(leaf), jax.numpy.result_type(like[path])
+        if p != q:
+            raise ValueError(
+                f"{name} has dtype {p} at '{path}' where {other} has {q}; cast one of them first, "
+                "e.g. `jax.tree.map(lambda a, b: a.astype(b.dtype), tree, other)`."
+            )
+
+
+def check_finite(flat: Mapping[str, Any], *, name: str) -> None:
+    """Raises a ValueError if a concrete leaf holds NaN or infinity."""
+    for path, leaf in flat.items():
+        if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
+            continue
+        dtype = jax.numpy.result_type(leaf)
+        if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
+            continue
+        # A concrete leaf is looked at even where the caller is being traced.
+        with jax.ensure_compile_time_eval():
+            bad = int(np.size(leaf) - np.count_nonzero(jax.numpy.isfinite(leaf)))
+        if bad:
+            raise ValueError(
+                f"{name} holds {bad} NaN or infinite value{'s' if bad > 1 else ''} at '{path}' (of "
+                f"{np.size(leaf)}). Did its training diverge?"
+            )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names, quoted, for a message.
+
+    Example:
+        >>> some("abcdefgh")
+        "'a', 'b', 'c', 'd', 'e' and 3 more"
+    """
+    names = list(names)
+    shown = ", ".join(repr(name) for name in names[:5])
+    return (shown or "none") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def without(tree: PyTree, paths: Collection[str]) -> PyTree:
+    """The tree with None in place of the leaves at some paths."""
+    leaves, treedef = flatten_named(tree)
+    return jax.tree.unflatten(
+        treedef, [None if path in paths else leaf for path, leaf in leaves.items()]
+    )

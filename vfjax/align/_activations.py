@@ -1,0 +1,156 @@
+"""Activation matching: pairing units that respond alike to the same data.
+
+Units are compared by the Pearson correlation of their activations ("Git Re-Basin: Merging Models
+modulo Permutation Symmetries", Ainsworth, Hayase & Srinivasa, 2023, section 3.1, with correlation
+in place of the inner product, as in "REPAIR", Jordan et al., 2023). Moments are pooled exactly over
+all samples, in one pass. A group shows at several taps where a residual stream carries it; its
+correlations are summed, and one linear assignment per group gives the optimum.
+
+Heads of attention and the dims inside each are matched together, by the correlations of the dims of
+every head with those of every other: the best assignment of dims for each pair of heads tells what
+the pair is worth, and one of heads over these gives the optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vfjax import stats
+from vfjax._types import PyTree
+from vfjax.align._assignment import Alignment, assign_in_place
+from vfjax.align._taps import (
+    check_at_taps,
+    correlation_between,
+    in_place,
+    joint_gains,
+    matched_sites,
+    network_of,
+)
+from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
+
+__all__ = ["match_activations", "match_moments"]
+
+
+def match_activations(
+    net: Network | Sequence[Network],
+    a: PyTree,
+    b: PyTree,
+    data: Iterable[Any] | None,
+    *,
+    moments: Moments | None = None,
+) -> Alignment:
+    """Finds permutations of `b` whose units correlate best with those of `a`.
+
+    Args:
+        net: The traced network, or those of `a` and of `b`: networks of one architecture may differ
+            behind the taps, as in their numbers of classes.
+        a: Parameter tree to align to.
+        b: Parameter tree to permute. Leaves that no tap depends on, those of heads with classes of
+            their own, may differ in shape.
+        data: Re-iterable of `x` or `(x, label)`; None if `moments` are given.
+        moments: Moments of `[a, b]` in this order, if they were measured before:
+            `stats.moments(net, [a, b], data, sites="taps", covariance="cross")`.
+
+    Returns:
+        The alignment; its objective is the sum of the correlations of all pairs at all taps. Groups
+        without a tap keep their order; if there are none with one, no data is read. A unit that
+        does not vary on the data has correlation 0.
+
+    Raises:
+        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
+            another dtype.
+        ValueError: If the trees differ before a tap or hold NaN or infinity, data is empty
+            or exhausted, or `moments` lack the covariances at a tap.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["w"]) @ v["v"]
+        >>> rng = np.random.default_rng(0)
+        >>> a = {"w": rng.normal(size=(4, 3)), "v": rng.normal(size=(3, 2))}
+        >>> a = jax.tree.map(jnp.float32, a)
+        >>> x = jnp.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
+        >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
+        [1, 2, 0]
+    """
+    nets = check_at_taps(net, [a, b])
+    if moments is None and data is None:
+        raise ValueError("`data` is None: give batches to measure on, or `moments`")
+    if not nets[0].taps:
+        return _in_place(nets[0])
+    if moments is None:
+        assert data is not None
+        moments = stats.moments(nets, [a, b], data, sites="taps", covariance="cross")
+    elif moments.models != 2:
+        raise ValueError(
+            f"`moments` must be those of [a, b], but it has {moments.models} models; use "
+            "match_moments to choose two of them"
+        )
+    return match_moments(nets, moments)
+
+
+def match_moments(
+    net: Network | Sequence[Network], moments: Moments, *, to: int = 0, model: int = 1
+) -> Alignment:
+    """Activation matching of two out of K models, from moments alone.
+
+    One pass over data with all models serves all pairs.
+
+    Args:
+        net: The traced network, or one per model.
+        moments: Moments with covariances at the taps (`"cross"` is enough).
+        to: Index of the model to align to.
+        model: Index of the model to permute.
+
+    Returns:
+        The alignment, as `match_activations`.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If an index is out of range, or the covariances at a tap are missing.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> from vfjax import stats
+        >>> rng = np.random.default_rng(0)
+        >>> trees = [{"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}]
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], trees[0], x)
+        >>> trees += [net.spec.permute(trees[0], {"w": p}) for p in ([2, 0, 1], [1, 0, 2])]
+        >>> found = stats.moments(net, trees, [x], sites="taps", covariance="cross")
+        >>> [match_moments(net, found, model=k).permutations["w"].tolist() for k in (1, 2)]
+        [[1, 2, 0], [1, 0, 2]]
+    """
+    net = network_of(net, moments)
+    if not net.taps:
+        return _in_place(net)
+    for name, index in (("to", to), ("model", model)):
+        if not 0 <= index < moments.models:
+            raise ValueError(f"`{name}` must be in 0..{moments.models - 1}, got {index}")
+    spec, inner = net.spec, joint_gains(net, moments, to, model)
+    outer: dict[str, np.ndarray] = {}
+    for site, tap in matched_sites(net)[0].items():
+        found = correlation_between(moments, site, to, model)
+        outer[tap.group] = outer.get(tap.group, 0.0) + found
+    permutations, objective = dict(_in_place(net).permutations), 0.0
+    for group in (*outer, *inner):
+        n, within = spec.sizes[group], inner.get(group, {})
+        gain = outer.get(group, np.zeros((n, n)))
+        chosen, inside = assign_in_place(gain, within)
+        permutations |= {group: chosen, **inside}
+        objective += float(gain[np.arange(n), chosen].sum())
+        for name, each in within.items():
+            pairs = each[np.arange(n), chosen]
+            objective += float(np.take_along_axis(pairs, inside[name][..., None], axis=2).sum())
+    return Alignment(permutations, (objective,), converged=True)
+
+
+def _in_place(net: Network) -> Alignment:
+    """The alignment that moves nothing."""
+    return Alignment(in_place(net), (0.0,), converged=True)

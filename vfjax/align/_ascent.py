@@ -1,0 +1,200 @@
+"""Coordinate ascent over groups: one assignment after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._trees.options import check_key
+from vfjax._types import Array
+from vfjax.align._assignment import Alignment, assign_within
+from vfjax.symmetry._group_maps import compose
+from vfjax.symmetry._places import Axis, grid, permute_at, rows
+from vfjax.symmetry._spec import PermutationSpec
+
+
+def _generator(key: Array) -> np.random.Generator:
+    """A NumPy generator seeded from a JAX key: the search runs on the host."""
+    check_key(key)
+    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
+
+
+def _counted(
+    spec: PermutationSpec, named: Mapping[str, Any], ignored: frozenset[str]
+) -> dict[str, dict[str, tuple[Axis, ...]]]:
+    """By path of every leaf that counts: which axes carry which group."""
+    unknown = sorted(ignored - named.keys())
+    if unknown:
+        raise ValueError(f"`ignore` names leaves that the trees have not: {unknown[:3]}")
+    found: dict[str, dict[str, tuple[Axis, ...]]] = {}
+    for group, axes in spec.groups.items():
+        for axis in axes:
+            if axis.path not in named or axis.path in ignored:
+                continue
+            if jnp.issubdtype(jnp.result_type(named[axis.path]), jnp.floating):
+                leaf = found.setdefault(axis.path, {})
+                leaf[group] = (*leaf.get(group, ()), axis)
+    return found
+
+
+def _host(leaf: Any) -> np.ndarray:
+    """A leaf on the host, in float32 or better."""
+    leaf = np.asarray(leaf)
+    return np.ascontiguousarray(leaf, np.float64 if leaf.dtype == np.float64 else np.float32)
+
+
+def _start(
+    spec: PermutationSpec,
+    sizes: Mapping[str, int],
+    group: str,
+    random: np.random.Generator,
+    attempt: int,
+) -> np.ndarray:
+    """The identity at the first attempt, then at random."""
+    n = sizes[group]
+    shape = (sizes[spec.within[group]], n) if group in spec.within else (n,)
+    start = np.broadcast_to(np.arange(n), shape)
+    return (random.permuted(start, axis=-1) if attempt else start).astype(np.int32)
+
+
+def _blocks(
+    spec: PermutationSpec, counted: Mapping[str, Mapping[str, tuple[Axis, ...]]]
+) -> dict[str, tuple[str, ...]]:
+    """Groups that are assigned together, by their first: it, and those within it."""
+    groups = [g for g in spec.groups if any(g in held for held in counted.values())]
+    return {
+        group: (group, *(g for g in groups if spec.within.get(g) == group))
+        for group in groups
+        if group not in spec.within
+    }
+
+
+def _search(
+    spec: PermutationSpec,
+    left: Mapping[str, np.ndarray],
+    right: Mapping[str, np.ndarray],
+    counted: Mapping[str, Mapping[str, tuple[Axis, ...]]],
+    start: Mapping[str, np.ndarray],
+    random: np.random.Generator,
+    max_sweeps: int,
+    tol: float,
+) -> Alignment:
+    """One coordinate ascent from a start."""
+    permutations = dict(start)
+    blocks = _blocks(spec, counted)
+    # The leaves of b as the current permutations have them: gains below are relative to these, and
+    # the identity assignment means that nothing changes.
+    moved = dict(right)
+    for block in blocks.values():
+        moved = {path: _permute(spec, v, counted[path], block, start) for path, v in moved.items()}
+    objective = sum(_dot(left[path], moved[path]) for path in counted)
+    norms = {path: np.sqrt(_dot(left[path], left[path]) * _dot(b, b)) for path, b in moved.items()}
+    # Blocks whose gains may have changed since they were last assigned; the others are at their
+    # optimum, and looking again would find that nothing moves.
+    stale, order = set(blocks), list(blocks)
+    history: list[float] = []
+    while not history or (stale and len(history) < max_sweeps):
+        for group in (order[index] for index in random.permutation(len(order))):
+            if group not in stale:
+                continue
+            stale.remove(group)
+            block = blocks[group]
+            held = {p: axes for p, axes in counted.items() if any(g in axes for g in block)}
+            step = _assign(spec, left, moved, held, block)
+            if all((p == np.arange(p.shape[-1])).all() for p in step.values()):
+                continue
+            new = {path: _permute(spec, moved[path], held[path], block, step) for path in held}
+            # Summed anew in float64: float32 gains may promise what rounding made up, and for a
+            # leaf with the group on two axes they are only the linear part.
+            places = {path: [a for g in block for a in held[path].get(g, ())] for path in held}
+            rise = sum(
+                _rise(left[path], moved[path], new[path], places[path], step[group])
+                for path in held
+            )
+            if rise > tol * sum(norms[path] for path in held):
+                moved.update(new)
+                current = {g: permutations[g] for g in block}
+                permutations.update(compose(current, step, within=spec.within))
+                objective += rise
+                touched = {spec.within.get(g, g) for axes in held.values() for g in axes}
+                stale.update(touched - {group})
+                if any(len(axes.get(g, ())) > 1 for axes in held.values() for g in block):
+                    stale.add(group)
+        history.append(float(objective))
+    return Alignment(permutations, tuple(history), not stale)
+
+
+def _assign(
+    spec: PermutationSpec,
+    left: Mapping[str, np.ndarray],
+    moved: Mapping[str, np.ndarray],
+    held: Mapping[str, Mapping[str, tuple[Axis, ...]]],
+    block: tuple[str, ...],
+) -> dict[str, np.ndarray]:
+    """The best permutations of a block's groups, the others held fixed."""
+    group, *inside = block
+    places = [(path, a) for path, axes in held.items() for a in axes.get(group, ())]
+    gain = cast(np.ndarray, sum(_inner(left[path], moved[path], a) for path, a in places))
+    inner = {}
+    for name in inside:
+        found = 0
+        for path, axes in held.items():
+            for a in axes.get(name, ()):
+                owner = cast(Axis, spec.owner(name, a))
+                one, other = (grid(leaf, a, owner) for leaf in (left[path], moved[path]))
+                h, n, _ = one.shape
+                product = one.reshape(h * n, -1) @ other.reshape(h * n, -1).T
+                found = found + product.reshape(h, n, h, n).swapaxes(1, 2)
+        inner[name] = cast(np.ndarray, found)
+        # The owners' own gain is what is left when nothing moves inside them.
+        gain = gain - np.einsum("ijkk->ij", inner[name])
+    outer, within = assign_within(gain, inner)
+    return {group: outer, **within}
+
+
+def _permute(
+    spec: PermutationSpec,
+    leaf: np.ndarray,
+    axes: Mapping[str, tuple[Axis, ...]],
+    block: tuple[str, ...],
+    permutations: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """A leaf with the axes of a block's groups permuted, those within another last."""
+    for group in block:
+        for a in axes.get(group, ()):
+            leaf = permute_at(leaf, a, spec.owner(group, a), permutations[group])
+    return leaf
+
+
+def _inner(a: np.ndarray, b: np.ndarray, axis: Axis) -> np.ndarray:
+    """Inner products `[n, n]` of the slices of two leaves along one group's axis."""
+    a, b = rows(a, axis), rows(b, axis)
+    before, _, after = a.shape
+    if after == 1:
+        return a[..., 0].T @ b[..., 0]
+    if before <= after:
+        out = a[0] @ b[0].T
+        for x, y in zip(a[1:], b[1:], strict=True):
+            out += x @ y.T
+        return out
+    return np.tensordot(a, b, axes=((0, 2), (0, 2)))
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    """Inner product of two leaves, summed in float64."""
+    return float(np.vdot(a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)))
+
+
+def _rise(
+    a: np.ndarray, old: np.ndarray, new: np.ndarray, axes: Sequence[Axis], step: np.ndarray
+) -> float:
+    """By how much the inner product with `a` rises from `old` to `new`, in float64."""
+    if len(axes) == 1:
+        # Only what moves can differ: towards the end of a search, little.
+        units = np.flatnonzero(step != np.arange(len(step)))
+        a, old, new = (np.take(rows(v, axes[0]), units, axis=1) for v in (a, old, new))
+    return float(np.vdot(a.astype(np.float64, copy=False), new.astype(np.float64) - old))

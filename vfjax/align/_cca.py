@@ -1,0 +1,317 @@
+"""CCA: invertible linear maps that bring one model's features to another's canonical directions.
+
+Canonical correlation analysis finds, for the features of two networks, the directions that are most
+correlated, one after another. Mapping one model's canonical directions onto the other's is the
+alignment of "Harmony in Diversity: Merging Neural Networks with Canonical Correlation Analysis"
+(Horoi et al., 2024): where matching by permutation gives each unit one partner, here a unit is
+matched with a combination of units.
+
+Heads of attention are paired one to one with those of the first model, by how well their dims
+correlate, and then the dims of each head are mapped by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vfjax import stats
+from vfjax._maps.maps import Maps
+from vfjax._maps.parts import Part, gather, permuting
+from vfjax._trees.options import number
+from vfjax._types import PyTree
+from vfjax.align._assignment import PLACE, assign
+from vfjax.align._taps import (
+    Orders,
+    check_at_taps,
+    correlation,
+    match_owners,
+    network_of,
+    tap_covariances,
+    with_spreads,
+)
+from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
+
+__all__ = ["canonical_correlations", "cca", "cca_moments"]
+
+
+def cca(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    data: Iterable[Any],
+    *,
+    regularization: float = 1.0,
+    relative: bool = True,
+    dtype: Any = None,
+) -> Maps:
+    """Maps every model's features onto those of the first by canonical correlation analysis.
+
+    With covariances `Sxx` of the features of model 0, `Syy` of those of model k, a ridge added to
+    both, and `U S V^T = svd(Sxx^-1/2 Sxy Syy^-1/2)`, the features of model k take `T = Sxx^1/2 U
+    V^T Syy^-1/2`, and what reads them takes `T^-1`. Mapped features have the covariances of model
+    0's, and among all such maps are the closest to them in whitened coordinates. Where a group has
+    several taps, their covariances are averaged.
+
+    Behind a ReLU a unit that is dead in the data shows no variance, however negative its
+    pre-activations are, and maps found there mix these into those of live units.
+
+    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
+    both take `T`, and their products come to hold `T^T T`: an approximation there, but for `T` that
+    is orthogonal.
+
+    Canonical correlations of zero leave directions undecided: those of dead or duplicate units, or
+    all but the first N - 1 for N samples. They go where the permutation that matches the units
+    best takes them, which leaves a network that is matched with itself as it is.
+
+    Only model 0 stays as it is, so the result depends on which model comes first; for one that does
+    not, match K >= 3 models cycle-consistently.
+
+    Args:
+        net: The traced network, or one per tree: networks of one architecture may differ behind
+            the taps, as in their numbers of classes.
+        trees: Two or more parameter trees; model 0 is the one to map onto. Leaves that no tap
+            depends on, those of heads with classes of their own, may differ in shape.
+        data: Re-iterable of `x` or `(x, label)`.
+        regularization: Ridge on the covariances within each model, 0 or more. The norm of `T` is at
+            most `sqrt((largest variance + ridge) / ridge)` of directions, of one model and the
+            other, so a ridge bounds what maps can amplify.
+        relative: Whether the ridge is that share of a model's mean variance at the taps, which
+            makes it blind to the scale of features, or (False) in the features' own units, as the
+            paper's 0.1. With much less than the mean variance, directions of little variance decide
+            as much as others.
+        dtype: Of the decompositions and maps, `np.float32` or `np.float64`; None for that of the
+            moments, float32 unless the network computes in float64.
+
+    Returns:
+        The maps `(T, T^-1)` of all models but the first. Groups without a tap stay as they are, and
+        those that can only be permuted (`net.spec.rigid`, as the width of a tied kernel) are. The
+        variances that a BatchNorm stores are unknown for combined features: measure them anew with
+        `vfjax.renorm.reset`.
+
+    Raises:
+        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, data has
+            another dtype, or `dtype` is no float32 or float64.
+        ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
+            infinity, data is empty or exhausted, or `regularization` is negative or not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> a = {"w": rng.normal(size=(4, 3)), "v": rng.normal(size=(3, 2))}
+        >>> a = jax.tree.map(jnp.float32, a)
+        >>> x = jnp.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
+        >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
+        >>> found = cca(net, [a, b], [x])
+        >>> merged = vfjax.merge.interpolate(found.apply(net, [a, b]))
+        >>> bool(jnp.allclose(net.run(merged, x), net.run(a, x), atol=1e-4))
+        True
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", appendix on alignments, and
+    Horoi et al., 2024, section 4, with `regularization=0.1, relative=False` in the code of the
+    first, which takes the features after each ReLU and decomposes in float32.
+    """
+    nets = check_at_taps(net, trees)
+    _check(regularization, dtype)
+    if not nets[0].taps:
+        return Maps(tuple({} for _ in trees), {})
+    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
+    return cca_moments(nets, moments, regularization=regularization, relative=relative, dtype=dtype)
+
+
+def cca_moments(
+    net: Network | Sequence[Network],
+    moments: Moments,
+    *,
+    regularization: float = 1.0,
+    relative: bool = True,
+    dtype: Any = None,
+) -> Maps:
+    """The same from moments alone: one pass over data serves all ridges.
+
+    Args:
+        net: The traced network, or one per model.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+        regularization: As in `cca`.
+        relative: As in `cca`.
+        dtype: As in `cca`.
+
+    Returns:
+        As `cca`.
+
+    Raises:
+        TypeError: If `net` is no traced network, or `dtype` is no float32 or float64.
+        ValueError: If `moments` lacks covariances at a tap or is of one model, or `regularization`
+            is negative or not finite.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
+        >>> bool(np.allclose(cca_moments(net, found).maps[1]["w"], np.eye(3), atol=1e-4))
+        True
+
+    Source: as `cca`.
+    """
+    net = network_of(net, moments)
+    maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(moments.models)]
+    pooled, orders = _pooled(net, moments, regularization, dtype)
+    for k in range(1, moments.models):
+        pairs = {
+            part: _Pair(block, k, regularization, relative, _rounding(moments, block))
+            for part, block in pooled.items()
+        }
+        found = gather(
+            {
+                part: pair.permuted() if part.group in net.spec.rigid else pair.maps()
+                for part, pair in pairs.items()
+            }
+        )
+        maps[k] = {**permuting(orders[k]), **found}
+    return with_spreads(Maps(tuple(maps), {}), net, moments)
+
+
+def canonical_correlations(
+    net: Network | Sequence[Network],
+    moments: Moments,
+    *,
+    regularization: float = 1.0,
+    relative: bool = True,
+    dtype: Any = None,
+) -> dict[str, np.ndarray]:
+    """How much the models have in common: canonical correlations with model 0, by group.
+
+    Args:
+        net: The traced network, or one per model.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+        regularization: As in `cca`; it lowers the correlations of directions of little variance.
+        relative: As in `cca`.
+        dtype: As in `cca`.
+
+    Returns:
+        By group `[K - 1, n]`, of models 1 to K - 1, descending, from 0 to 1. For a group within
+        another of h entries `[K - 1, h, n]`, these in the order of model 0; the others, such as
+        heads, have none of their own.
+
+    Raises:
+        TypeError: As `cca_moments`.
+        ValueError: As `cca_moments`.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
+        >>> canonical_correlations(net, found, regularization=0)["w"].round(3).tolist()
+        [[1.0, 1.0, 1.0]]
+
+    Source: the singular values `S` of `cca`; Horoi et al., 2024, section 4.
+    """
+    net, found = network_of(net, moments), {}
+    for part, block in _pooled(net, moments, regularization, dtype)[0].items():
+        eps = _rounding(moments, block)
+        pairs = (_Pair(block, k, regularization, relative, eps) for k in range(1, len(block)))
+        # Rounding takes the correlations of equal features past one.
+        found[part] = np.stack([np.minimum(pair.correlations, 1) for pair in pairs])
+    return gather(found, axis=1)
+
+
+class _Pair:
+    """The canonical correlation analysis of one group of model k with model 0.
+
+    All is computed in the eigenbases of the two covariances, where whitening is a division. The
+    polar factor `Q = U V^T` is that of symmetric whitening, since bases cancel.
+    """
+
+    def __init__(
+        self, block: np.ndarray, k: int, regularization: float, relative: bool, eps: float
+    ) -> None:
+        self.block, self.k = block, k
+        self.constant = False
+        bases, roots, alive = [], [], []
+        for covariance in (block[0, 0], block[k, k]):
+            values, basis = np.linalg.eigh((covariance + covariance.T) / 2)
+            # Below this, values are the rounding of the covariances.
+            floor = len(values) * eps * max(values[-1], 0)
+            ridge = regularization * (np.maximum(values, 0).mean() if relative else 1)
+            self.constant |= not floor > 0
+            bases.append(basis)
+            roots.append(np.sqrt(np.maximum(values, floor) + ridge))
+            alive.append(values > floor)
+        self.bases, self.roots = bases, roots
+        if self.constant:
+            self.correlations = np.zeros(len(block[0, 0]), block.dtype)
+            return
+        shared = bases[0].T @ block[0, k] @ bases[1] / np.outer(*roots)
+        # What does not vary in one model correlates with nothing in the other.
+        shared *= np.outer(*alive)
+        self.left, self.correlations, self.right = np.linalg.svd(shared)
+        self.rounding = len(shared) * np.finfo(block.dtype).eps
+
+    def maps(self) -> tuple[np.ndarray, np.ndarray]:
+        """`T [n, n]` and its inverse."""
+        if self.constant:
+            return self.permuted()
+        (to, of), (grow, shrink) = self.bases, self.roots
+        decided = self.correlations > self.rounding
+        rotation = self.left[:, decided] @ self.right[decided]
+        if not decided.all():
+            left, right = self.left[:, ~decided], self.right[~decided]
+            inner = left.T @ (to.T @ self._permutation() @ of) @ right.T
+            first, _, second = np.linalg.svd(inner)
+            rotation = rotation + left @ (first @ second) @ right
+        return (
+            to @ (grow[:, None] * rotation / shrink) @ of.T,
+            of @ (shrink[:, None] * rotation.T / grow) @ to.T,
+        )
+
+    def permuted(self) -> tuple[np.ndarray, np.ndarray]:
+        """A permutation `[n, n]` and its inverse, where nothing else will do."""
+        permutation = self._permutation()
+        return permutation, permutation.T.copy()
+
+    def _permutation(self) -> np.ndarray:
+        """The permutation of model k's units that correlates best, as a matrix."""
+        n = len(self.block[0, 0])
+        std = [np.sqrt(np.maximum(np.diag(self.block[i, i]), 0)) for i in (0, self.k)]
+        found = assign(correlation(self.block[0, self.k], *std) + PLACE * np.eye(n))
+        return np.eye(n, dtype=self.block.dtype)[found]
+
+
+def _pooled(
+    net: Network, moments: Moments, regularization: float, dtype: Any
+) -> tuple[dict[Part, np.ndarray], Orders]:
+    """By part, the covariances `[K, K, n, n]`, the mean over its taps; checks all arguments.
+
+    Also, per model, the permutations of the groups that others are within.
+    """
+    if moments.models < 2:
+        raise ValueError(f"moments must be of two models or more, got {moments.models}")
+    _check(regularization, dtype)
+    orders = match_owners(net, moments)
+    taps: dict[Part, list[np.ndarray]] = {}
+    for part, block, _ in tap_covariances(net, moments, orders):
+        taps.setdefault(part, []).append(block.astype(dtype or block.dtype))
+    return {part: np.mean(blocks, axis=0) for part, blocks in taps.items()}, orders
+
+
+def _rounding(moments: Moments, block: np.ndarray) -> float:
+    """The relative rounding of covariances as measured and as decomposed."""
+    assert moments.covariance is not None
+    measured = next(iter(moments.covariance.values())).dtype
+    return float(max(np.finfo(measured).eps, np.finfo(block.dtype).eps))
+
+
+def _check(regularization: float, dtype: Any) -> None:
+    if not 0 <= number(regularization) < np.inf:
+        raise ValueError(f"regularization must be 0 or more and finite, got {regularization!r}")
+    if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
+        raise TypeError(f"dtype must be np.float32 or np.float64, got {np.dtype(dtype)}")

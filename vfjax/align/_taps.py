@@ -1,0 +1,269 @@
+"""Groups inside the entries of others, as the dims of heads: what matchers do entry by entry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._maps.maps import Maps
+from vfjax._maps.norm_units import spread_of
+from vfjax._maps.parts import Part, gather
+from vfjax._trees.paths import check_sequence
+from vfjax._types import Array, PyTree
+from vfjax.align._assignment import assign_in_place
+from vfjax.network._arguments import check_comparable, networks
+from vfjax.network._network import Network
+from vfjax.network._records import JointTap
+from vfjax.stats._moments import Moments
+from vfjax.stats._sites import joint_taps, resolve_sites, site_of, taps_by_site
+
+
+def within(nets: Sequence[Network]) -> dict[str, str]:
+    """By group, the one inside each entry of which it is matched by itself.
+
+    Networks whose heads differ in number have no head for every head, so that heads are mixed, and
+    their dims are mapped alike in all.
+    """
+    first, *others = (net.spec.sizes for net in nets)
+    return {
+        group: owner
+        for group, owner in nets[0].spec.within.items()
+        if all(sizes[owner] == first[owner] for sizes in others)
+    }
+
+
+def matched_sites(
+    net: Network, inside: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, JointTap]]:
+    """Taps by which groups are matched, by site: those of groups by themselves, and joint ones.
+
+    Pooled over dims, heads say less than with them; dims pooled over heads say nothing.
+
+    Args:
+        net: The traced network.
+        inside: What `within` gives for several networks; None for this one alone.
+    """
+    inside = net.spec.within if inside is None else inside
+    joint = {site: tap for site, tap in joint_taps(net).items() if tap.group in inside}
+    nested = {*inside, *(tap.owner for tap in joint.values())}
+    plain = taps_by_site(net)
+    return {site: tap for site, tap in plain.items() if tap.group not in nested}, joint
+
+
+Orders = Sequence[Mapping[str, np.ndarray]]
+
+
+def match_owners(net: Network, moments: Moments) -> list[dict[str, np.ndarray]]:
+    """Matches the owners of other groups, as heads of their dims, with those of the first model.
+
+    What pairing two of them is worth is the sum of the correlations of the best assignments of what
+    is inside.
+
+    Args:
+        net: The traced network.
+        moments: Moments with covariances at the joint taps.
+
+    Returns:
+        Per model, by owner with a joint tap, its permutation; the first model's is the identity.
+
+    Raises:
+        ValueError: If the covariances at a joint tap were not measured.
+    """
+    return [
+        {
+            owner: assign_in_place(np.zeros((net.spec.sizes[owner],) * 2), inner)[0]
+            if model
+            else np.arange(net.spec.sizes[owner])
+            for owner, inner in joint_gains(net, moments, 0, model).items()
+        }
+        for model in range(moments.models)
+    ]
+
+
+def tap_covariances(
+    net: Network, moments: Moments, orders: Orders
+) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+    """The covariances and standard deviations at each tap, with the part that it is of.
+
+    Args:
+        net: The traced network.
+        moments: Moments with all covariances at the taps.
+        orders: Per model, the permutations of the owners of other groups: what is inside the k-th
+            of them is compared with what is inside the k-th of the others.
+
+    Yields:
+        For each tap its group, the covariances `[K, K, n, n]` and standard deviations `[K, n]`; for
+        a joint tap these for every entry of the owner.
+
+    Raises:
+        ValueError: If a tap's covariances, or those within the models, were not measured.
+    """
+    std = moments.std
+    plain, joint = matched_sites(net)
+    for site in (*plain, *joint):
+        block = None if moments.covariance is None else moments.covariance.get(site)
+        if block is None or np.isnan(block := np.asarray(block)).any():
+            raise ValueError(
+                f'moments has not all covariances at the tap "{site}"; measure with sites="taps", '
+                "covariance=True"
+            )
+        spread = np.asarray(std[site])
+        if site in plain:
+            yield Part(plain[site].group), block, spread
+            continue
+        tap, models = joint[site], np.arange(len(spread))
+        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
+        order = np.stack([of[tap.owner] for of in orders])
+        block, spread = block.reshape(*block.shape[:2], h, n, h, n), spread.reshape(-1, h, n)
+        rows, columns = models[:, None], models[None, :]
+        for entry, at in enumerate(order.T):
+            inside = block[rows, columns, at[:, None], :, at[None, :], :]
+            yield Part(tap.group, entry), inside, spread[models, at]
+
+
+def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> tuple[Network, ...]:
+    """Checks that models can be matched by what their groups show at the taps.
+
+    Args:
+        net: The traced network, or one per tree.
+        trees: The trees, which behind the taps may differ in shape.
+
+    Returns:
+        One network per tree.
+
+    Raises:
+        TypeError: If `net` is no traced network, or a tree holds a leaf that is no array.
+        ValueError: If there are fewer than two trees, they differ before a tap, or hold NaN or
+            infinity.
+    """
+    check_sequence(trees, name="trees")
+    nets = networks(net, len(trees))
+    taps = taps_by_site(nets[0])
+    sites = resolve_sites(nets[0], "taps")
+    check_comparable(nets, trees, [site_of(nets[0], site, taps).source for site in sites])
+    if len(trees) < 2:
+        raise ValueError(f"trees must be two or more, got {len(trees)}")
+    return nets
+
+
+def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
+    """The network whose taps and groups stand for those of all models.
+
+    Args:
+        net: The traced network, or one per model; these show their groups alike.
+        moments: Moments of the models.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If there are not as many networks as models.
+    """
+    return net if isinstance(net, Network) else networks(net, moments.models)[0]
+
+
+def in_place(net: Network) -> dict[str, np.ndarray]:
+    """The permutations that move nothing, int32 `[n]`, or `[h, n]` for a group within another."""
+    spec, order = net.spec, {}
+    for group, n in spec.sizes.items():
+        shape = (spec.sizes[spec.within[group]], n) if group in spec.within else (n,)
+        order[group] = np.broadcast_to(np.arange(n, dtype=np.int32), shape).copy()
+    return order
+
+
+def joint_gains(
+    net: Network, moments: Moments, to: int, model: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Correlations of what is inside every entry of a group in one model and in another.
+
+    Returns:
+        By owner and group within it `[h, h, n, n]`: entry `[i, j, a, b]` is the sum over joint taps
+        of the correlations of what a is in owner i of `to` and b in owner j of `model`.
+
+    Raises:
+        ValueError: If the covariances at a joint tap are missing.
+    """
+    gains: dict[str, dict[str, np.ndarray]] = {}
+    for site, tap in matched_sites(net)[1].items():
+        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
+        found = correlation_between(moments, site, to, model)
+        total = gains.setdefault(tap.owner, {})
+        split = found.reshape(h, n, h, n).swapaxes(1, 2)
+        total[tap.group] = total.get(tap.group, 0.0) + split
+    return gains
+
+
+def correlation_between(moments: Moments, site: str, to: int, model: int) -> np.ndarray:
+    """Correlations `[n, n]` between two models at a site.
+
+    Raises:
+        ValueError: If their covariances were not measured.
+    """
+    block = None if moments.covariance is None else moments.covariance.get(site)
+    if block is None or np.isnan(block := np.asarray(block[to, model])).any():
+        raise ValueError(
+            f'`moments` has no covariance between models {to} and {model} at the tap "{site}"; '
+            'measure with sites="taps", covariance="cross"'
+        )
+    std = jnp.sqrt(moments.var[site])
+    return correlation(block, std[to], std[model])
+
+
+def correlation(
+    covariance: Array | np.ndarray, std_a: Array | np.ndarray, std_b: Array | np.ndarray
+) -> np.ndarray:
+    """Pearson correlations `[n, n]` in float64; 0 for a unit without variance.
+
+    Args:
+        covariance: `[n, n]` between the units of two models.
+        std_a: `[n]`, standard deviations of the first.
+        std_b: `[n]`, of the second.
+
+    Example:
+        >>> correlation(np.ones((2, 2)), np.array([1.0, 0.0]), np.array([2.0, 1.0])).tolist()
+        [[0.5, 1.0], [0.0, 0.0]]
+    """
+    scale = np.outer(np.asarray(std_a, np.float64), np.asarray(std_b, np.float64))
+    out = np.zeros_like(scale)
+    return np.divide(np.asarray(covariance, np.float64), scale, out=out, where=scale > 0)
+
+
+def with_spreads(maps: Maps, net: Network, moments: Moments) -> Maps:
+    """Maps with the spreads that the features at the taps have.
+
+    Args:
+        maps: What was found.
+        net: The traced network.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+
+    Returns:
+        The maps with `spreads`; the same ones where no scale of a norm takes them.
+
+    Raises:
+        ValueError: If `moments` lacks a covariance.
+
+    Example:
+        >>> import vfjax
+        >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+        >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+        >>> x = np.float32([[1], [2]])
+        >>> found = vfjax.stats.moments(net, [tree] * 2, [x], sites="taps", covariance=True)
+        >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+        >>> with_spreads(maps, net, found) is maps
+        True
+    """
+    if not maps.unknown(net):  # no scale takes them
+        return maps
+    owners = {owner: np.arange(net.spec.sizes[owner]) for owner in net.spec.within.values()}
+    orders = [owners | of for of in maps.permutations]
+    found: list[dict[Part, list[np.ndarray]]] = [{} for _ in maps.maps]
+    for part, block, _ in tap_covariances(net, moments, orders):
+        for k, of in enumerate(maps.mixing):
+            if part.group in of:
+                matrix = of[part.group][0]
+                matrix = matrix[part.entry] if np.ndim(matrix) == 3 else matrix
+                found[k].setdefault(part, []).append(spread_of(matrix, block[k, k]))
+    spreads = [gather({p: np.mean(taps, 0) for p, taps in of.items()}) for of in found]
+    return dataclasses.replace(maps, spreads=tuple(spreads))

@@ -1,0 +1,293 @@
+"""Optimal transport: sending the units of one network to those of another, in parts if need be.
+
+For every group of tied axes a transport plan sends the units of a model to those of the first, at
+the least total distance between what they compute ("Model Fusion via Optimal Transport", Singh &
+Jaggi, 2020: OTFusion). Distances are those between activations on the same data, or between
+incoming weights, from the input on. Where widths agree an exact plan is a permutation; where they
+differ, or the plan is regularised, units are mixed, and networks of different widths are mapped
+onto the first one's.
+
+A plan `T [n, m]` gives two maps, whose rows sum to one: what writes the group takes
+`M = diag(1 / T^T 1) T^T`, so that each unit of the first network is met by the mean of the units
+sent to it; what reads the group takes `U = diag(1 / T 1) T`, so that weights on a unit go, in
+parts, to the units that it was sent to. OTFusion takes `M^T` for `U`. In equal shares U is n / m
+times that: the same where widths agree, while for widths that differ only U keeps what all units
+together give to a reader. A network whose units are doubled, with half the outgoing weights each,
+is mapped by U to the network itself, and by `M^T` to one with half the outgoing weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from vfjax import stats
+from vfjax._maps.maps import Maps
+from vfjax._trees.options import whole
+from vfjax._trees.paths import check_finite, check_trees, flatten_named
+from vfjax._types import PyTree
+from vfjax.align._by_activations import Pair, measure, pair_of
+from vfjax.align._by_weights import match_incoming
+from vfjax.align._heads import Compared, mapped, problems_of
+from vfjax.align._plans import Key, Problem, Solver
+from vfjax.align._taps import matched_sites, within
+from vfjax.network._arguments import check_net, networks
+from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
+
+__all__ = ["transport", "transport_moments"]
+
+Marginals = Literal["uniform", "l1", "l2", "softmax"]
+
+
+def transport(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    data: Iterable[Any] | None = None,
+    *,
+    on: Literal["activations", "weights"] = "activations",
+    regularization: float = 0.0,
+    marginals: Marginals = "uniform",
+    squared: bool = False,
+    sweeps: int = 0,
+    tolerance: float = 1e-4,
+    max_iterations: int = 10_000,
+) -> Maps:
+    """Finds transport plans from the units of every model to those of the first.
+
+    Between activations the distance of two units is the root of the mean squared difference of what
+    they give on the data, over all taps of their group. Between weights it is that of what writes
+    them: kernels, whose inputs have been mapped, biases, and the scales and shifts of norms. Before
+    a norm with stored statistics, kernels are put into the units of its output, by its scale and
+    stored variance; biases there, and stored means, are not compared. Groups then come in the order
+    of the network, and one that several layers write, as a residual stream, is compared at those
+    whose inputs are mapped by then; `sweeps` compares every group again at all of them.
+
+    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
+    keep the function only under permutations, so that mixed units are an approximation there.
+
+    Heads of attention are sent one to one, by exact plans between the dims of any two, also where
+    `regularization` mixes the dims inside them. Networks that differ in the number of heads can
+    be compared by weights only; their heads are mixed, and the dims of all heads alike.
+
+    Args:
+        net: The traced network, or one per tree: networks of one architecture may differ in widths
+            and classes.
+        trees: Two or more parameter trees. The first stays as it is.
+        data: Re-iterable of `x` or `(x, label)`; None with `on="weights"`.
+        on: What the distance of two units is between.
+        regularization: 0 for exact plans: permutations, where widths agree and shares are equal.
+            More for Sinkhorn's iteration, as the weight of the plan's entropy in parts of the mean
+            distance of the group; 0.01 to 0.1 are usual.
+        marginals: Shares of the units: `"uniform"` for equal ones; `"l1"` or `"l2"` in proportion
+            to the norms of what is compared; `"softmax"` of the l2 norms. Norms of activations are
+            means over the samples, and their `"l1"` is not known. No share is below a thousandth
+            of the mean.
+        squared: Whether distances are squared.
+        sweeps: Sweeps over all groups after the first, with `on="weights"`; fewer if one changes
+            nothing.
+        tolerance: Up to which error in the sums of a plan's rows, which are one in all, Sinkhorn's
+            iteration goes on, in float64. The less of `regularization`, the more iterations that
+            takes. If the error stays above it, a warning says so: a plan that misses its shares
+            may even seem cheaper than the exact one.
+        max_iterations: The most iterations.
+
+    Returns:
+        The maps `(M, U)`, float32, rows summing to one; the first model's are absent. Groups
+        without a tap stay as they are with `on="activations"`; those that can only be permuted
+        (`net.spec.rigid`, as the width of a tied kernel) are, by exact plans. Where units are
+        mixed, the variances that a norm stores are unknown: measure them anew with
+        `vfjax.renorm.reset`.
+
+    Raises:
+        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
+            another dtype.
+        ValueError: If there are fewer than two trees, they do not fit their networks or hold NaN or
+            infinity, data is missing, empty, exhausted or not read, an option is out of range, or
+            an exact plan is too large: between different shares, or numbers of units that cannot
+            be cut into few equal pieces, 2^20 entries are the limit of the linear programme.
+
+    Warns:
+        UserWarning: If the error of a plan is above `tolerance` after `max_iterations`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> a = {"w": rng.normal(size=(4, 3)), "v": rng.normal(size=(3, 2))}
+        >>> a = jax.tree.map(jnp.float32, a)
+        >>> x = jnp.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
+        >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
+        >>> found = transport(net, [a, b], [x])
+        >>> merged = vfjax.merge.interpolate(found.apply(net, [a, b]))
+        >>> bool(jnp.allclose(net.run(merged, x), net.run(a, x), atol=1e-5))
+        True
+
+    Source: "Model Fusion via Optimal Transport" (Singh & Jaggi, 2020), section 4. Its code takes
+    neither biases nor norms, maps the output layer too, and compares activations before the
+    non-linearity.
+    """
+    nets = networks(net, len(trees))
+    alike = all(other is nets[0] for other in nets)
+    if alike:
+        check_trees(trees)
+    else:
+        _check_widths(nets, trees)
+    if len(trees) < 2:
+        raise ValueError(f"trees must be two or more, got {len(trees)}")
+    solver = Solver(regularization, tolerance, max_iterations, nets[0].spec.rigid)
+    if whole(sweeps) < 0 or (sweeps and on != "weights"):
+        raise ValueError(
+            f'sweeps must be 0, or a whole number of more with on="weights", got {sweeps!r}'
+        )
+    if on == "weights":
+        if data is not None:
+            raise ValueError('data is not read with on="weights": leave it out')
+        _check_marginals(marginals, ("uniform", "l1", "l2", "softmax"))
+        options = {"marginals": marginals, "squared": squared, "sweeps": sweeps}
+        return Maps(({}, *match_incoming(nets, trees, solver, **options)), {})
+    if on != "activations":
+        raise ValueError(f'on must be "activations" or "weights", got {on!r}')
+    if data is None:
+        raise ValueError('data is None: give batches to measure on, or on="weights"')
+    _check_marginals(marginals, ("uniform", "l2", "softmax"))
+    if alike:
+        moments = stats.moments(nets[0], trees, data, sites="taps", covariance="cross")
+        pairs = _pairs(nets[0], moments)
+    else:
+        pairs = measure(nets, trees, data)
+    return _by_activations(nets, pairs, solver, marginals, squared)
+
+
+def transport_moments(
+    net: Network,
+    moments: Moments,
+    *,
+    regularization: float = 0.0,
+    marginals: Marginals = "uniform",
+    squared: bool = False,
+    tolerance: float = 1e-4,
+    max_iterations: int = 10_000,
+) -> Maps:
+    """Transport by activations from moments alone: one pass over data serves all options.
+
+    Args:
+        net: The traced network.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance="cross")`.
+        regularization: As in `transport`.
+        marginals: As in `transport`.
+        squared: As in `transport`.
+        tolerance: As in `transport`.
+        max_iterations: As in `transport`.
+
+    Returns:
+        As `transport`.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If `moments` lack the covariances at a tap or are of one model, or an option is
+            out of range.
+
+    Warns:
+        UserWarning: As `transport`.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+        >>> trees = [tree, net.spec.permute(tree, {"w": [2, 0, 1]})]
+        >>> found = vfjax.stats.moments(net, trees, [x], sites="taps", covariance="cross")
+        >>> transport_moments(net, found).maps[1]["w"][0].tolist()
+        [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
+    Source: as `transport`.
+    """
+    check_net(net)
+    solver = Solver(regularization, tolerance, max_iterations, net.spec.rigid)
+    _check_marginals(marginals, ("uniform", "l2", "softmax"))
+    if moments.models < 2:
+        raise ValueError(f"moments must be of two models or more, got {moments.models}")
+    return _by_activations([net], _pairs(net, moments), solver, marginals, squared)
+
+
+def _pairs(net: Network, moments: Moments) -> list[dict[str, Pair]]:
+    """For every model but the first, by tap, its moments and the first one's."""
+    sites = [site for of in matched_sites(net) for site in of]
+    return [
+        {site: pair_of(moments, site, model, 0) for site in sites}
+        for model in range(1, moments.models)
+    ]
+
+
+def _by_activations(
+    nets: Sequence[Network],
+    pairs: list[dict[str, Pair]],
+    solver: Solver,
+    marginals: str,
+    squared: bool,
+) -> Maps:
+    sites: dict[str, list[str]] = {}
+    sizes, inside = nets[0].spec.sizes, within(nets)
+    for taps in matched_sites(nets[0], inside):
+        for site, tap in taps.items():
+            sites.setdefault(tap.group, []).append(site)
+    orders: dict[int, dict[str, np.ndarray]] = {}
+    problems: dict[Key, Problem] = {}
+    for model, found in enumerate(pairs, start=1):
+        compared = {
+            group: _compared([found[name] for name in names], squared)
+            for group, names in sites.items()
+        }
+        orders[model], parts = problems_of(compared, inside, sizes, marginals)
+        problems |= {(model, part): problem for part, problem in parts.items()}
+    for group, n in sizes.items():
+        k = next((k for k, net in enumerate(nets) if net.spec.sizes[group] != n), 0)
+        if k and group not in sites:
+            raise ValueError(
+                f"group '{group}' has other widths in net[{k}] and net[0], and shows in no "
+                'activations; use on="weights"'
+            )
+    plans = solver.plans(problems)
+    maps = (
+        mapped(orders[model], {part: plan for (of, part), plan in plans.items() if of == model})
+        for model in orders
+    )
+    return Maps(({}, *maps), {})
+
+
+def _compared(pairs: Sequence[Pair], squared: bool) -> Compared:
+    """Units of one group compared, distances and mean squares being means over its taps."""
+    cost = np.mean([pair.distances for pair in pairs], axis=0)
+    norms = [np.sqrt(np.mean([pair.squares[side] for pair in pairs], axis=0)) for side in (0, 1)]
+    return Compared(cost if squared else np.sqrt(cost), (norms[0], norms[1]))
+
+
+def _check_marginals(marginals: str, known: Sequence[str]) -> None:
+    if marginals not in known:
+        raise ValueError(f"marginals must be one of {', '.join(known)} here, got {marginals!r}")
+
+
+def _check_widths(nets: Sequence[Network], trees: Sequence[PyTree]) -> None:
+    """Checks that trees fit their networks, and these each other but for their widths."""
+    groups = nets[0].spec.groups
+    axes = Counter(axis[:2] for places in groups.values() for axis in places)
+    for k, (net, tree) in enumerate(zip(nets, trees, strict=True)):
+        net.spec.validate(tree)
+        check_finite(flatten_named(tree, name=f"trees[{k}]")[0], name=f"trees[{k}]")
+        for group, places in groups.items():
+            if [a[:3] for a in places] != [a[:3] for a in net.spec.groups[group]]:
+                raise ValueError(
+                    f"group '{group}' ties other axes in net[{k}] than in net[0]; networks may "
+                    "differ in widths and classes only"
+                )
+            shared = next((axis.path for axis in places if axes[axis[:2]] > 1), None)
+            if shared is not None and net.spec.sizes[group] != nets[0].spec.sizes[group]:
+                raise ValueError(
+                    f"group '{group}' has other widths in net[{k}] and net[0], and shares an axis "
+                    f"of '{shared}' with another group; there, widths must agree"
+                )

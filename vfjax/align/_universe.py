@@ -1,0 +1,404 @@
+"""Cycle-consistent matching: permutations of K models to one universe, whatever their order.
+
+Aligning all models to one of them makes that one special, and matching them pair by pair need not
+close: from a to b to c and back to a, units end in other places. Here each model has permutations
+to a shared universe, and the pairwise ones follow from these, so that every cycle closes ("C2M3:
+Cycle-Consistent Multi-Model Merging", Crisostomi et al., 2024). Maximised is what all pairs have in
+common, the sum over i < j of the correlation of activations or of the inner product of weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vfjax import stats
+from vfjax._trees.paths import check_trees, flatten_named
+from vfjax._types import Array, PyTree
+from vfjax.align import _cycles
+from vfjax.align._ascent import _counted, _generator, _host
+from vfjax.align._assignment import assign_in_place, assign_pairs
+from vfjax.align._taps import (
+    check_at_taps,
+    correlation_between,
+    in_place,
+    joint_gains,
+    matched_sites,
+    network_of,
+)
+from vfjax.align._weights import match_weights
+from vfjax.network._arguments import networks
+from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
+from vfjax.symmetry._group_maps import compose, invert
+
+__all__ = ["Universe", "match_universe", "match_universe_moments"]
+
+
+# How often the weights of two models with heads are matched from random permutations, too: the
+# search from where they are often ends with wrong heads, and heads are not relaxed.
+_RESTARTS = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Universe:
+    """Permutations of K models to a shared universe.
+
+    `found.apply(net, trees)` aligns them all; `Maps.of_permutations(found.permutations)` is what
+    `vfjax.merge.partial` takes.
+
+    Attributes:
+        permutations: Per model and group, int32 `[n]`: the axis in the universe's order is
+            `take(old, permutation)`. For a group within another of h entries, int32 `[h, n]`.
+        objective: What was maximised, after each step of the ascent; never decreasing.
+        converged: Whether at the end no model could be improved, rather than the limit on steps
+            ending the search.
+        within: That of the network's spec.
+    """
+
+    permutations: tuple[Mapping[str, np.ndarray], ...]
+    objective: tuple[float, ...]
+    converged: bool
+    within: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def pairwise(self, *, to: int = 0, model: int = 1) -> dict[str, np.ndarray]:
+        """Permutations that align one model to another, by way of the universe.
+
+        Those from a to b and from b to c, composed, are those from a to c.
+
+        Args:
+            to: Index of the model to align to.
+            model: Index of the model to permute.
+
+        Returns:
+            int32 `[n]` or `[h, n]` by group; `net.spec.permute(trees[model], these)` is in the
+            order of `trees[to]`.
+
+        Raises:
+            ValueError: If an index is out of range.
+
+        Example:
+            >>> p = [{"h": np.array([2, 0, 1])}, {"h": np.array([1, 0, 2])}]
+            >>> found = Universe(tuple(p), (1.0,), True)
+            >>> found.pairwise(to=0, model=1)["h"].tolist()
+            [0, 2, 1]
+        """
+        for name, index in (("to", to), ("model", model)):
+            if not 0 <= index < len(self.permutations):
+                raise ValueError(
+                    f"`{name}` must be in 0..{len(self.permutations) - 1}, got {index}"
+                )
+        back = invert(self.permutations[to], within=self.within)
+        return compose(self.permutations[model], back, within=self.within)
+
+    def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
+        """The models in the universe's order, of which the merge is the mean.
+
+        Args:
+            net: The traced network, or one per model.
+            trees: The K models, in the order in which they were matched.
+
+        Returns:
+            K trees.
+
+        Raises:
+            ValueError: If there are not K trees, or they do not fit the network.
+
+        Example:
+            >>> import jax, vfjax
+            >>> tree = {"w": np.float32([[1, 2]]), "v": np.ones((2, 1), np.float32)}
+            >>> x = np.ones((1, 1), np.float32)
+            >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+            >>> found = Universe(({"w": np.array([0, 1])}, {"w": np.array([1, 0])}), (0.0,), True)
+            >>> [found_tree["w"].tolist() for found_tree in found.apply(net, [tree, tree])]
+            [[[1.0, 2.0]], [[2.0, 1.0]]]
+        """
+        if len(trees) != len(self.permutations):
+            raise ValueError(
+                f"trees must be the {len(self.permutations)} models matched, got {len(trees)}"
+            )
+        models = zip(networks(net, len(trees)), trees, self.permutations, strict=True)
+        return [own.spec.permute(tree, p) for own, tree, p in models]
+
+    def __repr__(self) -> str:
+        """How many models and groups, and how it ended, in one line."""
+        models, groups = len(self.permutations), len(self.permutations[0])
+        steps = len(self.objective) - 1
+        return (
+            f"Universe({models} models, {groups} group{'' if groups == 1 else 's'}, objective "
+            f"{self.objective[-1]:.6g} after {steps} step{'' if steps == 1 else 's'}, "
+            f"{'converged' if self.converged else 'not converged'})"
+        )
+
+
+def match_universe(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    data: Iterable[Any] | None = None,
+    *,
+    key: Array | None = None,
+    max_steps: int = 100,
+) -> Universe:
+    """Matches K models at once, so that their order does not matter.
+
+    From the best of several starts (the models as they are, all of them aligned to any one, and
+    spectral synchronisation of all pairs), all permutations ascend together: Frank-Wolfe over
+    doubly stochastic matrices, rounded, and then model after model, always the one that helps most.
+    The same ascent without Frank-Wolfe is tried too; the better one is returned. The objective is
+    therefore at least that of aligning all models to any one of them. Heads of attention and the
+    dims inside each are one step of the ascent, and are not relaxed together.
+
+    Args:
+        net: The traced network, or one per tree: networks of one architecture may differ behind
+            the taps, as in their numbers of classes.
+        trees: Two or more parameter trees. With data, leaves that no tap depends on, those of heads
+            with classes of their own, may differ in shape.
+        data: Re-iterable of `x` or `(x, label)`, to match activations by correlation as
+            `match_activations` does; None to match weights as `match_weights` does.
+        key: Random key for matching weights, as there; not used with data.
+        max_steps: The most steps of Frank-Wolfe, and of the ascent. At 0 the best start is
+            returned.
+
+    Returns:
+        The permutations. Reordering the trees reorders them and changes nothing else, exactly: sums
+        over models are taken in an order that the models' numbers decide.
+
+    Raises:
+        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
+            random key, or data has another dtype.
+        ValueError: If there are fewer than two trees, they differ (with data, before a
+            tap) or hold NaN or infinity, data is empty or exhausted, `max_steps` is negative, or
+            neither data nor a key is given.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> a = {"w": rng.normal(size=(4, 3)), "v": rng.normal(size=(3, 2))}
+        >>> a = jax.tree.map(jnp.float32, a)
+        >>> x = jnp.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
+        >>> trees = [a, *(net.spec.permute(a, {"w": np.array(p)}) for p in ([2, 0, 1], [1, 0, 2]))]
+        >>> found = match_universe(net, trees, [x])
+        >>> [found.pairwise(to=0, model=k)["w"].tolist() for k in (1, 2)]
+        [[1, 2, 0], [1, 0, 2]]
+
+    Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), section 3, which
+    starts Frank-Wolfe at the identity and matches weights.
+    """
+    nets = check_at_taps(net, trees)
+    _check_steps(max_steps)
+    if data is None and key is None:
+        raise ValueError(
+            "`data` is None, so that weights are matched, which needs a random `key`, as "
+            "jax.random.key(0); or give batches to match activations on"
+        )
+    order = _canonical([flatten_named(tree)[0].values() for tree in trees])
+    chosen, nets = [trees[k] for k in order], [nets[k] for k in order]
+    if data is None:
+        assert key is not None
+        check_trees(trees)
+        found = _of_weights(nets[0], chosen, key, max_steps)
+    elif not nets[0].taps:
+        found = _in_place(nets[0], len(trees))
+    else:
+        moments = stats.moments(nets, chosen, data, sites="taps", covariance="cross")
+        found = match_universe_moments(nets, moments, max_steps=max_steps)
+    return _reordered(found, order)
+
+
+def match_universe_moments(
+    net: Network | Sequence[Network], moments: Moments, *, max_steps: int = 100
+) -> Universe:
+    """The same for activations, from moments alone.
+
+    Args:
+        net: The traced network, or one per model.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance="cross")`.
+        max_steps: As in `match_universe`.
+
+    Returns:
+        As `match_universe`. Groups without a tap keep their order in all models. Moments measured
+        with the models in another order may differ by rounding, and only so can what is found.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If `moments` lacks covariances at a tap or is of one model, or `max_steps` is
+            negative.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+        >>> found = vfjax.stats.moments(net, [tree] * 3, [x], sites="taps", covariance="cross")
+        >>> match_universe_moments(net, found)
+        Universe(3 models, 1 group, objective 9 after 0 steps, converged)
+
+    Source: as `match_universe`, of correlations in place of weights.
+    """
+    net = network_of(net, moments)
+    _check_steps(max_steps)
+    models = moments.models
+    if models < 2:
+        raise ValueError(f"moments must be of two models or more, got {models}")
+    parts = [*moments.mean.values(), *moments.var.values()]
+    order = _canonical([[part[k] for part in parts] for k in range(models)])
+    found = [dict(p) for p in _in_place(net, models).permutations]
+    ends = [
+        _of_correlations(group, blocks[np.ix_(order, order)], max_steps)
+        for group, blocks in _correlations(net, moments).items()
+    ]
+    for owner, inner in _inside(net, moments).items():
+        ordered = {group: blocks[np.ix_(order, order)] for group, blocks in inner.items()}
+        ends.append(_of_nested(owner, ordered, max_steps))
+    for end in ends:
+        for group, permutations in end.permutations.items():
+            for model, permutation in zip(order, permutations, strict=True):
+                found[model][group] = permutation
+    if not ends:  # no group shows at a tap
+        return _in_place(net, models)
+    # Groups are problems of their own: what one has reached stays while others go on.
+    steps = max(len(end.history) for end in ends)
+    history = sum(np.pad(e.history, (0, steps - len(e.history)), mode="edge") for e in ends)
+    converged = all(end.converged for end in ends)
+    history = tuple(np.asarray(history).tolist())
+    return Universe(tuple(found), history, converged, net.spec.within)
+
+
+def _of_correlations(group: str, blocks: np.ndarray, max_steps: int) -> _cycles.Found:
+    """The permutations of one group, from correlations `[K, K, n, n]`."""
+    models, _, n, _ = blocks.shape
+    place = np.arange(n)
+    stars = [
+        np.stack(
+            [place if k == to else _cycles.nearby(blocks[to, k], place) for k in range(models)]
+        )
+        for to in range(models)
+    ]
+    starts = [np.tile(place, (models, 1)), *stars, *_cycles.synchronised(blocks)]
+    objective = _cycles.Correlations(blocks)
+    return _cycles.solve(objective, [{group: p} for p in starts], max_steps=max_steps)
+
+
+def _of_nested(owner: str, inner: Mapping[str, np.ndarray], max_steps: int) -> _cycles.Found:
+    """The permutations of an owner and of what is inside, from `[K, K, h, h, n, n]` by group.
+
+    One start has the owners' universe, by what the best assignments inside are worth, and then that
+    of what is inside each of its entries.
+    """
+    models, _, h = next(iter(inner.values())).shape[:3]
+    value, stars = np.zeros((models, models, h, h)), []
+    for to in range(models):
+        row = []
+        for k in range(models):
+            gains = {group: blocks[to, k] for group, blocks in inner.items()}
+            value[to, k] = sum(assign_pairs(gain)[1] for gain in gains.values())
+            # The correlations of a model with itself are none: it stays in place.
+            outer, inside = assign_in_place(np.zeros((h, h)), gains)
+            row.append({owner: outer, **inside})
+        stars.append({name: np.stack([of[name] for of in row]) for name in row[0]})
+    still = {name: np.broadcast_to(np.arange(p.shape[-1]), p.shape) for name, p in stars[0].items()}
+    outer = _of_correlations(owner, value, max_steps).permutations[owner]
+    rows, columns = np.arange(models)[:, None], np.arange(models)[None, :]
+    agreed = {owner: outer}
+    for group, blocks in inner.items():
+        entries = [
+            _of_correlations(group, blocks[rows, columns, at[:, None], at[None, :]], max_steps)
+            for at in outer.T
+        ]
+        agreed[group] = np.stack([end.permutations[group] for end in entries], axis=1)
+    objective = _cycles.Nested(owner, inner)
+    start = _cycles.best_of(objective, [still, *stars, agreed])
+    return _cycles.ascend(objective, start, max_steps=max_steps)
+
+
+def _of_weights(net: Network, trees: Sequence[PyTree], key: Array, max_steps: int) -> Universe:
+    """The permutations of all groups, from the weights of models in canonical order."""
+    named = [flatten_named(tree)[0] for tree in trees]
+    counted = _counted(net.spec, named[0], net.statistics)
+    leaves = [{path: _host(held[path]) for path in counted} for held in named]
+    seed = int(_generator(key).integers(2**63))
+    objective = _cycles.Weights(net.spec, leaves, counted, seed)
+    models, spec, still = len(trees), net.spec, in_place(net)
+    match = functools.partial(match_weights, key=key, restarts=_RESTARTS if spec.within else 0)
+    pairs = [
+        [still if i == j else match(net, a, b).permutations for j, b in enumerate(trees)]
+        for i, a in enumerate(trees)
+    ]
+    stars = [{g: np.stack([p[g] for p in row]) for g in still} for row in pairs]
+    nested, agreed = {*spec.within, *spec.within.values()}, {}
+    for group in (group for group in still if group not in nested):
+        # Entry [a, b] takes units of b to places of a.
+        found = np.stack([[np.eye(len(p[group]))[p[group]] for p in row] for row in pairs])
+        agreed[group] = _cycles.synchronised((found + found.transpose(1, 0, 3, 2)) / 2)
+    # No eigenvectors are rounded to heads and their dims together: these are those of a star.
+    spectral = [
+        {g: agreed[g][k] if g in agreed else stars[k][g] for g in still} for k in range(models)
+    ]
+    as_they_are = {group: np.stack([p] * models) for group, p in still.items()}
+    end = _cycles.solve(objective, [as_they_are, *stars, *spectral], max_steps=max_steps)
+    permutations = tuple({g: p[k] for g, p in end.permutations.items()} for k in range(models))
+    return Universe(permutations, tuple(end.history), end.converged, spec.within)
+
+
+def _correlations(net: Network, moments: Moments) -> dict[str, np.ndarray]:
+    """By group, correlations `[K, K, n, n]` between different models, the sum over its taps."""
+    sites, total = matched_sites(net)[0], {}
+    for i, j in itertools.combinations(range(moments.models), 2):
+        for site, tap in sites.items():
+            found = correlation_between(moments, site, i, j)
+            shape = moments.models, moments.models, *found.shape
+            whole = total.setdefault(tap.group, np.zeros(shape))
+            whole[i, j] += found
+            whole[j, i] += found.T
+    return total
+
+
+def _inside(net: Network, moments: Moments) -> dict[str, dict[str, np.ndarray]]:
+    """By owner and group inside its h entries, correlations `[K, K, h, h, n, n]`."""
+    total: dict[str, dict[str, np.ndarray]] = {}
+    for i, j in itertools.combinations(range(moments.models), 2):
+        for owner, inner in joint_gains(net, moments, i, j).items():
+            for group, found in inner.items():
+                shape = moments.models, moments.models, *found.shape
+                whole = total.setdefault(owner, {}).setdefault(group, np.zeros(shape))
+                whole[i, j] = found
+                whole[j, i] = found.transpose(1, 0, 3, 2)
+    return total
+
+
+def _canonical(parts: Sequence[Iterable[Any]]) -> list[int]:
+    """Indices of models in an order that their numbers decide.
+
+    The search treats all models alike, but sums of floats depend on the order of what is summed.
+    """
+    digests = []
+    for model in parts:
+        digest = hashlib.sha256()
+        for array in model:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digests.append(digest.digest())
+    return sorted(range(len(digests)), key=digests.__getitem__)
+
+
+def _reordered(found: Universe, order: Sequence[int]) -> Universe:
+    """What was found for models in some order, for them in their own."""
+    permutations = [found.permutations[index] for index in np.argsort(order)]
+    return dataclasses.replace(found, permutations=tuple(permutations))
+
+
+def _in_place(net: Network, models: int) -> Universe:
+    """The permutations that move nothing."""
+    return Universe((in_place(net),) * models, (0.0,), True, net.spec.within)
+
+
+def _check_steps(max_steps: Any) -> None:
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
+        raise ValueError(f"`max_steps` must be a whole number >= 0, got {max_steps!r}")

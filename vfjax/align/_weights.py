@@ -1,0 +1,118 @@
+"""Weight matching: the permutation of one network's weights that is closest to another's.
+
+Coordinate ascent of "Git Re-Basin: Merging Models modulo Permutation Symmetries" (Ainsworth, Hayase
+& Srinivasa, 2023, algorithm 1). With the permutations of all groups but one held fixed, the best
+permutation of that group is a linear assignment: every leaf that the group touches adds its inner
+products, unit by unit, to the gain matrix. Sweeps over the groups in random order end when none of
+them can be improved. Heads of attention and the dims inside each are one block: the best assignment
+of dims for each pair of heads tells what the pair is worth to the assignment of heads.
+
+Everything here runs on the host: the matrices are products of unfolded leaves, for which NumPy's
+BLAS needs neither compilation nor, with the views chosen below, copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from vfjax._trees.paths import check_finite, check_like, flatten_named
+from vfjax._types import Array, PyTree
+from vfjax.align._ascent import _counted, _generator, _host, _search, _start
+from vfjax.align._assignment import Alignment
+from vfjax.network._arguments import check_net
+from vfjax.network._network import Network
+from vfjax.symmetry._spec import PermutationSpec
+
+__all__ = ["match_weights"]
+
+
+def match_weights(
+    net: Network | PermutationSpec,
+    a: PyTree,
+    b: PyTree,
+    *,
+    key: Array,
+    restarts: int = 0,
+    max_sweeps: int = 100,
+    tol: float = 1e-12,
+    norm_statistics: bool = False,
+    ignore: Collection[str] = (),
+) -> Alignment:
+    """Finds permutations of `b` that maximise the inner product of its weights with those of `a`.
+
+    Maximising `sum over leaves <a, permuted b>` minimises the distance of the weights. The search
+    is a coordinate ascent, so it finds a local optimum: one in which no single group can be
+    improved. A leaf with the same group on two axes (a recurrent or linear residual kernel) makes
+    the problem of that group quadratic; its assignment is then linearised at the current
+    permutation, and taken only if the true objective rises.
+
+    Args:
+        net: The traced network, or a `PermutationSpec` written by hand.
+        a: Parameter tree to align to.
+        b: Parameter tree to permute.
+        key: Random key; decides the order of the groups in every sweep, and restarts.
+        restarts: How many more searches to make, each from permutations drawn at random; the best
+            of all is returned, so more are never worse.
+        max_sweeps: The most sweeps per search.
+        tol: An assignment must improve the objective by more than this times the product of the
+            norms of the leaves that it touches; what is less is rounding.
+        norm_statistics: Whether stored means and variances of norms count. They are not
+            weights, and their products would swamp those of the weights. For a network only.
+        ignore: Paths of further leaves that do not count. All leaves are permuted, whether
+            they count or not.
+
+    Returns:
+        The alignment; its objective is the inner product over the leaves that count.
+
+    Raises:
+        TypeError: If `net` is neither of them, `key` no random key, `ignore` a string, or a leaf no
+            array.
+        ValueError: If the trees differ in structure, shape or dtype, or do not fit the spec, hold
+            NaN or infinity, or an option is out of range.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from vfjax import PermutationSpec
+        >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+        >>> a = {"w": np.eye(3), "v": np.arange(6.0).reshape(3, 2)}
+        >>> b = spec.permute(a, {"h": [2, 0, 1]})
+        >>> found = match_weights(spec, a, b, key=jax.random.key(0))
+        >>> found.permutations["h"].tolist(), found.converged
+        ([1, 2, 0], True)
+    """
+    spec, ignored = _spec(net, norm_statistics, ignore)
+    for name, value, least in (("restarts", restarts, 0), ("max_sweeps", max_sweeps, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}")
+    if not tol >= 0:
+        raise ValueError(f"`tol` must be a number >= 0, got {tol!r}")
+    random = _generator(key)
+    named, other = flatten_named(a, name="a")[0], flatten_named(b, name="b")[0]
+    check_like(other, named, name="b", other="a")
+    check_finite(named, name="a")
+    check_finite(other, name="b")
+    sizes = spec.validate(a)
+    counted = _counted(spec, named, ignored)
+    left = {path: _host(named[path]) for path in counted}
+    right = {path: _host(other[path]) for path in counted}
+    best: Alignment | None = None
+    for attempt in range(restarts + 1):
+        start = {group: _start(spec, sizes, group, random, attempt) for group in sizes}
+        found = _search(spec, left, right, counted, start, random, max_sweeps, tol)
+        if best is None or found.objective[-1] > best.objective[-1]:
+            best = found
+    assert best is not None  # range(restarts + 1) is not empty
+    return best
+
+
+def _spec(
+    net: Network | PermutationSpec, norm_statistics: bool, ignore: Collection[str]
+) -> tuple[PermutationSpec, frozenset[str]]:
+    """The spec, and the leaves that do not count."""
+    if isinstance(ignore, str):
+        raise TypeError(f'`ignore` must be a collection of leaf paths, got a string: ["{ignore}"]?')
+    ignored = frozenset(ignore)
+    if isinstance(net, PermutationSpec):
+        return net, ignored
+    check_net(net, other="or a PermutationSpec")
+    return net.spec, ignored if norm_statistics else ignored | net.statistics

@@ -1,0 +1,312 @@
+"""ZipIt!: merging features that correlate, within a model as well as between models.
+
+For every group of tied axes the features of K models are merged, pair by pair, to as many as one
+model has ("ZipIt! Merging Models from Different Tasks without Training", Stoica et al., 2024). What
+comes out is a merge matrix M and an unmerge matrix U for each model: the mean of the mapped models
+is the zip.
+
+Heads of attention are paired one to one with those of the first model, by how well their dims pair
+up, and then the dims of each head are merged by themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+
+from vfjax import stats
+from vfjax._maps.maps import Maps
+from vfjax._maps.parts import Part, gather
+from vfjax._trees.options import check_key, number
+from vfjax._types import Array, PyTree
+from vfjax.align._assignment import PLACE
+from vfjax.align._grouping import (
+    greedy_groups,
+    identity_groups,
+    kmeans_groups,
+    optimal_groups,
+    permute_groups,
+)
+from vfjax.align._taps import (
+    Orders,
+    check_at_taps,
+    correlation,
+    match_owners,
+    network_of,
+    tap_covariances,
+    with_spreads,
+)
+from vfjax.network._network import Network
+from vfjax.stats._moments import Moments
+
+__all__ = ["merged_correlation", "zip_features", "zip_moments"]
+
+Matcher = Literal["greedy", "optimal", "kmeans", "permute", "identity"]
+
+
+def zip_features(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    data: Iterable[Any],
+    *,
+    matcher: Matcher = "greedy",
+    alpha: float = 0.3,
+    beta: float = 0.125,
+    key: Array | None = None,
+) -> Maps:
+    """Matches the features of K models by correlation, within models too, as ZipIt! does.
+
+    Matchers:
+
+    * `"greedy"`, ZipIt!'s: pairs are merged from the most correlated on until a group has its size
+      again. A merged feature goes back among the others; it has with any other the least of its
+      parts' correlations, times `alpha`, and counts for the model of its first part.
+    * `"optimal"`, for two models: the pairs, within or between models without a budget, of the
+      largest sum of correlations. Needs networkx (extra `matching`); some seconds for hundreds of
+      features, where the plain algorithm takes minutes.
+    * `"kmeans"`: clusters of standardised features, of any size.
+    * `"permute"`: the features of each model are paired with those of model 0 by an assignment, as
+      `match_activations` does for two.
+    * `"identity"`: features in the same place are paired, those of heads in the same place too.
+
+    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
+    both take M, and their products come to hold `M^T M`: where features are merged, not only
+    permuted, an approximation.
+
+    Args:
+        net: The traced network, or one per tree: networks of one architecture may differ behind
+            the taps, as in their numbers of classes.
+        trees: Two or more parameter trees. Leaves that no tap depends on, those of heads with
+            classes of their own, may differ in shape.
+        data: Re-iterable of `x` or `(x, label)`.
+        matcher: One of the above.
+        alpha: Of the greedy matcher: discount of merged features, in [0, 1]; at 0 nothing is merged
+            twice, which does for two models only. A negative correlation is not discounted, which
+            would make it larger.
+        beta: Of the greedy matcher: share of the merges that may be within a model, in [0, 1],
+            equally many for each; at 0 each merge is of two that count for different models. With
+            `alpha` > 0 a chain of merges can join two features of one model even then, since a
+            merged feature counts for its first part's model only.
+        key: Random key of k-means.
+
+    Returns:
+        The maps. Groups without a tap are averaged as they are, and those that can only be permuted
+        (`net.spec.rigid`, as the width of a tied kernel) are. The variances that a BatchNorm stores
+        are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
+
+    Raises:
+        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
+            random key, or data has another dtype.
+        ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
+            infinity, data is empty or exhausted, `matcher` is unknown, does not fit the number of
+            models or lacks its key, or `alpha` or `beta` is out of range.
+        ModuleNotFoundError: If `matcher` is "optimal" and networkx is not installed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> a = {"w": rng.normal(size=(4, 3)), "v": rng.normal(size=(3, 2))}
+        >>> a = jax.tree.map(jnp.float32, a)
+        >>> x = jnp.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
+        >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
+        >>> found = zip_features(net, [a, b], [x])
+        >>> merged = vfjax.merge.interpolate(found.apply(net, [a, b]))
+        >>> bool(jnp.allclose(net.run(merged, x), net.run(a, x), atol=1e-5))
+        True
+
+    Source: "ZipIt! Merging Models from Different Tasks without Training", section 4. The reference
+    code lets one merge within each model pass at beta 0, and discounts negative correlations.
+    """
+    nets = check_at_taps(net, trees)
+    _check(matcher, alpha, beta, key, len(trees))
+    if not nets[0].taps:
+        return Maps(tuple({} for _ in trees), {})
+    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
+    return zip_moments(nets, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
+
+
+def zip_moments(
+    net: Network | Sequence[Network],
+    moments: Moments,
+    *,
+    matcher: Matcher = "greedy",
+    alpha: float = 0.3,
+    beta: float = 0.125,
+    key: Array | None = None,
+) -> Maps:
+    """The same from moments alone: one pass over data serves all matchers, `alpha` and `beta`.
+
+    Args:
+        net: The traced network, or one per model.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+        matcher: As in `zip_features`.
+        alpha: As in `zip_features`.
+        beta: As in `zip_features`.
+        key: As in `zip_features`.
+
+    Returns:
+        As `zip_features`.
+
+    Raises:
+        TypeError: If `net` is no traced network, or `key` no random key.
+        ValueError: If `moments` lacks covariances at a tap or is of one model, `matcher` is
+            unknown, does not fit the number of models or lacks its key, or `alpha` or `beta` is out
+            of range.
+        ModuleNotFoundError: If `matcher` is "optimal" and networkx is not installed.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
+        >>> zip_moments(net, found).maps[1]["w"][0].tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+    Source: as `zip_features`.
+    """
+    net = network_of(net, moments)
+    models = moments.models
+    if models < 2:
+        raise ValueError(f"moments must be of two models or more, got {models}")
+    _check(matcher, alpha, beta, key, models)
+    orders = match_owners(net, moments)
+    if matcher == "identity":
+        orders = [{owner: np.sort(order) for owner, order in of.items()} for of in orders]
+    heads = {owner: np.concatenate([of[owner].argsort() for of in orders]) for owner in orders[0]}
+    found = {}
+    for index, (part, similarity) in enumerate(correlations(net, moments, orders).items()):
+        n = net.spec.sizes[part.group]
+        place = np.tile(np.eye(n), (models, models))
+        similarity = similarity + PLACE * place
+        if part.group in net.spec.rigid and matcher != "identity":
+            labels = permute_groups(similarity, models)
+        elif matcher == "greedy":
+            labels = greedy_groups(similarity, [n] * models, n, alpha=alpha, beta=beta)
+        elif matcher == "optimal":
+            labels = optimal_groups(similarity)
+        elif matcher == "kmeans":
+            assert key is not None
+            labels = kmeans_groups(similarity, n, jax.random.fold_in(key, index))
+        else:
+            labels = (permute_groups if matcher == "permute" else identity_groups)(
+                similarity, models
+            )
+        found[part] = _in_order(labels)
+    return with_spreads(Maps.of_labels({**heads, **gather(found)}, models), net, moments)
+
+
+def merged_correlation(
+    net: Network | Sequence[Network], moments: Moments, maps: Maps
+) -> dict[str, float]:
+    """What matchers compete for: how much the features correlate that were merged, by group.
+
+    Args:
+        net: The traced network, or one per model.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
+        maps: Maps by which each feature goes to one merged feature, as those of `zip_moments`.
+
+    Returns:
+        By group with a tap, the sum over merged features of the mean over their parts of the
+        correlations of a part with the other parts: for a pair, its correlation. K-means maximises
+        it over all groups of features, "optimal" over pairs. Heads count by their dims.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If `moments` lacks covariances at a tap, or a map splits features or mixes
+            heads.
+
+    Example:
+        >>> import jax, numpy as np, vfjax
+        >>> rng = np.random.default_rng(0)
+        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
+        >>> x = np.float32(rng.normal(size=(50, 4)))
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
+        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
+        >>> round(merged_correlation(net, found, zip_moments(net, found))["w"], 4)
+        3.0
+
+    Source: none; it is the objective of the k-means to which the paper of `zip_features` compares
+    its matcher, less what a feature has in common with itself.
+    """
+    net = network_of(net, moments)
+    total: dict[str, float] = {}
+    owners = dict.fromkeys(tap.owner for tap in net.joint_taps)
+    mixed = sorted(maps.mixed & owners.keys())
+    if mixed:
+        raise ValueError(f"maps must pair entries of {mixed[0]!r}, inside which others are mapped")
+    orders = [
+        {owner: of.get(owner, np.arange(net.spec.sizes[owner])) for owner in owners}
+        for of in maps.permutations
+    ]
+    for part, similarity in correlations(net, moments, orders).items():
+        group, plain = part.group, np.eye(net.spec.sizes[part.group])
+        each = [m[group][1] if group in m else plain for m in maps.maps]
+        member = np.concatenate([m if m.ndim == 2 else m[part.entry] for m in each])
+        if not ((member == 0) | (member == 1)).all() or (member.sum(1) != 1).any():
+            raise ValueError(
+                f"maps must take each feature to one merged feature, but those of {group!r} do not"
+            )
+        np.fill_diagonal(similarity, 0)
+        within = np.einsum("ic,ij,jc->c", member, similarity, member, optimize=True)
+        score = float((within / np.maximum(member.sum(0), 1)).sum())
+        total[group] = total.get(group, 0.0) + score
+    return total
+
+
+def correlations(
+    net: Network, moments: Moments, orders: Orders | None = None
+) -> dict[Part, np.ndarray]:
+    """By part, the correlations `[K n, K n]` of all models' features, the mean over its taps.
+
+    Args:
+        net: The traced network.
+        moments: Moments with all covariances at the taps.
+        orders: Per model, the permutations of the owners of other groups; None to match them.
+    """
+    orders = match_owners(net, moments) if orders is None else orders
+    taps: dict[Part, list[np.ndarray]] = {}
+    for part, block, std in tap_covariances(net, moments, orders):
+        models, n = std.shape
+        whole = block.transpose(0, 2, 1, 3).reshape(models * n, models * n)
+        taps.setdefault(part, []).append(correlation(whole, std.reshape(-1), std.reshape(-1)))
+    return {part: np.mean(found, axis=0) for part, found in taps.items()}
+
+
+def _in_order(labels: np.ndarray) -> np.ndarray:
+    """The same groups, numbered in the order of their first members."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
+def _check(matcher: str, alpha: float, beta: float, key: Array | None, models: int) -> None:
+    if matcher not in get_args(Matcher):
+        known = ", ".join(f'"{name}"' for name in get_args(Matcher))
+        raise ValueError(f"matcher must be one of {known}, got {matcher!r}")
+    if matcher == "optimal" and models > 2:
+        raise ValueError(
+            f'matcher "optimal" merges pairs, which for {models} models leaves too many features; '
+            'use "greedy" or "kmeans"'
+        )
+    if matcher == "optimal" and importlib.util.find_spec("networkx") is None:
+        raise ModuleNotFoundError(
+            'matcher "optimal" needs networkx: pip install "vfjax[matching]"', name="networkx"
+        )
+    if matcher == "kmeans" and key is None:
+        raise ValueError('matcher "kmeans" draws its first centres: give it a random `key`')
+    if matcher == "kmeans":
+        check_key(key)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= number(value) <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+    if matcher == "greedy" and alpha == 0 and models > 2:
+        raise ValueError(
+            f"alpha must be positive for {models} models: merging each feature once leaves half of "
+            f"the {models} times as many"
+        )

@@ -1,0 +1,138 @@
+"""Trees as checkpoints hold them: dictionaries of arrays, and JSON that says what they were."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._types import PyTree
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, incomplete or damaged."""
+
+
+def pack(
+    tree: PyTree, where: str, leaves: list[np.ndarray], storage: np.dtype | None
+) -> tuple[Any, Any]:
+    """Returns (nested dictionaries of arrays or None, JSON description), appending to `leaves`."""
+    if tree is None:
+        return None, {"none": True}
+    if isinstance(tree, Mapping):
+        # NNX numbers the entries of lists: integer keys are told apart from strings by the kind.
+        kind = "intdict" if tree and all(type(key) is int for key in tree) else "dict"
+        for key in tree:
+            if not isinstance(key, str) and kind == "dict":
+                raise TypeError(
+                    f"tree has the key {key!r} at {where or 'its root'!r}; keys must be strings."
+                )
+        items = {str(key): value for key, value in tree.items()}
+    elif isinstance(tree, (list, tuple)):
+        if hasattr(tree, "_fields"):
+            raise TypeError(
+                f"tree has a {type(tree).__name__} at {where or 'its root'!r}, a type that would "
+                "not be found again when loading; save jax.tree.leaves(tree) instead."
+            )
+        kind = "list" if isinstance(tree, list) else "tuple"
+        items = {str(index): value for index, value in enumerate(tree)}
+    else:
+        leaf = _leaf(tree, where)
+        description = {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+        if storage is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            if storage.itemsize < leaf.dtype.itemsize:
+                leaf = _narrowed(leaf, where, storage)
+                description["stored"] = storage.name
+        leaves.append(leaf)
+        # Orbax stores no empty arrays; their description says all about them.
+        return leaf if leaf.size else None, description
+    packed, described = {}, {}
+    for key, value in items.items():
+        inner, described[key] = pack(value, f"{where}/{key}" if where else key, leaves, storage)
+        if inner is not None:
+            packed[key] = inner
+    return packed or None, {kind: described}
+
+
+def _leaf(value: Any, where: str) -> np.ndarray:
+    """Returns a leaf as a NumPy array, or says why it is none."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+        raise TypeError(
+            f"tree has a {type(value).__name__} at {where or 'its root'!r}; leaves must be arrays: "
+            "partition modules first (eqx.partition, nnx.split), turn states into "
+            "dictionaries (nnx.to_pure_dict)."
+        )
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"tree has a random key at {where or 'its root'!r}; save jax.random.key_data(key)."
+        )
+    return np.asarray(value)
+
+
+def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
+    """Rounds a leaf to fewer bits, or says that it does not go."""
+    with np.errstate(over="ignore"):
+        rounded = leaf.astype(storage)
+    if not np.array_equal(np.isfinite(rounded), np.isfinite(leaf)):
+        raise ValueError(
+            f"storage {storage.name} is too narrow for {where or 'the root'!r}, which holds "
+            f"{np.abs(leaf[np.isfinite(leaf)]).max():.3g}: store it in bfloat16 or as it is."
+        )
+    return rounded
+
+
+def target_of(description: Mapping[str, Any]) -> Any:
+    """Returns the nested dictionaries of arrays that orbax restores into, or None without any."""
+    if "none" in description:
+        return None
+    if "shape" in description:
+        array = _stored(description)
+        return array if array.size else None
+    (items,) = description.values()
+    packed = {key: target_of(inner) for key, inner in items.items()}
+    return {key: value for key, value in packed.items() if value is not None} or None
+
+
+def _stored(description: Mapping[str, Any]) -> np.ndarray:
+    """Returns an array of the shape and dtype that a described leaf has in the files."""
+    dtype = description.get("stored", description["dtype"])
+    return np.empty(description["shape"], jnp.dtype(dtype))
+
+
+def unpack(tree: Any, description: Mapping[str, Any], leaves: list[np.ndarray]) -> PyTree:
+    """Inverts `pack`, appending the leaves in the order in which they were packed."""
+    if "none" in description:
+        return None
+    if "shape" in description:
+        expected = _stored(description)
+        leaf = np.asarray(tree) if expected.size else expected
+        if leaf.shape != expected.shape or leaf.dtype != expected.dtype:
+            raise CheckpointError(
+                f"an array is {leaf.dtype}{list(leaf.shape)}, not {expected.dtype}"
+                f"{description['shape']}"
+            )
+        leaves.append(leaf)
+        leaf = leaf.astype(jnp.dtype(description["dtype"]), copy=False)
+        canonical = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+        return jnp.asarray(leaf) if canonical else leaf
+    ((kind, items),) = description.items()
+    values = {
+        key: unpack(tree.get(key) if tree else None, inner, leaves) for key, inner in items.items()
+    }
+    if kind == "dict":
+        return values
+    if kind == "intdict":
+        return {int(key): value for key, value in values.items()}
+    return list(values.values()) if kind == "list" else tuple(values.values())
+
+
+def checksum_of(leaves: list[np.ndarray]) -> str:
+    """Returns a digest of all leaves' bytes."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

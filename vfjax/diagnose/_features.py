@@ -1,0 +1,324 @@
+"""How much of every layer's output is caused by the input: `f(x) - f(0)` at every site.
+
+The feature of a layer is what the input adds to the value that the layer has at the input 0, and
+the offset is that value: `f(x) = g(x) + h` with `h = f(0)`. In networks that were averaged or
+pruned, features shrink from layer to layer while offsets do not, until the biases decide the output
+("Vanishing Feature: Diagnosing Model Merging and Beyond", Qu and Horvath).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._maps.maps import Maps
+from vfjax._passes.batching import check_finite_means
+from vfjax._types import Array, PyTree
+from vfjax.diagnose import _rows
+from vfjax.diagnose._compared import carry, compared
+from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
+from vfjax.merge._arguments import weights_for
+from vfjax.merge._merged import Merged
+from vfjax.network._network import Network
+
+__all__ = ["FeatureSite", "Features", "features"]
+
+
+_FIELDS = ("feature", "feature_std", "offset", "mean", "std", "variance", "dead")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[*_FIELDS, "references"],
+    meta_fields=["sites", "depth", "shares"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+    """Features and offsets of K networks, by site; made by `features`.
+
+    A pytree. All numbers are float32 or better, in the units of the site's values. Inside the stems
+    and heads of a `Merged`, where a site exists once per model, each is the weighted average of the
+    models' numbers, so that layers which are kept apart count as whole as their models are. Where
+    models differ in a site's shape, as at the outputs of heads with classes of their own, `mean`
+    and `std` lack it; the other numbers, of one value per model, are there.
+
+    Attributes:
+        feature: `[K]`, `E ||f(x) - f(0)||_2`: the norm is over all axes of an example, the mean
+            over examples.
+        feature_std: `[K]`, standard deviation of that norm over examples.
+        offset: `[K]`, `||f(0)||_2`.
+        mean: `[K, *channels]`, mean of each channel over examples and positions; not of sites at
+            which models have other channels than others.
+        std: `[K, *channels]`, standard deviation likewise, as in `vfjax.stats.moments`.
+        variance: `[K]`, `E ||f(x) - E f(x)||^2 / size`: the variance over examples, averaged over
+            all units (channels and positions). What differs between positions alone is not in it.
+            Unlike the other numbers it is a square: of values below 1e-19 it counts as 0.
+        dead: `[K]`, share of channels that do not vary over examples and positions: those which
+            `vfjax.renorm.repair` does not scale (no variance, or below 1e-12 of the layer's
+            largest).
+        references: The same of the R reference networks, or None.
+        sites: What is known of each site, in the order asked for (static).
+        depth: Depth of the network, L (static).
+        shares: By network, the weights of the references in their means, one float each; empty
+            without references (static).
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> v = {"w": 2 * jnp.eye(2), "b": jnp.array([3.0, 4.0])}
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"] + v["b"], v, x)
+        >>> found = features(net, v, [x], sites="layers")
+        >>> found.feature["w"].tolist(), found.offset["w"].tolist(), found.ratio["w"].tolist()
+        ([4.0], [5.0], [0.800000011920929])
+    """
+
+    feature: dict[str, Array]
+    feature_std: dict[str, Array]
+    offset: dict[str, Array]
+    mean: dict[str, Array]
+    std: dict[str, Array]
+    variance: dict[str, Array]
+    dead: dict[str, Array]
+    references: Features | None
+    sites: tuple[FeatureSite, ...]
+    depth: int
+    shares: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def models(self) -> int:
+        """Number of networks, K, references apart."""
+        return next(iter(self.feature.values())).shape[0]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of the references that all networks share; empty without references.
+
+        Raises:
+            ValueError: If networks have different ones, which `shares` tells.
+        """
+        if len(set(self.shares)) > 1:
+            raise ValueError(f"networks have different weights of the references: {self.shares}")
+        return self.shares[0] if self.shares else ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sites, in order."""
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def feature_rms(self) -> dict[str, Array]:
+        """Features by the root mean square over units in place of the norm, `[K]` by site."""
+        return self._per_unit(self.feature)
+
+    @property
+    def offset_rms(self) -> dict[str, Array]:
+        """Offsets by the root mean square over units, `[K]` by site."""
+        return self._per_unit(self.offset)
+
+    @property
+    def ratio(self) -> dict[str, Array]:
+        """Feature over offset, `[K]` by site.
+
+        Infinite where the offset is 0, as in a network without biases; NaN where both are.
+        """
+        return {name: self.feature[name] / self.offset[name] for name in self.names}
+
+    @property
+    def relative(self) -> dict[str, Array]:
+        """Feature over the weighted mean of the references' features, `[K]` by site.
+
+        Section on vanishing features of the paper: the sequence whose bounds `bound_sequence`
+        gives. NaN or infinite where all references' features are 0.
+
+        Raises:
+            ValueError: If there are no references.
+        """
+        return self._relative("feature")
+
+    @property
+    def variance_ratio(self) -> dict[str, Array]:
+        """`variance` over the weighted mean of the references' variances, `[K]` by site.
+
+        Variances are reduced by their mean over units, so this is also the ratio of the traces.
+        NaN or infinite where all references' variances are 0.
+
+        Raises:
+            ValueError: If there are no references.
+        """
+        return self._relative("variance")
+
+    def site(self, name: str) -> FeatureSite:
+        """What is known of a site.
+
+        Raises:
+            ValueError: If there is no such site in the record.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise ValueError(f"nothing was measured at '{name}'; sites are {list(self.names)}")
+
+    def _per_unit(self, values: dict[str, Array]) -> dict[str, Array]:
+        return {site.name: values[site.name] / np.sqrt(max(site.size, 1)) for site in self.sites}
+
+    def _relative(self, what: str) -> dict[str, Array]:
+        if self.references is None:
+            raise ValueError(
+                "there are no references to relate to: give the edge models, or the network before "
+                "pruning, as features(..., references=[a, b])"
+            )
+        mine, others = getattr(self, what), getattr(self.references, what)
+
+        def divided(name: str) -> Array:
+            shares = jnp.asarray(self.shares, others[name].dtype)
+            # By an array: XLA turns the division by a scalar into a product with its inverse, and
+            # a network would not be exactly 1 relative to itself.
+            return mine[name] / (shares * others[name][None]).sum(1)
+
+        return {name: divided(name) for name in self.names}
+
+
+def features(
+    net: Network | Sequence[Network],
+    variables: PyTree | Merged | Sequence[PyTree | Merged],
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree | Merged] = (),
+    maps: Maps | None = None,
+    weights: Sequence[float] | None = None,
+    sites: Sites = "taps",
+) -> Features:
+    """Measures what the input causes at every layer: `g(x) = f(x) - f(0)` against `f(0)`.
+
+    0 is the zero tensor as the network takes it, the mean image if inputs are normalised; for
+    integer inputs, zeros of their dtype. One forward pass of one example gives `f(0)`, then one
+    pass over the data everything else, in one compiled call per batch for all networks together.
+    Results do not depend on how the data is cut into batches; batches that are sharded over devices
+    give the same numbers. Which axis of a value holds the examples is read off its shapes; where a
+    network merges them with positions, as by `x.reshape(-1, features)`, they are the outer ones.
+
+    Args:
+        net: The traced network; or one per reference, as `variables` were merged with, of which the
+            first is that of trees. Those of a `Merged` are taken for references by themselves.
+        variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of such.
+        data: Re-iterable of `x` or `(x, label)`.
+        references: Edge models, or the network before pruning, to compare with. Leaves that only
+            heads of a `Merged` read may differ in shape.
+        maps: What the edge models, as trees, were merged through, if they are not aligned: their
+            values are carried into the basis of the merge.
+        weights: One per reference, summing to one, for means over references. None for those that a
+            network was made with, where it is a `Merged` of as many models (each network by its
+            own, if there are several), and for 1/R each otherwise.
+        sites: `"taps"`: the value after every layer and the elementwise region that follows (norm,
+            activation, residual sum), the last layer's included. `"layers"`: every layer's
+            pre-activation, where the paper measures. `"paper"`: the sites of REPAIR, see
+            `vfjax.stats.resolve_sites`. Or a list of names: `<layer>`, `<layer>:act`, `<norm>:in`,
+            `input`, `output`. Shortcuts are among the first two; `found.sites` tells which.
+
+    Returns:
+        Features, offsets and moments by site.
+
+    Raises:
+        TypeError: If `net` is no traced network, a leaf no array, `sites` no string and no sequence
+            of strings, or data has another structure or dtype than was traced.
+        ValueError: If a tree does not fit the network or holds NaN or infinite values, a site does
+            not exist or holds no axis of examples, weights do not fit, data is empty or exhausted,
+            a value is NaN or infinite, on data or at 0, or a variance exceeds the dtype (values of
+            1e19 in float32).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["a"] + 1) @ v["b"]
+        >>> edges = [{"a": s * jnp.eye(2), "b": jnp.ones((2, 1))} for s in (1.0, -1.0)]
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+        >>> net = vfjax.trace(apply_fn, edges[0], x)
+        >>> merged = vfjax.merge.interpolate(edges)
+        >>> found = features(net, merged, [x], references=edges)
+        >>> {name: value.tolist() for name, value in found.feature.items()}
+        {'a:act': [0.0], 'b:act': [0.0]}
+        >>> found.references.feature["b:act"].tolist(), found.references.offset["b:act"].tolist()
+        ([1.0, 1.0], [2.0, 2.0])
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
+    feature for linear and general networks.
+    """
+    nets, mine, others = compared(net, variables, references)
+    net = nets[0]
+    carried = carry(nets, mine, others, maps)
+    if weights is not None and not others:
+        raise ValueError("weights are those of the references, and there are none")
+    shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
+    names = resolve_sites(net, sites)
+    chosen, source = unique(net, names)
+    job = _rows.Job(net, chosen)
+
+    whole = (*mine, *others)
+    shifts = _rows.offsets(job, carried)
+    at_zero = jax.tree.map(np.asarray, shifts)
+    _check_defined(job, at_zero)
+    rows = _rows.measure(job, carried, shifts, data)
+    means = {
+        site.name: np.concatenate([np.ravel(m) for r in rows for m in r.mean[site.name]])
+        for site in job.sites
+    }
+    check_finite_means(means)
+
+    found = {
+        site.name: [
+            _rows.numbers(site.name, row, zero[site.source], getattr(network, "weights", ()))
+            for network, row, zero in zip(whole, rows, at_zero, strict=True)
+        ]
+        for site in job.sites
+    }
+    _check_range(found)
+    sizes = {
+        site.name: round(np.mean([np.size(c) for r in rows for c in r.centre[site.name]]))
+        for site in job.sites
+    }
+    described = tuple(describe(net, name, sizes[source[name]]) for name in names)
+    static = {"sites": described, "depth": net.depth}
+
+    def record(part: slice, references: Features | None, shares: Any) -> Features:
+        def stacked(what: str) -> dict[str, Array]:
+            values = {name: [n.get(what) for n in found[source[name]][part]] for name in names}
+            return {
+                name: jnp.asarray(np.stack(each))
+                for name, each in values.items()
+                if each[0] is not None and len({np.shape(value) for value in each}) == 1
+            }
+
+        fields = {what: stacked(what) for what in _FIELDS}
+        return Features(**fields, references=references, **static, shares=shares)
+
+    count = len(mine)
+    theirs = record(slice(count, None), None, ()) if others else None
+    return record(slice(count), theirs, shares)
+
+
+def _check_range(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """Checks the numbers of every site: values may be finite, and their squares not."""
+    for site, each in found.items():
+        for what, value in ((w, v) for numbers in each for w, v in numbers.items()):
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"the {what} of '{site}' is too large for {value.dtype}: its values are finite "
+                    "on the data, but the network is about to overflow"
+                )
+
+
+def _check_defined(job: _rows.Job, at_zero: _rows.Offsets) -> None:
+    for site in job.sites:
+        values = [value for zero in at_zero for value in zero[site.source]]
+        bad = sum(int(np.size(v) - np.count_nonzero(np.isfinite(v))) for v in values)
+        if bad:
+            raise ValueError(
+                f"f(0) is NaN or infinite in {bad} entries of '{site.name}': the network is not "
+                "defined at the input 0, from which features are measured"
+            )

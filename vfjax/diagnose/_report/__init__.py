@@ -1,0 +1,1 @@
+"""A report of what broke, where, and what to do."""

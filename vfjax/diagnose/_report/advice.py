@@ -1,0 +1,316 @@
+"""Which remedy measured numbers ask for: the rules behind a report's advice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vfjax.diagnose._report.findings import LayerFinding, NormFinding
+from vfjax.network._network import Network
+from vfjax.renorm import _bias
+from vfjax.stats._sites import resolve_sites
+
+# A standard deviation is off beyond this factor, either way.
+STD_OFF = 1.25
+# Means are off beyond this, in standard deviations of the references.
+MEAN_OFF = 0.5
+# References whose kernels have a smaller cosine are as unrelated rows (0 for independent ones).
+UNRELATED = 0.1
+# A network is the references' merge where its kernels have at least this cosine with their mean;
+# that of one of two unrelated references is 0.71.
+MERGE = 0.9
+# Kernels have shrunk below this magnitude, relative to the references.
+SHRUNK = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """A remedy, and why.
+
+    Attributes:
+        remedy: `"match first"`, `"RESET"`, `"RESCALE"`, `"REPAIR"`, `"bias calibration"`, `"PFM"`,
+            `"nothing to do"`, or `"none known"` where no rule applies.
+        reason: The numbers that it rests on, in a sentence.
+        call: The function to call, as code; empty where there is none.
+        layers: For `"PFM"`, how many leading layers to keep apart.
+    """
+
+    remedy: str
+    reason: str
+    call: str = ""
+    layers: int | None = None
+
+    def __str__(self) -> str:
+        """Remedy and reason in one line."""
+        return f"{self.remedy}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """All that advice is given on.
+
+    Attributes:
+        net: The traced network.
+        merged: The layers that are merged: those before and after are kept apart already.
+        weights: Of the references.
+        own_weights: Those that a function takes which is given the network and no weights.
+        trees: Whether all references are trees, which remedies need, and none a `Merged`.
+        mapped: Whether they are carried into the basis of the merge by maps.
+        rows: Findings by depth, the end last.
+        end: What the last one stands for: `the output`, or which site.
+        norms: Findings of norms.
+        threshold: Features vanish at or below this share of the references'.
+    """
+
+    net: Network
+    merged: slice
+    weights: tuple[float, ...]
+    own_weights: tuple[float, ...]
+    trees: bool
+    rows: Sequence[LayerFinding]
+    norms: Sequence[NormFinding]
+    end: str
+    threshold: float
+    mapped: bool = False
+
+    @property
+    def vanishes(self) -> LayerFinding | None:
+        """Where features vanish: from there to the end they are at or below the threshold."""
+        return next((row for row in self._passed if row.bound <= self.threshold), None)
+
+    @property
+    def largest_drop(self) -> LayerFinding:
+        """Where the smallest step is."""
+        return min(self._passed, key=lambda row: row.step)
+
+    @property
+    def _passed(self) -> list[LayerFinding]:
+        """Findings, but for dead branches: no feature there, and there is one further on."""
+        return [row for row in self.rows if row.relative > 0 or row.bound == 0]
+
+    @property
+    def biases_dominate(self) -> bool:
+        """Whether offsets decide the end, and do not in the references to that extent."""
+        last = self.rows[-1]
+        # Both NaN, without feature or offset, and infinite ratios come out as no.
+        return last.ratio < 1 and last.ratio <= self.threshold * last.reference_ratio
+
+    @property
+    def left(self) -> float:
+        """Share of the references' features at the end."""
+        return self.rows[-1].relative
+
+    @property
+    def layers(self) -> list[LayerFinding]:
+        """Findings of layers that a renormalisation can correct, as far as these are known."""
+        within = [row for row in self.rows if row.layer is not None and not row.apart]
+        return [row for row in within if not np.isnan(row.std_ratio)]
+
+
+def std_off(row: LayerFinding) -> bool:
+    """Whether a scale puts a site's standard deviations right, and they are not."""
+    return not row.silent and not 1 / STD_OFF <= row.std_ratio <= STD_OFF
+
+
+def faulty(rows: Sequence[LayerFinding]) -> LayerFinding | None:
+    """The first site whose moments are off: what comes before it is as in the references.
+
+    Dead ones come last, since only their means can be put right.
+    """
+    off = [row for row in rows if std_off(row) or row.mean_shift > MEAN_OFF]
+    return min(off, key=lambda row: row.silent, default=None)
+
+
+def advise(case: Case) -> tuple[Advice, ...]:
+    """Remedies that the numbers ask for, what to do first first."""
+    rules = (_match, _reset, _moments, _biases, _preserve_first)
+    found = [advice for rule in rules for advice in rule(case)]
+    if found:
+        return tuple(found)
+    silent = next((row for row in case.rows if row.silent), None)
+    if silent is not None:
+        reason = (
+            f"what is left at {silent.site} (depth {silent.depth}) does not vary with the input, "
+            "and no scale changes that"
+        )
+        return (Advice("none known", reason),)
+    if case.vanishes is not None or case.biases_dominate:
+        reason = (
+            f"only {case.left:.3g} of the references' features reach {case.end}, yet the moments "
+            "of all layers are the references', so no renormalisation changes that"
+        )
+        return (Advice("none known", reason),)
+    worst = max((max(r.std_ratio, _inverse(r.std_ratio)) for r in case.layers), default=1.0)
+    means = max((r.mean_shift for r in case.layers), default=0.0)
+    reason = (
+        f"{case.left:.3g} of the references' features reach {case.end}; standard deviations "
+        f"are within a factor of {worst:.3g} and means within {means:.2g} standard deviations of "
+        "theirs"
+    )
+    return (Advice("nothing to do", reason),)
+
+
+def _inverse(value: float) -> float:
+    """Its inverse."""
+    return 1 / value if value else float("inf")
+
+
+def _merge(case: Case) -> bool:
+    """Whether the network's kernels are averages of several references', up to scales."""
+    known = [row.merge_cosine for row in case.rows if not np.isnan(row.merge_cosine)]
+    return case.trees and bool(known) and float(np.median(known)) >= MERGE
+
+
+def _weights(case: Case, default: Sequence[float]) -> str:
+    """The argument that passes the references' weights, if the call would take others."""
+    return "" if case.weights == tuple(default) else f", weights={case.weights}"
+
+
+def _match(case: Case) -> list[Advice]:
+    """Kernels of the references that have nothing in common lose what unrelated rows lose."""
+    cosines = [row.cosine for row in case.rows if not np.isnan(row.cosine)]
+    if case.vanishes is None or not _merge(case) or not case.net.spec.groups:
+        return []
+    cosine = float(np.mean(cosines))
+    if cosine >= UNRELATED:
+        return []
+    last = case.rows[-1]
+    # Kernels at the cut are averages still, of their outputs.
+    first, end = max(case.merged.start - 1, 0), min(last.depth, case.merged.stop)
+    step = case.left ** (1 / max(end - first, 1))
+    unrelated = float(np.linalg.norm(case.weights))
+    magnitude = float(np.mean([row.kernel_ratio for row in case.rows if not np.isnan(row.cosine)]))
+    reason = (
+        f"the references' kernels have a cosine of {cosine:.2g} with each other, merged ones are "
+        f"{magnitude:.2g} of their magnitude (averages of unrelated rows are {unrelated:.2g}), and "
+        f"features fall to {step:.2g} per layer; if the networks were matched already, matching "
+        "found little"
+    )
+    if case.mapped:  # matched by something else: which to try instead, no number tells
+        return [Advice("match first", reason)]
+    # All to the first, whose alignment with itself is the identity.
+    found = "vfjax.align.match_weights(net, references[0], b, key=key).permutations"
+    return [Advice("match first", reason, f"[net.spec.permute(b, {found}) for b in references]")]
+
+
+def _reset(case: Case) -> list[Advice]:
+    stale = [norm for norm in case.norms if norm.stale]
+    if not stale:
+        return []
+    first = stale[0]
+    reason = (
+        f"the stored statistics of {len(stale)} of {len(case.norms)} norms disagree with what they "
+        f"read, first at {first.name}: means by {first.mean_error:.2g} standard deviations, "
+        f"measured standard deviations are {first.std_ratio:.2g} of the stored ones"
+    )
+    return [Advice("RESET", reason, "vfjax.renorm.reset(net, merged, data)")]
+
+
+def _moments(case: Case) -> list[Advice]:
+    """RESCALE or REPAIR, by the first layer that is off: upstream nothing confounds it."""
+    row = faulty(case.layers)
+    # Moments behind stale statistics say nothing of the layers themselves.
+    if row is None or any(norm.stale for norm in case.norms):
+        return []
+    dead = any(r.silent and r.depth < row.depth for r in case.layers)
+    first = f"the first layer that is off{', dead ones apart' if dead else ''}"
+    at = f"at {row.site} (depth {row.depth}), {first}, "
+    deviation = f"standard deviations are {row.std_ratio:.2g} of the references'"
+    away = f"means are {row.mean_shift:.2g} standard deviations from the references'"
+    if row.silent:
+        return [_renormalise(case, row, "REPAIR", f"{at}{away}; only they can be put right there")]
+    if not std_off(row):
+        reason = f"{at}{away}, while {deviation}, so scaling does not help"
+        return [_renormalise(case, row, "REPAIR", reason)]
+    if row.rescaled_shift > MEAN_OFF:
+        reason = (
+            f"{at}{deviation}, and with these put right means would still be "
+            f"{row.rescaled_shift:.2g} standard deviations away"
+        )
+        return [_renormalise(case, row, "REPAIR", reason)]
+    reason = (
+        f"{at}{deviation}, and with these put right means are within "
+        f"{row.rescaled_shift:.2g} standard deviations: no shift is needed"
+    )
+    return [_renormalise(case, row, "RESCALE", reason)]
+
+
+def _renormalise(case: Case, row: LayerFinding, remedy: str, reason: str) -> Advice:
+    """A renormalisation from data that reaches a layer."""
+    if not case.trees:
+        return Advice(remedy, f"{reason}; it needs the references as trees")
+    sites = "" if row.layer in resolve_sites(case.net, "paper") else ', sites="all"'
+    weights = _weights(case, case.own_weights)
+    maps = ", maps=maps" if case.mapped else ""
+    arguments = f"net, merged, data, references=references{maps}{weights}{sites}"
+    return Advice(remedy, reason, f"vfjax.renorm.{remedy.lower()}({arguments})")
+
+
+def _biases(case: Case) -> list[Advice]:
+    """What biases ask for that merging left as they were, without data."""
+    ratios = [row.kernel_ratio for row in case.rows if not np.isnan(row.kernel_ratio)]
+    if not case.biases_dominate or not _merge(case) or not case.left or min(ratios) <= 0:
+        return []
+    if any(norm.stale for norm in case.norms) or not _calibrates(case):
+        return []
+    shrunk = float(np.exp(np.mean(np.log(ratios))))
+    if shrunk >= SHRUNK:
+        return []
+    last = case.rows[-1]
+    reason = (
+        f"the offset is {_inverse(last.ratio):.3g} times the feature at {case.end} (the "
+        f"references': {_inverse(last.reference_ratio):.2g}), and weights are "
+        f"{shrunk:.2g} of theirs per layer; it needs no data, where RESCALE or REPAIR do"
+    )
+    maps = ", maps=maps" if case.mapped else ""
+    arguments = f"net, merged, references=references{maps}{_weights(case, case.own_weights)}"
+    return [Advice("bias calibration", reason, f"vfjax.renorm.calibrate_bias({arguments})")]
+
+
+def _calibrates(case: Case) -> bool:
+    """Whether there are biases behind the first layer, and each serves layers of one depth."""
+    end = case.merged.stop if case.merged.stop < case.net.depth else None
+    depths = [set(found) for found in _bias.bias_depths(case.net, case.merged.start, end).values()]
+    return all(len(found) == 1 for found in depths) and any(max(found) > 1 for found in depths)
+
+
+def _preserve_first(case: Case) -> list[Advice]:
+    """Layers that are kept apart lose nothing; worth it where the loss is late or at once."""
+    total = case.net.depth
+    if case.vanishes is None or not _merge(case) or not case.left:
+        return []
+    drop = case.largest_drop
+    share = float(np.log(drop.step) / np.log(case.left))
+    late = case.vanishes.depth > total / 2
+    if not late and share < 0.5:
+        return []
+    # What survives the layers after a depth, by the worst site there that has any features.
+    survives = {}
+    for row in case.rows:
+        if row.relative > 0:
+            survives[row.depth] = max(survives.get(row.depth, 0.0), case.left / row.relative)
+    # The fewest layers to keep, such that features survive the rest.
+    kept = min(depth for depth, share_left in survives.items() if share_left >= case.threshold)
+    until = case.merged.stop
+    if not max(1, case.merged.start) < kept < until:
+        return []
+    extra = (len(case.weights) - 1) * case.net.stem_parameters(kept) / case.net.parameters
+    how = (
+        f"{100 * min(share, 1):.0f} % of the loss is at {drop.site} alone"
+        if share >= 0.5
+        else f"features vanish late, at depth {case.vanishes.depth} of {total}"
+    )
+    reason = (
+        f"{how}; keep the first l = {kept} of {total} layers apart, and {survives[kept]:.2g} of "
+        f"the features survive the rest, for {100 * extra:.0f} % more parameters"
+    )
+    equal = (1 / len(case.weights),) * len(case.weights)
+    weights = _weights(case, equal)
+    call = f"vfjax.merge.preserve_first(net, references, layers={kept}{weights})"
+    if case.mapped or until < total:
+        which = f"slice({kept}, {until if until < total else None})"
+        maps = ", maps" if case.mapped else ""
+        call = f"vfjax.merge.partial(net, references{maps}, merged={which}{weights})"
+    return [Advice("PFM", reason, call, kept)]

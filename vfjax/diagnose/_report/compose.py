@@ -1,0 +1,422 @@
+"""Where a network's features vanish, and what to do about it: numbers, a figure and a page.
+
+Everything rests on one pass of `vfjax.diagnose.features` over the pre-activations and what norms
+read, and on the weights. The advice follows from these numbers by fixed rules, which `report`
+lists; nothing is tried out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vfjax._files import write_whole
+from vfjax._maps.maps import Maps
+from vfjax._types import PyTree
+from vfjax.diagnose._bounds import (
+    Bound,
+    Collapse,
+    bound_sequence,
+    variance_collapse,
+)
+from vfjax.diagnose._compared import compared
+from vfjax.diagnose._features import Features, features
+from vfjax.diagnose._report import findings, html
+from vfjax.diagnose._report.advice import (
+    MEAN_OFF,
+    STD_OFF,
+    Advice,
+    Case,
+    advise,
+)
+from vfjax.diagnose._report.figure import draw
+from vfjax.diagnose._report.findings import LayerFinding, NormFinding
+from vfjax.diagnose._report.table import text_table
+from vfjax.diagnose._sites import Sites, resolve_sites
+from vfjax.merge._arguments import weights_for
+from vfjax.merge._merged import Merged
+from vfjax.network._network import Network
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Advice", "LayerFinding", "NormFinding", "Report", "report"]
+
+
+# The smoothing of the paper's detailed plots.
+_GAMMA = 1.4
+# Ratios this close are called equal.
+_SAME = 0.99
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    """What was found of a network next to its references; made by `report`.
+
+    Attributes:
+        title: What the network is called.
+        features: The measurements.
+        bound: Relative features and their tight bound, along the main path.
+        smoothed: Their bound with gamma = 1.4.
+        collapse: Variance collapse, relative to the references, with `eps = threshold ** 2`.
+        layers: Findings of every site of the main path, by depth, and of the output where that is
+            a further value.
+        norms: Findings of every norm with stored statistics outside of stems.
+        depth: L, the network's number of layers.
+        end: What the last of `layers` stands for: `"the output"`, or the site, if the output is no
+            single array that has features.
+        threshold: The share of the references' features at or below which they count as vanished.
+        vanishes: The first site from which on features stay at or below that share, up to the
+            end (the first whose tight bound is), or None. Dead branches, which have no feature
+            while there is one further on, do not count.
+        largest_drop: The site with the smallest `step`, dead branches apart.
+        biases_dominate: Whether at the end the offset exceeds the feature, and the ratio of feature
+            to offset is at or below `threshold` times the references'.
+        advice: Likely remedies, what to do first first.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> v = {"a": jnp.eye(2), "b": jnp.eye(2)}
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["a"]) @ v["b"], v, x)
+        >>> report(net, v | {"b": v["b"] / 8}, [x], references=[v])
+        Report(features vanish at 'b', 0.125 left at the output, advice: RESCALE)
+    """
+
+    title: str
+    features: Features
+    bound: Bound
+    smoothed: Bound
+    collapse: Collapse
+    layers: tuple[LayerFinding, ...]
+    norms: tuple[NormFinding, ...]
+    depth: int
+    end: str
+    threshold: float
+    vanishes: LayerFinding | None
+    largest_drop: LayerFinding
+    biases_dominate: bool
+    advice: tuple[Advice, ...]
+
+    @property
+    def left(self) -> float:
+        """Share of the references' features that reaches the end: the factor in total."""
+        return self.layers[-1].relative
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What was found, in plain sentences."""
+        return (
+            self._vanishing(),
+            self._drop(),
+            self._biases(),
+            self._variance(),
+            *self._silent(),
+            self._dead(),
+            *self._stored(),
+        )
+
+    def table(self) -> str:
+        """The findings of every layer as a text table, without a trailing newline."""
+        return text_table(self.layers)
+
+    def figure(self) -> Figure:
+        """Draws features and offsets over relative depth, of the network and its references.
+
+        Root mean squares over units, on a logarithmic axis; zeros are gaps.
+
+        Returns:
+            A matplotlib figure; `vfjax.plot.save` writes it.
+        """
+        sizes = [self.features.site(row.site).size for row in self.layers]
+        return draw(self.layers, sizes, self.depth, self.vanishes, self.title)
+
+    def page(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the report as one HTML page that needs no other file and no network.
+
+        Args:
+            path: The file to write; its folder is created.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: If nothing can be written there; what was at `path` stays.
+        """
+        text = html.page(
+            self.title, self.words, self.advice, self.layers, self.vanishes, self.figure()
+        )
+        return write_whole(path, text.encode())
+
+    def __str__(self) -> str:
+        """Words, advice and table."""
+        advice = [f"- {one}" for one in self.advice]
+        return "\n".join([self.title, "", *self.words, "", *advice, "", self.table()])
+
+    def __repr__(self) -> str:
+        """The outcome, in one line."""
+        where = f"features vanish at '{self.vanishes.site}'" if self.vanishes else "features live"
+        remedies = ", ".join(one.remedy for one in self.advice)
+        return f"Report({where}, {self.left:.3g} left at {self.end}, advice: {remedies})"
+
+    # --------------------------------------------------------------------------------- sentences
+
+    def _vanishing(self) -> str:
+        left = f"at {self.end} {self.left:.3g} of them is left"
+        if self.left and self.left < 1:
+            times = 1 / self.left
+            left += f", {times:,.0f} times less" if times >= 1000 else f", {times:.3g} times less"
+        if self.vanishes is None:
+            return f"Features do not vanish: {left}, relative to the references."
+        return (
+            f"Features vanish at {self._at(self.vanishes)}: from there on they stay at or below "
+            f"{self.threshold:.3g} of the references' features; {left}."
+        )
+
+    def _drop(self) -> str:
+        drop = self.largest_drop
+        if drop.step >= 0.99:
+            return "No layer loses more than 1 % of its features against the references."
+        text = f"The largest drop is at {self._at(drop)}, to {drop.step:.3g} of what came before"
+        if self.vanishes is not None and self.left > 0:
+            share = min(1.0, float(np.log(drop.step) / np.log(self.left)))
+            text += f": {100 * share:.0f} % of the loss, on a logarithmic scale"
+        return text + "."
+
+    def _biases(self) -> str:
+        last = self.layers[-1]
+        mine, theirs = last.ratio, last.reference_ratio
+        if not mine < 1:
+            does = f"Biases do not dominate {self.end}"
+        elif self.biases_dominate:
+            does = f"Biases dominate {self.end}, and far more than in the references"
+        elif mine < _SAME * theirs:
+            does = f"Biases dominate {self.end}, somewhat more than in the references"
+        else:
+            does = f"Biases dominate {self.end}, but no more than in the references"
+        known = f"||f(x) - f(0)|| is {mine:.3g} of ||f(0)|| there"
+        reference = _undefined(theirs) or f"it is {theirs:.3g}"
+        return f"{does}: {_undefined(mine) or known}, in the references {reference}."
+
+    def _variance(self) -> str:
+        does = "collapses" if self.collapse.collapsed[0] else "does not collapse"
+        return (
+            f"The variance {does}: that of {self.end} is {self.collapse.final[0]:.3g} of the "
+            f"references' (collapsed at or below {self.collapse.eps:.3g})."
+        )
+
+    def _silent(self) -> tuple[str, ...]:
+        silent = [row for row in self.layers if row.silent]
+        if not silent:
+            return ()
+        others = f" and at {len(silent) - 1} more" if len(silent) > 1 else ""
+        return (
+            f"What is left at {self._at(silent[0])}{others} does not vary with the input: no scale "
+            "brings features back there.",
+        )
+
+    def _dead(self) -> str:
+        worst = max(self.layers, key=lambda row: row.dead - row.reference_dead)
+        if worst.dead <= worst.reference_dead:
+            return "No layer has more dead channels than the references."
+        return (
+            f"Most dead channels beyond the references' are at {self._at(worst)}: "
+            f"{100 * worst.dead:.0f} % against {100 * worst.reference_dead:.0f} %."
+        )
+
+    def _stored(self) -> tuple[str, ...]:
+        if not self.norms:
+            return ()
+        stale = [norm for norm in self.norms if norm.stale]
+        if not stale:
+            return (
+                f"The stored statistics of all {len(self.norms)} norms fit what they read, as well "
+                "as the references' do.",
+            )
+        return (
+            f"The stored statistics of {len(stale)} of {len(self.norms)} norms do not fit what "
+            f"they read, first those of {stale[0].name}.",
+        )
+
+    def _at(self, row: LayerFinding) -> str:
+        return f"{row.site} (depth {row.depth} of {self.depth})"
+
+
+def _undefined(ratio: float) -> str:
+    """What to say in place of a ratio of feature to offset that is no number."""
+    if np.isnan(ratio):
+        return "there is neither feature nor offset"
+    return "there is no offset" if np.isinf(ratio) else ""
+
+
+def report(
+    net: Network | Sequence[Network],
+    variables: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree | Merged],
+    maps: Maps | None = None,
+    weights: Sequence[float] | None = None,
+    sites: Sites = "layers",
+    threshold: float = 0.5,
+    title: str = "Vanishing features",
+    page: str | os.PathLike[str] | None = None,
+    figure: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Says where features vanish, whether biases dominate the output, and what likely helps.
+
+    With r the features relative to the references' mean, by layer of the main path and at the
+    output, features vanish at the first layer from which on r stays at or below `threshold`, to the
+    output; dead branches, where r is 0 but not further on, apart. Where the output is no single
+    array with an axis of examples, the last layer stands for it. The network counts as a merge of
+    its references if these are several, all trees, and its kernels have a cosine of 0.9 or more
+    with their mean. The advice follows from measured numbers:
+
+    - match first, for such a merge: features vanish, the references' kernels have a cosine below
+      0.1 with each other, and there is something to permute;
+    - RESET: stored statistics of a norm are off what it reads, beyond the references' own, by a
+      factor of 1.25 in standard deviation or by 0.5 standard deviations in mean. Moments behind
+      such a norm say nothing of layers, so the next two are left to a second report;
+    - RESCALE or REPAIR: moments of a layer of the trunk are off by as much, and the first such
+      layer decides, as nothing upstream confounds it: RESCALE if its standard deviation is off and
+      scaling puts its means within 0.5 standard deviations of the references', else REPAIR. No
+      scale brings back features where none are left: such layers decide last, by their means;
+    - bias calibration, for such a merge: biases dominate the output, some feature is left there,
+      kernels are below 0.9 of the references' magnitude (geometric mean), layers behind the first
+      have biases, and no bias serves layers of several depths; it needs no data;
+    - PFM, for such a merge: features vanish, but not altogether, in the second half, or half of the
+      loss (on a logarithmic scale) is at one layer. l is the least for which the layers after l
+      lose no more than down to `threshold`;
+    - nothing to do: none of these, features do not vanish, biases do not dominate, and every layer
+      varies with the input;
+    - none known: none of these either.
+
+    Calls name what was passed here `net`, `merged`, `data`, `references` and `maps`, and a random
+    key `key`; they pass the references' weights wherever they would take others by themselves.
+
+    Args:
+        net: The traced network, or one per reference, as in `features`.
+        variables: A tree of its variables, or a `vfjax.merge.Merged`: one network.
+        data: Re-iterable of `x` or `(x, label)`.
+        references: The edge models, aligned as they were merged, or the network before pruning.
+            Where they differ in a site's shape, as at the outputs of heads with classes of their
+            own, features and offsets are compared and channels are not: there, `std_ratio`,
+            `mean_shift` and `rescaled_shift` are NaN.
+        maps: What the edge models, as trees, were merged through, if they are not aligned: their
+            values and kernels are carried into the basis of the merge.
+        weights: One per reference, summing to one. None for those of `variables`, if that is a
+            `Merged` of as many models, else 1/R each.
+        sites: As in `features`; those on the main path count, and the output always. Remedies act
+            on pre-activations, so leave `"layers"` unless one of them cannot be measured.
+        threshold: Share of the references' features, in (0, 1).
+        title: What the network is called in figure and page.
+        page: A file to write the page to, if any.
+        figure: A file to write the figure to as PNG, if any.
+
+    Returns:
+        The record; `print` shows words, advice and table.
+
+    Raises:
+        TypeError: As `features`.
+        ValueError: As `features`; or if there is no reference or more than one network,
+            `threshold` is not in (0, 1), no site of the main path is left, or the references'
+            features or variance are 0 at one of them (as on data of equal examples).
+        OSError: If page or figure cannot be written.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> v = {"a": jnp.eye(2), "b": jnp.eye(2), "c": jnp.eye(2)}
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(jax.nn.relu(x @ v["a"]) @ v["b"] + 0.1) @ v["c"]
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+        >>> net = vfjax.trace(apply_fn, v, x)
+        >>> found = report(net, v | {"b": v["b"] / 10}, [x], references=[v])
+        >>> found.vanishes.site, round(found.left, 3), found.advice[0].remedy
+        ('b', 0.1, 'RESCALE')
+        >>> report(net, v, [x], references=[v]).advice[0].remedy
+        'nothing to do'
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
+    feature and of variance collapse, the upper-bound sequence, and the sections on normalisation
+    and on Preserve-First Merging. The numbers in the rules are this library's own choice.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}")
+    if references is None or (isinstance(references, (list, tuple)) and not references):
+        raise ValueError(
+            "references must hold at least one network to compare with: the edge models, or the "
+            "network before pruning"
+        )
+    given = net
+    nets, mine, others = compared(given, variables, references)
+    net, model = nets[0], _one(mine)
+    names = resolve_sites(net, sites)
+    norms = [norm.site for norm in net.norms if norm.site not in names]
+    path, end = findings.main_path(net, names)
+    found = features(
+        given,
+        model,
+        data,
+        references=list(others),
+        maps=maps,
+        weights=weights_for(model, weights, len(others)),
+        sites=list(dict.fromkeys([*names, *norms, *path])),
+    )
+    aligned = others if maps is None else tuple(maps.apply(nets, others))
+    bound = bound_sequence(found, sites=path)
+    smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
+    collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
+    rows = findings.layer_findings(net, model, aligned, found, bound, smoothed)
+    heads = [s for s in found.names if isinstance(model, Merged) and model.in_heads(s)]
+    inside = [norm.site for norm in net.norms if norm.site in heads]
+    # Statistics that heads store are of values in the models' own basis, where maps led out of it.
+    own = features(given, model, data, sites=inside) if inside and maps is not None else found
+    stored = findings.norm_findings(
+        net, model, aligned, found, own, mean_error=MEAN_OFF, std_ratio=STD_OFF
+    )
+    case = Case(
+        net=net,
+        merged=model.merged if isinstance(model, Merged) else slice(0, net.depth),
+        mapped=maps is not None,
+        weights=found.weights,
+        own_weights=weights_for(model, None, len(others)),
+        trees=not any(isinstance(other, Merged) for other in others),
+        rows=rows,
+        norms=stored,
+        end=end,
+        threshold=float(threshold),
+    )
+    made = Report(
+        title=title,
+        features=found,
+        bound=bound,
+        smoothed=smoothed,
+        collapse=collapse,
+        layers=rows,
+        norms=stored,
+        depth=net.depth,
+        end=end,
+        threshold=case.threshold,
+        vanishes=case.vanishes,
+        largest_drop=case.largest_drop,
+        biases_dominate=case.biases_dominate,
+        advice=advise(case),
+    )
+    if page is not None:
+        made.page(page)
+    if figure is not None:
+        from vfjax import plot
+
+        plot.save(made.figure(), figure)
+    return made
+
+
+def _one(networks: tuple[PyTree | Merged, ...]) -> PyTree | Merged:
+    if len(networks) != 1:
+        raise ValueError(f"variables must be one network, got {len(networks)}; report on each")
+    return networks[0]

@@ -1,0 +1,319 @@
+"""The compiled part of `features`: what one batch tells of several networks at once.
+
+Everything is a mean or a deviation over samples, so that batches, and pieces of a batch, merge as
+moments do. All of it is in the unit of the values, none in its square, so that whatever float32
+holds is measured: squares are taken of values that were scaled near one. At a site, a network has
+one row of numbers, or one per model where the site lies inside stems or heads of a `Merged`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._passes.batching import batch_size
+from vfjax._passes.devices import mesh_of, on_mesh, replicate
+from vfjax._passes.moments import ROUNDINGS, alive, length, scale_of, union_deviation, union_means
+from vfjax._passes.streaming import by_pieces, each, stream
+from vfjax._types import Array, PyTree
+from vfjax.merge._merged import Merged
+from vfjax.network._network import Network
+from vfjax.stats._pieces import pieces
+from vfjax.stats._sites import Site, arrange, by_example
+
+# Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
+# it; below, the difference would lose more than two of seven digits, and values are centred.
+_LEAST = 0.02
+# What there is per channel.
+CHANNELS = ("mean", "std")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """What was measured of one network: by site, an array per row. Rows may differ in shape.
+
+    Attributes:
+        mean: `[*channels]`, over examples and positions.
+        std: `[*channels]`, likewise.
+        norm: `[]`, the mean over examples of `||f(x) - f(0)||`.
+        norm_std: `[]`, its standard deviation over examples.
+        centre: `[...]`, the mean over examples of `f(x) - f(0)`, shaped like `f(0)`.
+        spread: `[]`, the root of `E ||f(x) - E f(x)||^2`.
+    """
+
+    mean: dict[str, tuple[Array, ...]]
+    std: dict[str, tuple[Array, ...]]
+    norm: dict[str, tuple[Array, ...]]
+    norm_std: dict[str, tuple[Array, ...]]
+    centre: dict[str, tuple[Array, ...]]
+    spread: dict[str, tuple[Array, ...]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["network", "maps"], meta_fields=["net"]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """A network whose values count in the basis of a merge.
+
+    Attributes:
+        network: Its variables, or a `Merged` whose stems and heads are the models' own.
+        maps: Of each model, by group, what maps its features there: `[m, n]`, or a permutation
+            `int[n]`. Empty where values are in that basis already.
+        net: The network that runs the variables.
+    """
+
+    network: PyTree | Merged
+    maps: tuple[dict[str, Array], ...]
+    net: Network
+
+
+class Job(NamedTuple):
+    """What a pass measures: hashable, so that it is the key of a compilation."""
+
+    net: Network
+    sites: tuple[Site, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sites to capture."""
+        return tuple(site.source for site in self.sites)
+
+
+# By network and site, one array per row.
+Offsets = tuple[dict[str, tuple[Array, ...]], ...]
+
+
+def zero_example(net: Network) -> PyTree:
+    """The input 0: zeros of the traced input's dtypes, one example."""
+    return jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), net.x)
+
+
+def offsets(job: Job, networks: tuple[Any, ...]) -> Offsets:
+    """`f(0)` of every network at every site: one forward pass of one example."""
+    mesh, x = mesh_of(networks), zero_example(job.net)
+    if mesh is not None:
+        x = replicate(x, mesh)
+    return _offsets(job, mesh, networks, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _offsets(job: Job, mesh: Any, networks: tuple[Any, ...], x: PyTree) -> Offsets:
+    def found(networks: tuple[Any, ...], x: PyTree) -> Offsets:
+        return each(functools.partial(_values, job), networks, x)
+
+    return on_mesh(found, mesh)(networks, x)
+
+
+def measure(
+    job: Job, networks: tuple[Any, ...], shifts: Offsets, data: Iterable[Any]
+) -> tuple[Rows, ...]:
+    """One pass over data: the rows of every network, pooled over all batches."""
+    pooled, _ = stream(
+        functools.partial(_measure, job), _pool, (networks, shifts), data, like=job.net.x
+    )
+    return jax.tree.map(np.asarray, pooled)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    job: Job, mesh: Any, state: tuple[tuple[Any, ...], Offsets], x: PyTree
+) -> tuple[tuple[Rows, ...], list[Array]]:
+    if mesh is not None:
+        return on_mesh(functools.partial(_batch, job), mesh)(state, x), []
+    parts = pieces(_runs(job, state[0]), x)
+    return by_pieces(lambda x: (_batch(job, state, x), []), _merge, parts, x)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _pool(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tuple[Rows, ...]:
+    return _merge(pooled, batch, share)
+
+
+def _merge(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tuple[Rows, ...]:
+    return tuple(_union(old, new, share) for old, new in zip(pooled, batch, strict=True))
+
+
+def _union(old: Rows, new: Rows, share: Any) -> Rows:
+    """The rows of the union of two sets of samples."""
+    means, steps = union_means(
+        (old.mean, old.norm, old.centre), (new.mean, new.norm, new.centre), share
+    )
+    sizes = (*steps[:2], jax.tree.map(lambda step: length(step, tuple(range(step.ndim))), steps[2]))
+    std, norm_std, spread = jax.tree.map(
+        lambda a, b, step: union_deviation(a, b, step, share),
+        (old.std, old.norm_std, old.spread),
+        (new.std, new.norm_std, new.spread),
+        sizes,
+    )
+    return Rows(*(means[0], std, means[1], norm_std, means[2], spread))
+
+
+def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple[Rows, ...]:
+    size = batch_size(x)
+
+    def one(network: tuple[Any, dict[str, tuple[Array, ...]]], x: PyTree) -> Rows:
+        model, shift = network
+        values = _values(job, model, x)
+        found: dict[str, list[dict[str, Array]]] = {
+            site.name: [
+                _reduce(site, value, at_zero, size)
+                for value, at_zero in zip(values[site.source], shift[site.source], strict=True)
+            ]
+            for site in job.sites
+        }
+        names = [field.name for field in dataclasses.fields(Rows)]
+        return Rows(
+            **{
+                what: {site: tuple(row[what] for row in rows) for site, rows in found.items()}
+                for what in names
+            }
+        )
+
+    return each(one, tuple(zip(*state, strict=True)), x)
+
+
+def _runs(job: Job, networks: tuple[Any, ...]) -> dict[Network, PyTree]:
+    """The traced networks that run, each with a tree of its own or none."""
+    found: dict[Network, PyTree] = {}
+    for network in networks:
+        net = network.net if isinstance(network, Carried) else job.net
+        network = network.network if isinstance(network, Carried) else network
+        if isinstance(network, Merged):
+            found.setdefault(net, network.trunk)
+            found |= {own: {} for own in network.nets if own not in found}
+        else:
+            found.setdefault(net, network)
+    return found
+
+
+def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
+    """Values at every site, one per row, in float32 or better."""
+    maps: tuple[Any, ...] = network.maps if isinstance(network, Carried) else ()
+    net = network.net if isinstance(network, Carried) else job.net
+    network = network.network if isinstance(network, Carried) else network
+    if isinstance(network, Merged):
+        _, found = network.read(x, job.sources)
+        trees = {True: network.stems, False: network.heads}
+        for source in job.sources if maps else ():
+            if network.apart(source):
+                parts = trees[network.in_stems(source)]
+                found[source] = tuple(
+                    network.net_of(k).map_site(parts[k], x, source, value, maps[k])
+                    for k, value in enumerate(found[source])
+                )
+    else:
+        _, values = net.run(network, x, capture=job.sources)
+        found = {source: (value,) for source, value in values.items()}
+        for source in job.sources if maps else ():
+            found[source] = (net.map_site(network, x, source, values[source], maps[0]),)
+    return {
+        site.source: tuple(arrange(value, site)[0] for value in found[site.source])
+        for site in job.sites
+    }
+
+
+def _reduce(site: Site, value: Array, at_zero: Array, size: int) -> dict[str, Array]:
+    """One row: the moments of a value per channel, and of its distance to the value at zero.
+
+    Two reads of the value give all: its mean over examples, by unit, and the squares of its
+    distance, summed over positions, by example and channel. The distance is used once, so that XLA
+    need not write it down.
+    """
+    _, samples = arrange(value, site)
+    parts, axis = by_example(site.name, value, at_zero.shape, size)
+    single = at_zero.reshape(*parts.shape[:axis], 1, *parts.shape[axis + 1 :])
+    example = parts.mean(axis).reshape(at_zero.shape)
+    mean = example.mean(samples, keepdims=True)
+    centre = example - at_zero
+    scale = scale_of(centre, example - mean)
+
+    # Where an axis of examples was split off, those behind it have moved.
+    moved = parts.ndim - value.ndim
+    channels = [a + moved * (a >= axis) for a in range(value.ndim) if a not in samples]
+    positions = tuple(a for a in range(parts.ndim) if a != axis and a not in channels)
+    # The barrier keeps what follows from reading the values again.
+    squares = jax.lax.optimization_barrier(jnp.square((parts - single) * scale).sum(positions))
+    behind = axis - sum(a < axis for a in positions)
+    others = tuple(a for a in range(squares.ndim) if a != behind)
+    norm = jnp.sqrt(squares.sum(others))
+
+    total = squares.sum() / size
+    square = squares.sum(behind) * (squares.size // squares.shape[behind] / value.size)
+    drift = jnp.square(centre * scale)
+    spread = total - drift.sum()
+    # By parts: of every unit about its own mean, and of the units' means.
+    var = square - drift.mean(samples) + jnp.square((example - mean) * scale).mean(samples)
+
+    def centred() -> tuple[Array, Array]:
+        about = jnp.square((parts - example.reshape(single.shape)) * scale)
+        return jnp.square((value - mean) * scale).mean(samples), about.sum() / size
+
+    enough = (var >= _LEAST * square).all() & (spread >= _LEAST * total)
+    var, spread = jax.lax.cond(enough, lambda: (var, spread), centred)
+    return {
+        "mean": jnp.squeeze(mean, samples),
+        "std": jnp.sqrt(var) / scale,
+        "norm": norm.mean() / scale,
+        "norm_std": norm.std() / scale,
+        "centre": centre,
+        "spread": jnp.sqrt(spread) / scale,
+    }
+
+
+def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict[str, np.ndarray]:
+    """What a network's rows at a site come to, on the host.
+
+    Args:
+        site: The site.
+        rows: The network's rows.
+        at_zero: Its values at the input 0, one per row.
+        weights: Those of the models of a `Merged`, over which rows are averaged.
+
+    Returns:
+        The fields of `Features`, of one network; `mean` and `std` only where all rows have the same
+        channels.
+    """
+    found = [_of_row(rows, site, at, zero) for at, zero in enumerate(at_zero)]
+    shapes = {one["mean"].shape for one in found}
+    share = np.asarray(weights) if len(found) > 1 else np.ones(1)
+    dtype = rows.norm[site][0].dtype
+    with np.errstate(over="ignore"):  # which is reported, with the name of the site
+        return {
+            what: np.tensordot(share, np.stack([one[what] for one in found]), 1).astype(dtype)
+            for what in found[0]
+            if what not in CHANNELS or len(shapes) == 1
+        }
+
+
+def _of_row(rows: Rows, site: str, at: int, at_zero: Any) -> dict[str, np.ndarray]:
+    """What one row comes to."""
+    mean = rows.mean[site][at]
+    row = {
+        field.name: np.asarray(getattr(rows, field.name)[site][at], np.float64)
+        for field in dataclasses.fields(rows)
+    }
+    zero = np.asarray(at_zero, np.float64)
+    # What is no larger than the rounding of the values themselves is none.
+    rounding = ROUNDINGS * np.finfo(rows.norm[site][at].dtype).eps
+    std = np.where(row["std"] <= rounding * np.abs(row["mean"]), 0, row["std"])
+    example = np.linalg.norm(zero + row["centre"])
+    spread = np.where(row["spread"] <= rounding * example, 0, row["spread"])
+    # Nothing is nearer to the values than their mean; 0 where they are f(0), to the last bit.
+    spread = np.minimum(spread, np.hypot(row["norm"], row["norm_std"]))
+    return {
+        "feature": row["norm"],
+        "feature_std": row["norm_std"],
+        "offset": np.asarray(np.linalg.norm(zero)),
+        "mean": row["mean"],
+        "std": std,
+        "variance": np.square(spread) / max(zero.size, 1),
+        "dead": np.asarray(1 - alive(mean, std**2).mean()),
+    }

@@ -1,0 +1,582 @@
+"""`Merged`: models apart, then one, then apart again, as a pytree that can be called."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from vfjax._trees import paths
+from vfjax._trees.mean import resolve_weights
+from vfjax._types import Array, PyTree
+from vfjax.merge import _saved
+from vfjax.network._arguments import check_fits
+from vfjax.network._checks import check_variances
+from vfjax.network._cost import count, map_flops, part_flops
+from vfjax.network._crossing import Crossing
+from vfjax.network._network import Network
+from vfjax.network._run import check_capture, check_edit
+
+Edits = Mapping[str, Callable[[Array], Array]]
+
+
+# By group, a matrix.
+Matrices = Mapping[str, jax.Array]
+
+
+class Composition:
+    """The facts about a merged model: the part of `Merged` that only reads.
+
+    It has no fields of its own; those below are the ones of `Merged` that it reads.
+    """
+
+    stems: tuple[PyTree, ...]
+    trunk: PyTree
+    corrections: Mapping[str, Any]
+    net: Network
+    cut: int
+    weights: tuple[float, ...]
+    heads: tuple[PyTree, ...]
+    merge: tuple[Matrices, ...]
+    unmerge: tuple[Matrices, ...]
+    end: int | None
+    nets: tuple[Network, ...]
+
+    @property
+    def merged(self) -> slice:
+        """The layers that are merged, of a list of all by depth."""
+        return slice(self.cut, self.net.depth if self.end is None else self.end)
+
+    def net_of(self, model: int) -> Network:
+        """The network of a model's stem and head.
+
+        Args:
+            model: Its number.
+
+        Returns:
+            Its own network where the models have their own, else the one of all.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> model.net_of(1) is net
+            True
+        """
+        return self.nets[model] if self.nets else self.net
+
+    def apart(self, site: str) -> bool:
+        """Whether a site lies inside stems or heads, where it has a value per model.
+
+        What crosses the cut is averaged, so the layers at the cut are not apart; nor is what
+        crosses into the heads.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Raises:
+            ValueError: If the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2), "w2": jnp.eye(2)}
+            >>> net = vfjax.trace(lambda v, x: x @ v["w0"] @ v["w1"] @ v["w2"], a, jnp.ones((1, 2)))
+            >>> model = vfjax.merge.preserve_first(net, [a, a], layers=2)
+            >>> [model.apart(site) for site in ("input", "w0", "w1", "w2")]
+            [True, True, False, False]
+        """
+        return self.in_stems(site) or self.in_heads(site)
+
+    def in_stems(self, site: str) -> bool:
+        """Whether a site lies inside the stems, where it has a value per model.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Returns:
+            False for the layers at the cut, whose pre-activations are averaged.
+
+        Raises:
+            ValueError: If the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> [model.in_stems(site) for site in ("w", "v")]
+            [False, False]
+        """
+        inside = self.net.in_stem(site, self.cut)  # which checks the name
+        return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
+
+    def in_heads(self, site: str) -> bool:
+        """Whether a site lies inside the heads, where it has a value per model.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Returns:
+            False without heads, and for the pre-activations of the last merged layers.
+
+        Raises:
+            ValueError: If there are heads, and the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> [model.in_heads(site) for site in ("w", "v")]
+            [False, True]
+        """
+        return self.end is not None and not self.net.in_stem(site, self.end)
+
+    @property
+    def params(self) -> int:
+        """Number of parameters: those of every stem, of the trunk, and of every head.
+
+        Running statistics are none. Matrices at the cuts count, but for those that select.
+        """
+        parts = [(self.net_of(k), stem) for k, stem in enumerate(self.stems)]
+        parts += [(self.net, self.trunk)]
+        parts += [(self.net_of(k), head) for k, head in enumerate(self.heads)]
+        matrices = [m for maps in (*self.merge, *self.unmerge) for m in maps.values()]
+        return sum(count(net, paths.flatten_named(tree)[0]) for net, tree in parts) + sum(
+            int(np.prod(np.shape(m))) for m in matrices if not _selects(m)
+        )
+
+    parameters = params
+
+    @property
+    def flops(self) -> int:
+        """Multiply-accumulates per example: those of every stem, of the trunk, of every head.
+
+        Matrices at the cuts count, but for those that select.
+        """
+        total = part_flops(self.net, paths.flatten_named(self.trunk)[0], self.cut or None, self.end)
+        for k, stem in enumerate(self.stems):
+            total += part_flops(self.net_of(k), paths.flatten_named(stem)[0], None, self.cut)
+        for k, head in enumerate(self.heads):
+            total += part_flops(self.net_of(k), paths.flatten_named(head)[0], self.end, None)
+        for k, maps in enumerate(self.merge):
+            total += map_flops(self.net_of(k), self.cut, _widths(maps))
+        for maps in self.unmerge:
+            assert self.end is not None  # there are heads
+            total += map_flops(self.net, self.end, _widths(maps))
+        return total
+
+    def __repr__(self) -> str:
+        """Says what it is in a line, without arrays."""
+        heads = "" if self.end is None else f"heads after {self.end}, "
+        maps = sorted({group for of in (*self.merge, *self.unmerge) for group in of})
+        return (
+            f"Merged(cut={self.cut} of {self.net.depth}, {heads}models={len(self.weights)}, "
+            f"weights={self.weights}, params={self.params}, flops={self.flops}, "
+            f"corrections={list(self.corrections)}{f', mapped={maps}' if maps else ''})"
+        )
+
+
+def _selects(matrix: Any) -> bool:
+    """Whether a matrix only selects: each row is zero but for a one."""
+    if isinstance(matrix, (Tracer, jax.ShapeDtypeStruct)):
+        return False
+    matrix = np.asarray(matrix)
+    return bool(((matrix != 0).sum(1) == 1).all() and (matrix.sum(1) == 1).all())
+
+
+def _widths(maps: Matrices) -> dict[str, int]:
+    """How many entries the matrices make of their groups; those that select cost nothing."""
+    return {group: len(m) for group, m in maps.items() if not _selects(m)}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stems", "trunk", "corrections", "heads", "merge", "unmerge"],
+    meta_fields=["net", "cut", "weights", "end", "nets"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Merged(Composition):
+    """Several models that share a range of layers: what `vfjax.merge.partial` returns.
+
+    Every model runs its own stem; what crosses is mapped into the basis of the merge and averaged;
+    one averaged trunk follows; what crosses then is mapped back into each model's own basis, where
+    its head finishes. Without heads, as `vfjax.merge.preserve_first` makes it, the trunk finishes.
+
+    A frozen pytree whose leaves are parameters: `model(x)`, `jax.jit(model)(x)`, `jax.grad`,
+    `jax.jit(lambda m, x: m(x))(model, x)`, `jax.device_put` and `jax.tree.map` all work. Equality
+    and hash are by identity.
+
+    Attributes:
+        stems: One tree per model with the leaves that its stem reads, None in place of the others;
+            empty at cut 0.
+        trunk: The averaged tree, None in place of leaves that the trunk does not read; at cut 0 and
+            without heads the whole tree. Also None: variances that merging left unknown, until
+            `vfjax.renorm.reset` measures them.
+        corrections: `{layer name: (scale, shift)}`, float32 or better, shaped like the layer's
+            channels: `z <- scale * z + shift` on its pre-activation (averaged, at the cut). Only
+            those that could not be folded into leaves.
+        net: The traced network, of the trunk (static).
+        cut: How many layers are kept per model in front, from 0 to `net.depth` (static).
+        weights: The weights of the averages, one float per model (static).
+        heads: One tree per model with the leaves that its head reads; empty without heads.
+        merge: Per model, the matrices `[m, n]` of groups that cross into the trunk, float32; empty
+            where none is mapped. Permutations are none: leaves are permuted beforehand.
+        unmerge: Likewise `[n, m]`, of groups that cross into the heads.
+        end: Depth of the last merged layer, where heads begin; None without heads (static).
+        nets: One network per model, where they have their own (static); else empty.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> a, b = {"w0": jnp.eye(2), "w1": jnp.eye(2)}, {"w0": jnp.eye(2), "w1": 3 * jnp.eye(2)}
+        >>> x = jnp.array([[1.0, 2.0]])
+        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w0"]) @ v["w1"], a, x)
+        >>> model = vfjax.merge.preserve_first(net, [a, b], layers=1)
+        >>> model
+        Merged(cut=1 of 2, models=2, weights=(0.5, 0.5), params=12, flops=14, corrections=[])
+        >>> jax.jit(model)(x).tolist()
+        [[2.0, 4.0]]
+    """
+
+    stems: tuple[PyTree, ...]
+    trunk: PyTree
+    corrections: Mapping[str, tuple[Array, Array]]
+    net: Network
+    cut: int
+    weights: tuple[float, ...]
+    heads: tuple[PyTree, ...] = ()
+    merge: tuple[Matrices, ...] = ()
+    unmerge: tuple[Matrices, ...] = ()
+    end: int | None = None
+    nets: tuple[Network, ...] = ()
+
+    def __call__(self, x: PyTree) -> PyTree:
+        """Evaluates the model on a batch x, as the traced `apply_fn` would.
+
+        With heads, the result is a tuple of their outputs, one per model.
+        """
+        return self.run(x)
+
+    def run(
+        self,
+        x: PyTree,
+        *,
+        capture: Sequence[str] | None = None,
+        edit: Edits | None = None,
+    ) -> PyTree:
+        """Evaluates the model with values of trunk and heads read or replaced, as `Network.run`.
+
+        Args:
+            x: A batch, or the `Crossing` that `crossing` made of one.
+            capture: Names of sites to return; of the trunk (or the layers at the cut, whose
+                pre-activation is the average over the stems), or of the heads.
+            edit: `{site: function}`. Where a correction sits, it comes first. At sites of the heads
+                all of them are edited alike.
+
+        Returns:
+            The output, or with `capture` the pair `(output, {name: value})`. With heads, outputs
+            and what is captured inside of them are tuples, of one value per model.
+
+        Raises:
+            TypeError: If `capture` is no sequence of names, or `edit` no mapping to functions.
+            ValueError: If a site does not exist or lies inside the stems, x is no batch of the
+                traced network and no `Crossing` of this cut, an edit changes shape or dtype, or a
+                variance is unknown.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> a, b = {"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}
+            >>> x = jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: x @ v["w"], a, x)
+            >>> model = vfjax.merge.preserve_first(net, [a, b], layers=1)
+            >>> out, found = model.run(x, capture=["w"], edit={"w": lambda z: -z})
+            >>> out.tolist(), found["w"].tolist()
+            ([[-2.0, -4.0]], [[-2.0, -4.0]])
+        """
+        check_edit(edit)
+        edit, sites = dict(edit or {}), check_capture(capture)
+        inside = [site for site in sites if self.in_heads(site)]
+        changes = {site: change for site, change in edit.items() if self.in_heads(site)}
+        out, found = self.run_trunk(
+            x,
+            capture=[site for site in sites if site not in inside],
+            edit={site: change for site, change in edit.items() if site not in changes},
+        )
+        if self.heads:
+            runs = [
+                self.run_head(k, out, capture=inside, edit=changes) for k in range(len(self.heads))
+            ]
+            out = tuple(end for end, _ in runs)
+            found |= {site: tuple(values[site] for _, values in runs) for site in inside}
+        return out if capture is None else (out, {site: found[site] for site in sites})
+
+    def run_trunk(
+        self, x: PyTree, *, capture: Sequence[str] = (), edit: Edits | None = None
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """Evaluates stems and trunk: the output or, with heads, what crosses into them.
+
+        Args:
+            x: A batch, or a `Crossing` at the cut.
+            capture: Sites of the trunk.
+            edit: By site of the trunk, a function; corrections come first.
+
+        Returns:
+            The output, or the `Crossing` in the basis of the merge; and the captured values.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> crossing, found = model.run_trunk(x, capture=["w"])
+            >>> crossing.values[0].tolist(), found["w"].tolist()
+            ([[1.0, 2.0]], [[1.0, 2.0]])
+        """
+        edit = dict(edit or {})
+        for name, (scale, shift) in self.corrections.items():
+            edit[name] = _chain(self.net.layer(name).affine(scale, shift), edit.get(name))
+        if self.cut > 0 and not isinstance(x, Crossing):
+            x = self.crossing(x)
+        return self.net.run(
+            self.trunk, x, capture=capture, edit=edit, start=self.cut or None, stop=self.end
+        )
+
+    def run_head(
+        self,
+        model: int,
+        crossing: Crossing,
+        *,
+        capture: Sequence[str] = (),
+        edit: Edits | None = None,
+    ) -> tuple[PyTree, dict[str, Array]]:
+        """Evaluates one head on what crosses from the trunk.
+
+        Args:
+            model: Whose head.
+            crossing: What `run_trunk` returned.
+            capture: Sites of the head.
+            edit: By site of the head, a function.
+
+        Returns:
+            The model's output, and the captured values.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> model.run_head(1, model.run_trunk(x)[0])[0].tolist()
+            [[3.0]]
+        """
+        if self.unmerge:
+            crossing = self.net.map_crossing(self.trunk, crossing, self.unmerge[model])
+        return self.net_of(model).run(
+            self.heads[model], crossing, capture=capture, edit=edit, start=self.end
+        )
+
+    def read(self, x: PyTree, sites: Sequence[str]) -> tuple[PyTree, dict[str, tuple[Any, ...]]]:
+        """Evaluates the model with values read anywhere, inside the stems too.
+
+        Args:
+            x: A batch.
+            sites: Names of sites.
+
+        Returns:
+            The output, and by site a tuple: of one value per model where the site is `apart`, of
+            one value elsewhere.
+
+        Raises:
+            TypeError: If `sites` is no sequence of names.
+            ValueError: If a site does not exist, or x is no batch of the traced network.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2)}
+            >>> x = jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w0"]) @ v["w1"], a, x)
+            >>> model = vfjax.merge.preserve_first(net, [a, {**a, "w0": 3 * a["w0"]}], layers=2)
+            >>> out, found = model.read(x, ["w0", "w1"])
+            >>> [[value.tolist() for value in found[site]] for site in ("w0", "w1")]
+            [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
+        """
+        sites = check_capture(sites)
+        inside = [site for site in sites if self.in_stems(site)]
+        runs = [
+            self.net_of(k).run(stem, x, capture=inside, stop=self.cut)
+            for k, stem in enumerate(self.stems)
+        ]
+        if self.cut > 0:
+            x = self._join([end for end, _ in runs])
+        out, found = self.run(x, capture=[site for site in sites if site not in inside])
+        return out, {
+            site: tuple(values[site] for _, values in runs)
+            if site in inside
+            else found[site]
+            if self.in_heads(site)
+            else (found[site],)
+            for site in sites
+        }
+
+    def crossing(self, x: PyTree) -> Crossing:
+        """Evaluates the stems on a batch and averages what crosses the cut.
+
+        Corrections at the cut belong to `run`, so a crossing depends on the stems alone: it can be
+        stored and given to `run`, or to `vfjax.renorm` as data, for every trunk tried behind them.
+
+        Args:
+            x: A batch.
+
+        Returns:
+            The averaged crossing.
+
+        Raises:
+            ValueError: At cut 0, where nothing crosses.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> a, b = {"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}
+            >>> x = jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: x @ v["w"], a, x)
+            >>> model = vfjax.merge.preserve_first(net, [a, b], layers=1)
+            >>> crossing = model.crossing(x)
+            >>> crossing.values[0].tolist(), model.run(crossing).tolist()
+            ([[2.0, 4.0]], [[2.0, 4.0]])
+        """
+        if self.cut == 0:
+            raise ValueError("a model merged from its first layer on (cut 0) has no crossing")
+        return self._join(
+            [self.net_of(k).run(stem, x, stop=self.cut) for k, stem in enumerate(self.stems)]
+        )
+
+    def _join(self, crossings: Sequence[Crossing]) -> Crossing:
+        """Averages what comes from the stems, in the basis of the merge."""
+        if self.merge:
+            crossings = [
+                self.net_of(k).map_crossing(self.stems[k], crossing, self.merge[k])
+                for k, crossing in enumerate(crossings)
+            ]
+        return self.net.average_crossings(crossings, self.weights)
+
+    def check(self, name: str) -> None:
+        """Checks that a model can be evaluated: all is finite, and no variance unknown.
+
+        Args:
+            name: What to call it.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        kept, leaves = self.net.trunk_leaves(self.cut, self.end), paths.flatten_named(self.trunk)[0]
+        check_variances(self.net, [p for p in self.net.paths if p in kept - leaves.keys()], name)
+        paths.check_finite(paths.flatten_named(self.arrays._asdict())[0], name=name)
+
+    @property
+    def frame(self) -> Frame:
+        """All but the arrays and the weights: hashable, the key of a compilation."""
+        return Frame(self.net, self.cut, self.end, self.nets)
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays, the weights among them: what a compiled call of a `Frame` takes."""
+        return Arrays(
+            self.stems,
+            self.trunk,
+            dict(self.corrections),
+            np.asarray(self.weights),
+            self.heads,
+            self.merge,
+            self.unmerge,
+        )
+
+    def __checkpoint__(self) -> tuple[str, PyTree, dict[str, Any]]:
+        """Returns (kind, arrays, JSON) for `vfjax.checkpoint.save`."""
+        return "vfjax.merge.Merged", *_saved.take_apart(self)
+
+    @classmethod
+    def __from_checkpoint__(
+        cls, tree: PyTree, meta: Mapping[str, Any], *, net: Network | Sequence[Network] | None
+    ) -> Merged:
+        """Rebuilds what `__checkpoint__` took apart."""
+        return cls(**_saved.put_together(tree, meta, net))
+
+
+class Arrays(NamedTuple):
+    """The arrays of a `Merged`, weights included, which it keeps static itself."""
+
+    stems: tuple[PyTree, ...]
+    trunk: PyTree
+    corrections: Mapping[str, tuple[Array, Array]]
+    weights: Any
+    heads: tuple[PyTree, ...]
+    merge: tuple[Matrices, ...]
+    unmerge: tuple[Matrices, ...]
+
+
+class Frame(NamedTuple):
+    """A `Merged` without its arrays: evaluates all models that differ in these alone."""
+
+    net: Network
+    cut: int
+    end: int | None = None
+    nets: tuple[Network, ...] = ()
+
+    def net_of(self, model: int) -> Network:
+        """The network of a model's stem and head."""
+        return self.nets[model] if self.nets else self.net
+
+    def model(self, arrays: Arrays) -> Merged:
+        """The model of some arrays."""
+        return Merged(
+            stems=arrays.stems,
+            trunk=arrays.trunk,
+            corrections=arrays.corrections,
+            net=self.net,
+            cut=self.cut,
+            weights=tuple(arrays.weights),
+            heads=arrays.heads,
+            merge=arrays.merge,
+            unmerge=arrays.unmerge,
+            end=self.end,
+            nets=self.nets,
+        )
+
+    def __call__(self, arrays: Arrays, x: PyTree) -> PyTree:
+        """Evaluates the model of some arrays."""
+        return self.model(arrays).run(x)
+
+
+def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = None) -> Merged:
+    """Wraps one tree as a `Merged` of cut 0.
+
+    Args:
+        net: The traced network.
+        tree: A tree of the network's variables.
+        weights: The weights with which it was averaged; None for a model by itself.
+
+    Returns:
+        A model that computes what the tree does.
+
+    Raises:
+        TypeError: If `net` is no traced network, a leaf no array, or `weights` no sequence.
+        ValueError: If the tree does not fit the network, or weights do not sum to one.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
+        >>> net = vfjax.trace(lambda v, x: x @ v["kernel"], tree, x)
+        >>> as_merged(net, tree)
+        Merged(cut=0 of 1, models=1, weights=(1.0,), params=6, flops=6, corrections=[])
+    """
+    check_fits(net, tree, "tree", variances=False)
+    weights = (1.0,) if weights is None else resolve_weights(weights, None)
+    return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
+
+
+def _chain(first: Callable, second: Callable | None) -> Callable:
+    return first if second is None else lambda z: second(first(z))

@@ -1,0 +1,353 @@
+"""Merging a range of layers: stems before it, heads after it."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from vfjax._maps.maps import Maps
+from vfjax._trees.mean import average_trees, resolve_mix
+from vfjax._trees.paths import (
+    check_like,
+    check_sequence,
+    flatten_named,
+    without,
+)
+from vfjax._types import PyTree
+from vfjax.merge._merged import Matrices, Merged
+from vfjax.network._arguments import as_trees, check_models, check_net, networks
+from vfjax.network._checks import check_depth
+from vfjax.network._network import Network
+from vfjax.network._records import Layer
+
+
+def partial(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    maps: Maps | None = None,
+    *,
+    merged: slice = slice(None),
+    weights: Sequence[float] | None = None,
+    alpha: float | None = None,
+) -> Merged:
+    """Merges a range of layers and keeps those before it and after it apart, model by model.
+
+    Of a list of the layers by depth, as in `preserve_first`, `merged` is the slice that is merged.
+    `slice(l, None)` is Preserve-First Merging, PFM_{l/L}: a stem per model, one trunk.
+    `slice(None, l)` is a partial zip: one trunk, a head per model. Any other has both.
+
+    Stems and heads are the models' own. What crosses from the stems is mapped by every model's M
+    along the axes that carry groups, and averaged; the trunk is the average of the mapped models;
+    what crosses into the heads is mapped by every model's U. Models that are only permuted are
+    permuted beforehand, which costs nothing. The norm or activation after the last merged layer
+    belongs to the heads, where each sees its own model's features as the merge has them; so its
+    stored statistics, too, are for `vfjax.renorm.reset`.
+
+    Args:
+        net: The traced network; or one per tree, of one architecture but for widths and numbers of
+            classes. The trunk runs on the first.
+        trees: K >= 2 trees. Leaves that only heads read may differ in shape, where `apply_fn` takes
+            any number of classes.
+        maps: What a matcher found (`vfjax.align.zip_features`, or `Maps.of_permutations` of what
+            another did); None for trees that are aligned already.
+        merged: Which layers to merge, as a list of L would be sliced; by default all.
+        weights: K numbers that sum to one; None for 1/K each, which alone suits maps that merge
+            features within a model (`vfjax.align.zip_features`): see `vfjax.align.Maps`.
+        alpha: For two trees, short for the weights `(1 - alpha, alpha)`.
+
+    Returns:
+        The merged model. With heads it returns a tuple of K outputs, one per model.
+
+    Raises:
+        TypeError: If `net` is no traced network, `maps` no `Maps`, `merged` no slice of whole
+            numbers, `trees` no sequence of trees, or `weights` no sequence of numbers.
+        ValueError: If `merged` has a step or runs backwards, if fewer than two trees are given, if
+            they do not fit the networks, the maps or each other, hold NaN or infinite values, or
+            integer leaves that disagree, if weights do not fit, or if a value of integers would
+            have to be mapped.
+
+    Warns:
+        UserWarning: As `preserve_first`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["w1"]) @ v["w2"]
+        >>> a = {"w1": jnp.eye(2), "w2": jnp.ones((2, 1))}
+        >>> b = {"w1": jnp.eye(2)[::-1], "w2": jnp.array([[1.0, 0.0, 2.0], [3.0, 4.0, 5.0]])}
+        >>> x = jnp.array([[1.0, 2.0]])
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> swap = vfjax.align.Maps.of_permutations([None, {"w1": [1, 0]}])
+        >>> model = partial(net, [a, b], swap, merged=slice(None, 1))
+        >>> model
+        Merged(cut=0 of 2, heads after 1, models=2, weights=(0.5, 0.5), params=12, flops=16, \
+corrections=[])
+        >>> [out.tolist() for out in model(x)]
+        [[[3.0]], [[5.0, 4.0, 9.0]]]
+
+    Source: partial zipping of "ZipIt! Merging Models from Different Tasks without Training"
+    (Stoica et al., 2024, section 4), and Preserve-First Merging of "Vanishing Feature: Diagnosing
+    Model Merging and Beyond" (Qu and Horvath). The reference code of both folds U into the first
+    layer of a head instead, and runs stems through merged and unmerged copies; where U selects, a
+    head is the same function here, and a stem is the original.
+    """
+    check_sequence(trees, name="trees")
+    nets = networks(net, len(trees))
+    start, stop = _bounds(merged, nets[0].depth)
+    end = None if stop == nets[0].depth else stop
+    if maps is not None and not isinstance(maps, Maps):
+        raise TypeError(
+            f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}; permutations, one "
+            "mapping per model, go into Maps.of_permutations"
+        )
+    weights = resolve_mix(weights, alpha, len(trees))
+    return _merge(nets, trees, maps, start, end, weights)
+
+
+def preserve_first(
+    net: Network,
+    trees: Sequence[PyTree],
+    *,
+    layers: int,
+    weights: Sequence[float] | None = None,
+) -> Merged:
+    """Merges all but the first `layers` layers (Preserve-First Merging, PFM_{l/L}).
+
+    Layers count by depth along the main path, shortcuts and norms apart: VGG16 has L = 14, ResNet20
+    has L = 20. Every model runs its own stem, up to the pre-activations of its first `layers`
+    layers; the values that cross are averaged with the weights; the averaged trunk, beginning with
+    the norm or activation after layer l, finishes. Between 0 and L the model grows from the merged
+    one, in size and cost that of one model, to the logit ensemble. In a chain 1 equals 0: averaging
+    an affine map or its result is the same. It is `partial` with `merged=slice(layers, None)`.
+
+    Args:
+        net: The traced network.
+        trees: K >= 2 aligned trees of its variables.
+        layers: l, from 0 to `net.depth`.
+        weights: K numbers that sum to one; None for 1/K each.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        TypeError: If `net` is no traced network, `layers` no integer, `trees` no sequence of trees
+            or `weights` no sequence of numbers.
+        ValueError: If `layers` is out of range, if fewer than two trees are given, if they do not
+            fit the network or each other, hold NaN or infinite values, or integer leaves that
+            disagree, or if weights do not fit.
+
+    Warns:
+        UserWarning: Once per network, if the channels of a merged layer cannot be permuted, since
+            no alignment can then have matched them.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["w1"]) @ v["w2"]
+        >>> a = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
+        >>> b = {"w1": -jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
+        >>> x = jnp.ones((5, 3))
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> print(preserve_first(net, [a, b], layers=0)(x)[0])  # the weights cancel
+        [0. 0.]
+        >>> print(preserve_first(net, [a, b], layers=2)(x)[0])  # the logits do not
+        [6. 6.]
+
+    Source: Preserve-First Merging of "Vanishing Feature: Diagnosing Model Merging and Beyond" (Qu
+    and Horvath). Inside residual blocks exactly `layers` layers are kept, by the rule of the cut of
+    `Network.run`, where the reference code averages the weights of the last one.
+    """
+    check_net(net)
+    trees = as_trees(trees)
+    check_depth(net, layers, "layers")
+    return _merge((net,) * len(trees), trees, None, int(layers), None, weights)
+
+
+def ensemble(
+    net: Network, trees: Sequence[PyTree], weights: Sequence[float] | None = None
+) -> Merged:
+    """Averages the last layers' outputs: the logit ensemble, `preserve_first` with all layers.
+
+    Args:
+        net: The traced network.
+        trees: K >= 2 trees of its variables; they need no alignment.
+        weights: K numbers that sum to one; None for 1/K each.
+
+    Returns:
+        The ensemble. What follows the last layer, a softmax say, acts on the averaged logits.
+
+    Raises:
+        TypeError: As `preserve_first`.
+        ValueError: As `preserve_first`.
+
+    Example:
+        >>> import vfjax
+        >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
+        >>> net = vfjax.trace(lambda v, x: x @ v["kernel"], tree, x)
+        >>> ensemble(net, [tree, tree])(x).shape
+        (4, 2)
+    """
+    check_net(net)
+    return preserve_first(net, trees, layers=net.depth, weights=weights)
+
+
+def _merge(
+    nets: Sequence[Network],
+    trees: Sequence[PyTree],
+    maps: Maps | None,
+    start: int,
+    end: int | None,
+    weights: Sequence[float] | None,
+) -> Merged:
+    """See `partial`; `end` is None without heads."""
+    net, count = nets[0], len(trees)
+    if count < 2:
+        raise ValueError(f"trees must be at least two, got {count}")
+    # What heads alone read may differ in shape, as where models have classes of their own.
+    check_models(nets, trees, free=net.head_leaves(start, end))
+    weights = resolve_mix(weights, None, count)
+    if any(isinstance(w, Tracer) for w in weights):
+        raise TypeError("weights must be numbers, since a Merged keeps them static; got a tracer")
+    maps = Maps(({},) * count) if maps is None else maps
+    maps.check(nets, count)
+    _check_mappable(nets, maps, [depth for depth in (start, end) if depth])
+    _warn_of_fixed(net, start, net.depth if end is None else end)
+
+    kept = net.trunk_leaves(start, end) if start or end is not None else frozenset(net.paths)
+    if start or kept:  # else nothing is merged, and all stay as they are
+        trees = [maps.prepare(nets[k], tree, k) for k, tree in enumerate(trees)]
+    mapped = [_keep(tree, kept) for tree in trees]
+    own = any(other is not net for other in nets)
+    if maps.mixed or own:
+        mapped = [maps.mix(nets[k], tree, k) for k, tree in enumerate(mapped)]
+        _check_trunks(net, mapped)
+    return Merged(
+        stems=tuple(_keep(t, n.stem_leaves(start)) for t, n in zip(trees, nets, strict=True))
+        if start
+        else (),
+        trunk=average_trees(mapped, weights),
+        corrections={},
+        net=net,
+        cut=start,
+        weights=weights,
+        heads=()
+        if end is None
+        else tuple(_keep(t, n.trunk_leaves(end)) for t, n in zip(trees, nets, strict=True)),
+        merge=_matrices(nets, maps, start, 0) if start else (),
+        unmerge=() if end is None else _matrices(nets, maps, end, 1),
+        end=end,
+        nets=tuple(nets) if own else (),
+    )
+
+
+def _bounds(merged: Any, depth: int) -> tuple[int, int]:
+    """Where a slice of a list of all layers begins and ends."""
+    if not isinstance(merged, slice):
+        raise TypeError(
+            f"merged must be a slice of the layers, as slice(2, None) for all but the first two; "
+            f"it was {merged!r}"
+        )
+    ends = [n for n in (merged.start, merged.stop) if n is not None]
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in ends):
+        raise TypeError(f"merged must be a slice of whole numbers; it was {merged!r}")
+    if merged.step not in (None, 1):
+        raise ValueError(f"merged must be a slice without a step, got {merged!r}")
+    start, stop, _ = slice(merged.start, merged.stop).indices(depth)
+    if stop < start:
+        raise ValueError(
+            f"merged was {merged!r}, which of {depth} layers begins after {start} and ends after "
+            f"{stop}; it must not run backwards"
+        )
+    return start, stop
+
+
+def _check_trunks(net: Network, mapped: Sequence[PyTree]) -> None:
+    """Checks that mapped models are of the shapes of the network that the trunk runs on."""
+    for k, tree in enumerate(mapped):
+        leaves, _ = flatten_named(tree)
+        like = {path: net._avals[path] for path in leaves}
+        check_like(leaves, like, name=f"trees[{k}], mapped,", other="net")
+
+
+def _check_mappable(nets: Sequence[Network], maps: Maps, depths: Sequence[int]) -> None:
+    for k, net in enumerate(nets):
+        for depth in depths:
+            for aval, groups in net.crossing(depth):
+                found = groups & maps.mixing[k].keys()
+                if found and not jnp.issubdtype(aval.dtype, jnp.inexact):
+                    raise ValueError(
+                        f"a value of dtype {aval.dtype} crosses the cut at depth {depth} and "
+                        f"carries {sorted(found)}, whose features a matrix mixes, and integers "
+                        "cannot be mixed; cut elsewhere"
+                    )
+
+
+def _matrices(nets: Sequence[Network], maps: Maps, depth: int, which: int) -> tuple[Matrices, ...]:
+    """Every model's matrices of the groups that cross a cut."""
+    found = []
+    for k, net in enumerate(nets):
+        crossing = frozenset().union(*(groups for _, groups in net.crossing(depth)))
+        found.append(
+            {
+                group: jnp.asarray(pair[which])
+                for group, pair in maps.mixing[k].items()
+                if group in crossing
+            }
+        )
+    return tuple(found) if any(found) else ()
+
+
+def _keep(tree: PyTree, paths: Collection[str]) -> PyTree:
+    """The tree with None in place of leaves that are not among `paths`."""
+    return without(tree, flatten_named(tree)[0].keys() - paths)
+
+
+_WARNED: weakref.WeakSet[Network] = weakref.WeakSet()
+
+
+def _warn_of_fixed(net: Network, start: int, stop: int) -> None:
+    """Warns, once per network, of a merged layer whose channels no permutation can match."""
+    if net in _WARNED:
+        return
+    for layer in net.layers:
+        # Layers outside are not merged, and the last one's channels are the outputs.
+        if not max(start, 1) <= layer.depth <= min(stop, net.depth - 1):
+            continue
+        if layer.group is not None or layer.channels == 1:
+            continue
+        cause = _cause(net, layer)
+        if cause is None:
+            continue
+        _WARNED.add(net)
+        warnings.warn(
+            f"the channels of layer '{layer.name}' cannot be permuted, because of `{cause[0]}` at "
+            f"{cause[1]}: no alignment can match them, so merging them may lose accuracy. "
+            "net.spec.fixed lists all such axes.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return
+
+
+def _cause(net: Network, layer: Layer) -> tuple[str, str] | None:
+    """Primitive and source line that fixed a layer's channels.
+
+    None where they are tied to the network's input or output, by a skip connection for example: all
+    models share that basis, so there is nothing to match.
+    """
+    path = layer.bias or layer.kernel
+    found = [entry for entry in net.spec.fixed if entry.path == path]
+    sizes = layer.channel_shape
+    shape = net._avals[path].shape if path is not None else ()
+    found = [f for f in found if shape[f.axis] in (*sizes, layer.channels)]
+    if any(f.primitive in ("output", "unused") for f in found):
+        return None
+    # The other axis of a kernel may be the input's, and of the same size.
+    found = [f for f in found if f.primitive != "input"]
+    return (found[-1].primitive, found[-1].where) if found else None

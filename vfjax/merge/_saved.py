@@ -1,0 +1,106 @@
+"""A merged model as named arrays and JSON, and back: what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from vfjax._trees import paths
+from vfjax._types import PyTree
+from vfjax.network._arguments import networks
+from vfjax.network._network import Network
+
+
+def take_apart(model: Any) -> tuple[PyTree, dict[str, Any]]:
+    """Takes a `Merged` apart.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Lists of arrays by name, and what JSON says of them.
+    """
+    trees = {"trunk": paths.flatten_named(model.trunk)[0]}
+    trees |= {f"stem{k}": paths.flatten_named(stem)[0] for k, stem in enumerate(model.stems)}
+    trees |= {f"head{k}": paths.flatten_named(head)[0] for k, head in enumerate(model.heads)}
+    trees |= {f"merge{k}": dict(maps) for k, maps in enumerate(model.merge)}
+    trees |= {f"unmerge{k}": dict(maps) for k, maps in enumerate(model.unmerge)}
+    # Leaves go by number, their paths into the JSON: a path may hold any character.
+    arrays = {name: list(leaves.values()) for name, leaves in trees.items()}
+    arrays["corrections"] = [list(pair) for pair in model.corrections.values()]
+    meta = {
+        "cut": model.cut,
+        "end": model.end,
+        "weights": list(model.weights),
+        "paths": {name: list(leaves) for name, leaves in trees.items()},
+        "corrections": list(model.corrections),
+        "layers": _signature(model.net),
+    }
+    parts = ("stems", "heads", "merge", "unmerge", "nets")
+    meta |= {part: len(getattr(model, part)) for part in parts}
+    if model.nets:
+        meta["layers_of"] = [_signature(net) for net in model.nets]
+    return arrays, meta
+
+
+def put_together(
+    tree: PyTree, meta: Mapping[str, Any], net: Network | Sequence[Network] | None
+) -> dict[str, Any]:
+    """The fields of the `Merged` that was taken apart.
+
+    Args:
+        tree: Lists of arrays by name.
+        meta: What JSON says of them; that of models without heads may lack what they have none of.
+        net: The traced network, or one per model.
+
+    Raises:
+        TypeError: If `net` is neither.
+        ValueError: If it is missing, or not the network of the checkpoint.
+    """
+    if net is None:
+        raise ValueError(
+            "this checkpoint holds a merged model, which needs its traced network: "
+            "load(path, net=vfjax.trace(apply_fn, variables, x))"
+        )
+    nets = networks(net, len(meta["weights"]))
+    several = bool(meta.get("nets"))
+    layers = meta["layers_of"] if several else [meta["layers"]] * len(nets)
+    for k, (found, saved) in enumerate(zip(nets, layers, strict=True)):
+        if saved != _signature(found):
+            raise ValueError(
+                f"net{f'[{k}]' if several else ''} is not the network of this checkpoint: its "
+                f"layers are {_signature(found)}, those saved {saved}"
+            )
+
+    def rebuilt(name: str, net: Network) -> PyTree:
+        leaves = dict(zip(meta["paths"][name], tree[name], strict=True))
+        return jax.tree.unflatten(net._treedef, [leaves.get(path) for path in net.paths])
+
+    def trees(kind: str, count: int) -> tuple[PyTree, ...]:
+        return tuple(rebuilt(f"{kind}{k}", nets[k]) for k in range(count))
+
+    def maps(kind: str) -> tuple[dict[str, Any], ...]:
+        names = [f"{kind}{k}" for k in range(meta.get(kind, 0))]
+        return tuple(dict(zip(meta["paths"][n], tree[n], strict=True)) for n in names)
+
+    corrections = zip(meta["corrections"], tree["corrections"], strict=True)
+    return {
+        "stems": trees("stem", meta["stems"]),
+        "trunk": rebuilt("trunk", nets[0]),
+        "corrections": {name: (scale, shift) for name, (scale, shift) in corrections},
+        "net": nets[0],
+        "cut": meta["cut"],
+        "weights": tuple(meta["weights"]),
+        "heads": trees("head", meta.get("heads", 0)),
+        "merge": maps("merge"),
+        "unmerge": maps("unmerge"),
+        "end": meta.get("end"),
+        "nets": nets if several else (),
+    }
+
+
+def _signature(net: Network) -> list[list[Any]]:
+    """What a network must share with another for their trees to be interchangeable, as JSON."""
+    return [[layer.name, list(layer.shape), layer.depth] for layer in net.layers]

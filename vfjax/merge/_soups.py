@@ -1,0 +1,123 @@
+"""Averages of whole trees: interpolation, uniform and greedy soups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vfjax._trees.mean import average_trees, resolve_mix
+from vfjax._types import PyTree
+from vfjax.network._arguments import as_trees
+
+
+def interpolate(
+    trees: Sequence[PyTree],
+    weights: Sequence[float] | None = None,
+    *,
+    alpha: float | None = None,
+) -> PyTree:
+    """Averages trees leaf by leaf, `theta = sum_k w_k theta_k`.
+
+    Floating-point leaves are averaged in float32 or better and cast back. Running statistics are
+    averaged like any other leaf, so a network that has them wants `vfjax.renorm.reset` next.
+
+    Args:
+        trees: K trees of equal structure, shapes and dtypes.
+        weights: K numbers that sum to one; None for 1/K each. Of models that `Maps.apply` mapped to
+            merge features within a model (`vfjax.align.zip_features`), take 1/K each: see `Maps`.
+        alpha: For two trees, short for the weights `(1 - alpha, alpha)`.
+
+    Returns:
+        The averaged tree. With one weight of 1 and the others 0, that very tree.
+
+    Raises:
+        TypeError: If `trees` is no sequence of trees, or a leaf is no array.
+        ValueError: If trees differ in structure, shape or dtype, hold NaN or infinite values, or
+            integer leaves that disagree; or if the weights do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a, b = {"kernel": jnp.zeros(2)}, {"kernel": jnp.ones(2)}
+        >>> print(interpolate([a, b], alpha=0.25)["kernel"])
+        [0.25 0.25]
+    """
+    trees = as_trees(trees)
+    return average_trees(trees, resolve_mix(weights, alpha, len(trees)))
+
+
+def uniform_soup(trees: Sequence[PyTree]) -> PyTree:
+    """Averages trees with equal weights (Wortsman et al. 2022, "Model soups").
+
+    Args:
+        trees: K trees of equal structure, shapes and dtypes.
+
+    Returns:
+        The averaged tree.
+
+    Raises:
+        TypeError: As `interpolate`.
+        ValueError: As `interpolate`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> uniform_soup([{"bias": jnp.array([0.0])}, {"bias": jnp.array([2.0])}])
+        {'bias': Array([1.], dtype=float32)}
+    """
+    return interpolate(trees)
+
+
+class Soup(NamedTuple):
+    """What `greedy_soup` found.
+
+    Attributes:
+        tree: The average of the trees that were kept.
+        kept: Their indices, in the order in which they were added.
+        score: The score of `tree`.
+    """
+
+    tree: PyTree
+    kept: tuple[int, ...]
+    score: float
+
+
+def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> Soup:
+    """Adds trees to an average as long as it gets no worse (Wortsman et al. 2022, Recipe 1).
+
+    Trees are tried from the best one on its own to the worst, and kept if the uniform average of
+    all kept so far scores no less than before.
+
+    Args:
+        trees: K trees of equal structure, shapes and dtypes.
+        score: Held-out score of a tree, larger is better. Called at most 2K - 1 times.
+
+    Returns:
+        The soup, which trees are in it, and its score.
+
+    Raises:
+        TypeError: As `interpolate`.
+        ValueError: As `interpolate`, or if a score is NaN.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> trees = [{"bias": jnp.array(v)} for v in (1.0, 5.0, -2.0)]
+        >>> soup = greedy_soup(trees, lambda tree: -abs(float(tree["bias"])))
+        >>> soup.kept, float(soup.tree["bias"])
+        ((0, 2), -0.5)
+    """
+    trees = as_trees(trees)
+
+    def scored(tree: PyTree) -> float:
+        value = float(score(tree))
+        if value != value:
+            raise ValueError("score returned NaN, which ranks nothing")
+        return value
+
+    alone = [scored(tree) for tree in trees]
+    first, *others = sorted(range(len(trees)), key=lambda k: -alone[k])
+    kept, soup, best = (first,), trees[first], alone[first]
+    for k in others:
+        candidate = uniform_soup([trees[i] for i in (*kept, k)])
+        value = scored(candidate)
+        if value >= best:
+            kept, soup, best = (*kept, k), candidate, value
+    return Soup(soup, kept, best)

@@ -1,0 +1,131 @@
+"""What `Network` asks of its own arguments, and the errors that say what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vfjax._analysis.traced import Traced
+from vfjax._jaxpr.flatten import MAX_UNROLL
+from vfjax._trees import paths
+from vfjax._types import PyTree
+from vfjax.network._crossing import Crossing
+
+if TYPE_CHECKING:
+    from vfjax.network._network import Network
+
+
+def check_depth(net: Network, depth: Any, argument: str) -> None:
+    """Checks that the network can be cut at a depth.
+
+    Args:
+        net: The network.
+        depth: What the caller gave.
+        argument: The caller's name for it, for the message.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is not from 0 to `net.depth`.
+    """
+    if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
+        raise TypeError(f"{argument} must be a whole number of layers; it was {depth!r}.")
+    if not 0 <= depth <= net.depth:
+        raise ValueError(
+            f"{argument} was {depth}; this network has {net.depth} layers from input to "
+            f"output, so give 0 to {net.depth}.{opaque_hint(net)}"
+        )
+
+
+def check_part(net: Network, start: Any, stop: Any) -> None:
+    """Checks that the network can be run from one depth to another; None stands for an end.
+
+    Raises:
+        TypeError: If a depth is no whole number.
+        ValueError: If it is not from 0 to `net.depth`, or the second is less than the first.
+    """
+    for depth, argument in ((start, "start"), (stop, "stop")):
+        if depth is not None:
+            check_depth(net, depth, argument)
+    if start is not None and stop is not None and stop < start:
+        raise ValueError(f"stop was {stop}, before start, {start}; a part runs forwards.")
+
+
+def check_crossing(x: Any, start: int | None) -> None:
+    """Checks that `x` is what a part of the network that starts at a depth takes."""
+    if start is None:
+        if isinstance(x, Crossing):
+            raise ValueError(f"x is a Crossing of a cut at {x.depth}; run it with start={x.depth}.")
+    elif not isinstance(x, Crossing) or x.depth != start:
+        found = f"a cut at {x.depth}" if isinstance(x, Crossing) else type(x).__name__
+        raise ValueError(
+            f"start={start} takes the Crossing that run(..., stop={start}) returns in place of x; "
+            f"it was {found}."
+        )
+
+
+def named_leaves(net: Network, variables: PyTree) -> dict[str, Any]:
+    """The leaves of variables by path; a ValueError if some were not traced."""
+    named, _ = paths.flatten_named(variables)
+    unknown = [path for path in named if path not in net._avals]
+    if unknown:
+        raise ValueError(
+            f"variables has leaves {unknown[:3]} that the traced network has not; pass a tree "
+            "of the structure that was traced."
+        )
+    return named
+
+
+def check_present(
+    net: Network, traced: Traced, wanted: Sequence[int], env: Mapping[int, Any], name: str
+) -> None:
+    """Checks that all leaves are there that computing values reads."""
+    graph = traced.graph
+    read = {v for i in graph.needed(wanted, env) for v in graph.equations[i].values}
+    given = graph.inputs[: len(net._avals)]
+    leaves = zip(given, net._avals, strict=True)
+    missing = [p for v, p in leaves if v in read | set(wanted) and v not in env]
+    check_variances(net, missing, name)
+    if missing:
+        raise ValueError(
+            f"{name} lacks {missing[:3]}{' and more' if len(missing) > 3 else ''}, which this "
+            "part of the network reads; pass a tree of the structure that was traced."
+        )
+
+
+def check_variances(net: Network, missing: Iterable[str], name: str) -> None:
+    """Raises a ValueError if what is missing are variances alone, which merging left unknown.
+
+    Args:
+        net: The network.
+        missing: Paths of the leaves that a tree lacks.
+        name: What to call it.
+    """
+    missing = list(missing)
+    if missing and set(missing) <= {norm.var for norm in net.norms}:
+        raise ValueError(
+            f"{name} lacks {missing[:3]}{' and more' if len(missing) > 3 else ''}, stored "
+            "variances: merged through a matrix they are unknown, since the variance of a "
+            "mixture of features does not follow from theirs. Measure them on data: "
+            "vfjax.renorm.reset(net, merged, data) returns all."
+        )
+
+
+def opaque_hint(net: Network) -> str:
+    """A sentence for messages about layers: what hides some of them, or an empty string."""
+    if not net.opaque:
+        return ""
+    primitive, where = net.opaque[0]
+    return (
+        f" Layers inside the opaque {primitive} at {where} cannot be reached: write it as a "
+        f"Python loop, or as a scan over at most {MAX_UNROLL} stacked layers."
+    )
+
+
+def unknown(net: Network, kind: str, name: str, known: Sequence[str]) -> str:
+    """The message about a name that the network does not have, with the nearest that it has."""
+    parts = {part for part in str(name).split("/") if part}
+    near = sorted(known, key=lambda k: -len(parts & set(k.split("/"))))
+    known = f"it has, among others, {near[:6]}.{opaque_hint(net)}"
+    return f"The network has no {kind} '{name}'; {known}"

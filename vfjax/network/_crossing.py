@@ -1,0 +1,99 @@
+"""What crosses a cut, from stem to trunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._trees.mean import resolve_weights, weighted_mean
+from vfjax._types import Array
+from vfjax.symmetry._group_maps import check_matrix, contract
+from vfjax.symmetry._places import Place, map_axis, map_within, moved, permute_at, size_at
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Crossing:
+    """The values that cross a cut, from stem to trunk.
+
+    Attributes:
+        values: Arrays, in the network's own order.
+        depth: Depth of the cut.
+        origin: What the network's input was, apart from its batch size.
+    """
+
+    values: tuple[Array, ...]
+    depth: int = dataclasses.field(metadata={"static": True})
+    origin: Hashable = dataclasses.field(default=None, metadata={"static": True}, repr=False)
+
+
+def average(
+    crossings: Sequence[Crossing], averaged: Sequence[bool], weights: Sequence[Any] | None
+) -> Crossing:
+    """See `Network.average_crossings`; `averaged` tells which values depend on parameters."""
+    first = crossings[0]
+    if len({c.depth for c in crossings}) > 1:
+        raise ValueError(f"crossings are of different cuts: {[c.depth for c in crossings]}.")
+    shapes = {tuple((jnp.shape(v), jnp.result_type(v)) for v in c.values) for c in crossings}
+    if len({c.origin for c in crossings}) > 1 or len(shapes) > 1:
+        raise ValueError(f"crossings are of different inputs; their shapes are {shapes}.")
+    weights = resolve_weights(weights, len(crossings), of="crossings")
+    values = []
+    for mix, *column in zip(averaged, *(c.values for c in crossings), strict=True):
+        dtype = column[0].dtype
+        if not mix:
+            values.append(column[0])
+            continue
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"A value of dtype {dtype} that depends on parameters crosses the cut at depth "
+                f"{first.depth}; models disagree on it, and it has no average. Cut elsewhere."
+            )
+        values.append(weighted_mean(column, weights))
+    return Crossing(tuple(values), first.depth, first.origin)
+
+
+def mapped(
+    crossing: Crossing, places: Sequence[Sequence[Place]], maps: Mapping[str, Any]
+) -> Crossing:
+    """See `Network.map_crossing`; `places` are the groups of each value, with their places."""
+    values = [
+        mapped_value(value, found, maps)
+        for value, found in zip(crossing.values, places, strict=True)
+    ]
+    return Crossing(tuple(values), crossing.depth, crossing.origin)
+
+
+def mapped_value(value: Array, places: Sequence[Place], maps: Mapping[str, Any]) -> Array:
+    """See `Network.map_site`; `places` are the groups of the value, those within others last."""
+    todo = [place for place in places if place.group in maps]
+    while todo:
+        place, *todo = todo
+        length, at = value.shape[place.at.axis], place.at
+        found = maps[place.group]
+        value = _mapped(value, place, found)
+        if value.shape[at.axis] != length:
+            move = functools.partial(moved, mapped=at, length=length, m=np.shape(found)[-2])
+            todo = [Place(group, move(a), owner and move(owner)) for group, a, owner in todo]
+    return value
+
+
+def _mapped(value: Array, place: Place, found: Any) -> Array:
+    group, at, owner = place
+    if np.issubdtype(found.dtype, np.integer):
+        return permute_at(value, at, owner, found)
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise ValueError(
+            f"A value of dtype {value.dtype} that carries the group {group!r} crosses the cut, and "
+            "a matrix cannot map it. Cut elsewhere."
+        )
+    if owner is not None and np.ndim(found) == 3:
+        return map_within(value, at, owner, lambda view, axis, i: contract(found[i], view, axis))
+    check_matrix(group, found, size_at(group, at, value.shape))
+    return map_axis(value, at, lambda view, axis: contract(found, view, axis))

@@ -1,0 +1,143 @@
+"""The weights of a layer, row by row, and the squares of what multiplies each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._analysis.layers import LinearSite
+from vfjax._jaxpr import graph
+from vfjax._jaxpr.graph import Equation
+from vfjax._trees.paths import flatten_named
+from vfjax._types import Array, PyTree
+from vfjax.network._checks import named_leaves
+from vfjax.network._network import Network
+
+
+def kernel_rows(net: Network, layer: str) -> np.ndarray:
+    """Where the weights of a layer lie in its kernel's flattened leaf.
+
+    Args:
+        net: The traced network.
+        layer: Name of a layer with a kernel of its own.
+
+    Returns:
+        int `[outputs, inputs]`: a row for each output channel; along it, the kernel's other axes as
+        the layer uses them, row-major.
+    """
+    traced = net._reference
+    site = traced.layers[layer]
+    assert site.kernel is not None
+    aval = traced.graph.avals[traced.graph.inputs[site.kernel.leaf]]
+    places = np.arange(aval.size).reshape(aval.shape)
+    if site.kernel.slot is not None:
+        places = places[site.kernel.slot]
+    return _by_output(site, site.kernel.forward(places))
+
+
+def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[str]) -> list[Array]:
+    """For each weight the sum, over examples and positions, of the squares of what it multiplies.
+
+    That is the gradient, by the kernel, of the sum of what the layer makes of its squared input. It
+    is the same for all outputs (of a feature group), so it is computed for one.
+
+    Args:
+        net: The traced network.
+        variables: Its parameters.
+        x: A batch.
+        layers: Names of layers.
+
+    Returns:
+        By layer, an array like the kernel operand, with one entry along what `spread` repeats.
+    """
+    sites = [f"{name}:in" for name in layers]
+    _, found = net.run(variables, x, capture=sites)
+    traced = net._traces.at(named_leaves(net, variables), x)
+    squares = []
+    for name, at in zip(layers, sites, strict=True):
+        site = traced.layers[name]
+        equation = traced.graph.equations[site.index]
+        squares.append(_squares(equation, site, traced.graph.avals, found[at]))
+    return squares
+
+
+def spread(net: Network, layer: str, squares: Any) -> np.ndarray:
+    """What `input_squares` found of a layer, for each of its weights.
+
+    Args:
+        net: The traced network.
+        layer: Name of the layer.
+        squares: As it came.
+
+    Returns:
+        float64 `[outputs, inputs]`, as `kernel_rows` has them.
+    """
+    traced = net._reference
+    site = traced.layers[layer]
+    equation = traced.graph.equations[site.index]
+    shape = _kernel_aval(equation, site, traced.graph.avals).shape
+    squares = np.asarray(squares, np.float64)
+    for axis, size in enumerate(shape):
+        squares = np.repeat(squares, size // squares.shape[axis], axis)
+    return _by_output(site, squares)
+
+
+def _by_output(site: LinearSite, operand: np.ndarray) -> np.ndarray:
+    """A kernel operand as `[outputs, inputs]`."""
+    first = range(len(site.out_axes))
+    moved = np.moveaxis(operand, site.out_axes, first)
+    outputs = int(np.prod(moved.shape[: len(site.out_axes)]))
+    return moved.reshape(outputs, -1)
+
+
+def _kernel_aval(equation: Equation, site: LinearSite, avals: Any) -> Any:
+    value = equation.inputs[site.side]
+    assert isinstance(value, int)
+    return avals[value]
+
+
+def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Array:
+    params = dict(equation.params)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    shape = list(_kernel_aval(equation, site, avals).shape)
+    if equation.primitive == "dot_general":
+        contract, batch = params["dimension_numbers"]
+        tied = {*contract[site.side], *batch[site.side]}
+        shape = [n if axis in tied else 1 for axis, n in enumerate(shape)]
+    elif params["batch_group_count"] == 1:
+        numbers = params["dimension_numbers"]
+        if site.side == 1:
+            shape[numbers.rhs_spec[0]] = params["feature_group_count"]
+        else:  # what the input is convolved with
+            shape[numbers.lhs_spec[0]] = 1
+    if params.get("preferred_element_type") is not None:
+        params["preferred_element_type"] = dtype
+
+    def total(kernel: Array) -> Array:
+        operands = [jnp.square(x.astype(dtype))] * 2
+        operands[site.side] = kernel
+        return equation.eqn.primitive.bind(*operands, **params).sum()
+
+    return jax.grad(total)(jnp.zeros(shape, dtype))
+
+
+def kernels(net: Network, tree: PyTree, names: Sequence[str]) -> list[np.ndarray]:
+    """The entries of layers' kernels as the layers use them, masks and sums included: `[n]` each.
+
+    Args:
+        net: The traced network.
+        tree: Its variables; leaves that these layers do not read may be None.
+        names: Names of the layers.
+    """
+    traced = net._reference
+    sites = [traced.layers[name] for name in names]
+    operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
+    named, _ = flatten_named(tree)
+    ids = zip(traced.graph.inputs, traced.paths, strict=False)
+    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
+    found = graph.evaluate(traced.graph, env, operands)
+    return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]

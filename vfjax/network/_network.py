@@ -1,0 +1,646 @@
+"""`trace`, and the network that it makes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vfjax._analysis import outside
+from vfjax._analysis.groups import from_propagation
+from vfjax._jaxpr import faster
+from vfjax._jaxpr.graph import evaluate
+from vfjax._trees import paths
+from vfjax._types import Array, PyTree
+from vfjax.network import _cost, _fold, _retrace, _summary
+from vfjax.network._checks import (
+    check_crossing,
+    check_depth,
+    check_part,
+    check_present,
+    named_leaves,
+    unknown,
+)
+from vfjax.network._crossing import (
+    Crossing,
+    average,
+    mapped,
+    mapped_value,
+)
+from vfjax.network._records import (
+    JointTap,
+    Layer,
+    Norm,
+    Tap,
+    describe_joint_taps,
+    describe_layer,
+    describe_norm,
+    describe_taps,
+)
+from vfjax.network._run import Edit, Plan
+from vfjax.symmetry._places import Place
+from vfjax.symmetry._spec import PermutationSpec
+
+
+def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: PyTree) -> Network:
+    """Reads a network's layers, norms and symmetries off its jaxpr.
+
+    Args:
+        apply_fn: A pure function `(variables, x) -> output`, in evaluation mode (no dropout).
+        variables: Its parameters and stored statistics: a pytree of arrays, or of
+            `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
+        x: An example input, likewise; axis 0 of every leaf is the batch.
+
+    Returns:
+        The network. It holds no parameters.
+
+    Raises:
+        TypeError: If `apply_fn` cannot be called, or a leaf is no array (an unpartitioned Equinox
+            module).
+        ValueError: If the weights are closed over instead of passed in `variables`, `apply_fn`
+            raises a KeyError, as where it looks up a key that the trees have not, or a kernel's
+            path is `input` or `output`, the names of the network's ends.
+
+    Warns:
+        UserWarning: If the network has no layers, or some weights are closed over.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> def mlp(p, x):
+        ...     return jax.nn.relu(x @ p["w0"] + p["b0"]) @ p["w1"]
+        >>> p = {"w0": jnp.ones((3, 8)), "b0": jnp.ones(8), "w1": jnp.ones((8, 2))}
+        >>> net = vfjax.trace(mlp, p, jnp.ones((5, 3)))
+        >>> [(layer.name, layer.depth) for layer in net.layers]
+        [('w0', 1), ('w1', 2)]
+        >>> list(net.spec.groups)
+        ['w0']
+    """
+    return Network(apply_fn, variables, x)
+
+
+class Network:
+    """A traced network, made by `trace`: what is known of it, and how to run, cut and fold it.
+
+    It is hashable by identity, static in pytrees, and not saved.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> p = {"w0": jnp.ones((3, 8)), "w1": jnp.ones((8, 2))}
+        >>> net = vfjax.trace(lambda p, x: jax.nn.relu(x @ p["w0"]) @ p["w1"], p, jnp.ones((5, 3)))
+        >>> net
+        Network(2 layers, depth 2, 40 parameters, 1 groups)
+        >>> net.layer("w1").depth, net.flops, net.paths
+        (2, 48, ('w0', 'w1'))
+    """
+
+    def __init__(self, apply_fn: Callable[..., Any], variables: PyTree, x: PyTree) -> None:
+        """See `trace`."""
+        if not callable(apply_fn):
+            raise TypeError(
+                f"apply_fn must be a function (variables, x) -> output; it was a "
+                f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
+            )
+        self._traces = _retrace.Retracer(apply_fn, variables, x)
+        self._reference, self._treedef = self._traces.reference, self._traces.treedef
+        self._avals = self._traces.avals
+        taken = next((name for name in self._reference.layers if name in ("input", "output")), None)
+        if taken is not None:
+            raise ValueError(
+                f"the kernel '{taken}' would name a layer like the site '{taken}' of the network "
+                f"itself: rename it, or put it into a dict, {{'{taken}': {{'kernel': ...}}}}"
+            )
+        outside.report_missing_layers(self._reference)
+
+    def __repr__(self) -> str:
+        """Size and depth at a glance."""
+        return (
+            f"Network({len(self.layers)} layers, depth {self.depth}, {self.parameters:,} "
+            f"parameters, {len(self.spec.groups)} groups)"
+        )
+
+    # -------------------------------------------------------------------------------- what is known
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all leaves of the variables."""
+        return tuple(self._avals)
+
+    @functools.cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The linear and convolution layers, in the order of evaluation."""
+        return tuple(
+            describe_layer(
+                self._reference,
+                name,
+                batch=self._traces.batch,
+                axes=self._propagation.axes,
+                groups=self._symmetry[1],
+            )
+            for name in self._reference.layers
+        )
+
+    @functools.cached_property
+    def norms(self) -> tuple[Norm, ...]:
+        """The normalisations with stored statistics, in the order of evaluation."""
+        return tuple(describe_norm(self._reference, n) for n in self._reference.norms)
+
+    @functools.cached_property
+    def _propagation(self) -> Any:
+        return self._reference.propagation
+
+    @functools.cached_property
+    def _symmetry(self) -> tuple[PermutationSpec, dict[int, str]]:
+        return from_propagation(self._propagation, self.paths, self._reference.effects)
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """Groups of axes that can be permuted together without changing the function."""
+        return self._symmetry[0]
+
+    @functools.cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """Where each group shows: one per tap of a layer and group, each value once."""
+        return describe_taps(self._reference, axes=self._propagation.axes, groups=self._symmetry[1])
+
+    @functools.cached_property
+    def joint_taps(self) -> tuple[JointTap, ...]:
+        """Where groups show inside the entries of the groups that they are within."""
+        return describe_joint_taps(self._reference, self.spec.within)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of layers on the longest path from input to output."""
+        return self._reference.depth
+
+    @functools.cached_property
+    def statistics(self) -> frozenset[str]:
+        """Paths of the stored statistics of norms, which are no parameters."""
+        return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, stored statistics not counted."""
+        return _cost.params_of(self, self.paths)
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Operations per example: see `Layer.flops`, plus norms, activations and pools."""
+        return _cost.flops_of(self, range(len(self._reference.graph.equations)))
+
+    @property
+    def x(self) -> PyTree:
+        """The traced input: `jax.ShapeDtypeStruct`s, batch axis first."""
+        return self._traces.x
+
+    @functools.cached_property
+    def residual(self) -> bool:
+        """Whether the network has a residual join: a sum of values behind different layers."""
+        return self._reference.joins
+
+    @property
+    def opaque(self) -> tuple[tuple[str, str], ...]:
+        """Primitives that hold linear equations and were kept whole: (primitive, file:line)."""
+        return self._reference.opaque
+
+    @property
+    def others(self) -> tuple[tuple[str, str, str], ...]:
+        """Leaves that act outside of layers, norms and biases: (path, primitive, file:line).
+
+        Embeddings, layer scales and gates are such. Permutations follow them, corrections and the
+        removal of biases do not. A leaf that is an output by itself is listed under `output`.
+        """
+        return self._reference.others
+
+    def summary(self) -> str:
+        """A table of layer, depth, shapes, parameters, FLOPs and group.
+
+        Returns:
+            Text of several lines; below the table stands what could not be followed.
+        """
+        return _summary.summary(self)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of a name.
+
+        Args:
+            name: As in `Layer.name`.
+
+        Returns:
+            Its record.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise ValueError(unknown(self, "layer", name, [x.name for x in self.layers]))
+
+    def norm(self, name: str) -> Norm:
+        """The norm of a name.
+
+        Args:
+            name: As in `Norm.name`: the path of its leaf of means.
+
+        Returns:
+            Its record.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for norm in self.norms:
+            if norm.name == name:
+                return norm
+        raise ValueError(unknown(self, "norm", name, [x.name for x in self.norms]))
+
+    # ----------------------------------------------------------------------------------- evaluation
+
+    def run(
+        self,
+        variables: PyTree,
+        x: PyTree,
+        *,
+        capture: Iterable[str] | None = None,
+        edit: Mapping[str, Edit] | None = None,
+        stop: int | None = None,
+        start: int | None = None,
+    ) -> Any:
+        """Evaluates the network, or one side of a cut, with values read or replaced at named sites.
+
+        Sites are `<layer>` (its pre-activation), `<layer>:act` (the tap after it), `<layer>:in` and
+        `<norm>:in` (what it reads, edited for it alone), `input` and `output`. `jit`, `vmap` and
+        `grad` go through.
+
+        Args:
+            variables: Parameters; leaves that the requested side does not read may be None.
+            x: The input, or with `start` a `Crossing`.
+            capture: Sites to return; each value is as it is after its edit.
+            edit: By site, a function from the value to one of equal shape and dtype. It may close
+                over a list to hand statistics out.
+            stop: Depth to stop at: returns the `Crossing` there.
+            start: Depth to start from; with `stop`, what lies between runs.
+
+        Returns:
+            The output (or the `Crossing`); with `capture`, a pair of it and a dict by site.
+
+        Raises:
+            TypeError: If `stop` or `start` is no whole number, `capture` no sequence of names,
+                `edit` no mapping to functions, or a leaf no array.
+            ValueError: If a site does not exist or lies on the other side, a depth is out of
+                range, `stop` is less than `start`, `x` is not the `Crossing` that `start` takes,
+                the tree has leaves that were not traced or lacks one that is read, `apply_fn` is
+                another network at this input, or an edit changes shape or dtype.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.eye(2), "w1": jnp.ones((2, 1))}
+            >>> x = jnp.array([[1.0, -2.0]])
+            >>> net = vfjax.trace(lambda p, x: jax.nn.relu(x @ p["w0"]) @ p["w1"], p, x)
+            >>> out, found = net.run(p, x, capture=["w0:act"], edit={"w0": jnp.negative})
+            >>> out.tolist(), found["w0:act"].tolist()
+            ([[2.0]], [[0.0, 2.0]])
+            >>> crossing = net.run(p, x, stop=1)
+            >>> net.run(p, crossing, start=1).tolist() == net.run(p, x).tolist() == [[1.0]]
+            True
+        """
+        check_part(self, start, stop)
+        check_crossing(x, start)
+        named = named_leaves(self, variables)
+        if isinstance(x, Crossing):
+            traced = self._traces.at_crossing(named, x)
+            env = dict(zip(traced.cut(x.depth).crossing, x.values, strict=True))
+        else:
+            traced = self._traces.at(named, x)
+            inputs = traced.graph.inputs[len(self._avals) :]
+            env = dict(zip(inputs, jax.tree.leaves(x), strict=True))
+        ids = zip(traced.graph.inputs, self._avals, strict=False)
+        env |= {value: named[path] for value, path in ids if path in named}
+        env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
+
+        plan = Plan(self, traced, capture, edit, stop, start)
+        env = plan.enter(env)
+        ends = traced.ends(stop)
+        wanted = list(dict.fromkeys([*ends, *plan.values]))
+        check_present(self, traced, wanted, env, "variables")
+        values = evaluate(
+            traced.graph,
+            env,
+            wanted,
+            edits=plan.edits,
+            operand_edits=plan.operand_edits,
+            rules=faster.rules(),
+        )
+        if stop is not None:
+            origin = x.origin if isinstance(x, Crossing) else _retrace.origin_of(x)
+            out: Any = Crossing(tuple(values[v] for v in ends), stop, origin)
+        else:
+            out = plan.finish(traced.output(values))
+        if capture is None:
+            return out
+        return out, plan.captured(values, env, out)
+
+    def average_crossings(
+        self, crossings: Iterable[Crossing], weights: Sequence[Any] | None = None
+    ) -> Crossing:
+        """Averages what several stems hand to one trunk.
+
+        Values that depend on parameters are averaged (in float32 or better, cast back); values of
+        the input alone are equal in all stems and passed on.
+
+        Args:
+            crossings: One per model, all of one cut and one input.
+            weights: One per model, summing to one; None for 1/K.
+
+        Returns:
+            A crossing like each of them.
+
+        Raises:
+            TypeError: If `weights` is no flat sequence.
+            ValueError: If there are none, they are of different cuts or inputs, the weights do not
+                fit or do not sum to one, or a value that would have to be averaged is an integer
+                or boolean.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> trees, x = [{"w": jnp.eye(2)}, {"w": 3 * jnp.eye(2)}], jnp.ones((1, 2))
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"], trees[0], x)
+            >>> stems = [net.run(tree, x, stop=1) for tree in trees]
+            >>> net.average_crossings(stems, (0.75, 0.25)).values[0].tolist()
+            [[1.5, 1.5]]
+        """
+        crossings = tuple(crossings)
+        if not crossings:
+            raise ValueError("crossings is empty; give one per model.")
+        return average(crossings, self._reference.cut(crossings[0].depth).averaged, weights)
+
+    def map_crossing(
+        self, variables: PyTree, crossing: Crossing, maps: Mapping[str, Any]
+    ) -> Crossing:
+        """Maps the axes of what crosses a cut that carry groups.
+
+        Through a merge matrix a model's features come into the basis of the merge; through an
+        unmerge matrix what was merged comes back into the model's own.
+
+        Args:
+            variables: The leaves that the crossing was made with; only their types matter.
+            crossing: What crosses.
+            maps: By group a matrix `[m, n]`, applied in float32 or better, or a permutation
+                `int[n]`, by indexing (`take(old, p)`). Other groups stay as they are.
+
+        Returns:
+            A crossing with m entries in place of n.
+
+        Raises:
+            ValueError: If a matrix does not fit its group, or meets a value of integers.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p, x = {"w": jnp.eye(2), "v": jnp.eye(2)}, jnp.array([[1.0, 3.0]])
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"] @ p["v"], p, x)
+            >>> crossing = net.run(p, x, stop=1)
+            >>> net.map_crossing(p, crossing, {"w": jnp.array([[0.5, 0.5]])}).values[0].tolist()
+            [[2.0]]
+        """
+        if not maps:
+            return crossing
+        traced = self._traces.at_crossing(named_leaves(self, variables), crossing)
+        places = [traced.places(v) for v in traced.cut(crossing.depth).crossing]
+        return mapped(crossing, places, maps)
+
+    def map_site(
+        self, variables: PyTree, x: PyTree, site: str, value: Array, maps: Mapping[str, Any]
+    ) -> Array:
+        """Maps the axes of a site's value that carry groups, as `map_crossing` those of a crossing.
+
+        Args:
+            variables: The leaves that the value was made with; only their types matter.
+            x: The input; only its type matters.
+            site: Name of the site, as in `run`; `output` and an `input` of several arrays carry no
+                groups.
+            value: The value.
+            maps: By group a matrix `[m, n]` or a permutation `int[n]`.
+
+        Returns:
+            The value in the basis that the maps lead to.
+
+        Raises:
+            ValueError: If there is no such site, or a matrix does not fit its group.
+        """
+        if site in ("input", "output"):
+            return value
+        traced = self._traces.at(named_leaves(self, variables), x)
+        plan = Plan(self, traced, None, None, None, None)
+        return mapped_value(value, traced.places(plan.value_of(site)), maps)
+
+    # ------------------------------------------------------------------------------- sides of a cut
+
+    def stem_leaves(self, depth: int) -> frozenset[str]:
+        """Paths of the leaves that the stem of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+        """
+        check_depth(self, depth, "depth")
+        return self._leaves(None, depth)
+
+    def trunk_leaves(self, depth: int, stop: int | None = None) -> frozenset[str]:
+        """Paths of the leaves that the trunk of a cut reads.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+            stop: Depth of a second cut at which the trunk ends; None for the output.
+
+        Raises:
+            TypeError: If a depth is no whole number.
+            ValueError: If it is out of range, or `stop` is less than `depth`.
+        """
+        check_depth(self, depth, "depth")
+        return self._leaves(depth, stop)
+
+    def head_leaves(self, start: int, end: int | None) -> frozenset[str]:
+        """Paths of the leaves that heads alone read, and neither stems nor the trunk between.
+
+        Args:
+            start: Depth at which the trunk begins, from 0 to `net.depth`.
+            end: Depth at which heads begin; None where there are none.
+        """
+        if end is None:
+            return frozenset()
+        shared = self.trunk_leaves(start, end) | self.stem_leaves(start)
+        return self.trunk_leaves(end) - shared
+
+    def leaves(self, paths: Iterable[str]) -> dict[str, Any]:
+        """Types of leaves of the variables, by path."""
+        return {path: self._avals[path] for path in paths}
+
+    def stem_parameters(self, depth: int) -> int:
+        """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
+        return _cost.params_of(self, self.stem_leaves(depth))
+
+    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
+        """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
+        return _cost.params_of(self, self.trunk_leaves(depth, stop))
+
+    def stem_flops(self, depth: int) -> int:
+        """Operations per example of the stem of a cut, counted as in `flops`."""
+        check_depth(self, depth, "depth")
+        return _cost.flops_of(self, self._reference.part(None, depth))
+
+    def trunk_flops(self, depth: int, stop: int | None = None) -> int:
+        """Operations per example of the trunk of a cut, counted as in `flops`."""
+        check_depth(self, depth, "depth")
+        check_part(self, depth, stop)
+        return _cost.flops_of(self, self._reference.part(depth, stop))
+
+    def _leaves(self, start: int | None, stop: int | None) -> frozenset[str]:
+        check_part(self, start, stop)
+        traced = self._reference
+        return traced.leaves_of(traced.part(start, stop), traced.ends(stop))
+
+    def crossing(self, depth: int) -> tuple[tuple[Any, frozenset[str]], ...]:
+        """What crosses a cut: of each value its type, and the groups that its axes carry.
+
+        Args:
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [(aval.shape, set(groups)) for aval, groups in net.crossing(1)]
+            [((5, 4), {'w0'})]
+        """
+        check_depth(self, depth, "depth")
+        traced = self._reference
+        return tuple(
+            (
+                traced.graph.avals[v],
+                frozenset(place.group for place in traced.places(v)),
+            )
+            for v in traced.cut(depth).crossing
+        )
+
+    def places(self, site: str) -> tuple[Place, ...]:
+        """Groups that the axes of a site's value carry, each with its place there.
+
+        Args:
+            site: Name of a site, as in `run`, but for `output` and an `input` of several arrays.
+
+        Raises:
+            ValueError: If the network has no such site.
+        """
+        plan = Plan(self, self._reference, None, None, None, None)
+        return self._reference.places(plan.value_of(site))
+
+    def in_stem(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is made in the stem of a cut.
+
+        Args:
+            site: Name of a site, as in `run`.
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range, or the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [net.in_stem(layer.name, 1) for layer in net.layers]
+            [True, False]
+            >>> sorted(net.stem_leaves(1)), net.stem_parameters(1), net.trunk_flops(1)
+            (['w0'], 12, 8)
+        """
+        check_depth(self, depth, "depth")
+        return Plan(self, self._reference, None, None, None, None).in_stem(site, depth)
+
+    def crosses(self, site: str, depth: int) -> bool:
+        """Whether the value at a site is handed from the stem of a cut to its trunk.
+
+        Args:
+            site: Name of a site, as in `run`.
+            depth: Depth of the cut, from 0 to `net.depth`.
+
+        Raises:
+            TypeError: If `depth` is no whole number.
+            ValueError: If it is out of range, or the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
+            >>> [net.crosses(site, 1) for site in ("input", "w0", "w1")]
+            [False, True, False]
+        """
+        check_depth(self, depth, "depth")
+        return Plan(self, self._reference, None, None, None, None).crosses(site, depth)
+
+    # -------------------------------------------------------------------------------------- folding
+
+    def can_fold(self, layer: str, *, shift: bool = True) -> bool:
+        """Whether a correction of a layer's pre-activation can go into its leaves.
+
+        Args:
+            layer: Name of the layer.
+            shift: Whether the correction shifts, or only scales.
+
+        Returns:
+            Whether `fold` would succeed.
+
+        Raises:
+            ValueError: If there is no such layer.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p, x = {"w": jnp.eye(2)}, jnp.ones((1, 2))
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"], p, x)
+            >>> net.can_fold("w"), net.can_fold("w", shift=False)
+            (False, True)
+        """
+        self.layer(layer)
+        return _fold.obstacle(self._reference, layer, shift=shift) is None
+
+    def fold(self, variables: PyTree, layer: str, scale: Array, shift: Array | None) -> PyTree:
+        """Folds `z' = scale * z + shift` of a layer's pre-activation into its leaves.
+
+        The kernel and the bias are scaled; the shift goes into the bias or, for a layer without
+        one, into the stored mean of the normalisation that follows directly.
+
+        Args:
+            variables: Parameters.
+            layer: Name of the layer.
+            scale: Float array of shape `channel_shape`.
+            shift: Alike, or None.
+
+        Returns:
+            A new tree.
+
+        Raises:
+            FoldError: If there is nowhere to fold it, or the leaf to fold it into is missing.
+            TypeError: If a leaf is no array.
+            ValueError: If there is no such layer, or `scale` or `shift` has another shape.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> p = {"w": jnp.eye(2), "b": jnp.ones(2)}
+            >>> net = vfjax.trace(lambda p, x: x @ p["w"] + p["b"], p, jnp.ones((1, 2)))
+            >>> new = net.fold(p, "w", jnp.array([2.0, 3.0]), jnp.array([0.0, 1.0]))
+            >>> new["w"].tolist(), new["b"].tolist()
+            ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
+        """
+        self.layer(layer)
+        named, treedef = paths.flatten_named(variables)
+        new = _fold.fold(self._reference, named, layer, scale, shift)
+        return jax.tree.unflatten(treedef, [new[path] for path in named])

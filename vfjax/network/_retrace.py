@@ -1,0 +1,221 @@
+"""Tracing a network anew for every abstract value of its arguments, each once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+
+from vfjax._analysis.traced import Traced
+from vfjax._jaxpr.flatten import flatten
+from vfjax._trees.paths import flatten_named, leaf_paths, some
+from vfjax._types import PyTree
+from vfjax.network._crossing import Crossing
+
+
+class Retracer:
+    """The traces of one function.
+
+    Batch sizes sit in literals of a jaxpr, so that evaluating it at another one would be silently
+    wrong. A trace therefore serves the shapes, dtypes, weak types and shardings that it was made
+    with, and the settings of JAX that tracing looks at.
+
+    Attributes:
+        avals: Abstract value of each leaf of the variables, by path, as first traced.
+        treedef: Structure of the variables.
+        x: The abstract input first traced.
+        reference: The first trace, which names everything.
+    """
+
+    def __init__(self, apply_fn: Callable[..., Any], variables: PyTree, x: PyTree) -> None:
+        """Traces for the first time.
+
+        Args:
+            apply_fn: A function `(variables, x) -> output`.
+            variables: A tree of arrays or `jax.ShapeDtypeStruct`s.
+            x: Likewise.
+        """
+        self._apply = apply_fn
+        named, self.treedef = flatten_named(variables)
+        self.avals = {path: abstract(leaf) for path, leaf in named.items()}
+        flatten_named(x, name="x")
+        self.x = jax.tree.map(abstract, x)
+        self._cache: dict[Hashable, Traced] = {}
+        self._inputs: dict[Hashable, PyTree] = {}
+        self._lock = threading.Lock()
+        self.reference: Traced = self.at(named, x)
+
+    @property
+    def batch(self) -> int:
+        """Number of examples of the input first traced."""
+        return _batch_of(self.x)
+
+    def at(self, named: Mapping[str, Any], x: PyTree) -> Traced:
+        """The trace for these leaves and this input.
+
+        Args:
+            named: Leaves by path; those that are missing count as they were first traced.
+            x: The input.
+
+        Returns:
+            The trace, from the cache or made now.
+
+        Raises:
+            ValueError: If its layers or norms differ from those of the first trace, or the
+                function raises a KeyError, as where it looks up a key that the trees have not.
+        """
+        avals = [
+            abstract(named[path]) if path in named else aval for path, aval in self.avals.items()
+        ]
+        leaves, x_tree = jax.tree.flatten(jax.tree.map(abstract, x))
+        key = (x_tree, *map(_key, avals), *map(_key, leaves), _settings())
+        found = self._cache.get(key)
+        if found is not None:
+            return found
+
+        def flat(variables: Sequence[Any], inputs: Sequence[Any]) -> PyTree:
+            variables = jax.tree.unflatten(self.treedef, variables)
+            return self._apply(variables, jax.tree.unflatten(x_tree, inputs))
+
+        # A network is what it is outside of any transformation: shapes alone decide the trace.
+        try:
+            closed, shape = jax.make_jaxpr(flat, return_shape=True)(avals, leaves)
+        except KeyError as error:
+            if type(error) is not KeyError:
+                raise
+            raise ValueError(
+                f"apply_fn raised KeyError {error}. If that is a key of variables or x: "
+                f"{_listed('variables', list(self.avals))}, {_listed('x', leaf_paths(x))}; "
+                "pass trees as apply_fn reads them."
+            ) from error
+        graph = flatten(closed, len(avals))
+        traced = Traced(graph, list(self.avals), x_tree, jax.tree.structure(shape))
+        if self._cache and self.reference.signature != traced.signature:
+            raise ValueError(
+                "apply_fn is another network at this input: its layers or norms differ from those "
+                f"of the first trace (x was {self.x}, is {jax.tree.unflatten(x_tree, leaves)}). "
+                "Trace it anew."
+            )
+        with self._lock:
+            self._inputs.setdefault(origin_of(x), jax.tree.unflatten(x_tree, leaves))
+            return self._cache.setdefault(key, traced)
+
+    def at_crossing(self, named: Mapping[str, Any], crossing: Crossing) -> Traced:
+        """The trace of which a crossing comes, at the crossing's own batch size.
+
+        A crossing tells what input it came of, all but the batch size, so that its arrays can be
+        sliced and joined along the batch. That size follows from their shapes.
+
+        Args:
+            named: Leaves by path.
+            crossing: The values.
+
+        Returns:
+            The trace.
+
+        Raises:
+            ValueError: If no batch size gives these shapes.
+        """
+        x = self.x if crossing.origin is None else self._inputs.get(crossing.origin)
+        if x is None:  # an input that another network of the same architecture was run on
+            x = _input_of(crossing.origin, self.batch)
+        given = [(tuple(v.shape), v.dtype) for v in crossing.values]
+        if x is not None:
+            size = _scaled(_shapes(self.at(named, x), crossing.depth), given, _batch_of(x))
+            if size is not None:
+                traced = self.at(named, jax.tree.map(lambda a: _resized(a, size), x))
+                if _shapes(traced, crossing.depth) == given:
+                    return traced
+        raise ValueError(
+            f"The crossing's shapes and dtypes {given} belong to no batch of the traced input "
+            f"{x or self.x}; give the Crossing that this network's run(..., stop=...) returned, "
+            "sliced or joined along the batch only."
+        )
+
+
+def _input_of(origin: Any, batch: int) -> PyTree:
+    """An input of some origin."""
+    tree, leaves = origin
+    return jax.tree.unflatten(
+        tree, [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in leaves]
+    )
+
+
+def origin_of(x: PyTree) -> Hashable:
+    """What an input is apart from its batch size."""
+    leaves, tree = jax.tree.flatten(jax.tree.map(abstract, x))
+    return tree, tuple((tuple(a.shape[1:]), a.dtype) for a in leaves)
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype, weak type and (where a mesh matters) sharding of a leaf."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    aval = jax.typeof(leaf)
+    how = {"weak_type": getattr(aval, "weak_type", False)}
+    sharding = getattr(aval, "sharding", None)
+    if sharding is not None and not sharding.mesh.empty:
+        how["sharding"] = sharding
+        if getattr(aval, "manual_axis_type", None) is not None:  # inside of a shard_map
+            how["manual_axis_type"] = aval.manual_axis_type
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **how)
+
+
+def _listed(name: str, paths: Sequence[str]) -> str:
+    if not any(paths):
+        return f"{name} is a single array" if paths else f"{name} is empty"
+    return f"{name} has {some(paths)}"
+
+
+def _key(leaf: jax.ShapeDtypeStruct) -> Hashable:
+    manual = getattr(leaf, "manual_axis_type", None)
+    return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding, manual
+
+
+def _settings() -> Hashable:
+    """Settings of JAX that change what a function traces to."""
+    config = jax.config
+    return (
+        config.jax_enable_x64,
+        config.jax_default_matmul_precision,
+        config.jax_numpy_dtype_promotion,
+        jax.sharding.get_abstract_mesh(),
+    )
+
+
+def _batch_of(x: PyTree) -> int:
+    return next((max(1, a.shape[0]) for a in jax.tree.leaves(x) if a.shape), 1)
+
+
+def _resized(aval: jax.ShapeDtypeStruct, size: int) -> jax.ShapeDtypeStruct:
+    if not aval.shape or aval.shape[0] == size:
+        return aval
+    shape = (size, *aval.shape[1:])
+    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def _shapes(traced: Traced, depth: int) -> list[tuple[tuple[int, ...], Any]]:
+    avals = [traced.graph.avals[v] for v in traced.cut(depth).crossing]
+    return [(tuple(a.shape), a.dtype) for a in avals]
+
+
+def _scaled(known: Sequence[Any], given: Sequence[Any], batch: int) -> int | None:
+    """The batch size that turns one list of shapes into another, if there is one."""
+    if len(known) != len(given):
+        return None
+    sizes: set[Fraction] = set()
+    for (before, _), (after, _) in zip(known, given, strict=True):
+        if len(before) != len(after):
+            return None
+        sizes |= {
+            Fraction(batch * b, max(a, 1)) for a, b in zip(before, after, strict=True) if a != b
+        }
+    if len(sizes) > 1 or any(s.denominator != 1 for s in sizes):
+        return None
+    return int(sizes.pop()) if sizes else batch
+
+
+__all__ = ["Retracer", "abstract", "origin_of"]

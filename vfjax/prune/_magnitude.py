@@ -1,0 +1,45 @@
+"""Magnitude pruning: small weights count least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vfjax._types import PyTree
+from vfjax.network._network import Network
+from vfjax.prune._scores import (
+    Scores,
+    scores_of,
+    weights_of,
+    widened,
+)
+
+
+def magnitude(net: Network, tree: PyTree, *, layers: Sequence[str] | None = None) -> Scores:
+    """Scores of weights by their absolute value, `|w|`.
+
+    Args:
+        net: The traced network.
+        tree: The tree to prune.
+        layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
+
+    Returns:
+        The scores, float32 or better.
+
+    Raises:
+        TypeError: If `net` is no traced network, `layers` no sequence, or a leaf no array.
+        ValueError: If the tree does not fit, there are no layers, or one has no kernel of its own.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> tree = {"w": jnp.array([[1.0, -3.0]])}
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"], tree, jnp.ones((1, 1)))
+        >>> magnitude(net, tree).values["w"].tolist()
+        [[1.0, 3.0]]
+
+    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
+    """
+    leaves, rows, paths = weights_of(net, tree, layers)
+    values = {path: np.abs(widened(leaf)) for path, leaf in leaves.items()}
+    return scores_of(tree, values, rows, paths)

@@ -1,0 +1,206 @@
+"""Which weights can be pruned, where they lie in their leaves, and their scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._trees.paths import flatten_named
+from vfjax._types import PyTree
+from vfjax.network._arguments import check_fits, check_net
+from vfjax.network._kernels import kernel_rows
+from vfjax.network._network import Network
+
+KINDS = ("dense", "conv")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """How much every weight that can be pruned counts: the lowest go first.
+
+    Attributes:
+        values: By path of a kernel's leaf, float32 or better of the leaf's shape; zero where the
+            leaf holds what is not pruned.
+        rows: By layer, the places of its weights in the flattened leaf, int `[outputs, inputs]`.
+        paths: By layer, the path of its leaf.
+        like: The tree's structure and shapes, `jax.ShapeDtypeStruct`s.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> tree = {"w": jnp.array([[1.0, -3.0], [2.0, 0.5]])}
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"], tree, jnp.ones((1, 2)))
+        >>> found = vfjax.prune.magnitude(net, tree)
+        >>> found
+        Scores(1 layer, 4 weights)
+        >>> found.values["w"].tolist(), found.rows["w"].tolist()
+        ([[1.0, 3.0], [2.0, 0.5]], [[0, 2], [1, 3]])
+    """
+
+    values: Mapping[str, np.ndarray]
+    rows: Mapping[str, np.ndarray]
+    paths: Mapping[str, str]
+    like: PyTree
+
+    def __repr__(self) -> str:
+        weights = sum(rows.size for rows in self.rows.values())
+        layers = len(self.rows)
+        return f"Scores({layers} layer{'' if layers == 1 else 's'}, {weights:,} weights)"
+
+    def of(self, layer: str) -> np.ndarray:
+        """The scores of one layer's weights, `[outputs, inputs]`.
+
+        Args:
+            layer: Name of the layer.
+
+        Returns:
+            Its scores, row by row as `rows` has them.
+        """
+        return self.values[self.paths[layer]].reshape(-1)[self.rows[layer]]
+
+
+def prunable(
+    net: Network,
+    *,
+    shortcuts: bool = True,
+    first: bool = True,
+    last: bool = True,
+    kinds: Sequence[str] = KINDS,
+) -> tuple[str, ...]:
+    """The layers whose kernels can be pruned.
+
+    Args:
+        net: The traced network.
+        shortcuts: Whether layers beside the longest path count, as the 1x1 convolutions of a
+            ResNet's shortcuts do.
+        first: Whether the layers of depth 1 count.
+        last: Whether those of the largest depth do.
+        kinds: `"dense"`, `"conv"` or both.
+
+    Returns:
+        Names of layers, in the order of evaluation; of those that share a leaf, all.
+
+    Raises:
+        TypeError: If `net` is no traced network.
+        ValueError: If a kind is unknown.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> tree = {"w": jnp.eye(2), "v": jnp.eye(2)}
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"] @ v["v"], tree, jnp.ones((1, 2)))
+        >>> prunable(net), prunable(net, first=False)
+        (('w', 'v'), ('v',))
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", settings of pruning: all
+    convolutions and linear layers, in ResNet20 without shortcuts (`shortcuts=False`), in ResNet50
+    without the first (`first=False`), in ConvNeXt linear layers alone (`kinds=["dense"]`).
+    """
+    check_net(net)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if isinstance(kinds, str) or unknown:
+        raise ValueError(f"kinds must be a sequence of {' and '.join(KINDS)}, got {kinds!r}")
+    return tuple(
+        layer.name
+        for layer in net.layers
+        if layer.kernel is not None
+        and layer.kind in kinds
+        and (shortcuts or layer.main)
+        and (first or layer.depth > 1)
+        and (last or layer.depth < net.depth)
+    )
+
+
+def rows_of(
+    net: Network, layers: Sequence[str] | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Where the weights of layers to prune lie.
+
+    Args:
+        net: The traced network.
+        layers: Names of layers; None for all that can be pruned.
+
+    Returns:
+        By layer the places of its weights in the flattened leaf, int `[outputs, inputs]`, and the
+        leaf's path. Of layers that use the same weights only the first is listed.
+
+    Raises:
+        TypeError: If `net` is no traced network, or `layers` no sequence.
+        ValueError: If there are no layers, or one is unknown or has no kernel of its own.
+    """
+    check_net(net)
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
+    names = prunable(net) if layers is None else tuple(dict.fromkeys(layers))
+    if not names:
+        raise ValueError("layers is empty: there is nothing to prune")
+    rows: dict[str, np.ndarray] = {}
+    paths: dict[str, str] = {}
+    taken: dict[str, np.ndarray] = {}
+    for name in names:
+        path = net.layer(name).kernel
+        if path is None:
+            raise ValueError(
+                f"layers has '{name}', whose kernel is computed from several leaves; prune the "
+                "network without what computes it, such as a mask"
+            )
+        found = kernel_rows(net, name)
+        used = taken.setdefault(path, np.zeros(net._avals[path].size, bool))
+        if not used[found].any():
+            rows[name], paths[name] = found, path
+            used[found] = True
+    return rows, paths
+
+
+def weights_of(
+    net: Network, tree: PyTree, layers: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """The leaves of layers to prune, by path, and what `rows_of` returns.
+
+    Raises:
+        TypeError: As `rows_of`, or if a leaf is no array.
+        ValueError: As `rows_of`, or if the tree does not fit.
+    """
+    check_fits(net, tree, "tree")
+    rows, paths = rows_of(net, layers)
+    leaves = flatten_named(tree, name="tree")[0]
+    return {path: leaves[path] for path in dict.fromkeys(paths.values())}, rows, paths
+
+
+def scores_of(
+    tree: PyTree,
+    values: Mapping[str, Any],
+    rows: Mapping[str, np.ndarray],
+    paths: Mapping[str, str],
+) -> Scores:
+    """Scores by leaf, checked, and zero where nothing is pruned.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
+    kept: dict[str, np.ndarray] = {}
+    for path, value in values.items():
+        value = widened(value)
+        if not np.isfinite(value).all():
+            raise ValueError(
+                f"the scores of '{path}' hold NaN or infinite values: look for them in the model "
+                "and the data, or for a loss that is not finite"
+            )
+        scored = np.zeros(value.size, bool)
+        for name, places in rows.items():
+            if paths[name] == path:
+                scored[places] = True
+        kept[path] = np.where(scored.reshape(value.shape), value, 0)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), tree
+    )
+    return Scores(kept, dict(rows), dict(paths), like)
+
+
+def widened(value: Any) -> np.ndarray:
+    """An array in NumPy, in float32 or better."""
+    value = np.asarray(value)
+    return value.astype(np.promote_types(value.dtype, np.float32), copy=False)

@@ -1,0 +1,86 @@
+"""Wanda: weights count by their size times that of what they multiply."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vfjax._passes.batching import batch_size
+from vfjax._passes.devices import on_mesh
+from vfjax._passes.streaming import stream
+from vfjax._types import PyTree
+from vfjax.network._kernels import input_squares, kernel_rows, spread
+from vfjax.network._network import Network
+from vfjax.prune._scores import Scores, scores_of, weights_of
+
+
+def wanda(
+    net: Network, tree: PyTree, data: Iterable[Any], *, layers: Sequence[str] | None = None
+) -> Scores:
+    """Scores of weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
+
+    The norm is over all examples and, of convolutions and of layers on sequences, over all
+    positions that the weight meets; of kernels that several layers share, in all of these. Wanda
+    compares the weights of every output: prune them with `masks(scores, sparsity, scope="row")`, or
+    `scope=(n, m)`.
+
+    Args:
+        net: The traced network.
+        tree: The tree to prune.
+        data: Re-iterable of `x` or `(x, label)`; one pass. Batches may be sharded over devices.
+        layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
+
+    Returns:
+        The scores, float64. The squares are divided by the number of examples, so that they do not
+        grow with the data.
+
+    Raises:
+        TypeError: If `net` is no traced network, `layers` no sequence, a leaf no array, or data has
+            another dtype.
+        ValueError: If the tree does not fit, data is empty, there are no layers, one has no kernel
+            of its own, or a score is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> tree = {"w": jnp.array([[1.0], [-3.0]])}
+        >>> x = jnp.array([[4.0, 1.0], [-4.0, 1.0]])
+        >>> net = vfjax.trace(lambda v, x: x @ v["w"], tree, x)
+        >>> wanda(net, tree, [x]).values["w"].ravel().tolist()
+        [4.0, 3.0]
+
+    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024,
+    equation 1.
+    """
+    leaves, rows, paths = weights_of(net, tree, layers)
+    uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
+    measure = functools.partial(_means, net, tuple(uses))
+    means, _ = stream(measure, _pool, tree, data, like=net.x)
+    squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
+    for (name, path), mean in zip(uses.items(), means, strict=True):
+        squares[path][kernel_rows(net, name)] += spread(net, name, mean)
+    values = {
+        path: np.abs(np.asarray(leaf, np.float64)) * np.sqrt(squares[path].reshape(np.shape(leaf)))
+        for path, leaf in leaves.items()
+    }
+    return scores_of(tree, values, rows, paths)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _means(
+    net: Network, layers: tuple[str, ...], mesh: Any, tree: PyTree, x: PyTree
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Of one batch, the squares per example; no counts of samples, which nothing asks for."""
+
+    def means(tree: PyTree, x: PyTree) -> list[jax.Array]:
+        return [found / batch_size(x) for found in input_squares(net, tree, x, layers)]
+
+    return on_mesh(means, mesh)(tree, x), []
+
+
+@jax.jit
+def _pool(pooled: list[jax.Array], batch: list[jax.Array], share: float) -> list[jax.Array]:
+    return [a + (b - a) * share for a, b in zip(pooled, batch, strict=True)]

@@ -1,0 +1,269 @@
+"""Removing and calibrating the biases of merged layers: no data, no passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vfjax._maps.maps import Maps
+from vfjax._trees import paths
+from vfjax._trees.mean import resolve_weights
+from vfjax._types import Array, PyTree
+from vfjax.merge._arguments import check_merged, weights_for
+from vfjax.merge._merged import Merged
+from vfjax.network._arguments import check_models
+from vfjax.network._checks import opaque_hint
+from vfjax.network._network import Network
+
+# A bias: path of its leaf, and which slice of it where a scan over layers was unrolled.
+Bias = tuple[str, int | None]
+
+
+def remove_bias(
+    net: Network | Sequence[Network],
+    merged: PyTree | Merged,
+    *,
+    last: int | str | None = None,
+    first: int | str | None = None,
+) -> PyTree | Merged:
+    """Sets the biases of the last layers, or of the first ones, to zero.
+
+    In a merged network features fade with depth while biases do not; without the late biases the
+    features decide again. Layers count by depth from the network's input, so the first k are those
+    of depth 1 to k, and the last k those deeper than `net.depth - k`: the head is the last one, and
+    a shortcut layer, which has the depth of the main layer beside it, goes with that. Biases of
+    norms, and those in the stems and heads of a `Merged`, stay.
+
+    Args:
+        net: The traced network, or those that `merged` was made with.
+        merged: A merged tree, or a `Merged`.
+        last: How many layers lose their biases, counting the head: 0 for none, to `net.depth`; or
+            "all".
+        first: How many lose them from the other end, likewise. Layers in stems and heads count,
+            though they keep theirs.
+
+    Returns:
+        A tree or a `Merged`, as given. Layers without a bias are passed over.
+
+    Raises:
+        TypeError: If the number is neither an integer nor "all".
+        ValueError: If not exactly one of `last` and `first` is given, if it is out of range, if
+            `merged` does not fit the network, or if one bias leaf serves layers of which only some
+            would lose it.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"] + v["b2"]
+        >>> tree = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.eye(2), "b2": jnp.ones(2)}
+        >>> net = vfjax.trace(apply_fn, tree, jnp.ones((1, 2)))
+        >>> new = remove_bias(net, tree, last=1)
+        >>> new["b1"].tolist(), new["b2"].tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+        >>> new = remove_bias(net, tree, first=1)
+        >>> new["b1"].tolist(), new["b2"].tolist()
+        ([0.0, 0.0], [1.0, 1.0])
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias removal, forward (first)
+    and backward (last).
+    """
+    net = check_merged(net, merged)
+    if (last is None) == (first is None):
+        given = "neither" if last is None else f"last={last!r} and first={first!r}"
+        raise ValueError(f"exactly one of last and first must be given, got {given}")
+    name, count = ("last", last) if first is None else ("first", first)
+    if count == "all":
+        count = net.depth
+    if isinstance(count, (bool, str)) or not hasattr(count, "__index__"):
+        raise TypeError(f'{name} must be an integer or "all", got {count!r}')
+    number = operator.index(count)  # type: ignore[arg-type]
+    if not 0 <= number <= net.depth:
+        raise ValueError(f"{name} must be from 0 to {net.depth}, the network's depth, got {count}")
+
+    def loses(depth: int) -> bool:
+        return depth > net.depth - number if first is None else depth <= number
+
+    def zero(bias: Array, index: Bias, depth: int) -> Array:
+        return jnp.zeros_like(bias) if loses(depth) else bias
+
+    return _map_biases(net, merged, zero, same=lambda a, b: loses(a) == loses(b))
+
+
+def calibrate_bias(
+    net: Network | Sequence[Network],
+    merged: PyTree | Merged,
+    *,
+    references: Sequence[PyTree] | None = None,
+    maps: Maps | None = None,
+    weights: Sequence[float] | None = None,
+) -> PyTree | Merged:
+    """Bias calibration: scales biases down as merging scales features down, layer by layer.
+
+    `b^(l) = sum_k w_k^l b_k^(l)`, where l is the depth of the layer from the network's input,
+    preserved layers included. Without references this needs equal weights, for which it is the
+    merged bias times `K^(1-l)`. With one weight of 1, the biases of that edge model come back.
+    Kernels and the biases of norms stay, and so does everything in stems and heads of a `Merged`.
+
+    Args:
+        net: The traced network, or those that `merged` was made with.
+        merged: A merged tree, or a `Merged`.
+        references: The K edge models: aligned, as `vfjax.align.Maps.apply` maps them where features
+            were mixed, or with `maps` the originals; None to calibrate the merged biases
+            themselves, with two models for a tree and those of a `Merged` for that.
+        maps: What maps the references into the basis of the merge.
+        weights: One per model, summing to one. None for those of a `Merged` of as many models, else
+            equal ones.
+
+    Returns:
+        A tree or a `Merged`, as given. Layers without a bias are passed over.
+
+    Raises:
+        TypeError: If `maps` is no `Maps`, or `references` no sequence of trees.
+        ValueError: If weights are unequal or maps given and no references, if references, maps or
+            weights do not fit, or one bias leaf serves layers of several depths.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"] + v["b2"]
+        >>> tree = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.eye(2), "b2": jnp.ones(2)}
+        >>> net = vfjax.trace(apply_fn, tree, jnp.ones((1, 2)))
+        >>> new = calibrate_bias(net, tree)
+        >>> new["b1"].tolist(), new["b2"].tolist()
+        ([1.0, 1.0], [0.5, 0.5])
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias calibration. The
+    reference code counts every tensor named "weight", so shortcuts and norms push l up there.
+    """
+    net = check_merged(net, merged)
+    if references is None:
+        if maps is not None:
+            raise ValueError("maps map references, and there are none; give references=[...]")
+        models = _equal_models(merged, weights)
+
+        def scaled(bias: Array, index: Bias, depth: int) -> Array:
+            return bias * float(models) ** (1 - depth)
+
+        return _map_biases(net, merged, scaled, same=lambda a, b: models == 1 or a == b)
+
+    leaves = _in_basis(net, merged, references, maps)
+    mix = weights_for(merged, weights, len(leaves))
+
+    def mixed(bias: Array, index: Bias, depth: int) -> Array:
+        parts = (w**depth * _read(b, index) for w, b in zip(mix, leaves, strict=True))
+        return sum(parts, start=jnp.zeros_like(bias))
+
+    return _map_biases(net, merged, mixed, same=lambda a, b: a == b)
+
+
+def _in_basis(
+    net: Network, merged: PyTree | Merged, references: Sequence[PyTree], maps: Maps | None
+) -> list[dict[str, Any]]:
+    """The leaves of the references, of which those of the trunk are in the basis of the merge."""
+    paths.check_sequence(references, name="references")
+    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
+    if maps is not None:
+        if not isinstance(maps, Maps):
+            raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+        given = (merged.nets if isinstance(merged, Merged) else ()) or net
+        free = net.head_leaves(cut, end)
+        check_models(given, references, free=free, name="references", variances=False)
+        references = maps.apply(given, references)
+    elif not cut and end is None:
+        check_models(net, references, name="references", variances=False)
+    # Stems and heads, which keep their biases, may be of other widths and classes.
+    kept = net.trunk_leaves(cut, end) - {norm.var for norm in net.norms}
+    found = []
+    for k, tree in enumerate(references):
+        name = f"references[{k}]"
+        leaves, _ = paths.flatten_named(tree, name=name)
+        paths.check_finite(leaves, name=name)
+        mine = {path: leaf for path, leaf in leaves.items() if path in kept}
+        try:
+            paths.check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Biases are added up in the basis of the merge: give the models as they "
+                "were matched and maps=maps, or what maps.apply returns of them."
+            ) from error
+        found.append(leaves)
+    return found
+
+
+def _equal_models(merged: PyTree | Merged, weights: Sequence[float] | None) -> int:
+    """How many models have been averaged with equal weights; those of weight 0 do not count."""
+    if weights is not None:
+        weights = resolve_weights(weights, None)
+    else:
+        weights = merged.weights if isinstance(merged, Merged) else (0.5, 0.5)
+    given = [w for w in weights if w != 0]
+    if max(given) - min(given) > 1e-6:
+        raise ValueError(
+            f"weights are unequal, {tuple(weights)}, and then calibration needs the edge models' "
+            "own biases; give references=[...], the aligned trees"
+        )
+    return len(given)
+
+
+def _map_biases(
+    net: Network,
+    merged: PyTree | Merged,
+    change: Callable[[Array, Bias, int], Array],
+    *,
+    same: Callable[[int, int], bool],
+) -> PyTree | Merged:
+    """Replaces every layer's bias outside of stems and heads by `change(bias, which, depth)`.
+
+    Computes in float32 or better and casts back. `same` says whether two depths are treated alike;
+    a bias that several layers share must not need two values.
+    """
+    if net.opaque:
+        warnings.warn(
+            f"biases are changed in the layers of net.layers only.{opaque_hint(net)}",
+            UserWarning,
+            stacklevel=3,
+        )
+    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
+    depths = bias_depths(net, cut, end)
+    tree = merged.trunk if isinstance(merged, Merged) else merged
+    leaves, treedef = paths.flatten_named(tree)
+    for index, found in depths.items():
+        if not all(same(depth, found[0]) for depth in found):
+            raise ValueError(
+                f"the bias '{index[0]}' serves layers of depths {found}, which need different "
+                "values; give each layer its own bias"
+            )
+        bias = _read(leaves, index)
+        new = change(bias, index, found[0])
+        path, slot = index
+        leaf = jnp.asarray(leaves[path])
+        new = new.astype(leaf.dtype)
+        leaves[path] = new if slot is None else leaf.at[slot].set(new)
+    tree = jax.tree.unflatten(treedef, list(leaves.values()))
+    return dataclasses.replace(merged, trunk=tree) if isinstance(merged, Merged) else tree
+
+
+def bias_depths(net: Network, cut: int, end: int | None = None) -> dict[Bias, list[int]]:
+    """Depths of the layers of the trunk, from the cut to where heads begin, that add a bias."""
+    found: dict[Bias, list[int]] = {}
+    for layer in net.layers:
+        view = net._reference.layers[layer.name].bias
+        if layer.bias is None or view is None or (cut and net.in_stem(layer.name, cut)):
+            continue
+        if end is not None and not net.in_stem(layer.name, end):
+            continue
+        found.setdefault((layer.bias, view.slot), []).append(layer.depth)
+    return found
+
+
+def _read(leaves: dict[str, Any], index: Bias) -> Array:
+    path, slot = index
+    leaf = jnp.asarray(leaves[path])
+    leaf = leaf if slot is None else leaf[slot]
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

@@ -1,0 +1,160 @@
+"""What a renormalisation aims at: the moments of the edge models, in the basis of the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vfjax._maps.maps import Maps
+from vfjax._types import Array, PyTree
+from vfjax.merge._arguments import weights_for
+from vfjax.merge._merged import Merged, as_merged
+from vfjax.network._arguments import check_models, networks
+from vfjax.network._crossing import Crossing
+from vfjax.network._network import Network
+from vfjax.stats._moments import Moments, moments
+from vfjax.stats._sites import resolve_sites
+
+
+def goals_of(
+    net: Network,
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    references: Any,
+    maps: Maps | None,
+    weights: Sequence[float] | None,
+    sites: str | Sequence[str],
+) -> tuple[dict[str, tuple[Array, Array]], tuple[float, ...]]:
+    """Mean and standard deviation to reach, by layer; checks every argument first.
+
+    Args:
+        net: The traced network, of the trunk.
+        merged: A merged tree, or a `Merged`, that fits it.
+        data: Batches, to measure references that are trees on.
+        references: Trees, moments of all models, or a sequence of each model's.
+        maps: What carries them into the basis of the merge, or None.
+        weights: As in `vfjax.renorm.repair`.
+        sites: Likewise.
+
+    Returns:
+        By layer that is corrected, arrays of its channels' shape; and the references' weights.
+
+    Raises:
+        TypeError: As `vfjax.renorm.repair`.
+        ValueError: As `vfjax.renorm.repair`.
+    """
+    names = dict.fromkeys(resolve_sites(net, sites))
+    layers = {layer.name: layer for layer in net.layers}
+    other = [name for name in names if name not in layers]
+    if other:
+        raise ValueError(
+            f"sites must be layers, whose pre-activations are corrected, got {other[:3]}; "
+            'name layers, or give "paper" or "all"'
+        )
+    model = merged if isinstance(merged, Merged) else as_merged(net, merged)
+    chosen = [name for name in names if _correctable(model, layers[name])]
+    if maps is not None and not isinstance(maps, Maps):
+        raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+    given = _given(references)
+    if given is None:
+        count, nets = _check_references(model, references, maps)
+        mix = weights_for(merged, weights, count)
+        if not chosen:
+            return {}, mix
+        given = _measured(nets, references, data, maps, chosen)
+    else:
+        missing = [name for name in chosen if any(name not in m.mean for m in given)]
+        if missing:
+            raise ValueError(
+                f"references holds no moments at {missing[:3]}; measure them with "
+                "vfjax.stats.moments(net, trees, data, sites=...) at the sites to correct"
+            )
+        mix = weights_for(merged, weights, sum(m.models for m in given))
+    if maps is not None:
+        given = maps.carry(given if len(given) > 1 else given[0])
+    means, stds = _joined(given).mixed(mix)
+    return {name: (means[name], stds[name]) for name in chosen}, mix
+
+
+def _correctable(model: Merged, layer: Any) -> bool:
+    """Whether a correction of a layer acts on one value: of the trunk, or averaged at the cut."""
+    if model.in_heads(layer.name):
+        return False
+    if model.cut == 0 or not model.net.in_stem(layer.name, model.cut):
+        return True
+    return layer.main and layer.depth == model.cut
+
+
+def _given(references: Any) -> list[Moments] | None:
+    """References that are moments, or None if they are trees."""
+    if isinstance(references, Moments):
+        return [references]
+    if isinstance(references, (list, tuple)) and any(isinstance(r, Moments) for r in references):
+        if all(isinstance(r, Moments) and r.models == 1 for r in references):
+            return list(references)
+        raise ValueError(
+            "references must be moments of all models, or a sequence of moments of one model each"
+        )
+    return None
+
+
+def _check_references(
+    model: Merged, references: Any, maps: Maps | None
+) -> tuple[int, tuple[Network, ...]]:
+    """How many trees there are, and the network of each."""
+    # What heads alone read may differ in shape, as where models have classes of their own.
+    check_models(
+        model.nets or model.net,
+        references,
+        free=model.net.head_leaves(model.cut, model.end),
+        name="references",
+    )
+    count = len(references)
+    nets = networks(model.nets or model.net, count)
+    if maps is not None:
+        maps.check(nets, count)
+    return count, nets
+
+
+def _measured(
+    nets: Sequence[Network],
+    trees: Sequence[PyTree],
+    data: Iterable[Any],
+    maps: Maps | None,
+    sites: Sequence[str],
+) -> list[Moments]:
+    if isinstance(data, (list, tuple)) and any(isinstance(x, Crossing) for x in data):
+        raise ValueError(
+            "data holds crossings, which the references cannot be measured on; give references "
+            "as vfjax.stats.moments(net, trees, data, sites=...)"
+        )
+    net = nets[0]
+    mixed = frozenset() if maps is None else maps.mixed
+    if maps is not None:
+        trees = [maps.in_units(own, tree) for own, tree in zip(nets, trees, strict=True)]
+    covariance = [s for s in sites if any(place.group in mixed for place in net.places(s))]
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
+    if all(own is net for own in nets) and all(found == shapes[0] for found in shapes):
+        return [moments(net, trees, data, sites=sites, covariance=covariance or False)]
+    return [
+        moments(own, [tree], data, sites=sites, covariance=covariance or False)
+        for own, tree in zip(nets, trees, strict=True)
+    ]
+
+
+def _joined(given: Moments | Sequence[Moments]) -> Moments:
+    """One record of moments of several models."""
+    if isinstance(given, Moments):
+        return given
+
+    def stacked(what: str) -> dict[str, Array]:
+        return {
+            site: jnp.concatenate([getattr(found, what)[site] for found in given])
+            for site in given[0].mean
+            if all(site in found.mean for found in given)
+        }
+
+    return Moments(given[0].count, stacked("mean"), stacked("var"))

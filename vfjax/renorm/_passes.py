@@ -1,0 +1,369 @@
+"""The passes over data behind `vfjax.renorm`: moments of a merged network, and what corrects them.
+
+`by_batch` takes one pass. Every site is corrected by the batch's own moments, so that what lies
+behind it sees corrected values, as in a network in training mode; the moments of the uncorrected
+values are pooled over batches. `by_layer` takes a pass per rank of sites, with the corrections of
+earlier ranks fixed to their pooled moments, which is exact on any data.
+
+A pass is one compiled call per batch. Trees, weights, goals and the kind of correction are
+arguments of that call, so that all models of one network and cut share its compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._passes.batching import batches, check_finite_means, keep
+from vfjax._passes.devices import on_mesh, on_meshes
+from vfjax._passes.moments import (
+    Pooled,
+    coefficients,
+    moments_of,
+    pool,
+)
+from vfjax._trees import paths
+from vfjax._types import Array, PyTree
+from vfjax.merge._merged import Arrays, Frame, Merged
+from vfjax.network._crossing import Crossing
+from vfjax.network._network import Network
+from vfjax.network._records import Norm
+
+
+class Job(NamedTuple):
+    """What a pass corrects: hashable, so that it is the key of a compilation.
+
+    Attributes:
+        frame: The merged model without its arrays.
+        layers: Layers of the trunk whose pre-activation is corrected.
+        norms: Norms of the trunk whose stored statistics are renewed.
+        heads: Norms of the heads likewise, as (model, norm).
+    """
+
+    frame: Frame
+    layers: tuple[str, ...]
+    norms: tuple[str, ...]
+    heads: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def net(self) -> Network:
+        """The network of the trunk."""
+        return self.frame.net
+
+
+class Found(NamedTuple):
+    """What passes found.
+
+    Attributes:
+        corrections: `{layer: (scale, shift)}`.
+        norms: `{norm: moments of its corrected input}`, of the trunk.
+        heads: `{(model, norm): likewise}`.
+    """
+
+    corrections: dict[str, tuple[Array, Array]]
+    norms: dict[str, Pooled]
+    heads: dict[tuple[int, str], Pooled]
+
+
+class _Given(NamedTuple):
+    """The traced arguments of a compiled pass."""
+
+    arrays: Arrays
+    # 1 to correct the mean (REPAIR), 0 for the standard deviation alone (RESCALE).
+    centre: Any
+    # By layer, the goal mean and standard deviation; or None if nothing goes by the batch's moments
+    goals: Mapping[str, tuple[Array, Array]] | None
+    # but by the scale and shift that earlier passes found, by layer.
+    fixed: Mapping[str, tuple[Array, Array]] | None
+
+
+def by_batch(
+    job: Job,
+    model: Merged,
+    data: Iterable[Any],
+    goals: Mapping[str, tuple[Array, Array]],
+    *,
+    centre: bool,
+) -> Found:
+    """Corrects each batch by its own moments, in one pass, and pools the moments.
+
+    Args:
+        job: What to correct.
+        model: The merged model.
+        data: Batches, or a list of the crossings that `model.crossing` made of them.
+        goals: Mean and standard deviation to reach, by layer.
+        centre: Whether to correct the mean too.
+
+    Returns:
+        Corrections and moments; exact for one batch.
+    """
+    given = _given(model, centre, goals={name: goals[name] for name in job.layers})
+    pooled = _pass(job, given, data)
+    corrections = {n: _coefficients(pooled[n], goals[n], centre) for n in job.layers}
+    heads = {place: pooled[label(*place)] for place in job.heads}
+    return Found(corrections, {n: pooled[n] for n in job.norms}, heads)
+
+
+def label(model: int, norm: str) -> str:
+    """Name of what was measured at a norm of a head."""
+    return f"{norm} (head {model})"
+
+
+def by_layer(
+    job: Job,
+    model: Merged,
+    data: Iterable[Any],
+    goals: Mapping[str, tuple[Array, Array]],
+    *,
+    centre: bool,
+) -> Found:
+    """Corrects rank after rank, in one pass each, with earlier corrections fixed.
+
+    Args:
+        job: What to correct.
+        model: The merged model.
+        data: Batches, or a list of the crossings that `model.crossing` made of them.
+        goals: Mean and standard deviation to reach, by layer.
+        centre: Whether to correct the mean too.
+
+    Returns:
+        Corrections and moments; exact on any data.
+    """
+    found = Found({}, {}, {})
+    data = _stored(model, data)
+    identity = {
+        name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
+    }
+    for rank in ranks(job):
+        given = _given(
+            model,
+            centre,
+            fixed=identity | found.corrections,
+            measured=found,
+        )
+        pooled = _pass(job, given, data)
+        for name in rank:
+            if name in job.layers:
+                found.corrections[name] = _coefficients(pooled[name], goals[name], centre)
+        for name in rank:
+            if name in job.norms:
+                layer = job.net.norm(name).layer
+                before = None if layer is None else found.corrections.get(layer)
+                found.norms[name] = _moved(pooled[name], before)
+        found.heads.update({p: pooled[label(*p)] for p in job.heads if label(*p) in rank})
+    return found
+
+
+_coefficients = jax.jit(coefficients)
+
+
+def ranks(job: Job) -> list[list[str]]:
+    """Orders sites such that each depends on the corrections of earlier ranks only.
+
+    A norm that follows a corrected layer directly has that layer's rank: its input's moments follow
+    from the layer's.
+    """
+    found = _ranks(job.net, job.layers, job.norms)
+    heads: list[list[str]] = []  # behind all of the trunk, each by its own graph
+    for model in dict.fromkeys(model for model, _ in job.heads):
+        norms = tuple(norm for k, norm in job.heads if k == model)
+        own = _ranks(job.frame.net_of(model), (), norms)
+        heads += [[] for _ in range(len(own) - len(heads))]
+        for rank, names in zip(heads, own, strict=False):
+            rank += [label(model, name) for name in names]
+    return found + heads
+
+
+def _ranks(net: Network, layers: tuple[str, ...], norms: tuple[str, ...]) -> list[list[str]]:
+    """The same for sites of one network."""
+    traced = net._reference
+    graph = traced.graph
+    reads, makes = {}, {}
+    for name in layers:
+        reads[name] = traced.layers[name].preactivation
+        makes[name] = graph.producer[reads[name]]
+    for name in norms:
+        makes[name] = traced.norms[name].index
+        reads[name] = graph.equations[makes[name]].values[0]
+    rank: dict[str, int] = {}
+    for name in sorted(makes, key=makes.__getitem__):
+        before = net.norm(name).layer if name in norms else None
+        if before in layers:
+            rank[name] = rank[before]
+            continue
+        needed = set(graph.needed([reads[name]], ()))
+        rank[name] = 1 + max((rank[n] for n in rank if makes[n] in needed), default=-1)
+    return [[n for n in rank if rank[n] == k] for k in range(1 + max(rank.values(), default=-1))]
+
+
+def with_statistics(net: Network, tree: PyTree, found: Mapping[str, Pooled]) -> PyTree:
+    """The tree with the stored statistics of norms replaced.
+
+    A norm used several times has one pair of leaves; it gets the moments of all uses, pooled.
+
+    Args:
+        net: The traced network.
+        tree: Its variables.
+        found: Moments of the inputs of norms, by name.
+
+    Returns:
+        A new tree; statistics are cast to the leaves' dtypes.
+    """
+    leaves, treedef = paths.flatten_named(tree)
+    joined: dict[tuple[Any, ...], Pooled] = {}
+    for name, moments in found.items():
+        site = net._reference.norms[name]
+        norm = net.norm(name)
+        key = (norm.mean, site.mean.slot, norm.var, site.var.slot)
+        joined[key] = pool(joined[key], moments) if key in joined else moments
+    for (mean, mean_slot, var, var_slot), moments in joined.items():
+        leaves[mean] = _write(leaves[mean], mean_slot, moments.mean)
+        leaves[var] = _write(leaves[var], var_slot, moments.var)
+    return jax.tree.unflatten(treedef, list(leaves.values()))
+
+
+def _write(leaf: Any, slot: int | None, value: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    if slot is None:
+        return jnp.asarray(value).reshape(leaf.shape).astype(leaf.dtype)
+    return leaf.at[slot].set(jnp.asarray(value).reshape(leaf.shape[1:]).astype(leaf.dtype))
+
+
+def _moved(moments: Pooled, correction: tuple[Array, Array] | None) -> Pooled:
+    """Moments of `scale * z + shift`, for those of z."""
+    if correction is None:
+        return moments
+    scale, shift = (np.reshape(v, np.shape(moments.mean)) for v in correction)
+    return Pooled(moments.count, scale * moments.mean + shift, scale**2 * moments.m2)
+
+
+def _given(
+    model: Merged,
+    centre: bool,
+    *,
+    goals: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    measured: Found | None = None,
+) -> _Given:
+    model = model if measured is None else renewed(model, measured)
+    return _Given(model.arrays, np.asarray(centre), goals, fixed)
+
+
+def renewed(model: Merged, found: Found) -> Merged:
+    """The model with the statistics that were found in its norms."""
+    heads = list(model.heads)
+    for k, head in enumerate(heads):
+        own = {norm: moments for (of, norm), moments in found.heads.items() if of == k}
+        heads[k] = with_statistics(model.net_of(k), head, own)
+    trunk = with_statistics(model.net, model.trunk, found.norms)
+    return dataclasses.replace(model, trunk=trunk, heads=tuple(heads))
+
+
+def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
+    """One pass: moments of every site before its own correction, norms' inputs after it."""
+    pooled: dict[str, Pooled] = {}
+    pending: dict[str, Pooled] = {}
+
+    def take() -> None:
+        for name, batch in pending.items():
+            # In float64 on the host: batches may be many, and sites are small.
+            batch = Pooled(*(np.asarray(v, np.float64) for v in batch))
+            pooled[name] = pool(pooled[name], batch) if name in pooled else batch
+
+    for mesh, placed, x in on_meshes(inputs(job.net, job.frame.cut, data), given):
+        batch = _measure(job, mesh, placed, x)
+        take()  # of the batch before, while this one runs
+        pending = batch
+    take()
+    check_finite_means({name: found.mean for name, found in pooled.items()})
+    return pooled
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]:
+    return on_mesh(functools.partial(_moments, job), mesh)(given, x)
+
+
+def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
+    model = job.frame.model(given.arrays)
+    found: dict[str, Pooled] = {}
+
+    def at_layer(name: str, z: Array) -> Array:
+        layer = job.net.layer(name)
+        found[name] = moments_of(z, layer.sample_axes)
+        if given.goals is None:
+            assert given.fixed is not None  # one of the two is given
+            pair = given.fixed[name]
+        else:
+            pair = coefficients(found[name], given.goals[name], given.centre)
+        return layer.affine(*pair)(z)
+
+    def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
+        """The edits of norms of a tree; `labels` are what their moments go by."""
+        leaves, _ = paths.flatten_named(tree)
+
+        def edit(norm: Norm, u: Array) -> Array:
+            now = found[labels[norm.name]] = moments_of(u, norm.sample_axes)
+            return u if given.goals is None else _as_if(net, norm, leaves, now, u)
+
+        norms = [net.norm(name) for name in labels]
+        return {norm.site: functools.partial(edit, norm) for norm in norms}
+
+    edit = {name: functools.partial(at_layer, name) for name in job.layers}
+    edit |= at_norms(job.net, model.trunk, {name: name for name in job.norms})
+    out, _ = model.run_trunk(x, edit=edit)
+    for k in dict.fromkeys(k for k, _ in job.heads):
+        labels = {norm: label(k, norm) for of, norm in job.heads if of == k}
+        model.run_head(k, out, edit=at_norms(model.net_of(k), model.heads[k], labels))
+    return found
+
+
+def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u: Array) -> Array:
+    """An input that the norm treats, with its old statistics, as `u` with the batch's."""
+    site = net._reference.norms[norm.name]
+
+    def old(path: str, slot: int | None) -> Array:
+        leaf = jnp.asarray(leaves[path])
+        leaf = leaf if slot is None else leaf[slot]
+        return leaf.reshape(now.mean.shape).astype(now.mean.dtype)
+
+    mean, var = old(norm.mean, site.mean.slot), old(norm.var, site.var.slot)
+    factor = jnp.sqrt((var + norm.eps) / (now.var + norm.eps))
+    now_mean, factor, mean = (
+        jnp.expand_dims(v, norm.sample_axes) for v in (now.mean, factor, mean)
+    )
+    return ((u.astype(mean.dtype) - now_mean) * factor + mean).astype(u.dtype)
+
+
+def inputs(net: Network, cut: int, data: Iterable[Any]) -> Iterator[PyTree]:
+    """The batches of `data`, checked; or the crossings that it lists."""
+    if not (isinstance(data, (list, tuple)) and any(isinstance(c, Crossing) for c in data)):
+        yield from batches(data, like=net.x)
+        return
+    for c in data:
+        if not isinstance(c, Crossing) or c.depth != cut:
+            what = f"a crossing at {c.depth}" if isinstance(c, Crossing) else type(c).__name__
+            raise ValueError(f"data must hold crossings at the model's cut, {cut}, got {what}")
+        yield c
+
+
+def _stored(model: Merged, data: Iterable[Any]) -> Iterable[Any]:
+    """Data for several passes: the crossings of all batches if they fit into memory."""
+    if model.cut == 0:
+        return data
+    crossings = (
+        x if isinstance(x, Crossing) else _cross(model, x)
+        for x in inputs(model.net, model.cut, data)
+    )
+    return keep(crossings, data)
+
+
+@jax.jit
+def _cross(model: Merged, x: PyTree) -> Crossing:
+    return model.crossing(x)

@@ -1,0 +1,237 @@
+"""RESET, REPAIR and RESCALE."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from vfjax._maps.maps import Maps
+from vfjax._trees import paths
+from vfjax._types import PyTree
+from vfjax.merge._arguments import check_merged
+from vfjax.merge._merged import Merged, as_merged
+from vfjax.network._network import Network
+from vfjax.renorm import _passes
+from vfjax.renorm._goals import goals_of
+from vfjax.renorm._write import fold_all
+from vfjax.stats._moments import Moments
+
+_SWEEPS = {"batch": _passes.by_batch, "layer": _passes.by_layer}
+
+
+def reset(
+    net: Network | Sequence[Network],
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    sweeps: str = "batch",
+) -> PyTree | Merged:
+    """RESET: measures the stored statistics of every norm of trunk and heads anew.
+
+    Averaged running statistics describe neither edge model nor the merged one. As in training mode,
+    each norm sees a batch normalised by the batch's own statistics upstream; means and (population)
+    variances are pooled over batches. Scales and shifts of the norms stay. Each head has
+    statistics of its own.
+
+    Args:
+        net: The traced network, or those that `merged` was made with.
+        merged: A merged tree, which may lack variances, or a `Merged`.
+        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
+        sweeps: "batch" for one pass, exact on one batch; "layer" for one pass per norm along the
+            deepest path, exact on any data.
+
+    Returns:
+        A tree or a `Merged`, as given. Norms inside stems keep their statistics.
+
+    Raises:
+        TypeError: If data has another structure or dtype than was traced.
+        ValueError: If the network has no norm with stored statistics, if data is empty or
+            exhausted, or `merged` does not fit the network.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     u = x @ v["kernel"]
+        ...     return (u - v["mean"]) / jnp.sqrt(v["var"] + 1e-5)
+        >>> tree = {"kernel": 3 * jnp.eye(2), "mean": jnp.zeros(2), "var": jnp.ones(2)}
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 5.0]])
+        >>> net = vfjax.trace(apply_fn, tree, x)
+        >>> new = reset(net, tree, [x])
+        >>> new["mean"].tolist(), new["var"].tolist()
+        ([3.0, 9.0], [9.0, 36.0])
+
+    Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
+    Repair", section 4; the reference code averages per-batch unbiased variances instead.
+    """
+    net = check_merged(net, merged)
+    if not net.norms:
+        raise ValueError(
+            "net has no normalisation with stored statistics, so there is nothing to reset; "
+            "see net.norms. Networks without BatchNorm want repair or rescale."
+        )
+    return _renormalise(net, merged, data, {}, sweeps, centre=False)
+
+
+def repair(
+    net: Network | Sequence[Network],
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree] | Moments | Sequence[Moments],
+    maps: Maps | None = None,
+    weights: Sequence[float] | None = None,
+    sites: str | Sequence[str] = "paper",
+    sweeps: str = "batch",
+) -> PyTree | Merged:
+    """REPAIR: gives pre-activations the averaged mean and standard deviation of the edge models.
+
+    Per channel, over examples and positions,
+    `z <- (z - mean[z]) / std[z] * sum_k w_k std_k + sum_k w_k mean_k`, without an epsilon. A
+    channel that is constant (variance zero to rounding, or below 1e-12 of the layer's largest)
+    keeps its scale and only its mean moves. Norms with stored statistics are reset in the same
+    pass.
+
+    Args:
+        net: The traced network, or those that `merged` was made with.
+        merged: A merged tree, or a `Merged`.
+        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
+        references: The edge models, or their `vfjax.stats.moments` at the sites (or, of models that
+            differ in shape, a sequence of each one's): aligned, or with `maps` the originals.
+        maps: What maps the references into the basis of the merge. Where it mixes features,
+            moments that are given need `covariance` at the sites.
+        weights: One per reference, summing to one. None for those of `merged`, if that is a
+            `Merged` of as many models, else 1/K each.
+        sites: "paper", "all", or names of layers, as in `vfjax.stats.resolve_sites`. At a cut, only
+            layers of the trunk and those at the cut, averaged, are corrected.
+        sweeps: "batch" for one pass in which layers see upstream layers corrected by the batch's
+            own moments, exact on one batch; "layer" for one pass per depth, exact on any data.
+
+    Returns:
+        Given a tree: a tree if every correction folds into kernels and biases (or the means of
+        norms that follow directly), else a `Merged` of cut 0 that holds the others explicitly.
+        Given a `Merged`: a `Merged`.
+
+    Raises:
+        TypeError: If data has another structure or dtype than was traced.
+        ValueError: If references, weights or sites do not fit, if data is empty or exhausted, or
+            `merged` does not fit the network.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"]
+        >>> a = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.ones((2, 1))}
+        >>> merged = a | {"w1": 0.5 * jnp.eye(2), "b1": jnp.zeros(2)}
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 5.0]])
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> new = repair(net, merged, [x], references=[a])
+        >>> new["w1"].tolist(), new["b1"].tolist()
+        ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
+
+    Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
+    Repair", eq. 3; "Vanishing Feature", section on normalisation.
+    """
+    net = check_merged(net, merged)
+    goals, mix = goals_of(net, merged, data, references, maps, weights, sites)
+    return _renormalise(net, merged, data, goals, sweeps, centre=True, weights=mix)
+
+
+def rescale(
+    net: Network | Sequence[Network],
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree] | Moments | Sequence[Moments],
+    maps: Maps | None = None,
+    weights: Sequence[float] | None = None,
+    sites: str | Sequence[str] = "paper",
+    sweeps: str = "batch",
+) -> PyTree | Merged:
+    """RESCALE: gives pre-activations the averaged standard deviation of the edge models.
+
+    Per channel, over examples and positions, `z <- z / std[z] * sum_k w_k std_k`. The value is not
+    centred, so its mean (and its bias) scales too and nothing is added; the standard deviation is
+    that about the mean. Else as `repair`: constant channels keep scale 1, norms with stored
+    statistics are reset in the same pass.
+
+    Args:
+        net: The traced network, or those that `merged` was made with.
+        merged: A merged tree, or a `Merged`.
+        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
+        references: The edge models, or their `vfjax.stats.moments` at the sites (or, of models that
+            differ in shape, a sequence of each one's): aligned, or with `maps` the originals.
+        maps: What maps the references into the basis of the merge. Where it mixes features,
+            moments that are given need `covariance` at the sites.
+        weights: As in `repair`.
+        sites: As in `repair`.
+        sweeps: As in `repair`.
+
+    Returns:
+        As `repair`; corrections fold wherever the kernel is a plain leaf that is used once.
+
+    Raises:
+        TypeError: As `repair`.
+        ValueError: As `repair`.
+
+    Example:
+        >>> import jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"]
+        >>> a = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.ones((2, 1))}
+        >>> merged = a | {"w1": 0.5 * jnp.eye(2)}
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 5.0]])
+        >>> net = vfjax.trace(apply_fn, a, x)
+        >>> rescale(net, merged, [x], references=[a])["b1"].tolist()
+        [2.0, 2.0]
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
+    """
+    net = check_merged(net, merged)
+    goals, mix = goals_of(net, merged, data, references, maps, weights, sites)
+    return _renormalise(net, merged, data, goals, sweeps, centre=False, weights=mix)
+
+
+def _renormalise(
+    net: Network,
+    merged: PyTree | Merged,
+    data: Iterable[Any],
+    goals: dict[str, Any],
+    sweeps: str,
+    *,
+    centre: bool,
+    weights: tuple[float, ...] = (1.0,),
+) -> PyTree | Merged:
+    if sweeps not in _SWEEPS:
+        raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
+    model = merged if isinstance(merged, Merged) else as_merged(net, merged)
+    cut = model.cut
+    norms = [
+        n.name
+        for n in net.norms
+        if not (cut and net.in_stem(n.site, cut)) and not model.in_heads(n.site)
+    ]
+    heads = [n.name for n in net.norms if model.in_heads(n.site)]
+    places = tuple((k, name) for k in range(len(model.heads)) for name in heads)
+    job = _passes.Job(model.frame, tuple(goals), tuple(norms), places)
+    if job.layers or job.norms or job.heads:
+        model = _with_variances(model)
+        found = _SWEEPS[sweeps](job, model, data, goals, centre=centre)
+        model = fold_all(model, found, shift=centre)
+    if isinstance(merged, Merged):
+        return model
+    # A record of what the tree was made of: as many models as there are references.
+    return dataclasses.replace(model, weights=weights) if model.corrections else model.trunk
+
+
+def _with_variances(model: Merged) -> Merged:
+    """The model with ones for the variances that it lacks, to be measured."""
+    leaves = paths.flatten_named(model.trunk)[0]
+    kept = model.net.trunk_leaves(model.cut, model.end)
+    unknown = [n.var for n in model.net.norms if n.var in kept and n.var not in leaves]
+    if not unknown:
+        return model
+    ones = {path: jnp.ones(a.shape, a.dtype) for path, a in model.net.leaves(unknown).items()}
+    return dataclasses.replace(model, trunk=paths.with_leaves(model.trunk, ones))

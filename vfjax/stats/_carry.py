@@ -1,0 +1,147 @@
+"""Moments of values after linear maps of their channels, from the moments before."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vfjax._types import Array
+from vfjax.stats._sites import GroupAxis
+from vfjax.symmetry._group_maps import check_permutation
+from vfjax.symmetry._places import (
+    Axis,
+    map_axis,
+    map_within,
+    permute_at,
+    size_at,
+)
+
+
+def single(found: Any) -> np.ndarray | Array:
+    """The merge map of a group: a permutation (for each entry of another, maybe) or a matrix."""
+    found = found[0] if isinstance(found, tuple) else found
+    if np.ndim(found) not in (1, 2, 3):
+        raise ValueError(
+            "a group's map must be a permutation [n] or [h, n], a matrix [m, n] or [h, m, n] or a "
+            f"pair of matrices, got an array of shape {np.shape(found)}"
+        )
+    return found
+
+
+def _is_matrix(found: Any) -> bool:
+    integer = found is not None and np.issubdtype(np.asarray(found).dtype, np.integer)
+    return np.ndim(found) == 3 or (np.ndim(found) == 2 and not integer)
+
+
+def _check(axis: GroupAxis, maps: Sequence[Any], n: int, heads: int | None, site: str) -> None:
+    """Checks the models' maps of a group with n entries; None is the identity."""
+    for found in maps:
+        if found is None:
+            continue
+        each = np.ndim(found) == (3 if _is_matrix(found) else 2)
+        if each and heads is None:
+            raise ValueError(
+                f"maps[{axis.group!r}] holds a map for each entry of another group, and "
+                f'the moments at "{site}" are pooled over these; carry those of other sites'
+            )
+        if _is_matrix(found):
+            shape = np.shape(found)
+            if shape[-1] != n or (each and shape[0] != heads):
+                wanted = f"[m, {n}]" + (f" or [{heads}, m, {n}]" if heads is not None else "")
+                raise ValueError(
+                    f"maps[{axis.group!r}] must be a matrix {wanted}, got {shape}: the group has "
+                    f"{n} entries"
+                )
+            continue
+        check_permutation(axis.group, found, n, heads, within=heads is not None)
+    rows = [np.shape(found)[-2] if _is_matrix(found) else n for found in maps]
+    if len(set(rows)) > 1:
+        raise ValueError(
+            f"maps[{axis.group!r}]: matrices [m, {n}] of all models must agree in m, got {rows}"
+        )
+
+
+def _flat(axis: GroupAxis, shape: tuple[int, ...]) -> GroupAxis:
+    """The same along all channel axes of moments `[K, *channels]`, laid out as one."""
+    place, owner = (_laid_out(place, shape) for place in (axis.place, axis.owner))
+    return GroupAxis(axis.group, 0, *place[3:], owner=owner)
+
+
+def _laid_out(place: Axis | None, shape: tuple[int, ...]) -> Any:
+    """A place along one of the channel axes as it lies where all are one."""
+    if place is None:
+        return None
+    before, after = math.prod(shape[1 : 1 + place.axis]), math.prod(shape[2 + place.axis :])
+    if not place.windows:
+        return place._replace(axis=0, outer=place.outer * before, inner=place.inner * after)
+    (outer, start, size, inner), *rest = place.windows
+    return place._replace(axis=0, windows=((outer * before, start, size, inner * after), *rest))
+
+
+def _product(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
+    return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
+
+
+def carry(
+    mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """One group's maps applied to the moments of one site, on the host."""
+    mean, var = np.asarray(mean), np.asarray(var)
+    if mean.ndim > 2:  # covariances run over all channel axes as one
+        before, after = mean.shape[: 1 + axis.axis], mean.shape[2 + axis.axis :]
+        flat = _flat(axis, mean.shape)
+        mean, var = (value.reshape(len(mean), -1) for value in (mean, var))
+        mean, var, covariance = carry(mean, var, covariance, flat, maps, site)
+        return mean.reshape(*before, -1, *after), var.reshape(*before, -1, *after), covariance
+    covariance = None if covariance is None else np.asarray(covariance)
+    size = mean.shape[1 + axis.axis]
+    n = size_at(axis.group, axis.place, (size,))
+    heads = None if axis.owner is None else size_at(axis.group, axis.owner, (size,))
+    _check(axis, maps, n, heads, site)
+
+    def ordered(line: np.ndarray, permutation: Any) -> np.ndarray:
+        return permute_at(line, axis.place, axis.owner, np.asarray(permutation))
+
+    if not any(map(_is_matrix, maps)):
+        whole = np.arange(size)
+        order = [whole if m is None else ordered(whole, m) for m in maps]
+        mean, var = (
+            np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
+            for value in (mean, var)
+        )
+        if covariance is not None:
+            rows = np.stack(order)[:, None, :, None]
+            columns = np.stack(order)[None, :, None, :]
+            models = np.arange(len(maps))
+            covariance = covariance[
+                models[:, None, None, None], models[None, :, None, None], rows, columns
+            ]
+        return mean, var, covariance
+    if covariance is None or np.isnan(covariance[0, 0]).any():
+        raise ValueError(
+            f'carrying moments at "{site}" through a matrix needs the covariances within each '
+            f'model: measure with covariance=["{site}"] (or True at taps)'
+        )
+    matrices = []
+    for m in maps:
+        whole = np.eye(size)
+        if m is not None and np.ndim(m) == 3:
+            assert axis.owner is not None  # `_check`
+            each = [functools.partial(_product, np.asarray(matrix)) for matrix in m]
+            whole = map_within(
+                whole, axis.place, axis.owner, lambda view, k, i, each=each: each[i](view, k)
+            )
+        elif _is_matrix(m):
+            whole = map_axis(whole, axis.place, functools.partial(_product, np.asarray(m)))
+        elif m is not None:
+            whole = ordered(whole, m)
+        matrices.append(whole.astype(covariance.dtype))
+    stacked = np.stack(matrices)
+    covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
+    mean = (stacked @ mean[..., None])[..., 0]
+    # A variance of zero may come out below it by rounding.
+    return mean, np.maximum(np.einsum("kkpp->kp", covariance), 0), covariance

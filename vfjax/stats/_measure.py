@@ -1,0 +1,172 @@
+"""The compiled part of `vfjax.stats`: moments of a batch, and merging batches.
+
+A batch is reduced on the device in one compiled call for all models; what comes out is small, and a
+second, tiny call merges it into what was pooled before, in place. `stream` and `by_pieces` serve
+every pass that works like this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._passes.devices import on_mesh
+from vfjax._passes.moments import (
+    covariance_of,
+    merge_moments,
+    shifted_moments,
+    union_second,
+    without_rounding,
+)
+from vfjax._passes.streaming import by_pieces, each
+from vfjax._types import Array, PyTree
+from vfjax.network._network import Network
+from vfjax.stats._pieces import pieces
+from vfjax.stats._sites import Site, arrange
+
+
+class Plan(NamedTuple):
+    """What a pass measures: hashable, so that it is part of the key of a compilation."""
+
+    sites: tuple[Site, ...]
+    covariance: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tree"], meta_fields=["net"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A tree and the network that runs it, as one pytree."""
+
+    net: Network
+    tree: PyTree
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def measure(
+    plan: Plan, mesh: Any, models: tuple[Model, ...], x: PyTree
+) -> tuple[dict[str, Any], list[Array]]:
+    """Moments of one batch, and the number of samples at each site."""
+    if mesh is not None:
+        return on_mesh(functools.partial(_batch, plan), mesh)(models, x)
+    batch = functools.partial(_batch, plan, models)
+    parts = pieces({model.net: model.tree for model in models}, x)
+    return by_pieces(batch, functools.partial(_merge, plan), parts, x)
+
+
+def _batch(plan: Plan, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
+    counts: dict[str, int] = {}
+
+    def one(model: Model, x: PyTree) -> tuple[dict[str, Array], ...]:
+        own: dict[str, int] = {}
+        found = read(model.net, plan.sites, plan.covariance, own, x, model.tree)
+        if own != (counts or own):
+            raise ValueError(
+                "net has networks with other numbers of samples at the sites of one and of "
+                f"another, {own} and {counts}; networks may differ behind the sites only"
+            )
+        counts.update(own)
+        return found
+
+    parts = each(one, models, x)
+    mean, var, rest = (
+        {site.name: jnp.stack([part[k][site.name] for part in parts]) for site in plan.sites}
+        for k in (0, 1, 2)
+    )
+    rows = {name: [part[3][name] for part in parts] for name in plan.covariance}
+
+    def product(name: str, i: int, j: int) -> Array:
+        return covariance_of((rows[name][i], rest[name][i]), (rows[name][j], rest[name][j]))
+
+    products = {
+        name: jnp.stack([product(name, i, j) for i, j in plan.pairs])
+        for name in plan.covariance
+        if plan.pairs
+    }
+    for name, found in products.items():
+        own = [k for k, (i, j) in enumerate(plan.pairs) if i == j]
+        if own:
+            # What the products give already costs no pass of its own.
+            squares = jnp.stack([jnp.diagonal(found[k]) for k in own])
+            var[name] = jnp.maximum(squares, 0).reshape(var[name].shape)
+    batch = {"mean": mean, "var": var, "covariance": products}
+    return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in plan.sites]
+
+
+def read(
+    net: Network,
+    sites: tuple[Site, ...],
+    covariance: Collection[str],
+    counts: dict[str, int],
+    x: PyTree,
+    tree: PyTree,
+) -> tuple[dict[str, Array], ...]:
+    """Moments of one model's values on a batch, by site.
+
+    Args:
+        net: The traced network.
+        sites: What to read.
+        covariance: Names of those whose values are wanted too.
+        counts: Filled with the number of samples, by name: no result, so that `vmap` leaves it.
+        x: The batch.
+        tree: The model.
+
+    Returns:
+        Means, variances, means of the shifted values, and the shifted values `[samples, channels]`.
+    """
+    _, values = net.run(tree, x, capture=tuple(dict.fromkeys(site.source for site in sites)))
+    mean, var, rest, rows = {}, {}, {}, {}
+    for site in sites:
+        value, sample = arrange(values[site.source], site)
+        name = site.name
+        value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
+        counts[name] = value.size // max(mean[name].size, 1)
+        if name in covariance:
+            keep = [a for a in range(value.ndim) if a not in sample]
+            rows[name] = value.transpose(*sample, *keep).reshape(counts[name], -1)
+    return mean, var, rest, rows
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def pool(
+    plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
+) -> dict[str, Any]:
+    """The moments of the union of two sets of samples; `share` is the second's part."""
+    return _merge(plan, pooled, batch, share)
+
+
+def _merge(
+    plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
+) -> dict[str, Any]:
+    out: dict[str, Any] = {"covariance": {}}
+    out["mean"], out["var"], steps = merge_moments(
+        (pooled["mean"], pooled["var"]), (batch["mean"], batch["var"]), share
+    )
+    for site, old in pooled["covariance"].items():
+        rows = steps[site].reshape(steps[site].shape[0], -1)
+        between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in plan.pairs])
+        out["covariance"][site] = union_second(old, batch["covariance"][site], between, share)
+    return out
+
+
+def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
+    """Mean, variance and covariance `[K, K, n, n]` by site, rounding taken off the variances.
+
+    On the host: it is little, and there it needs no compilation.
+    """
+    pooled = jax.tree.map(np.asarray, pooled)
+    mean, var, blocks = pooled["mean"], {}, {}
+    for site, value in pooled["var"].items():
+        var[site] = without_rounding(mean[site], value)
+    for site, value in pooled["covariance"].items():
+        models = len(mean[site])
+        blocks[site] = np.full((models, models, *value.shape[1:]), np.nan, value.dtype)
+        for (i, j), block in zip(plan.pairs, value, strict=True):
+            blocks[site][i, j], blocks[site][j, i] = block, block.T
+    return jax.tree.map(jnp.asarray, (mean, var, blocks))

@@ -1,0 +1,277 @@
+"""Means, variances and covariances of several models in one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._passes.batching import check_finite_means
+from vfjax._passes.streaming import stream
+from vfjax._trees.mean import resolve_weights
+from vfjax._trees.paths import check_sequence
+from vfjax._types import Array, PyTree
+from vfjax.network._arguments import check_comparable, networks
+from vfjax.network._network import Network
+from vfjax.stats._carry import carry, single
+from vfjax.stats._measure import (
+    Model,
+    Plan,
+    finish,
+    measure,
+    pool,
+)
+from vfjax.stats._sites import (
+    GroupAxis,
+    Sites,
+    joint_taps,
+    resolve_sites,
+    site_of,
+    taps_by_site,
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["count", "mean", "var", "covariance"],
+    meta_fields=["axes"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of the values at sites, for K models.
+
+    A pytree, so it goes through `jax.tree.map`, `jit` and checkpoints. `var` and `covariance` are
+    those of the population (divided by the number of samples).
+
+    Attributes:
+        count: Samples per channel (examples times positions), by site.
+        mean: `[K, *channels]` by site, float32 or better.
+        var: `[K, *channels]` by site, float32 or better.
+        covariance: `[K, K, n, n]` by site, entry `[i, j, a, b]` between channel a of model i and b
+            of model j, or None where none was asked for. Blocks that were not asked for are NaN.
+        axes: Which channel axes carry which group, by site; what `carried` goes by.
+    """
+
+    count: dict[str, float]
+    mean: dict[str, Array]
+    var: dict[str, Array]
+    covariance: dict[str, Array] | None = None
+    axes: tuple[tuple[str, tuple[GroupAxis, ...]], ...] = ()
+
+    @property
+    def models(self) -> int:
+        """Number of models, K.
+
+        Raises:
+            ValueError: If there are no sites, which would tell.
+        """
+        if not self.mean:
+            raise ValueError("these moments are of no site, so they do not tell of how many models")
+        return next(iter(self.mean.values())).shape[0]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(self.mean)
+
+    @property
+    def std(self) -> dict[str, Array]:
+        """Standard deviations, `[K, *channels]` by site."""
+        return {site: jnp.sqrt(var) for site, var in self.var.items()}
+
+    def mixed(
+        self, weights: Sequence[float] | None = None
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Weighted means over the models of the means and of the standard deviations.
+
+        The goal statistics of REPAIR and RESCALE ("Vanishing Feature", section on normalisation):
+        standard deviations are averaged, not variances.
+
+        Args:
+            weights: One weight per model, summing to one; None for equal ones.
+
+        Returns:
+            Mean and standard deviation, each `[*channels]` by site.
+
+        Raises:
+            ValueError: If the weights do not fit the number of models or do not sum to one.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> mean, var = jnp.array([[0.0], [4.0]]), jnp.array([[1.0], [9.0]])
+            >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": var}).mixed((0.5, 0.5))
+            >>> [float(value["a"][0]) for value in found]
+            [2.0, 2.0]
+        """
+        share = jnp.asarray(resolve_weights(weights, self.models, of="models"), jnp.float32)
+        return tuple(  # type: ignore[return-value]
+            {site: jnp.tensordot(share.astype(value.dtype), value, 1) for site, value in of.items()}
+            for of in (self.mean, self.std)
+        )
+
+    def carried(self, maps: Sequence[Mapping[str, Any] | None]) -> Moments:
+        """The moments of the models after linear maps of their groups, without another pass.
+
+        Through a matrix `M`, means become `M mu` and covariances `M C M^T`; variances are their
+        diagonals. Permutations are indexed.
+
+        Args:
+            maps: One per model, None for the identity: by group a permutation `int[n]` (new axis =
+                `take(old, p)`), or `int[h, n]` for a group within another; a matrix `[m, n]`, or
+                `[h, m, n]` likewise; or a pair of merge and unmerge matrix `(M, U)` of which the
+                first is used. Groups left out stay. At one site, the models' matrices must agree
+                in m.
+
+        Returns:
+            Moments at the same sites.
+
+        Raises:
+            TypeError: If a permutation is not of integers.
+            ValueError: If there are not K maps, one is no permutation of its group or no matrix
+                that fits it, or a matrix meets a site whose covariance within each model was not
+                measured.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> mean = jnp.array([[1.0, 2.0, 3.0]])
+            >>> axes = (("a", (GroupAxis("g", 0, 1, 1),)),)
+            >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": mean}, axes=axes)
+            >>> found.carried([{"g": jnp.array([2, 0, 1])}]).mean["a"].tolist()
+            [[3.0, 1.0, 2.0]]
+        """
+        if isinstance(maps, Mapping) or len(maps) != self.models:
+            raise ValueError(
+                f"`maps` must be a sequence with one map (or None) for each of {self.models} "
+                f"models, got {'a mapping' if isinstance(maps, Mapping) else len(maps)}"
+            )
+        mean: dict[str, Any] = dict(self.mean)
+        var: dict[str, Any] = dict(self.var)
+        covariance: dict[str, Any] | None = None
+        if self.covariance is not None:
+            covariance = dict(self.covariance)
+        places = {site: list(axes) for site, axes in self.axes}
+        for site, axes in places.items():
+            for k, axis in enumerate(axes):
+                chosen = [single(m[axis.group]) if m and axis.group in m else None for m in maps]
+                if all(m is None for m in chosen):
+                    continue
+                block = None if covariance is None else covariance.get(site)
+                length = mean[site].shape[1 + axis.axis]
+                mean[site], var[site], block = carry(
+                    mean[site], var[site], block, axes[k], chosen, site
+                )
+                if mean[site].shape[1 + axis.axis] != length:
+                    m = next(np.shape(found)[-2] for found in chosen if found is not None)
+                    axes[:] = [other.after(axes[k], length, m) for other in axes]
+                if covariance is not None and block is not None:
+                    covariance[site] = block
+        mean, var, covariance = jax.tree.map(jnp.asarray, (mean, var, covariance))
+        axes = tuple((site, tuple(found)) for site, found in places.items())
+        return dataclasses.replace(self, mean=mean, var=var, covariance=covariance, axes=axes)
+
+
+def moments(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    data: Iterable[Any],
+    *,
+    sites: Sites = "paper",
+    covariance: bool | Literal["cross"] | Sequence[str] = False,
+) -> Moments:
+    """Measures means, variances and covariances of K models in one pass over data.
+
+    Moments are pooled over all samples (examples and positions), whatever the batches. Statistics
+    are float32, or float64 at float64 values; a channel that is constant to float32 rounding has
+    variance 0. Batches that are sharded over devices give the same numbers.
+
+    Args:
+        net: The traced network, or one per tree.
+        trees: One parameter tree per model. Leaves that no site depends on, as those of heads with
+            classes of their own behind the taps, may differ in shape where `apply_fn` takes that;
+            models whose `apply_fn` differ have a network each.
+        data: Re-iterable of `x` or `(x, label)`.
+        sites: `"paper"`, `"all"`, `"taps"` or a list of site names: see `resolve_sites`. At a tap
+            the channels are the `n` features of its group (at a joint tap those of all entries of
+            the group that it is within, `h * n`), at a layer or norm its channel axes, at
+            `"input"` and `"output"` all axes but the first.
+        covariance: True for the covariances between all pairs of models (each with itself too) at
+            the requested taps, or at all taps if none is among the sites; `"cross"` for pairs of
+            different models only, what matching needs; a list of site names for all pairs at those.
+
+    Returns:
+        Moments by site.
+
+    Raises:
+        TypeError: If `net` is no traced network, `trees` no sequence of trees, or data has another
+            structure or dtype.
+        ValueError: If networks or trees differ before a site, a site does not exist, data is empty
+            or exhausted, or makes a site NaN or infinite; or `covariance` is `"cross"` with a
+            single model.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(x @ v["a"]) @ v["b"]
+        >>> v = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
+        >>> x = jnp.arange(12.0).reshape(4, 3)
+        >>> net = vfjax.trace(apply_fn, v, x)
+        >>> found = moments(net, [v, v], [x[:3], x[3:]], sites=["a"])
+        >>> found.mean["a"].tolist()
+        [[4.5, 5.5, 6.5], [4.5, 5.5, 6.5]]
+    """
+    check_sequence(trees, name="trees")
+    nets = networks(net, len(trees))
+    plan = _plan(nets[0], sites, covariance, len(trees))
+    check_comparable(nets, trees, [site.source for site in plan.sites])
+    if any(_plan(own, sites, covariance, len(trees)) != plan for own in nets if own is not nets[0]):
+        raise ValueError(
+            "net has networks that lay out the values at the sites differently; measure each by "
+            "itself, stats.moments(net[k], [trees[k]], data, ...)"
+        )
+    pooled, counts = stream(
+        functools.partial(measure, plan),
+        functools.partial(pool, plan),
+        tuple(Model(own, tree) for own, tree in zip(nets, trees, strict=True)),
+        data,
+        like=nets[0].x,
+    )
+    check_finite_means(pooled["mean"])
+    mean, var, blocks = finish(plan, pooled)
+    return Moments(
+        count={s.name: n for s, n in zip(plan.sites, counts, strict=True)},
+        # In the order asked for: what comes out of a compiled call is sorted by name.
+        mean={site.name: mean[site.name] for site in plan.sites},
+        var={site.name: var[site.name] for site in plan.sites},
+        covariance={name: blocks[name] for name in plan.covariance} or None,
+        axes=tuple((site.name, site.axes) for site in plan.sites),
+    )
+
+
+def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], models: int) -> Plan:
+    if isinstance(covariance, str) and covariance == "cross" and models < 2:
+        raise ValueError(
+            f'`covariance`: "cross" needs two models or more, for pairs of different ones; `trees` '
+            f"got {models}. Pass True for the covariances within a model"
+        )
+    names = resolve_sites(net, sites)
+    taps, joint = taps_by_site(net), joint_taps(net)
+    if isinstance(covariance, bool) or covariance == "cross":
+        known = (*taps, *joint)
+        chosen = tuple(name for name in names if name in known) if covariance else ()
+        if covariance and not chosen:
+            chosen = known
+    elif isinstance(covariance, str):
+        raise ValueError(
+            f'`covariance` must be a bool, "cross" or a list of site names, got "{covariance}"'
+        )
+    else:
+        chosen = resolve_sites(net, covariance)
+    names = tuple(dict.fromkeys((*names, *chosen)))
+    cross = covariance == "cross"
+    pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
+    return Plan(tuple(site_of(net, name, taps) for name in names), chosen, pairs)

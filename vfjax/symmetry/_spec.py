@@ -1,0 +1,410 @@
+"""Permutation specs: which axes of which leaves move together, and maps applied to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfjax._trees.paths import flatten_named, some
+from vfjax._types import Array, PyTree
+from vfjax.symmetry._group_maps import (
+    as_array,
+    as_permutation,
+    check_matrices,
+    check_permutations,
+    contract,
+)
+from vfjax.symmetry._places import (
+    Axis,
+    FixedAxis,
+    absent_paths,
+    as_axis,
+    map_axis,
+    map_within,
+    moved,
+    overlap,
+    owners,
+    permute_at,
+    size_at,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PermutationSpec:
+    """Which axes of a parameter tree can be permuted together.
+
+    Two specs are equal if they partition the same places (path, axis, block) with the same roles
+    into the same groups. Names of groups, their order, and all other attributes do not count, so
+    that a spec written by hand equals an inferred one.
+
+    Attributes:
+        groups: Places by name of the group, in order. Tuples of the first fields of an `Axis`,
+            `(path, axis)` at least, are turned into one.
+        sizes: Number of entries by group; empty in a spec written by hand, whose sizes are found
+            on use (`validate` returns them).
+        fixed: Axes without symmetry, and why.
+        within: By group, the group inside each entry of which it may move by itself. Wherever it
+            has a place, the other has one in the same leaf, around it or on another axis.
+        scaling: Paths of leaves with "elementwise" places that multiply features, as the scale of
+            a norm does; others are added to them.
+        rigid: By group that permutations alone can map, the leaf that forbids other maps, and why:
+            a kernel that one layer writes with and another reads with, or a leaf under a root.
+
+    Raises:
+        TypeError: If a place is no such tuple.
+        ValueError: If a role is unknown, an axis negative, a place listed twice, or `within` names
+            groups that are not there, or one inside another that is itself inside one.
+
+    Example:
+        >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("b", 0), ("v", 0, "in")]})
+        >>> spec
+        PermutationSpec(1 group)
+          h: w[1] out, b[0], v[0] in
+        >>> tree = {"w": np.array([[1, 2]]), "b": np.array([3, 4]), "v": np.array([[5], [6]])}
+        >>> spec.permute(tree, {"h": [1, 0]})["b"]
+        array([4, 3])
+    """
+
+    groups: Mapping[str, Sequence[Axis]]
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    fixed: Sequence[FixedAxis] = ()
+    within: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scaling: Collection[str] = frozenset()
+    rigid: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = {name: tuple(as_axis(name, a) for a in axes) for name, axes in self.groups.items()}
+        owner: dict[Axis, str] = {}
+        for name, axes in groups.items():
+            for a in axes:
+                place = a._replace(role="")
+                if place in owner:
+                    raise ValueError(
+                        f"groups: axis {a.axis} of '{a.path}' is listed twice, in "
+                        f"{owner[place]!r} and in {name!r}; it can follow one permutation only."
+                    )
+                owner[place] = name
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "sizes", {name: int(n) for name, n in self.sizes.items()})
+        object.__setattr__(self, "fixed", tuple(FixedAxis(*entry) for entry in self.fixed))
+        object.__setattr__(self, "within", dict(self.within))
+        object.__setattr__(self, "scaling", frozenset(self.scaling))
+        object.__setattr__(self, "rigid", dict(self.rigid))
+        self.check_known("within", [*self.within, *self.within.values()])
+        self.check_known("rigid", self.rigid)
+        for name, around in self.within.items():
+            if around in self.within:
+                raise ValueError(
+                    f"within puts {name!r} inside {around!r}, which is inside another group itself."
+                )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PermutationSpec):
+            return NotImplemented
+        return self._partition() == other._partition()
+
+    def __hash__(self) -> int:
+        return hash(self._partition())
+
+    def __repr__(self) -> str:
+        count = len(self.groups)
+        lines = [f"PermutationSpec({count} group{'' if count == 1 else 's'})"]
+        for name, axes in self.groups.items():
+            size = f" ({self.sizes[name]})" if name in self.sizes else ""
+            size += f" in each of {self.within[name]}" if name in self.within else ""
+            size += " only permuted" if name in self.rigid else ""
+            shown = ", ".join(str(a) for a in axes[:6])
+            more = f", and {len(axes) - 6} more" if len(axes) > 6 else ""
+            lines.append(f"  {name}{size}: {shown}{more}")
+        if self.fixed:
+            causes = Counter(entry.primitive for entry in self.fixed)
+            summary = ", ".join(f"{n} by {cause}" for cause, n in causes.most_common())
+            lines.append(f"  fixed axes: {summary}")
+        return "\n".join(lines)
+
+    def validate(
+        self, variables: PyTree, permutations: Mapping[str, Any] | None = None
+    ) -> dict[str, int]:
+        """Checks that the spec fits a parameter tree, and permutations the spec.
+
+        Args:
+            variables: A parameter tree; None may stand in place of absent leaves.
+            permutations: Permutations by group, to check too.
+
+        Returns:
+            Sizes of the groups of which a leaf is present.
+
+        Raises:
+            ValueError: If a path is unknown, an axis out of range, the sizes of a group differ
+                between its leaves, blocks overlap, a group is unknown, or a permutation is not one.
+            TypeError: If a permutation is not of integers.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+            >>> spec.validate({"w": np.ones((2, 3)), "v": np.ones((3, 1))})
+            {'h': 3}
+        """
+        flat, absent = flatten_named(variables)[0], absent_paths(variables)
+        sizes: dict[str, int] = {}
+        along: dict[tuple[str, int], list[tuple[Axis, str]]] = {}
+        for name, axes in self.groups.items():
+            for a in axes:
+                if a.path in flat:
+                    size = size_at(name, a, np.shape(flat[a.path]))
+                    self._check_size(name, a, size, sizes)
+                    along.setdefault((a.path, a.axis), []).append((a, name))
+                    self.owner(name, a)
+                elif not any(a.path == p or a.path.startswith(p + "/") for p in absent):
+                    raise ValueError(
+                        f"variables has no leaf '{a.path}', which group {name!r} of the spec "
+                        f"lists; it has {some(flat)}."
+                    )
+        for (path, axis), places in along.items():
+            found = overlap(tuple(a for a, _ in places), np.shape(flat[path])[axis])
+            if found is not None:
+                one, other = (places[k][1] for k in found)
+                raise ValueError(
+                    f"groups {one!r} and {other!r} overlap on axis {axis} of '{path}'; check "
+                    "their outer, inner and windows."
+                )
+        if permutations is not None:
+            self._check_permutations(permutations, {**self.sizes, **sizes})
+        return sizes
+
+    def permute(self, variables: PyTree, permutations: Mapping[str, Any]) -> PyTree:
+        """Permutes the axes of every group: along them, `new = take(old, permutation)`.
+
+        Args:
+            variables: A parameter tree; None may stand in place of absent leaves.
+            permutations: By group, an integer array `[n]`, or `[h, n]` for a group within one of h
+                entries: along it then, inside the i-th of these as they lie afterwards, `new =
+                take(old, permutation[i])`. Groups left out keep their order. May be traced (under
+                `jit` or `vmap`).
+
+        Returns:
+            A tree like `variables`, of the same dtypes; numpy leaves stay numpy unless a
+            permutation is a JAX array.
+
+        Raises:
+            TypeError: As `validate`.
+            ValueError: As `validate`.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+            >>> tree = {"w": np.array([[1, 2, 3]]), "v": np.array([[4], [5], [6]])}
+            >>> new = spec.permute(tree, {"h": [2, 0, 1]})
+            >>> new["w"].tolist(), new["v"].tolist()
+            ([[3, 1, 2]], [[6], [4], [5]])
+        """
+        self.validate(variables, permutations)
+        indices = {name: as_array(p) for name, p in permutations.items()}
+
+        return self._map(variables, indices, permute_at)
+
+    def apply(self, variables: PyTree, maps: Mapping[str, tuple[Any, Any]]) -> PyTree:
+        """Maps the axes of every group linearly, in float32 or better.
+
+        With features `h' = M h` and `h = U h'`, what writes the group takes `M` and what reads it
+        takes `U`: along "out" and "elementwise" axes `new[i] = sum_j M[i, j] old[j]`, along "in"
+        axes `new[i] = sum_j old[j] U[j, i]`. A permutation `p` is `M[i, p[i]] = 1, U = M^T`.
+
+        What multiplies features entry by entry (`scaling`) would have to become `M diag(old) U`.
+        Where a row of M averages, its entries not negative and their sum one, the average stands
+        for it; elsewhere its diagonal: in another basis a scale of ones is one still.
+
+        Args:
+            variables: A parameter tree; None may stand in place of absent leaves.
+            maps: By group, a pair of a merge matrix `M [m, n]` and an unmerge matrix `U [n, m]`;
+                for a group within one of h entries also `[h, m, n]` and `[h, n, m]`, a map for each
+                of these as they lie afterwards. Groups left out stay as they are.
+
+        Returns:
+            A tree like `variables`, of the same dtypes, with m entries in place of n.
+
+        Raises:
+            TypeError: If a mapped leaf holds integers, or a map is no pair.
+            ValueError: If a group is unknown or `rigid`, a matrix has the wrong shape, or the spec
+                does not fit the tree.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+            >>> tree = {"w": np.float32([[1, 3]]), "v": np.float32([[1], [2]])}
+            >>> merge, unmerge = np.float32([[0.5, 0.5]]), np.float32([[1], [1]])
+            >>> new = spec.apply(tree, {"h": (merge, unmerge)})
+            >>> new["w"].tolist(), new["v"].tolist()
+            ([[2.0]], [[3.0]])
+
+        Source: the merge and unmerge matrices of "ZipIt! Merging Models from Different Tasks
+        without Training" (Stoica et al., 2024, section 4).
+        """
+        sizes = {**self.sizes, **self.validate(variables)}
+        self.check_known("maps", maps)
+        for name, pair in maps.items():
+            check_matrices(name, pair, sizes.get(name), within=name in self.within)
+        self._check_owners(maps, sizes)
+        self._check_rigid(maps)
+
+        def transform(leaf: Any, a: Axis, owner: Axis | None, pair: tuple[Any, Any]) -> Any:
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                raise TypeError(
+                    f"variables holds {jnp.result_type(leaf)} at '{a.path}', and a matrix cannot "
+                    "map integers; leave its group out of `maps`, or the leaf out of the spec."
+                )
+            merge, unmerge = jnp.asarray(pair[0]), jnp.asarray(pair[1]).mT
+            matrix = unmerge if a.role == "in" else merge
+            if a.path in self.scaling and a.role == "elementwise":
+                average = (merge >= 0).all(-1) & (jnp.abs(merge.sum(-1) - 1) < 1e-3)
+                matrix = jnp.where(average[..., None], merge, merge * unmerge)
+            if owner is None or matrix.ndim == 2:
+                return map_axis(leaf, a, lambda view, k: contract(matrix, view, k))
+            return map_within(leaf, a, owner, lambda view, k, i: contract(matrix[i], view, k))
+
+        grown = {name: np.shape(pair[0])[-2] for name, pair in maps.items()}
+        return self._map(variables, maps, transform, grown)
+
+    def random(self, key: Array, variables: PyTree | None = None) -> dict[str, Array]:
+        """Random permutations of all groups.
+
+        Args:
+            key: A random key.
+            variables: A parameter tree, needed where the spec was written by hand.
+
+        Returns:
+            By group, a permutation, int32 `[n]`, or `[h, n]` for a group within one of h entries.
+
+        Raises:
+            ValueError: If sizes are unknown.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out")]}, sizes={"h": 5})
+            >>> sorted(spec.random(jax.random.key(0))["h"].tolist())
+            [0, 1, 2, 3, 4]
+        """
+        sizes = {**self.sizes, **({} if variables is None else self.validate(variables))}
+        unknown = [name for name in self.groups if name not in sizes]
+        if unknown:
+            raise ValueError(
+                f"the spec does not know the sizes of {some(unknown)}; give `variables` that hold "
+                "leaves of these groups."
+            )
+        keys = jax.random.split(key, max(len(self.groups), 1))
+        drawn = {}
+        for key, name in zip(keys, self.groups, strict=False):
+            draw = functools.partial(jax.random.permutation, x=sizes[name])
+            if name in self.within:
+                each = jax.random.split(key, sizes[self.within[name]])
+                drawn[name] = jnp.stack([draw(k) for k in each])
+            else:
+                drawn[name] = draw(key)
+        return drawn
+
+    def owner(self, name: str, a: Axis) -> Axis | None:
+        """Where the group that another is `within` has its place around one of the latter's.
+
+        Args:
+            name: A group.
+            a: One of its places.
+
+        Returns:
+            The place in the same leaf, or None if the group is within no other.
+
+        Raises:
+            ValueError: If there is none, or more than one.
+        """
+        if name not in self.within:
+            return None
+        found = owners(a, self.groups[self.within[name]])
+        if len(found) != 1:
+            raise ValueError(
+                f"within: at {a}, {name!r} must be inside one place of {self.within[name]!r}, "
+                f"which has {len(found)} in that leaf around it or on another axis."
+            )
+        return found[0]
+
+    def _partition(self) -> frozenset[frozenset[Axis]]:
+        return frozenset(frozenset(axes) for axes in self.groups.values() if axes)
+
+    def _map(
+        self,
+        variables: PyTree,
+        by_group: Mapping[str, Any],
+        fn: Callable,
+        sizes: Mapping[str, int] | None = None,
+    ) -> PyTree:
+        """Replaces a leaf by `fn(leaf, axis, owner's, by_group[name])` at each place of each group.
+
+        `sizes` tells how many entries groups have afterwards, where `fn` changes that.
+        """
+        flat, treedef = flatten_named(variables)
+        places: dict[str, list[tuple[str, Axis, Axis | None]]] = {}
+        # Owners first: what is within them counts them in their new order.
+        for name in sorted(self.groups, key=self.within.__contains__):
+            for a in self.groups[name] if name in by_group else ():
+                if a.path in flat:
+                    places.setdefault(a.path, []).append((name, a, self.owner(name, a)))
+        for path, todo in places.items():
+            while todo:
+                (name, a, owner), *todo = todo
+                length = np.shape(flat[path])[a.axis]
+                flat[path] = fn(flat[path], a, owner, by_group[name])
+                if sizes is not None and np.shape(flat[path])[a.axis] != length:
+                    move = functools.partial(moved, mapped=a, length=length, m=sizes[name])
+                    todo = [(other, move(b), c and move(c)) for other, b, c in todo]
+        return jax.tree.unflatten(treedef, list(flat.values()))
+
+    def _check_size(self, name: str, a: Axis, size: int, sizes: dict[str, int]) -> None:
+        """Checks the size of a group at one place against the others; records the first."""
+        known = sizes.setdefault(name, self.sizes.get(name, size))
+        if size != known:
+            raise ValueError(
+                f"group {name!r} has {size} entries on axis {a.axis} of '{a.path}' but {known} "
+                f"before ({', '.join(map(str, self.groups[name][:3]))}); a group has one size."
+            )
+
+    def check_known(self, argument: str, given: Iterable[str]) -> None:
+        """Checks that maps by group are of groups of this spec.
+
+        Args:
+            argument: The caller's name for them.
+            given: Names of groups, or anything by them.
+
+        Raises:
+            ValueError: If a group is unknown.
+        """
+        for name in given:
+            if name not in self.groups:
+                raise ValueError(
+                    f"{argument} has the group {name!r}, which the spec does not; it has "
+                    f"{some(self.groups)}."
+                )
+
+    def _check_permutations(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        self.check_known("permutations", given)
+        check_permutations(given, sizes, self.within)
+
+    def _check_owners(self, maps: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        """Checks that there is a map for each entry of the group that one is within."""
+        for name, owner in self.within.items():
+            heads = np.shape(maps[owner][0])[0] if owner in maps else sizes.get(owner)
+            shape = np.shape(maps[name][0]) if name in maps else ()
+            if len(shape) == 3 and heads not in (None, shape[0]):
+                raise ValueError(
+                    f"maps[{name!r}] must hold one map for each of the {heads} entries of "
+                    f"{owner!r}; it holds {shape[0]}."
+                )
+
+    def _check_rigid(self, maps: Mapping[str, Any]) -> None:
+        """Checks that the maps of groups that can only be permuted permute."""
+        for name in maps.keys() & self.rigid.keys():
+            if as_permutation(*maps[name]) is None:
+                raise ValueError(
+                    f"maps[{name!r}] mixes features, and this group can only be permuted: "
+                    f"{self.rigid[name]}. Leave it out of `maps`, or permute it, as matchers do."
+                )

@@ -1,0 +1,32 @@
+"""Recipes and the loop that trains by them.
+
+The state of a run is a pytree whose only clock is its step counter: the order of the images and
+their augmentation follow from the seed and the step, so that a run that was killed and resumed ends
+with the very numbers of one that was not.
+"""
+
+from __future__ import annotations
+
+from vfjax._passes.evaluation import Evaluation as Evaluation
+from vfjax._passes.evaluation import evaluate as evaluate
+from vfjax.train._fit import Trained as Trained
+from vfjax.train._fit import augment as augment
+from vfjax.train._fit import fit as fit
+from vfjax.train._fit import fit_seeds as fit_seeds
+from vfjax.train._recipes import PRESETS as PRESETS
+from vfjax.train._recipes import RECIPES as RECIPES
+from vfjax.train._recipes import Recipe as Recipe
+from vfjax.train._recipes import recipe_for as recipe_for
+
+__all__ = [
+    "PRESETS",
+    "RECIPES",
+    "Evaluation",
+    "Recipe",
+    "Trained",
+    "augment",
+    "evaluate",
+    "fit",
+    "fit_seeds",
+    "recipe_for",
+]
