@@ -180,6 +180,12 @@ def counted(value: int | str | None) -> int | None:
     return None if value == "all" else value  # type: ignore[return-value]
 
 
+def images(name: str, help: str, cpu: int) -> Any:
+    """An option of how many images there are: so many, and all with the preset `paper`."""
+    options = {"type": count_of("images"), "metavar": "N", "part": name + "{}"}
+    return option(None, help, presets={"cpu": cpu, "paper": None}, **options)
+
+
 def seed_of(text: str) -> int:
     """The type of an option that is a seed."""
     if not text.isdigit():
