@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import vfjax
-from kit import cli, records, timing
+from kit import cli, edges, records, timing
+from kit.experiment import Setup
 from vfjax import align, data, diagnose, models, train
 
 PyTree = Any
@@ -30,6 +31,13 @@ POINTS = 20
 # ------------------------------------------------------------------------------ options and data
 
 
+def seeds(default: Iterable[int]) -> Any:
+    """The option of which models there are."""
+    text = "seeds of the edge models; the first and the second make a pair, the third and the "
+    text += "fourth another, and so on"
+    return cli.option(tuple(default), text, type=cli.seed_of, metavar="S", part="seeds{}")
+
+
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class PairOptions(cli.Options):
@@ -39,9 +47,7 @@ class PairOptions(cli.Options):
         "auto", "images to train and test on; auto is MNIST where it is found, else, with a "
         "warning and in the figure's title, the digits that come with scikit-learn",
         choices=("auto", "mnist", "digits"))
-    seeds: tuple[int, ...] = cli.option(
-        (0, 1), "seeds of the edge models; the first and the second make a pair, the third and the "
-        "fourth another, and so on", type=cli.seed_of, metavar="S", part="seeds{}")
+    seeds: tuple[int, ...] = seeds((0, 1))
     quick: bool = cli.option(
         False,
         f"one pair, {QUICK_EPOCHS} epoch on {QUICK_IMAGES} images: to see that it runs; the "
@@ -98,16 +104,72 @@ def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train
     return recipe if epochs is None else dataclasses.replace(recipe, epochs=epochs)
 
 
-def linear_record(model: models.LinearNetwork, net: vfjax.Network) -> dict[str, Any]:
-    """What a record says of a linear network."""
-    return {
-        "name": "linear",
-        "width": model.width,
-        "depth": model.depth,
-        "residual": model.residual,
-        "initial_std": model.std,
-        "parameters": net.parameters,
-    }
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """What experiments on linear networks work on.
+
+    Attributes:
+      dataset: The images.
+      recipe: How networks are trained.
+      models: By name.
+      nets: The same, traced.
+      pairs: The seeds of each pair.
+    """
+
+    dataset: data.Dataset
+    recipe: train.Recipe
+    models: Mapping[str, models.LinearNetwork]
+    nets: Mapping[str, vfjax.Network]
+    pairs: Sequence[tuple[int, int]]
+
+    def batches(self, split: str) -> data.Batches:
+        """All test images, or the training images that statistics are of."""
+        samples = SAMPLES if split == "train" else None
+        return self.dataset.batches(split, batch_size=BATCH, samples=samples)
+
+    def record(self) -> dict[str, Any]:
+        """What records say of images, recipe and networks."""
+        counts = {split: len(self.batches(split).images) for split in ("train", "test")}
+        whole = len(self.dataset.train_images)
+        about = records.about(
+            self.dataset, train=whole, test=counts["test"], statistics=counts["train"]
+        )
+        return {
+            "data": about | {"batch_size": BATCH, "augmented": False},
+            "recipe": dataclasses.asdict(self.recipe),
+            "models": {name: self.described(name) for name in self.nets},
+            "seeds": {"edge_models": [seed for pair in self.pairs for seed in pair]},
+        }
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What a record says of a network."""
+        model, net = self.models[name], self.nets[name]
+        return {
+            "name": "linear",
+            "width": model.width,
+            "depth": model.depth,
+            "residual": model.residual,
+            "initial_std": model.std,
+            "parameters": net.parameters,
+            "groups": dict(net.spec.sizes),
+        }
+
+
+def linear(
+    recipe: train.Recipe, networks: Mapping[str, models.LinearNetwork]
+) -> Callable[[Any, timing.Stopwatch], Setup]:
+    """The `prepare` of experiments on linear networks; its setup has `Linear` for a value."""
+
+    def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
+        pairs = pairs_of(config)
+        with watch("data"):
+            dataset = load(config)
+        with watch("trace"):
+            nets = {name: edges.traced(model, dataset) for name, model in networks.items()}
+        found = Linear(dataset, recipe_of(config, recipe, dataset), networks, nets, pairs)
+        return Setup(config, found, found.record())
+
+    return prepare
 
 
 def titled(record: Mapping[str, Any], what: str, count: int, wanted: str = "mnist") -> str:

@@ -35,6 +35,8 @@ SMALLEST = {
         "--statistics",
         "100",
     ],
+    "linear_networks": ["--dataset", "digits", "--quick"],
+    "residual_linear": ["--dataset", "digits", "--quick"],
     "vanishing_feature": [*DIGITS, "--samples", "50", "--statistics", "100"],
     "vanishing_feature_pruned": [*DIGITS, "--samples", "50", "--statistics", "100"],
 }
