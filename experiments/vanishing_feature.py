@@ -160,11 +160,11 @@ def title_of(record: Record) -> str:
 
 def finding_of(record: Record) -> str:
     """What is left of features at the output."""
-    ends = {
-        text: f"{100 * left(record, name)[-1]:.2g}%"
-        for text, name in names_of(record).items()
-        if name in ("direct", "matched", "repair", "rescale", "reset")
-    }
+    ends = {}
+    for text, name in names_of(record).items():
+        if name in ("direct", "matched", "repair", "rescale", "reset"):
+            end = 100 * left(record, name)[-1]
+            ends[text] = f"{end:.0f}%" if end >= 10 else f"{end:.2g}%"
     direct, matched = ends.pop("direct"), ends.pop("matched")
     rest = " and ".join(f"{end} with {text}" for text, end in ends.items())
     text = f"Of the edge models' features {direct} are left at the output of the direct midpoint"
