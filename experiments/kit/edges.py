@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import re
@@ -274,15 +273,13 @@ def loaded(
       seeds: From options to the seeds that the record holds beside those of the models.
     """
 
-    def number(config: Any, name: str | None) -> int | None:
-        return None if name is None else cli.counted(getattr(config, name))
-
     def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
         if checked is not None:
             checked(config)
         if config.preset == "paper" and not config.retrain:
             raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
-        parts = [number(config, name) for name in (statistics, held_out, test)]
+        options = (statistics, held_out, test)
+        parts = [None if name is None else cli.counted(getattr(config, name)) for name in options]
         train = None if parts[0] is None else parts[0] + (parts[1] or 0)
         with watch("data"):
             train = train if read is None else read(config)
@@ -294,10 +291,12 @@ def loaded(
             net = trace(arch, dataset)
         if settled is not None:
             config = settled(config, net, arch.name)
-        wanted = count(config)
         with watch("training" if config.retrain else "checkpoints"):
-            find = functools.partial(trained if config.retrain else shipped, config, arch)
-            folders = find(wanted or 2 if config.retrain else wanted)
+            wanted = count(config)
+            if config.retrain:
+                folders = trained(config, arch, wanted or 2)
+            else:
+                folders = shipped(config, arch, wanted)
             cards = [checkpoint.card(folder) for folder in folders]
             trees = [checkpoint.load(folder) for folder in folders]
         found = Edges(arch, dataset, net, folders, cards, trees, images_of(dataset, *parts))
