@@ -192,7 +192,7 @@ def figure_of(record: Record) -> Any:
     y = "norm of f(x) - f(0), ratio to edge models"
     row = [
         figures.Panel(title, features.DEPTH, y,
-                      [features.bound_line(record, name, **styles[name]) for name in of], log=True)
+                      [features.line(record, n, bound=True, **styles[n]) for n in of], log=True)
         for title, of in (
             (f"upper bounds of features, L = {depth}", plain),
             ("matched, the first l layers kept apart", kept))
@@ -204,7 +204,7 @@ def figure_of(record: Record) -> Any:
     if record.rows.distinct("norm"):
         row.append(norms_panel(record))
     else:
-        lines = [features.share_line(record, name, **styles[name]) for name in (EDGES[0], *plain)]
+        lines = [features.line(record, n, bound=False, **styles[n]) for n in (EDGES[0], *plain)]
         title = "features against offsets"
         row.append(figures.Panel(title, features.DEPTH, features.AGAINST, lines, log=True))
     return figures.draw(row, finding=record["finding"], subtitle=record["title"],

@@ -156,9 +156,9 @@ def figure_of(record: Record) -> Any:
     for text, name in names_of(record).items():
         method = {"unpruned": "edges", "pruned": "none"}.get(name, name)
         styles[name] = {"name": text, "method": method, "dashed": name == "unpruned"}
-    bounds = [features.bound_line(record, name, **styles[name]) for name in list(styles)[1:]]
+    bounds = [features.line(record, n, bound=True, **styles[n]) for n in list(styles)[1:]]
     # The offset of the first layer is its bias alone, which is next to nothing before BatchNorm.
-    shares = [features.share_line(record, name, 2, **style) for name, style in styles.items()]
+    shares = [features.line(record, n, bound=False, start=2, **styles[n]) for n in styles]
     y = "norm of f(x) - f(0), ratio to unpruned"
     title = f"upper bounds of features, L = {depth}"
     row = [

@@ -40,17 +40,10 @@ def rows_of(
     test: Any,
     whole: Sequence[float] | None = None,
 ) -> Iterator[records.Row]:
-    """Features, offsets and bounds of every layer, and logits by class.
+    """Features, offsets and bounds of every layer, and logits by class, of networks by name.
 
-    Args:
-      net: The traced network.
-      networks: By name.
-      test: Batches of images.
-      whole: By layer, the features that relative ones are relative to; None for these networks'
-        mean.
-
-    Yields:
-      Rows with the name as `network`, by `layer` or by `class`.
+    Relative features are relative to `whole`, one number by layer; None for these networks' mean.
+    Rows have the name as `network`, and a `layer` or a `class`.
     """
     layers = main_layers(net)
     sites = [layer.name for layer in layers]
@@ -70,11 +63,8 @@ def rows_of(
         logits = found.mean[sites[-1]][k], found.std[sites[-1]][k], network.run(zero)[0]
         for place, numbers in enumerate(zip(*map(np.asarray, logits), strict=True)):
             keys = ("logit", "logit_std", "logit_at_zero")
-            yield {
-                "network": name,
-                "class": place,
-                **dict(zip(keys, map(float, numbers), strict=True)),
-            }
+            of_class = dict(zip(keys, map(float, numbers), strict=True))
+            yield {"network": name, "class": place, **of_class}
 
 
 # ---------------------------------------------------------------------------- numbers of a record
@@ -126,23 +116,22 @@ def table(record: records.Record, networks: Mapping[str, str]) -> tables.Table:
     return tables.pivot(record.rows, lines, columns, title=record["title"], corner="network")
 
 
-def bound_line(record: records.Record, network: str, **style: Any) -> figures.Line:
-    """Upper bounds of a network's features against relative depth, over repetitions."""
+def line(
+    record: records.Record, network: str, *, bound: bool, start: int = 1, **style: Any
+) -> figures.Line:
+    """Against relative depth bounds of a network's features, or from `start` on over offsets."""
     rows, depth = record.rows.where(network=network), record["model"]["depth"]
     seeds = rows.where(layer=depth).distinct("seed") or [None]
-    each = [by_layer(rows, "bound", seed=seed) for seed in seeds]
-    at = np.array(sorted(rows.distinct("layer"))) / depth
-    found = diagnose.resample(each, POINTS, at=at)
-    return _line(np.arange(1, POINTS + 1) / POINTS, found, **style)
-
-
-def share_line(record: records.Record, network: str, start: int = 1, **style: Any) -> figures.Line:
-    """Features against offsets, by relative depth, from some layer on."""
-    rows, depth = record.rows.where(network=network), record["model"]["depth"]
-    seeds = rows.where(layer=depth).distinct("seed") or [None]
-    found = np.array([shares(rows, seed=seed) for seed in seeds])[:, start - 1 :]
-    at = np.array(sorted(rows.distinct("layer")))[start - 1 :] / depth
-    return _line(at, np.where(np.isfinite(found), found, np.nan), **style)
+    x = np.array(sorted(rows.distinct("layer"))) / depth
+    if bound:
+        each = [by_layer(rows, "bound", seed=seed) for seed in seeds]
+        found = diagnose.resample(each, POINTS, at=x)
+        x = np.arange(1, POINTS + 1) / POINTS
+    else:
+        x, found = x[start - 1 :], np.array([shares(rows, seed=seed) for seed in seeds])
+        found = np.where(np.isfinite(found), found, np.nan)[:, start - 1 :]
+    spread = found.std(0, ddof=1).tolist() if len(seeds) > 1 else None
+    return figures.Line(x=x.tolist(), y=found.mean(0).tolist(), error=spread, **style)
 
 
 def logits_panel(record: records.Record, networks: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -150,21 +139,14 @@ def logits_panel(record: records.Record, networks: Mapping[str, Mapping[str, Any
 
     The first repetition's alone; with `at_zero` in its style, a network's logits at the mean image.
     """
-    lines = []
-    for k, (name, style) in enumerate(networks.items()):
-        zero = style.get("at_zero")
-        rows = record.rows.where(network=zero or name)
-        seeds = rows.distinct("seed")[:1] or [None]
-        rows = rows.where(seed=seeds[0])
+    lines, seed = [], next(iter(record.rows.distinct("seed")), None)
+    for k, (name, given) in enumerate(networks.items()):
+        style = dict(given)
+        zero = style.pop("at_zero", None)
+        rows = record.rows.where(network=zero or name, seed=seed)
         x = [place + 0.12 * (k - 1.5) for place in rows.distinct("class")]
-        y = rows.values("logit_at_zero" if zero else "logit")
-        error = None if zero else rows.values("logit_std")
-        kept = {key: value for key, value in style.items() if key != "at_zero"}
-        lines.append(figures.Line(x=x, y=y, error=error, **kept))
+        y, error = rows.values("logit"), rows.values("logit_std")
+        y, error = (rows.values("logit_at_zero"), None) if zero else (y, error)
+        lines.append(figures.Line(x=x, y=y, error=error, **style))
     ticks = record.rows.distinct("class")
     return figures.Panel("logits", "class", "logit (mean over images)", lines, ticks=ticks)
-
-
-def _line(x: np.ndarray, found: np.ndarray, **style: Any) -> figures.Line:
-    spread = found.std(0, ddof=1).tolist() if len(found) > 1 else None
-    return figures.Line(x=x.tolist(), y=found.mean(0).tolist(), error=spread, **style)

@@ -143,7 +143,7 @@ def test_bounds_do_not_rise_and_lie_above(record):
         )
         assert (np.diff(bound) <= 0).all() and (bound >= relative).all()
         assert (smoothed >= bound).all() and smoothed[-1] == bound[-1]
-        line = features.bound_line(record, name, name=name)
+        line = features.line(record, name, bound=True, name=name)
         assert len(line.x) == len(line.y) == 20 and line.y[-1] == pytest.approx(bound[-1])
     edges = [left(record, name) for name in vanishing.EDGES]
     np.testing.assert_allclose(np.mean(edges, axis=0), 1, rtol=1e-5)
