@@ -204,7 +204,7 @@ def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
         axes.set_ylim(*panel.y_limits)
     axes.set_xlabel(panel.x_label, fontsize=_FONT)
     axes.set_ylabel(panel.y_label, fontsize=_FONT)
-    axes.set_title(panel.title, fontsize=_FONT)
+    axes.set_title(panel.title, fontsize=_FONT if len(panel.title) < 48 else _FONT - 2)
     axes.tick_params(labelsize=_FONT - 1)
     axes.grid(alpha=0.3)
     return drawn
