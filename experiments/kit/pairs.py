@@ -101,12 +101,10 @@ def name_of(match: str, config: Mapping[str, Any]) -> str:
 
 
 def _changed(match: str, config: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    return [
-        (label, short, config[option])
-        for option, (label, short) in SETTINGS.get(match, {}).items()
-        # Older records lack what was added since, and have its default.
-        if config.get(option, DEFAULTS[option]) != DEFAULTS[option]
-    ]
+    # Older records lack what was added since, and have its default.
+    changed = {k: config[k] for k, usual in DEFAULTS.items() if config.get(k, usual) != usual}
+    settings = SETTINGS.get(match, {}).items()
+    return [(*texts, changed[option]) for option, texts in settings if option in changed]
 
 
 def default_layers(depth: int) -> list[int]:
@@ -165,18 +163,12 @@ def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matching:
-    """How the units of two networks were brought together.
-
-    Attributes:
-      maps: Of both networks.
-      references: Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET,
-        which has none.
-      mapped: Both networks after the maps: where their biases are read.
-      record: What records say of it.
-    """
+    """How the units of two networks were brought together, and what records say of it."""
 
     maps: Maps
+    # Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET.
     references: stats.Moments | None
+    # Both after the maps: where their biases are read.
     mapped: Sequence[PyTree]
     record: Mapping[str, Any]
 
