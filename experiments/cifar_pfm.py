@@ -125,7 +125,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 cut = cut_of(k, match, layers)
                 yield cell | cut.measured(remedy, stage) | cut.cost()
                 continue
-            cost = pairs.cost_of(net, net.parameters, net.flops)
+            cost = pairs.cost_of(net, net.params, net.flops)
             if name == "ensemble":
                 cost = cut_of(k, config.match, net.depth).cost()
             yield cell | pair.edge(name) | cost

@@ -195,9 +195,9 @@ class Edges:
         counts = {key: None if part is None else len(part.images) for key, part in parts.items()}
         about = records.about(self.dataset, **counts) | {"batch_size": BATCH, "augmented": False}
         name, width = self.arch.name, self.arch.width
-        of_net = {key: getattr(self.net, key) for key in ("depth", "parameters", "flops")}
+        net = {"depth": self.net.depth, "parameters": self.net.params, "flops": self.net.flops}
         found = {"config": {"model": name, "width": width}, "data": about}
-        found |= {"model": {"name": name, "width": width} | of_net, "edge_models": []}
+        found |= {"model": {"name": name, "width": width} | net, "edge_models": []}
         for folder, card in zip(self.folders, self.cards, strict=True):
             told = {"checkpoint": folder.name, "seed": card["seed"]}
             told |= {"test_accuracy": card["test"]["accuracy"], "command": card["command"]}

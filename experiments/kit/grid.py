@@ -91,7 +91,7 @@ def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train
 def linear_record(model: models.LinearNetwork, net: vfjax.Network) -> dict[str, Any]:
     """What a record says of a linear network."""
     found = {key: getattr(model, key) for key in ("width", "depth", "residual")}
-    return {"name": "linear", **found, "initial_std": model.std, "parameters": net.parameters}
+    return {"name": "linear", **found, "initial_std": model.std, "parameters": net.params}
 
 
 def titled(record: Mapping[str, Any], what: str, count: int, wanted: str = "mnist") -> str:

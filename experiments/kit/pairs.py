@@ -230,7 +230,7 @@ class Pair:
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
         """The two models merged in a range of layers, before any renormalisation."""
-        options = {"merged": layers, "weights": self.weights}
+        options = {"span": layers, "weights": self.weights}
         return merge.partial(self.net, self.trees, matching.maps, **options)
 
     def lacks_variances(self, matching: Matching, merged: merge.Merged) -> bool:
@@ -302,7 +302,7 @@ class Cut:
 
 def cost_of(net: vfjax.Network, params: int, flops: int) -> dict[str, float]:
     """Parameters and FLOPs of a network, and relative to one model's."""
-    ratios = params / net.parameters, flops / net.flops
+    ratios = params / net.params, flops / net.flops
     return {"params": params, "params_ratio": ratios[0], "flops": flops, "flops_ratio": ratios[1]}
 
 
