@@ -21,7 +21,6 @@ from kit.experiment import Setup
 from vfjax import checkpoint, data, merge, models
 
 PyTree = Any
-
 # Images in a batch.
 BATCH = 500
 DEFAULT_MODEL = {"mnist": "mlp", "digits": "digits-conv"}
@@ -79,16 +78,11 @@ def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16")
     default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
     name, width = args.model or (default, None)
     if name.startswith("digits") != (dataset.name == "digits"):
-        hint = (
-            "CIFAR-10 was not found, give --data-dir"
-            if dataset.fallback
-            else "give --dataset cifar10"
-        )
-        hint = (
-            f"{hint}, or --model digits-conv"
-            if dataset.name == "digits"
-            else "give --dataset digits"
-        )
+        hint = "give --dataset cifar10"
+        if dataset.fallback:
+            hint = "CIFAR-10 was not found, give --data-dir"
+        hint += ", or --model digits-conv"
+        hint = hint if dataset.name == "digits" else "give --dataset digits"
         raise cli.UserError(f"--model {name} is not for {records.DATASETS[dataset.name]}; {hint}.")
     if width is None:
         narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(re.sub(r"\d.*", "", name), 1.0))
@@ -201,19 +195,14 @@ class Edges:
         counts = {key: None if part is None else len(part.images) for key, part in parts.items()}
         about = records.about(self.dataset, **counts) | {"batch_size": BATCH, "augmented": False}
         name, width = self.arch.name, self.arch.width
-        of_net = {key: getattr(self.net, key) for key in ("depth", "parameters", "flops")}
-        of_models = []
+        net = {"depth": self.net.depth, "parameters": self.net.params, "flops": self.net.flops}
+        found = {"config": {"model": name, "width": width}, "data": about}
+        found |= {"model": {"name": name, "width": width} | net, "edge_models": []}
         for folder, card in zip(self.folders, self.cards, strict=True):
             told = {"checkpoint": folder.name, "seed": card["seed"]}
             told |= {"test_accuracy": card["test"]["accuracy"], "command": card["command"]}
-            of_models.append(told)
-        return {
-            "config": {"model": name, "width": width},
-            "data": about,
-            "model": {"name": name, "width": width} | of_net,
-            "edge_models": of_models,
-            "seeds": {"edge_models": self.seeds},
-        }
+            found["edge_models"].append(told)
+        return found | {"seeds": {"edge_models": self.seeds}}
 
 
 def images_of(

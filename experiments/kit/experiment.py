@@ -52,20 +52,13 @@ EVERY = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is there before anything is measured.
+    """What is there before anything is measured."""
 
-    Attributes:
-      config: The options, with all settled that depends on data or networks.
-      value: What `measure` works on, as `run.setup`.
-      record: What the record says of it: data, model, edge_models, seeds; its "config" is merged
-        into the options as they are recorded.
-      identity: What makes measurements of another call valid, beside options and record: digests
-        of networks.
-    """
-
-    config: Any
-    value: Any
+    config: Any  # The options, with all settled that depends on data or networks.
+    value: Any  # What `measure` works on, as `run.setup`.
+    # Data, model, edge_models, seeds; its "config" is merged into the options as recorded.
     record: Mapping[str, Any]
+    # What makes measurements of another call valid, beside options and record: digests of networks.
     identity: Sequence[str] = ()
 
 

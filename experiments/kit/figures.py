@@ -59,23 +59,14 @@ def label(method: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve, or with one y for all x a level.
-
-    Attributes:
-      name: In the legend; lines of one name look alike in all panels, and stand there once.
-      x: Where it was measured; None for a level all along the axis.
-      y: As many numbers, or one for a level; NaN leaves a gap.
-      error: Half the height of bars, or None; all zero is none.
-      method: Of `METHODS`, which gives the colour; or a number, of `COLOURS`.
-      dashed: Whether it is dashed, with hollow markers.
-    """
+    """A curve, or with one y for all x a level; lines of one name look alike in all panels."""
 
     name: str
-    x: Sequence[float] | None
-    y: Sequence[float] | float
-    error: Sequence[float] | None = None
-    method: str | int = 0
-    dashed: bool = False
+    x: Sequence[float] | None  # None for a level all along the axis.
+    y: Sequence[float] | float  # As many numbers, or one for a level; NaN leaves a gap.
+    error: Sequence[float] | None = None  # Half the height of bars.
+    method: str | int = 0  # Of `METHODS`, which gives the colour; or a number, of `COLOURS`.
+    dashed: bool = False  # With hollow markers.
 
     @property
     def style(self) -> tuple[str, str]:
@@ -204,7 +195,7 @@ def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
         axes.set_ylim(*panel.y_limits)
     axes.set_xlabel(panel.x_label, fontsize=_FONT)
     axes.set_ylabel(panel.y_label, fontsize=_FONT)
-    axes.set_title(panel.title, fontsize=_FONT)
+    axes.set_title(panel.title, fontsize=_FONT if len(panel.title) < 48 else _FONT - 2)
     axes.tick_params(labelsize=_FONT - 1)
     axes.grid(alpha=0.3)
     return drawn

@@ -97,7 +97,7 @@ def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train
 def linear_record(model: models.LinearNetwork, net: vfjax.Network) -> dict[str, Any]:
     """What a record says of a linear network."""
     found = {key: getattr(model, key) for key in ("width", "depth", "residual")}
-    found |= {"initial_std": model.std, "parameters": net.parameters}
+    found |= {"initial_std": model.std, "parameters": net.params}
     return {"name": "linear", **found, "groups": dict(net.spec.sizes)}
 
 

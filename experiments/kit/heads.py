@@ -37,13 +37,11 @@ ORDER = "in the order of the labels (CIFAR-10: airplane, automobile, bird, ...)"
 class Head:
     """What makes logits of a network's output.
 
-    Attributes:
-      embeddings: One row for each class that is told apart.
-      scale: What cosines are multiplied with; None takes inner products as they are, with which the
-        rows of an identity matrix are a plain classifier.
+    Cosines are multiplied with `scale`; None takes inner products as they are, with which the rows
+    of an identity matrix are a plain classifier.
     """
 
-    embeddings: tuple[tuple[float, ...], ...]
+    embeddings: tuple[tuple[float, ...], ...]  # One row for each class that is told apart.
     scale: float | None
 
     @property

@@ -101,12 +101,10 @@ def name_of(match: str, config: Mapping[str, Any]) -> str:
 
 
 def _changed(match: str, config: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    return [
-        (label, short, config[option])
-        for option, (label, short) in SETTINGS.get(match, {}).items()
-        # Older records lack what was added since, and have its default.
-        if config.get(option, DEFAULTS[option]) != DEFAULTS[option]
-    ]
+    # Older records lack what was added since, and have its default.
+    changed = {k: config[k] for k, usual in DEFAULTS.items() if config.get(k, usual) != usual}
+    settings = SETTINGS.get(match, {}).items()
+    return [(*texts, changed[option]) for option, texts in settings if option in changed]
 
 
 def default_layers(depth: int) -> list[int]:
@@ -165,18 +163,12 @@ def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matching:
-    """How the units of two networks were brought together.
-
-    Attributes:
-      maps: Of both networks.
-      references: Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET,
-        which has none.
-      mapped: Both networks after the maps: where their biases are read.
-      record: What records say of it.
-    """
+    """How the units of two networks were brought together, and what records say of it."""
 
     maps: Maps
+    # Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET.
     references: stats.Moments | None
+    # Both after the maps: where their biases are read.
     mapped: Sequence[PyTree]
     record: Mapping[str, Any]
 
@@ -238,7 +230,7 @@ class Pair:
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
         """The two models merged in a range of layers, before any renormalisation."""
-        options = {"merged": layers, "weights": self.weights}
+        options = {"span": layers, "weights": self.weights}
         return merge.partial(self.net, self.trees, matching.maps, **options)
 
     def lacks_variances(self, matching: Matching, merged: merge.Merged) -> bool:
@@ -310,7 +302,7 @@ class Cut:
 
 def cost_of(net: vfjax.Network, params: int, flops: int) -> dict[str, float]:
     """Parameters and FLOPs of a network, and relative to one model's."""
-    ratios = params / net.parameters, flops / net.flops
+    ratios = params / net.params, flops / net.flops
     return {"params": params, "params_ratio": ratios[0], "flops": flops, "flops_ratio": ratios[1]}
 
 

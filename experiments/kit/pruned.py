@@ -69,7 +69,7 @@ def check_memory(
     net: vfjax.Network, layers: Sequence[str], gradients: int, gigabytes: float
 ) -> None:
     """Raises a `UserError` if WoodFisher would take more than that."""
-    needed = prune.memory(net, count=gradients, layers=layers) / 1e9
+    needed = prune.memory(net, count=gradients, names=layers) / 1e9
     if needed > gigabytes:
         raise cli.UserError(
             f"WoodFisher takes {needed:.1f} GB for {gradients} gradients, more than --memory "
@@ -119,14 +119,14 @@ def pruner(
     """
     if method == "woodfisher":
         options = {"count": len(gradients.images), "max_memory": round(1e9 * gigabytes)}
-        inverse = prune.inverse_fisher(net, tree, gradients, layers=layers, **options)
+        inverse = prune.inverse_fisher(net, tree, gradients, names=layers, **options)
         return lambda sparsity: inverse.prune(tree, prune.masks(inverse.scores, sparsity))
     if method == "fisher":
-        scores = prune.fisher(net, tree, gradients, layers=layers)
+        scores = prune.fisher(net, tree, gradients, names=layers)
     elif method.startswith("wanda"):
-        scores = prune.wanda(net, tree, statistics, layers=layers)
+        scores = prune.wanda(net, tree, statistics, names=layers)
     else:
-        scores = prune.magnitude(net, tree, layers=layers)
+        scores = prune.magnitude(net, tree, names=layers)
     scope = SCOPES.get(method, "global")
     return lambda sparsity: prune.apply(tree, prune.masks(scores, sparsity, scope=scope))
 

@@ -117,19 +117,21 @@ def resolve_mix(
     return resolve_weights(weights, count)
 
 
-def average_trees(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
-    """The average of alike trees; integer leaves must agree.
+def average_flats(flats: Sequence[paths.Flat], weights: Sequence[float]) -> PyTree:
+    """The average of alike trees that are taken apart; integer leaves must agree.
 
     Args:
-        trees: The trees.
+        flats: The trees.
         weights: One per tree, summing to one.
+
+    Returns:
+        A tree of the structure of the first.
     """
-    named = [paths.flatten_named(tree) for tree in trees]
-    treedef = named[0][1]
-    leaves = [
-        _average_leaf(path, [leaves[path] for leaves, _ in named], weights) for path in named[0][0]
-    ]
-    return jax.tree.unflatten(treedef, leaves)
+    found = {
+        path: _average_leaf(path, [flat.leaves[path] for flat in flats], weights)
+        for path in flats[0].leaves
+    }
+    return paths.Flat(found, flats[0].treedef).tree()
 
 
 def _average_leaf(path: str, leaves: Sequence[Array], weights: Sequence[float]) -> Array:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from vfjax import stats
 from vfjax._maps.maps import Maps
 from vfjax._maps.parts import Part, gather, permuting
 from vfjax._trees.options import number
@@ -25,9 +24,10 @@ from vfjax._types import PyTree
 from vfjax.align._assignment import PLACE, assign
 from vfjax.align._taps import (
     Orders,
-    check_at_taps,
     correlation,
     match_owners,
+    models_at_taps,
+    moments_at_taps,
     network_of,
     tap_covariances,
     with_spreads,
@@ -114,12 +114,14 @@ def cca(
     Horoi et al., 2024, section 4, with `regularization=0.1, relative=False` in the code of the
     first, which takes the features after each ReLU and decomposes in float32.
     """
-    nets = check_at_taps(net, trees)
+    models = models_at_taps(net, trees)
     _check(regularization, dtype)
-    if not nets[0].taps:
+    if not models.net.taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
-    return cca_moments(nets, moments, regularization=regularization, relative=relative, dtype=dtype)
+    moments = moments_at_taps(models, data, "all")
+    return cca_moments(
+        models.net, moments, regularization=regularization, relative=relative, dtype=dtype
+    )
 
 
 def cca_moments(

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from vfjax import stats
 from vfjax._maps.maps import Maps
 from vfjax._maps.parts import Part, gather
 from vfjax._trees.options import check_key, number
@@ -33,9 +32,10 @@ from vfjax.align._grouping import (
 )
 from vfjax.align._taps import (
     Orders,
-    check_at_taps,
     correlation,
     match_owners,
+    models_at_taps,
+    moments_at_taps,
     network_of,
     tap_covariances,
     with_spreads,
@@ -122,12 +122,12 @@ def zip_features(
     Source: "ZipIt! Merging Models from Different Tasks without Training", section 4. The reference
     code lets one merge within each model pass at beta 0, and discounts negative correlations.
     """
-    nets = check_at_taps(net, trees)
+    models = models_at_taps(net, trees)
     _check(matcher, alpha, beta, key, len(trees))
-    if not nets[0].taps:
+    if not models.net.taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
-    return zip_moments(nets, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
+    moments = moments_at_taps(models, data, "all")
+    return zip_moments(models.net, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
 
 
 def zip_moments(

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from vfjax import align, merge, renorm
 from vfjax._passes.batching import batches, keep, labelled
 from vfjax._passes.evaluation import Evaluation, evaluate
+from vfjax._trees.paths import check_trees
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
-from vfjax.network._arguments import as_trees, check_net
+from vfjax.network._arguments import check_net
 from vfjax.network._checks import check_depth
 from vfjax.network._network import Network
 from vfjax.renorm._renorm import repair, rescale, reset
@@ -246,7 +247,7 @@ def interpolation(
     """
     check_net(net)
     grid = _grid(alphas)
-    trees = as_trees(trees)
+    check_trees(trees)
     if len(trees) != 2:
         raise ValueError(f"trees must be two, the ends of the interpolation, got {len(trees)}")
     check_depth(net, layers, "layers")
@@ -256,7 +257,8 @@ def interpolation(
     test = keep(((x, label) for _, x, label in labelled(test_data, name="test_data")), test_data)
     if data is not None:
         data = keep(batches(data, like=net.x), data)
-    trees = trees[0], _aligned(net, *trees, match, data, key)
+    a, b = trees
+    trees = a, _aligned(net, a, b, match, data, key)
     path = Path(net, merge.preserve_first(net, trees, layers=layers), trees)
     renormalised = _renormaliser(net, trees, renormalise, references, data)
 

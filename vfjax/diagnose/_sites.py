@@ -68,7 +68,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
 
 
 def unique(
-    net: Network, names: Sequence[str], networks: Sequence[Any]
+    net: Network, names: Sequence[str], cuts: Sequence[Merged]
 ) -> tuple[tuple[Layout, ...], dict[str, str]]:
     """Layouts of different values, and by name the one of them that has the same value.
 
@@ -76,7 +76,6 @@ def unique(
     that it goes around have one tap. Where a `Merged` is cut, a value and what is read of it behind
     the cut are different, though they are one in the network.
     """
-    cuts = [network for network in networks if isinstance(network, Merged)]
     chosen: dict[Any, Layout] = {}
     source = {}
     for name in names:

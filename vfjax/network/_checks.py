@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vfjax._analysis.traced import Traced
-from vfjax._jaxpr.flatten import MAX_UNROLL
+from vfjax._jaxpr.flattening import MAX_UNROLL
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing

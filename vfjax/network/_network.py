@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis import outside
 from vfjax._analysis.groups import from_propagation
+from vfjax._deprecated import OldName
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
 from vfjax._trees import paths
@@ -111,7 +112,7 @@ class Network:
     def __repr__(self) -> str:
         """Size and depth at a glance."""
         return (
-            f"Network({len(self.layers)} layers, depth {self.depth}, {self.parameters:,} "
+            f"Network({len(self.layers)} layers, depth {self.depth}, {self.params:,} "
             f"parameters, {len(self.spec.groups)} groups)"
         )
 
@@ -180,9 +181,12 @@ class Network:
         return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
 
     @property
-    def parameters(self) -> int:
+    def params(self) -> int:
         """Number of parameters, stored statistics not counted."""
         return _cost.params_of(self, self.paths)
+
+    parameters = OldName("params")
+    stem_parameters, trunk_parameters = OldName("stem_params"), OldName("trunk_params")
 
     @functools.cached_property
     def flops(self) -> int:
@@ -322,7 +326,6 @@ class Network:
         ids = zip(traced.graph.inputs, self._avals, strict=False)
         env |= {value: named[path] for value, path in ids if path in named}
         env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
-
         changes = Changes(self, traced, capture, edit, stop, start)
         env = changes.enter(env)
         ends = traced.ends(stop)
@@ -482,11 +485,11 @@ class Network:
         """Types of leaves of the variables, by path."""
         return {path: self._avals[path] for path in paths}
 
-    def stem_parameters(self, depth: int) -> int:
+    def stem_params(self, depth: int) -> int:
         """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
         return _cost.params_of(self, self.stem_leaves(depth))
 
-    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
+    def trunk_params(self, depth: int, stop: int | None = None) -> int:
         """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
         return _cost.params_of(self, self.trunk_leaves(depth, stop))
 
@@ -526,10 +529,7 @@ class Network:
         check_depth(self, depth, "depth")
         traced = self._reference
         return tuple(
-            (
-                traced.graph.avals[v],
-                frozenset(place.group for place in traced.places(v)),
-            )
+            (traced.graph.avals[v], frozenset(place.group for place in traced.places(v)))
             for v in traced.cut(depth).crossing
         )
 
@@ -562,7 +562,7 @@ class Network:
             >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
             >>> [net.in_stem(layer.name, 1) for layer in net.layers]
             [True, False]
-            >>> sorted(net.stem_leaves(1)), net.stem_parameters(1), net.trunk_flops(1)
+            >>> sorted(net.stem_leaves(1)), net.stem_params(1), net.trunk_flops(1)
             (['w0'], 12, 8)
         """
         check_depth(self, depth, "depth")
@@ -643,6 +643,5 @@ class Network:
             ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
         """
         self.layer(layer)
-        named, treedef = paths.flatten_named(variables)
-        new = _fold.fold(self._reference, named, layer, scale, shift)
-        return jax.tree.unflatten(treedef, [new[path] for path in named])
+        flat = paths.flatten_named(variables)
+        return flat.put(_fold.fold(self._reference, flat.leaves, layer, scale, shift)).tree()
