@@ -7,8 +7,9 @@ A claim is one entry of a list::
     Claim("vf.t3.repair-hurts", "REPAIR lowers the accuracy of CCA at l = 0",
           "81.9 to 57.7 (table 3)", Above(NONE, REPAIR), when=of_cca)
 
-What is decided by two accuracies is open where both are near chance, for a network whose features
-have vanished shows nothing, or where they differ by no more than noise.
+What is decided by several accuracies is open where all of them are near chance, for networks whose
+features have vanished show nothing, or where they differ by no more than noise. That one is at
+chance may be what is claimed: it decides against one that is not, and `AtChance` by itself.
 """
 
 from __future__ import annotations
@@ -78,11 +79,10 @@ def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
 
 def table(verdicts: Sequence[Mapping[str, str]], mark: str = "") -> tables.Table:
     """Claim, paper, here, verdict; before what is unlike the paper stands a mark."""
-    lines = [
-        [row["claim"], row["paper"] or "-", row["here"], mark * (v == UNLIKE) + v]
-        for row in verdicts
-        for v in [row["verdict"]]
-    ]
+    lines = []
+    for row in verdicts:
+        verdict = mark * (row["verdict"] == UNLIKE) + row["verdict"]
+        lines.append([row["claim"], row["paper"] or "-", row["here"], verdict])
     return tables.Table("", ["claim", "paper", "here", "verdict"], lines, texts=4)
 
 
@@ -95,9 +95,6 @@ def counts(verdicts: Iterable[Mapping[str, str]]) -> str:
     """
     found = [row["verdict"] for row in verdicts]
     return ", ".join(f"{found.count(v)} {v}" for v in VERDICTS if v in found)
-
-
-# ------------------------------------------------------------------------------------ quantities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +161,12 @@ def level(record: Record, values: Sequence[float], by: float) -> bool | None:
     if near_chance(record, *values):
         return None
     gap, free = max(values) - min(values), noise(min(values), record["data"]["test_images"])
-    return gap <= free if not by else True if gap <= by else None if gap <= by + free else False
+    return within(gap, by, free) if by else gap <= free
+
+
+def within(gap: float, by: float, free: float) -> bool | None:
+    """Whether a gap is at most `by`; open where it is no more than noise above that."""
+    return True if gap <= by else None if gap <= by + free else False
 
 
 def all_of(found: Iterable[bool | None]) -> bool | None:
@@ -176,9 +178,6 @@ def all_of(found: Iterable[bool | None]) -> bool | None:
     """
     found = list(found)
     return False if False in found else None if None in found else True
-
-
-# ----------------------------------------------------------------------------------------- rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +236,7 @@ def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
     """That an accuracy is no more than `by` from that of a guess."""
 
     def holds(record: Record, found: float) -> bool | None:
-        gap, free = abs(found - record.chance), noise(record.chance, record["data"]["test_images"])
-        return True if gap <= by else None if gap <= by + free else False
+        free = noise(record.chance, record["data"]["test_images"])
+        return within(abs(found - record.chance), by, free)
 
     return Comparison((value,), holds, f"{value.label} within {100 * by:g} points of chance")

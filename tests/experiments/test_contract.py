@@ -26,6 +26,19 @@ DIGITS = ["--dataset", "digits", "--model", "digits-mlp"]
 SMALLEST = {
     "cifar_pfm": [*DIGITS, "--layers", "0", "5", "--match", "weight", "--samples", "200"],
     "normalization": [*DIGITS, "--samples", "100", "--statistics", "200", "--held-out", "100"],
+    "permute_first_layers": [
+        *DIGITS,
+        "--match",
+        "weight",
+        "--samples",
+        "50",
+        "--statistics",
+        "100",
+    ],
+    "linear_networks": ["--dataset", "digits", "--quick"],
+    "residual_linear": ["--dataset", "digits", "--quick"],
+    "vanishing_feature": [*DIGITS, "--samples", "50", "--statistics", "100"],
+    "vanishing_feature_pruned": [*DIGITS, "--samples", "50", "--statistics", "100"],
 }
 SCRIPTS = sorted(
     path.stem for path in EXPERIMENTS.glob("*.py") if "\nEXPERIMENT = " in path.read_text()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import doctest
+import copy
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -14,23 +13,34 @@ import pytest
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-shared = importlib.import_module("_linear")
+claims, grid, records, timing = (
+    importlib.import_module(f"kit.{name}") for name in ("claims", "grid", "records", "timing")
+)
 linear = importlib.import_module("linear_networks")
-common = importlib.import_module("_common")
 residual = importlib.import_module("residual_linear")
 
+AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 NAMES = ("linear_networks", "residual_linear")
 QUANTITIES = ("feature", "feature_std", "offset", "weight", "bias", "stable_rank")
+RESCALED = ("rescale_product", "rescaled_feature")
+AVERAGES = ["direct", "weight", "activation"]
 
 
 def quick(script, folder):
     path = script.main(["--quick", "--dataset", "digits", "--out", str(folder)])
-    return path, json.loads(path.read_text())
+    return path, records.read(path)
 
 
-def said(script, record):
-    """What a script says of a record."""
-    return common.told(*script.outcome(record))
+def shipped_of(name):
+    return records.read(EXPERIMENTS / "results" / f"{name}-mnist.json")
+
+
+def decided(script, record):
+    return {row["id"].split(".")[-1]: row for row in claims.decided(script.CLAIMS, record)}
+
+
+def verdicts(script, record):
+    return {name: row["verdict"] for name, row in decided(script, record).items()}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +55,8 @@ def skips(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=NAMES)
 def shipped(request):
-    """The record that the head of a script tells of."""
-    path = EXPERIMENTS / "results" / f"{request.param}-mnist.json"
-    return importlib.import_module(request.param), json.loads(path.read_text())
+    """The record that the page of a script tells of."""
+    return importlib.import_module(request.param), shipped_of(request.param)
 
 
 # ------------------------------------------------------------------------------------- quick runs
@@ -57,54 +66,61 @@ def shipped(request):
 def test_record_is_complete(name, fixture, request):
     path, record = request.getfixturevalue(fixture)
     assert path.name == f"{name}-digits-quick.json"
-    assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".png"]
     assert record["experiment"] == name and "--quick" in record["command"]
     assert record["data"]["name"] == "digits" and record["data"]["fallback"] is False
     assert record["data"]["train_images"] == 300
-    assert record["config"]["epochs"] == record["recipe"]["epochs"] == 1
-    assert record["recipe"]["optimizer"] == "adam"
-    assert [pair["models"] for pair in record["pairs"]] == [[0, 1]]
+    assert record["recipe"]["epochs"] == 1 and record["recipe"]["optimizer"] == "adam"
+    assert record["seeds"] == {"edge_models": [0, 1]} and record.rows.distinct("pair") == [0]
     assert {"data", "trace", "training", "total"} <= set(record["seconds"])
     assert {"python", "vfjax", "jax", "numpy"} <= set(record["versions"])
-    assert record["title"].endswith("QUICK, MEANS NOTHING")
+    assert record["title"].endswith("QUICK, MEANS NOTHING") and record["claims"] == []
 
 
 def test_curves_of_every_network(chain):
-    _, record = chain
-    assert record["layers"] == [f"params/dense{k}/kernel" for k in range(1, 9)]
+    rows = chain[1].rows
+    assert rows.distinct("site") == [f"params/dense{k}/kernel" for k in range(1, 9)]
     averages = ["direct", "weight", "activation"]
-    assert list(record["curves"]) == [*averages, "edge models"]
-    for name, curves in record["curves"].items():
-        more = () if name == "edge models" else ("rescale_product", "rescaled_feature")
-        assert sorted(curves) == sorted((*QUANTITIES, *more))
-        assert all(len(values) == 8 for values in curves.values())
-    assert list(record["accuracy"]) == ["model 1", "model 2", *averages]
-    assert record["curves"] == record["pairs"][0]["curves"]
+    by_layer = rows.where(layer=set(range(1, 9)))
+    assert by_layer.distinct("network") == ["edge models", *averages]
+    for name in by_layer.distinct("network"):
+        found = by_layer.where(network=name)
+        assert found.distinct("layer") == list(range(1, 9)) and len(found) == 8
+        more = () if name == "edge models" else RESCALED
+        for row in found:
+            assert set(row) == {"pair", "network", "layer", "site", *QUANTITIES, *more}
+    names = [row["network"] for row in rows if "accuracy" in row]
+    assert names == ["model 1", "model 2", *averages]
+    assert len(rows.values("loss")) == 5 and len(rows.values("train_accuracy")) == 2
+    notes = chain[1].notes("matching")
+    assert [note["match"] for note in notes] == ["weight", "activation"]
 
 
 def test_rescaling_is_by_the_product_of_magnitudes(chain):
-    _, record = chain
-    edges = record["curves"]["edge models"]
-    for name in ("direct", "weight", "activation"):
-        curves = record["curves"][name]
-        product = np.cumprod(np.divide(edges["weight"], curves["weight"]))
-        np.testing.assert_allclose(curves["rescale_product"], product, rtol=1e-5)
-        rescaled = product * curves["feature"]
-        np.testing.assert_allclose(curves["rescaled_feature"], rescaled, rtol=1e-5)
+    rows = chain[1].rows
+
+    def found(network, key):
+        return rows.curve("layer", key, network=network)[1]
+
+    for name in AVERAGES:
+        weights = np.divide(found("edge models", "weight"), found(name, "weight"))
+        product = np.cumprod(weights)
+        np.testing.assert_allclose(found(name, "rescale_product"), product, rtol=1e-5)
+        rescaled = product * found(name, "feature")
+        np.testing.assert_allclose(found(name, "rescaled_feature"), rescaled, rtol=1e-5)
 
 
 def test_curves_between_the_edge_models(skips):
-    _, record = skips
-    assert record["alphas"] == [k / 10 for k in range(11)]
+    record = skips[1]
     for name in ("plain", "residual"):
-        for match in ("direct", "weight"):
-            pair = record["pairs"][0][name][match]
-            assert len(pair["accuracy"]) == len(pair["loss"]) == 11
-            summary = record["summary"][name][match]
-            assert set(summary) == {"accuracy", "loss", "barrier", "loss_barrier"}
-            assert summary["accuracy"]["mean"] == pair["accuracy"]
-            assert set(summary["loss"]["std"]) == {0.0}
+        for merged in ("direct", "weight"):
+            rows = record.rows.where(network=name, merged=merged)
+            np.testing.assert_allclose(rows.distinct("alpha"), np.linspace(0, 1, 11), atol=1e-12)
+            assert {1.0, 0.5} <= set(rows.distinct("alpha"))
+            accuracy = rows.values("accuracy")
+            assert len(accuracy) == len(rows.values("loss")) == 11
+            (about,) = (row for row in rows if "barrier" in row)
+            assert about["lowest"] == min(accuracy) and about["loss_barrier"] is not None
+            assert set(rows.curve("alpha", "loss")[2]) == {0.0}
     # Exact skips tie the units of all layers along them.
     sizes = {name: list(model["groups"].values()) for name, model in record["models"].items()}
     assert sizes == {"plain": [32] * 4, "residual": [32]}
@@ -112,11 +128,10 @@ def test_curves_between_the_edge_models(skips):
 
 def test_matching_keeps_the_ends(skips):
     """The second network is permuted, but computes the same up to rounding."""
-    _, record = skips
     for name in ("plain", "residual"):
-        direct, matched = (record["pairs"][0][name][match] for match in ("direct", "weight"))
-        for end in (0, -1):
-            assert matched["loss"][end] == pytest.approx(direct["loss"][end], rel=1e-4)
+        for alpha in (0.0, 1.0):
+            direct, matched = skips[1].rows.where(network=name, alpha=alpha)
+            assert matched["loss"] == pytest.approx(direct["loss"], rel=1e-4)
 
 
 def test_figures_name_their_axes(chain, skips):
@@ -130,40 +145,71 @@ def test_figures_name_their_axes(chain, skips):
 # --------------------------------------------------------------------------------- shipped records
 
 
-def test_heads_say_what_came_out(shipped):
-    """The sentences are written from the record, by update_readme.py."""
+def test_shipped_records(shipped):
     script, record = shipped
-    update = importlib.import_module("update_readme")
-    source = Path(script.__file__).read_text(encoding="utf-8")
-    assert update.headed(source, script) == source
-    assert " ".join(said(script, record).split()) in " ".join(script.__doc__.split())
     assert record["seconds"]["total"] < 600
-    assert record["data"]["name"] == "mnist" and len(record["pairs"]) == 5
+    assert record["data"]["name"] == "mnist" and record.rows.distinct("pair") == list(range(5))
+    assert record["title"].endswith("mean of 5 pairs")
+    assert script.EXPERIMENT.file_name(record) == f"{record['experiment']}-mnist"
 
 
 def test_features_vanished():
-    record = json.loads((EXPERIMENTS / "results" / "linear_networks-mnist.json").read_text())
-    midpoint, edges = record["curves"]["direct"], record["curves"]["edge models"]
-    left = np.divide(midpoint["feature"], edges["feature"])
+    record = shipped_of(NAMES[0])
+    left = linear.left(record)
     assert left[0] > 0.5 and left[-1] < 0.05 and (np.diff(left) < 0).all()
-    assert midpoint["offset"][-1] > midpoint["feature"][-1]
-    assert np.mean(record["accuracy"]["direct"]) < 0.2
+    offset, feature = (
+        record.rows.mean(key, network="direct", layer=8) for key in ("offset", "feature")
+    )
+    assert offset > feature and record.rows.mean(network="direct") < 0.2
 
 
 def test_skips_lower_the_barrier():
-    record = json.loads((EXPERIMENTS / "results" / "residual_linear-mnist.json").read_text())
-    for match in ("direct", "weight"):
-        plain, skips = (record["summary"][n][match]["barrier"] for n in ("plain", "residual"))
-        assert skips["mean"] < plain["mean"]
+    rows = shipped_of(NAMES[1]).rows
+    for merged in ("direct", "weight"):
+        plain, skips = (
+            rows.mean("barrier", network=name, merged=merged) for name in ("plain", "residual")
+        )
+        assert skips < plain
 
 
-def test_sentences_follow_the_record():
-    """What the head says changes with what was measured."""
-    record = json.loads((EXPERIMENTS / "results" / "residual_linear-mnist.json").read_text())
-    assert "Unlike" not in said(residual, record)
-    for entry in (record["summary"], *record["pairs"]):
-        entry["plain"], entry["residual"] = entry["residual"], entry["plain"]
-    assert "As in" not in said(residual, record)
+def test_claims_on_skips_follow_the_record():
+    """What is said changes with what was measured."""
+    record = shipped_of(NAMES[1])
+    assert set(verdicts(residual, record).values()) == {AS}
+    for row in record["rows"]:
+        row["network"] = {"plain": "residual", "residual": "plain"}[row["network"]]
+    assert set(verdicts(residual, record).values()) == {UNLIKE}
+    # Within noise on test images, and where both midpoints are near chance.
+    for row in record.rows.where(merged="weight", network="residual"):
+        if "barrier" in row:
+            row["barrier"] = record.rows.mean("barrier", merged="weight", network="plain") + 1e-3
+    for row in record.rows.where(merged="direct", alpha=0.5):
+        row["accuracy"] = 0.15
+    assert set(verdicts(residual, record).values()) == {OPEN}
+
+
+def test_claims_on_linear_networks_can_fail():
+    record = shipped_of(NAMES[0])
+    before = verdicts(linear, record)
+    assert before == dict.fromkeys(before, AS) | {"rescaled": UNLIKE} and len(before) == 7
+    assert "(so in 3 of 5 pairs)" in decided(linear, record)["rescaled"]["here"]
+    assert "of 5 pairs" not in decided(linear, record)["fades"]["here"]
+
+    def changed(key, layer, value, network="direct"):
+        found = copy.deepcopy(record)
+        for row in found.rows.where(network=network):
+            if row.get("layer") == layer and key in row:
+                row[key] = value
+        return {k: v for k, v in verdicts(linear, found).items() if v != before[k]}
+
+    assert changed("feature", 8, 15.0) == dict.fromkeys(("fades", "overtakes"), UNLIKE)
+    assert changed("offset", 1, 10.0) == {"offset-grows": UNLIKE}
+    assert changed("offset", 8, 0.1)["overtakes"] == UNLIKE
+    assert changed("weight", 3, 9.0) == {"weights-smaller": UNLIKE}
+    assert changed("weight", 8, 1e-3) == {"weights-rise": UNLIKE}
+    assert changed("rescaled_feature", 8, 8.0) == {"rescaled": AS}
+    assert changed("accuracy", None, 0.5) == {"near-chance": UNLIKE}
+    assert changed("accuracy", None, 0.201) == {"near-chance": OPEN}
 
 
 # ---------------------------------------------------------------------------------------- options
@@ -193,31 +239,25 @@ def test_bad_options(script, arguments, message, capsys, tmp_path, monkeypatch):
 def test_falling_back_to_the_digits_shows(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(shared.data._data, "_can_prepare", lambda: False)
-    args = residual.parser().parse_args([])
-    dataset = shared.load(args)
+    monkeypatch.setattr(grid.data._data, "_can_prepare", lambda: False)
+    setup = residual.EXPERIMENT.prepare(residual.Config(), timing.Stopwatch())
+    dataset = setup.value.dataset
     assert dataset.name == "digits" and dataset.fallback and "'mnist'" in caplog.text
     # As many steps as on MNIST.
-    recipe = shared.recipe_of(args, residual.RECIPE, dataset)
-    assert recipe.epochs * 11 == pytest.approx(20 * 469, rel=0.01)
-    record = shared.record_of("residual_linear", args, "", dataset, recipe) | {"pairs": []}
-    assert shared.titled(record, "x").startswith("MNIST NOT FOUND, SO: scikit-learn's 8x8 digits")
+    assert setup.value.recipe.epochs * 11 == pytest.approx(20 * 469, rel=0.01)
+    record = {**setup.record, "config": {"quick": False}}
+    title = grid.titled(record, "x", 1)
+    assert title.startswith("MNIST NOT FOUND, SO: scikit-learn's 8x8 digits")
 
 
 def test_what_auto_looks_for_is_checked():
     with pytest.raises(ValueError, match="prefer must be one of cifar10, .*, got 'auto'"):
-        shared.data.load("auto", prefer="auto")
+        grid.data.load("auto", prefer="auto")
 
 
 def test_runs_that_differ_have_other_names(chain):
-    config = chain[1]["config"] | {"quick": False, "seeds": [0, 1]}
-    changes = [{}, {"seeds": [2, 3]}, {"asked_epochs": 7}, {"quick": True}]
-    records = [chain[1] | {"config": config | change} for change in changes]
-    names = [shared.file_name(record, seeds=(0, 1), epochs=5) for record in records]
+    config = chain[1]["config"] | {"quick": False, "seeds": list(range(10))}
+    changes = [{}, {"seeds": [2, 3]}, {"epochs": 7}, {"quick": True}]
+    found = [chain[1] | {"config": config | change} for change in changes]
+    names = [linear.EXPERIMENT.file_name(record) for record in found]
     assert names[0] == "linear_networks-digits" and len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("name", ["_linear", "linear_networks"])
-def test_examples_in_docstrings(name):
-    found = doctest.testmod(importlib.import_module(name))
-    assert found.attempted and not found.failed

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+import copy
+import dataclasses
 import doctest
 import importlib
-import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,22 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import data, merge, models, renorm
+from vfjax import align, data, merge, models, renorm
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-common = importlib.import_module("_common")
+claims, edges, experiment, pairs, records, timing = (
+    importlib.import_module(f"kit.{name}")
+    for name in "claims edges experiment pairs records timing".split()
+)
 permute = importlib.import_module("permute_first_layers")
 cifar_pfm = importlib.import_module("cifar_pfm")
 
 SIZES = ["--model", "digits-mlp", "--dataset", "digits"]
-COLUMNS = ["none", "repair", "rescale"]
+AS, UNLIKE, OPEN, NEW = claims.VERDICTS
+RUN = permute.EXPERIMENT
+REMEDIES = ["none", "repair", "rescale"]
 RECORDS = ("cifar10-vgg16-w0.25", "cifar10-resnet20-w0.5")
 
 
@@ -48,7 +54,16 @@ class Compilations:
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("permute")
     path = permute.main([*SIZES, "--statistics", "300", "--out", str(folder)])
-    return path, json.loads(path.read_text())
+    return path, records.read(path)
+
+
+@pytest.fixture
+def record(digits):
+    return copy.deepcopy(digits[1])
+
+
+def curve(record, match, remedy, key="loss"):
+    return record.rows.curve("layers", key, match=match, remedy=remedy)[1]
 
 
 def normed(v, x):
@@ -78,7 +93,26 @@ def copies():
     test = dataset.batches("test", batch_size=100)
     net = vfjax.trace(normed, tree, next(iter(test))[0])
     other = net.spec.permute(tree, net.spec.random(jax.random.key(1)))
-    return permute.pair_of(net, [tree, other], ["activation"], 0.5, statistics, test)
+    return edges.Edges(None, None, net, [], [], [tree, other], edges.Images(statistics, None, test))
+
+
+@pytest.fixture
+def measured(copies, tmp_path):
+    """The rows that a run on the copies has."""
+    config = permute.Config(match="activation")
+    setup = experiment.Setup(config, copies, {})
+    run = experiment.Run(setup, timing.Stopwatch(), tmp_path / "none", "")
+    for row in permute.measure(config, run):
+        run.add(row)
+    return records.Record(rows=run.rows)
+
+
+@pytest.fixture
+def pair(copies):
+    images = copies.images
+    weights = (0.5, 0.5)
+    both = images.statistics, images.test
+    return pairs.Pair(copies.net, copies.trees, weights, *both, ["activation"])
 
 
 # -------------------------------------------------------------------------------------- matching
@@ -122,52 +156,56 @@ def test_groups_no_layer_writes_come_last():
     assert net.depth == 2 and set(permute.written_at(net).values()) <= {2}
 
 
-def test_all_layers_are_the_full_matching(copies):
+def test_all_layers_are_the_full_matching(pair, measured):
     """Matched in full, a copy is the network itself, and RESET is what it is by hand."""
-    net, found = copies.net, copies.found("activation")
-    full = net.spec.permute(copies.trees[1], found.permutations)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), full, copies.trees[0])
-    curves = permute.curves_of(copies, {"activation": found})["activation"]
-    assert list(curves) == ["none", "reset"] and len(curves["none"]["loss"]) == net.depth + 1
-    average = merge.interpolate([copies.trees[0], full])
-    reset = renorm.reset(net, average, copies.statistics)
-    for column, tree in (("none", copies.trees[0]), ("reset", reset)):
-        expected = copies.evaluate(tree)
-        assert curves[column]["loss"][-1] == pytest.approx(expected["loss"], rel=1e-5)
-        assert curves[column]["accuracy"][-1] == expected["accuracy"]
+    net, found = pair.net, align.match_moments(pair.net, pair.moments).permutations
+    full = net.spec.permute(pair.trees[1], found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), full, pair.trees[0])
+    assert measured.rows.where(network=None).distinct("remedy") == ["none", "reset"]
+    average = merge.interpolate([pair.trees[0], full])
+    reset = renorm.reset(net, average, pair.statistics)
+    for remedy, tree in (("none", pair.trees[0]), ("reset", reset)):
+        expected = pair.evaluate(merge.as_merged(net, tree, weights=(0.5, 0.5)), pair.test, "")
+        loss = curve(measured, "activation", remedy)
+        assert len(loss) == net.depth + 1
+        assert loss[-1] == pytest.approx(expected["loss"], rel=1e-5)
+        accuracy = curve(measured, "activation", remedy, "accuracy")
+        assert accuracy[-1] == expected["accuracy"]
         # The stream comes with layer 1, the block's inside with layer 2, and that is all.
-        assert curves[column]["loss"][2] == curves[column]["loss"][3] == curves[column]["loss"][4]
-        assert len({round(loss, 5) for loss in curves[column]["loss"]}) == 3
-    direct = copies.evaluate(merge.interpolate(copies.trees))
-    assert curves["none"]["loss"][0] == direct["loss"]
+        assert loss[2] == loss[3] == loss[4] and len({round(value, 5) for value in loss}) == 3
+    average = merge.as_merged(net, merge.interpolate(pair.trees), weights=(0.5, 0.5))
+    direct = pair.evaluate(average, pair.test, "")
+    assert curve(measured, "activation", "none")[0] == direct["loss"]
 
 
-def test_further_layers_compile_nothing(copies):
-    found = copies.found("activation").permutations
-    copies.cells(permute.of_first(copies.net, found, 1), lambda: None)
+def test_further_layers_compile_nothing(pair):
+    found = align.match_moments(pair.net, pair.moments).permutations
+
+    def evaluated(layers):
+        merged, matching = permute.averaged(pair, permute.of_first(pair.net, found, layers))
+        for remedy in (None, "reset"):
+            done = pair.renormalised(remedy, matching, merged, pair.statistics)
+            pair.evaluate(done, pair.test, "")
+
+    evaluated(1)
     with Compilations() as compiled:
-        copies.cells(permute.of_first(copies.net, found, 2), lambda: None)
+        evaluated(2)
     assert compiled.count == 0
 
 
-def test_ends_are_those_of_the_table(digits, tmp_path):
+def test_ends_are_those_of_the_table(record, tmp_path):
     """l = 0 is direct, l = L matched in full, as another experiment measures them."""
-    _, record = digits
     path = cifar_pfm.main([*SIZES, "--layers", "0", "--samples", "300", "--out", str(tmp_path)])
-    table = importlib.import_module("kit.records").read(path)
-    rows = table.rows.where(network="PFM", layers=0)
-    cells = {
-        name: rows.where(**where).values("accuracy")
-        for name, where in cifar_pfm.columns_of(table).items()
-    }
-    curves = {name: c["accuracy"] for name, c in record["curves"]["activation"].items()}
+    table = records.read(path).rows
     image = 1.01 / record["data"]["test_images"]
-    assert [curves["none"][0]] == pytest.approx(cells["direct"], abs=image)
-    assert [curves["none"][-1]] == pytest.approx(cells["matched"], abs=image)
-    assert [curves["repair"][-1]] == pytest.approx(cells["REPAIR"], abs=image)
-    assert [curves["rescale"][-1]] == pytest.approx(cells["RESCALE"], abs=image)
-    for row, edge in zip(table["rows"], record["edges"].values(), strict=False):
-        assert row["accuracy"] == edge["accuracy"]
+    for remedy in REMEDIES:
+        expected = table.mean(network="PFM", match="activation", remedy=remedy)
+        found = curve(record, "activation", remedy, "accuracy")
+        assert found[-1] == pytest.approx(expected, abs=image)
+    direct = curve(record, "activation", "none", "accuracy")[0]
+    assert direct == pytest.approx(table.mean(network="PFM", match="none"), abs=image)
+    for name in ("model 1", "model 2"):
+        assert table.mean(network=name) == record.rows.mean(network=name)
 
 
 # -------------------------------------------------------------------------------------- quick run
@@ -176,85 +214,115 @@ def test_ends_are_those_of_the_table(digits, tmp_path):
 def test_record_is_complete(digits):
     path, record = digits
     assert path.name == "permute_first_layers-digits-digits-mlp-statistics300.json"
-    assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".png"]
-    assert record["experiment"] == "permute_first_layers"
     assert "--dataset digits" in record["command"]
     assert record["data"]["statistics_images"] == 300 and record["data"]["test_images"] == 497
     assert record["seeds"] == {"edge_models": [0, 1], "matching": 0}
-    assert record["layers"] == list(range(7)) and record["groups"] == [0, 1, 2, 3, 4, 5, 5]
-    assert list(record["matchings"]) == list(record["curves"]) == ["weight", "activation"]
-    assert all(found["moved"] for found in record["matchings"].values())
-    assert record["edge_mean"] == np.mean([edge["accuracy"] for edge in record["edges"].values()])
+    rows = record.rows
+    for match in ("weight", "activation"):
+        found = rows.where(match=match, remedy="none")
+        assert sorted(found.distinct("layers")) == list(range(7)) and len(found) == 7
+        assert rows.curve("layers", "groups", match=match)[1] == [0, 1, 2, 3, 4, 5, 5]
+    notes = record.notes("matching")
+    assert [note["match"] for note in notes] == ["weight", "activation"]
+    assert all(note["moved"] and note["objective"] for note in notes)
+    assert record.notes("written_at").distinct("layer") == [1, 2, 3, 4, 5]
+    edge = [rows.mean(network=name) for name in ("model 1", "model 2")]
+    assert record["summary"]["edge_mean"] == np.mean(edge)
     stages = {"data", "trace", "checkpoints", "statistics of edge models", "matching"}
-    assert stages | {"edge models", "averages", "total"} <= set(record["seconds"])
+    assert stages | {"edge models", "averages", "total"} == set(record["seconds"])
     assert {"python", "vfjax", "jax", "numpy"} <= set(record["versions"])
     assert record["title"].startswith("scikit-learn's 8x8 digits: digits-mlp, midpoints")
 
 
-def test_curves(digits):
-    _, record = digits
-    weight, activation = record["curves"].values()
-    for curves in (weight, activation):
-        assert list(curves) == record["columns"] == COLUMNS
-        for found in curves.values():
-            assert {key: len(values) for key, values in found.items()} == {"accuracy": 7, "loss": 7}
-            # The last layer writes no units.
-            assert found["loss"][-1] == found["loss"][-2] != found["loss"][0]
-    assert all(weight[c]["loss"][0] == activation[c]["loss"][0] for c in COLUMNS)
-    assert weight["none"]["loss"][1] != activation["none"]["loss"][1]
-    for column in COLUMNS:
-        assert activation[column]["accuracy"][-1] > activation[column]["accuracy"][0] + 0.05
+def test_curves(record):
+    loss, accuracy = (
+        {(m, r): curve(record, m, r, key) for m in ("weight", "activation") for r in REMEDIES}
+        for key in ("loss", "accuracy")
+    )
+    assert record.rows.where(network=None).distinct("remedy") == REMEDIES
+    for found in loss.values():
+        # The last layer writes no units.
+        assert len(found) == 7 and found[-1] == found[-2] != found[0]
+    assert all(loss["weight", r][0] == loss["activation", r][0] for r in REMEDIES)
+    assert loss["weight", "none"][1] != loss["activation", "none"][1]
+    for remedy in REMEDIES:
+        found = accuracy["activation", remedy]
+        assert found[-1] > found[0] + 0.05
 
 
-def test_figure_and_table(digits):
-    record = digits[1]
+def test_figure_and_table(record):
     figure = permute.figure_of(record)
     assert len(figure.axes) == 2
     for axes in figure.axes:
         assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
         assert "edge models' mean" in axes.get_legend_handles_labels()[1]
-    header, rows = permute.table_of(record)
+    (table,) = permute.tables_of(record)
     named = [f"{match}{more}" for match in ("WM", "AM") for more in ("", " + REPAIR", " + RESCALE")]
-    assert header == ["first layers matched, l", "groups", *named]
-    assert len(rows) == 7 and {len(row) for row in rows} == {8}
+    assert table.header == ["first layers matched, l", "groups", *named]
+    assert len(table.lines) == 7 and {len(row) for row in table.lines} == {8}
+    assert all(cell for row in table.lines for cell in row)
 
 
-def test_sentences_follow_the_record(digits):
+@pytest.fixture
+def changed(record):
+    """Sets curves of a record, and gives the verdicts on one of them: rises, saturates, below."""
+    record["summary"]["edge_mean"] = 0.9
+    record["data"]["test_images"] = 10_000
+
+    def verdicts(values, match="weight", remedy="none"):
+        for row in record.rows.where(match=match, remedy=remedy):
+            row["accuracy"] = values[row["layers"]]
+        found = claims.decided(permute.CLAIMS, record)
+        return [row["verdict"] for row in found if row["id"].endswith(f"-{match}-{remedy}")]
+
+    return verdicts
+
+
+@pytest.mark.parametrize(
+    ("values", "verdicts"),
+    [
+        ([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8], [AS, AS, AS]),
+        ([0.8, 0.8, 0.7, 0.6, 0.4, 0.2, 0.1], [UNLIKE, UNLIKE, UNLIKE]),
+        # To stay at chance is neither to saturate nor to come close to the edge models, nor is it
+        # known what would be.
+        ([0.1] * 7, [OPEN, OPEN, OPEN]),
+        ([0.1, 0.11, 0.12, 0.13, 0.14, 0.14, 0.14], [OPEN, OPEN, OPEN]),
+        ([0.1, 0.1, 0.6, 0.6, 0.14, 0.1, 0.1], [UNLIKE, UNLIKE, UNLIKE]),
+        # What hardly rises has all of this unlike the paper where it is not near chance.
+        ([0.5, 0.5, 0.5, 0.51, 0.51, 0.51, 0.51], [UNLIKE, UNLIKE, UNLIKE]),
+        ([0.1, 0.1, 0.1, 0.1, 0.2, 0.8, 0.8], [AS, UNLIKE, AS]),
+        ([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8][::-1], [UNLIKE, UNLIKE, UNLIKE]),
+        ([0.1, 0.4, 0.6, 0.7, 0.91, 0.92, 0.92], [AS, AS, UNLIKE]),
+        # Within noise: of the rise, of its last part, and of the edge models.
+        ([0.5, 0.51, 0.52, 0.53, 0.54, 0.55, 0.555], [OPEN, OPEN, OPEN]),
+        ([0.1, 0.2, 0.4, 0.6, 0.69, 0.8, 0.811], [AS, OPEN, AS]),
+        ([0.1, 0.4, 0.6, 0.7, 0.88, 0.9, 0.902], [AS, AS, OPEN]),
+    ],
+)
+def test_claims_follow_the_record(changed, values, verdicts):
     """What is said changes with what was measured."""
-    record = json.loads(json.dumps(digits[1]))
-
-    def verdicts(curve):
-        for found in record["curves"].values():
-            for column in found.values():
-                column["accuracy"] = curve
-        return [holds for holds, _ in permute.claims_of(record)]
-
-    record["edge_mean"] = 0.9
-    assert verdicts([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8]) == [True, True, True]
-    assert "Unlike" not in common.told(*permute.outcome(record))
-    assert verdicts([0.8, 0.8, 0.7, 0.6, 0.4, 0.2, 0.1]) == [False, False, False]
-    # To stay at chance is neither to saturate nor to come close to the edge models.
-    assert verdicts([0.1] * 7) == [False, False, False]
-    assert verdicts([0.1, 0.11, 0.12, 0.13, 0.14, 0.14, 0.14]) == [False, False, False]
-    assert verdicts([0.1, 0.1, 0.1, 0.1, 0.2, 0.8, 0.8]) == [True, False, True]
-    assert verdicts([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8][::-1]) == [False, False, False]
-    assert verdicts([0.1, 0.4, 0.6, 0.7, 0.91, 0.92, 0.92]) == [True, True, False]
-    # Curves that disagree are told apart.
-    record["curves"]["weight"]["none"]["accuracy"] = [0.1] * 7
-    assert [holds for holds, _ in permute.claims_of(record)] == [True, False] * 2 + [False]
-    assert "Unlike the paper: from l = 0 to 6 accuracy goes from 10.0 to 10.0 (WM;" in (
-        common.told(*permute.outcome(record))
-    )
+    assert changed(values) == verdicts
+    assert changed(values, "activation", "repair") == verdicts
 
 
-def test_title_and_name_say_what_is_not_default(digits):
-    record = json.loads(json.dumps(digits[1]))
-    record["config"] |= {"alpha": 0.25, "match": "weight", "statistics": 5000, "samples": None}
-    assert permute.file_name(record).endswith("digits-digits-mlp-weight-alpha0.25")
+def test_curves_that_disagree_are_told_apart(changed, record):
+    assert changed([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8], "activation", "repair") == [AS] * 3
+    assert changed([0.8, 0.8, 0.7, 0.6, 0.4, 0.2, 0.1]) == [UNLIKE] * 3
+    found = {row["id"]: row for row in claims.decided(permute.CLAIMS, record)}
+    assert len(found) == 18
+    here = found["vf.first-layers.rises-weight-none"]["here"]
+    assert here == "80.0 to 10.0, rank correlation -0.99"
+    assert found["vf.first-layers.rises-activation-repair"]["here"].startswith("10.0 to 80.0")
+
+
+def test_title_and_name_say_what_is_not_default(record):
+    record["config"] |= {"alpha": 0.25, "match": "weight", "statistics": 5000, "samples": 5000}
+    assert RUN.file_name(record).endswith("digits-digits-mlp-weight-alpha0.25")
     assert "averages at alpha 0.25" in permute.title_of(record)
-    record["config"] |= {"preset": "paper", "width": 0.5, "retrain": True}
-    assert permute.file_name(record).endswith(
+    first, second = (record.rows.mean(network=name) for name in ("model 1", "model 2"))
+    assert permute.summary_of(record)["edge_mean"] == pytest.approx(0.75 * first + 0.25 * second)
+    record["config"] |= {"preset": "paper", "width": 0.5, "retrain": True, "samples": None}
+    assert RUN.file_name(record).endswith(
         "digits-mlp-w0.5-weight-alpha0.25-statistics5000-paper-retrained"
     )
 
@@ -262,15 +330,11 @@ def test_title_and_name_say_what_is_not_default(digits):
 # ---------------------------------------------------------------------------------------- records
 
 
-def test_head_says_what_came_out():
-    """The sentences are written from the records, by update_readme.py."""
-    paths = [EXPERIMENTS / "results" / f"permute_first_layers-{name}.json" for name in RECORDS]
-    records = [json.loads(path.read_text()) for path in paths if path.exists()]
-    head = " ".join(permute.__doc__.split())
-    assert head.endswith("What came out here: not measured yet.") == (not records)
-    for record in records:
-        assert " ".join(common.told(*permute.outcome(record)).split()) in head
-        assert record["seconds"]["total"] < 600 and record["data"]["fallback"] is False
+@pytest.mark.parametrize("name", RECORDS)
+def test_shipped_records(name):
+    record = records.read(EXPERIMENTS / "results" / f"permute_first_layers-{name}.json")
+    assert record["seconds"]["total"] < 600 and record["data"]["fallback"] is False
+    assert RUN.file_name(record) == f"permute_first_layers-{name}"
 
 
 # ---------------------------------------------------------------------------------------- options
@@ -300,14 +364,23 @@ def test_bad_options(arguments, message, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_alone_need_no_statistics(copies):
+def test_weights_alone_need_no_statistics(copies, tmp_path):
     """Networks with norms and weight matching: nothing is measured that nothing reads."""
-    args = (copies.net, copies.trees, ["weight"], 0.25, argparse.Namespace(), copies.test)
-    pair = permute.pair_of(*args)
-    assert pair.moments is None and pair.weights == (0.75, 0.25)
-    assert set(pair.found("weight").permutations) == set(copies.net.spec.groups)
+    net, config = copies.net, permute.Config(match="weight", alpha=0.25)
+    images = dataclasses.replace(copies.images, statistics=SimpleNamespace())
+    setup = experiment.Setup(config, dataclasses.replace(copies, images=images), {})
+    run = experiment.Run(setup, timing.Stopwatch(), tmp_path / "none", "")
+    for row in permute.measure(config, run):
+        run.add(row)
+        if row.get("remedy") == "none":
+            break
+    assert [note["match"] for note in run.notes["matching"]] == ["weight"]
+    weights, found = (0.75, 0.25), align.match_weights(net, *copies.trees, key=jax.random.key(0))
+    pair = pairs.Pair(net, copies.trees, weights, images.statistics, images.test, ["weight"])
+    assert pair.moments is None and set(found.permutations) == set(net.spec.groups)
 
 
-def test_examples_in_docstrings():
-    found = doctest.testmod(permute)
+@pytest.mark.parametrize("name", ["permute_first_layers", "papers.permute_first_layers"])
+def test_examples_in_docstrings(name):
+    found = doctest.testmod(importlib.import_module(name))
     assert found.attempted and not found.failed

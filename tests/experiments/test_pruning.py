@@ -21,7 +21,6 @@ if str(EXPERIMENTS) not in sys.path:
 common = importlib.import_module("_common")
 shared = importlib.import_module("_pruning")
 pruning = importlib.import_module("pruning")
-vanishing = importlib.import_module("vanishing_feature_pruned")
 update = importlib.import_module("update_readme")
 
 METHODS = list(pruning.METHODS)
@@ -35,15 +34,6 @@ def digits(tmp_path_factory):
     options += ["--samples", "all", "64", "--test", "100", "--statistics", "200"]
     options += ["--gradients", "30", "--out", str(folder)]
     path = pruning.main(["--dataset", "digits", *options])
-    return path, json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def vanished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vanishing_pruned")
-    options = ["--model", "digits-mlp", "--sparsity", "95", "--samples", "100"]
-    options += ["--statistics", "200", "--out", str(folder)]
-    path = vanishing.main(["--dataset", "digits", *options])
     return path, json.loads(path.read_text())
 
 
@@ -233,45 +223,10 @@ def test_statistics_are_of_images_as_in_training():
     np.testing.assert_array_equal(moved.images, found(2, True).images)
 
 
-# ----------------------------------------------------------------------------- vanishing features
-
-
-def test_features_before_and_after(vanished):
-    path, record = vanished
-    assert path.name == (
-        "vanishing_feature_pruned-digits-digits-mlp-at95-samples100-statistics200.json"
-    )
-    assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    assert len(record["runs"]) == 2 and record["config"]["sparsity"] == 95
-    for run in record["runs"]:
-        assert list(run) == ["unpruned", "pruned", "repair"]
-        np.testing.assert_allclose(run["unpruned"]["relative"], 1, rtol=1e-5)
-        for found in run.values():
-            assert (np.diff(found["bound"]) <= 0).all()
-            assert (np.array(found["bound"]) >= found["relative"]).all()
-    before, after = (vanishing.measured(record, name) for name in ("pruned", "repair"))
-    assert before["end"] < 0.5 < after["end"] and before["varies"] < after["varies"]
-    assert len(vanishing.figure_of(record).axes) == 3
-    assert [row[0] for row in vanishing.table_of(record)[1]] == [
-        "unpruned",
-        "pruned",
-        "pruned, REPAIR",
-    ]
-
-
-def test_vanishing_claims_can_fail(vanished):
-    record = copy.deepcopy(vanished[1])
-    assert all(holds for holds, _ in vanishing.claims_of(record))
-    for run in record["runs"]:
-        run["pruned"], run["repair"] = run["repair"], run["pruned"]
-    assert [holds for holds, _ in vanishing.claims_of(record)][2:] == [False] * 3
-    assert "Unlike the paper: " in common.told(*vanishing.outcome(record))
-
-
 # ------------------------------------------------------------------------------ records, options
 
 
-@pytest.mark.parametrize("script", [pruning, vanishing])
+@pytest.mark.parametrize("script", [pruning])
 def test_head_says_what_came_out(script):
     source = Path(script.__file__).read_text(encoding="utf-8")
     assert update.headed(source, script) == source
@@ -281,7 +236,7 @@ def test_head_says_what_came_out(script):
         assert script.file_name(shipped) == name
 
 
-@pytest.mark.parametrize("module", [pruning, vanishing, shared])
+@pytest.mark.parametrize("module", [pruning, shared])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
@@ -297,14 +252,11 @@ def test_examples_in_docstrings(module):
         (pruning, ["--dataset", "digits", "--samples", "5000"], "--samples 5000: there are 1,"),
         (pruning, ["--dataset", "digits", "--gradients", "2000"], "--gradients 2000: there are"),
         (pruning, ["--dataset", "digits", "--memory", "0.01"], "GB for 400 gradients, more than"),
-        (vanishing, ["--dataset", "digits", "--sparsity", "100"], "leaves no features"),
         (
             pruning,
             ["--dataset", "digits", "--renorm", "reset", "--retrain"],
             "for networks with BatchNorm",
         ),
-        (vanishing, ["--sparsity", "101"], "'101' is no percentage from 1 to 100"),
-        (vanishing, ["--dataset", "digits", "--renorm", "reset"], "for networks with BatchNorm"),
     ],
 )
 def test_bad_options(script, arguments, message, capsys, tmp_path):
