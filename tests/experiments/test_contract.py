@@ -26,6 +26,8 @@ DIGITS = ["--dataset", "digits", "--model", "digits-mlp"]
 SMALLEST = {
     "cifar_pfm": [*DIGITS, "--layers", "0", "5", "--match", "weight", "--samples", "200"],
     "normalization": [*DIGITS, "--samples", "100", "--statistics", "200", "--held-out", "100"],
+    "pruning": [*DIGITS, "--methods", "magnitude", "--sparsities", "50", "90", "--samples", "64"]
+    + ["--test", "100", "--statistics", "100", "--runs", "1"],
 }
 SCRIPTS = sorted(
     path.stem for path in EXPERIMENTS.glob("*.py") if "\nEXPERIMENT = " in path.read_text()
