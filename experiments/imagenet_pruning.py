@@ -235,7 +235,8 @@ def figure_of(record: Record) -> Any:
                                       remedy=how))  # fmt: skip
     level = 100 * record.rows.mean(method=None)
     lines.append(figures.Line("unpruned", None, level, method="edges"))
-    panel = figures.Panel("", "sparsity (%)", figures.ACCURACY, lines, y_limits=(0, 101))
+    x, ticks = "sparsity (%)", record.rows.distinct("sparsity")
+    panel = figures.Panel("", x, figures.ACCURACY, lines, y_limits=(0, 101), ticks=ticks)
     return figures.draw([panel], finding=record["finding"], subtitle=record["title"])
 
 

@@ -29,6 +29,7 @@ SMALLEST = {
     "normalization": [*DIGITS, "--samples", "100", "--statistics", "200", "--held-out", "100"],
     "pruning": [*DIGITS, "--methods", "magnitude", "--sparsities", "50", "90", "--samples", "64"]
     + ["--test", "100", "--statistics", "100", "--runs", "1"],
+    "training_recipe": ["--quick", "--dataset", "digits"],
 }
 SCRIPTS = sorted(
     path.stem for path in EXPERIMENTS.glob("*.py") if "\nEXPERIMENT = " in path.read_text()
