@@ -15,8 +15,8 @@ from typing import Any
 import _common
 import _heads
 import jax
-import normalization
 import numpy as np
+from kit import edges as kit_edges
 from tqdm import tqdm
 
 import vfjax
@@ -47,7 +47,7 @@ class Setting:
 
     net: vfjax.Network
     head: _heads.Head
-    images: normalization.Images
+    images: kit_edges.Images
 
 
 def tasks_of(classes: int, pair: int) -> tuple[tuple[int, ...], ...]:

@@ -68,9 +68,10 @@ import _common
 import _disjoint
 import _edges
 import _heads
-import normalization
 import numpy as np
-import train_edges
+from kit import cli
+from kit import edges as kit_edges
+from kit import training as train_edges
 from tqdm import tqdm
 
 from vfjax import checkpoint, data, plot
@@ -221,7 +222,8 @@ def networks_of(
             name = train_edges.checkpoint_name(args.dataset, args.model, args.width, seed, task)
             if args.retrain:
                 # Finished ones are compared there, by their recipes, too.
-                train_edges.main([*words_of(args, task, seed), "--out", str(folder)])
+                words = [*words_of(args, task, seed), "--out", str(folder)]
+                train_edges.run(cli.parse(train_edges.Training, "train_edges.py", None, words))
             elif not (folder / name).exists():
                 raise _common.UserError(
                     f"{name} is needed in {folder.name}/ and not there: --retrain trains all "
@@ -271,7 +273,7 @@ def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
         trees = [[checkpoint.load(folder) for folder in pair] for pair in folders]
     with watch("data"):
         dataset = _edges.whole(probe, args.data_dir)
-    images = normalization.images_of(args, dataset)
+    images = kit_edges.images_of(dataset, args.statistics, args.held_out, args.samples)
     setting = _disjoint.Setting(net, head, images)
     pairs = []
     with tqdm(total=7 * len(trees), unit="part", leave=False, delay=2) as bar:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import re
@@ -28,19 +27,10 @@ BATCH = 500
 DEFAULT_MODEL = {"mnist": "mlp", "digits": "digits-conv"}
 # Channel multipliers of the shipped models, and of what two cores train in half an hour: of some
 # models, and of the other ones of a family.
-CPU_WIDTH = {
-    "vgg": 0.25,
-    "vgg16-bn": 0.125,
-    "vgg16-ln": 0.125,
-    "resnet": 0.5,
-    "resnet20-ln": 0.25,
-    "vit": 0.125,
-    "convnext-pico": 0.5,
-}
+CPU_WIDTH = {"vgg": 0.25, "vgg16-bn": 0.125, "vgg16-ln": 0.125, "resnet": 0.5, "resnet20-ln": 0.25}
+CPU_WIDTH |= {"vit": 0.125, "convnext-pico": 0.5}
 # Of a training split with too few images for both, at most this share is held out.
 SHARE = 0.2
-
-# -------------------------------------------------------------------------------------- options
 
 
 # fmt: off
@@ -70,18 +60,9 @@ class EdgeOptions(cli.Options):
 # fmt: on
 
 
-# ---------------------------------------------------------------------------------- edge models
-
-
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Which networks are merged.
-
-    Attributes:
-      name: Name of the model, as in `vfjax.models.create`.
-      width: Multiplier of all channel counts.
-      dataset: Name of the data set that they are trained on.
-    """
+    """Which networks are merged: model as in `vfjax.models.create`, channels times, data set."""
 
     name: str
     width: float
@@ -90,8 +71,7 @@ class Architecture:
     @property
     def stem(self) -> str:
         """Names of checkpoints, up to the seed."""
-        name = training.checkpoint_name(self.dataset, self.name, self.width, 0)
-        return name.removesuffix("0")
+        return training.checkpoint_name(self.dataset, self.name, self.width, 0).removesuffix("0")
 
 
 def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16") -> Architecture:
@@ -99,17 +79,19 @@ def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16")
     default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
     name, width = args.model or (default, None)
     if name.startswith("digits") != (dataset.name == "digits"):
-        if dataset.name != "digits":
-            hint = "give --dataset digits"
-        elif dataset.fallback:
-            hint = "CIFAR-10 was not found, give --data-dir, or --model digits-conv"
-        else:
-            hint = "give --dataset cifar10, or --model digits-conv"
-        label = records.DATASETS[dataset.name]
-        raise cli.UserError(f"--model {name} is not for {label}; {hint}.")
+        hint = (
+            "CIFAR-10 was not found, give --data-dir"
+            if dataset.fallback
+            else "give --dataset cifar10"
+        )
+        hint = (
+            f"{hint}, or --model digits-conv"
+            if dataset.name == "digits"
+            else "give --dataset digits"
+        )
+        raise cli.UserError(f"--model {name} is not for {records.DATASETS[dataset.name]}; {hint}.")
     if width is None:
-        family = re.sub(r"\d.*", "", name)
-        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(family, 1.0))
+        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(re.sub(r"\d.*", "", name), 1.0))
         width = 1.0 if args.preset == "paper" else narrow
     return Architecture(name, width, dataset.name)
 
@@ -163,12 +145,13 @@ def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Pa
         words += ["--dataset", arch.dataset]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
         words += ["--seeds", *map(str, itertools.islice(seeds, count - len(found)))]
-        other = ("--model", "--dataset", *(["--pairs"] if hasattr(args, "pairs") else []))
+        other = (
+            "--model, --dataset or --pairs" if hasattr(args, "pairs") else "--model or --dataset"
+        )
         raise cli.UserError(
             f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
             f"train what is missing: {shlex.join(words)} (--retrain trains all {count} into --out)."
-            f" Or choose another {', '.join(other[:-1])} or {other[-1]}: {folder.name}/ has "
-            f"{', '.join(kinds) or 'none'}."
+            f" Or choose another {other}: {folder.name}/ has {', '.join(kinds) or 'none'}."
         )
     return [found[seed] for seed in sorted(found)[:count]]
 
@@ -176,33 +159,24 @@ def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Pa
 def trained(args: EdgeOptions, arch: Architecture, count: int) -> list[Path]:
     """Trains `count` models as `train_edges.py` does, or finds them trained by an earlier run."""
     folder = Path(args.out) / f"checkpoints-{args.preset}"
-    return training.run(
-        training.Training(
-            model=arch.name,
-            width=arch.width,
-            dataset=arch.dataset,
-            data_dir=args.data_dir,
-            seeds=tuple(range(count)),
-            preset=args.preset,
-            out=str(folder),
-            work_dir=str(folder / ".training"),
-        )
-    )
+    options = {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
+    options |= {"data_dir": args.data_dir, "preset": args.preset, "seeds": tuple(range(count))}
+    options |= {"out": str(folder), "work_dir": str(folder / ".training")}
+    return training.run(training.Training(**options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Batches: to measure statistics on, to choose on, to test on."""
+
+    statistics: data.Batches
+    held_out: data.Batches | None
+    test: data.Batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """The edge models of a run, and its images.
-
-    Attributes:
-      arch: Which networks.
-      dataset: The images that were read.
-      net: The traced network.
-      folders: Their checkpoints.
-      cards: What these say.
-      trees: Their variables.
-      images: Batches to measure statistics on, to test on, and those held out, if any.
-    """
+    """The edge models of a run: checkpoints, what their cards say, variables; and its images."""
 
     arch: Architecture
     dataset: data.Dataset
@@ -223,43 +197,23 @@ class Edges:
 
     def record(self) -> dict[str, Any]:
         """What records say of images and networks."""
-        counts = {
-            "statistics": self.images.statistics,
-            "held_out": self.images.held_out,
-            "test": self.images.test,
-        }
-        sizes = {k: None if v is None else len(v.images) for k, v in counts.items()}
-        about = records.about(self.dataset, **sizes)
+        parts = {key: getattr(self.images, key) for key in ("statistics", "held_out", "test")}
+        counts = {key: None if part is None else len(part.images) for key, part in parts.items()}
+        about = records.about(self.dataset, **counts) | {"batch_size": BATCH, "augmented": False}
+        name, width = self.arch.name, self.arch.width
+        of_net = {key: getattr(self.net, key) for key in ("depth", "parameters", "flops")}
+        of_models = []
+        for folder, card in zip(self.folders, self.cards, strict=True):
+            told = {"checkpoint": folder.name, "seed": card["seed"]}
+            told |= {"test_accuracy": card["test"]["accuracy"], "command": card["command"]}
+            of_models.append(told)
         return {
-            "config": {"model": self.arch.name, "width": self.arch.width},
-            "data": about | {"batch_size": BATCH, "augmented": False},
-            "model": {
-                "name": self.arch.name,
-                "width": self.arch.width,
-                "depth": self.net.depth,
-                "parameters": self.net.parameters,
-                "flops": self.net.flops,
-            },
-            "edge_models": [
-                {
-                    "checkpoint": folder.name,
-                    "seed": card["seed"],
-                    "test_accuracy": card["test"]["accuracy"],
-                    "command": card["command"],
-                }
-                for folder, card in zip(self.folders, self.cards, strict=True)
-            ],
+            "config": {"model": name, "width": width},
+            "data": about,
+            "model": {"name": name, "width": width} | of_net,
+            "edge_models": of_models,
             "seeds": {"edge_models": self.seeds},
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Batches: to measure statistics on, to choose on, to test on."""
-
-    statistics: data.Batches
-    held_out: data.Batches | None
-    test: data.Batches
 
 
 def images_of(
@@ -269,25 +223,18 @@ def images_of(
     test: int | None = None,
 ) -> Images:
     """The images, none in two of the three; None for all there are, and for none held out."""
+    tested = dataset.batches("test", batch_size=BATCH, samples=test)
     if held_out is None:
-        return Images(
-            dataset.batches("train", batch_size=BATCH, samples=statistics),
-            None,
-            dataset.batches("test", batch_size=BATCH, samples=test),
-        )
+        found = dataset.batches("train", batch_size=BATCH, samples=statistics)
+        return Images(found, None, tested)
     images, labels = dataset.train_images, dataset.train_labels
     statistics = len(images) if statistics is None else statistics
     if len(images) < statistics + held_out:
         held_out = min(held_out, int(SHARE * len(images)))
-
-    def part(of: slice) -> data.Batches:
-        return data.Batches(images[of], labels[of], dataset.mean, dataset.std, BATCH)
-
-    return Images(
-        part(slice(min(statistics, len(images) - held_out))),
-        part(slice(len(images) - held_out, None)),
-        dataset.batches("test", batch_size=BATCH, samples=test),
-    )
+    last = len(images) - held_out
+    parts = (slice(min(statistics, last)), slice(last, None))
+    mean, std = dataset.mean, dataset.std
+    return Images(*(data.Batches(images[p], labels[p], mean, std, BATCH) for p in parts), tested)
 
 
 def digest(tree: PyTree) -> str:
@@ -311,38 +258,30 @@ def loaded(
     needs: Callable[[Any], Mapping[str, int]] = lambda config: {},
     seeds: Callable[[Any], Mapping[str, Any]] = lambda config: {},
 ) -> Callable[[Any, timing.Stopwatch], Setup]:
-    """The `prepare` of experiments on edge models.
+    """The `prepare` of experiments on edge models; the value of its `Setup` is `Edges`.
 
     Args:
-      count: From options to how many models; None for all that are shipped, or two with
-        `--retrain`.
-      statistics: Name of the option of how many training images moments are measured on; all
-        without one.
+      count: From options to how many models; None for all shipped ones, or two with `--retrain`.
+      statistics: Name of the option of how many training images moments are measured on; without
+        one, all.
       held_out: Name of the option of how many more are held out.
       test: Name of the option of how many test images there are.
-      read: From options to how many training images are read, where the options above do not say.
+      read: From options to how many training images are read, where those above do not say.
       cifar: The model for CIFAR where `--model` has none.
       checked: Called with the options before anything is read, to raise what is wrong.
       settled: From options, traced network and its name to options with what depends on these,
-        such as default layers; raises what the options have against it. Called before anything is
-        trained.
-      needs: From options to how many training images there must be, by the name of the option
-        that asks for them.
+        such as default layers; called before anything is trained, to raise what is wrong, too.
+      needs: From options to how many training images there must be, by the option that says so.
       seeds: From options to the seeds that the record holds beside those of the models.
-
-    Returns:
-      From options and clock to a `Setup` whose value is `Edges`.
     """
-
-    def number(config: Any, name: str | None) -> int | None:
-        return None if name is None else cli.counted(getattr(config, name))
 
     def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
         if checked is not None:
             checked(config)
         if config.preset == "paper" and not config.retrain:
             raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
-        parts = [number(config, name) for name in (statistics, held_out, test)]
+        options = (statistics, held_out, test)
+        parts = [None if name is None else cli.counted(getattr(config, name)) for name in options]
         train = None if parts[0] is None else parts[0] + (parts[1] or 0)
         with watch("data"):
             train = train if read is None else read(config)
@@ -358,10 +297,12 @@ def loaded(
             net = trace(arch, dataset)
         if settled is not None:
             config = settled(config, net, arch.name)
-        wanted = count(config)
         with watch("training" if config.retrain else "checkpoints"):
-            find = functools.partial(trained if config.retrain else shipped, config, arch)
-            folders = find(wanted or 2 if config.retrain else wanted)
+            wanted = count(config)
+            if config.retrain:
+                folders = trained(config, arch, wanted or 2)
+            else:
+                folders = shipped(config, arch, wanted)
             cards = [checkpoint.card(folder) for folder in folders]
             trees = [checkpoint.load(folder) for folder in folders]
         found = Edges(arch, dataset, net, folders, cards, trees, images_of(dataset, *parts))

@@ -6,7 +6,6 @@ networks have become one, its output is compared with the embeddings of all clas
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +26,11 @@ from vfjax import data
 
 Array = jax.Array
 PyTree = Any
+LOSSES = ("cosine", "cross-entropy")
+# Cosines alone tell two classes apart by no more than e^2.
+SCALE = 10.0
+# Labels have this order; the first ones of CIFAR-10 as an example.
+ORDER = "in the order of the labels (CIFAR-10: airplane, automobile, bird, ...)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Head:
     """What makes logits of a network's output.
 
     Attributes:
-        embeddings: One row for each class that is told apart.
-        scale: What cosines are multiplied with; None takes inner products as they are, with which
-            the rows of an identity matrix are a plain classifier.
+      embeddings: One row for each class that is told apart.
+      scale: What cosines are multiplied with; None takes inner products as they are, with which the
+        rows of an identity matrix are a plain classifier.
     """
 
     embeddings: tuple[tuple[float, ...], ...]
@@ -48,7 +52,7 @@ class Head:
         return len(self.embeddings[0])
 
     def __call__(self, outputs: Array) -> Array:
-        """Returns the logits ``[n, classes]`` of outputs ``[n, dimensions]``."""
+        """The logits `[n, classes]` of outputs `[n, dimensions]`."""
         rows = jnp.asarray(self.embeddings, jnp.float32)
         if self.scale is None:
             return outputs @ rows.T
@@ -57,19 +61,19 @@ class Head:
         return self.scale * (outputs / length) @ rows.T
 
     def of(self, classes: Sequence[int]) -> Head:
-        """Returns the head of some of the classes, in the order given."""
+        """The head of some of the classes, in the order given."""
         return Head(tuple(self.embeddings[label] for label in classes), self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class Headed:
-    """A network with its head: ``(variables, x) -> logits``; equal ones share compiled code."""
+    """A network with its head: `(variables, x) -> logits`; equal ones share compiled code."""
 
     fn: Callable[[PyTree, Array], Array]
     head: Head
 
     def __call__(self, variables: PyTree, x: Array) -> Array:
-        """Returns the logits ``[n, classes]``."""
+        """The logits `[n, classes]`."""
         return self.head(self.fn(variables, x))
 
 
@@ -77,16 +81,14 @@ class Headed:
 class Heads:
     """How classes are told by one network, or by several that know some of the classes each.
 
-    Attributes:
-        head: Of all classes.
-        tasks: The classes of each network; together all of them, each once.
+    `tasks` are the classes of each network; together all of them, each once.
     """
 
     head: Head
     tasks: tuple[tuple[int, ...], ...]
 
     def __call__(self, outputs: Array | tuple[Array, ...]) -> Array:
-        """Scores ``[n, classes]`` of an output, or of one output for each task."""
+        """Scores `[n, classes]` of an output, or of one output for each task."""
         if isinstance(outputs, Array):
             if self.head.scale is not None:
                 return self.head(outputs)
@@ -106,12 +108,9 @@ def _scores(heads: Heads, model: Any, x: Array) -> Array:
 def accuracy(
     heads: Heads, model: Any, batches: Iterable[tuple[Array, Array]]
 ) -> dict[str, float | list[float]]:
-    """Accuracy over all classes, among those of each task, and the mean of the latter.
+    """Accuracy over all classes (joint), among those of each task, and the mean of the latter.
 
-    Args:
-        heads: How classes are told.
-        model: What is called with images: a pytree, or a tuple of one for each task.
-        batches: Of images and labels.
+    The model is what is called with images: a pytree, or a tuple of one for each task.
     """
     scored = [(_scores(heads, model, x), label) for x, label in batches]
     scores, labels = (np.concatenate(part) for part in zip(*scored, strict=True))
@@ -123,13 +122,16 @@ def accuracy(
     return {"joint": joint, "tasks": tasks, "average": float(np.mean(tasks))}
 
 
+# ----------------------------------------------------------------------------------- embeddings
+
+
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
     """Class embeddings that stand in for those of a text encoder: orthonormal, at random.
 
     Example:
-        >>> rows = orthonormal(3, 5)
-        >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
-        True
+      >>> rows = orthonormal(3, 5)
+      >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
+      True
     """
     if dimensions < classes:
         raise ValueError(f"{classes} orthonormal rows need as many dimensions, got {dimensions}")
@@ -137,20 +139,12 @@ def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
     return np.linalg.qr(gaussian)[0].T.astype(np.float32)
 
 
-# Labels have this order; the first ones of CIFAR-10 as an example.
-ORDER = "in the order of the labels (CIFAR-10: airplane, automobile, bird, ...)"
-
-
 def read(path: str, classes: int) -> np.ndarray:
     """Class embeddings from a file, made to have length one.
 
-    Args:
-        path: A ``.npy`` file, or an ``.npz`` one with one array, of shape ``[classes, dimensions]``
-            and real numbers: a row for each class, in the order of the labels.
-        classes: How many rows there must be.
-
-    Raises:
-        UserError: If the file cannot be read or holds something else.
+    It is a `.npy` file, or an `.npz` one with one array, of shape `[classes, dimensions]` and real
+    numbers: a row for each class, in the order of the labels. If it cannot be read or holds
+    something else a `UserError` is raised.
     """
     try:
         # Opened here: NumPy leaves damaged archives open.
@@ -177,7 +171,7 @@ def read(path: str, classes: int) -> np.ndarray:
 
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
-    """Returns the head of class embeddings, one row each."""
+    """The head of class embeddings, one row each."""
     return Head(tuple(tuple(float(value) for value in row) for row in rows), scale)
 
 
@@ -193,19 +187,7 @@ def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
     return dataclasses.replace(dataset, **arrays, classes=len(classes))
 
 
-LOSSES = ("cosine", "cross-entropy")
-# Cosines alone tell two classes apart by no more than e^2.
-SCALE = 10.0
-
-
-def _scale(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
-    return value
+# -------------------------------------------------------------------------------------- options
 
 
 # fmt: off
@@ -218,42 +200,33 @@ class EmbeddingOptions:
         "with the class embeddings, cross-entropy that of the plain outputs for these classes",
         choices=LOSSES)
     embeddings: str | None = cli.option(
-        None,
-        "class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for each "
-        f"class, {ORDER} (default: orthonormal ones at random)",
-        metavar="FILE",
-    )
+        None, "class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for "
+        f"each class, {ORDER} (default: orthonormal ones at random)", metavar="FILE")
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
-    scale: float = cli.option(SCALE, "of the cosines, above 0", type=_scale, metavar="S")
+    scale: float = cli.option(
+        SCALE, "of the cosines, above 0", metavar="S",
+        type=cli.typed(float, lambda scale: 0 < scale < math.inf, "is no finite number above 0"))
 # fmt: on
 
 
 def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
     """Refuses options of the embeddings that would do nothing.
 
-    Args:
-        args: The options, as they were given.
-        parts: Whether networks are trained on some of the classes.
-
-    Raises:
-        UserError: If there are some.
+    `parts` is whether networks are trained on some of the classes.
     """
     given = {
         "--embeddings": args.embeddings is not None,
         "--dimensions": args.dimensions is not None,
-        "--scale": args.scale != SCALE,
     }
+    given["--scale"] = args.scale != SCALE
     unused = [option for option, there in given.items() if there]
     if not parts and (unused := [*unused, *(["--loss"] if args.loss != "cosine" else [])]):
-        raise cli.UserError(
-            f"{records.joined(unused)}: for networks on some of the classes, so give --classes."
-        )
+        why = "for networks on some of the classes, so give --classes."
+        raise cli.UserError(f"{records.joined(unused)}: {why}")
     if args.loss == "cross-entropy" and unused:
-        raise cli.UserError(
-            f"{records.joined(unused)}: --loss cross-entropy has no embeddings; leave out one or "
-            "the other."
-        )
+        why = "--loss cross-entropy has no embeddings; leave out one or the other."
+        raise cli.UserError(f"{records.joined(unused)}: {why}")
     if given["--embeddings"] and given["--dimensions"]:
         raise cli.UserError(
             "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
@@ -274,7 +247,7 @@ def head_of(args: EmbeddingOptions, classes: int) -> Head:
 
 
 def checked(found: Sequence[int], classes: int) -> Sequence[int]:
-    """Returns the classes to train on, once they are found to be different ones of the data set."""
+    """The classes to train on, once they are found to be different ones of the data set."""
     if len(set(found)) < max(2, len(found)) or not set(found) <= set(range(classes)):
         raise cli.UserError(
             f"--classes must be two or more different ones from 0 to {classes - 1}, got "
@@ -283,14 +256,39 @@ def checked(found: Sequence[int], classes: int) -> Sequence[int]:
     return found
 
 
-def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dict[str, Any]:
-    """What a card or record says of the head.
+def words(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> list[str]:
+    """The options as words of a command line; `head` is that of all classes."""
+    found = ["--classes", *map(str, classes)]
+    if args.loss != "cosine":
+        return [*found, "--loss", args.loss]
+    if args.embeddings:
+        found += ["--embeddings", str(args.embeddings)]
+    else:
+        found += ["--dimensions", str(head.dimensions)]
+    return found if args.scale == SCALE else [*found, "--scale", f"{args.scale:g}"]
 
-    Args:
-        args: The options.
-        head: Of all classes, whose rows from a file are told by their digest: another file may
-            have the same name. Orthonormal ones follow from their seed, but for rounding.
-        classes: Those that a network was trained on.
+
+def named(classes: Sequence[int]) -> str:
+    """Classes in few letters, for the name of a folder.
+
+    Example:
+      >>> named(range(5)), named((0, 3, 4))
+      ('0to4', '0-3-4')
+    """
+    first, last = classes[0], classes[-1]
+    if list(classes) == list(range(first, last + 1)) and first < last:
+        return f"{first}to{last}"
+    return "-".join(map(str, classes))
+
+
+# --------------------------------------------------------------------------------------- cards
+
+
+def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dict[str, Any]:
+    """What a card or record says of the head of all classes, and of those that are trained on.
+
+    Rows from a file are told by their digest: another file may have the same name. Orthonormal ones
+    follow from their seed, but for rounding.
     """
     found: dict[str, Any] = {"classes": list(classes), "loss": args.loss}
     if args.loss == "cross-entropy":
@@ -308,15 +306,13 @@ def different(
 ) -> list[str]:
     """What a trained network is unlike what is asked for in, as "epochs 10, not 20".
 
-    Args:
-        card: That of the network.
-        asked: What its card should say of the head, as of `described`.
-        recipe: What its card should say of the recipe; None to take any.
+    Its card is held against what it should say of the head, as of `described`, and of the recipe,
+    where None stands for any.
 
     Example:
-        >>> asked = {"classes": [0, 1], "loss": "cross-entropy"}
-        >>> different({"classes": [0, 2], "loss": "cross-entropy"}, asked)
-        ['classes 0 2, not 0 1']
+      >>> asked = {"classes": [0, 1], "loss": "cross-entropy"}
+      >>> different({"classes": [0, 2], "loss": "cross-entropy"}, asked)
+      ['classes 0 2, not 0 1']
     """
     has, wants = _parts(card), _parts({**asked, "recipe": recipe or {}})
     found = []
@@ -342,28 +338,3 @@ def _parts(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def _told(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def words(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> list[str]:
-    """The options as words of a command line; `head` is that of all classes."""
-    found = ["--classes", *map(str, classes)]
-    if args.loss != "cosine":
-        return [*found, "--loss", args.loss]
-    if args.embeddings:
-        found += ["--embeddings", str(args.embeddings)]
-    else:
-        found += ["--dimensions", str(head.dimensions)]
-    return found if args.scale == SCALE else [*found, "--scale", f"{args.scale:g}"]
-
-
-def named(classes: Sequence[int]) -> str:
-    """Returns classes in few letters, for the name of a folder.
-
-    Example:
-        >>> named(range(5)), named((0, 3, 4))
-        ('0to4', '0-3-4')
-    """
-    first, last = classes[0], classes[-1]
-    if list(classes) == list(range(first, last + 1)) and first < last:
-        return f"{first}to{last}"
-    return "-".join(map(str, classes))

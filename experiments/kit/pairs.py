@@ -27,9 +27,13 @@ MATCHES = {
     "transport": "optimal transport",
 }
 # Those that go by activations, and of them those that may mix units.
-MIXING = ("zipit", "cca", "transport")
+MIXING = {
+    "zipit": align.zip_moments,
+    "cca": align.cca_moments,
+    "transport": align.transport_moments,
+}
 FROM_DATA = ("activation", *MIXING)
-# What the settings of a matching are called in titles and in names of files.
+# Settings, as options and but for "zip_" arguments; what titles and names of files call them.
 SETTINGS = {
     "zipit": {"zip_alpha": ("alpha {:g}", "a{:g}"), "zip_beta": ("beta {:g}", "b{:g}")},
     "cca": {
@@ -41,8 +45,8 @@ SETTINGS = {
 DEFAULTS = {"zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1, "relative": False}
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
-
-# -------------------------------------------------------------------------------------- options
+# Images wait at a cut for what is tried behind it, up to so many bytes.
+STORE = 1 << 29
 
 
 # fmt: off
@@ -66,11 +70,7 @@ class MatchingOptions(edges.EdgeOptions):
 
 
 def check(config: MatchingOptions, matches: Iterable[str]) -> None:
-    """Refuses settings of matchings that are not asked for: they would do nothing.
-
-    Raises:
-      UserError: If there are some.
-    """
+    """Refuses settings of matchings that are not asked for: they would do nothing."""
     for match, settings in SETTINGS.items():
         for option in settings:
             if match not in matches and getattr(config, option) != DEFAULTS[option]:
@@ -150,17 +150,14 @@ def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[
       >>> columns_of("cca", [("activation", "reset"), ("cca", "none"), ("none", "none")]).keys()
       dict_keys(['direct', 'matched', 'AM + RESET'])
     """
-    methods, names = list(dict.fromkeys(methods)), {}
-    for match, remedy in sorted(methods, key=lambda m: (m != ("none", "none"), m[0] != own)):
+    names = {}
+    ordered = sorted(dict.fromkeys(methods), key=lambda m: (m != ("none", "none"), m[0] != own))
+    for match, remedy in ordered:
         name = "matched" if remedy == "none" else figures.label(remedy)
         if match != own:
             name = "AM" if remedy == "none" else f"AM + {name}"
         names["direct" if (match, remedy) == ("none", "none") else name] = match, remedy
     return names
-
-
-# Images wait at a cut for what is tried behind it, up to so many bytes.
-STORE = 1 << 29
 
 
 # ---------------------------------------------------------------------------------------- pairs
@@ -185,15 +182,10 @@ class Matching:
 
 
 class Pair:
-    """Two edge models on one set of statistics and test images.
+    """Two edge models, with their weights in averages, on statistics and test images.
 
-    Args:
-      net: The traced network.
-      trees: The two models.
-      weights: Their weights in averages.
-      statistics: Batches that moments are measured on.
-      test: Batches to test on.
-      matches: Matchings that will be asked for.
+    Moments are measured in one pass, which serves all `matches` that will be asked for, and the
+    goals of every REPAIR and RESCALE.
     """
 
     def __init__(
@@ -207,11 +199,6 @@ class Pair:
     ) -> None:
         self.net, self.trees, self.weights = net, tuple(trees), weights
         self.statistics, self.test = statistics, test
-        self.moments = self._measured(matches)
-
-    def _measured(self, matches: Sequence[str]) -> stats.Moments | None:
-        """One pass, which serves all matchings and the goals of every REPAIR and RESCALE."""
-        net = self.net
         covariance: bool | str | Sequence[str] = False
         if any(match in MIXING for match in matches):
             # Moments go through matrices by the covariances within each network.
@@ -219,15 +206,12 @@ class Pair:
             covariance = [*stats.resolve_sites(net, "taps"), *corrected]
         elif any(match in FROM_DATA for match in matches):
             covariance = "cross"
-        if net.norms and not covariance:
-            return None
-        return stats.moments(
-            net,
-            self.trees,
-            timing.Watched(self.statistics, "statistics of edge models"),
-            sites="taps" if net.norms else "paper",
-            covariance=covariance,
-        )
+        # With BatchNorm only matchings need any.
+        self.moments: stats.Moments | None = None
+        if covariance or not net.norms:
+            watched = timing.Watched(statistics, "statistics of edge models")
+            wanted = {"sites": "taps" if net.norms else "paper", "covariance": covariance}
+            self.moments = stats.moments(net, trees, watched, **wanted)
 
     def matching(self, match: str, config: Mapping[str, Any] = DEFAULTS) -> Matching:
         """Matches the second network to the first, or both to each other; with their settings."""
@@ -240,21 +224,13 @@ class Pair:
             else:
                 found = align.match_weights(net, *self.trees, key=jax.random.key(0))
             maps = Maps.of_permutations([None, found.permutations])
-            record |= {
-                "objective": [float(value) for value in found.objective],
-                "converged": found.converged,
-                "moved": found.moved,
-            }
-        elif match == "zipit":
-            alpha, beta = config["zip_alpha"], config["zip_beta"]
-            maps = align.zip_moments(net, moments, alpha=alpha, beta=beta)
-            record |= {"alpha": alpha, "beta": beta}
-        elif match == "cca":
-            ridge = {name: config[name] for name in ("regularization", "relative")}
-            maps = align.cca_moments(net, moments, **ridge)
-            record |= ridge
-        elif match == "transport":
-            maps = align.transport_moments(net, moments)
+            record["objective"] = [float(value) for value in found.objective]
+            record |= {"converged": found.converged, "moved": found.moved}
+        elif match in MIXING:
+            options = SETTINGS.get(match, ())
+            settings = {option.removeprefix("zip_"): config[option] for option in options}
+            maps = MIXING[match](net, moments, **settings)
+            record |= settings
         else:
             maps = Maps.of_permutations([None, None])
         references = None if moments is None or net.norms else maps.carry(moments)
@@ -262,9 +238,8 @@ class Pair:
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
         """The two models merged in a range of layers, before any renormalisation."""
-        return merge.partial(
-            self.net, self.trees, matching.maps, merged=layers, weights=self.weights
-        )
+        options = {"merged": layers, "weights": self.weights}
+        return merge.partial(self.net, self.trees, matching.maps, **options)
 
     def lacks_variances(self, matching: Matching, merged: merge.Merged) -> bool:
         """Whether merging left variances unknown that the merged layers need."""
@@ -282,9 +257,7 @@ class Pair:
             return renorm.calibrate_bias(net, merged, references=matching.mapped)
         if remedy == "reset":
             return renorm.reset(net, merged, statistics)
-        function = renorm.repair if remedy == "repair" else renorm.rescale
-        goals: Any = matching.references
-        return function(net, merged, statistics, references=goals)
+        return getattr(renorm, remedy)(net, merged, statistics, references=matching.references)
 
     def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
         """Accuracy and loss on the test images, or on what they are at the cut."""
@@ -302,11 +275,7 @@ class Pair:
 
 
 class Cut:
-    """A pair merged from some layer on, and what is tried behind it.
-
-    Attributes:
-      merged: The two models, before any renormalisation.
-    """
+    """A pair merged from some layer on (`merged`), and what is tried behind it."""
 
     def __init__(self, pair: Pair, matching: Matching, layers: int) -> None:
         self.pair, self.matching = pair, matching
@@ -359,10 +328,7 @@ def at_cut(merged: merge.Merged, batches: data.Batches, *, labelled: bool = True
     return stored if labelled else [crossing for crossing, _ in stored]
 
 
-@jax.jit
-def _crossing(merged: merge.Merged, x: jax.Array) -> vfjax.Crossing:
-    """What the stems hand to the trunk."""
-    return merged.crossing(x)
+_crossing = jax.jit(merge.Merged.crossing)
 
 
 def _logits(merged: merge.Merged, x: PyTree) -> jax.Array:

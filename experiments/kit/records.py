@@ -24,16 +24,9 @@ ROOT = cli.ROOT
 RESULTS = ROOT / "experiments" / "results"
 PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 PACKAGES += ("scikit-learn", "tensorflow-datasets")
-DATASETS = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "mnist": "MNIST",
-    "digits": "scikit-learn's 8x8 digits",
-}
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
+DATASETS["digits"] = "scikit-learn's 8x8 digits"
 Row = dict[str, Any]
-
-
-# ---------------------------------------------------------------------------------------- rows
 
 
 class Rows(list[Row]):
@@ -52,12 +45,8 @@ class Rows(list[Row]):
 
     def where(self, **wanted: Any) -> Rows:
         """Those with some values; of a tuple, list or set of values, any."""
-
-        def fits(row: Row, key: str, value: Any) -> bool:
-            found = row.get(key)
-            return found in value if isinstance(value, (tuple, list, set)) else found == value
-
-        return Rows(r for r in self if all(fits(r, k, v) for k, v in wanted.items()))
+        several = {k: v if isinstance(v, (tuple, list, set)) else (v,) for k, v in wanted.items()}
+        return Rows(row for row in self if all(row.get(k) in v for k, v in several.items()))
 
     def values(self, key: str = "accuracy", **wanted: Any) -> list[Any]:
         """What stands at a key, in the order of the rows; rows with None there are left out."""
@@ -65,19 +54,14 @@ class Rows(list[Row]):
 
     def mean(self, key: str = "accuracy", **wanted: Any) -> float:
         """Their mean, NaN where there are none."""
-        values = self.values(key, **wanted)
-        return float(np.mean(values)) if values else float("nan")
+        return mean_std(self.values(key, **wanted))[0]
 
     def distinct(self, key: str, **wanted: Any) -> list[Any]:
         """The values that there are, each once; None is left out."""
         return list(dict.fromkeys(self.values(key, **wanted)))
 
     def only(self, **wanted: Any) -> Row:
-        """The one row with some values.
-
-        Raises:
-          LookupError: If there is none, or several.
-        """
+        """The one row with some values; raises a LookupError if there is none, or several."""
         found = self.where(**wanted)
         if len(found) != 1:
             raise LookupError(f"{len(found)} rows with {wanted}, not one.")
@@ -130,13 +114,9 @@ def curve_rows(cell: Mapping[str, Any], found: Any) -> Iterator[Row]:
     """The rows of a `vfjax.diagnose.Interpolation`: one for each alpha, then one of barriers."""
     for alpha, value, loss in zip(found.alphas, found.accuracy, found.loss, strict=True):
         yield {**cell, "alpha": float(alpha), "accuracy": float(value), "loss": float(loss)}
-    yield {
-        **cell,
-        "lowest": float(found.accuracy.min()),
-        "barrier": float(found.barrier),
-        "reference_barrier": float(found.reference_barrier),
-        "loss_barrier": float(found.loss_barrier),
-    }
+    barriers = {k: float(getattr(found, k)) for k in ("barrier", "reference_barrier")}
+    lowest, of_loss = float(found.accuracy.min()), float(found.loss_barrier)
+    yield {**cell, "lowest": lowest, **barriers, "loss_barrier": of_loss}
 
 
 # ------------------------------------------------------------------------------ where they are
@@ -165,11 +145,7 @@ def write(path: Path, record: Mapping[str, Any]) -> Path:
 
 
 def read(path: Path) -> Record:
-    """Reads a record.
-
-    Raises:
-      UserError: If there is none.
-    """
+    """Reads a record; raises a `UserError` if there is none."""
     try:
         return Record(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -192,13 +168,9 @@ def versions() -> dict[str, str]:
 def device() -> dict[str, Any]:
     """What the numbers were computed on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "platform": jax.default_backend(),
-        "kind": jax.devices()[0].device_kind,
-        "count": jax.device_count(),
-        "cores": cores,
-        "machine": platform.machine(),
-    }
+    kind, machine = jax.devices()[0].device_kind, platform.machine()
+    found = {"platform": jax.default_backend(), "kind": kind, "count": jax.device_count()}
+    return found | {"cores": cores, "machine": machine}
 
 
 def environment() -> dict[str, Any]:
@@ -208,13 +180,10 @@ def environment() -> dict[str, Any]:
 
 def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
     """What records say of a `vfjax.data.Dataset`, with numbers of images that are not None."""
-    return {
-        "name": dataset.name,
-        "source": dataset.source.split(" in ")[0],
-        "fallback": dataset.fallback,
-        "classes": dataset.classes,
-        **{f"{key}_images": count for key, count in counts.items() if count is not None},
-    }
+    source = dataset.source.split(" in ")[0]
+    found = {"name": dataset.name, "source": source, "fallback": dataset.fallback}
+    images = {f"{key}_images": count for key, count in counts.items() if count is not None}
+    return found | {"classes": dataset.classes} | images
 
 
 # ----------------------------------------------------------------------------- how they are told
@@ -236,16 +205,6 @@ def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
     config = record["config"]
     width = "" if config["width"] == 1 else f" at {config['width']:g} of the width"
     return f"{dataset_label(record['data'], wanted)}: {config['model']}{width}"
-
-
-def images(count: int, what: str) -> str:
-    """A number of images of some kind.
-
-    Example:
-      >>> images(1, "test"), images(2000, "test")
-      ('1 test image', '2,000 test images')
-    """
-    return f"{count:,} {what} image{'' if count == 1 else 's'}".replace("  ", " ")
 
 
 def made_on(record: Mapping[str, Any]) -> str:
@@ -271,18 +230,14 @@ def file_name(
 ) -> str:
     """Name of record and figure, without suffix: what was asked for and is not default.
 
-    So runs that differ in what they measure do not overwrite each other's results.
-
-    Args:
-      record: The record.
-      options: The options of the experiment; their `part` says how each shows.
-      stem: What the name begins with after the experiment's; None for data and network.
+    So runs that differ in what they measure do not overwrite each other's results. `stem` is what
+    it begins with after the experiment's name, None for data and network; the `part` of each of the
+    options says how it shows.
     """
     config = record["config"]
     if stem is None:
         width = config.get("width", 1)
-        model = config["model"] + ("" if width == 1 else f"-w{width:g}")
-        stem = [record["data"]["name"], model]
+        stem = [record["data"]["name"], config["model"] + ("" if width == 1 else f"-w{width:g}")]
     parts, last = [record["experiment"], *stem], []
     usual = cli.defaults(options, config)
     for field in dataclasses.fields(options):
@@ -292,8 +247,9 @@ def file_name(
         elif part is None or finite(value) == finite(usual[field.name]):
             continue
         else:
-            several = isinstance(value, (list, tuple))
-            text = part.format("+".join(map(str, value)) if several else value)
+            text = part.format(
+                "+".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            )
         # How the networks were made comes after what was done with them.
         (last if field.name in ("preset", "retrain") else parts).extend([text] if text else [])
     return "-".join(parts + last)
