@@ -87,7 +87,6 @@ class Config(cli.Options):
     test: int | None = cli.option(
         None, "validation images, the first N (default: all 50,000)",
         type=cli.count_of("images"), metavar="N", part="test{}")
-    # As many as the REPAIR paper found to be enough.
     statistics: int = cli.option(
         5_000, "training images, the first N, for renormalisation and Wanda",
         type=cli.count_of("images"), metavar="N", part="statistics{}")
@@ -196,9 +195,9 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 def title_of(record: Record) -> str:
     """Images and network."""
-    what = "random weights and images" if record["config"]["stand_in"] else "ImageNet"
-    images = record["data"]["test_images"]
-    return f"{what}: {record['config']['model']}, pruned, {images:,} test images"
+    what = {True: "random weights and images", False: "ImageNet"}[record["config"]["stand_in"]]
+    name, images = record["config"]["model"], record["data"]["test_images"]
+    return f"{what}: {name}, pruned, {images:,} test images"
 
 
 def finding_of(record: Record) -> str:
@@ -213,8 +212,8 @@ def finding_of(record: Record) -> str:
 
 def tables_of(record: Record) -> list[tables.Table]:
     """Accuracies by sparsity, as pruned and renormalised, by method."""
-    lines = {"unpruned": {"sparsity": None}}
-    lines |= {str(s): {"sparsity": s} for s in sorted(record.rows.distinct("sparsity"))}
+    at = sorted(record.rows.distinct("sparsity"))
+    lines = {"unpruned" if s is None else str(s): {"sparsity": s} for s in (None, *at)}
     columns = [
         tables.Column(label(method) if how == "none" else f"+ {label(how)}",
                       {"method": method, "remedy": how})

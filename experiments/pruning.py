@@ -7,9 +7,8 @@
     python experiments/pruning.py --dataset digits      # under a minute, needs no data
     python experiments/pruning.py --retrain --preset paper    # full width, on a GPU
 
-Each shipped network is pruned in one shot, by magnitude, Fisher matrices or Wanda, and renormalised
-with the unpruned one as the only reference, by the same training images for both; where magnitude
-pruned it, by fewer images, too. Nothing is trained afterwards.
+Each shipped network is pruned in one shot and renormalised with the unpruned one as the only
+reference, by the same training images for both; where magnitude pruned it, by fewer images, too.
 
 The paper ("Vanishing Feature"): pruned networks lose their features as merged ones do, and
 renormalisation gives them back; accuracy is never lower, and most is gained where much is pruned,
@@ -44,8 +43,8 @@ FREE = 6
 
 
 def _samples_part(record: Record) -> str | None:
-    found = record["config"]["samples"]
-    return None if list(found) in ([], list(SAMPLES)) else f"samples{'+'.join(map(str, found))}"
+    found = list(record["config"]["samples"])
+    return None if found in ([], [*SAMPLES]) else f"samples{'+'.join(map(str, found))}"
 
 
 # fmt: off
@@ -99,12 +98,6 @@ def needed(config: Config) -> dict[str, int]:
     return {"samples": max(counts, default=0), "gradients": config.gradients if fisher else 0}
 
 
-def read(config: Config) -> int | None:
-    """How many training images are read, None for all."""
-    whole = config.statistics is None or "all" in config.samples
-    return None if whole else max(config.statistics, *needed(config).values())
-
-
 def settled(config: Config, net: vfjax.Network, name: str) -> Config:
     """Raises a `UserError` if the network cannot be renormalised, or pruned, as asked for."""
     pruned.remedy_of(config, net, name)
@@ -116,9 +109,13 @@ def settled(config: Config, net: vfjax.Network, name: str) -> Config:
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     """Networks and images; the record says how what is pruned is renormalised."""
+    config = tidied(config)
+    counts = [config.statistics, *needed(config).values()]
+    whole = config.statistics is None or "all" in config.samples
     setup = edges.loaded(
-        count=lambda config: config.runs, statistics="statistics", test="test", read=read,
-        cifar=pruned.DEFAULT, needs=needed, settled=settled)(tidied(config), watch)  # fmt: skip
+        count=lambda config: config.runs, statistics="statistics", test="test", needs=needed,
+        read=lambda config: None if whole else max(counts), cifar=pruned.DEFAULT,
+        settled=settled)(config, watch)  # fmt: skip
     net, name, record = setup.value.net, setup.value.arch.name, dict(setup.record)
     record["data"] |= {"augmented": pruned.augmented(config, setup.value)}
     record |= {"remedy": pruned.remedy_of(config, net, name)}
@@ -186,9 +183,8 @@ def finding_of(record: Record) -> str:
     text += f"{most.sparsity}%, from {before:.0f}% to {after:.0f}% (unpruned {whole:.0f}%)"
     last = [case for case in found if case.sparsity == HIGH[-1]]
     best = max(last, key=lambda case: case.renormalised, default=most)
-    name, value = label(best.method), 100 * best.renormalised
-    more = f"; at {HIGH[-1]}% {name} is best after it ({value:.0f}%)"
-    return text + (more if len(last) > 1 else "")
+    more = f"; at {HIGH[-1]}% {label(best.method)} is best after it"
+    return text + (f"{more} ({100 * best.renormalised:.0f}%)" if len(last) > 1 else "")
 
 
 def by_samples(record: Record) -> dict[str, Rows]:
@@ -246,13 +242,12 @@ def figure_of(record: Record) -> Any:
 
 
 LEGEND = """Pruned are all convolutions and linear layers but those of shortcuts, of ConvNeXt only
-linear ones and not the last, as in the paper. Magnitude compares all weights or those of a layer;
-diagonal Fisher and WoodFisher (in blocks of whole layers; its update changes what stays) compare
-all; Wanda those of an output or, layerwise, of a layer. REPAIR and RESCALE are of all layers on the
-longest path but the last, and the first where shortcuts begin there. Images for renormalisation are
-cropped and mirrored at random as in training unless with --plain, for running statistics are of
-such images, and those of images as they are cost unpruned networks with BatchNorm accuracy. Fisher
-matrices are of the first of them, Wanda's norms of all that renormalisation takes."""
+linear ones and not the last. Magnitude compares all weights or those of a layer; diagonal Fisher
+and WoodFisher (in blocks of whole layers; its update changes what stays) all; Wanda those of an
+output or, layerwise, of a layer. REPAIR and RESCALE are of all layers on the longest path but the
+last, and the first where shortcuts begin there. Images for renormalisation, and for Wanda, are
+cropped and mirrored at random as in training unless with --plain: running statistics are of such
+images. Those of Fisher matrices are the first of them."""
 EXPERIMENT = Experiment(
     name="pruning", doc=__doc__, options=Config, prepare=prepare, measure=measure, title=title_of,
     finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,

@@ -4,13 +4,12 @@
     python experiments/training_recipe.py --dataset digits       # needs no data
     python experiments/training_recipe.py --preset paper --model vgg16 --work-dir runs  # on a GPU
 
-Pairs of networks that differ in their random seed are trained with several learning rates, weight
-decays and two initialisations, and averaged with weights 1 - alpha and alpha, directly and after
-matching the second network's weights to the first's. The barrier is by how much the test accuracy
-of the average falls below the line between those of the two networks, at most, over 11 alphas. With
---preset paper, --model is vgg16, vgg16-bn, vgg16-ln, resnet20 or resnet20-ln-w4 on CIFAR-10 (those
-with BatchNorm after RESET, those with LayerNorm with both initialisations), or vgg16-ln with
---dataset mnist.
+Pairs of networks that differ in their random seed are averaged with weights 1 - alpha and alpha,
+directly and after matching the second network's weights to the first's. The barrier is by how much
+the test accuracy of the average falls below the line between those of the two networks, at most,
+over 11 alphas. With --preset paper, --model is vgg16, vgg16-bn, vgg16-ln, resnet20 or
+resnet20-ln-w4 on CIFAR-10 (those with BatchNorm after RESET, those with LayerNorm with both
+initialisations), or vgg16-ln with --dataset mnist.
 
 The paper ("Vanishing Feature"): after matching, the barrier falls with the learning rate (VGG16-LN,
 ResNet20: by over 40% from 0.01 to 0.1) and with weight decay (VGG16: by over 60% from 1e-4 to
@@ -25,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +46,7 @@ CPU_GRID = Grid(rates=(0.001, 0.003, 0.01, 0.03, 0.1), decays=(0.003, 0.006, 0.0
 # To see that it runs: fewer cells, networks that compile fast.
 QUICK_MODEL = models.MLP((16, 16))
 QUICK_GRID = dataclasses.replace(CPU_GRID, rates=(0.001, 0.01, 0.1), decays=(0.003, 0.015))
+LABELS = {"uniform": "uniform", "he_normal": "normal", "kaiming_normal": "normal"}
 NAMES = {"rate": "learning rate", "decay": "weight decay"}
 UNIT = "barrier, points of test accuracy"
 # Colours: the other initialisation; by ablation what is retrained, and what that is held against;
@@ -66,7 +66,7 @@ class Config(grid.PairOptions):
     model: tuple[str, float | None] | None = cli.option(
         None, f"with --preset paper, the networks: {', '.join(PAPER_MODELS)} (default: vgg16)",
         type=cli.model_of, metavar="NAME[-wWIDTH]",
-        part=lambda record: record["config"]["model"] if is_paper(record) else None)
+        part=lambda record: {"paper": record["config"]["model"]}.get(record["config"]["preset"]))
     preset: str = cli.option(
         "cpu", "cpu is MLPs on MNIST and a small grid; paper the networks, the grid and the 160 "
         "epochs of the paper, meant for a GPU", choices=("cpu", "paper"), part="{}")
@@ -77,11 +77,6 @@ class Config(grid.PairOptions):
         None, "folder in which the states of runs are kept, so that those of a call that was "
         "stopped go on; not of the runs during which distances are measured")
 # fmt: on
-
-
-def is_paper(record: Mapping[str, Any]) -> bool:
-    """Whether networks are the paper's."""
-    return record["config"]["preset"] == "paper"
 
 
 def plan_of(config: Config, dataset: data.Dataset) -> Plan:
@@ -96,11 +91,9 @@ def plan_of(config: Config, dataset: data.Dataset) -> Plan:
     if config.quick:
         recipe = dataclasses.replace(plan.recipe, epochs=grid.QUICK_EPOCHS)
         return dataclasses.replace(plan, recipe=recipe)
-    if dataset.name != "digits":
-        return plan
     size = plan.recipe.batch_size
     steps, wanted = -(-len(dataset.train_images) // size), -(-grid.MNIST_IMAGES // size)
-    return dataclasses.replace(plan, factor=wanted / steps)
+    return dataclasses.replace(plan, factor=wanted / steps if dataset.name == "digits" else 1.0)
 
 
 def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
@@ -113,8 +106,8 @@ def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
     options = {} if width is None else {"width": width}
     model = models.create(name, classes=dataset.classes, **options)
     recipe = train.recipe_for(name, dataset.name, preset="paper")
-    both = {"kaiming_normal": "uniform", "uniform": "kaiming_normal"}
-    names = (model.initialiser, both[model.initialiser])[: 2 if name.endswith("-ln") else 1]
+    initialisers = [model.initialiser, "uniform", "kaiming_normal"]
+    names = tuple(dict.fromkeys(initialisers))[: 2 if name.endswith("-ln") else 1]
     rates, decays = (0.01, 0.03, 0.05, 0.07, 0.1), (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
     chosen = Grid(rates, decays, rate=0.1, decay=1e-4, low=0.01, initialisers=names)
     if dataset.name == "mnist":
@@ -131,11 +124,11 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     with watch("trace"):
         net = edges.traced(plan.model, dataset)
     counts = {"train": len(dataset.train_images), "test": len(dataset.test_images)}
-    about = {"name": plan.name, "description": repr(plan.model)}
+    about = {"name": plan.name, "description": repr(plan.model), "depth": net.depth}
     record = {
         "config": {"model": plan.name},
         "data": records.about(dataset, **counts),
-        "model": about | {"depth": net.depth, "parameters": net.parameters},
+        "model": about | {"parameters": net.parameters},
         "recipe": dataclasses.asdict(plan.recipe),
         "grid": dataclasses.asdict(plan.grid),
         "renormalised": "reset" if net.norms else None,
@@ -152,9 +145,9 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     keys = [{"pair": k, **where(cell)} for k in range(len(seeds)) for cell in plan.cells()]
     for key in run.cells(keys):
         k, *values = key.values()
-        cell = by_key[tuple(values)]
         if k not in pairs:
             pairs = {k: grid.Pair(plan, net, dataset, seeds[k], config.work_dir, run.watch)}
+        cell = by_key[tuple(values)]
         run.note("recipes", cell=str(cell), **dataclasses.asdict(plan.recipe_of(cell)))
         yield from pairs[k].measure(cell, key)
 
@@ -164,8 +157,8 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 def title_of(record: Record) -> str:
     """Data, networks, number of pairs."""
-    name = record["model"]["name"] if is_paper(record) else "MLPs, 3 x 128"
-    wanted = "cifar10" if is_paper(record) else "mnist"
+    own = {"cpu": ("MLPs, 3 x 128", "mnist"), "paper": (record["model"]["name"], "cifar10")}
+    name, wanted = own[record["config"]["preset"]]
     return grid.titled(record, name, len(record["seeds"]["pairs"]), wanted)
 
 
@@ -173,10 +166,10 @@ def finding_of(record: Record) -> str:
     """How far the matched barrier falls in both sweeps."""
     parts = []
     for name, what in NAMES.items():
-        told = [(paper.points(paper.barrier(record, cell)), f"{getattr(cell, name):g}")
-                for cell in paper.ends(record, name)]  # fmt: skip
-        if told:
-            (low, at), (high, to) = told
+        if cells := paper.ends(record, name):
+            (low, at), (high, to) = (
+                (paper.points(paper.barrier(record, cell)), f"{getattr(cell, name):g}")
+                for cell in cells)  # fmt: skip
             parts.append(f"from {low} points at {what} {at} to {high} at {to}")
     return f"The matched barrier goes {' and '.join(parts)}"
 
@@ -193,20 +186,14 @@ def tables_of(record: Record) -> list[tables.Table]:
     for name, line in lines.items():
         lost = len(record.rows.where(**line).values("diverged"))
         said += [f"with {name}, {lost} of {count} pairs diverged"] if lost else []
-    title, corner = record["title"], "trained with"
-    return [tables.pivot(record.rows, lines, columns, title=title, corner=corner,
-                         caption="; ".join(said))]  # fmt: skip
+    head = {"title": record["title"], "corner": "trained with", "caption": "; ".join(said)}
+    return [tables.pivot(record.rows, lines, columns, **head)]
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
     mean, error = records.mean_std(values)
     return f"{mean:.2f}" + (f" ± {error:.2f}" if error else "")
-
-
-def initialiser(name: str) -> str:
-    """An initialisation's name in legends."""
-    return "uniform" if name == "uniform" else "normal"
 
 
 def figure_of(record: Record) -> Any:
@@ -225,9 +212,9 @@ def figure_of(record: Record) -> Any:
         rates = (g.low, g.rates[-1]) if name == "rate" else ()
         if rates and g.initialisers[1:]:
             found = [Cell(g.initialisers[1], rate, g.decay) for rate in rates]
-            text = f"matched, {initialiser(g.initialisers[1])} init."
+            text = f"matched, {LABELS[g.initialisers[1]]} init."
             lines.append(curve(text, found, x, method=OTHER))
-        fixed = f"decay {g.decay:g}, {initialiser(g.initialisers[0])} init."
+        fixed = f"decay {g.decay:g}, {LABELS[g.initialisers[0]]} init."
         label = f"{what} ({fixed if name == 'rate' else f'rate {g.rate:g}'})"
         panel = figures.Panel(f"by {what}", label, UNIT, lines, ticks=[x(c) for c in cells])
         row += [dataclasses.replace(panel, log_x=bool(rates))] if cells else []
@@ -246,11 +233,10 @@ def figure_of(record: Record) -> Any:
     row.append(figures.Panel("one more epoch", x, f"{UNIT}, matched", lines))
     lines = []
     if g.initialisers[1:]:
-        for name, (method, rate) in itertools.product(
-            g.initialisers, zip(RATES, (g.low, g.rates[-1]), strict=True)
-        ):
+        rates = zip(RATES, (g.low, g.rates[-1]), strict=True)
+        for name, (method, rate) in itertools.product(g.initialisers, rates):
             rows = paper.rows_of(record, Cell(name, rate, g.decay)).where(merged="direct")
-            text, dashed = f"{initialiser(name)} init., rate {rate:g}", name == "uniform"
+            text, dashed = f"{LABELS[name]} init., rate {rate:g}", name == "uniform"
             lines.append(figures.line(rows, "epoch", "distance", name=text, method=method,
                                       dashed=dashed, scale=1))  # fmt: skip
         top = 1.1 * max((value for one in lines for value in one.y), default=1.0)
@@ -261,13 +247,11 @@ def figure_of(record: Record) -> Any:
     return figures.draw(row, columns=2, **about)
 
 
-LEGEND = """Distances are L2, between the two networks of a pair; where initialisations are compared
-they are followed in training. Networks of the highest rate, and of the largest decay, are trained
-for one more epoch at the low one. The default networks are MLPs, trained with a cosine to zero;
-their normal initialisation is that of He et al. Size and grid were chosen on held-out training
-images, such that all train, and barriers are neither none nor whole. Weight decays are 30 times the
-paper's, by what its rates add up to more over its 160 epochs; they are swept at the low rate (the
-paper: at 0.1), for at the high one hardly any barrier is left that could fall."""
+LEGEND = """Distances are L2, between the networks of a pair. The default networks are MLPs, with a
+cosine to zero; their normal initialisation is that of He et al. Size and grid were chosen on images
+held out of training, such that all train, and barriers are neither none nor whole. Weight decays
+are 30 times the paper's, by what its rates add up to more over its 160 epochs; they are swept at
+the low rate (the paper: at 0.1), for at the high one hardly any barrier is left."""
 EXPERIMENT = Experiment(
     name="training_recipe", doc=__doc__, options=Config, prepare=prepare, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=paper.CLAIMS,
