@@ -1,4 +1,4 @@
-"""One-shot pruning of published ImageNet networks, and what renormalising them brings back.
+"""How much of what one-shot pruning costs published ImageNet networks does renormalising return?
 
     python experiments/imagenet_pruning.py --weights resnet50.safetensors
     python experiments/imagenet_pruning.py --model convnext-base --weights convnext_base.safetensors
@@ -8,110 +8,46 @@
 timm publishes them, or `.npz`, as numpy.savez writes what torch.load reads. ImageNet is what TFDS
 prepared of it in `--data-dir`, and is streamed, its shorter side resized to `--resize` pixels
 (torchvision's first ResNet50 takes 256, its ConvNeXt-tiny 236 and -base 232) and the centre of 224
-taken. Presets are the paper's: ResNet50 without its
-first layer, up to 90% of all weights, by global and layerwise magnitude, with RESET; ConvNeXt's
-linear layers but for the last, up to 80%, by layerwise magnitude and by Wanda, with REPAIR. The
-paper prunes layer by layer, and whether its Wanda compares the weights of a layer or, as Wanda's
-authors do, of an output it does not say: both are here. The unpruned network is the only reference,
-by the same training images, resized and cropped as in testing. `--stand-in` takes a narrow
-network with random weights and a few random images in their place: it shows that all runs, and
-nothing else. All networks of a method are held at once, since decoding is what takes the time:
-twice as many times the network's size as there are sparsities.
+taken. All networks of a method are held at once, since decoding is what takes the time: twice as
+many times the network's size as there are sparsities.
 
-What the paper found: ResNet50 gains most at high sparsity, by RESET; ConvNeXt-B at 76% goes from
-43.2 to 65.0 with Wanda and from 35.5 to 69.9 with magnitude, and at 80% gains 36 and 55 points.
-
-What came out here: not measured, for want of ImageNet and of weights.
+The paper ("Vanishing Feature"): ResNet50, pruned without its first layer by global and layerwise
+magnitude up to 90%, gains most at high sparsity, by RESET; ConvNeXt-B, its linear layers but the
+last pruned, at 76% goes from 43.2 to 65.0 with Wanda and from 35.5 to 69.9 with magnitude, and at
+80% gains 36 and 55 points, by REPAIR. It prunes layer by layer; whether its Wanda compares the
+weights of a layer or, as Wanda's authors do, of an output it does not say: both are here. Not
+measured here yet, for want of ImageNet and of weights.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import _common
-import _pruning
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from kit import cli, edges, figures, pruned, tables, timing
+from kit.experiment import Experiment, Run, Setup
+from kit.figures import label
+from kit.records import Record, Row
+from papers.imagenet_pruning import CLAIMS, pairs
 
 import vfjax
-from vfjax import checkpoint, imagenet, merge, models, plot
+from vfjax import checkpoint, imagenet, merge, models
 
-# Per family: methods, sparsities in per cent, remedy.
+# By family, of the paper: methods, sparsities in per cent, remedy; and what makes a stand-in small.
 PRESETS: dict[str, dict[str, Any]] = {
-    "resnet50": {
-        "methods": ("magnitude", "magnitude-layer"),
-        "sparsities": (10, 20, 30, 40, 50, 60, 70, 80, 90),
-        "remedy": "reset",
-    },
-    "convnext": {
-        "methods": ("magnitude-layer", "wanda", "wanda-layer"),
-        "sparsities": (50, 60, 70, 76, 80),
-        "remedy": "repair",
-    },
-}
+    "resnet50": {"methods": ("magnitude", "magnitude-layer"), "remedy": "reset",
+                 "sparsities": (10, 20, 30, 40, 50, 60, 70, 80, 90),
+                 "stand_in": {"depth": 26, "width": 0.125}},
+    "convnext": {"methods": ("magnitude-layer", "wanda", "wanda-layer"), "remedy": "repair",
+                 "sparsities": (50, 60, 70, 76, 80),
+                 "stand_in": {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}},
+}  # fmt: skip
 NAMES = ("resnet50", "convnext-tiny", "convnext-base")
 METHODS = ("magnitude", "magnitude-layer", "wanda", "wanda-layer")
-# Training images for the statistics, which the REPAIR paper found to be enough.
-STATISTICS, BATCH = 5_000, 50
-RESIZE = 256
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    p = argparse.ArgumentParser(
-        prog="imagenet_pruning.py", description=__doc__, formatter_class=_common.Help
-    )
-    p.add_argument("--model", default=NAMES[0], choices=NAMES, help="the network")
-    p.add_argument("--weights", metavar="FILE", help="its PyTorch weights, .safetensors or .npz")
-    p.add_argument(
-        "--stand-in",
-        action="store_true",
-        help="a narrow network with random weights on random images: to see that it runs",
-    )
-    p.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        metavar="M",
-        help=f"{', '.join(METHODS)} (default: the paper's for the network)",
-    )
-    p.add_argument(
-        "--sparsities",
-        nargs="+",
-        type=_pruning.sparsity_of,
-        metavar="S",
-        help="per cent of the weights that go (default: the paper's for the network)",
-    )
-    p.add_argument(
-        "--statistics",
-        type=_common.count_of("images"),
-        default=STATISTICS,
-        metavar="N",
-        help="training images, the first N, for renormalisation and Wanda",
-    )
-    p.add_argument(
-        "--test",
-        type=_common.count_of("images"),
-        metavar="N",
-        help="validation images, the first N (default: all 50,000)",
-    )
-    p.add_argument(
-        "--resize",
-        type=_common.count_of("pixels"),
-        default=RESIZE,
-        metavar="N",
-        help="pixels of the shorter side, of which 224 are taken",
-    )
-    p.add_argument(
-        "--batch-size", type=_common.count_of("images"), default=BATCH, help="images at once"
-    )
-    _common.folder_options(p)
-    return p
 
 
 def preset_of(name: str) -> dict[str, Any]:
@@ -124,170 +60,192 @@ def preset_of(name: str) -> dict[str, Any]:
     return PRESETS[name.partition("-")[0]]
 
 
-def stand_in_of(name: str) -> dict[str, Any]:
-    """Options that make a network small enough to see it run.
+def _unlike_preset(key: str, text: str = "") -> Any:
+    def part(record: Mapping[str, Any]) -> str | None:
+        value, usual = record["config"][key], preset_of(record["config"]["model"])[key]
+        return None if list(value) == list(usual) else text + "+".join(map(str, value))
 
-    Example:
-      >>> stand_in_of("resnet50")
-      {'depth': 26, 'width': 0.125}
-    """
-    if name == "resnet50":
-        return {"depth": 26, "width": 0.125}
-    return {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
+    return part
 
 
-def network(args: argparse.Namespace) -> tuple[vfjax.Network, Any, dict[str, Any]]:
-    """The network, its variables, and what the record says of them.
+# fmt: off
+@dataclasses.dataclass(frozen=True)
+class Config(cli.Options):
+    """The options."""
 
-    Raises:
-      UserError: If there are no weights.
-    """
-    if args.stand_in and (args.weights or args.data_dir):
-        raise _common.UserError(
-            "--stand-in takes random weights and images: leave out --weights and --data-dir."
-        )
-    if args.stand_in:
-        model, size = models.create(args.model, classes=10, **stand_in_of(args.model)), 32
+    model: str = cli.option(NAMES[0], "the network", choices=NAMES)
+    weights: str | None = cli.option(
+        None, "its PyTorch weights, .safetensors or .npz", metavar="FILE")
+    stand_in: bool = cli.option(
+        False, "a narrow network with random weights on random images: to see that it runs")
+    methods: tuple[str, ...] | None = cli.option(
+        None, f"{', '.join(METHODS)} (default: the paper's for the network)", choices=METHODS,
+        nargs="+", metavar="M", part=_unlike_preset("methods"))
+    sparsities: tuple[float, ...] | None = cli.option(
+        None, "per cent of the weights that go (default: the paper's for the network)",
+        type=pruned.sparsity_of, nargs="+", metavar="S", part=_unlike_preset("sparsities", "at"))
+    test: int | None = cli.option(
+        None, "validation images, the first N (default: all 50,000)",
+        type=cli.count_of("images"), metavar="N", part="test{}")
+    statistics: int = cli.option(
+        5_000, "training images, the first N, for renormalisation and Wanda",
+        type=cli.count_of("images"), metavar="N", part="statistics{}")
+    resize: int = cli.option(
+        256, "pixels of the shorter side, of which 224 are taken", type=cli.count_of("pixels"),
+        metavar="N", part="resize{}")
+    batch_size: int = cli.option(50, "images at once", type=cli.count_of("images"))
+# fmt: on
+
+
+def network(config: Config) -> tuple[vfjax.Network, Any, dict[str, Any]]:
+    """The network, its variables, and what the record says of them."""
+    if config.stand_in and (config.weights or config.data_dir):
+        wrong = "takes random weights and images: leave out --weights and --data-dir."
+        raise cli.UserError(f"--stand-in {wrong}")
+    if not config.stand_in and not config.weights:
+        raise cli.UserError("--weights is missing: give PyTorch weights, or try --stand-in")
+    if config.stand_in:
+        small = preset_of(config.model)["stand_in"]
+        model, size = models.create(config.model, classes=10, **small), 32
         images = jnp.zeros((2, size, size, 3))
         tree = jax.jit(model.init)(jax.random.key(0), images)
-    elif not args.weights:
-        raise _common.UserError(
-            "--weights is missing: give a file of PyTorch weights, or try --stand-in"
-        )
     else:
-        model, size = models.create(args.model, classes=1000), 224
-        images = jax.ShapeDtypeStruct((args.batch_size, size, size, 3), jnp.float32)
-        tree = checkpoint.from_torch(args.weights, model)
+        model, size = models.create(config.model, classes=1000), 224
+        images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
+        tree = checkpoint.from_torch(config.weights, model)
     net = vfjax.trace(models.apply_fn(model), tree, images)
-    facts = {"name": args.model, "parameters": net.parameters, "flops": net.flops, "size": size}
+    facts = {"name": config.model, "parameters": net.parameters, "flops": net.flops, "size": size}
     return net, tree, facts
 
 
-def images_of(
-    args: argparse.Namespace, split: str, count: int | None, size: int
-) -> imagenet.Streamed:
+def images_of(config: Config, split: str, count: int | None, size: int) -> imagenet.Streamed:
     """Batches of a split, or of random images in its place."""
-    if not args.stand_in:
-        options = {"batch_size": args.batch_size, "samples": count, "data_dir": args.data_dir}
-        return imagenet.load(split, resize=args.resize, **options)
+    options = {"batch_size": config.batch_size, "samples": count}
+    if not config.stand_in:
+        return imagenet.load(split, resize=config.resize, data_dir=config.data_dir, **options)
     rng = np.random.default_rng(len(split))
     source = [
         {"image": rng.integers(0, 256, (40, 48, 3), np.uint8), "label": int(rng.integers(10))}
         for _ in range(24)
     ]
-    return imagenet.Streamed(
-        source, batch_size=args.batch_size, samples=count, resize=size + 4, crop=size
-    )
+    return imagenet.Streamed(source, resize=size + 4, crop=size, **options)
 
 
-def accuracies(networks: Sequence[merge.Merged], test: imagenet.Streamed) -> list[float]:
+def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
+    """The network and its images."""
+    preset = preset_of(config.model)
+    methods = tuple(dict.fromkeys(config.methods or preset["methods"]))
+    sparsities = tuple(sorted(set(config.sparsities or preset["sparsities"])))
+    config = dataclasses.replace(config, methods=methods, sparsities=sparsities)
+    with watch("weights"):
+        net, tree, facts = network(config)
+    with watch("data"):
+        statistics = images_of(config, "train", config.statistics, facts["size"]).held()
+        test = images_of(config, "validation", config.test, facts["size"])
+    name, classes = ("random images", 10) if config.stand_in else ("imagenet2012", 1000)
+    counts = {"statistics_images": len(statistics.images), "test_images": test.count}
+    record = {
+        "data": {"name": name, "classes": classes, **counts},
+        "model": facts,
+        "seeds": {"weights": 0 if config.stand_in else None},
+        "layers": list(pruned.layers_of(net, config.model)),
+        "remedy": preset["remedy"],
+    }
+    return Setup(config, (net, tree, statistics, test), record, (edges.digest(tree),))
+
+
+def accuracies(networks: Sequence[merge.Merged], test: imagenet.Streamed, run: Run) -> list[float]:
     """Of several networks, by one pass: photographs take long to decode."""
     right = np.zeros(len(networks))
-    for x, label in tqdm(test, unit="batch", leave=False):
-        right += [int(_pruning.right(network, x, label).sum()) for network in networks]
+    for x, answer in run.watched(test, "accuracies"):
+        right += [int(pruned.right(network, x, answer).sum()) for network in networks]
     return (right / test.count).tolist()
 
 
-def experiment(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Measures everything; returns the record."""
-    preset, watch = preset_of(args.model), _common.Stopwatch()
-    methods = list(dict.fromkeys(args.methods or preset["methods"]))
-    sparsities = sorted(set(args.sparsities or preset["sparsities"]))
-    with watch("weights"):
-        net, tree, facts = network(args)
-    with watch("data"):
-        statistics = images_of(args, "train", args.statistics, facts["size"]).held()
-        test = images_of(args, "validation", args.test, facts["size"])
-    layers = _pruning.layers_of(net, args.model)
-    with watch("statistics of the network"):
-        renormalised = _pruning.Renormaliser(net, tree, preset["remedy"], statistics)
-    with watch("unpruned"):
-        (unpruned,) = accuracies([_pruning.as_network(net, tree)], test)
-    found: dict[str, dict[str, list[float]]] = {}
-    for method in methods:
-        with watch(f"{method}, scores"):
-            pruned = _pruning.pruner(method, net, tree, layers, statistics=statistics)
-        with watch(f"{method}, renormalisation"):
-            trees = [pruned(sparsity / 100) for sparsity in sparsities]
-            plain = [_pruning.as_network(net, one) for one in trees]
-            better = [renormalised(one) for one in trees]
-        with watch(f"{method}, accuracies"):
-            values = accuracies([*plain, *better], test)
-        count = len(sparsities)
-        found[method] = {"none": values[:count], "renormalised": values[count:]}
-    record: dict[str, Any] = {
-        "experiment": "imagenet_pruning",
-        "command": command,
-        "config": vars(args) | {"methods": methods, "sparsities": sparsities},
-        "data": {
-            "name": "random images" if args.stand_in else "imagenet2012",
-            "statistics_images": len(statistics.images),
-            "test_images": test.count,
-        },
-        "model": facts,
-        "layers": list(layers),
-        "remedy": preset["remedy"],
-        "sparsities": sparsities,
-        "unpruned": unpruned,
-        "methods": found,
-    }
-    what = "random weights and images" if args.stand_in else "ImageNet"
-    record["title"] = f"{what}: {args.model}, pruned, {test.count:,} test images"
-    record["seconds"] = watch.record()
-    return record | _common.environment()
+def measure(config: Config, run: Run) -> Iterator[Row]:
+    """The network as it is, and by method at all sparsities, as pruned and renormalised."""
+    net, tree, statistics, test = run.setup
+    layers, remedy = pruned.layers_of(net, config.model), preset_of(config.model)["remedy"]
+    renormalised = None
+    for cell in run.cells({"method": method} for method in (None, *config.methods)):
+        method = cell["method"]
+        if method is None:
+            with run.watch("unpruned"):
+                (value,) = accuracies([pruned.as_network(net, tree)], test, run)
+            yield cell | {"sparsity": None, "remedy": None, "accuracy": value}
+            continue
+        if renormalised is None:
+            with run.watch("statistics of the network"):
+                renormalised = pruned.Renormaliser(net, tree, remedy, statistics)
+        with run.watch(f"{method}, scores"):
+            pruner = pruned.pruner(method, net, tree, layers, statistics=statistics)
+        with run.watch(f"{method}, renormalisation"):
+            trees = [pruner(sparsity / 100) for sparsity in config.sparsities]
+            found = [pruned.as_network(net, one) for one in trees]
+            found += [renormalised(one) for one in trees]
+        with run.watch(f"{method}, accuracies"):
+            values = iter(accuracies(found, test, run))
+        for how in ("none", remedy):
+            for sparsity in config.sparsities:
+                yield cell | {"sparsity": sparsity, "remedy": how, "accuracy": next(values)}
 
 
-def figure_of(record: dict[str, Any]) -> Any:
+# ------------------------------------------------------------------------------- what came of it
+
+
+def title_of(record: Record) -> str:
+    """Images and network."""
+    what = {True: "random weights and images", False: "ImageNet"}[record["config"]["stand_in"]]
+    name, images = record["config"]["model"], record["data"]["test_images"]
+    return f"{what}: {name}, pruned, {images:,} test images"
+
+
+def finding_of(record: Record) -> str:
+    """Where most comes back."""
+    found = [(*pair, method, s) for method in record.rows.distinct("method")
+             for s, pair in pairs(record, method).items()]  # fmt: skip
+    before, after, method, sparsity = max(found, key=lambda one: one[1] - one[0])
+    text = f"{label(record['remedy'])} brings back most with {label(method)} at {sparsity}%, from "
+    text += f"{100 * before:.1f}% to {100 * after:.1f}%"
+    return text + f" (unpruned {100 * record.rows.mean(method=None):.1f}%)"
+
+
+def tables_of(record: Record) -> list[tables.Table]:
+    """Accuracies by sparsity, as pruned and renormalised, by method."""
+    at = sorted(record.rows.distinct("sparsity"))
+    lines = {"unpruned" if s is None else str(s): {"sparsity": s} for s in (None, *at)}
+    columns = [
+        tables.Column(label(method) if how == "none" else f"+ {label(how)}",
+                      {"method": method, "remedy": how})
+        for method in record.rows.distinct("method") for how in ("none", record["remedy"])
+    ]  # fmt: skip
+    title = record["title"]
+    return [tables.pivot(record.rows, lines, columns, title=title, corner="sparsity, %")]
+
+
+def figure_of(record: Record) -> Any:
     """Accuracy against sparsity, as pruned (dashed) and renormalised."""
-    x, remedy = record["sparsities"], _pruning.REMEDIES[record["remedy"]]
-    curves = {}
-    for colour, (method, rows) in enumerate(record["methods"].items()):
-        label = _pruning.METHODS[method]
-        for key, name in (("renormalised", f"{label}, {remedy}"), ("none", f"{label}, as pruned")):
-            values = [100 * value for value in rows[key]]
-            curves[name] = plot.Curve(x, values, colour=colour, dashed=key == "none")
-    ends = [x[0], x[-1]]
-    curves["unpruned"] = plot.Curve(ends, [100 * record["unpruned"]] * 2, colour=6, dashed=True)
-    y = "test accuracy (%)"
-    panel = plot.Panel(record["title"], "sparsity (%)", y, curves, y_limits=(0, 101))
-    return plot.panels([panel])
+    lines = []
+    for method in record.rows.distinct("method"):
+        rows = record.rows.where(method=method)
+        for how, done in ((record["remedy"], label(record["remedy"])), ("none", "as pruned")):
+            name, dashed = f"{label(method)}, {done}", how == "none"
+            lines.append(figures.line(rows, "sparsity", name=name, method=method, dashed=dashed,
+                                      remedy=how))  # fmt: skip
+    level = 100 * record.rows.mean(method=None)
+    lines.append(figures.Line("unpruned", None, level, method="edges"))
+    x, ticks = "sparsity (%)", record.rows.distinct("sparsity")
+    panel = figures.Panel("", x, figures.ACCURACY, lines, y_limits=(0, 101), ticks=ticks)
+    return figures.draw([panel], finding=record["finding"], subtitle=record["title"])
 
 
-def file_name(record: dict[str, Any]) -> str:
-    """Name of record and figure, without suffix."""
-    config, preset = record["config"], preset_of(record["config"]["model"])
-    parts = ["imagenet_pruning", config["model"], *(["stand-in"] if config["stand_in"] else [])]
-    if config["methods"] != list(preset["methods"]):
-        parts.append("+".join(config["methods"]))
-    if config["sparsities"] != list(preset["sparsities"]):
-        parts.append("at" + "+".join(map(str, config["sparsities"])))
-    for option, default in (("test", None), ("statistics", STATISTICS), ("resize", RESIZE)):
-        parts += [f"{option}{config[option]}"] if config[option] != default else []
-    return "-".join(parts)
-
-
-def show(record: dict[str, Any]) -> None:
-    """Prints a record."""
-    header, columns = ["sparsity, %"], []
-    for method, rows in record["methods"].items():
-        header += [method, f"+ {_pruning.REMEDIES[record['remedy']]}"]
-        columns += [np.array([rows["none"]]), np.array([rows["renormalised"]])]
-    cells = _pruning.rows_of(record["sparsities"], columns)
-    _common.print_table(record["title"], header, cells)
-    print(f"Unpruned: {100 * record['unpruned']:.2f} %.")
-
-
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Runs the experiment; returns the path of the record."""
-    return _common.run(
-        parser(),
-        argv,
-        experiment=experiment,
-        file_name=file_name,
-        figure_of=figure_of,
-        show=show,
-    )
-
+EXPERIMENT = Experiment(
+    name="imagenet_pruning", doc=__doc__, options=Config, prepare=prepare, measure=measure,
+    title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
+    stem=lambda record: [record["config"]["model"],
+                         *(["stand-in"] if record["config"]["stand_in"] else [])],
+    untold=lambda record: record["config"]["stand_in"])  # fmt: skip
+main = EXPERIMENT.main
 
 if __name__ == "__main__":
     main()

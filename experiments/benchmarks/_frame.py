@@ -43,6 +43,7 @@ def ratio(seconds: Mapping[str, Sequence[float]], base: str, other: str) -> floa
 def parser(doc: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     p = argparse.ArgumentParser(description=doc, formatter_class=cli.Help)
+    p.set_defaults(question=" ".join(doc.split("\n\n")[0].split()))
     p.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
     p.add_argument("--repeats", type=int, default=7, help="turns; medians over them are reported")
     p.add_argument(
@@ -59,7 +60,10 @@ def finish(
 ) -> Path:
     """Prints the table and writes the record; rows are what, seconds, ratio, target, met."""
     tables.show(tables.benchmark(title, rows))
-    about = {"benchmark": name, "title": title, "quick": args.quick, "repeats": args.repeats}
+    options = "".join([" --quick" * args.quick, f" --repeats {args.repeats}"])
+    about = {"benchmark": name, "question": args.question, "title": title}
+    about |= {"command": f"python experiments/benchmarks/{name}.py{options}"}
+    about |= {"quick": args.quick, "repeats": args.repeats}
     path = Path(args.out) / f"{name}{'-quick' if args.quick else ''}.json"
     records.write(path, about | {"rows": list(rows)} | records.environment())
     print(f"wrote {path}")

@@ -1,9 +1,9 @@
-"""What diagnosis costs on top of the forward passes in it.
+"""What does diagnosis cost on top of the forward passes in it?
 
     python experiments/benchmarks/diagnosis.py
 
 Features: the bare forward passes of a quarter-width VGG16 over 20 batches of 500 random images
-(jitted, by the same fast equations), and passes that measure its features at every tap and at every
+(`Network.run`, jitted), and passes that measure its features at every tap and at every
 pre-activation, take turns. A ratio of 0.87 says that a pass takes 1/0.87 = 1.15 of the time of the
 forward passes in it, which is the aim.
 
@@ -27,7 +27,6 @@ import _frame
 
 import vfjax
 from vfjax import diagnose, models, train
-from vfjax._jaxpr.faster import routed
 
 # At most 1.15 times the bare passes.
 FEATURES = round(1 / 1.15, 2)
@@ -54,7 +53,7 @@ def feature_rows(args: Any) -> list[dict[str, Any]]:
     data = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), count)]
     tree = jax.jit(model.init)(jax.random.key(1), data[0])
     net = vfjax.trace(fn, tree, data[0])
-    bare = jax.jit(routed(fn))
+    bare = jax.jit(net.run)
     base = f"forward, {name}, {count} batches of {shape[0]}"
     rivals = {
         base: lambda: [bare(tree, x) for x in data],

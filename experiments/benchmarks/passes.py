@@ -1,9 +1,9 @@
-"""What statistics, renormalisation and evaluation cost on top of a bare forward pass.
+"""What do statistics, renormalisation and evaluation cost on top of a bare forward pass?
 
     python experiments/benchmarks/passes.py
 
 All rivals see the same 20 batches of 500 random images, as many as the experiments take, and take
-turns: the bare forward pass of a quarter-width VGG16 (jitted, by the same fast equations),
+turns: the bare forward pass of a quarter-width VGG16 (`Network.run`, jitted),
 evaluation, a RESCALE pass, the statistics of two models that RESCALE and REPAIR aim at, those with
 covariances that matching needs, and both kinds in one pass. A ratio of 0.9 says that a pass takes
 1/0.9 of the time of the forward passes in it. Aims: 0.9, with covariances 0.8. The pass that does
@@ -26,7 +26,6 @@ import _frame
 
 import vfjax
 from vfjax import merge, models, renorm, stats, train
-from vfjax._jaxpr.faster import routed
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     net = vfjax.trace(fn, trees[0], x)
     references = stats.moments(net, trees, data)
     merged = merge.interpolate(trees)
-    bare = jax.jit(routed(fn))
+    bare = jax.jit(net.run)
 
     def forward(chosen: Sequence[Any]) -> list[jax.Array]:
         return [bare(tree, x) for x, _ in data for tree in chosen]

@@ -1,12 +1,13 @@
-"""How much faster training and evaluation are than the same Linen model jitted plainly.
+"""How much faster are training and evaluation than the same Linen model jitted plainly?
 
     python experiments/benchmarks/routing.py
 
 XLA on CPU is slow at convolutions on tiny maps, at depthwise ones and at the gradient of
-max-pooling; `vfjax` takes other roads there (`vfjax/_route.py`). Plain and routed steps take turns
-on one batch of random images, so that ratios hold on a busy machine too. Aims on two cores: for a
-quarter-width VGG16 1.6 in training and 2 in evaluation, for a small ConvNeXt 5 in both. On
-accelerators both are the same program and the ratio is 1.
+max-pooling; `vfjax` takes other roads there: `Network.run`, which is measured, as training and
+evaluation do. Plain and routed steps take turns on one batch of random images, so that ratios hold
+on a busy machine too. Aims on two cores: for a quarter-width VGG16 1.6 in training and 2 in
+evaluation, for a small ConvNeXt 5 in both. On accelerators both are the same program and the ratio
+is 1.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _frame
 
+import vfjax
 from vfjax import models
-from vfjax._jaxpr.faster import routed
 
 # Per model: its width, and how much faster it is to be.
 MODELS = {
@@ -35,15 +36,15 @@ MODELS = {
 QUICK = {"digits-mlp": (1.0, {"training step": 1.0, "evaluation": 1.0})}
 
 
-def programs(
-    model: Any, x: jax.Array, steps: int, wrap: Callable[[Any], Any]
-) -> dict[str, Callable[[], Any]]:
-    """Training steps and evaluations of a model, with the forward pass wrapped."""
+def programs(model: Any, x: jax.Array, steps: int, routed: bool) -> dict[str, Callable[[], Any]]:
+    """Training steps and evaluations of a model, plain or as `vfjax` runs it."""
     batch = len(x)
     label = jnp.arange(batch) % 10
     variables = jax.jit(model.init)(jax.random.key(0), x)
     optimizer = optax.sgd(0.05, momentum=0.9)
-    forward = wrap(models.apply_fn(model))
+    forward = models.apply_fn(model)
+    if routed:
+        forward = vfjax.trace(forward, variables, x).run
 
     @jax.jit
     def step(variables: Any, state: Any) -> tuple[Any, Any]:
@@ -76,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     rows = []
     for name, (width, aims) in (QUICK if args.quick else MODELS).items():
         model = models.create(name, **({} if args.quick else {"width": width}))
-        plain = programs(model, x, steps, lambda fn: fn)
-        fast = programs(model, x, steps, routed)
+        plain = programs(model, x, steps, routed=False)
+        fast = programs(model, x, steps, routed=True)
         for what, aim in aims.items():
             seconds = _frame.alternate({"plain": plain[what], "routed": fast[what]}, args.repeats)
             found = _frame.ratio(seconds, "plain", "routed")

@@ -1,4 +1,4 @@
-"""What scores of weights cost: magnitude and Wanda on ResNet50, WoodFisher on ResNet20.
+"""What do scores of weights cost: magnitude and Wanda on ResNet50, WoodFisher on ResNet20?
 
     python experiments/benchmarks/scores.py
 
@@ -11,13 +11,14 @@ against the number of gradients and the size of blocks, which the figure shows.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ import jax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _frame
+from kit import figures
 
 import vfjax
 from vfjax import models, plot, prune
 
 SECONDS, MINUTES, GIGABYTES = 30, 2, 2
+UNITS = (("seconds", "seconds", "seconds", 1.0), ("largest memory", "GB", "bytes", 1e-9))
 COUNTS, BLOCKS = (50, 100, 200, 400), (100, 300, 1000, 3000, None)
 
 
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         what = f"WoodFisher, {found['count']} gradients, {block}, {found['bytes'] / 1e9:.2f} GB"
         rows.append({"what": what, **found})
     path = _frame.finish("scores", args, "scores of weights", rows)
-    plot.save(figure_of(by_count, by_block), path.with_suffix(".png"))
+    plot.save(figure_of([row for row in rows if "count" in row]), path.with_suffix(".png"))
     return path
 
 
@@ -151,35 +154,30 @@ def in_process(**options: Any) -> dict[str, Any]:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def figure_of(by_count: Sequence[dict[str, Any]], by_block: Sequence[dict[str, Any]]) -> Any:
-    """Seconds and gigabytes against gradients, and against the size of blocks."""
-    sides = (
-        ("gradients, whole layers", [found["count"] for found in by_count], by_count),
-        (
-            f"weights of the largest block, {by_block[0]['count']} gradients",
-            [found["largest_block"] for found in by_block],
-            by_block,
-        ),
+def figure_of(runs: Sequence[Mapping[str, Any]]) -> Any:
+    """WoodFisher's seconds and gigabytes against gradients, and against the size of blocks."""
+    most = max(run["count"] for run in runs)
+    by_count = sorted((r for r in runs if r["block"] is None), key=lambda r: r["count"])
+    by_block = sorted((r for r in runs if r["count"] == most), key=lambda r: r["largest_block"])
+    worst, row = by_count[-1], []
+    gradients, weights = (
+        "gradients, whole layers",
+        f"weights of the largest block, {most} gradients",
     )
-    units = (("seconds", "seconds", 1.0), ("largest memory", "GB", 1e-9))
-    return plot.panels(
-        [
-            plot.Panel(
-                title,
-                label,
-                unit,
-                {title: plot.Curve(x, [f[key] * scale for f in runs], colour=colour)},
-                log_x=True,
-                y_limits=(0, 1.1 * max(f[key] * scale for f in runs)),
-            )
-            for label, x, runs in sides
-            for colour, ((title, unit, scale), key) in enumerate(
-                zip(units, ("seconds", "bytes"), strict=True)
-            )
-        ],
-        title="WoodFisher: scores, masks and update",
-        columns=2,
-    )
+    for key, x, found in (("count", gradients, by_count), ("largest_block", weights, by_block)):
+        for name, unit, of, scale in UNITS:
+            y = [scale * run[of] for run in found]
+            line = figures.Line("WoodFisher", [run[key] for run in found], y, method="woodfisher")
+            limits = (0, 1.1 * max(y))
+            panel = figures.Panel(name, x, unit, [line], log_x=True, y_limits=limits)
+            row.append(dataclasses.replace(panel, ticks=line.x if key == "count" else None))
+    finding = f"WoodFisher by {most} gradients takes {worst['seconds']:.0f} s and "
+    finding += f"{worst['bytes'] / 1e9:.1f} GB; fastest are "
+    fastest = min(by_block, key=lambda run: run["seconds"])
+    blocks = "whole layers" if fastest is worst else f"blocks of {fastest['block']} weights"
+    finding += f"{blocks}, {fastest['seconds']:.0f} s"
+    subtitle = "scores, masks and update of a full ResNet20"
+    return figures.draw(row, finding=finding, subtitle=subtitle, columns=2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long tracing takes, and weight matching at full width.
+"""How long do tracing, and weight matching at full width, take?
 
     python experiments/benchmarks/tracing.py
 

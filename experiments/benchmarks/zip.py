@@ -1,4 +1,4 @@
-"""How long the matchers of features take, on the correlations of random features.
+"""How long do the matchers of features take, on the correlations of random features?
 
     python experiments/benchmarks/zip.py
 

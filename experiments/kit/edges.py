@@ -244,6 +244,7 @@ def loaded(
     cifar: str = "vgg16",
     checked: Callable[[Any], Any] | None = None,
     settled: Callable[[Any, vfjax.Network, str], Any] | None = None,
+    needs: Callable[[Any], Mapping[str, int]] = lambda config: {},
     seeds: Callable[[Any], Mapping[str, Any]] = lambda config: {},
 ) -> Callable[[Any, timing.Stopwatch], Setup]:
     """The `prepare` of experiments on edge models; the value of its `Setup` is `Edges`.
@@ -259,6 +260,7 @@ def loaded(
       checked: Called with the options before anything is read, to raise what is wrong.
       settled: From options, traced network and its name to options with what depends on these,
         such as default layers; called before anything is trained, to raise what is wrong, too.
+      needs: From options to how many training images there must be, by the option that says so.
       seeds: From options to the seeds that the record holds beside those of the models.
     """
 
@@ -273,6 +275,10 @@ def loaded(
         with watch("data"):
             train = train if read is None else read(config)
             dataset = load(config, train=train, test=parts[2])
+        there = len(dataset.train_images)
+        for option, needed in needs(config).items():
+            if needed > there:
+                raise cli.UserError(f"--{option} {needed}: there are {there:,} training images.")
         if config.preset == "paper" and dataset.fallback:
             raise cli.UserError("CIFAR-10 was not found, which --preset paper is for: --data-dir.")
         arch = architecture(config, dataset, cifar)

@@ -77,10 +77,10 @@ def pairs_of(config: Any) -> list[tuple[int, int]]:
     return pairs[:1] if config.quick else pairs
 
 
-def load(config: Any) -> data.Dataset:
+def load(config: Any, prefer: str = "mnist") -> data.Dataset:
     """The images, as the options have it."""
     count = QUICK_IMAGES if config.quick else None
-    return data.load(config.dataset, config.data_dir, train=count, test=count, prefer="mnist")
+    return data.load(config.dataset, config.data_dir, train=count, test=count, prefer=prefer)
 
 
 def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train.Recipe:

@@ -126,26 +126,51 @@ def index(folder: Path) -> str:
         "Each claim once; numbers lead to the records that it was held against. A claim is "
         "undecided where what it compares is near chance or differs by no more than noise.",
         tables.markdown(verdicts),
-        *benchmarks(folder / BENCHMARKS),
     ]
+    if measured := benchmarks(folder):
+        counted = f"[Benchmarks]({BENCHMARKS}.md): {aims([record for _, record in measured])}."
+        parts += ["## Benchmarks", counted]
     return "\n\n".join(parts) + "\n"
 
 
-def benchmarks(folder: Path) -> list[str]:
-    """The parts of the index on benchmarks."""
-    parts = []
-    for path in sorted(folder.glob("*.json")):
-        record = records.read(path)
-        table = tables.benchmark(record["title"], record["rows"])
-        figure = path.with_suffix(".png")
-        parts += [f"*{table.title}* ({path.stem})", tables.markdown(table)]
-        parts += [f"![{path.stem}]({folder.name}/{figure.name})"] if figure.exists() else []
-    return ["## Benchmarks", *parts] if parts else []
+def benchmarks(folder: Path) -> list[tuple[str, records.Record]]:
+    """Names and records of the benchmarks."""
+    return [(path.stem, records.read(path)) for path in sorted(folder.glob(f"{BENCHMARKS}/*.json"))]
+
+
+def aims(runs: Sequence[records.Record]) -> str:
+    """How many aims are met, and how many missed."""
+    met = [row["met"] for record in runs for row in record["rows"] if row.get("target")]
+    return f"{sum(met)} of {len(met)} aims met, {len(met) - sum(met)} missed"
+
+
+def benchmarks_page(folder: Path) -> str:
+    """The page of the benchmarks: what each measures, its table, and which aims are met."""
+    runs = benchmarks(folder)
+    parts = ["# Benchmarks", "*What do passes, training, matching and scores of weights cost?*"]
+    parts.append(f"{aims([record for _, record in runs])}. A ratio is how many times faster than "
+                 "what is compared with: the median over turns.")  # fmt: skip
+    parts.append("\n".join(f"- [{n}](#{anchor(n)}): {aims([record])}" for n, record in runs))
+    for name, record in runs:
+        table, figure = tables.benchmark(record["title"], record["rows"]), f"{name}.png"
+        parts += [f"## {name}", f"*{record['question']}*", f"{table.title}:"]
+        parts.append(tables.markdown(table))
+        missed = [row["what"] for row in record["rows"] if row.get("met") is False]
+        parts += [f"**Missed: {records.joined(missed)}.**"] if missed else []
+        shown = (folder / BENCHMARKS / figure).exists()
+        parts += [f"![{name}]({BENCHMARKS}/{figure})"] if shown else []
+        where = f"{record['device']['cores']} CPU cores"
+        where = where if record["device"]["platform"] == "cpu" else record["device"]["kind"]
+        parts.append(f"Made by `{record['command']}` on {where}, on {record['date']}, with jax "
+                     f"{record['versions']['jax']}.")  # fmt: skip
+    return "\n\n".join(parts) + "\n"
 
 
 def texts(folder: Path) -> dict[str, str]:
     """All that is written, by name of file."""
     written = {f"{name}.md": page(name, runs) for name, runs in found(folder).items()}
+    if benchmarks(folder):
+        written[f"{BENCHMARKS}.md"] = benchmarks_page(folder)
     return written | {INDEX: index(folder)}
 
 

@@ -25,6 +25,7 @@ DIGITS = ["--dataset", "digits", "--model", "digits-mlp"]
 # What a script measures in seconds.
 SMALLEST = {
     "cifar_pfm": [*DIGITS, "--layers", "0", "5", "--match", "weight", "--samples", "200"],
+    "imagenet_pruning": ["--stand-in", "--sparsities", "50", "--test", "10", "--statistics", "16"],
     "normalization": [*DIGITS, "--samples", "100", "--statistics", "200", "--held-out", "100"],
     "permute_first_layers": [
         *DIGITS,
@@ -39,6 +40,9 @@ SMALLEST = {
     "residual_linear": ["--dataset", "digits", "--quick"],
     "vanishing_feature": [*DIGITS, "--samples", "50", "--statistics", "100"],
     "vanishing_feature_pruned": [*DIGITS, "--samples", "50", "--statistics", "100"],
+    "pruning": [*DIGITS, "--methods", "magnitude", "--sparsities", "50", "90", "--samples", "64"]
+    + ["--test", "100", "--statistics", "100", "--runs", "1"],
+    "training_recipe": ["--quick", "--dataset", "digits"],
 }
 SCRIPTS = sorted(
     path.stem for path in EXPERIMENTS.glob("*.py") if "\nEXPERIMENT = " in path.read_text()

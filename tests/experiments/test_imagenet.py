@@ -17,22 +17,27 @@ ORACLES = Path(__file__).resolve().parent.parent / "oracles"
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-common = importlib.import_module("_common")
+claims, records = (importlib.import_module(f"kit.{name}") for name in ("claims", "records"))
 script = importlib.import_module("imagenet_pruning")
+
+RUN = script.EXPERIMENT
 
 
 @pytest.mark.parametrize("model, remedy", [("resnet50", "reset"), ("convnext-tiny", "repair")])
 def test_it_runs_on_a_stand_in(model, remedy, tmp_path):
     options = ["--stand-in", "--model", model, "--sparsities", "50", "--test", "10"]
     path = script.main([*options, "--statistics", "16", "--out", str(tmp_path)])
-    record = json.loads(path.read_text())
+    record = records.read(path)
     assert path.name == f"imagenet_pruning-{model}-stand-in-at50-test10-statistics16.json"
     assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
     assert record["remedy"] == remedy and "random weights and images" in record["title"]
     assert record["data"]["statistics_images"] == 16 and record["data"]["test_images"] == 10
-    assert list(record["methods"]) == list(script.preset_of(model)["methods"])
-    for rows in record["methods"].values():
-        assert all(0 <= value <= 1 for key in ("none", "renormalised") for value in rows[key])
+    methods = list(script.preset_of(model)["methods"])
+    assert record.rows.distinct("method") == methods and record["claims"] == []
+    assert [row["remedy"] for row in record.rows] == [None, *["none", remedy] * len(methods)]
+    assert all(0 <= row["accuracy"] <= 1 for row in record.rows)
+    unpruned, pruned = record["tables"][0]["lines"]
+    assert unpruned[1] and not any(unpruned[2:]) and all(pruned)
     # All but the first: three of each of 8 blocks, 4 shortcuts and the head. Or: the two linear
     # layers of each of 4 blocks.
     assert len(record["layers"]) == (29 if model == "resnet50" else 8)
@@ -73,11 +78,41 @@ def test_published_weights_on_photographs(published, tmp_path, monkeypatch):
     options += ["95", "--batch-size", "3", "--statistics", "7", "--out", str(tmp_path)]
     path = script.main(["--weights", file, *options])
     assert path.name == ("imagenet_pruning-convnext-tiny-magnitude-layer-at1+95-statistics7.json")
-    record = json.loads(path.read_text())
-    assert record["unpruned"] == 1 and record["data"]["name"] == "imagenet2012"
-    found = record["methods"]["magnitude-layer"]
-    assert found["none"][0] == found["renormalised"][0] == 1
-    assert found["none"][1] < found["renormalised"][1]
+    record = records.read(path)
+    assert record["data"]["name"] == "imagenet2012" and record.chance == 0.001
+    assert record.rows.only(method=None)["accuracy"] == 1
+    found = script.pairs(record, "magnitude-layer")
+    assert found[1] == [1, 1] and found[95][0] < found[95][1]
+    assert record["claims"] == []
+
+
+def made(name, remedy, method, found):
+    """A record of a network: by sparsity, accuracy as pruned and renormalised."""
+    rows = [{"method": method, "sparsity": s, "remedy": how, "accuracy": pair[k]}
+            for s, pair in found.items() for k, how in enumerate(("none", remedy))]  # fmt: skip
+    about = {"data": {"name": "imagenet2012", "classes": 1000, "test_images": 50_000}}
+    about |= {"model": {"name": name}, "remedy": remedy, "rows": rows}
+    return records.Record(about)
+
+
+@pytest.mark.parametrize(
+    "name, found, verdict",
+    [
+        ("convnext-base", {76: (0.43, 0.65), 80: (0.2, 0.56)}, claims.AS),
+        ("convnext-base", {76: (0.43, 0.65), 80: (0.2, 0.25)}, claims.UNLIKE),
+        ("convnext-base", {76: (0.43, 0.531), 80: (0.2, 0.56)}, claims.OPEN),
+        ("convnext-base", {80: (0.01, 0.02)}, claims.OPEN),
+        ("convnext-tiny", {76: (0.43, 0.65), 80: (0.2, 0.56)}, claims.NEW),
+        ("resnet50", {50: (0.7, 0.72), 80: (0.2, 0.5)}, claims.AS),
+        ("resnet50", {50: (0.4, 0.7), 80: (0.2, 0.3)}, claims.UNLIKE),
+        ("resnet50", {50: (0.4, 0.5), 80: (0.2, 0.3)}, claims.OPEN),
+    ],
+)
+def test_claims_can_fail(name, found, verdict):
+    convnext = name.startswith("convnext")
+    remedy, method = ("repair", "wanda") if convnext else ("reset", "magnitude")
+    (row,) = claims.decided(RUN.claims, made(name, remedy, method, found))
+    assert row["verdict"] == verdict and row["here"]
 
 
 def test_missing_data_say_what_to_do(published, tmp_path, capsys):

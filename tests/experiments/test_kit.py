@@ -296,3 +296,19 @@ def test_pages_explain_their_notation(name):
     legend = importlib.import_module(name).EXPERIMENT.legend
     assert all(term in legend for term in TERMS[name]) and " ".join(legend.split()) in head
     assert head.index(importlib.import_module(name).EXPERIMENT.question) < head.index("PFM l/L")
+
+
+def test_page_of_benchmarks_says_which_aims_are_missed(tmp_path):
+    rows = [{"what": "forward", "seconds": 2.0}]
+    rows += [{"what": "slow", "seconds": 3.0, "ratio": 0.7, "target": ">= 0.9", "met": False}]
+    rows += [{"what": "fast", "seconds": 2.1, "ratio": 0.95, "target": ">= 0.9", "met": True}]
+    record = {"title": "of passes", "question": "How long?", "command": "python p.py"}
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    records.write(folder / "passes.json", record | {"rows": rows} | records.environment())
+    assert set(pages.texts(tmp_path)) == {"benchmarks.md", "README.md"}
+    page = pages.benchmarks_page(tmp_path)
+    for said in ("1 of 2 aims met, 1 missed", "*How long?*", "| slow | 3 | 0.7 | >= 0.9 | NO |"):
+        assert said in page
+    assert "**Missed: slow.**" in page and "`python p.py`" in page and ".png" not in page
+    assert "[Benchmarks](benchmarks.md): 1 of 2 aims met, 1 missed." in pages.index(tmp_path)

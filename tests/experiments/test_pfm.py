@@ -778,6 +778,10 @@ def test_benchmarks_run(name, tmp_path):
     assert record["benchmark"] == name and record["quick"] is True
     assert all(row["seconds"] > 0 for row in record["rows"])
     assert any(row.get("target") for row in record["rows"])
+    assert record["question"].endswith("?") and record["question"] in " ".join(
+        benchmark.__doc__.split()
+    )
+    assert record["command"].startswith(f"python experiments/benchmarks/{name}.py --quick")
 
 
 def test_notebook_runs(capsys):

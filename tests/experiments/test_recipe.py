@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -18,14 +17,21 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 recipe = importlib.import_module("training_recipe")
-common = importlib.import_module("_common")
+paper = importlib.import_module("papers.training_recipe")
+claims, cli, edges, grid, records, timing = (
+    importlib.import_module(f"kit.{name}")
+    for name in ("claims", "cli", "edges", "grid", "records", "timing")
+)
+
+RUN = recipe.EXPERIMENT
+AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     path = recipe.main(["--quick", "--dataset", "digits", "--out", str(folder)])
-    return path, json.loads(path.read_text())
+    return path, records.read(path)
 
 
 @pytest.fixture
@@ -40,11 +46,22 @@ def digits():
 
 @pytest.fixture(scope="module")
 def pair(digits):
-    plan = recipe.Plan(
+    plan = grid.Plan(
         "mlp", recipe.QUICK_MODEL, train.Recipe(epochs=2, batch_size=100), recipe.QUICK_GRID
     )
-    net = recipe.traced(plan.model, digits)
-    return recipe.Pair(plan, net, digits, (0, 1), None, common.Stopwatch())
+    net = edges.traced(plan.model, digits)
+    return grid.Pair(plan, net, digits, (0, 1), None, timing.Stopwatch())
+
+
+def measured(pair, cell):
+    """The rows of a cell that a pair is trained for."""
+    return records.Rows(pair.measure(cell, recipe.where(cell)))
+
+
+def cells_of(record):
+    """Cells of a record with their rows."""
+    cells = grid.Plan("", None, None, recipe.grid_of(record)).cells()
+    return {cell: record.rows.where(**recipe.where(cell)) for cell in cells}
 
 
 # -------------------------------------------------------------------------------------- quick run
@@ -54,33 +71,40 @@ def test_record_is_complete(quick):
     path, record = quick
     assert path.name == "training_recipe-digits-quick.json"
     assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".png"]
+    assert {p.suffix for p in path.parent.iterdir()} == {".json", ".png", ".md"}
     assert record["data"]["name"] == "digits" and record["data"]["train_images"] == 300
     assert record["seeds"]["pairs"] == [[0, 1]] and record["title"].endswith("MEANS NOTHING")
+    assert record["claims"] == []
     assert {"data", "trace", "training", "matching", "interpolation"} <= set(record["seconds"])
     assert {"python", "vfjax", "jax"} <= set(record["versions"]) and record["date"]
     # Three rates, two decays (one of them both), two of the other initialisation, two ablations.
-    assert len(record["cells"]) == len({cell["name"] for cell in record["cells"]}) == 8
-    for cell in record["cells"]:
-        (found,) = cell["pairs"]
-        assert found["diverged"] is None and len(found["edge_accuracy"]) == 2
-        rate, decay = cell["then"] or (cell["rate"], cell["decay"])
-        used = (cell["recipe"]["learning_rate"], cell["recipe"]["weight_decay"])
-        assert used == (rate, decay)
-        assert cell["recipe"]["schedule"] == ("constant" if cell["then"] else "cosine")
+    cells = cells_of(record)
+    assert len(cells) == len(set(map(str, cells))) == len(record.notes("recipes")) == 8
+    assert sum(map(len, cells.values())) == len(record.rows)
+    for cell, rows in cells.items():
+        assert rows.distinct("pair") == [0] and not rows.values("diverged")
+        found = rows.where(network=["model 1", "model 2"])
+        assert len(found) == 2 and all(row["train_accuracy"] > 0 for row in found)
+        used = record.notes("recipes").only(cell=str(cell))
+        assert (used["learning_rate"], used["weight_decay"]) == (
+            cell.then or (cell.rate, cell.decay)
+        )
+        assert used["schedule"] == ("constant" if cell.then else "cosine")
         for match in recipe.MATCHES:
-            assert len(found[match]["accuracy"]) == len(record["alphas"]) == 11
-            summary = cell["summary"][f"{match}_barrier"]
-            assert summary == {"mean": found[match]["barrier"], "std": 0.0}
+            alphas, values, _ = rows.where(merged=match).curve("alpha")
+            assert len(alphas) == 11 and values[0] == found[0]["accuracy"]
+            (about,) = (row for row in rows.where(merged=match) if "barrier" in row)
+            assert about["lowest"] == min(values)
+            assert paper.barrier(record, cell, match) == about["barrier"]
 
 
 def test_barriers_are_those_of_the_curves(quick):
     """By the definition in the paper and by that of its code, from accuracies alone."""
-    alphas = np.array(quick[1]["alphas"])
-    for cell in quick[1]["cells"]:
+    for rows in cells_of(quick[1]).values():
         for match in recipe.MATCHES:
-            found = cell["pairs"][0][match]
-            values = np.array(found["accuracy"])
+            here = rows.where(merged=match)
+            alphas, values = map(np.array, here.curve("alpha")[:2])
+            (found,) = (row for row in here if "barrier" in row)
             line = (1 - alphas) * values[0] + alphas * values[-1]
             assert found["barrier"] == pytest.approx((line - values).max(), abs=1e-9)
             reference = (values[0] + values[-1]) / 2 - values.min()
@@ -89,20 +113,22 @@ def test_barriers_are_those_of_the_curves(quick):
 
 def test_distances_are_followed_where_initialisations_are_compared(quick):
     record = quick[1]
-    followed = [cell for cell in record["cells"] if "distances" in cell["pairs"][0]]
-    kinds = {(cell["initialiser"], cell["rate"]) for cell in followed}
+    followed = {cell: rows for cell, rows in cells_of(record).items() if rows.values("epoch")}
+    kinds = {(cell.initialiser, cell.rate) for cell in followed}
     assert kinds == {(name, r) for name in record["grid"]["initialisers"] for r in (0.01, 0.1)}
-    for cell in followed:
-        found = cell["pairs"][0]
-        distances = found["distances"]
-        assert distances["epoch"] == [0, 1]
+    for rows in followed.values():
+        distances = {}
         for match in recipe.MATCHES:
-            assert distances[match][-1] == pytest.approx(found[match]["distance"], rel=1e-5)
+            here = rows.where(merged=match)
+            epochs, distances[match], _ = here.curve("epoch", "distance")
+            assert epochs == [0, 1]
+            (last,) = here.where(epoch=None).values("distance")
+            assert distances[match][-1] == pytest.approx(last, rel=1e-5)
         assert all(np.less(distances["matched"], distances["direct"]))
 
 
 def test_figure_names_its_axes(record):
-    figure = recipe.figure_of(record)
+    figure = RUN.figure(record)
     assert len(figure.axes) == 4
     for axes in figure.axes:
         assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
@@ -115,20 +141,26 @@ def test_figure_names_its_axes(record):
 
 
 def test_one_more_epoch_starts_from_the_networks_of_the_other_recipe(pair):
-    first = recipe.Cell("uniform", 0.1, 0.003)
-    before = pair.measure(first)
-    after = pair.measure(dataclasses.replace(first, then=(1e-12, 0.0)))
-    assert after["direct"]["accuracy"] == before["direct"]["accuracy"]
-    assert after["direct"]["distance"] == pytest.approx(before["direct"]["distance"])
-    moved = pair.measure(dataclasses.replace(first, then=(0.1, 0.0)))
-    assert moved["direct"]["distance"] != pytest.approx(before["direct"]["distance"])
+    first = grid.Cell("uniform", 0.1, 0.003)
+    before = measured(pair, first)
+    after = measured(pair, dataclasses.replace(first, then=(1e-12, 0.0)))
+    direct = {"merged": "direct"}
+    assert after.curve("alpha", **direct) == before.curve("alpha", **direct)
+
+    def between(rows):
+        return rows.mean("distance", epoch=None, **direct)
+
+    assert between(after) == pytest.approx(between(before))
+    moved = measured(pair, dataclasses.replace(first, then=(0.1, 0.0)))
+    assert between(moved) != pytest.approx(between(before))
 
 
 def test_runs_with_and_without_distances_are_the_same(pair):
-    cell = recipe.Cell("uniform", 0.1, 0.003)
+    cell = grid.Cell("uniform", 0.1, 0.003)
     assert pair.plan.tracked(cell)
     runs, distances = pair.train(cell)
-    assert distances["epoch"] == [0, 1, 2]
+    for found in distances.values():
+        assert [epoch for epoch, _ in found] == [0, 1, 2]
     for seed, run in enumerate(runs):
         plain = train.fit(pair.plan.model, pair.plan.recipe_of(cell), pair.dataset, seed=seed)
         np.testing.assert_allclose(
@@ -139,29 +171,33 @@ def test_runs_with_and_without_distances_are_the_same(pair):
 
 
 def test_divergence_is_recorded_and_told(pair, record):
-    cell = recipe.Cell("uniform", 1e30, 0.0)
-    found = pair.measure(cell)
-    assert "diverged in epoch 1" in found["diverged"] and "direct" not in found
-    after = pair.measure(dataclasses.replace(cell, then=(0.01, 0.0)))
+    cell = grid.Cell("uniform", 1e30, 0.0)
+    (found,) = measured(pair, cell)
+    assert "diverged in epoch 1" in found["diverged"] and "merged" not in found
+    (after,) = measured(pair, dataclasses.replace(cell, then=(0.01, 0.0)))
     assert "there are no networks of uniform, rate 1e+30" in after["diverged"]
-    assert recipe.summary_of([found, after]) is None
-    for entry in record["cells"]:
-        if entry["rate"] == 0.1 and entry["decay"] == 0.003:
-            entry["pairs"], entry["summary"] = [found], None
-    assert "rate 0.1, decay 0.003, 1 of 1 pairs diverged" in common.told(*recipe.outcome(record))
+    lost = {"initialiser": "he_normal", "rate": 0.1, "decay": 0.003}
+    kept = [row for row in record["rows"] if lost.items() - row.items()]
+    gone = [{**recipe.where(c), "pair": 0, "diverged": "so"} for c in cells_of(record)
+            if lost.items() <= recipe.where(c).items()]  # fmt: skip
+    assert len(gone) == 2
+    record["config"]["quick"], record["rows"] = False, kept + gone
+    record = RUN.derived(record)
+    (table,) = record["tables"]
+    assert "rate 0.1, decay 0.003, 1 of 1 pairs diverged" in table["caption"]
+    assert "diverged" in record["finding"]
     # No claim holds of what is not there.
-    assert all("nan" not in text for holds, text in recipe.claims_of(record) if holds)
-    assert "diverged" in str(recipe.table_of(record)[1])
-    assert len(recipe.figure_of(record).axes) == 4
+    told = [row for row in record["claims"] if "diverged" in row["here"]]
+    assert len(told) == 7 and {row["verdict"] for row in told} == {OPEN}
+    assert not any("nan" in row["here"] for row in record["claims"])
+    assert len(RUN.figure(record).axes) == 4
 
 
-def test_pairs_that_diverged_do_not_count(quick):
-    found = quick[1]["cells"][0]["pairs"][0]
-    summary = recipe.summary_of([found, {"diverged": "so"}])
-    assert (
-        summary["pairs"] == 1
-        and summary["matched_barrier"]["mean"] == (found["matched"]["barrier"])
-    )
+def test_pairs_that_diverged_do_not_count(quick, record):
+    cell = next(iter(cells_of(record)))
+    record["rows"] = [*record["rows"], {**recipe.where(cell), "pair": 1, "diverged": "so"}]
+    assert paper.barrier(record, cell) == paper.barrier(quick[1], cell)
+    assert paper.edges(record, cell) == paper.edges(quick[1], cell)
 
 
 # ---------------------------------------------------------------------------------------- claims
@@ -169,10 +205,22 @@ def test_pairs_that_diverged_do_not_count(quick):
 
 def numbers(record, values):
     """Sets numbers of cells by (initialiser, rate, decay, whether retrained)."""
-    for cell in record["cells"]:
-        key = (cell["initialiser"], cell["rate"], cell["decay"], cell["then"] is not None)
-        for name, value in values[key].items():
-            cell["summary"][name] = {"mean": value, "std": 0.0}
+    for cell, rows in cells_of(record).items():
+        found = values[cell.initialiser, cell.rate, cell.decay, cell.then is not None]
+        for row in rows:
+            if "train_accuracy" in row:
+                row["accuracy"] = found["edge_accuracy"]
+            if "barrier" in row:
+                row["barrier"] = found[f"{row['merged']}_barrier"]
+            if "distance" in row and row["epoch"] is None and row["merged"] == "direct":
+                row["distance"] = found["direct_distance"]
+
+
+def decided(record):
+    """Verdicts of claims, and what was measured, by id."""
+    record["data"]["test_images"] = 10_000
+    found = claims.decided(RUN.claims, record)
+    return {row["id"].removeprefix("vf.recipe."): row for row in found}
 
 
 def cell(accuracy, matched, distance=10.0, direct=0.7):
@@ -202,41 +250,61 @@ def test_claims_follow_the_numbers(record):
     first, other = record["grid"]["initialisers"]
     values = as_in_the_paper(record)
     numbers(record, values)
-    assert all(holds for holds, _ in recipe.claims_of(record)) and recipe.claims_of(record)
-    assert "Unlike" not in common.told(*recipe.outcome(record))
-    count = len(recipe.claims_of(record))
+    found = decided(record)
+    assert len(found) == len(RUN.claims) == 13
+    assert {row["verdict"] for row in found.values()} == {AS}
     rates, decays = (first, 0.1, 0.003, False), (first, 0.01, 0.015, False)
     after, after_decay = (first, 0.1, 0.003, True), (first, 0.01, 0.015, True)
-    changes = {
-        "goes from 30.0 points at rate 0.01 to 20.0 at 0.1 (33% less)": (rates, 0.2),
-        "30.0 points at decay 0.003 (all at rate 0.01) to 15.0 at 0.015 (50% less)": (decays, 0.15),
-        "from 10.0 to 25.0 points, that of 0.01 ": (after, 0.25),
-        "from 2.0 to 25.0 points, that of 0.003 ": (after_decay, 0.25),
-        "lose 25%, 32% and 10%": ((first, 0.001, 0.003, False), 0.2),
-        "at rate 0.1 the matched barrier is": ((other, 0.1, 0.003, False), 0.9),
-    }
-    changes = {text: (key, {"matched_barrier": value}) for text, (key, value) in changes.items()}
     low, end = (first, 0.01, 0.003, False), (other, 0.1, 0.003, False)
-    changes["direct, the barrier goes from 50.0 points at rate 0.01 to 70.0"] = (
-        low,
-        {"direct_barrier": 0.5},
-    )
-    changes["to 97.00%, those of 0.01 have 95.00%"] = after, {"edge_accuracy": 0.97}
-    changes["to 98.00%, those of 0.003 have 95.00%"] = after_decay, {"edge_accuracy": 0.98}
-    changes["at rate 0.1 the distance is"] = end, {"direct_distance": 25.0}
-    for text, (key, change) in changes.items():
+    changes = {
+        "rate-matched": (rates, 0.2, "30.0 points at rate 0.01, 20.0 at 0.1 (33% less)"),
+        "decay-matched": (decays, 0.15, "30.0 points at decay 0.003 (all at rate 0.01), 15.0 at "
+                          "0.015 (50% less)"),
+        "rate-epoch-barrier": (after, 0.25, "from 10.0 to 25.0 points, that of 0.01 "),
+        "decay-epoch-barrier": (after_decay, 0.25, "from 2.0 to 25.0 points, that of 0.003 "),
+        "merge-from-low-on": ((first, 0.001, 0.003, False), 0.2, "lose 25%, 32% and 10%"),
+        "initialiser-barrier-high": (end, 0.9, "10.0 points with the normal one, 90.0 points"),
+    }  # fmt: skip
+    changes = {k: (key, {"matched_barrier": v}, said) for k, (key, v, said) in changes.items()}
+    changes |= {
+        "rate-direct": (low, {"direct_barrier": 0.5}, "50.0 points at rate 0.01, 70.0 at 0.1"),
+        "rate-epoch-accuracy": (after, {"edge_accuracy": 0.97}, "to 97.00%, those of 0.01 have 95"),
+        "decay-epoch-accuracy": (after_decay, {"edge_accuracy": 0.98},
+                                 "to 98.00%, those of 0.003 have 95.00%"),
+        "initialiser-distance-high": (end, {"direct_distance": 25.0}, "15.0 with the normal"),
+    }  # fmt: skip
+    for name, (key, change, text) in changes.items():
         numbers(record, values | {key: values[key] | change})
-        claims = recipe.claims_of(record)
-        wrong = [words for holds, words in claims if not holds]
-        assert len(claims) == count and any(text in words for words in wrong), (text, wrong)
-        assert text in common.told(*recipe.outcome(record)).partition("Unlike the paper: ")[2]
+        row = decided(record)[name]
+        assert row["verdict"] == UNLIKE and text in row["here"], (name, row)
     keys = [(name, 0.01, 0.003, False) for name in (first, other)]
-    swapped = values | {keys[0]: values[keys[1]], keys[1]: values[keys[0]]}
-    numbers(record, swapped)
-    wrong = common.told(*recipe.outcome(record)).partition("Unlike the paper: ")[2]
-    assert (
-        "at rate 0.01 the matched barrier is" in wrong and "at rate 0.01 the distance is" in wrong
-    )
+    numbers(record, values | {keys[0]: values[keys[1]], keys[1]: values[keys[0]]})
+    found = decided(record)
+    for name in ("initialiser-barrier-low", "initialiser-distance-low"):
+        assert found[name]["verdict"] == UNLIKE
+
+
+def test_what_is_undecided(record):
+    """What differs by no more than noise; barriers at unlike accuracy say nothing."""
+    first, _ = record["grid"]["initialisers"]
+    values = as_in_the_paper(record)
+    after, rates = (first, 0.1, 0.003, True), (first, 0.1, 0.003, False)
+    changes = {
+        "rate-matched": (rates, {"matched_barrier": 0.179}),
+        "rate-epoch-accuracy": (after, {"edge_accuracy": 0.957}),
+        "rate-epoch-barrier": (after, {"edge_accuracy": 0.97}),
+        "merge-from-low-on": ((first, 0.001, 0.003, False), {"matched_barrier": 0.405}),
+    }
+    for name, (key, change) in changes.items():
+        numbers(record, values | {key: values[key] | change})
+        assert decided(record)[name]["verdict"] == OPEN, name
+
+
+def test_record_is_of_real_data():
+    shipped = records.read(EXPERIMENTS / "results" / "training_recipe-mnist.json")
+    assert shipped["data"]["name"] == "mnist" and shipped["data"]["fallback"] is False
+    assert RUN.file_name(shipped) == "training_recipe-mnist" and shipped == RUN.derived(shipped)
+    assert len(shipped["claims"]) == 13
 
 
 # ----------------------------------------------------------------------------------------- plans
@@ -272,8 +340,7 @@ def test_mnist_of_the_paper_has_rates_alone(digits):
 
 
 def test_the_digits_get_as_many_steps_as_mnist():
-    args = recipe.parser().parse_args(["--dataset", "digits"])
-    plan = recipe.plan_of(args, data.load("digits"))
+    plan = recipe.plan_of(recipe.Config(dataset="digits"), data.load("digits"))
     for cell in plan.cells():
         epochs = 1 if cell.then else recipe.CPU_RECIPE.epochs
         assert plan.recipe_of(cell).epochs * 11 == pytest.approx(epochs * 469, rel=0.02)
@@ -304,11 +371,12 @@ def test_bad_options(arguments, message, capsys, tmp_path, monkeypatch):
 
 
 def test_runs_that_differ_have_other_names(record):
-    config = record["config"] | {"quick": False, "seeds": list(recipe.SEEDS)}
+    config = record["config"] | {"quick": False, "seeds": list(recipe.Config.seeds)}
     changes = [{}, {"seeds": [8, 9]}, {"preset": "paper"}, {"quick": True}]
     changes += [{"preset": "paper", "model": "vgg16-ln"}]
-    names = [recipe.file_name(record | {"config": config | change}) for change in changes]
+    names = [RUN.file_name(record | {"config": config | change}) for change in changes]
     assert names[0] == "training_recipe-digits" and len(set(names)) == len(names)
+    assert names[-1] == "training_recipe-digits-vgg16-ln-paper"
 
 
 def test_a_fall_back_shows(record):
