@@ -306,11 +306,6 @@ def different(
 
     Its card is held against what it should say of the head, as of `described`, and of the recipe,
     where None stands for any.
-
-    Example:
-      >>> asked = {"classes": [0, 1], "loss": "cross-entropy"}
-      >>> different({"classes": [0, 2], "loss": "cross-entropy"}, asked)
-      ['classes 0 2, not 0 1']
     """
     has, wants = _parts(card), _parts({**asked, "recipe": recipe or {}})
     found = []

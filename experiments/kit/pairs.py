@@ -108,12 +108,7 @@ def _changed(match: str, config: Mapping[str, Any]) -> list[tuple[str, str, Any]
 
 
 def default_layers(depth: int) -> list[int]:
-    """The numbers of preserved layers that a table has a row for.
-
-    Example:
-      >>> default_layers(20), default_layers(7)
-      ([0, 6, 10, 13, 19], [0, 2, 3, 4, 6])
-    """
+    """The numbers of preserved layers that a table has a row for."""
     nearest = {min(int(layers / 14 * depth + 0.5), depth - 1) for layers in LAYERS[14]}
     return list(LAYERS.get(depth, sorted(nearest)))
 

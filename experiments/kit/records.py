@@ -119,16 +119,8 @@ def curve_rows(cell: Mapping[str, Any], found: Any) -> Iterator[Row]:
     yield {**cell, "lowest": lowest, **barriers, "loss_barrier": of_loss}
 
 
-# ------------------------------------------------------------------------------ where they are
-
-
 def finite(value: Any) -> Any:
-    """The same with None in place of NaN and infinities, which JSON does not have.
-
-    Example:
-      >>> finite({"loss": [0.5, float("nan")]})
-      {'loss': [0.5, None]}
-    """
+    """The same with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
