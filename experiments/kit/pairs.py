@@ -153,9 +153,6 @@ def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[
     return names
 
 
-# ---------------------------------------------------------------------------------------- pairs
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matching:
     """How the units of two networks were brought together, and what records say of it."""

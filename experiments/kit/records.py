@@ -178,9 +178,6 @@ def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
     return found | {"classes": dataset.classes} | images
 
 
-# ----------------------------------------------------------------------------- how they are told
-
-
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
     """The data of a record as in titles, where a fall-back from what was wanted shows.
 
