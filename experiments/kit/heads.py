@@ -170,7 +170,7 @@ def read(path: str, classes: int) -> np.ndarray:
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
     """The head of class embeddings, one row each."""
-    return Head(tuple(tuple(float(value) for value in row) for row in rows), scale)
+    return Head(tuple(map(tuple, np.asarray(rows, float).tolist())), scale)
 
 
 def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
@@ -213,19 +213,14 @@ def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
 
     `parts` is whether networks are trained on some of the classes.
     """
-    given = {
-        "--embeddings": args.embeddings is not None,
-        "--dimensions": args.dimensions is not None,
-    }
-    given["--scale"] = args.scale != SCALE
-    unused = [option for option, there in given.items() if there]
-    if not parts and (unused := [*unused, *(["--loss"] if args.loss != "cosine" else [])]):
-        why = "for networks on some of the classes, so give --classes."
-        raise cli.UserError(f"{records.joined(unused)}: {why}")
-    if args.loss == "cross-entropy" and unused:
-        why = "--loss cross-entropy has no embeddings; leave out one or the other."
-        raise cli.UserError(f"{records.joined(unused)}: {why}")
-    if given["--embeddings"] and given["--dimensions"]:
+    usual = {"embeddings": None, "dimensions": None, "scale": SCALE}
+    usual |= {} if parts else {"loss": "cosine"}
+    given = [f"--{name}" for name, value in usual.items() if getattr(args, name) != value]
+    why = "--loss cross-entropy has no embeddings; leave out one or the other."
+    why = why if parts else "for networks on some of the classes, so give --classes."
+    if given and (not parts or args.loss == "cross-entropy"):
+        raise cli.UserError(f"{records.joined(given)}: {why}")
+    if {"--embeddings", "--dimensions"} <= set(given):
         raise cli.UserError(
             "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
         )
@@ -308,14 +303,12 @@ def different(
     where None stands for any.
     """
     has, wants = _parts(card), _parts({**asked, "recipe": recipe or {}})
-    found = []
-    for name in wants:
-        # What only one of two knows belongs to another loss, or to another version's recipe.
-        if name in has and has[name] != wants[name]:
-            # Digests tell that rows are others, not in what.
-            values = f"{name} {_told(has[name])}, not {_told(wants[name])}"
-            found.append("other rows of embeddings" if name == _DIGEST else values)
-    return found
+    # What only one of two knows belongs to another loss, or to another version's recipe.
+    others = [name for name in wants if name in has and has[name] != wants[name]]
+    values = {name: f"{name} {_told(has[name])}, not {_told(wants[name])}" for name in others}
+    # Digests tell that rows are others, not in what.
+    values |= {name: "other rows of embeddings" for name in others if name == _DIGEST}
+    return list(values.values())
 
 
 _DIGEST = "embeddings' sha256"

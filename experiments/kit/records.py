@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import vfjax
 from kit import cli
 from vfjax import checkpoint
 
@@ -150,10 +151,7 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    if "vfjax" not in found:
-        import vfjax
-
-        found["vfjax"] = vfjax.__version__
+    found.setdefault("vfjax", vfjax.__version__)
     return found
 
 
