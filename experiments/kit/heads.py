@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -202,9 +201,7 @@ class EmbeddingOptions:
         f"each class, {ORDER} (default: orthonormal ones at random)", metavar="FILE")
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
-    scale: float = cli.option(
-        SCALE, "of the cosines, above 0", metavar="S",
-        type=cli.typed(float, lambda scale: 0 < scale < math.inf, "is no finite number above 0"))
+    scale: float = cli.option(SCALE, "of the cosines, above 0", type=cli.positive, metavar="S")
 # fmt: on
 
 
