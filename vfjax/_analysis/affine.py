@@ -2,7 +2,7 @@
 
 Decided from the graph, equation by equation: a function is affine in some values if each of its
 equations is linear in what depends on them, or multiplies that by what does not. Where the answer
-is no, the equation that makes it so is told. A primitive that is not known here counts as one that
+is no, the equation that makes it so is named. A primitive that is not known here counts as one that
 is not affine, so the answer yes is certain.
 """
 

@@ -1,7 +1,7 @@
 """Whether a batch may be computed in pieces: whether a network treats every example by itself.
 
 The batch axis of the input is followed through the graph, equation by equation. A network that
-mixes examples (batch statistics, an attention over the batch) is told, and so is one that is not
+mixes examples (batch statistics, an attention over the batch) is named, and so is one that is not
 the same at another batch size. The answer is yes only where it is certain: every primitive that is
 not known here counts as mixing.
 """

@@ -33,7 +33,7 @@ def resolve_weights(
         One Python float per model (for traced weights: one traced scalar, unchecked but in number).
 
     Raises:
-        TypeError: If `weights` is no flat sequence.
+        TypeError: If `weights` is not a flat sequence.
         ValueError: If there are not `count` of them, one is not finite, or they do not sum to one.
 
     Example:
@@ -105,7 +105,7 @@ def resolve_mix(
     """The weights of `count` trees, given as such or, of two, as an alpha.
 
     Raises:
-        TypeError: If `weights` is no flat sequence.
+        TypeError: If `weights` is not a flat sequence.
         ValueError: If both are given, `alpha` for other than two trees, or weights do not fit.
     """
     if alpha is not None:

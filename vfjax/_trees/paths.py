@@ -147,7 +147,7 @@ def check_trees(
         The trees, taken apart.
 
     Raises:
-        TypeError: If `trees` is no sequence of trees, or a leaf is no array.
+        TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If there are none, or they differ, or one holds NaN or infinity.
     """
     check_sequence(trees, name=name)

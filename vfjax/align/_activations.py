@@ -61,8 +61,8 @@ def match_activations(
         does not vary on the data has correlation 0.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
-            another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
+            data has another dtype.
         ValueError: If the trees differ before a tap or hold NaN or infinity, data is empty
             or exhausted, or `moments` lack the covariances at a tap.
 
@@ -112,7 +112,7 @@ def match_moments(
         The alignment, as `match_activations`.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If an index is out of range, or the covariances at a tap are missing.
 
     Example:

@@ -92,8 +92,8 @@ def cca(
         `vfjax.renorm.reset`.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, data has
-            another dtype, or `dtype` is no float32 or float64.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, data
+            has another dtype, or `dtype` is neither float32 nor float64.
         ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
             infinity, data is empty or exhausted, or `regularization` is negative or not finite.
 
@@ -145,7 +145,7 @@ def cca_moments(
         As `cca`.
 
     Raises:
-        TypeError: If `net` is no traced network, or `dtype` is no float32 or float64.
+        TypeError: If `net` is not a traced network, or `dtype` is neither float32 nor float64.
         ValueError: If `moments` lacks covariances at a tap or is of one model, or `regularization`
             is negative or not finite.
 

@@ -137,7 +137,7 @@ def models_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) ->
         The models.
 
     Raises:
-        TypeError: If `net` is no traced network, or a tree holds a leaf that is no array.
+        TypeError: If `net` is not a traced network, or a tree holds a leaf that is not an array.
         ValueError: If there are fewer than two trees, they differ before a tap, or hold NaN or
             infinity.
     """
@@ -177,7 +177,7 @@ def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
         moments: Moments of the models.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If there are not as many networks as models.
     """
     return net if isinstance(net, Network) else networks(net, moments.models)[0]

@@ -103,8 +103,8 @@ def transport(
         `vfjax.renorm.reset`.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
-            another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
+            data has another dtype.
         ValueError: If there are fewer than two trees, they do not fit their networks or hold NaN or
             infinity, data is missing, empty, exhausted or not read, an option is out of range, or
             an exact plan is too large: between different shares, or numbers of units that cannot
@@ -184,7 +184,7 @@ def transport_moments(
         As `transport`.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If `moments` lack the covariances at a tap or are of one model, or an option is
             out of range.
 

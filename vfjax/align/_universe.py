@@ -169,8 +169,8 @@ def match_universe(
         over models are taken in an order that the models' numbers decide.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
-            random key, or data has another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
+            is no random key, or data has another dtype.
         ValueError: If there are fewer than two trees, they differ (with data, before a
             tap) or hold NaN or infinity, data is empty or exhausted, `max_steps` is negative, or
             neither data nor a key is given.
@@ -226,7 +226,7 @@ def match_universe_moments(
         with the models in another order may differ by rounding, and only so can what is found.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If `moments` lacks covariances at a tap or is of one model, or `max_steps` is
             negative.
 

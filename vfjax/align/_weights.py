@@ -67,8 +67,8 @@ def match_weights(
         The alignment; its objective is the inner product over the leaves that count.
 
     Raises:
-        TypeError: If `net` is neither of them, `key` no random key, `ignore` a string, or a leaf no
-            array.
+        TypeError: If `net` is neither of them, `key` not a random key, `ignore` a string, or a leaf
+            no array.
         ValueError: If the trees differ in structure, shape or dtype, or do not fit the spec, hold
             NaN or infinity, or an option is out of range.
 

@@ -99,8 +99,8 @@ def zip_features(
         are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
-            random key, or data has another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
+            is no random key, or data has another dtype.
         ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
             infinity, data is empty or exhausted, `matcher` is unknown, does not fit the number of
             models or lacks its key, or `alpha` or `beta` is out of range.
@@ -153,7 +153,7 @@ def zip_moments(
         As `zip_features`.
 
     Raises:
-        TypeError: If `net` is no traced network, or `key` no random key.
+        TypeError: If `net` is not a traced network, or `key` not a random key.
         ValueError: If `moments` lacks covariances at a tap or is of one model, `matcher` is
             unknown, does not fit the number of models or lacks its key, or `alpha` or `beta` is out
             of range.
@@ -218,7 +218,7 @@ def merged_correlation(
         it over all groups of features, "optimal" over pairs. Heads count by their dims.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If `moments` lacks covariances at a tap, or a map splits features or mixes
             heads.
 

@@ -46,7 +46,7 @@ def compared(net: Network | Sequence[Network], variables: Any, references: Any) 
         The networks.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
+        TypeError: If `net` is not a traced network, or a leaf not an array.
         ValueError: If something does not fit, or holds NaN or infinite values.
     """
     nets, mine = networks_of(net, variables, "variables")
@@ -83,7 +83,7 @@ def carry(given: Compared, maps: Maps | None) -> tuple[Carried, ...]:
         maps: What maps the edge models, as trees; None where they are in that basis already.
 
     Raises:
-        TypeError: If `maps` is no `Maps`.
+        TypeError: If `maps` is not a `Maps`.
         ValueError: If there are not as many trees as it maps, or it does not fit the network.
     """
     if maps is None:

@@ -87,8 +87,8 @@ def decompose(
         Values, features, offsets and contributions.
 
     Raises:
-        TypeError: If `net` is no traced network, or that of a `Merged`, a leaf no array, or x has
-            another structure or dtype than was traced.
+        TypeError: If `net` is not a traced network, or that of a `Merged`, a leaf not an array, or
+            x has another structure or dtype than was traced.
         ValueError: If the network is not known to be affine (the message says why), if the tree
             does not fit it or holds NaN or infinite values, or a site does not exist.
 

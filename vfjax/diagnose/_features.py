@@ -225,8 +225,8 @@ def features(
         Features, offsets and moments by site.
 
     Raises:
-        TypeError: If `net` is no traced network, a leaf no array, `sites` no string and no sequence
-            of strings, or data has another structure or dtype than was traced.
+        TypeError: If `net` is not a traced network, a leaf not an array, `sites` no string and no
+            sequence of strings, or data has another structure or dtype than was traced.
         ValueError: If a tree does not fit the network or holds NaN or infinite values, a site does
             not exist or holds no axis of examples, weights do not fit, data is empty or exhausted,
             a value is NaN or infinite, on data or at 0, or a variance exceeds the dtype (values of

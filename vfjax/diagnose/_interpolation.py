@@ -189,8 +189,8 @@ def interpolation(
     models. After `"reset"`, `"repair"` and `"rescale"` they are so up to what the moments of `data`
     differ from those that the edge models were trained with. `("remove_bias", k)` takes biases from
     the edge models too, and where a matching transforms both networks (as ZipIt! does) the trees
-    given are no edge models to begin with. The record holds the two networks' own accuracies beside
-    the curve, and its barriers are relative to these.
+    given are not edge models to begin with. The record holds the two networks' own accuracies
+    beside the curve, and its barriers are relative to these.
 
     Args:
         net: The traced network; its output is logits `[n, classes]`.
@@ -220,8 +220,8 @@ def interpolation(
         apart only if no alpha has them.
 
     Raises:
-        TypeError: If `net` is no traced network, `trees` no sequence of trees, an option is of no
-            kind named above, or batches have another structure or dtype.
+        TypeError: If `net` is not a traced network, `trees` not a sequence of trees, an option is
+            of no kind named above, or batches have another structure or dtype.
         ValueError: If there are not two trees, they do not fit, an alpha is outside of [0, 1], a
             name is unknown, `data` or `key` is missing where it is needed, or batches are empty.
 

@@ -49,7 +49,7 @@ def rescale_product(
         of all their entries. Kernels are taken as the layers use them, masks and sums included.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
+        TypeError: If `net` is not a traced network, or a leaf not an array.
         ValueError: If trees do not fit the network or hold NaN or infinite values, there are no
             references, weights do not fit, or a merged kernel is all 0.
 

@@ -109,8 +109,8 @@ def cka(
         The matrix with the names of its rows and columns.
 
     Raises:
-        TypeError: If a network is neither of the two, a leaf is no array, a site holds no array of
-            real numbers, or data has another structure or dtype than was traced.
+        TypeError: If a network is neither of the two, a leaf is not an array, a site holds no array
+            of real numbers, or data has another structure or dtype than was traced.
         ValueError: If variables do not fit or hold NaN or infinite values, the networks take
             different inputs, a site does not exist, lies inside of stems or heads or has no axis of
             examples, the estimator is unknown, data is empty or exhausted or too small, makes a
@@ -293,7 +293,7 @@ def distance(
         The distances; 0 where both are zero. Sums are float64.
 
     Raises:
-        TypeError: If a leaf is no array, or `net` no traced network.
+        TypeError: If a leaf is not an array, or `net` not a traced network.
         ValueError: If the trees differ in structure, shape or dtype, hold NaN or infinite values,
             or do not fit the network.
 

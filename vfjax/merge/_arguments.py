@@ -39,7 +39,8 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
         A model that computes what the tree does.
 
     Raises:
-        TypeError: If `net` is no traced network, a leaf no array, or `weights` no sequence.
+        TypeError: If `net` is not a traced network, a leaf not an array, or `weights` not a
+            sequence.
         ValueError: If the tree does not fit the network, or weights do not sum to one.
 
     Example:
@@ -71,7 +72,7 @@ def merged_of(net: Network | Sequence[Network], merged: PyTree | Merged) -> Unpa
         The model.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
+        TypeError: If `net` is not a traced network, or a leaf not an array.
         ValueError: If it does not fit the network, or a tree holds NaN or infinite values.
     """
     if not isinstance(merged, Merged):
@@ -101,7 +102,7 @@ def networks_of(
         The traced networks, and the models.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
+        TypeError: If `net` is not a traced network, or a leaf not an array.
         ValueError: If a tree does not fit the network or holds NaN or infinite values, or there is
             none.
     """

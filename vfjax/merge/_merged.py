@@ -236,8 +236,9 @@ class Merged:
             and what is captured inside of them are tuples, of one value per model.
 
         Raises:
-            TypeError: If `capture` is no sequence of names, or `edit` no mapping to functions.
-            ValueError: If a site does not exist or lies inside the stems, x is no batch of the
+            TypeError: If `capture` is not a sequence of names, or `edit` not a mapping to
+                functions.
+            ValueError: If a site does not exist or lies inside the stems, x is not a batch of the
                 traced network and no `Crossing` of this cut, an edit changes shape or dtype, or a
                 variance is unknown.
 
@@ -344,8 +345,8 @@ class Merged:
             one value elsewhere.
 
         Raises:
-            TypeError: If `sites` is no sequence of names.
-            ValueError: If a site does not exist, or x is no batch of the traced network.
+            TypeError: If `sites` is not a sequence of names.
+            ValueError: If a site does not exist, or x is not a batch of the traced network.
 
         Example:
             >>> import jax.numpy as jnp, vfjax

@@ -62,8 +62,8 @@ def partial(
         The merged model. With heads it returns a tuple of K outputs, one per model.
 
     Raises:
-        TypeError: If `net` is no traced network, `maps` no `Maps`, `span` no slice of whole
-            numbers, `trees` no sequence of trees, or `weights` no sequence of numbers.
+        TypeError: If `net` is not a traced network, `maps` no `Maps`, `span` no slice of whole
+            numbers, `trees` not a sequence of trees, or `weights` not a sequence of numbers.
         ValueError: If `span` has a step or runs backwards, if fewer than two trees are given, if
             they do not fit the networks, the maps or each other, hold NaN or infinite values, or
             integer leaves that disagree, if weights do not fit, or if a value of integers would
@@ -133,8 +133,8 @@ def preserve_first(
         The merged model.
 
     Raises:
-        TypeError: If `net` is no traced network, `layers` no integer, `trees` no sequence of trees
-            or `weights` no sequence of numbers.
+        TypeError: If `net` is not a traced network, `layers` not an integer, `trees` not a sequence
+            of trees or `weights` not a sequence of numbers.
         ValueError: If `layers` is out of range, if fewer than two trees are given, if they do not
             fit the network or each other, hold NaN or infinite values, or integer leaves that
             disagree, or if weights do not fit.

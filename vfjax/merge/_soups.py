@@ -31,7 +31,7 @@ def interpolate(
         The averaged tree. With one weight of 1 and the others 0, that very tree.
 
     Raises:
-        TypeError: If `trees` is no sequence of trees, or a leaf is no array.
+        TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If trees differ in structure, shape or dtype, hold NaN or infinite values, or
             integer leaves that disagree; or if the weights do not fit.
 

@@ -94,7 +94,7 @@ def model_of(net: Network, tree: PyTree, name: str, *, variances: bool = True) -
         The model.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
+        TypeError: If `net` is not a traced network, or a leaf not an array.
         ValueError: If the tree does not fit the network, or holds NaN or infinite values.
     """
     check_net(net)
@@ -130,7 +130,7 @@ def models_of(
         The models.
 
     Raises:
-        TypeError: If there is no sequence of trees, or a leaf is no array.
+        TypeError: If there is no sequence of trees, or a leaf is not an array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
     paths.check_sequence(trees, name=name)
@@ -165,7 +165,7 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
         The models.
 
     Raises:
-        TypeError: If a leaf is no array.
+        TypeError: If a leaf is not an array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
     found = Models(tuple(nets), tuple(trees), _flats(trees, "trees"))
@@ -294,7 +294,7 @@ def networks(net: Any, models: int) -> tuple[Network, ...]:
         As many networks.
 
     Raises:
-        TypeError: If one is no `Network`.
+        TypeError: If one is not a `Network`.
         ValueError: If there are not as many, or their layers, norms, groups or inputs differ.
     """
     if isinstance(net, Network):

@@ -53,8 +53,8 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
         The network. It holds no parameters.
 
     Raises:
-        TypeError: If `apply_fn` cannot be called, or a leaf is no array (an unpartitioned Equinox
-            module).
+        TypeError: If `apply_fn` cannot be called, or a leaf is not an array (an unpartitioned
+            Equinox module).
         ValueError: If the weights are closed over instead of passed in `variables`, `apply_fn`
             raises a KeyError, as where it looks up a key that the trees have not, or a kernel's
             path is `input` or `output`, the names of the network's ends.
@@ -294,8 +294,8 @@ class Network:
             The output (or the `Crossing`); with `capture`, a pair of it and a dict by site.
 
         Raises:
-            TypeError: If `stop` or `start` is no whole number, `capture` no sequence of names,
-                `edit` no mapping to functions, or a leaf no array.
+            TypeError: If `stop` or `start` is not a whole number, `capture` not a sequence of
+                names, `edit` not a mapping to functions, or a leaf not an array.
             ValueError: If a site does not exist or lies on the other side, a depth is out of
                 range, `stop` is less than `start`, `x` is not the `Crossing` that `start` takes,
                 the tree has leaves that were not traced or lacks one that is read, `apply_fn` is
@@ -364,7 +364,7 @@ class Network:
             A crossing like each of them.
 
         Raises:
-            TypeError: If `weights` is no flat sequence.
+            TypeError: If `weights` is not a flat sequence.
             ValueError: If there are none, they are of different cuts or inputs, the weights do not
                 fit or do not sum to one, or a value that would have to be averaged is an integer
                 or boolean.
@@ -449,7 +449,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range.
         """
         check_depth(self, depth, "depth")
@@ -463,7 +463,7 @@ class Network:
             stop: Depth of a second cut at which the trunk ends; None for the output.
 
         Raises:
-            TypeError: If a depth is no whole number.
+            TypeError: If a depth is not a whole number.
             ValueError: If it is out of range, or `stop` is less than `depth`.
         """
         check_depth(self, depth, "depth")
@@ -516,7 +516,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range.
 
         Example:
@@ -553,7 +553,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range, or the network has no such site.
 
         Example:
@@ -576,7 +576,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range, or the network has no such site.
 
         Example:
@@ -631,7 +631,7 @@ class Network:
 
         Raises:
             FoldError: If there is nowhere to fold it, or the leaf to fold it into is missing.
-            TypeError: If a leaf is no array.
+            TypeError: If a leaf is not an array.
             ValueError: If there is no such layer, or `scale` or `shift` has another shape.
 
         Example:

@@ -255,7 +255,7 @@ def select(net: Network, sites: Any, *, whole: bool = False) -> tuple[str, ...]:
 
     Raises:
         ValueError: If a name is none of the network's, or one of a part where `whole`.
-        TypeError: If `sites` is no string and no sequence of strings.
+        TypeError: If `sites` is not a string and no sequence of strings.
     """
     if isinstance(sites, str):
         if sites == "paper":

@@ -42,8 +42,9 @@ def fisher(
         The scores, float64.
 
     Raises:
-        TypeError: If `net` is no traced network, `names` no sequence, a leaf no array, `examples`
-            no integer, or a batch is no pair with integer labels or has another dtype than traced.
+        TypeError: If `net` is not a traced network, `names` not a sequence, a leaf not an array,
+            `examples` no integer, or a batch is not a pair with integer labels or has another dtype
+            than traced.
         ValueError: If the tree or data do not fit, data are empty or too few, `examples` is below
             one, there are no layers, one has no kernel of its own, or a gradient is not finite.
 

@@ -59,7 +59,8 @@ def gradients(
         By path, `[k, *leaf]`: k gradients.
 
     Raises:
-        TypeError: If a batch is no pair with integer labels, or has another dtype than was traced.
+        TypeError: If a batch is not a pair with integer labels, or has another dtype than was
+            traced.
         ValueError: If data are empty, do not fit the network, or hold too few examples.
     """
     loss = cross_entropy if loss is None else loss
@@ -94,7 +95,7 @@ def check_count(name: str, value: Any) -> None:
     """Raises an error unless an argument counts something: an integer above zero.
 
     Raises:
-        TypeError: If it is no integer.
+        TypeError: If it is not an integer.
         ValueError: If it is below one.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):

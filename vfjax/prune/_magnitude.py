@@ -30,7 +30,7 @@ def magnitude(net: Network, tree: PyTree, *, names: Sequence[str] | None = None)
         The scores, float32 or better.
 
     Raises:
-        TypeError: If `net` is no traced network, `names` no sequence, or a leaf no array.
+        TypeError: If `net` is not a traced network, `names` not a sequence, or a leaf not an array.
         ValueError: If the tree does not fit, there are no layers, or one has no kernel of its own.
 
     Example:

@@ -85,7 +85,7 @@ def prunable(
         Names of layers, in the order of evaluation; of those that share a leaf, all.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If a kind is unknown.
 
     Example:
@@ -135,7 +135,7 @@ def rows_of(
         leaf's path. Of layers that use the same weights only the first is listed.
 
     Raises:
-        TypeError: If `names` is no sequence.
+        TypeError: If `names` is not a sequence.
         ValueError: If there are no layers, or one is unknown or has no kernel of its own.
     """
     if isinstance(names, str):
@@ -169,7 +169,7 @@ def weights_of(
     """The leaves of layers to prune, by path, and what `rows_of` returns.
 
     Raises:
-        TypeError: As `rows_of`, or if `net` is no traced network, or a leaf no array.
+        TypeError: As `rows_of`, or if `net` is not a traced network, or a leaf not an array.
         ValueError: As `rows_of`, or if the tree does not fit.
     """
     check_net(net)

@@ -41,8 +41,8 @@ def wanda(
         grow with the data.
 
     Raises:
-        TypeError: If `net` is no traced network, `names` no sequence, a leaf no array, or data has
-            another dtype.
+        TypeError: If `net` is not a traced network, `names` not a sequence, a leaf not an array, or
+            data has another dtype.
         ValueError: If the tree does not fit, data is empty, there are no layers, one has no kernel
             of its own, or a score is not finite.
 

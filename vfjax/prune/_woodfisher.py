@@ -279,7 +279,7 @@ def memory(
         How many; what else scoring takes does not grow with `count`.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If a layer is unknown, or has no kernel of its own.
 
     Example:

@@ -124,7 +124,7 @@ def calibrate_bias(
         A tree or a `Merged`, as given. Layers without a bias are passed over.
 
     Raises:
-        TypeError: If `maps` is no `Maps`, or `references` no sequence of trees.
+        TypeError: If `maps` is not a `Maps`, or `references` not a sequence of trees.
         ValueError: If weights are unequal or maps given and no references, if references, maps or
             weights do not fit, or one bias leaf serves layers of several depths.
 

@@ -128,7 +128,7 @@ class Moments:
 
         Raises:
             TypeError: If a permutation is not of integers.
-            ValueError: If there are not K maps, one is no permutation of its group or no matrix
+            ValueError: If there are not K maps, one is not a permutation of its group or no matrix
                 that fits it, or a matrix meets a site whose covariance within each model was not
                 measured.
 
@@ -202,8 +202,8 @@ def moments(
         Moments by site.
 
     Raises:
-        TypeError: If `net` is no traced network, `trees` no sequence of trees, or data has another
-            structure or dtype.
+        TypeError: If `net` is not a traced network, `trees` not a sequence of trees, or data has
+            another structure or dtype.
         ValueError: If networks or trees differ before a site, a site does not exist, data is empty
             or exhausted, or makes a site NaN or infinite; or `covariance` is `"cross"` with a
             single model.

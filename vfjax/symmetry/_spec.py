@@ -244,7 +244,7 @@ class PermutationSpec:
             A tree like `variables`, of the same dtypes, with m entries in place of n.
 
         Raises:
-            TypeError: If a mapped leaf holds integers, or a map is no pair.
+            TypeError: If a mapped leaf holds integers, or a map is not a pair.
             ValueError: If a group is unknown or `rigid`, a matrix has the wrong shape, or the spec
                 does not fit the tree.
 

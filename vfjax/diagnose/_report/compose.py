@@ -250,7 +250,7 @@ class Report:
 
 
 def _undefined(ratio: float) -> str:
-    """What to say in place of a ratio of feature to offset that is no number."""
+    """What to say in place of a ratio of feature to offset that is not a number."""
     if np.isnan(ratio):
         return "there is neither feature nor offset"
     return "there is no offset" if np.isinf(ratio) else ""
