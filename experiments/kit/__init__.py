@@ -6,11 +6,13 @@ A script says what is measured and hands it to `experiment.Experiment`, whose do
 import sys
 from typing import Any
 
+_given = sys.excepthook
 
-def _say_stopped(kind: type[BaseException], error: BaseException, *where: Any) -> None:
+
+def _say_stopped(kind: type[BaseException], *error: Any) -> None:
     """One line for Ctrl-C while Python still imports; later `experiment.reported` has it."""
     if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, *where)
+        return _given(kind, *error)
     sys.stderr.write("stopped before anything was measured.\n")
     raise SystemExit(130)
 

@@ -135,13 +135,7 @@ def near_chance(record: Record, *values: float) -> bool:
 
 
 def compared(record: Record, value: float, other: float, by: float = 0.0) -> bool | None:
-    """Whether an accuracy is above another by more than `by`; None within noise or near chance.
-
-    Example:
-      >>> record = Record(data={"name": "cifar10", "test_images": 10_000})
-      >>> [compared(record, value, 0.5) for value in (0.52, 0.505, 0.4)], compared(record, 0.2, 0.1)
-      ([True, None, False], None)
-    """
+    """Whether an accuracy is above another by more than `by`; None within noise or near chance."""
     if math.isnan(value - other) or near_chance(record, value, other):
         return None
     gap = value - other - by
@@ -149,15 +143,7 @@ def compared(record: Record, value: float, other: float, by: float = 0.0) -> boo
 
 
 def level(record: Record, values: Sequence[float], by: float) -> bool | None:
-    """Whether accuracies lie within `by` (unlike only beyond noise on top), or, by 0, within noise.
-
-    Example:
-      >>> record = Record(data={"name": "cifar10", "test_images": 10_000})
-      >>> [level(record, [0.5, other], 0.02) for other in (0.51, 0.525, 0.6)]
-      [True, None, False]
-      >>> [level(record, [0.5, other], 0) for other in (0.505, 0.525)]
-      [True, False]
-    """
+    """Whether accuracies lie within `by` (open up to noise on top), or, by 0, within noise."""
     if near_chance(record, *values):
         return None
     gap, free = max(values) - min(values), noise(min(values), record["data"]["test_images"])
@@ -202,7 +188,7 @@ class Comparison:
         return self.text
 
 
-def _named(quantities: Iterable[Quantity]) -> str:
+def _named(*quantities: Quantity) -> str:
     return ", ".join(quantity.label for quantity in quantities)
 
 
@@ -215,9 +201,8 @@ def Above(value: Quantity, other: Quantity, by: float = 0.0) -> Comparison:
 
 def Level(values: Sequence[Quantity], by: float) -> Comparison:
     """That accuracies lie within `by` of each other, see `level`."""
-    text = f"{_named(values)} within "
-    more = f"{100 * by:g} points; unlike from two standard errors more on"
-    text += more if by else "two standard errors"
+    points = f"{100 * by:g} points; unlike from two standard errors more on"
+    text = f"{_named(*values)} within {points if by else 'two standard errors'}"
     return Comparison(tuple(values), lambda record, *found: level(record, found, by), text)
 
 
@@ -228,7 +213,7 @@ def Leads(value: Quantity, others: Sequence[Quantity], last: bool = False) -> Co
         return compared(record, min(rest), a) if last else compared(record, a, max(rest))
 
     side = "below" if last else "above"
-    text = f"{value.label} {side} all of {_named(others)}; two standard errors are level"
+    text = f"{value.label} {side} all of {_named(*others)}; two standard errors are level"
     return Comparison((value, *others), holds, text, ranked=True)
 
 

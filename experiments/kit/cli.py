@@ -81,6 +81,7 @@ def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
     return typed(float, lambda value: low <= value <= high and value != float("inf"), wrong)
 
 
+positive = typed(float, lambda value: 0 < value < float("inf"), "is no finite number above 0")
 seed_of = typed(_whole, lambda seed: seed >= 0, "is no seed, from 0 on")
 # A number of images, or `all`; `counted` makes a number or None of it.
 count_or_all = typed(

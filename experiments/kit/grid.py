@@ -160,9 +160,6 @@ def stem(record: Mapping[str, Any]) -> list[str]:
     return [record["data"]["name"], *(["quick"] if record["config"]["quick"] else [])]
 
 
-# --------------------------------------------------------------------------------------- a grid
-
-
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """What is trained: learning rates, all with `decay`, and weight decays, all at `rate`.

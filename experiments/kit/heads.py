@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -170,7 +169,7 @@ def read(path: str, classes: int) -> np.ndarray:
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
     """The head of class embeddings, one row each."""
-    return Head(tuple(tuple(float(value) for value in row) for row in rows), scale)
+    return Head(tuple(map(tuple, np.asarray(rows, float).tolist())), scale)
 
 
 def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
@@ -202,9 +201,7 @@ class EmbeddingOptions:
         f"each class, {ORDER} (default: orthonormal ones at random)", metavar="FILE")
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
-    scale: float = cli.option(
-        SCALE, "of the cosines, above 0", metavar="S",
-        type=cli.typed(float, lambda scale: 0 < scale < math.inf, "is no finite number above 0"))
+    scale: float = cli.option(SCALE, "of the cosines, above 0", type=cli.positive, metavar="S")
 # fmt: on
 
 
@@ -213,19 +210,14 @@ def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
 
     `parts` is whether networks are trained on some of the classes.
     """
-    given = {
-        "--embeddings": args.embeddings is not None,
-        "--dimensions": args.dimensions is not None,
-    }
-    given["--scale"] = args.scale != SCALE
-    unused = [option for option, there in given.items() if there]
-    if not parts and (unused := [*unused, *(["--loss"] if args.loss != "cosine" else [])]):
-        why = "for networks on some of the classes, so give --classes."
-        raise cli.UserError(f"{records.joined(unused)}: {why}")
-    if args.loss == "cross-entropy" and unused:
-        why = "--loss cross-entropy has no embeddings; leave out one or the other."
-        raise cli.UserError(f"{records.joined(unused)}: {why}")
-    if given["--embeddings"] and given["--dimensions"]:
+    usual = {"embeddings": None, "dimensions": None, "scale": SCALE}
+    usual |= {} if parts else {"loss": "cosine"}
+    given = [f"--{name}" for name, value in usual.items() if getattr(args, name) != value]
+    why = "--loss cross-entropy has no embeddings; leave out one or the other."
+    why = why if parts else "for networks on some of the classes, so give --classes."
+    if given and (not parts or args.loss == "cross-entropy"):
+        raise cli.UserError(f"{records.joined(given)}: {why}")
+    if {"--embeddings", "--dimensions"} <= set(given):
         raise cli.UserError(
             "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
         )
@@ -306,21 +298,14 @@ def different(
 
     Its card is held against what it should say of the head, as of `described`, and of the recipe,
     where None stands for any.
-
-    Example:
-      >>> asked = {"classes": [0, 1], "loss": "cross-entropy"}
-      >>> different({"classes": [0, 2], "loss": "cross-entropy"}, asked)
-      ['classes 0 2, not 0 1']
     """
     has, wants = _parts(card), _parts({**asked, "recipe": recipe or {}})
-    found = []
-    for name in wants:
-        # What only one of two knows belongs to another loss, or to another version's recipe.
-        if name in has and has[name] != wants[name]:
-            # Digests tell that rows are others, not in what.
-            values = f"{name} {_told(has[name])}, not {_told(wants[name])}"
-            found.append("other rows of embeddings" if name == _DIGEST else values)
-    return found
+    # What only one of two knows belongs to another loss, or to another version's recipe.
+    others = [name for name in wants if name in has and has[name] != wants[name]]
+    values = {name: f"{name} {_told(has[name])}, not {_told(wants[name])}" for name in others}
+    # Digests tell that rows are others, not in what.
+    values |= {name: "other rows of embeddings" for name in others if name == _DIGEST}
+    return list(values.values())
 
 
 _DIGEST = "embeddings' sha256"

@@ -86,9 +86,6 @@ def write_page(folder: Path, experiment: str) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------- index
-
-
 def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     """The verdicts on one claim: how many, with links to where each is from."""
     links: dict[str, str] = {verdict: "" for verdict in claims.VERDICTS}

@@ -108,12 +108,7 @@ def _changed(match: str, config: Mapping[str, Any]) -> list[tuple[str, str, Any]
 
 
 def default_layers(depth: int) -> list[int]:
-    """The numbers of preserved layers that a table has a row for.
-
-    Example:
-      >>> default_layers(20), default_layers(7)
-      ([0, 6, 10, 13, 19], [0, 2, 3, 4, 6])
-    """
+    """The numbers of preserved layers that a table has a row for."""
     nearest = {min(int(layers / 14 * depth + 0.5), depth - 1) for layers in LAYERS[14]}
     return list(LAYERS.get(depth, sorted(nearest)))
 
@@ -156,9 +151,6 @@ def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[
             name = "AM" if remedy == "none" else f"AM + {name}"
         names["direct" if (match, remedy) == ("none", "none") else name] = match, remedy
     return names
-
-
-# ---------------------------------------------------------------------------------------- pairs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,7 +202,14 @@ class Pair:
         net, record = self.net, {"method": match}
         # There are some wherever the matching was asked for.
         moments: Any = self.moments
-        if match in ("activation", "weight"):
+        if match in MIXING:
+            options = SETTINGS.get(match, ())
+            settings = {option.removeprefix("zip_"): config[option] for option in options}
+            maps = MIXING[match](net, moments, **settings)
+            record |= settings
+        elif match == "none":
+            maps = Maps.of_permutations([None, None])
+        else:
             if match == "activation":
                 found = align.match_moments(net, moments)
             else:
@@ -218,13 +217,6 @@ class Pair:
             maps = Maps.of_permutations([None, found.permutations])
             record["objective"] = [float(value) for value in found.objective]
             record |= {"converged": found.converged, "moved": found.moved}
-        elif match in MIXING:
-            options = SETTINGS.get(match, ())
-            settings = {option.removeprefix("zip_"): config[option] for option in options}
-            maps = MIXING[match](net, moments, **settings)
-            record |= settings
-        else:
-            maps = Maps.of_permutations([None, None])
         references = None if moments is None or net.norms else maps.carry(moments)
         return Matching(maps, references, maps.apply(net, self.trees), record)
 
@@ -242,14 +234,12 @@ class Pair:
         self, remedy: str | None, matching: Matching, merged: merge.Merged, statistics: Any
     ) -> merge.Merged:
         """What the remedy's name says; `statistics` are images, or what they are at the cut."""
-        net = self.net
         if remedy is None:
             return merged
         if remedy == "bias_calibration":
-            return renorm.calibrate_bias(net, merged, references=matching.mapped)
-        if remedy == "reset":
-            return renorm.reset(net, merged, statistics)
-        return getattr(renorm, remedy)(net, merged, statistics, references=matching.references)
+            return renorm.calibrate_bias(self.net, merged, references=matching.mapped)
+        goals = {} if remedy == "reset" else {"references": matching.references}
+        return getattr(renorm, remedy)(self.net, merged, statistics, **goals)
 
     def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
         """Accuracy and loss on the test images, or on what they are at the cut."""

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import vfjax
 from kit import cli
 from vfjax import checkpoint
 
@@ -119,16 +120,8 @@ def curve_rows(cell: Mapping[str, Any], found: Any) -> Iterator[Row]:
     yield {**cell, "lowest": lowest, **barriers, "loss_barrier": of_loss}
 
 
-# ------------------------------------------------------------------------------ where they are
-
-
 def finite(value: Any) -> Any:
-    """The same with None in place of NaN and infinities, which JSON does not have.
-
-    Example:
-      >>> finite({"loss": [0.5, float("nan")]})
-      {'loss': [0.5, None]}
-    """
+    """The same with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -158,10 +151,7 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    if "vfjax" not in found:
-        import vfjax
-
-        found["vfjax"] = vfjax.__version__
+    found.setdefault("vfjax", vfjax.__version__)
     return found
 
 
@@ -184,9 +174,6 @@ def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
     found = {"name": dataset.name, "source": source, "fallback": dataset.fallback}
     images = {f"{key}_images": count for key, count in counts.items() if count is not None}
     return found | {"classes": dataset.classes} | images
-
-
-# ----------------------------------------------------------------------------- how they are told
 
 
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
