@@ -95,7 +95,7 @@ def large_rows(args: Any) -> list[dict[str, Any]]:
 
         # The first call compiles, as a user's does.
         first, *later = (seconds_of(run) for _ in range(1 + max(args.repeats, 1)))
-        what = f"{method}, {name}, {net.parameters / 1e6:.1f} M parameters"
+        what = f"{method}, {name}, {net.params / 1e6:.1f} M parameters"
         verdict = {"target": f"<= {SECONDS} s", "met": first <= SECONDS}
         rows.append({"what": f"{what}, compilation included", "seconds": first, **verdict})
         rows.append({"what": f"{what}, compiled", "seconds": statistics.median(later)})
