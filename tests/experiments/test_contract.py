@@ -25,6 +25,18 @@ DIGITS = ["--dataset", "digits", "--model", "digits-mlp"]
 # What a script measures in seconds.
 SMALLEST = {
     "cifar_pfm": [*DIGITS, "--layers", "0", "5", "--match", "weight", "--samples", "200"],
+    "pfm_vs_partial_zip": [
+        *DIGITS,
+        "--layers",
+        "0",
+        "4",
+        "--match",
+        "activation",
+        "--samples",
+        "200",
+        "--statistics",
+        "200",
+    ],  # fmt: skip
     "normalization": [*DIGITS, "--samples", "100", "--statistics", "200", "--held-out", "100"],
 }
 SCRIPTS = sorted(
