@@ -37,6 +37,17 @@ SMALLEST = {
         "--statistics",
         "200",
     ],  # fmt: skip
+    "zipit_disjoint": [
+        *DIGITS,
+        "--epochs",
+        "3",
+        "--samples",
+        "100",
+        "--statistics",
+        "200",
+        "--held-out",
+        "100",
+    ],  # fmt: skip
     "normalization": [*DIGITS, "--samples", "100", "--statistics", "200", "--held-out", "100"],
 }
 SCRIPTS = sorted(
