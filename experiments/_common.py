@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from kit.cli import UserError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -43,10 +44,6 @@ DATASET_LABELS = {
 
 
 # --------------------------------------------------------------------------------- command line
-
-
-class UserError(ValueError):
-    """Something that whoever runs the script can put right; shown without a traceback."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

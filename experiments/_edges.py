@@ -14,7 +14,7 @@ from typing import Any
 import _common
 import jax
 import jax.numpy as jnp
-import train_edges
+from kit import cli, training
 
 import vfjax
 from vfjax import checkpoint, data, merge, models
@@ -125,7 +125,7 @@ class Architecture:
     @property
     def stem(self) -> str:
         """Names of checkpoints, up to the seed."""
-        name = train_edges.checkpoint_name(self.dataset, self.name, self.width, 0)
+        name = training.checkpoint_name(self.dataset, self.name, self.width, 0)
         return name.removesuffix("0")
 
     def __str__(self) -> str:
@@ -217,7 +217,7 @@ def trained(args: argparse.Namespace, arch: Architecture, count: int) -> list[Pa
     words += ["--seeds", *map(str, range(count)), "--width", str(arch.width)]
     words += ["--out", str(Path(args.out) / f"checkpoints-{args.preset}")]
     words += ["--data-dir", args.data_dir] if args.data_dir else []
-    return train_edges.main(words)
+    return training.run(cli.parse(training.Training, "train_edges.py", None, words))
 
 
 @dataclasses.dataclass(frozen=True)

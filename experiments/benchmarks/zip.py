@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kit import timing
 
-from vfjax.align import _grouping
-from vfjax.align._grouping import greedy_groups
-from vfjax.align._grouping import identity_groups
-from vfjax.align._grouping import kmeans_groups
-from vfjax.align._grouping import optimal_groups
-from vfjax.align._grouping import permute_groups
+from vfjax.align._grouping import (
+    greedy_groups,
+    identity_groups,
+    kmeans_groups,
+    optimal_groups,
+    permute_groups,
+)
 
 SECONDS = 5
 ALPHA, BETA = 0.3, 0.125

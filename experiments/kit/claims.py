@@ -29,12 +29,7 @@ NEAR = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a rule says of a record.
-
-    Attributes:
-      holds: Whether the claim does; None where it cannot be told.
-      here: What was measured.
-    """
+    """Whether a claim holds (None where it cannot be told), and what was measured."""
 
     holds: bool | None
     here: str
@@ -48,12 +43,11 @@ class Claim:
     """A claim of a paper.
 
     Attributes:
-      id: The paper and where in it: `vf.t1.rescale-leads`. One claim has one id, wherever it is
-        tested.
-      claim: What is claimed, in some words; those of an index of all claims.
+      id: The paper and where in it: `vf.t1.rescale-leads`; one id wherever a claim is tested.
+      claim: What is claimed, in some words.
       paper: What the paper has, with numbers; empty where no paper has it.
-      rule: How it is decided; where it gives None the claim is left out. Rules of this file are
-        data; a function serves where none of them does.
+      rule: How it is decided: `Above`, `Level`, `Leads`, `AtChance`, or a function of the record.
+        Where it gives None the claim is left out.
       when: Which records it is held against.
       told: Of which of these the paper says it; of others it is measured, and not in the paper.
       by: How a rule that is a function decides, and by which margin.
@@ -67,27 +61,19 @@ class Claim:
     told: Callable[[Record], bool] = lambda record: True
     by: str = ""
 
-    def verdict(self, record: Record) -> dict[str, str] | None:
-        """What the record of a run holds of it."""
-        found = self.rule(record) if self.when(record) else None
-        if found is None:
-            return None
-        known = bool(self.paper) and self.told(record)
-        verdict = {True: AS, False: UNLIKE, None: OPEN}[found.holds] if known else NEW
-        return {
-            "id": self.id,
-            "claim": self.claim,
-            "paper": self.paper if known else "",
-            "here": found.here,
-            "verdict": verdict,
-            "rule": self.by or str(self.rule),
-        }
-
 
 def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
     """All claims that apply to a record, with their verdicts."""
-    found = (claim.verdict(record) for claim in claims)
-    return [row for row in found if row is not None]
+    rows = []
+    for claim in claims:
+        found = claim.rule(record) if claim.when(record) else None
+        if found is not None:
+            known = bool(claim.paper) and claim.told(record)
+            row = {"id": claim.id, "claim": claim.claim, "paper": claim.paper if known else ""}
+            verdict = {True: AS, False: UNLIKE, None: OPEN}[found.holds] if known else NEW
+            row |= {"here": found.here, "verdict": verdict, "rule": claim.by or str(claim.rule)}
+            rows.append(row)
+    return rows
 
 
 def table(verdicts: Sequence[Mapping[str, str]], mark: str = "") -> tables.Table:
@@ -156,14 +142,29 @@ def compared(record: Record, value: float, other: float, by: float = 0.0) -> boo
 
     Example:
       >>> record = Record(data={"name": "cifar10", "test_images": 10_000})
-      >>> [compared(record, value, 0.5) for value in (0.52, 0.505, 0.4)]
-      [True, None, False]
-      >>> compared(record, 0.17, 0.13)
+      >>> [compared(record, value, 0.5) for value in (0.52, 0.505, 0.4)], compared(record, 0.2, 0.1)
+      ([True, None, False], None)
     """
     if math.isnan(value - other) or near_chance(record, value, other):
         return None
     gap = value - other - by
     return None if abs(gap) <= noise(other, record["data"]["test_images"]) else gap > 0
+
+
+def level(record: Record, values: Sequence[float], by: float) -> bool | None:
+    """Whether accuracies lie within `by` (unlike only beyond noise on top), or, by 0, within noise.
+
+    Example:
+      >>> record = Record(data={"name": "cifar10", "test_images": 10_000})
+      >>> [level(record, [0.5, other], 0.02) for other in (0.51, 0.525, 0.6)]
+      [True, None, False]
+      >>> [level(record, [0.5, other], 0) for other in (0.505, 0.525)]
+      [True, False]
+    """
+    if near_chance(record, *values):
+        return None
+    gap, free = max(values) - min(values), noise(min(values), record["data"]["test_images"])
+    return gap <= free if not by else True if gap <= by else None if gap <= by + free else False
 
 
 def all_of(found: Iterable[bool | None]) -> bool | None:
@@ -180,120 +181,63 @@ def all_of(found: Iterable[bool | None]) -> bool | None:
 # ----------------------------------------------------------------------------------------- rules
 
 
-def _told(record: Record, *quantities: Quantity) -> str:
-    return ", ".join(quantity.told(record) for quantity in quantities)
-
-
-def _missing(record: Record, quantities: Iterable[Quantity]) -> bool:
-    return any(math.isnan(quantity.of(record)) for quantity in quantities)
-
-
 @dataclasses.dataclass(frozen=True)
-class Above:
+class Comparison:
+    """A rule on some quantities; where one was not measured nothing is decided."""
+
+    quantities: Sequence[Quantity]
+    holds: Callable[..., bool | None]
+    text: str
+    ranked: bool = False
+
+    def __call__(self, record: Record) -> Decision | None:
+        """Decides; `holds` gets the record and the numbers."""
+        found = {quantity: quantity.of(record) for quantity in self.quantities}
+        if any(map(math.isnan, found.values())):
+            return None
+        shown = sorted(found, key=lambda q: -found[q]) if self.ranked else found
+        here = ", ".join(quantity.told(record) for quantity in shown)
+        return Decision(self.holds(record, *found.values()), here)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _named(quantities: Iterable[Quantity]) -> str:
+    return ", ".join(quantity.label for quantity in quantities)
+
+
+def Above(value: Quantity, other: Quantity, by: float = 0.0) -> Comparison:
     """That one accuracy is above another, by more than `by`."""
-
-    value: Quantity
-    other: Quantity
-    by: float = 0.0
-
-    def __call__(self, record: Record) -> Decision | None:
-        """Decides; nothing where one of the two was not measured."""
-        if _missing(record, (self.value, self.other)):
-            return None
-        holds = compared(record, self.value.of(record), self.other.of(record), self.by)
-        return Decision(holds, _told(record, self.value, self.other))
-
-    def __str__(self) -> str:
-        more = f" by more than {100 * self.by:g} points" if self.by else ""
-        return f"{self.value.label} above {self.other.label}{more}; two standard errors are level"
+    more = f" by more than {100 * by:g} points" if by else ""
+    text = f"{value.label} above {other.label}{more}; two standard errors are level"
+    return Comparison((value, other), lambda record, a, b: compared(record, a, b, by), text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """That accuracies lie within so much of each other; unlike only beyond noise on top of it.
-
-    With `by` of 0 they are to be equal up to noise.
-    """
-
-    values: Sequence[Quantity]
-    by: float
-
-    def __call__(self, record: Record) -> Decision | None:
-        """Decides; nothing where one was not measured."""
-        if _missing(record, self.values):
-            return None
-        found = [quantity.of(record) for quantity in self.values]
-        text = f"{_told(record, *self.values)}"
-        return Decision(level(record, found, self.by), text)
-
-    def __str__(self) -> str:
-        names = ", ".join(quantity.label for quantity in self.values)
-        if not self.by:
-            return f"{names} within two standard errors"
-        return f"{names} within {100 * self.by:g} points; unlike from two standard errors more on"
+def Level(values: Sequence[Quantity], by: float) -> Comparison:
+    """That accuracies lie within `by` of each other, see `level`."""
+    text = f"{_named(values)} within "
+    more = f"{100 * by:g} points; unlike from two standard errors more on"
+    text += more if by else "two standard errors"
+    return Comparison(tuple(values), lambda record, *found: level(record, found, by), text)
 
 
-def level(record: Record, values: Sequence[float], by: float) -> bool | None:
-    """Whether accuracies lie within `by`, or, with `by` of 0, within noise.
+def Leads(value: Quantity, others: Sequence[Quantity], last: bool = False) -> Comparison:
+    """That one accuracy is above all others, or, with `last`, below them."""
 
-    Example:
-      >>> record = Record(data={"name": "cifar10", "test_images": 10_000})
-      >>> [level(record, [0.5, other], 0.02) for other in (0.51, 0.525, 0.6)]
-      [True, None, False]
-      >>> [level(record, [0.5, other], 0) for other in (0.505, 0.525)]
-      [True, False]
-    """
-    if near_chance(record, *values):
-        return None
-    gap, free = max(values) - min(values), noise(min(values), record["data"]["test_images"])
-    if not by:
-        return gap <= free
-    return True if gap <= by else None if gap <= by + free else False
+    def holds(record: Record, a: float, *rest: float) -> bool | None:
+        return compared(record, min(rest), a) if last else compared(record, a, max(rest))
+
+    side = "below" if last else "above"
+    text = f"{value.label} {side} all of {_named(others)}; two standard errors are level"
+    return Comparison((value, *others), holds, text, ranked=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Leads:
-    """That one accuracy is above all others (or, with `last`, below them)."""
-
-    value: Quantity
-    others: Sequence[Quantity]
-    last: bool = False
-
-    def __call__(self, record: Record) -> Decision | None:
-        """Decides; nothing where one was not measured."""
-        everyone = (self.value, *self.others)
-        if _missing(record, everyone):
-            return None
-        value, others = self.value.of(record), [other.of(record) for other in self.others]
-        if self.last:
-            holds = compared(record, min(others), value)
-        else:
-            holds = compared(record, value, max(others))
-        found = sorted(everyone, key=lambda quantity: -quantity.of(record))
-        return Decision(holds, _told(record, *found))
-
-    def __str__(self) -> str:
-        names = ", ".join(quantity.label for quantity in self.others)
-        side = "below" if self.last else "above"
-        return f"{self.value.label} {side} all of {names}; two standard errors are level"
-
-
-@dataclasses.dataclass(frozen=True)
-class AtChance:
+def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
     """That an accuracy is no more than `by` from that of a guess."""
 
-    value: Quantity
-    by: float = 0.02
+    def holds(record: Record, found: float) -> bool | None:
+        gap, free = abs(found - record.chance), noise(record.chance, record["data"]["test_images"])
+        return True if gap <= by else None if gap <= by + free else False
 
-    def __call__(self, record: Record) -> Decision | None:
-        """Decides; nothing where it was not measured."""
-        found = self.value.of(record)
-        if math.isnan(found):
-            return None
-        free = noise(record.chance, record["data"]["test_images"])
-        gap = abs(found - record.chance)
-        holds = True if gap <= self.by else None if gap <= self.by + free else False
-        return Decision(holds, self.value.told(record))
-
-    def __str__(self) -> str:
-        return f"{self.value.label} within {100 * self.by:g} points of chance"
+    return Comparison((value,), holds, f"{value.label} within {100 * by:g} points of chance")

@@ -98,7 +98,8 @@ class Options:
 
 def parser(options: type, prog: str, doc: str | None) -> Parser:
     """The parser of a command line."""
-    p = Parser(prog=prog, description=doc, formatter_class=Help)
+    usage = f"{prog} [options]"
+    p = Parser(prog=prog, usage=usage, description=doc, formatter_class=Help)
     # Own options first.
     fields = {field.name: field for field in dataclasses.fields(options)}
     common = [fields.pop(f.name) for f in dataclasses.fields(Options) if f.name in fields]

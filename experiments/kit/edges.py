@@ -75,13 +75,7 @@ class EdgeOptions(cli.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Which networks are merged.
-
-    Attributes:
-      name: Name of the model, as in `vfjax.models.create`.
-      width: Multiplier of all channel counts.
-      dataset: Name of the data set that they are trained on.
-    """
+    """Which networks are merged: model as in `vfjax.models.create`, channels times, data set."""
 
     name: str
     width: float
@@ -99,12 +93,10 @@ def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16")
     default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
     name, width = args.model or (default, None)
     if name.startswith("digits") != (dataset.name == "digits"):
-        if dataset.name != "digits":
-            hint = "give --dataset digits"
-        elif dataset.fallback:
+        hint = "give --dataset cifar10, or --model digits-conv"
+        if dataset.fallback:
             hint = "CIFAR-10 was not found, give --data-dir, or --model digits-conv"
-        else:
-            hint = "give --dataset cifar10, or --model digits-conv"
+        hint = hint if dataset.name == "digits" else "give --dataset digits"
         label = records.DATASETS[dataset.name]
         raise cli.UserError(f"--model {name} is not for {label}; {hint}.")
     if width is None:
@@ -176,33 +168,15 @@ def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Pa
 def trained(args: EdgeOptions, arch: Architecture, count: int) -> list[Path]:
     """Trains `count` models as `train_edges.py` does, or finds them trained by an earlier run."""
     folder = Path(args.out) / f"checkpoints-{args.preset}"
-    return training.run(
-        training.Training(
-            model=arch.name,
-            width=arch.width,
-            dataset=arch.dataset,
-            data_dir=args.data_dir,
-            seeds=tuple(range(count)),
-            preset=args.preset,
-            out=str(folder),
-            work_dir=str(folder / ".training"),
-        )
-    )
+    options = {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
+    options |= {"data_dir": args.data_dir, "preset": args.preset, "seeds": tuple(range(count))}
+    folders = {"out": str(folder), "work_dir": str(folder / ".training")}
+    return training.run(training.Training(**options, **folders))
 
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """The edge models of a run, and its images.
-
-    Attributes:
-      arch: Which networks.
-      dataset: The images that were read.
-      net: The traced network.
-      folders: Their checkpoints.
-      cards: What these say.
-      trees: Their variables.
-      images: Batches to measure statistics on, to test on, and those held out, if any.
-    """
+    """The edge models of a run: checkpoints, what their cards say, variables; and its images."""
 
     arch: Architecture
     dataset: data.Dataset
@@ -223,23 +197,14 @@ class Edges:
 
     def record(self) -> dict[str, Any]:
         """What records say of images and networks."""
-        counts = {
-            "statistics": self.images.statistics,
-            "held_out": self.images.held_out,
-            "test": self.images.test,
-        }
-        sizes = {k: None if v is None else len(v.images) for k, v in counts.items()}
-        about = records.about(self.dataset, **sizes)
+        parts = {key: getattr(self.images, key) for key in ("statistics", "held_out", "test")}
+        counts = {key: None if part is None else len(part.images) for key, part in parts.items()}
+        about = records.about(self.dataset, **counts)
         return {
             "config": {"model": self.arch.name, "width": self.arch.width},
             "data": about | {"batch_size": BATCH, "augmented": False},
-            "model": {
-                "name": self.arch.name,
-                "width": self.arch.width,
-                "depth": self.net.depth,
-                "parameters": self.net.parameters,
-                "flops": self.net.flops,
-            },
+            "model": {"name": self.arch.name, "width": self.arch.width}
+            | {key: getattr(self.net, key) for key in ("depth", "parameters", "flops")},
             "edge_models": [
                 {
                     "checkpoint": folder.name,
@@ -269,25 +234,18 @@ def images_of(
     test: int | None = None,
 ) -> Images:
     """The images, none in two of the three; None for all there are, and for none held out."""
+    tested = dataset.batches("test", batch_size=BATCH, samples=test)
     if held_out is None:
-        return Images(
-            dataset.batches("train", batch_size=BATCH, samples=statistics),
-            None,
-            dataset.batches("test", batch_size=BATCH, samples=test),
-        )
+        found = dataset.batches("train", batch_size=BATCH, samples=statistics)
+        return Images(found, None, tested)
     images, labels = dataset.train_images, dataset.train_labels
     statistics = len(images) if statistics is None else statistics
     if len(images) < statistics + held_out:
         held_out = min(held_out, int(SHARE * len(images)))
-
-    def part(of: slice) -> data.Batches:
-        return data.Batches(images[of], labels[of], dataset.mean, dataset.std, BATCH)
-
-    return Images(
-        part(slice(min(statistics, len(images) - held_out))),
-        part(slice(len(images) - held_out, None)),
-        dataset.batches("test", batch_size=BATCH, samples=test),
-    )
+    last = len(images) - held_out
+    parts = (slice(min(statistics, last)), slice(last, None))
+    mean, std = dataset.mean, dataset.std
+    return Images(*(data.Batches(images[p], labels[p], mean, std, BATCH) for p in parts), tested)
 
 
 def digest(tree: PyTree) -> str:
@@ -310,25 +268,20 @@ def loaded(
     settled: Callable[[Any, vfjax.Network, str], Any] | None = None,
     seeds: Callable[[Any], Mapping[str, Any]] = lambda config: {},
 ) -> Callable[[Any, timing.Stopwatch], Setup]:
-    """The `prepare` of experiments on edge models.
+    """The `prepare` of experiments on edge models; the value of its `Setup` is `Edges`.
 
     Args:
-      count: From options to how many models; None for all that are shipped, or two with
-        `--retrain`.
-      statistics: Name of the option of how many training images moments are measured on; all
-        without one.
+      count: From options to how many models; None for all shipped ones, or two with `--retrain`.
+      statistics: Name of the option of how many training images moments are measured on; without
+        one, all.
       held_out: Name of the option of how many more are held out.
       test: Name of the option of how many test images there are.
-      read: From options to how many training images are read, where the options above do not say.
+      read: From options to how many training images are read, where those above do not say.
       cifar: The model for CIFAR where `--model` has none.
       checked: Called with the options before anything is read, to raise what is wrong.
       settled: From options, traced network and its name to options with what depends on these,
-        such as default layers; raises what the options have against it. Called before anything is
-        trained.
+        such as default layers; called before anything is trained, to raise what is wrong, too.
       seeds: From options to the seeds that the record holds beside those of the models.
-
-    Returns:
-      From options and clock to a `Setup` whose value is `Edges`.
     """
 
     def number(config: Any, name: str | None) -> int | None:

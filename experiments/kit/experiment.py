@@ -70,34 +70,25 @@ class Setup:
 
 
 class Run:
-    """A run of an experiment, as `measure` sees it.
-
-    Attributes:
-      setup: What `prepare` made.
-      watch: The clock: `with run.watch("matching"): ...`.
-    """
+    """A run as `measure` sees it: `run.setup` (what `prepare` made), `run.watch` (the clock)."""
 
     def __init__(self, setup: Setup, watch: timing.Stopwatch, partial: Path, key: str) -> None:
-        self.setup, self.watch, self._path, self._key = setup.value, watch, partial, key
+        self.setup, self.watch, self.path, self._key = setup.value, watch, partial, key
         self._done: dict[str, list[records.Row]] = {}
         self._order: list[str] = []
         self._pending: list[records.Row] | None = None
         self._saved = time.monotonic()
         self.notes: dict[str, list[records.Row]] = {}
-        self._read()
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads(partial.read_text(encoding="utf-8"))
+            if found["key"] == key:
+                watch.go_on(found["seconds"])
+                self._done, self.notes = found["cells"], found["notes"]
 
-    # -------------------------------------------------------------------------- for measurements
-
-    def cells(
-        self,
-        plan: Iterable[Mapping[str, Any]],
-        describe: Callable[[Mapping[str, Any]], str] | None = None,
-    ) -> Iterator[records.Row]:
+    def cells(self, plan: Iterable[Mapping[str, Any]]) -> Iterator[records.Row]:
         """Gives each cell of a plan that is not measured yet, with a progress bar over all.
 
-        Args:
-          plan: What identifies each cell, plain values by name; rows begin with them.
-          describe: What the progress bar says of a cell; None for its values.
+        A cell is what identifies it, plain values by name; its rows begin with them.
         """
         cells = [dict(cell) for cell in plan]
         names = [json.dumps(records.finite(cell), sort_keys=True) for cell in cells]
@@ -107,8 +98,8 @@ class Run:
             for name, cell in zip(names, cells, strict=True):
                 if name in self._done:
                     continue
-                values = ", ".join(str(value) for value in cell.values() if value is not None)
-                bar.set_description(values if describe is None else describe(cell))
+                values = (str(value) for value in cell.values() if value is not None)
+                bar.set_description(", ".join(values))
                 self._pending = []
                 yield dict(cell)
                 self._done[name], self._pending = self._pending, None
@@ -125,8 +116,6 @@ class Run:
     def watched(self, batches: Iterable[Any], description: str) -> timing.Watched:
         """Batches with a progress bar."""
         return timing.Watched(batches, description)
-
-    # -------------------------------------------------------------------------- for `Experiment`
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Takes a row that `measure` yields."""
@@ -155,18 +144,7 @@ class Run:
         self._saved = time.monotonic()
         if self._done:
             kept = {"cells": self._done, "notes": self.notes, "seconds": self.watch.record()}
-            records.write(self._path, {"key": self._key} | kept)
-
-    def forget(self) -> None:
-        """Removes it."""
-        self._path.unlink(missing_ok=True)
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            if found["key"] == self._key:
-                self.watch.go_on(found["seconds"])
-                self._done, self.notes = found["cells"], found["notes"]
+            records.write(self.path, {"key": self._key} | kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,18 +187,13 @@ class Experiment:
     untold: Callable[[Mapping[str, Any]], bool] = lambda record: False
 
     @property
-    def script(self) -> str:
-        """The name of the file."""
-        return f"{self.name}.py"
-
-    @property
     def question(self) -> str:
         """What is asked: the first paragraph of the head."""
         return " ".join((self.doc or "").split("\n\n")[0].split())
 
     def parser(self) -> cli.Parser:
         """The parser of the command line."""
-        p = cli.parser(self.options, self.script, self.doc)
+        p = cli.parser(self.options, f"{self.name}.py", self.doc)
         p.add_argument(
             "--redraw",
             nargs="+",
@@ -245,31 +218,31 @@ class Experiment:
                     self.present(self.write(path, records.read(path)))
                 return path
             config = cli.settled(self.options, values)
-            path = self.run(config, cli.command(self.script, argv))
+            path = self.run(config, cli.command(f"{self.name}.py", argv))
             self.present(path)
         return path
 
     def run(self, config: Any, command: str) -> Path:
         """Measures everything and writes the record."""
         watch = timing.Stopwatch()
-        with stoppable(lambda: None):
-            setup = self.prepare(config, watch)
+        setup = self.prepare(config, watch)
         recorded = dict(setup.record)
         config = dataclasses.asdict(setup.config) | recorded.pop("config", {})
         about = {"experiment": self.name, "question": self.question, "command": command}
         head = records.Record(records.finite(about | {"config": config} | recorded))
         path = Path(setup.config.out) / f"{self.file_name(head)}.json"
         run = Run(setup, watch, path.with_suffix(".partial"), key_of(head, setup.identity))
-        with stoppable(lambda: run):
-            try:
-                for row in self.measure(setup.config, run):
-                    run.add(row)
-            except BaseException:
-                run.save()
-                raise
+        try:
+            for row in self.measure(setup.config, run):
+                run.add(row)
+        except BaseException as error:
+            run.save()
+            if isinstance(error, KeyboardInterrupt):
+                raise Stopped(run.count) from None
+            raise
         measured = {"rows": run.rows, "notes": run.notes, "seconds": watch.record()}
         self.write(path, head | measured | records.environment())
-        run.forget()
+        run.path.unlink(missing_ok=True)
         return path
 
     def derived(self, record: Mapping[str, Any]) -> records.Record:
@@ -317,19 +290,9 @@ class Experiment:
 class Stopped(Exception):
     """Ctrl-C was pressed; the message says how to go on."""
 
-
-@contextlib.contextmanager
-def stoppable(run: Callable[[], Run | None]) -> Iterator[None]:
-    """Turns Ctrl-C into a message of what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        found = run()
-        kept = f"{found.count} cells are kept" if found and found.count else "nothing was measured"
-        raise Stopped(
-            f"stopped: {kept}, networks in training are where they were; the same command goes on "
-            "from there."
-        ) from None
+    def __init__(self, count: int = 0) -> None:
+        kept = f": {count} cells are kept" if count else " before anything was measured"
+        super().__init__(f"stopped{kept}; the same command goes on from there, in training, too.")
 
 
 @contextlib.contextmanager
@@ -346,10 +309,8 @@ def reported(prog: str) -> Iterator[None]:
         status, found = 2, f"error: {_line(error)}"
     except (ValueError, FloatingPointError, OSError) as error:
         status, found = 1, f"error: {_line(error)}"
-    except Stopped as error:
-        status, found = 130, str(error)
-    except KeyboardInterrupt:
-        status, found = 130, "stopped: the same command does it again."
+    except (Stopped, KeyboardInterrupt) as error:
+        status, found = 130, str(error if isinstance(error, Stopped) else Stopped())
     else:
         return
     sys.stderr.write(f"{prog}: {found}\n")

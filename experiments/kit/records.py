@@ -73,11 +73,7 @@ class Rows(list[Row]):
         return list(dict.fromkeys(self.values(key, **wanted)))
 
     def only(self, **wanted: Any) -> Row:
-        """The one row with some values.
-
-        Raises:
-          LookupError: If there is none, or several.
-        """
+        """The one row with some values; raises a LookupError if there is none, or several."""
         found = self.where(**wanted)
         if len(found) != 1:
             raise LookupError(f"{len(found)} rows with {wanted}, not one.")
@@ -165,11 +161,7 @@ def write(path: Path, record: Mapping[str, Any]) -> Path:
 
 
 def read(path: Path) -> Record:
-    """Reads a record.
-
-    Raises:
-      UserError: If there is none.
-    """
+    """Reads a record; raises a `UserError` if there is none."""
     try:
         return Record(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -238,16 +230,6 @@ def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
     return f"{dataset_label(record['data'], wanted)}: {config['model']}{width}"
 
 
-def images(count: int, what: str) -> str:
-    """A number of images of some kind.
-
-    Example:
-      >>> images(1, "test"), images(2000, "test")
-      ('1 test image', '2,000 test images')
-    """
-    return f"{count:,} {what} image{'' if count == 1 else 's'}".replace("  ", " ")
-
-
 def made_on(record: Mapping[str, Any]) -> str:
     """How long a record took, and on what."""
     device = record["device"]
@@ -271,12 +253,9 @@ def file_name(
 ) -> str:
     """Name of record and figure, without suffix: what was asked for and is not default.
 
-    So runs that differ in what they measure do not overwrite each other's results.
-
-    Args:
-      record: The record.
-      options: The options of the experiment; their `part` says how each shows.
-      stem: What the name begins with after the experiment's; None for data and network.
+    So runs that differ in what they measure do not overwrite each other's results. `stem` is what
+    it begins with after the experiment's name, None for data and network; the `part` of each of the
+    options says how it shows.
     """
     config = record["config"]
     if stem is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -233,4 +234,6 @@ def run(args: Training) -> list[Path]:
         checkpoint.save(folders[seed], trained.variables, meta, storage=storage)
         log.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])
         shutil.rmtree(work_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work_dir.parent.rmdir()
     return list(folders.values())

@@ -399,7 +399,7 @@ def test_errors():
         diagnose.decompose(None, v, x)
     with pytest.raises(ValueError, match="variables differs"):
         diagnose.decompose(net, {"weights": v["weights"] * 2, "biases": {}}, x)
-    with pytest.raises(ValueError, match='no site "out"'):
+    with pytest.raises(ValueError, match="no site 'out'"):
         diagnose.decompose(net, v, x, sites=["out"])
     with pytest.raises(ValueError, match="`x`, batch 0 has shape"):
         diagnose.decompose(net, v, x[:, :1])

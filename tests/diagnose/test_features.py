@@ -667,11 +667,11 @@ def test_errors():
     tree, measure = trees[0], functools.partial(diagnose.features, net)
     with pytest.raises(TypeError, match="net must be a Network"):
         diagnose.features(_mlp, tree, [x])
-    with pytest.raises(ValueError, match='"taps", "layers", "paper".*got "none"'):
+    with pytest.raises(ValueError, match='"paper", "layers", "all", "taps".*got "none"'):
         measure(tree, [x], sites="none")
     with pytest.raises(ValueError, match=r'pass \["a:act"\]'):
         measure(tree, [x], sites="a:act")
-    with pytest.raises(ValueError, match='no site "a:acts"; did you mean a:act'):
+    with pytest.raises(ValueError, match="no site 'a:acts'; did you mean 'a:act'"):
         measure(tree, [x], sites=["a:acts"])
     with pytest.raises(TypeError, match="sequence of site names"):
         measure(tree, [x], sites=[1])

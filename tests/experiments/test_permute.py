@@ -154,16 +154,20 @@ def test_ends_are_those_of_the_table(digits, tmp_path):
     """l = 0 is direct, l = L matched in full, as another experiment measures them."""
     _, record = digits
     path = cifar_pfm.main([*SIZES, "--layers", "0", "--samples", "300", "--out", str(tmp_path)])
-    table = json.loads(path.read_text())
-    cells = {name: cell["accuracy"] for name, cell in table["rows"][-1]["cells"].items()}
+    table = importlib.import_module("kit.records").read(path)
+    rows = table.rows.where(network="PFM", layers=0)
+    cells = {
+        name: rows.where(**where).values("accuracy")
+        for name, where in cifar_pfm.columns_of(table).items()
+    }
     curves = {name: c["accuracy"] for name, c in record["curves"]["activation"].items()}
     image = 1.01 / record["data"]["test_images"]
     assert [curves["none"][0]] == pytest.approx(cells["direct"], abs=image)
     assert [curves["none"][-1]] == pytest.approx(cells["matched"], abs=image)
-    assert [curves["repair"][-1]] == pytest.approx(cells["repair"], abs=image)
-    assert [curves["rescale"][-1]] == pytest.approx(cells["rescale"], abs=image)
+    assert [curves["repair"][-1]] == pytest.approx(cells["REPAIR"], abs=image)
+    assert [curves["rescale"][-1]] == pytest.approx(cells["RESCALE"], abs=image)
     for row, edge in zip(table["rows"], record["edges"].values(), strict=False):
-        assert row["cells"]["direct"]["accuracy"] == [edge["accuracy"]]
+        assert row["accuracy"] == edge["accuracy"]
 
 
 # -------------------------------------------------------------------------------------- quick run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -20,8 +19,7 @@ from vfjax import checkpoint, data, models, train
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-common = importlib.import_module("_common")
-heads = importlib.import_module("_heads")
+cli, heads, training = (importlib.import_module(f"kit.{n}") for n in ("cli", "heads", "training"))
 train_edges = importlib.import_module("train_edges")
 
 RECIPE = train.Recipe(learning_rate=0.1, epochs=30, schedule="linear", batch_size=20)
@@ -132,7 +130,7 @@ def test_embeddings_from_a_file(tmp_path, suffix):
     np.save(path, rows) if suffix == "npy" else np.savez(path, rows)
     found = heads.read(str(path), 10)
     np.testing.assert_allclose(found, rows / np.linalg.norm(rows, axis=1, keepdims=True), rtol=1e-6)
-    with pytest.raises(common.UserError, match=r"must hold 5 finite rows .* got shape \[10, 7\]"):
+    with pytest.raises(cli.UserError, match=r"must hold 5 finite rows .* got shape \[10, 7\]"):
         heads.read(str(path), 5)
 
 
@@ -151,9 +149,7 @@ def test_embeddings_from_a_file(tmp_path, suffix):
 )
 def test_bad_embeddings(tmp_path, rows, got):
     np.save(tmp_path / "bad.npy", rows)
-    with pytest.raises(
-        common.UserError, match=rf"bad.npy: must hold 10 finite rows .* got .*{got}"
-    ):
+    with pytest.raises(cli.UserError, match=rf"bad.npy: must hold 10 finite rows .* got .*{got}"):
         heads.read(str(tmp_path / "bad.npy"), 10)
 
 
@@ -168,7 +164,7 @@ def test_files_that_hold_no_array(tmp_path):
     changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     (tmp_path / "changed.npz").write_bytes(changed)
     for name in ("bad.npy", "two.npz", "none.npy", "empty.npy", "cut.npz", "changed.npz"):
-        with pytest.raises(common.UserError, match=f"{name}: no array could be read"):
+        with pytest.raises(cli.UserError, match=f"{name}: no array could be read"):
             heads.read(str(tmp_path / name), 10)
 
 
@@ -194,21 +190,20 @@ def test_cards_tell_files_of_one_name_apart(tmp_path):
 
 
 def options(*words):
-    return train_edges.parser().parse_args(list(words))
+    return cli.parse(training.Training, "train_edges.py", None, list(words))
 
 
 def test_command_of_the_card_trains_the_same_model():
     words = ["--model", "vgg7-bn", "--width", "0.5", "--classes", "5", "6", "--dimensions", "32"]
     args = options(*words, "--scale", "20", "--seeds", "4")
-    heads.head_of(args, 10)
-    said = train_edges.command(args, 4).split()
+    said = training.command(args, 4, heads.head_of(args, 10)).split()
     assert said[:2] == ["python", "experiments/train_edges.py"]
-    assert vars(options(*said[2:])) == vars(args)
+    assert options(*said[2:]) == args
 
 
 def test_train_edges_on_some_classes(tmp_path, monkeypatch):
     small = data.load("digits", train=200, test=60)
-    monkeypatch.setattr(train_edges.data, "load", lambda *_: small)
+    monkeypatch.setattr(training.data, "load", lambda *_: small)
     words = ["--model", "digits-mlp", "--classes", "1", "3", "4", "--dimensions", "12"]
     words += ["--epochs", "2", "--seeds", "5", "--out", str(tmp_path / "out")]
     (folder,) = train_edges.main([*words, "--work-dir", str(tmp_path / "work")])
@@ -218,7 +213,7 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
     assert card["embeddings"]["dimensions"] == 12 == card["options"]["classes"]
     assert "--classes 1 3 4 --dimensions 12" in card["command"]
     tree = checkpoint.load(folder)
-    model = models.create(card["model"], **train_edges.options_of(card))
+    model = models.create(card["model"], **training.options_of(card))
     dataset = heads.only(small, (1, 3, 4))
     own = heads.of_embeddings(heads.orthonormal(10, 12), heads.SCALE).of((1, 3, 4))
     found = train.evaluate(heads.Headed(models.apply_fn(model), own), tree, dataset.batches("test"))
@@ -231,8 +226,8 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
         (["--scale", "4", "--epochs", "3"], "embeddings' scale 10.0, not 4.0, epochs 2, not 3"),
         (["--learning-rate", "0.5"], "learning rate 0.1, not 0.5"),
     ):
-        with pytest.raises(common.UserError, match=f"is there already, trained with {message}"):
-            train_edges.main([*words, *change])
+        with pytest.raises(cli.UserError, match=f"is there already, trained with {message}"):
+            training.run(options(*words, *change))
 
 
 @pytest.mark.parametrize(
@@ -247,13 +242,13 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
     ],
 )
 def test_bad_options(words, message, tmp_path):
-    with pytest.raises(common.UserError, match=message):
-        train_edges.main(["--model", "digits-mlp", *words, "--out", str(tmp_path)])
+    with pytest.raises(cli.UserError, match=message):
+        training.run(options("--model", "digits-mlp", *words, "--out", str(tmp_path)))
 
 
 def test_cross_entropy_is_a_plain_classifier():
-    args = argparse.Namespace(loss="cross-entropy", embeddings=None, dimensions=None, scale=10.0)
-    head = heads.head_of(args, 10).of((2, 5))
+    whole = heads.head_of(heads.EmbeddingOptions(loss="cross-entropy"), 10)
+    head = whole.of((2, 5))
     outputs = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
     np.testing.assert_array_equal(head(outputs), outputs[:, [2, 5]])
-    assert args.dimensions == 10
+    assert whole.dimensions == 10

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from vfjax._analysis.effects import KERNEL, SCALES, Effect, obstacle
 from vfjax._propagate import Atom, Propagation, Tie
-from vfjax._propagate.atoms import Window
 from vfjax.symmetry._places import Axis, FixedAxis
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -18,20 +16,9 @@ _SUFFIXES = {"conv_general_dilated": (":groups", ":channels")}
 _DEFAULT_SUFFIXES = (":heads", ":dims")
 
 
-class Entry(NamedTuple):
-    """Where a group sits: the fields of `vfjax.symmetry._places.Axis`."""
-
-    path: str
-    axis: int
-    role: str
-    outer: int
-    inner: int
-    windows: tuple[Window, ...]
-
-
 def named_groups(
     propagation: Propagation, paths: Sequence[str]
-) -> tuple[dict[str, tuple[Entry, ...]], dict[str, int], dict[int, str]]:
+) -> tuple[dict[str, tuple[Axis, ...]], dict[str, int], dict[int, str]]:
     """Names the groups and lists their axes.
 
     A group is named after the first layer that writes it: the path of that layer's kernel without
@@ -56,7 +43,7 @@ def named_groups(
         if tie.role == "in" or place not in roles:
             roles[place] = tie.role
 
-    groups: dict[str, list[Entry]] = {name: [] for name in names.values()}
+    groups: dict[str, list[Axis]] = {name: [] for name in names.values()}
     sizes: dict[str, int] = {}
     for leaf, path in path_of.items():
         for k, atoms in enumerate(propagation.axes[leaf]):
@@ -65,7 +52,7 @@ def named_groups(
                     continue
                 role = roles.get((leaf, k, position), "elementwise")
                 name = names[atom.group]
-                groups[name].append(Entry(path, k, role, atom.outer, atom.inner, atom.windows))
+                groups[name].append(Axis(path, k, role, atom.outer, atom.inner, atom.windows))
                 sizes[name] = atom.size
     return {name: tuple(entries) for name, entries in groups.items()}, sizes, names
 
@@ -160,7 +147,7 @@ def from_propagation(
     groups, sizes, names = named_groups(propagation, paths)
     path_of = dict(zip(propagation.leaves, paths, strict=True))
     fixed = [FixedAxis(path_of[f.leaf], f.axis, f.primitive, f.where) for f in propagation.fixed]
-    places = {name: tuple(Axis(*entry) for entry in entries) for name, entries in groups.items()}
+    places = groups
     within = {names[group]: names[other] for group, other in propagation.within.items()}
     by_path = {paths[leaf]: found for leaf, found in (effects or {}).items()}
     scaling: set[str] = set()

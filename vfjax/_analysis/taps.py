@@ -14,7 +14,7 @@ def tap_of(graph: Graph, value: int) -> int:
     A transpose between the pre-activation and the region, as `vmap` leaves it behind a layer
     without bias, is passed over.
     """
-    value = _transposed(graph, value)
+    value, _ = _transposed(graph, value, ())
     shape = graph.avals[value].shape
     region = {value}
     order = [value]
@@ -38,14 +38,21 @@ def tap_of(graph: Graph, value: int) -> int:
     return max(region)
 
 
-def _transposed(graph: Graph, value: int) -> int:
-    """The value behind transposes that alone read it."""
+def axes_at_tap(graph: Graph, value: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where axes of a pre-activation are at its tap."""
+    return _transposed(graph, value, axes)[1]
+
+
+def _transposed(graph: Graph, value: int, axes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The value behind transposes that alone read it, and where axes are there."""
     while value not in graph.output_ids:
         users = graph.users.get(value, ())
         if len(users) != 1 or graph.equations[users[0]].primitive != "transpose":
             break
+        permutation = graph.equations[users[0]].params["permutation"]
+        axes = tuple(sorted(permutation.index(axis) for axis in axes))
         value = graph.equations[users[0]].result
-    return value
+    return value, axes
 
 
 def _returns(graph: Graph, index: int, region: set[int], shape: tuple[int, ...]) -> bool:

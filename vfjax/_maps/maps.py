@@ -255,6 +255,9 @@ class Maps:
             >>> found = maps.in_units(net, tree)
             >>> [found[name].tolist() for name in "wvs"]
             [[0.5, 2.0], [1.0, 36.0], [1.0, 6.0]]
+
+        Source: maps are found on features behind the norm. The reference code of "Vanishing
+        Feature" and of ZipIt! mixes kernels, scales and variances apart.
         """
         return in_output_units(net, tree, self.unknown(net))
 

@@ -5,7 +5,10 @@ a fixed one. Each equation then ties, refines or fixes the atoms of its operands
 the rule of its primitive (see `registry`; the rules are grouped by family), and at last the outputs
 are fixed. What is still free can be permuted without changing what the network computes.
 
-A primitive without a rule fixes what it touches: symmetries may be missed, never invented.
+A primitive without a rule fixes what it touches: symmetries may be missed, never invented. What a
+group is called and what a layer does with it is decided in `vfjax._analysis`.
+
+Read `registry` first, which says what a rule is, then `elementwise` and `layout` for short ones.
 """
 
 from __future__ import annotations

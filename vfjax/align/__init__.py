@@ -1,22 +1,38 @@
-"""Alignment: finding the maps that bring one network's features next to another's."""
+"""Alignment: finding the maps that bring one network's features next to another's.
 
-from vfjax._maps.maps import Maps as Maps
-from vfjax.align._activations import match_activations as match_activations
-from vfjax.align._activations import match_moments as match_moments
-from vfjax.align._assignment import Alignment as Alignment
-from vfjax.align._cca import canonical_correlations as canonical_correlations
-from vfjax.align._cca import cca as cca
-from vfjax.align._cca import cca_moments as cca_moments
-from vfjax.align._taps import with_spreads as with_spreads
-from vfjax.align._transport import transport as transport
-from vfjax.align._transport import transport_moments as transport_moments
-from vfjax.align._universe import Universe as Universe
-from vfjax.align._universe import match_universe as match_universe
-from vfjax.align._universe import match_universe_moments as match_universe_moments
-from vfjax.align._weights import match_weights as match_weights
-from vfjax.align._zip import merged_correlation as merged_correlation
-from vfjax.align._zip import zip_features as zip_features
-from vfjax.align._zip import zip_moments as zip_moments
+- Two networks, and data: `match_activations`. Without data: `match_weights`. Both return
+  permutations, applied by `net.spec.permute(b, found.permutations)`.
+- Three networks or more, none of them special: `match_universe`.
+- Units may be mixed: `zip_features` (ZipIt!: units that correlate, within a network too), `cca`
+  (combinations of units) and `transport` (networks of different widths too). These return `Maps`,
+  two matrices for each network and group of units. `Maps.apply` maps the networks, whose mean is
+  the merge; `vfjax.merge.partial` takes the maps as they are.
+- `..._moments` are the same from `vfjax.stats.moments`: one pass over the data serves them all.
+
+    >>> import jax, numpy as np, vfjax
+    >>> def forward(v, x):
+    ...     return jax.nn.relu(x @ v["w"]) @ v["v"]
+    >>> draw = np.random.default_rng(0).normal
+    >>> a, x = {"w": draw(size=(4, 3)), "v": draw(size=(3, 2))}, np.float32(draw(size=(50, 4)))
+    >>> net = vfjax.trace(forward, a, x)
+    >>> b = net.spec.permute(a, {"w": [2, 0, 1]})
+    >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
+    [1, 2, 0]
+
+Mixed units need `vfjax.renorm.reset` behind a BatchNorm, whose variances they make unknown. Groups
+in `net.spec.rigid` are permuted all the same. What the papers maximise is in the private module of
+each matcher: `_weights`, `_activations`, `_universe`, `_zip`, `_cca`, `_transport`.
+"""
+
+from vfjax._maps.maps import Maps
+from vfjax.align._activations import match_activations, match_moments
+from vfjax.align._assignment import Alignment
+from vfjax.align._cca import canonical_correlations, cca, cca_moments
+from vfjax.align._taps import with_spreads
+from vfjax.align._transport import transport, transport_moments
+from vfjax.align._universe import Universe, match_universe, match_universe_moments
+from vfjax.align._weights import match_weights
+from vfjax.align._zip import merged_correlation, zip_features, zip_moments
 
 __all__ = [
     "Alignment",

@@ -16,10 +16,10 @@ from vfjax._passes.moments import covariance_of, merge_moments, union_second, wi
 from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within
+from vfjax.network._layout import Layout, layout_of
 from vfjax.network._network import Network
 from vfjax.stats._measure import read
 from vfjax.stats._moments import Moments
-from vfjax.stats._sites import Site, site_of, taps_by_site
 
 # Means, variances and covariances with the first network, by network and site.
 Measured = dict[str, list[dict[str, Array]]]
@@ -119,15 +119,14 @@ def measure(
     ]
 
 
-def _sites(net: Network, inside: Mapping[str, str]) -> tuple[Site, ...]:
-    taps = taps_by_site(net)
-    return tuple(site_of(net, name, taps) for of in matched_sites(net, inside) for name in of)
+def _sites(net: Network, inside: Mapping[str, str]) -> tuple[Layout, ...]:
+    return tuple(layout_of(net, name) for of in matched_sites(net, inside) for name in of)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _measure(
     nets: tuple[Network, ...],
-    sites: tuple[tuple[Site, ...], ...],
+    sites: tuple[tuple[Layout, ...], ...],
     mesh: Any,
     trees: tuple[PyTree, ...],
     x: PyTree,
@@ -137,7 +136,7 @@ def _measure(
 
 def _batch(
     nets: tuple[Network, ...],
-    sites: tuple[tuple[Site, ...], ...],
+    sites: tuple[tuple[Layout, ...], ...],
     trees: tuple[PyTree, ...],
     x: PyTree,
 ) -> tuple[Measured, list[Array]]:

@@ -18,8 +18,8 @@ from vfjax.align._assignment import assign_in_place
 from vfjax.network._arguments import check_comparable, networks
 from vfjax.network._network import Network
 from vfjax.network._records import JointTap
+from vfjax.network._sites import joint_taps, select, taps_by_site
 from vfjax.stats._moments import Moments
-from vfjax.stats._sites import joint_taps, resolve_sites, site_of, taps_by_site
 
 
 def within(nets: Sequence[Network]) -> dict[str, str]:
@@ -142,9 +142,7 @@ def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> 
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
-    taps = taps_by_site(nets[0])
-    sites = resolve_sites(nets[0], "taps")
-    check_comparable(nets, trees, [site_of(nets[0], site, taps).source for site in sites])
+    check_comparable(nets, trees, select(nets[0], "taps"))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     return nets

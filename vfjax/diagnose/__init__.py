@@ -1,30 +1,34 @@
-"""Diagnosis: seeing features vanish, in any traced network."""
+"""Diagnosis: seeing features vanish, in any traced network.
 
-from vfjax.diagnose._bounds import Bound as Bound
-from vfjax.diagnose._bounds import Collapse as Collapse
-from vfjax.diagnose._bounds import bound_sequence as bound_sequence
-from vfjax.diagnose._bounds import resample as resample
+- Start with `report`. It names the layer from which features f(x) - f(0) vanish, whether biases
+  decide the output, and which repair the numbers speak for. `print` it, or write its `page`.
+- The numbers behind it: `features`, `bound_sequence`, `variance_collapse`.
+- Linear networks, exactly: `decompose`, `decompose_matrices`, `rescale_product`.
+- Two networks: `interpolation` and `barrier`, `cka` of features, `distance` of parameters.
+
+    >>> import jax, numpy as np, vfjax
+    >>> def forward(v, x):
+    ...     return jax.nn.relu(jax.nn.relu(x @ v["a"]) @ v["b"] + 0.1) @ v["c"]
+    >>> v, x = dict.fromkeys("abc", np.eye(2)), np.float32([[1, 0], [0, 3]])
+    >>> net = vfjax.trace(forward, v, x)
+    >>> report(net, v | {"b": v["b"] / 10}, [x], references=[v]).vanishes.site
+    'b'
+
+Definitions and sections of the papers are named in each function's docstring, under Source.
+"""
+
+from vfjax.diagnose._bounds import Bound, Collapse, bound_sequence, resample
 from vfjax.diagnose._bounds import upper_bound as upper_bound
 from vfjax.diagnose._bounds import variance_collapse as variance_collapse
-from vfjax.diagnose._decomposition import Decomposition as Decomposition
-from vfjax.diagnose._decomposition import decompose as decompose
-from vfjax.diagnose._decomposition import decompose_matrices as decompose_matrices
-from vfjax.diagnose._features import Features as Features
-from vfjax.diagnose._features import features as features
-from vfjax.diagnose._interpolation import Interpolation as Interpolation
-from vfjax.diagnose._interpolation import barrier as barrier
-from vfjax.diagnose._interpolation import interpolation as interpolation
-from vfjax.diagnose._magnitude import rescale_product as rescale_product
-from vfjax.diagnose._report.advice import Advice as Advice
-from vfjax.diagnose._report.compose import Report as Report
-from vfjax.diagnose._report.compose import report as report
-from vfjax.diagnose._report.findings import LayerFinding as LayerFinding
-from vfjax.diagnose._report.findings import NormFinding as NormFinding
-from vfjax.diagnose._similarity import CKA as CKA
-from vfjax.diagnose._similarity import Distance as Distance
-from vfjax.diagnose._similarity import cka as cka
-from vfjax.diagnose._similarity import distance as distance
-from vfjax.diagnose._sites import FeatureSite as FeatureSite
+from vfjax.diagnose._decomposition import Decomposition, decompose, decompose_matrices
+from vfjax.diagnose._features import Features, features
+from vfjax.diagnose._interpolation import Interpolation, barrier, interpolation
+from vfjax.diagnose._magnitude import rescale_product
+from vfjax.diagnose._report.advice import Advice
+from vfjax.diagnose._report.compose import Report, report
+from vfjax.diagnose._report.findings import LayerFinding, NormFinding
+from vfjax.diagnose._similarity import CKA, Distance, cka, distance
+from vfjax.diagnose._sites import FeatureSite
 
 __all__ = [
     "CKA",

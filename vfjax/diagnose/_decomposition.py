@@ -24,10 +24,11 @@ from vfjax._passes.batching import batches
 from vfjax._trees.paths import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._rows import zero_example
-from vfjax.diagnose._sites import Sites, resolve_sites, value_of
+from vfjax.diagnose._sites import resolve_sites, value_of
 from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 
 __all__ = ["Decomposition", "decompose", "decompose_matrices"]
 

@@ -22,10 +22,11 @@ from vfjax._passes.batching import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import carry, compared
-from vfjax.diagnose._sites import FeatureSite, Sites, describe, resolve_sites, unique
+from vfjax.diagnose._sites import FeatureSite, describe, resolve_sites, unique
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 
 __all__ = ["FeatureSite", "Features", "features"]
 
@@ -217,9 +218,8 @@ def features(
             own, if there are several), and for 1/R each otherwise.
         sites: `"taps"`: the value after every layer and the elementwise region that follows (norm,
             activation, residual sum), the last layer's included. `"layers"`: every layer's
-            pre-activation, where the paper measures. `"paper"`: the sites of REPAIR, see
-            `vfjax.stats.resolve_sites`. Or a list of names: `<layer>`, `<layer>:act`, `<norm>:in`,
-            `input`, `output`. Shortcuts are among the first two; `found.sites` tells which.
+            pre-activation, where the paper measures. Any other of `vfjax.stats.resolve_sites` that
+            is a whole value. Shortcuts are among the first two; `found.sites` tells which.
 
     Returns:
         Features, offsets and moments by site.
@@ -256,7 +256,7 @@ def features(
         raise ValueError("weights are those of the references, and there are none")
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
     names = resolve_sites(net, sites)
-    chosen, source = unique(net, names)
+    chosen, source = unique(net, names, (*mine, *others))
     job = _rows.Job(net, chosen)
 
     whole = (*mine, *others)

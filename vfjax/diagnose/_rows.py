@@ -23,9 +23,9 @@ from vfjax._passes.moments import ROUNDINGS, alive, length, scale_of, union_devi
 from vfjax._passes.streaming import by_pieces, each, stream
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
+from vfjax.network._layout import Layout, arrange, by_example
 from vfjax.network._network import Network
 from vfjax.stats._pieces import pieces
-from vfjax.stats._sites import Site, arrange, by_example
 
 # Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
 # it; below, the difference would lose more than two of seven digits, and values are centred.
@@ -79,7 +79,7 @@ class Job(NamedTuple):
     """What a pass measures: hashable, so that it is the key of a compilation."""
 
     net: Network
-    sites: tuple[Site, ...]
+    sites: tuple[Layout, ...]
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -220,7 +220,7 @@ def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
     }
 
 
-def _reduce(site: Site, value: Array, at_zero: Array, size: int) -> dict[str, Array]:
+def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, Array]:
     """One row: the moments of a value per channel, and of its distance to the value at zero.
 
     Two reads of the value give all: its mean over examples, by unit, and the squares of its

@@ -16,10 +16,11 @@ from vfjax._passes.batching import batch_size, batches, keep
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.diagnose._compared import as_networks
-from vfjax.diagnose._sites import Sites, resolve_sites
+from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._merged import Merged, as_merged
 from vfjax.network._arguments import check_fits
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 from vfjax.stats import _hsic
 
 __all__ = ["CKA", "Distance", "cka", "distance"]
@@ -97,9 +98,8 @@ def cka(
         first: A traced network and its variables, `(net, variables)`, or a `vfjax.merge.Merged`.
         second: Likewise; the two may be of different architectures that take the same input.
         data: Re-iterable of `x` or `(x, label)`; kept on the device up to 1 GiB.
-        sites: Sites of both: `"taps"`, `"layers"`, `"paper"` or a list of names, as in
-            `vfjax.diagnose.features`. Sites inside stems and heads of a `Merged`, which have
-            several values, are left out.
+        sites: Sites of both: as in `vfjax.stats.resolve_sites`, whole values alone. Sites inside
+            stems and heads of a `Merged`, which have several values, are left out.
         second_sites: Those of the second network, if they are others.
         estimator: `"exact"` or `"minibatch"`.
         memory: Bytes that `"exact"` may take for its matrices and features.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from vfjax import stats
+from vfjax.merge._merged import Merged
 from vfjax.network._checks import opaque_hint
+from vfjax.network._layout import Layout, whole_layout
 from vfjax.network._network import Network
-from vfjax.stats._sites import Site, check_names
-
-Sites = Literal["taps", "layers", "paper"] | Sequence[str]
+from vfjax.network._sites import Sites, depth_of, locate, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +20,11 @@ class FeatureSite:
     Attributes:
         name: Name of the site, as in `Network.run`.
         layer: Name of the layer that it is the pre-activation or the tap of, or that a norm
-            follows directly; None if there is none.
+            follows directly; None if there is none, as at `<layer>:in`.
         depth: Depth of that layer: of the layers on the longest path from the input, how many come
             before the value, its own included. 0 for `input`, L for `output`.
-        main: Whether it lies on the main path, and not on a shortcut.
+        main: Whether it lies on the main path, and not on a shortcut; of `<layer>:in`, whether the
+            layer does.
         size: Entries of its value per example; their rounded mean over models where these differ,
             as at the outputs of heads with classes of their own.
     """
@@ -37,18 +37,19 @@ class FeatureSite:
 
 
 def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
-    """Names of the sites that a `sites=` argument of this package stands for.
+    """Names of the sites that a `sites=` argument of this package stands for, one at least.
 
     Args:
         net: The traced network.
-        sites: As in `features`.
+        sites: As in `vfjax.stats.resolve_sites`, of whole values.
 
     Returns:
         Site names in the order of the network, or as listed.
 
     Raises:
         TypeError: If `sites` is no string and no sequence of strings.
-        ValueError: If a name is none of the network's, or the network has no layers.
+        ValueError: If a name is none of the network's, stands for a part of a value, or the network
+            has no layers.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -57,21 +58,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
         >>> resolve_sites(net, "taps"), resolve_sites(net, "layers")
         (('a:act', 'b:act'), ('a', 'b'))
     """
-    layers = tuple(layer.name for layer in net.layers)
-    taps = tuple(layer.tap for layer in net.layers)
-    if not isinstance(sites, str):
-        norms = (norm.site for norm in net.norms)
-        names = check_names(net, sites, ["input", *layers, *taps, *norms, "output"])
-    elif sites in ("taps", "layers"):
-        names = taps if sites == "taps" else layers
-    elif sites == "paper":
-        names = stats.resolve_sites(net, "paper")
-    else:
-        hint = f'; for this one site pass ["{sites}"]' if sites in (*layers, *taps) else ""
-        raise ValueError(
-            '`sites` must be "taps", "layers", "paper" or a list of site names, got '
-            f'"{sites}"{hint}'
-        )
+    names = select(net, sites, whole=True)
     if not names:
         raise ValueError(
             f"`sites` is {sites!r}, which is no site of this network; name some, as in ['output']."
@@ -80,65 +67,34 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     return names
 
 
-def unique(net: Network, names: Sequence[str]) -> tuple[tuple[Site, ...], dict[str, str]]:
-    """Sites of different values, and by name the one of them that has the same value.
+def unique(
+    net: Network, names: Sequence[str], networks: Sequence[Any]
+) -> tuple[tuple[Layout, ...], dict[str, str]]:
+    """Layouts of different values, and by name the one of them that has the same value.
 
     Where no activation follows a layer, its tap is its pre-activation; a shortcut and the layer
-    that it goes around have one tap.
+    that it goes around have one tap. Where a `Merged` is cut, a value and what is read of it behind
+    the cut are different, though they are one in the network.
     """
-    chosen: dict[Any, Site] = {}
+    cuts = [network for network in networks if isinstance(network, Merged)]
+    chosen: dict[Any, Layout] = {}
     source = {}
     for name in names:
-        keep = _channel_axes(net, name)
-        value = value_of(net, name)
-        site = chosen.setdefault((value, keep), Site(name, name, None, keep, ()))
-        source[name] = site.name
+        layout = whole_layout(net, name)
+        sides = tuple((cut.in_stems(name), cut.in_heads(name)) for cut in cuts)
+        layout = chosen.setdefault((value_of(net, name), layout.keep, sides), layout)
+        source[name] = layout.name
     return tuple(chosen.values()), source
-
-
-def _layer_of(net: Network, name: str) -> str | None:
-    """The layer that a site belongs to."""
-    layers = {layer.name for layer in net.layers}
-    if name in layers:
-        return name
-    if name.endswith(":act") and name.removesuffix(":act") in layers:
-        return name.removesuffix(":act")
-    return None if name in ("input", "output") else net.norm(name.removesuffix(":in")).layer
-
-
-def _channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
-    if name in ("input", "output"):
-        return None
-    norms = {norm.site: norm for norm in net.norms}
-    if name in norms:
-        return norms[name].channel_axes
-    layer = _layer_of(net, name)
-    return None if layer is None else net.layer(layer).channel_axes
 
 
 def value_of(net: Network, name: str) -> Any:
     """What tells values apart: several names may stand for one value."""
-    traced = net._reference
-    if name in traced.layers:
-        return traced.layers[name].preactivation
     if name in ("input", "output"):
         return name
-    if name.endswith(":act"):
-        return traced.taps[name.removesuffix(":act")]
-    norm = traced.norms[name.removesuffix(":in")]
-    return traced.graph.equations[norm.index].values[0]
+    return locate(net, net._reference, name)[0]
 
 
 def describe(net: Network, name: str, size: int) -> FeatureSite:
     """What is known of a site whose value has `size` entries per example."""
-    if name in ("input", "output"):
-        return FeatureSite(name, None, net.depth if name == "output" else 0, True, int(size))
-    found = _layer_of(net, name)
-    if found is not None:
-        layer = net.layer(found)
-        return FeatureSite(name, found, layer.depth, layer.main, int(size))
-    # A norm that follows no layer directly, as where it reads a residual stream.
-    before = set(net._reference.graph.needed([value_of(net, name)], ()))
-    sites = net._reference.layers.values()
-    depth = max((net._reference.depth_of(s) for s in sites if s.index in before), default=0)
-    return FeatureSite(name, None, depth, True, int(size))
+    layer, depth, main = depth_of(net, name)
+    return FeatureSite(name, layer, depth, main, int(size))

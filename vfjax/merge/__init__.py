@@ -1,13 +1,25 @@
 """Apart, one, apart again: averages, soups, ensembles and Preserve-First Merging.
 
-Several models are a sequence of trees of one structure. They are expected to be aligned already
-(`vfjax.align`); nothing here permutes anything.
+Models are a sequence of trees of one structure, aligned already (`vfjax.align`).
 
-`interpolate` averages whole trees. `partial` merges a range of layers: every model runs its own
-*stem*, their results are averaged, one averaged *trunk* follows, and every model's own *head*
-finishes. `preserve_first` is the case without heads: it keeps the first `l` layers apart, from
-`l = 0`, the merged model, to `l = L`, the logit ensemble. What they return, `Merged`, is a pytree
-that can be called, jitted, differentiated, saved, and handed to `vfjax.renorm`.
+- `interpolate` averages whole trees; `uniform_soup` and `greedy_soup` do so for many.
+- `preserve_first(net, trees, layers=l)` keeps the first l layers of each model apart (its *stem*)
+  and averages the rest (the *trunk*): l = 0 is the merged model, l = L the logit ensemble.
+- `partial(net, trees, maps, merged=slice(i, j))` merges any range of layers and leaves each model
+  its own *head*: `slice(l, None)` is Preserve-First Merging, `slice(None, l)` ZipIt!'s partial zip.
+  Heads may have different numbers of classes, and maps may mix units.
+
+    >>> import jax, numpy as np, vfjax
+    >>> def forward(v, x):
+    ...     return jax.nn.relu(x @ v["w"]) @ v["v"]
+    >>> a = {"w": np.ones((3, 4)), "v": np.ones((4, 2))}
+    >>> b, x = a | {"w": -a["w"]}, np.ones((5, 3))
+    >>> net = vfjax.trace(forward, a, x)
+    >>> [float(preserve_first(net, [a, b], layers=l)(x)[0, 0]) for l in (0, 2)]
+    [0.0, 6.0]
+
+What they return, `Merged`, is a pytree: call it, jit it, differentiate it, save it by
+`vfjax.checkpoint`, hand it to `vfjax.renorm`. Sources are named in `partial` and `preserve_first`.
 """
 
 from __future__ import annotations

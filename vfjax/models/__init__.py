@@ -1,8 +1,18 @@
 """Flax Linen models of the experiments: VGG, ResNet, ConvNeXt, ViT, MLPs, linear networks, digits.
 
-All are called as ``model.apply(variables, x, train=False)``, take images ``[N, H, W, C]`` and
-return logits ``[N, classes]``.  Only training and the experiments depend on them; the rest of the
-library works on any pure function over a pytree.
+All are called as `model.apply(variables, x, train=False)`, take images `[N, H, W, C]` and return
+logits `[N, classes]`. Only training and the experiments depend on them; the rest of the library
+works on any pure function over a pytree.
+
+`create(name, width=..., classes=...)` makes one of `NAMES`; `apply_fn(model)` is what
+`vfjax.trace` takes. `vfjax.checkpoint.from_torch` fills `"resnet50"`, `"imagenet-vgg16"`,
+`"imagenet-vgg16-bn"`, `"convnext-tiny"` and `"convnext-base"` with published weights.
+
+    >>> import jax, jax.numpy as jnp, vfjax
+    >>> model, x = create("vgg16", width=0.125, classes=10), jnp.ones((2, 32, 32, 3))
+    >>> v = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
+    >>> vfjax.trace(apply_fn(model), v, x).depth
+    14
 """
 
 from __future__ import annotations

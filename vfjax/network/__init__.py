@@ -1,4 +1,26 @@
-"""A traced network: how to run, cut, edit and fold it, and the records of what is in it."""
+"""A traced network: how to run, cut, edit and fold it, and the records of what is in it.
+
+`trace(apply_fn, variables, x)` takes any pure function with dense layers or convolutions: Flax
+Linen, NNX (split state), Equinox (partitioned) or plain JAX, in evaluation mode, as random numbers
+break symmetries. Axis 0 of every input leaf is the batch, of any size. Shapes alone
+(`jax.ShapeDtypeStruct`) are enough. A `Network` holds no parameters.
+
+    >>> import jax, numpy as np
+    >>> v, x = {"w": np.ones((3, 8)), "v": np.ones((8, 2))}, np.ones((5, 3))
+    >>> net = trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], v, x)
+    >>> [(layer.name, layer.depth) for layer in net.layers], net.flops, list(net.spec.groups)
+    ([('w', 1), ('v', 2)], 48, ['w'])
+
+- `net.summary()`: layers, depths, norms, costs, symmetries. `net.layers`, `net.norms`, `net.taps`
+  and `net.spec` hold the same as values.
+- `net.run(v, x, ...)`: the network with values read or replaced (`Edit`) at named sites, or a part
+  of it between cuts; what passes a cut is a `Crossing`.
+- `net.sites`: every `Site` by its name; what the names mean stands in `vfjax.stats.resolve_sites`.
+- `net.fold` writes a correction of a layer into its parameters, or raises a `FoldError`.
+
+A `scan` over stacked layers is unrolled up to 64 layers. Layers in other loops and in branches
+cannot be cut at or corrected: `net.opaque` lists them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +32,7 @@ from vfjax.network._records import Layer as Layer
 from vfjax.network._records import Norm as Norm
 from vfjax.network._records import Tap as Tap
 from vfjax.network._run import Edit as Edit
+from vfjax.network._sites import Site as Site
 
 __all__ = [
     "Crossing",
@@ -18,6 +41,7 @@ __all__ = [
     "Layer",
     "Network",
     "Norm",
+    "Site",
     "Tap",
     "trace",
 ]

@@ -12,7 +12,7 @@ from vfjax._types import PyTree
 from vfjax.network import _retrace
 from vfjax.network._checks import check_variances
 from vfjax.network._network import Network
-from vfjax.network._run import Plan
+from vfjax.network._sites import locate, source_of
 
 
 def check_fits(
@@ -140,9 +140,9 @@ def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
         [[], ['a'], ['a', 'b']]
     """
     traced = net._reference
-    plan = Plan(net, traced, None, None, None, None)
-    values = [plan.value_of(site) for site in sites if site not in ("input", "output")]
-    values += traced.graph.output_ids if "output" in sites else ()
+    sources = {source_of(net, traced, site) for site in sites}
+    values = [locate(net, traced, site)[0] for site in sources - {"input", "output"}]
+    values += traced.graph.output_ids if "output" in sources else ()
     return traced.leaves_of(traced.graph.needed(values, ()), values)
 
 

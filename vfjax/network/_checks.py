@@ -121,11 +121,3 @@ def opaque_hint(net: Network) -> str:
         f" Layers inside the opaque {primitive} at {where} cannot be reached: write it as a "
         f"Python loop, or as a scan over at most {MAX_UNROLL} stacked layers."
     )
-
-
-def unknown(net: Network, kind: str, name: str, known: Sequence[str]) -> str:
-    """The message about a name that the network does not have, with the nearest that it has."""
-    parts = {part for part in str(name).split("/") if part}
-    near = sorted(known, key=lambda k: -len(parts & set(k.split("/"))))
-    known = f"it has, among others, {near[:6]}.{opaque_hint(net)}"
-    return f"The network has no {kind} '{name}'; {known}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from vfjax._trees.mean import resolve_weights, weighted_mean
 from vfjax._types import Array
 from vfjax.symmetry._group_maps import check_matrix, contract
-from vfjax.symmetry._places import Place, map_axis, map_within, moved, permute_at, size_at
+from vfjax.symmetry._places import Place, map_axis, map_within, permute_at, size_at
 
 
 @jax.tree_util.register_dataclass
@@ -79,8 +78,7 @@ def mapped_value(value: Array, places: Sequence[Place], maps: Mapping[str, Any])
         found = maps[place.group]
         value = _mapped(value, place, found)
         if value.shape[at.axis] != length:
-            move = functools.partial(moved, mapped=at, length=length, m=np.shape(found)[-2])
-            todo = [Place(group, move(a), owner and move(owner)) for group, a, owner in todo]
+            todo = [other.after(at, length, np.shape(found)[-2]) for other in todo]
     return value
 
 

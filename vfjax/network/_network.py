@@ -15,21 +15,15 @@ from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
-from vfjax.network import _cost, _fold, _retrace, _summary
+from vfjax.network import _cost, _fold, _retrace, _sites, _summary
 from vfjax.network._checks import (
     check_crossing,
     check_depth,
     check_part,
     check_present,
     named_leaves,
-    unknown,
 )
-from vfjax.network._crossing import (
-    Crossing,
-    average,
-    mapped,
-    mapped_value,
-)
+from vfjax.network._crossing import Crossing, average, mapped, mapped_value
 from vfjax.network._records import (
     JointTap,
     Layer,
@@ -40,7 +34,7 @@ from vfjax.network._records import (
     describe_norm,
     describe_taps,
 )
-from vfjax.network._run import Edit, Plan
+from vfjax.network._run import Changes, Edit
 from vfjax.symmetry._places import Place
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -170,6 +164,11 @@ class Network:
         """Where groups show inside the entries of the groups that they are within."""
         return describe_joint_taps(self._reference, self.spec.within)
 
+    @functools.cached_property
+    def sites(self) -> Mapping[str, _sites.Site]:
+        """Every site by its name; `vfjax.stats.resolve_sites` says what the names mean."""
+        return _sites.sites_of(self)
+
     @property
     def depth(self) -> int:
         """L, the number of layers on the longest path from input to output."""
@@ -187,7 +186,11 @@ class Network:
 
     @functools.cached_property
     def flops(self) -> int:
-        """Operations per example: see `Layer.flops`, plus norms, activations and pools."""
+        """Operations per example: see `Layer.flops`, plus norms, activations and pools.
+
+        The paper's tool counts modules, which leaves out functional ReLUs: 41.21 million for
+        ResNet20, which has 41.4 million here.
+        """
         return _cost.flops_of(self, range(len(self._reference.graph.equations)))
 
     @property
@@ -237,7 +240,7 @@ class Network:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise ValueError(unknown(self, "layer", name, [x.name for x in self.layers]))
+        raise ValueError(_sites.no_layer(self, name))
 
     def norm(self, name: str) -> Norm:
         """The norm of a name.
@@ -254,7 +257,7 @@ class Network:
         for norm in self.norms:
             if norm.name == name:
                 return norm
-        raise ValueError(unknown(self, "norm", name, [x.name for x in self.norms]))
+        raise ValueError(_sites.unknown(self, "norm", name, [x.name for x in self.norms]))
 
     # ----------------------------------------------------------------------------------- evaluation
 
@@ -270,9 +273,9 @@ class Network:
     ) -> Any:
         """Evaluates the network, or one side of a cut, with values read or replaced at named sites.
 
-        Sites are `<layer>` (its pre-activation), `<layer>:act` (the tap after it), `<layer>:in` and
-        `<norm>:in` (what it reads, edited for it alone), `input` and `output`. `jit`, `vmap` and
-        `grad` go through.
+        Sites are named as in `vfjax.stats.resolve_sites`; whole values are read, no parts of taps.
+        An edit at `<layer>:in` or `<norm>:in` is for that layer or norm alone, any other for all
+        that read the value. `jit`, `vmap` and `grad` go through.
 
         Args:
             variables: Parameters; leaves that the requested side does not read may be None.
@@ -320,27 +323,27 @@ class Network:
         env |= {value: named[path] for value, path in ids if path in named}
         env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
 
-        plan = Plan(self, traced, capture, edit, stop, start)
-        env = plan.enter(env)
+        changes = Changes(self, traced, capture, edit, stop, start)
+        env = changes.enter(env)
         ends = traced.ends(stop)
-        wanted = list(dict.fromkeys([*ends, *plan.values]))
+        wanted = list(dict.fromkeys([*ends, *changes.values]))
         check_present(self, traced, wanted, env, "variables")
         values = evaluate(
             traced.graph,
             env,
             wanted,
-            edits=plan.edits,
-            operand_edits=plan.operand_edits,
+            edits=changes.edits,
+            operand_edits=changes.operand_edits,
             rules=faster.rules(),
         )
         if stop is not None:
             origin = x.origin if isinstance(x, Crossing) else _retrace.origin_of(x)
             out: Any = Crossing(tuple(values[v] for v in ends), stop, origin)
         else:
-            out = plan.finish(traced.output(values))
+            out = changes.finish(traced.output(values))
         if capture is None:
             return out
-        return out, plan.captured(values, env, out)
+        return out, changes.captured(values, env, out)
 
     def average_crossings(
         self, crossings: Iterable[Crossing], weights: Sequence[Any] | None = None
@@ -432,8 +435,7 @@ class Network:
         if site in ("input", "output"):
             return value
         traced = self._traces.at(named_leaves(self, variables), x)
-        plan = Plan(self, traced, None, None, None, None)
-        return mapped_value(value, traced.places(plan.value_of(site)), maps)
+        return mapped_value(value, traced.places(_sites.locate(self, traced, site)[0]), maps)
 
     # ------------------------------------------------------------------------------- sides of a cut
 
@@ -535,13 +537,13 @@ class Network:
         """Groups that the axes of a site's value carry, each with its place there.
 
         Args:
-            site: Name of a site, as in `run`, but for `output` and an `input` of several arrays.
+            site: Name of a site, as in `run`, of one array.
 
         Raises:
-            ValueError: If the network has no such site.
+            ValueError: If the network has no such site, or it holds several arrays.
         """
-        plan = Plan(self, self._reference, None, None, None, None)
-        return self._reference.places(plan.value_of(site))
+        traced = self._reference
+        return traced.places(_sites.locate(self, traced, site)[0])
 
     def in_stem(self, site: str, depth: int) -> bool:
         """Whether the value at a site is made in the stem of a cut.
@@ -564,7 +566,7 @@ class Network:
             (['w0'], 12, 8)
         """
         check_depth(self, depth, "depth")
-        return Plan(self, self._reference, None, None, None, None).in_stem(site, depth)
+        return _sites.in_stem(self, self._reference, site, depth)
 
     def crosses(self, site: str, depth: int) -> bool:
         """Whether the value at a site is handed from the stem of a cut to its trunk.
@@ -585,7 +587,7 @@ class Network:
             [False, True, False]
         """
         check_depth(self, depth, "depth")
-        return Plan(self, self._reference, None, None, None, None).crosses(site, depth)
+        return _sites.crosses(self, self._reference, site, depth)
 
     # -------------------------------------------------------------------------------------- folding
 

@@ -147,6 +147,11 @@ class Tap:
     inner: int = 1
     windows: tuple[Window, ...] = ()
 
+    @property
+    def place(self) -> Axis:
+        """Where in the value the group lies, as for a leaf."""
+        return Axis("", self.axis, "elementwise", self.outer, self.inner, self.windows)
+
 
 @dataclasses.dataclass(frozen=True)
 class JointTap:

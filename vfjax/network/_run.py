@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from vfjax._analysis.traced import Traced
 from vfjax._types import Array
-from vfjax.network._checks import unknown
+from vfjax.network._sites import crosses, in_stem, inputs_of, locate
 
 Edit = Callable[[Array], Array]
 
 
-class Plan:
-    """What one run reads and replaces, and where.
+class Changes:
+    """What one run reads and replaces at sites, and where.
 
     Attributes:
         edits: By value id, the function that replaces the value for all its readers.
@@ -50,54 +50,34 @@ class Plan:
         self.edits: dict[int, Edit] = {}
         self.operand_edits: dict[tuple[int, int], Edit] = {}
         self.values: list[int] = []
-        for site in dict.fromkeys([*edit, *self._capture]):
+        # A layer's value may be its tap too: then the pre-activation is edited first.
+        names = sorted(dict.fromkeys([*edit, *self._capture]), key=lambda s: s.endswith(":act"))
+        for site in names:
             self._check_side(site)
             if site == "output":
                 continue
             if site == "input":
-                self.values += self._inputs
+                self.values += inputs_of(self._traced)
                 continue
-            value, use = self._locate(site)
+            value, use = locate(net, traced, site)
             change = _checked(edit[site], site) if site in edit else None
             self._ids[site] = value
             if change is not None and use is not None:
                 self.operand_edits[use] = functools.partial(self._record, site, change)
                 value = traced.graph.equations[use[0]].result  # so that the edit is made
             elif change is not None:
-                self.edits[value] = change
+                before = self.edits.get(value)
+                self.edits[value] = change if before is None else _after(before, change)
             if site in self._capture:
                 self.values.append(value)
-
-    @property
-    def _inputs(self) -> tuple[int, ...]:
-        return self._traced.graph.inputs[self._traced.graph.num_leaves :]
-
-    def value_of(self, site: str) -> int:
-        """Id of the value at a site of one array."""
-        return self._locate(site)[0]
-
-    def in_stem(self, site: str, depth: int) -> bool:
-        """Whether the value at a site is made in the stem of a cut."""
-        if site in ("input", "output"):
-            return site == "input"
-        value, use = self._locate(site)
-        index = use[0] if use is not None else self._traced.graph.producer.get(value)
-        return index is None or index in self._traced.cut(depth).stem
-
-    def crosses(self, site: str, depth: int) -> bool:
-        """Whether the value at a site is handed from the stem of a cut to the trunk."""
-        if site == "output":
-            return False
-        ids = self._inputs if site == "input" else (self._locate(site)[0],)
-        return set(ids) <= set(self._traced.cut(depth).crossing)
 
     def enter(self, env: Mapping[int, Any]) -> dict[int, Any]:
         """The given values after the edits that concern them."""
         env = dict(env)
         if "input" in self._whole:
-            leaves = [env[v] for v in self._inputs]
+            leaves = [env[v] for v in inputs_of(self._traced)]
             x = self._whole["input"](jax.tree.unflatten(self._traced.x_tree, leaves))
-            env.update(zip(self._inputs, jax.tree.leaves(x), strict=True))
+            env.update(zip(inputs_of(self._traced), jax.tree.leaves(x), strict=True))
         env.update((v, change(env[v])) for v, change in self.edits.items() if v in env)
         return env
 
@@ -112,38 +92,18 @@ class Plan:
             if site == "output":
                 found[site] = out
             elif site == "input":
-                leaves = [env[v] for v in self._inputs]
+                leaves = [env[v] for v in inputs_of(self._traced)]
                 found[site] = jax.tree.unflatten(self._traced.x_tree, leaves)
             else:
                 found[site] = self._seen.get(site, values.get(self._ids[site]))
         return found
 
-    def _locate(self, site: str) -> tuple[int, tuple[int, int] | None]:
-        """Id of the value at a site; and, if it is one use of it, which equation's operand."""
-        traced = self._traced
-        if site in traced.layers:
-            return traced.layers[site].preactivation, None
-        if site.endswith(":act") and site[:-4] in traced.layers:
-            return traced.taps[site[:-4]], None
-        if site.endswith(":in") and site[:-3] in traced.norms:
-            index = traced.norms[site[:-3]].index
-            return traced.graph.equations[index].values[0], (index, 0)
-        if site.endswith(":in") and site[:-3] in traced.layers:
-            layer = traced.layers[site[:-3]]
-            operand = 1 - layer.side
-            value = traced.graph.equations[layer.index].inputs[operand]
-            assert isinstance(value, int)  # it depends on the input
-            return value, (layer.index, operand)
-        inner = [f"{n}:in" for n in (*traced.norms, *traced.layers)]
-        known = [*traced.layers, *inner, "input", "output"]
-        raise ValueError(unknown(self._net, "site", site, known))
-
     def _check_side(self, site: str) -> None:
         """Checks that a site lies in the part that runs; what crosses lies in both."""
-        start, stop = self._start, self._stop
-        if stop is not None and not self.in_stem(site, stop):
+        start, stop, found = self._start, self._stop, (self._net, self._traced, site)
+        if stop is not None and not in_stem(*found, stop):
             raise ValueError(f"Site '{site}' lies in the trunk; stop={stop} ends before it.")
-        if start is not None and self.in_stem(site, start) and not self.crosses(site, start):
+        if start is not None and in_stem(*found, start) and not crosses(*found, start):
             raise ValueError(f"Site '{site}' lies in the stem; start={start} begins after it.")
 
     def _record(self, site: str, change: Edit, value: Array) -> Array:
@@ -163,6 +123,10 @@ def check_edit(edit: Any) -> None:
     """Raises a TypeError unless `edit` is a mapping, or nothing at all."""
     if not isinstance(edit, Mapping) and edit is not None:
         raise TypeError(f"edit must map site names to functions; it was {edit!r}.")
+
+
+def _after(first: Edit, second: Edit) -> Edit:
+    return lambda value: second(first(value))
 
 
 def _checked(change: Edit, site: str) -> Edit:

@@ -1,12 +1,24 @@
 """One-shot pruning: scores of weights, masks of the lowest, and pruned trees.
 
-    scores = prune.magnitude(net, tree)
-    mask = prune.masks(scores, 0.9)
-    pruned = prune.apply(tree, mask)
-    pruned = renorm.repair(net, pruned, [batch], references=[tree])
+1. Scores: `magnitude(net, tree)`; `wanda(net, tree, data)`, made for `scope="row"`; with labels
+   `fisher` and `woodfisher`, of the cross-entropy or of `loss=`. `prunable` lists layers to choose.
+2. `masks(scores, sparsity, scope=...)`: the lowest of all weights, of each layer or row, or n:m.
+3. `apply(tree, mask)`; then `vfjax.renorm` with the unpruned network as the one reference, since
+   features vanish in pruned networks as in merged ones: `reset` with BatchNorm, else `repair`.
 
-Pruned networks lose their features layer by layer, as merged ones do; `vfjax.renorm` brings them
-back with the unpruned network as the one reference, from as few as one batch.
+    >>> import jax, numpy as np, vfjax
+    >>> v, x = {"w": np.array([[1.0, -3.0], [2.0, 0.5]])}, np.eye(2)
+    >>> net = vfjax.trace(lambda v, x: x @ v["w"], v, x)
+    >>> pruned = apply(v, masks(magnitude(net, v), 0.5))
+    >>> pruned["w"].tolist()
+    [[0.0, -3.0], [2.0, 0.0]]
+
+`inverse_fisher(...).prune(tree, mask)` also changes the weights that stay, to make up for those
+that go: one by one as WoodFisher does, or with `jointly=True` together, which has the lower loss on
+the data that were measured, not always on others. `memory` says how many bytes it takes. To
+retrain, chain the optimiser with `keep(mask)`, or `keep(mask["params"])` for Flax `params`. A
+kernel that layers share is scored once, by all its uses; one that is computed from other leaves is
+refused. Sources are named in each function.
 """
 
 from vfjax.prune._fisher import fisher as fisher

@@ -1,16 +1,25 @@
 """What merging broke, repaired: RESET, REPAIR, RESCALE and corrections of biases.
 
-Averaged parameters make features that vanish with depth, while biases stay as large as ever. The
-functions here put the features' scale back, from data (`reset`, `repair`, `rescale`) or without any
-(`remove_bias`, `calibrate_bias`).
+Averaged parameters make features that vanish with depth, while biases stay as large as ever.
 
-All take a merged tree, or the `vfjax.merge.Merged` of `preserve_first` or `partial`, and return a
-new one. Stems are never touched, except that a correction at the cut, where every stem ends in the
-averaged pre-activation, goes into all stems alike. Of heads, what their norms store is measured
-anew, since what comes in has changed; else they are never touched.
+- With BatchNorm: `reset` measures stored statistics anew. It needs data and no references.
+- Without: `rescale` gives pre-activations the standard deviations of the networks that were merged,
+  `repair` their means too. They need data and `references=`, the networks as they were: permuted
+  already, or with `maps=` those that a matcher mixed. One batch often does.
+- Without data: `calibrate_bias` and `remove_bias` take the biases down with the features.
 
-Trees and models whose features were merged through matrices lack the variances of norms along them
-(`vfjax.align.Maps.apply`): `reset` measures them, and so do `repair` and `rescale` on their way.
+    >>> import jax, numpy as np, vfjax
+    >>> def forward(v, x):
+    ...     return jax.nn.relu(x @ v["w"]) @ v["v"]
+    >>> a, x = {"w": np.eye(2), "v": np.ones((2, 1))}, np.float32([[0, 1], [2, 5]])
+    >>> net = vfjax.trace(forward, a, x)
+    >>> rescale(net, a | {"w": a["w"] / 4}, [x], references=[a])["w"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+
+All take a merged tree or a `vfjax.merge.Merged` and return a new one; corrections fold into the
+parameters where they can. Stems stay, except for a correction at the cut itself, which goes into
+all of them; of heads only what norms store changes. `_renorm` has equation 3 of REPAIR and RESCALE
+of "Vanishing Feature", `_bias` its bias removal and calibration.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from vfjax.merge._merged import Merged, as_merged
 from vfjax.network._arguments import check_models, networks
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network
+from vfjax.network._sites import select
 from vfjax.stats._moments import Moments, moments
-from vfjax.stats._sites import resolve_sites
 
 
 def goals_of(
@@ -46,12 +46,13 @@ def goals_of(
         TypeError: As `vfjax.renorm.repair`.
         ValueError: As `vfjax.renorm.repair`.
     """
-    names = dict.fromkeys(resolve_sites(net, sites))
+    names = select(net, sites)
     layers = {layer.name: layer for layer in net.layers}
     other = [name for name in names if name not in layers]
     if other:
+        what = f"'{other[0]}' is {net.sites[other[0]].meaning}"
         raise ValueError(
-            f"sites must be layers, whose pre-activations are corrected, got {other[:3]}; "
+            f"sites must be layers, whose pre-activations are corrected, got {other[:3]}: {what}; "
             'name layers, or give "paper" or "all"'
         )
     model = merged if isinstance(merged, Merged) else as_merged(net, merged)

@@ -104,8 +104,8 @@ def repair(
             moments that are given need `covariance` at the sites.
         weights: One per reference, summing to one. None for those of `merged`, if that is a
             `Merged` of as many models, else 1/K each.
-        sites: "paper", "all", or names of layers, as in `vfjax.stats.resolve_sites`. At a cut, only
-            layers of the trunk and those at the cut, averaged, are corrected.
+        sites: Layers: "paper", "all", or their names, as in `vfjax.stats.resolve_sites`. At a cut,
+            only layers of the trunk and those at the cut, averaged, are corrected.
         sweeps: "batch" for one pass in which layers see upstream layers corrected by the batch's
             own moments, exact on one batch; "layer" for one pass per depth, exact on any data.
 
@@ -132,7 +132,8 @@ def repair(
         ([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0])
 
     Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
-    Repair", eq. 3; "Vanishing Feature", section on normalisation.
+    Repair", eq. 3; "Vanishing Feature", section on normalisation. Their code divides through a
+    BatchNorm, with its epsilon.
     """
     net = check_merged(net, merged)
     goals, mix = goals_of(net, merged, data, references, maps, weights, sites)

@@ -1,12 +1,23 @@
 """Moments at sites, of several models, in one pass over data.
 
-One pass over the data gives, at every requested site and for every model, the mean and variance of
-each channel over the pooled samples, and between any two models the covariances of their channels.
-Batches are merged by the update of Chan, Golub & LeVeque (1979), and values are shifted close to
-zero before they are squared, so the numbers do not depend on how the data was cut into batches and
-keep float32 accuracy.
+`moments(net, trees, data, sites=..., covariance=...)` gives, at every site and for every model,
+the mean and variance of each channel, and between models the covariances of their channels. They
+are pooled over examples and positions, and do not depend on how the data was cut into batches.
 
-The forward passes of all models and the statistics of a batch are one compiled call.
+- For matching: `sites="taps", covariance="cross"`, of two models; `covariance=True` for matchers
+  that look within a model too. Sites are `resolve_sites(net, "taps")`, in groups `net.spec.groups`.
+- For REPAIR and RESCALE: `sites="paper"`, the pre-activations that the paper corrects.
+- `Moments.mixed` averages over models; `Moments.carried` maps through permutations or matrices.
+
+    >>> import jax, numpy as np, vfjax
+    >>> v, x = {"w": np.eye(2), "v": np.ones((2, 1))}, np.float32([[0, 1], [2, 5]])
+    >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], v, x)
+    >>> found = moments(net, [v, v], [x[:1], x[1:]], sites="taps", covariance=True)
+    >>> found.mean["w:act"][0].tolist(), found.covariance["w:act"][0, 1].tolist()
+    ([1.0, 3.0], [[1.0, 2.0], [2.0, 4.0]])
+
+Give it images that are not augmented. Batches are merged by the update of Chan, Golub and LeVeque
+(1979), and values are shifted close to zero before they are squared, to keep float32 accuracy.
 """
 
 from __future__ import annotations

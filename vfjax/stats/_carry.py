@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from vfjax._types import Array
-from vfjax.stats._sites import GroupAxis
 from vfjax.symmetry._group_maps import check_permutation
 from vfjax.symmetry._places import (
     Axis,
+    Place,
     map_axis,
     map_within,
     permute_at,
@@ -37,7 +37,7 @@ def _is_matrix(found: Any) -> bool:
     return np.ndim(found) == 3 or (np.ndim(found) == 2 and not integer)
 
 
-def _check(axis: GroupAxis, maps: Sequence[Any], n: int, heads: int | None, site: str) -> None:
+def _check(axis: Place, maps: Sequence[Any], n: int, heads: int | None, site: str) -> None:
     """Checks the models' maps of a group with n entries; None is the identity."""
     for found in maps:
         if found is None:
@@ -65,10 +65,10 @@ def _check(axis: GroupAxis, maps: Sequence[Any], n: int, heads: int | None, site
         )
 
 
-def _flat(axis: GroupAxis, shape: tuple[int, ...]) -> GroupAxis:
+def _flat(axis: Place, shape: tuple[int, ...]) -> Place:
     """The same along all channel axes of moments `[K, *channels]`, laid out as one."""
-    place, owner = (_laid_out(place, shape) for place in (axis.place, axis.owner))
-    return GroupAxis(axis.group, 0, *place[3:], owner=owner)
+    at, owner = (_laid_out(place, shape) for place in (axis.at, axis.owner))
+    return Place(axis.group, at, owner)
 
 
 def _laid_out(place: Axis | None, shape: tuple[int, ...]) -> Any:
@@ -87,30 +87,30 @@ def _product(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
 
 
 def carry(
-    mean: Any, var: Any, covariance: Any, axis: GroupAxis, maps: Sequence[Any], site: str
+    mean: Any, var: Any, covariance: Any, axis: Place, maps: Sequence[Any], site: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """One group's maps applied to the moments of one site, on the host."""
     mean, var = np.asarray(mean), np.asarray(var)
     if mean.ndim > 2:  # covariances run over all channel axes as one
-        before, after = mean.shape[: 1 + axis.axis], mean.shape[2 + axis.axis :]
+        before, after = mean.shape[: 1 + axis.at.axis], mean.shape[2 + axis.at.axis :]
         flat = _flat(axis, mean.shape)
         mean, var = (value.reshape(len(mean), -1) for value in (mean, var))
         mean, var, covariance = carry(mean, var, covariance, flat, maps, site)
         return mean.reshape(*before, -1, *after), var.reshape(*before, -1, *after), covariance
     covariance = None if covariance is None else np.asarray(covariance)
-    size = mean.shape[1 + axis.axis]
-    n = size_at(axis.group, axis.place, (size,))
+    size = mean.shape[1 + axis.at.axis]
+    n = size_at(axis.group, axis.at, (size,))
     heads = None if axis.owner is None else size_at(axis.group, axis.owner, (size,))
     _check(axis, maps, n, heads, site)
 
     def ordered(line: np.ndarray, permutation: Any) -> np.ndarray:
-        return permute_at(line, axis.place, axis.owner, np.asarray(permutation))
+        return permute_at(line, axis.at, axis.owner, np.asarray(permutation))
 
     if not any(map(_is_matrix, maps)):
         whole = np.arange(size)
         order = [whole if m is None else ordered(whole, m) for m in maps]
         mean, var = (
-            np.stack([np.take(v, o, axis.axis) for v, o in zip(value, order, strict=True)])
+            np.stack([np.take(v, o, axis.at.axis) for v, o in zip(value, order, strict=True)])
             for value in (mean, var)
         )
         if covariance is not None:
@@ -133,10 +133,10 @@ def carry(
             assert axis.owner is not None  # `_check`
             each = [functools.partial(_product, np.asarray(matrix)) for matrix in m]
             whole = map_within(
-                whole, axis.place, axis.owner, lambda view, k, i, each=each: each[i](view, k)
+                whole, axis.at, axis.owner, lambda view, k, i, each=each: each[i](view, k)
             )
         elif _is_matrix(m):
-            whole = map_axis(whole, axis.place, functools.partial(_product, np.asarray(m)))
+            whole = map_axis(whole, axis.at, functools.partial(_product, np.asarray(m)))
         elif m is not None:
             whole = ordered(whole, m)
         matrices.append(whole.astype(covariance.dtype))

@@ -23,7 +23,7 @@ from vfjax._passes.devices import on_mesh, on_meshes
 from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
 from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
-from vfjax.stats._sites import by_example
+from vfjax.network._layout import as_float, by_example
 
 Shape = tuple[int, ...]
 
@@ -104,7 +104,7 @@ def _features(job: Job, models: Sequence[Runs], x: PyTree) -> list[Array]:
         if names:
             _, values = model.run(x, capture=names)
             for name, shape in zip(names, shapes, strict=True):
-                value = values[name].astype(jnp.promote_types(values[name].dtype, jnp.float32))
+                value = as_float(values[name], name)
                 value, axis = by_example(name, value, shape, batch_size(x))
                 found.append(jnp.moveaxis(value, axis, 0).reshape(batch_size(x), -1))
     return found

@@ -26,15 +26,15 @@ from vfjax._passes.moments import (
 )
 from vfjax._passes.streaming import by_pieces, each
 from vfjax._types import Array, PyTree
+from vfjax.network._layout import Layout, arrange, by_channel
 from vfjax.network._network import Network
 from vfjax.stats._pieces import pieces
-from vfjax.stats._sites import Site, arrange
 
 
-class Plan(NamedTuple):
+class Job(NamedTuple):
     """What a pass measures: hashable, so that it is part of the key of a compilation."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[Layout, ...]
     covariance: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
 
@@ -50,22 +50,22 @@ class Model:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def measure(
-    plan: Plan, mesh: Any, models: tuple[Model, ...], x: PyTree
+    job: Job, mesh: Any, models: tuple[Model, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
     """Moments of one batch, and the number of samples at each site."""
     if mesh is not None:
-        return on_mesh(functools.partial(_batch, plan), mesh)(models, x)
-    batch = functools.partial(_batch, plan, models)
+        return on_mesh(functools.partial(_batch, job), mesh)(models, x)
+    batch = functools.partial(_batch, job, models)
     parts = pieces({model.net: model.tree for model in models}, x)
-    return by_pieces(batch, functools.partial(_merge, plan), parts, x)
+    return by_pieces(batch, functools.partial(_merge, job), parts, x)
 
 
-def _batch(plan: Plan, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
+def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
     counts: dict[str, int] = {}
 
     def one(model: Model, x: PyTree) -> tuple[dict[str, Array], ...]:
         own: dict[str, int] = {}
-        found = read(model.net, plan.sites, plan.covariance, own, x, model.tree)
+        found = read(model.net, job.sites, job.covariance, own, x, model.tree)
         if own != (counts or own):
             raise ValueError(
                 "net has networks with other numbers of samples at the sites of one and of "
@@ -76,32 +76,32 @@ def _batch(plan: Plan, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, 
 
     parts = each(one, models, x)
     mean, var, rest = (
-        {site.name: jnp.stack([part[k][site.name] for part in parts]) for site in plan.sites}
+        {site.name: jnp.stack([part[k][site.name] for part in parts]) for site in job.sites}
         for k in (0, 1, 2)
     )
-    rows = {name: [part[3][name] for part in parts] for name in plan.covariance}
+    rows = {name: [part[3][name] for part in parts] for name in job.covariance}
 
     def product(name: str, i: int, j: int) -> Array:
         return covariance_of((rows[name][i], rest[name][i]), (rows[name][j], rest[name][j]))
 
     products = {
-        name: jnp.stack([product(name, i, j) for i, j in plan.pairs])
-        for name in plan.covariance
-        if plan.pairs
+        name: jnp.stack([product(name, i, j) for i, j in job.pairs])
+        for name in job.covariance
+        if job.pairs
     }
     for name, found in products.items():
-        own = [k for k, (i, j) in enumerate(plan.pairs) if i == j]
+        own = [k for k, (i, j) in enumerate(job.pairs) if i == j]
         if own:
             # What the products give already costs no pass of its own.
             squares = jnp.stack([jnp.diagonal(found[k]) for k in own])
             var[name] = jnp.maximum(squares, 0).reshape(var[name].shape)
     batch = {"mean": mean, "var": var, "covariance": products}
-    return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in plan.sites]
+    return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in job.sites]
 
 
 def read(
     net: Network,
-    sites: tuple[Site, ...],
+    sites: tuple[Layout, ...],
     covariance: Collection[str],
     counts: dict[str, int],
     x: PyTree,
@@ -128,21 +128,20 @@ def read(
         value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
         counts[name] = value.size // max(mean[name].size, 1)
         if name in covariance:
-            keep = [a for a in range(value.ndim) if a not in sample]
-            rows[name] = value.transpose(*sample, *keep).reshape(counts[name], -1)
+            rows[name] = by_channel(value, sample)
     return mean, var, rest, rows
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def pool(
-    plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
+    job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
     """The moments of the union of two sets of samples; `share` is the second's part."""
-    return _merge(plan, pooled, batch, share)
+    return _merge(job, pooled, batch, share)
 
 
 def _merge(
-    plan: Plan, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
+    job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
     out: dict[str, Any] = {"covariance": {}}
     out["mean"], out["var"], steps = merge_moments(
@@ -150,12 +149,12 @@ def _merge(
     )
     for site, old in pooled["covariance"].items():
         rows = steps[site].reshape(steps[site].shape[0], -1)
-        between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in plan.pairs])
+        between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in job.pairs])
         out["covariance"][site] = union_second(old, batch["covariance"][site], between, share)
     return out
 
 
-def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
+def finish(job: Job, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
     """Mean, variance and covariance `[K, K, n, n]` by site, rounding taken off the variances.
 
     On the host: it is little, and there it needs no compilation.
@@ -167,6 +166,6 @@ def finish(plan: Plan, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
     for site, value in pooled["covariance"].items():
         models = len(mean[site])
         blocks[site] = np.full((models, models, *value.shape[1:]), np.nan, value.dtype)
-        for (i, j), block in zip(plan.pairs, value, strict=True):
+        for (i, j), block in zip(job.pairs, value, strict=True):
             blocks[site][i, j], blocks[site][j, i] = block, block.T
     return jax.tree.map(jnp.asarray, (mean, var, blocks))

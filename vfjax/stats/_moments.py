@@ -17,23 +17,19 @@ from vfjax._trees.mean import resolve_weights
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree
 from vfjax.network._arguments import check_comparable, networks
+from vfjax.network._layout import check_operand, layout_of
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 from vfjax.stats._carry import carry, single
 from vfjax.stats._measure import (
+    Job,
     Model,
-    Plan,
     finish,
     measure,
     pool,
 )
-from vfjax.stats._sites import (
-    GroupAxis,
-    Sites,
-    joint_taps,
-    resolve_sites,
-    site_of,
-    taps_by_site,
-)
+from vfjax.stats._sites import resolve_sites
+from vfjax.symmetry._places import Place
 
 
 @functools.partial(
@@ -61,7 +57,7 @@ class Moments:
     mean: dict[str, Array]
     var: dict[str, Array]
     covariance: dict[str, Array] | None = None
-    axes: tuple[tuple[str, tuple[GroupAxis, ...]], ...] = ()
+    axes: tuple[tuple[str, tuple[Place, ...]], ...] = ()
 
     @property
     def models(self) -> int:
@@ -137,9 +133,9 @@ class Moments:
                 measured.
 
         Example:
-            >>> import jax.numpy as jnp
+            >>> import jax.numpy as jnp, vfjax
             >>> mean = jnp.array([[1.0, 2.0, 3.0]])
-            >>> axes = (("a", (GroupAxis("g", 0, 1, 1),)),)
+            >>> axes = (("a", (Place("g", vfjax.symmetry.Axis("", 0)),)),)
             >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": mean}, axes=axes)
             >>> found.carried([{"g": jnp.array([2, 0, 1])}]).mean["a"].tolist()
             [[3.0, 1.0, 2.0]]
@@ -161,13 +157,13 @@ class Moments:
                 if all(m is None for m in chosen):
                     continue
                 block = None if covariance is None else covariance.get(site)
-                length = mean[site].shape[1 + axis.axis]
+                length = mean[site].shape[1 + axis.at.axis]
                 mean[site], var[site], block = carry(
                     mean[site], var[site], block, axes[k], chosen, site
                 )
-                if mean[site].shape[1 + axis.axis] != length:
+                if mean[site].shape[1 + axis.at.axis] != length:
                     m = next(np.shape(found)[-2] for found in chosen if found is not None)
-                    axes[:] = [other.after(axes[k], length, m) for other in axes]
+                    axes[:] = [other.after(axes[k].at, length, m) for other in axes]
                 if covariance is not None and block is not None:
                     covariance[site] = block
         mean, var, covariance = jax.tree.map(jnp.asarray, (mean, var, covariance))
@@ -195,10 +191,9 @@ def moments(
             classes of their own behind the taps, may differ in shape where `apply_fn` takes that;
             models whose `apply_fn` differ have a network each.
         data: Re-iterable of `x` or `(x, label)`.
-        sites: `"paper"`, `"all"`, `"taps"` or a list of site names: see `resolve_sites`. At a tap
-            the channels are the `n` features of its group (at a joint tap those of all entries of
-            the group that it is within, `h * n`), at a layer or norm its channel axes, at
-            `"input"` and `"output"` all axes but the first.
+        sites: Any, as in `resolve_sites`. At a tap the channels are the `n` features of its group
+            (at a joint tap those of all entries of the group that it is within, `h * n`), at a
+            layer or norm its channel axes, at `"input"` and `"output"` all axes but the first.
         covariance: True for the covariances between all pairs of models (each with itself too) at
             the requested taps, or at all taps if none is among the sites; `"cross"` for pairs of
             different models only, what matching needs; a list of site names for all pairs at those.
@@ -226,42 +221,41 @@ def moments(
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
-    plan = _plan(nets[0], sites, covariance, len(trees))
-    check_comparable(nets, trees, [site.source for site in plan.sites])
-    if any(_plan(own, sites, covariance, len(trees)) != plan for own in nets if own is not nets[0]):
+    job = _job(nets[0], sites, covariance, len(trees))
+    check_comparable(nets, trees, [site.source for site in job.sites])
+    if any(_job(own, sites, covariance, len(trees)) != job for own in nets if own is not nets[0]):
         raise ValueError(
             "net has networks that lay out the values at the sites differently; measure each by "
             "itself, stats.moments(net[k], [trees[k]], data, ...)"
         )
     pooled, counts = stream(
-        functools.partial(measure, plan),
-        functools.partial(pool, plan),
+        functools.partial(measure, job),
+        functools.partial(pool, job),
         tuple(Model(own, tree) for own, tree in zip(nets, trees, strict=True)),
         data,
         like=nets[0].x,
     )
     check_finite_means(pooled["mean"])
-    mean, var, blocks = finish(plan, pooled)
+    mean, var, blocks = finish(job, pooled)
     return Moments(
-        count={s.name: n for s, n in zip(plan.sites, counts, strict=True)},
+        count={s.name: n for s, n in zip(job.sites, counts, strict=True)},
         # In the order asked for: what comes out of a compiled call is sorted by name.
-        mean={site.name: mean[site.name] for site in plan.sites},
-        var={site.name: var[site.name] for site in plan.sites},
-        covariance={name: blocks[name] for name in plan.covariance} or None,
-        axes=tuple((site.name, site.axes) for site in plan.sites),
+        mean={site.name: mean[site.name] for site in job.sites},
+        var={site.name: var[site.name] for site in job.sites},
+        covariance={name: blocks[name] for name in job.covariance} or None,
+        axes=tuple((site.name, site.groups) for site in job.sites),
     )
 
 
-def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], models: int) -> Plan:
+def _job(net: Network, sites: Sites, covariance: bool | str | Sequence[str], models: int) -> Job:
     if isinstance(covariance, str) and covariance == "cross" and models < 2:
         raise ValueError(
             f'`covariance`: "cross" needs two models or more, for pairs of different ones; `trees` '
             f"got {models}. Pass True for the covariances within a model"
         )
     names = resolve_sites(net, sites)
-    taps, joint = taps_by_site(net), joint_taps(net)
     if isinstance(covariance, bool) or covariance == "cross":
-        known = (*taps, *joint)
+        known = resolve_sites(net, "taps")
         chosen = tuple(name for name in names if name in known) if covariance else ()
         if covariance and not chosen:
             chosen = known
@@ -274,4 +268,6 @@ def _plan(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mo
     names = tuple(dict.fromkeys((*names, *chosen)))
     cross = covariance == "cross"
     pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
-    return Plan(tuple(site_of(net, name, taps) for name in names), chosen, pairs)
+    for name in names:
+        check_operand(net, name)
+    return Job(tuple(layout_of(net, name) for name in names), chosen, pairs)

@@ -2,19 +2,22 @@
 
 Permuting the output channels of one layer, and the input channels of whatever reads them, leaves
 the network's function unchanged. A `PermutationSpec` lists which axes of which leaves move
-together. `vfjax.trace` reads it off the network (`net.spec`); it can also be written by hand:
+together. `vfjax.trace` reads it off the network (`net.spec`); it can also be written by hand, and
+`check_spec` tests it: it permutes at random and returns the largest change of the output.
 
-    PermutationSpec({
-        "hidden": [("dense_0/kernel", 1, "out"), ("dense_0/bias", 0), ("dense_1/kernel", 0, "in")],
-    })
+    >>> import numpy as np
+    >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("b", 0), ("v", 0, "in")]})
+    >>> tree = {"w": np.array([[1, 2]]), "b": np.array([3, 4]), "v": np.array([[5], [6]])}
+    >>> spec.permute(tree, {"h": [1, 0]})["v"].tolist()
+    [[6], [5]]
 
-A group may move by itself inside each entry of another, as the dims of an attention head inside
-their head: `spec.within` says so. Its permutation is then one for all, `[n]`, or one for each,
-`[h, n]`, where the owners count in their new order: entry k of owner i is what was entry `p[i, k]`
-of owner `q[i]`, if the owners are permuted by q.
-
-More general maps of a group, such as the merge and unmerge matrices of ZipIt! or transport plans,
-go through the same description: see `PermutationSpec.apply`.
+- `spec.fixed`: axes that could not be followed, each with the primitive and the source line. A
+  symmetry may be missed, never invented. Scalings of ReLU units and rotations are not looked for.
+- `spec.within`: a group that may move inside each entry of another, as the dims of attention heads
+  do. Its permutation is `[n]`, or `[h, n]` where the owners count in their new order.
+- `spec.rigid`: groups that only permutations can map, and the leaf that forbids other maps.
+- `spec.apply` takes other maps, as the merge and unmerge matrices of ZipIt!; `compose` and `invert`
+  are of permutations.
 """
 
 from __future__ import annotations

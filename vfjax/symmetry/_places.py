@@ -74,7 +74,12 @@ class Place(NamedTuple):
 
     group: str
     at: Axis
-    owner: Axis | None
+    owner: Axis | None = None
+
+    def after(self, mapped: Axis, length: int, m: int) -> Place:
+        """Where it lies after the group at a place of an axis of some length has got m entries."""
+        move = functools.partial(moved, mapped=mapped, length=length, m=m)
+        return Place(self.group, move(self.at), self.owner and move(self.owner))
 
 
 class FixedAxis(NamedTuple):

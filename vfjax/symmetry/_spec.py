@@ -242,7 +242,7 @@ class PermutationSpec:
             ([[2.0]], [[3.0]])
 
         Source: the merge and unmerge matrices of "ZipIt! Merging Models from Different Tasks
-        without Training" (Stoica et al., 2024, section 4).
+        without Training" (Stoica et al., 2024, section 4). Its code maps scales as it does biases.
         """
         sizes = {**self.sizes, **self.validate(variables)}
         self.check_known("maps", maps)

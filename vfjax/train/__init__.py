@@ -1,5 +1,17 @@
 """Recipes and the loop that trains by them.
 
+It trains what the experiments merge; the rest of the library does not need it.
+
+- `recipe_for(model, dataset, preset="cpu")` gives a `Recipe`, a value to print, store or change.
+- `fit(model, recipe, dataset, seed=0)` trains; `fit_seeds` trains one network for each seed.
+- `evaluate(forward, variables, batches)` counts accuracy and loss of anything that can be run, a
+  `vfjax.merge.Merged` too, with `forward(variables, x)`.
+
+    >>> import numpy as np
+    >>> x, label = np.eye(2, dtype=np.float32), np.array([0, 1])
+    >>> evaluate(lambda v, x: x @ v, 9 * np.eye(2, dtype=np.float32), [(x, label)]).accuracy
+    1.0
+
 The state of a run is a pytree whose only clock is its step counter: the order of the images and
 their augmentation follow from the seed and the step, so that a run that was killed and resumed ends
 with the very numbers of one that was not.

@@ -37,10 +37,11 @@ from vfjax.diagnose._report.advice import (
 from vfjax.diagnose._report.figure import draw
 from vfjax.diagnose._report.findings import LayerFinding, NormFinding
 from vfjax.diagnose._report.table import text_table
-from vfjax.diagnose._sites import Sites, resolve_sites
+from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

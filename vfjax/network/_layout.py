@@ -1,0 +1,174 @@
+"""How the value of a site is laid out: channels apart from samples, examples on an axis."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vfjax._types import Array
+from vfjax.network import _sites
+from vfjax.network._records import JointTap, Tap
+from vfjax.symmetry._places import Axis, Place, grid, rows
+
+if TYPE_CHECKING:
+    from vfjax.network._network import Network
+
+
+class Layout(NamedTuple):
+    """How a site is read: what to capture, and which of its axes are channels.
+
+    Hashable, so that it is part of the key of a compilation, and equal for networks that lay out
+    their values alike.
+    """
+
+    name: str
+    source: str
+    # Where the channels are, of a value that becomes `[before, n, after]` before `keep` counts its
+    # axes; None to leave it as it is.
+    split: Axis | None
+    # Channel axes; None for all but the first.
+    keep: tuple[int, ...] | None
+    # Which group lies along which of the channel axes; an axis counts among these alone.
+    groups: tuple[Place, ...]
+    # Where the owners lie, of a value that becomes `[owners * n, rest]`; None for one without.
+    around: Axis | None = None
+
+
+def layout_of(net: Network, name: str) -> Layout:
+    """How a site is read, by its name: at a tap of one group, or of a part of one, by the group.
+
+    Raises:
+        ValueError: If the network has no such site.
+    """
+    site = net.sites.get(name)
+    if site is None:
+        raise ValueError(_sites.unknown(net, "site", name, list(net.sites)))
+    tap = site.tap
+    if isinstance(tap, Tap):
+        return Layout(name, site.source, tap.place, (1,), (Place(tap.group, Axis("", 0)),))
+    if isinstance(tap, JointTap):
+        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
+        owner = Place(tap.owner, Axis("", 0, inner=n))
+        groups = owner, Place(tap.group, Axis("", 0, outer=h), owner.at)
+        return Layout(name, site.source, tap.place, (0,), groups, tap.around)
+    keep = _sites.channel_axes(net, name)
+    return Layout(name, name, None, keep, () if keep is None else _groups(net, name, keep))
+
+
+def whole_layout(net: Network, name: str) -> Layout:
+    """How a whole value is read by its channel axes, whichever groups show in it."""
+    return Layout(name, name, None, _sites.channel_axes(net, name), ())
+
+
+def _groups(net: Network, name: str, keep: tuple[int, ...]) -> tuple[Place, ...]:
+    """Which of a site's channel axes carry which group.
+
+    Groups within others come last: what they do inside the others' entries counts them anew.
+    """
+    found = []
+    for group, at, owner in net.places(name):
+        if at.axis not in keep:
+            continue
+        if owner is not None:
+            owner = owner._replace(axis=keep.index(owner.axis)) if owner.axis in keep else None
+        found.append(Place(group, at._replace(axis=keep.index(at.axis)), owner))
+    return tuple(found)
+
+
+def as_float(value: Any, name: str) -> Array:
+    """A site's value in float32 or better.
+
+    Raises:
+        TypeError: If it is not one array.
+    """
+    if not hasattr(value, "dtype"):
+        raise TypeError(
+            f'site "{name}" holds a {type(value).__name__} of arrays; statistics need one array'
+        )
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def arrange(value: Any, layout: Layout) -> tuple[Array, tuple[int, ...]]:
+    """A site's value in float32 or better, channels as axes of their own, and its sample axes."""
+    value = as_float(value, layout.name)
+    if layout.split is not None and layout.around is not None:
+        value = grid(value, layout.split, layout.around)
+        value = value.reshape(-1, value.shape[-1])
+    elif layout.split is not None:
+        value = rows(value, layout.split)
+    keep = tuple(range(1, value.ndim)) if layout.keep is None else layout.keep
+    return value, tuple(a for a in range(value.ndim) if a not in keep)
+
+
+def by_channel(value: Array, samples: tuple[int, ...]) -> Array:
+    """A value as `[samples, channels]`, given its sample axes."""
+    channels = [a for a in range(value.ndim) if a not in samples]
+    width = math.prod(value.shape[a] for a in channels)
+    return value.transpose(*samples, *channels).reshape(-1, width)
+
+
+def by_example(name: str, value: Array, single: tuple[int, ...], size: int) -> tuple[Array, int]:
+    """A value of `size` examples, with an axis of examples alone, and that axis.
+
+    It is the one along which the value of one example is shorter, whatever the network did to
+    layouts.
+
+    Args:
+        name: Name of the site.
+        value: Its value.
+        single: The shape of the value of one example.
+        size: Number of examples.
+
+    Raises:
+        ValueError: If there is no such axis.
+    """
+    many = value.shape
+    if size == 1 and many == single:
+        return value[None], 0
+    axes = [a for a, (n, m) in enumerate(zip(many, single, strict=False)) if n != m]
+    if len(many) != len(single) or len(axes) != 1 or many[axes[0]] != size * single[axes[0]]:
+        raise ValueError(
+            f'site "{name}" has shape {list(many)} at {size} examples and {list(single)} at one: '
+            "no axis of it holds the examples; leave it out of `sites`"
+        )
+    (axis,) = axes
+    if single[axis] > 1:
+        # Examples were merged with positions, as by x.reshape(-1, features): they are outermost.
+        value = value.reshape(*many[:axis], size, *single[axis:])
+    return value, axis
+
+
+def check_operand(net: Network, name: str) -> None:
+    """Checks that what a layer reads has samples to pool: that examples lie along a sample axis.
+
+    A function that takes batches of one size only passes, since nothing tells.
+
+    Raises:
+        ValueError: If the layer contracts the examples, or none of its axes holds them.
+    """
+    site, traced = net.sites[name], net._reference
+    if site.kind != "operand":
+        return
+
+    def shape(traced: Any) -> tuple[int, ...]:
+        return traced.graph.avals[_sites.locate(net, traced, name)[0]].shape
+
+    longer = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((a.shape[0] + 1, *a.shape[1:]), a.dtype), net.x
+    )
+    try:
+        other = shape(net._traces.at(net._avals, longer))
+    except Exception:  # whatever a function raises that only takes batches of one size
+        return
+    keep = _sites.channel_axes(net, name) or ()
+    varying = [a for a, (n, m) in enumerate(zip(shape(traced), other, strict=True)) if n != m]
+    if not varying or set(varying) & set(keep):
+        raise ValueError(
+            f"site '{name}' cannot be measured: the layer '{site.of}' reads an array of shape "
+            f"{list(shape(traced))} whose axes {list(keep)} it contracts, and "
+            + ("the examples are among them" if varying else "no axis of it holds the examples")
+            + f"; measure its pre-activation, '{site.of}'"
+        )
