@@ -31,7 +31,7 @@ from kit import cli, figures, pairs, tables
 from kit.edges import loaded
 from kit.experiment import Experiment, Run
 from kit.figures import label
-from kit.records import Record, Row, images, joined, networks
+from kit.records import Record, Row, joined, networks
 from papers.pfm_vs_partial_zip import CLAIMS, KINDS, compared_at, remedy_of
 
 import vfjax
@@ -164,8 +164,8 @@ def summary_of(record: Record) -> dict[str, Any]:
 
 def title_of(record: Record) -> str:
     """Data, models, what is compared, images."""
-    count = images(record["data"]["test_images"], "test")
-    return f"{networks(record)}, midpoints with l layers apart, {count}"
+    images = record["data"]["test_images"]
+    return f"{networks(record)}, midpoints with l layers apart, {images:,} test images"
 
 
 def finding_of(record: Record) -> str:

@@ -33,7 +33,7 @@ from typing import Any
 
 from kit import cli, disjoint, figures, tables
 from kit.experiment import Experiment, Run
-from kit.records import Record, Row, images, networks
+from kit.records import Record, Row, networks
 from papers import zipit_disjoint as paper
 
 log = logging.getLogger("vfjax.experiments")
@@ -137,7 +137,7 @@ def title_of(record: Record) -> str:
     classes, config = record["data"]["classes"], record["config"]
     parts = [
         f"{networks(record)}, {classes // 2}+{classes - classes // 2} classes",
-        f"statistics over {images(record['data']['statistics_images'], '')}",
+        f"statistics over {record['data']['statistics_images']:,} images",
     ]
     parts += ["plain classifiers"] if config["loss"] == "cross-entropy" else []
     return ", ".join(parts + ([f"mean of {config['pairs']} pairs"] if config["pairs"] > 1 else []))
