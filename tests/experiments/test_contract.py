@@ -61,6 +61,15 @@ def test_all_are_here():
     assert set(SMALLEST) == set(SCRIPTS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_the_slowest():
+    """Optimal pairs of features take longer than all the rest, and are optional."""
+    with pytest.MonkeyPatch.context() as patch:
+        zipit = importlib.import_module("zipit_disjoint")
+        patch.setattr(zipit, "MATCHERS", ("identity", "permute", "greedy"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """Runs a script once for all tests: its path and record."""
@@ -190,6 +199,8 @@ def test_ctrl_c_keeps_what_was_measured(name, ran, tmp_path, monkeypatch, capsys
     for row, other in zip(record["rows"], whole["rows"], strict=True):
         assert list(row) == list(other)
         for key, value in other.items():
+            if key == "seconds":
+                continue
             near = pytest.approx(value, rel=1e-3, abs=0.02) if isinstance(value, float) else value
             assert row[key] == near, key
 
