@@ -211,6 +211,17 @@ def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
     return number
 
 
+def positive(text: str) -> float:
+    """The type of an option that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
+    return value
+
+
 def model_of(text: str) -> tuple[str, float | None]:
     """The type of `--model`: a name, and the width if it has one."""
     name, _, width = text.partition("-w")

@@ -6,12 +6,10 @@ networks have become one, its output is compared with the embeddings of all clas
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import hashlib
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -198,16 +196,6 @@ LOSSES = ("cosine", "cross-entropy")
 SCALE = 10.0
 
 
-def _scale(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
-    return value
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class EmbeddingOptions:
@@ -226,7 +214,7 @@ class EmbeddingOptions:
     )
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
-    scale: float = cli.option(SCALE, "of the cosines, above 0", type=_scale, metavar="S",
+    scale: float = cli.option(SCALE, "of the cosines, above 0", type=cli.positive, metavar="S",
                                part="scale{:g}")
 # fmt: on
 

@@ -37,6 +37,20 @@ SMALLEST = {
         "--statistics",
         "200",
     ],  # fmt: skip
+    "vit_transport": [
+        "--dataset",
+        "digits",
+        "--blocks",
+        "0",
+        "--regularization",
+        "0.1",
+        "--samples",
+        "200",
+        "--held-out",
+        "100",
+        "--test",
+        "100",
+    ],  # fmt: skip
     "zipit_disjoint": [
         *DIGITS,
         "--epochs",
