@@ -7,6 +7,7 @@ options.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ SMALLEST = {
         "--statistics",
         "200",
     ],  # fmt: skip
+    "multi_dataset": ["--quick"],
     "vit_transport": [
         "--dataset",
         "digits",
@@ -76,11 +78,16 @@ def test_all_are_here():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _without_the_slowest():
-    """Optimal pairs of features take longer than all the rest, and are optional."""
+def _small():
+    """Smaller transformers; no optimal pairs of features, which take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
         zipit = importlib.import_module("zipit_disjoint")
         patch.setattr(zipit, "MATCHERS", ("identity", "permute", "greedy"))
+        vits = importlib.import_module("kit.transformers")
+        model = {"blocks": 1, "features": 8, "heads": 2, "expansion": 2}
+        patch.setattr(vits, "DIGITS", dataclasses.replace(vits.DIGITS, **model))
+        recipe = dataclasses.replace(vits.DIGITS_RECIPE, epochs=1, warmup_epochs=0.0)
+        patch.setattr(vits, "DIGITS_RECIPE", recipe)
         yield
 
 
