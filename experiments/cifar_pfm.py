@@ -36,7 +36,6 @@ from papers.cifar_pfm import CLAIMS
 
 import vfjax
 
-SAMPLES = 10_000
 COSTS = (("params, M", "params", 1e6), ("ratio", "params_ratio", 1))
 COSTS += (("FLOPs, G", "flops", 1e9), ("ratio", "flops_ratio", 1))
 
@@ -68,7 +67,7 @@ class Config(pairs.MatchingOptions):
         "deviation over the pairs; three models make three pairs", type=cli.count_of("pairs"),
         part="{}pairs")
     samples: int | str = cli.option(
-        SAMPLES, "statistics images: the first N of the training split, not augmented, in batches "
+        10_000, "statistics images: the first N of the training split, not augmented, in batches "
         "of 500", type=cli.count_or_all, metavar="N|all", part="samples{}")
 # fmt: on
 
@@ -120,16 +119,16 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     plan = [dict(zip(keys, (k, *c), strict=True)) for k in range(config.pairs) for c in cells]
     for cell in run.cells(plan):
         k, name, layers, match, remedy = (cell[key] for key in keys)
-        pair, stage = pair_of(k), "edge models and ensemble" if name != "PFM" else None
-        with run.watch(stage or f"PFM {layers}/{net.depth}"):
-            if layers is not None:
+        pair, stage = pair_of(k), f"PFM {layers}/{net.depth}"
+        with run.watch(stage if name == "PFM" else "edge models and ensemble"):
+            if name == "PFM":
                 cut = cut_of(k, match, layers)
-                yield cell | cut.measured(remedy, f"PFM {layers}/{net.depth}") | cut.cost()
-            else:
-                one = pairs.cost_of(net, net.parameters, net.flops)
-                both = name == "ensemble"
-                cost = cut_of(k, config.match, net.depth).cost() if both else one
-                yield cell | pair.edge(name) | cost
+                yield cell | cut.measured(remedy, stage) | cut.cost()
+                continue
+            cost = pairs.cost_of(net, net.params, net.flops)
+            if name == "ensemble":
+                cost = cut_of(k, config.match, net.depth).cost()
+            yield cell | pair.edge(name) | cost
 
 
 # ------------------------------------------------------------------------------- what came of it
@@ -182,29 +181,27 @@ def finding_of(record: Record) -> str:
 def tables_of(record: Record) -> list[tables.Table]:
     """Accuracies by l and column with costs; what has a cost of its own has a table of its own."""
     rows, edge, columns = record.rows, record["summary"]["edge_mean"], columns_of(record)
+    depth, layers = record["model"]["depth"], sorted(rows.distinct("layers"))
     lines = {name: {"network": name} for name in ("model 1", "model 2", "ensemble")}
-    for at in sorted(rows.distinct("layers")):
-        lines[f"PFM {at}/{record['model']['depth']}"] = {"layers": at}
-    places: dict[int | None, list[str]] = {}
-    for name, at in record["summary"]["reaches_edges_at"].items():
-        places.setdefault(at, []).append(name)
-    reached = "; ".join(
-        (f"at l = {at} by " if at is not None else "at none of these l by ") + joined(places[at])
-        for at in sorted(places, key=lambda at: (at is None, at or 0))
-    )
+    lines |= {f"PFM {at}/{depth}": {"layers": at} for at in layers}
+    reached, places = [], record["summary"]["reaches_edges_at"]
+    for at in sorted(set(places.values()), key=lambda at: (at is None, at or 0)):
+        where = f"at l = {at}" if at is not None else "at none of these l"
+        reached.append(f"{where} by {joined(name for name in places if places[name] == at)}")
     caption = f"*: at or above the mean of the edge models, {100 * edge:.2f}, first reached "
+    caption += "; ".join(reached)
     # Permutations cost as little as nothing done.
     beside = [name for name in columns if name == "direct" or name.startswith("AM")]
     groups = [[name for name in columns if name not in beside], beside]
     found = []
     for names in groups if "AM" in columns else [list(columns)]:
         shown = [tables.Column(name, columns[name]) for name in names]
-        for text, key, scale in COSTS:
-            shown.append(tables.Column(text, columns[names[-1]], key, tables.number(scale=scale)))
+        last = columns[names[-1]]
+        shown += [tables.Column(text, last, key, tables.number(scale=s)) for text, key, s in COSTS]
         title = record["title"] + (": activation matching beside it" if "AM" in names else "")
         table = tables.pivot(rows, lines, shown, title=title, corner="test accuracy, %",
                              mark=lambda name, mean: name.startswith("PFM") and mean >= edge,
-                             caption=caption + reached)  # fmt: skip
+                             caption=caption)  # fmt: skip
         found.append(table)
     return found
 
@@ -215,9 +212,7 @@ def figure_of(record: Record) -> Any:
     summary, depth, row = record["summary"], record["model"]["depth"], []
     levels = {"edge models' mean": summary["edge_mean"], "ensemble": summary["ensemble"]}
     for match in dict.fromkeys([config["match"], *rows.distinct("match", match="activation")]):
-        of_panel = [
-            (one["match"], one["remedy"]) for one in rows if one["match"] in ("none", match)
-        ]
+        of_panel = [(one["match"], one["remedy"]) for one in rows.where(match=("none", match))]
         lines = [
             figures.line(rows, "layers", name=name, method=method, match=m, remedy=remedy)
             for name, (m, remedy) in pairs.columns_of(match, of_panel).items()
@@ -229,7 +224,9 @@ def figure_of(record: Record) -> Any:
             title += " (matched alone: no variances to evaluate with)"
         x, ticks = f"layers kept apart l (of L = {depth})", sorted(rows.distinct("layers"))
         lines += figures.levels(levels)
-        row.append(figures.Panel(title, x, figures.ACCURACY, lines, y_limits=(0, 101), ticks=ticks))
+        # What is all near the top would be one line.
+        limits = (0, 101) if min(rows.values()) < 0.5 else None
+        row.append(figures.Panel(title, x, figures.ACCURACY, lines, y_limits=limits, ticks=ticks))
     bars = f"standard deviation over {config['pairs']} pairs"
     return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
 

@@ -108,7 +108,7 @@ def prepare(config: Config, watch: Stopwatch) -> Setup:
         "config": {"datasets": list(names)},
         "preset": dataclasses.asdict(preset),
         "data": about,
-        "model": described | {"parameters": net.parameters},
+        "model": described | {"parameters": net.params},
         "seeds": {"networks": [config.seed + index for index in range(len(names))]},
     }
     found = sets.Trained(net, datasets, trees, preset)

@@ -78,13 +78,9 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
     def moments() -> stats.Moments:
         # One pass serves activation matching and, carried along, the references of all matchings.
         with run.watch("statistics of edge models"):
-            return stats.moments(
-                net,
-                trees,
-                run.watched(images.statistics, "statistics of edge models"),
-                sites="taps" if net.norms else "paper",
-                covariance="cross",
-            )
+            batches = run.watched(images.statistics, "statistics of edge models")
+            sites = "taps" if net.norms else "paper"
+            return stats.moments(net, trees, batches, sites=sites, covariance="cross")
 
     @functools.lru_cache(maxsize=1)
     def matched(match: str, seed: int | None) -> tuple[Sequence[Any], stats.Moments]:
@@ -95,14 +91,9 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
             else:
                 found = align.match_weights(net, *trees, key=jax.random.key(seed))
             aligned = [trees[0], net.spec.permute(trees[1], found.permutations)]
-        run.note(
-            "matching",
-            match=match,
-            seed=seed,
-            objective=[float(value) for value in found.objective],
-            converged=found.converged,
-            moved=found.moved,
-        )
+        told = {"objective": [float(value) for value in found.objective]}
+        told |= {"converged": found.converged, "moved": found.moved}
+        run.note("matching", match=match, seed=seed, **told)
         return aligned, known.carried([None, dict(found.permutations)])
 
     # Most networks with BatchNorm have no biases but those of their norms, which stay.
@@ -131,16 +122,10 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
             continue
         k = chosen(run.rows, match, seed) if remedy == "bias_removal" else None
         plain = {"none": None, "bias_removal": ("remove_bias", k)}
+        options = {"renormalise": plain.get(remedy, remedy), "references": references}
+        options |= {"data": images.statistics, "alphas": ALPHAS}
         with run.watch(f"{match} matching, interpolation"):
-            curve = diagnose.interpolation(
-                net,
-                aligned,
-                images.test,
-                alphas=ALPHAS,
-                renormalise=plain.get(remedy, remedy),
-                data=images.statistics,
-                references=references,
-            )
+            curve = diagnose.interpolation(net, aligned, images.test, **options)
         yield from records.curve_rows(cell | {"removed": k}, curve)
         if remedy == "none":
             for name, value in zip(("model 1", "model 2"), curve.edge_accuracy, strict=True):
@@ -202,10 +187,12 @@ def figure_of(record: records.Record) -> Any:
     y, limits, row = "test accuracy (%)", (0, 102), []
     for match, text in MATCHES.items():
         rows = record.rows.where(match=match, side=None)
-        lines = [
-            figures.line(rows, "alpha", method=remedy, dashed=remedy == "none", remedy=remedy)
-            for remedy in remedies_of(record)
-        ]
+        lines = []
+        for remedy in remedies_of(record):
+            style = {"name": label(remedy), "method": remedy}
+            if remedy == "none":
+                style |= {"method": "matched", "dashed": True}
+            lines.append(figures.line(rows, "alpha", remedy=remedy, **style))
         x = "alpha, weight of the second network"
         row.append(figures.Panel(text, x, y, lines, y_limits=limits))
     if record.rows.where(side="last"):

@@ -117,7 +117,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             stage, tree = "edge models and ensemble", trees[network == "model 2"]
             both = network == "ensemble"
             merged = merge.ensemble(net, trees) if both else merge.as_merged(net, tree)
-            more = pairs.cost_of(net, *((1 + both) * one for one in (net.parameters, net.flops)))
+            more = pairs.cost_of(net, *((1 + both) * one for one in (net.params, net.flops)))
         else:
             stage = "how soft" if weight is not None else f"PFM {k}/{blocks[-1]}"
             weight = chosen(run.rows) if plan == "soft" else weight

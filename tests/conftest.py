@@ -1,17 +1,45 @@
-"""Settings shared by all tests: strict, many devices, deterministic."""
+"""Settings shared by all tests: strict, many devices, deterministic, and little to compile."""
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
-import jax
 import pytest
+
+import compilation_cache
+
+# Through the environment, so that processes that tests start do the same; what was set already
+# stays. Most of the suite's time would go into compiling small programs that run once: each is kept
+# on disk, shared by all workers and by the next run, and few optimisations are made.
+for _name, _value in {
+    "JAX_COMPILATION_CACHE_DIR": str(compilation_cache.folder()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # A worker has one core: threads of BLAS, which wait by spinning, would take it from others.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Every compiled program maps memory of its own, and past 65,530 maps of a process, Linux's default,
 # XLA crashes in the next compilation.
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), 30_000
+
+
+def pytest_configure(config):
+    """Bounds the cache, once per run, and lets the garbage collector run less often.
+
+    Traces are many small objects that live long, so that collections cost much and free little.
+    """
+    if not hasattr(config, "workerinput"):
+        compilation_cache.prune(compilation_cache.folder())
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -107,8 +107,8 @@ def test_a_toy_matcher_works_to_the_end(net_and_trees, data, matcher):
     maps = matcher(net, trees, data)
     models = [
         merge.interpolate(maps.apply(net, trees)),
-        merge.partial(net, trees, maps, merged=slice(1, None)),
-        merge.partial(net, trees, maps, merged=slice(1, 3)),
+        merge.partial(net, trees, maps, span=slice(1, None)),
+        merge.partial(net, trees, maps, span=slice(1, 3)),
     ]
     for merged in models:
         if net.norms:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kit import timing
+import _frame
 
 import vfjax
 from vfjax import diagnose, models, train
@@ -38,9 +38,9 @@ POINTS = 11
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
-    args = timing.benchmark_parser(__doc__).parse_args(argv)
+    args = _frame.parser(__doc__).parse_args(argv)
     rows = feature_rows(args) + interpolation_rows(args)
-    return timing.finish_benchmark("diagnosis", args, "diagnosis against bare passes", rows)
+    return _frame.finish("diagnosis", args, "diagnosis against bare passes", rows)
 
 
 def feature_rows(args: Any) -> list[dict[str, Any]]:
@@ -90,11 +90,11 @@ def interpolation_rows(args: Any) -> list[dict[str, Any]]:
 
 def compared(rivals: Mapping[str, Callable[[], Any]], repeats: int, aim: float) -> list[Any]:
     """Rows of the table: the first rival is what the others are measured by."""
-    seconds = timing.alternate(rivals, repeats)
+    seconds = _frame.alternate(rivals, repeats)
     base, *others = rivals
     rows = [{"what": base, "seconds": min(seconds[base])}]
     for what in others:
-        ratio = timing.ratio(seconds, base, what)
+        ratio = _frame.ratio(seconds, base, what)
         verdict = {"target": f">= {aim:g}", "met": ratio >= aim}
         rows.append({"what": what, "seconds": min(seconds[what]), "ratio": ratio} | verdict)
     return rows

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kit import timing
+import _frame
 
 import vfjax
 from vfjax import merge, models, renorm, stats, train
@@ -31,7 +31,7 @@ from vfjax._jaxpr.faster import routed
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
-    args = timing.benchmark_parser(__doc__).parse_args(argv)
+    args = _frame.parser(__doc__).parse_args(argv)
     model, shape, count = models.create("vgg16", width=0.25), (500, 32, 32, 3), 20
     if args.quick:
         model, shape, count = models.create("digits-mlp"), (10, 8, 8, 1), 2
@@ -67,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "statistics for matching": 0.8,
         "both in one pass": 0.8,
     }
-    seconds = timing.alternate(rivals, args.repeats)
+    seconds = _frame.alternate(rivals, args.repeats)
     rows = []
     for what in rivals:
         row = {"what": what, "seconds": min(seconds[what])}
         if not what.startswith("forward"):
             one = what in ("evaluation", "RESCALE")
-            row["ratio"] = timing.ratio(seconds, "forward" if one else "forward, two models", what)
+            row["ratio"] = _frame.ratio(seconds, "forward" if one else "forward, two models", what)
         if what in aims:
             row |= {"target": f">= {aims[what]:g}", "met": row["ratio"] >= aims[what]}
         rows.append(row)
     name = "digits-mlp" if args.quick else "VGG16 at a quarter of the width"
     title = f"{name}, {count} batches of {shape[0]}: passes against a bare forward pass"
-    return timing.finish_benchmark("passes", args, title, rows)
+    return _frame.finish("passes", args, title, rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kit import timing
+import _frame
 
 from vfjax import models
 from vfjax._jaxpr.faster import routed
@@ -70,7 +70,7 @@ def programs(
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
-    args = timing.benchmark_parser(__doc__).parse_args(argv)
+    args = _frame.parser(__doc__).parse_args(argv)
     shape, steps = ((8, 8, 8, 1), 1) if args.quick else ((128, 32, 32, 3), 5)
     x = jax.random.normal(jax.random.key(1), shape)
     rows = []
@@ -79,15 +79,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         plain = programs(model, x, steps, lambda fn: fn)
         fast = programs(model, x, steps, routed)
         for what, aim in aims.items():
-            seconds = timing.alternate({"plain": plain[what], "routed": fast[what]}, args.repeats)
-            found = timing.ratio(seconds, "plain", "routed")
+            seconds = _frame.alternate({"plain": plain[what], "routed": fast[what]}, args.repeats)
+            found = _frame.ratio(seconds, "plain", "routed")
             for kind, values in seconds.items():
                 label = f"{name}, width {width:g}, {what}, {kind}"
                 rows.append({"what": label, "seconds": min(values) / steps})
             rows[-1] |= {"ratio": found, "target": f">= {aim:g}", "met": found >= aim}
-    return timing.finish_benchmark(
-        "routing", args, f"batches of {len(x)}: routed against plain", rows
-    )
+    return _frame.finish("routing", args, f"batches of {len(x)}: routed against plain", rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kit import timing
+import _frame
 
 import vfjax
 from vfjax import models, plot, prune
@@ -36,7 +36,7 @@ COUNTS, BLOCKS = (50, 100, 200, 400), (100, 300, 1000, 3000, None)
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
-    p = timing.benchmark_parser(__doc__)
+    p = _frame.parser(__doc__)
     p.add_argument("--child", metavar="JSON", help="one WoodFisher run: used by the benchmark")
     args = p.parse_args(argv)
     if args.child:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         block = "whole layers" if found["block"] is None else f"blocks of {found['block']}"
         what = f"WoodFisher, {found['count']} gradients, {block}, {found['bytes'] / 1e9:.2f} GB"
         rows.append({"what": what, **found})
-    path = timing.finish_benchmark("scores", args, "scores of weights", rows)
+    path = _frame.finish("scores", args, "scores of weights", rows)
     plot.save(figure_of(by_count, by_block), path.with_suffix(".png"))
     return path
 

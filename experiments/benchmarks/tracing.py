@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kit import timing
+import _frame
 
 import vfjax
 from vfjax import align, models
@@ -55,18 +55,18 @@ def matching(name: str) -> Callable[[], Any]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
-    args = timing.benchmark_parser(__doc__).parse_args(argv)
+    args = _frame.parser(__doc__).parse_args(argv)
     names = ("digits-mlp",) if args.quick else ("vgg16", "vgg16-bn", "resnet20")
     rows = []
     for name in names:
-        seconds = sorted(timing.alternate({name: tracing(name)}, args.repeats)[name])
+        seconds = sorted(_frame.alternate({name: tracing(name)}, args.repeats)[name])
         median = seconds[len(seconds) // 2]
         row = {"what": f"tracing {name}", "seconds": median, "target": "< 0.5 s"}
         rows.append(row | {"met": median < 0.5})
-    spent = timing.timed(matching(names[0]))
+    spent = _frame.timed(matching(names[0]))
     row = {"what": f"weight matching of {names[0]} at full width", "seconds": spent}
     rows.append(row | {"target": "< 30 s", "met": spent < 30})
-    return timing.finish_benchmark("tracing", args, "Tracing and weight matching", rows)
+    return _frame.finish("tracing", args, "Tracing and weight matching", rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kit import timing
+import _frame
 
 from vfjax.align._grouping import (
     greedy_groups,
@@ -71,7 +71,7 @@ def naive(similarity: np.ndarray, models: np.ndarray, count: int) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs the benchmark; returns the path of the record."""
-    args = timing.benchmark_parser(__doc__).parse_args(argv)
+    args = _frame.parser(__doc__).parse_args(argv)
     sizes = (16, 64, 128, 16) if args.quick else (1024, 4096, 8192, 512)
     small, large, twice, group = sizes
     few, many, most, wide = (correlations(size) for size in sizes)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if (plain() != greedy(few)).any():
         raise AssertionError("the greedy matcher finds other groups than the rule")
     seconds = {
-        **timing.alternate(
+        **_frame.alternate(
             {
                 "plain": plain,
                 "few": lambda: greedy(few),
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             },
             min(args.repeats, 3),
         ),
-        **timing.alternate(others(wide), min(args.repeats, 3)),
+        **_frame.alternate(others(wide), min(args.repeats, 3)),
     }
     best = {what: min(values) for what, values in seconds.items()}
     rows: list[dict[str, Any]] = [
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         {
             "what": f"greedy, {small} features",
             "seconds": best.pop("few"),
-            "ratio": timing.ratio(seconds, "plain", "few"),
+            "ratio": _frame.ratio(seconds, "plain", "few"),
         },
     ]
     for what, size in (("many", large), ("most", twice)):
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         rows.append({"what": f"greedy, {size} features", "seconds": took} | verdict)
     rows += [{"what": f"{what}, {group} features", "seconds": took} for what, took in best.items()]
     title = "matching the features of two models by their correlations"
-    return timing.finish_benchmark("zip", args, title, rows)
+    return _frame.finish("zip", args, title, rows)
 
 
 def others(similarity: np.ndarray) -> dict[str, Callable[[], Any]]:

@@ -7,8 +7,9 @@ A claim is one entry of a list::
     Claim("vf.t3.repair-hurts", "REPAIR lowers the accuracy of CCA at l = 0",
           "81.9 to 57.7 (table 3)", Above(NONE, REPAIR), when=of_cca)
 
-What is decided by two accuracies is open where both are near chance, for a network whose features
-have vanished shows nothing, or where they differ by no more than noise.
+What is decided by several accuracies is open where all of them are near chance, for networks whose
+features have vanished show nothing, or where they differ by no more than noise. That one is at
+chance may be what is claimed: it decides against one that is not, and `AtChance` by itself.
 """
 
 from __future__ import annotations
@@ -78,11 +79,10 @@ def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
 
 def table(verdicts: Sequence[Mapping[str, str]], mark: str = "") -> tables.Table:
     """Claim, paper, here, verdict; before what is unlike the paper stands a mark."""
-    lines = [
-        [row["claim"], row["paper"] or "-", row["here"], mark * (v == UNLIKE) + v]
-        for row in verdicts
-        for v in [row["verdict"]]
-    ]
+    lines = []
+    for row in verdicts:
+        verdict = mark * (row["verdict"] == UNLIKE) + row["verdict"]
+        lines.append([row["claim"], row["paper"] or "-", row["here"], verdict])
     return tables.Table("", ["claim", "paper", "here", "verdict"], lines, texts=4)
 
 
@@ -95,9 +95,6 @@ def counts(verdicts: Iterable[Mapping[str, str]]) -> str:
     """
     found = [row["verdict"] for row in verdicts]
     return ", ".join(f"{found.count(v)} {v}" for v in VERDICTS if v in found)
-
-
-# ------------------------------------------------------------------------------------ quantities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +135,7 @@ def near_chance(record: Record, *values: float) -> bool:
 
 
 def compared(record: Record, value: float, other: float, by: float = 0.0) -> bool | None:
-    """Whether an accuracy is above another by more than `by`; None within noise or near chance.
-
-    Example:
-      >>> record = Record(data={"name": "cifar10", "test_images": 10_000})
-      >>> [compared(record, value, 0.5) for value in (0.52, 0.505, 0.4)], compared(record, 0.2, 0.1)
-      ([True, None, False], None)
-    """
+    """Whether an accuracy is above another by more than `by`; None within noise or near chance."""
     if math.isnan(value - other) or near_chance(record, value, other):
         return None
     gap = value - other - by
@@ -152,19 +143,16 @@ def compared(record: Record, value: float, other: float, by: float = 0.0) -> boo
 
 
 def level(record: Record, values: Sequence[float], by: float) -> bool | None:
-    """Whether accuracies lie within `by` (unlike only beyond noise on top), or, by 0, within noise.
-
-    Example:
-      >>> record = Record(data={"name": "cifar10", "test_images": 10_000})
-      >>> [level(record, [0.5, other], 0.02) for other in (0.51, 0.525, 0.6)]
-      [True, None, False]
-      >>> [level(record, [0.5, other], 0) for other in (0.505, 0.525)]
-      [True, False]
-    """
+    """Whether accuracies lie within `by` (open up to noise on top), or, by 0, within noise."""
     if near_chance(record, *values):
         return None
     gap, free = max(values) - min(values), noise(min(values), record["data"]["test_images"])
-    return gap <= free if not by else True if gap <= by else None if gap <= by + free else False
+    return within(gap, by, free) if by else gap <= free
+
+
+def within(gap: float, by: float, free: float) -> bool | None:
+    """Whether a gap is at most `by`; open where it is no more than noise above that."""
+    return True if gap <= by else None if gap <= by + free else False
 
 
 def all_of(found: Iterable[bool | None]) -> bool | None:
@@ -176,9 +164,6 @@ def all_of(found: Iterable[bool | None]) -> bool | None:
     """
     found = list(found)
     return False if False in found else None if None in found else True
-
-
-# ----------------------------------------------------------------------------------------- rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +188,7 @@ class Comparison:
         return self.text
 
 
-def _named(quantities: Iterable[Quantity]) -> str:
+def _named(*quantities: Quantity) -> str:
     return ", ".join(quantity.label for quantity in quantities)
 
 
@@ -216,9 +201,8 @@ def Above(value: Quantity, other: Quantity, by: float = 0.0) -> Comparison:
 
 def Level(values: Sequence[Quantity], by: float) -> Comparison:
     """That accuracies lie within `by` of each other, see `level`."""
-    text = f"{_named(values)} within "
-    more = f"{100 * by:g} points; unlike from two standard errors more on"
-    text += more if by else "two standard errors"
+    points = f"{100 * by:g} points; unlike from two standard errors more on"
+    text = f"{_named(*values)} within {points if by else 'two standard errors'}"
     return Comparison(tuple(values), lambda record, *found: level(record, found, by), text)
 
 
@@ -229,7 +213,7 @@ def Leads(value: Quantity, others: Sequence[Quantity], last: bool = False) -> Co
         return compared(record, min(rest), a) if last else compared(record, a, max(rest))
 
     side = "below" if last else "above"
-    text = f"{value.label} {side} all of {_named(others)}; two standard errors are level"
+    text = f"{value.label} {side} all of {_named(*others)}; two standard errors are level"
     return Comparison((value, *others), holds, text, ranked=True)
 
 
@@ -237,7 +221,7 @@ def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
     """That an accuracy is no more than `by` from that of a guess."""
 
     def holds(record: Record, found: float) -> bool | None:
-        gap, free = abs(found - record.chance), noise(record.chance, record["data"]["test_images"])
-        return True if gap <= by else None if gap <= by + free else False
+        free = noise(record.chance, record["data"]["test_images"])
+        return within(abs(found - record.chance), by, free)
 
     return Comparison((value,), holds, f"{value.label} within {100 * by:g} points of chance")

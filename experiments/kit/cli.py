@@ -29,9 +29,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # A default of None or False says nothing; where it means something, the text says what.
-        if action.default is None or isinstance(action.default, bool):
-            return action.help
-        if "(default: " in (action.help or ""):
+        silent = action.default is None or isinstance(action.default, bool)
+        if silent or "(default: " in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -42,6 +41,102 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Exits with status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+# ---------------------------------------------------------------------------------------- types
+
+
+def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str) -> Any:
+    """The type of an option: what `convert` makes of a text, if that fits.
+
+    Example:
+      >>> typed(float, lambda value: value > 0, "is not above 0")("-1")
+      Traceback (most recent call last):
+        ...
+      argparse.ArgumentTypeError: '-1' is not above 0
+    """
+
+    def convert_checked(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if fits(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
+
+    return convert_checked
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isdigit() else -1
+
+
+def count_of(what: str) -> Callable[[str], int]:
+    """The type of an option that is a number of things, from 1 on."""
+    return typed(_whole, lambda count: count >= 1, f"is no number of {what}, from 1 on")
+
+
+def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """The type of an option that is a finite number from `low` to `high`."""
+    to = "on" if high == float("inf") else f"to {high:g}"
+    wrong = f"is no number from {low:g} {to}"
+    return typed(float, lambda value: low <= value <= high and value != float("inf"), wrong)
+
+
+positive = typed(float, lambda value: 0 < value < float("inf"), "is no finite number above 0")
+seed_of = typed(_whole, lambda seed: seed >= 0, "is no seed, from 0 on")
+# A number of images, or `all`; `counted` makes a number or None of it.
+count_or_all = typed(
+    lambda text: text if text == "all" else _whole(text),
+    lambda count: count == "all" or count >= 1,
+    "is neither a number of images nor 'all'",
+)
+
+
+def counted(value: int | str | None) -> int | None:
+    """A number of images as `vfjax.data` takes it: None for all."""
+    return None if value == "all" else value  # type: ignore[return-value]
+
+
+def model_of(text: str) -> tuple[str, float | None]:
+    """The type of `--model`: a name, and the width if it has one."""
+    name, _, width = text.partition("-w")
+    if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
+        known = ", ".join(models.NAMES)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no model; take one of {known}, with -wFRACTION after it for another width"
+        )
+    return name, float(width) if width else None
+
+
+def output_folder(text: str) -> str:
+    """The type of `--out`: a folder that files can be written to, now or once it is made.
+
+    This is tried, and what was made to try it is removed again.
+
+    Example:
+      >>> output_folder("/dev/null/x")
+      Traceback (most recent call last):
+        ...
+      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is no folder
+    """
+    text = os.path.expanduser(text)
+    folder = Path(text).absolute()
+    made: list[Path] = []
+    try:
+        for parent in reversed((folder, *folder.parents)):
+            if not parent.is_dir():
+                parent.mkdir()
+                made.append(parent)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, FileExistsError):
+            why = f"{error.filename} is no folder"
+        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {why}") from error
+    finally:
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+    return text
 
 
 # -------------------------------------------------------------------------------------- options
@@ -81,36 +176,33 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The options that all experiments have."""
 
     data_dir: str | None = option(
-        None, "folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)"
-    )
+        None, "folder of TFDS data sets (default: TFDS_DATA_DIR, then TFDS's own default)")
     out: str = option(
-        str(ROOT / "results"),
-        "folder that the JSON record, the PNG and the page are written to; what a run that was "
-        "stopped has measured waits there, too",
-        type=lambda text: output_folder(text),
-    )
+        str(ROOT / "results"), "folder that the JSON record, the PNG and the page are written to; "
+        "what a run that was stopped has measured waits there, too", type=output_folder)
+# fmt: on
 
 
 def parser(options: type, prog: str, doc: str | None) -> Parser:
     """The parser of a command line."""
-    usage = f"{prog} [options]"
-    p = Parser(prog=prog, usage=usage, description=doc, formatter_class=Help)
+    p = Parser(prog=prog, usage=f"{prog} [options]", description=doc, formatter_class=Help)
     # Own options first.
     fields = {field.name: field for field in dataclasses.fields(options)}
     common = [fields.pop(f.name) for f in dataclasses.fields(Options) if f.name in fields]
     for field in (*fields.values(), *common):
-        given = dict(field.metadata["argument"])
-        if field.default is False:
+        default, given = field.default, dict(field.metadata["argument"])
+        if default is False:
             given["action"] = "store_true"
-        elif isinstance(field.default, tuple):
+        elif isinstance(default, tuple):
+            default = list(default)
             given.setdefault("nargs", "+")
         name = "--" + field.name.replace("_", "-")
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
         p.add_argument(name, default=default, help=field.metadata["help"], **given)
     return p
 
@@ -124,143 +216,17 @@ def parse(
 
 def settled(options: type[Config], values: dict[str, Any]) -> Config:
     """Options of some values; lists become tuples, and defaults by preset are filled in."""
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for field in dataclasses.fields(options):
-        presets = field.metadata["presets"]
-        if presets is not None and found.get(field.name) is None:
-            found[field.name] = presets[found["preset"]]
-    return options(**found)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
+    return options(**defaults(options, values) | given)
 
 
 def defaults(options: type[Options], config: dict[str, Any]) -> dict[str, Any]:
     """The default of each option, of a record's preset where there are several."""
-    return {
-        field.name: field.default
-        if (presets := field.metadata["presets"]) is None
-        else presets[config["preset"]]
-        for field in dataclasses.fields(options)
-    }
+    presets = {field: field.metadata["presets"] for field in dataclasses.fields(options)}
+    return {f.name: p[config["preset"]] if p else f.default for f, p in presets.items()}
 
 
 def command(script: str, argv: Sequence[str] | None) -> str:
     """The command line that is running, for the record."""
     words = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", f"experiments/{script}", *words])
-
-
-# ---------------------------------------------------------------------------------------- types
-
-
-def count_of(what: str) -> Callable[[str], int]:
-    """The type of an option that is a number of things, from 1 on.
-
-    Example:
-      >>> count_of("pairs")("0")
-      Traceback (most recent call last):
-        ...
-      argparse.ArgumentTypeError: '0' is no number of pairs, from 1 on
-    """
-
-    def count(text: str) -> int:
-        if not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number of {what}, from 1 on")
-        return int(text)
-
-    return count
-
-
-def count_or_all(text: str) -> int | str:
-    """The type of a number of images, or `all`; `counted` makes a number or None of it."""
-    if text == "all" or (text.isdigit() and int(text) >= 1):
-        return text if text == "all" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor 'all'")
-
-
-def counted(value: int | str | None) -> int | None:
-    """A number of images as `vfjax.data` takes it: None for all."""
-    return None if value == "all" else value  # type: ignore[return-value]
-
-
-def seed_of(text: str) -> int:
-    """The type of an option that is a seed."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed, from 0 on")
-    return int(text)
-
-
-def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """The type of an option that is a number from `low` to `high`.
-
-    Example:
-      >>> number_of(0, 1)("2")
-      Traceback (most recent call last):
-        ...
-      argparse.ArgumentTypeError: '2' is no number from 0 to 1
-    """
-    to = "on" if high == float("inf") else f"to {high:g}"
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is no number from {low:g} {to}")
-        return value
-
-    return number
-
-
-def positive(text: str) -> float:
-    """The type of an option that is a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number above 0")
-    return value
-
-
-def model_of(text: str) -> tuple[str, float | None]:
-    """The type of `--model`: a name, and the width if it has one."""
-    name, _, width = text.partition("-w")
-    if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
-        known = ", ".join(models.NAMES)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no model; take one of {known}, with -wFRACTION after it for another width"
-        )
-    return name, float(width) if width else None
-
-
-def output_folder(text: str) -> str:
-    """The type of `--out`: a folder that files can be written to, now or once it is made.
-
-    This is tried, and what was made to try it is removed again.
-
-    Example:
-      >>> output_folder("/dev/null/x")
-      Traceback (most recent call last):
-        ...
-      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is no folder
-    """
-    text = os.path.expanduser(text)
-    folder = Path(text).absolute()
-    made: list[Path] = []
-    try:
-        for parent in reversed((folder, *folder.parents)):
-            if not parent.is_dir():
-                parent.mkdir()
-                made.append(parent)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, FileExistsError):
-            why = f"{error.filename} is no folder"
-        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {why}") from error
-    finally:
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-    return text

@@ -249,7 +249,7 @@ class Pair:
     def mapped(self, maps: align.Maps, layers: int) -> Any:
         """The average of the mapped networks, in the first layers or in all."""
         if layers < self.net.depth:
-            return merge.partial(self.net, self.trees, maps, merged=slice(None, layers))
+            return merge.partial(self.net, self.trees, maps, span=slice(None, layers))
         return merge.interpolate(maps.apply(self.net, self.trees))
 
     def accuracy(self, model: Any, what: str) -> records.Row:
@@ -270,7 +270,7 @@ class Pair:
             **dict(zip(("task_a", "task_b"), found["tasks"], strict=True)),
             "average": found["average"],
             "held_out": held_out["joint"],
-            "params_ratio": sum(part.params for part in parts) / self.net.parameters,
+            "params_ratio": sum(part.params for part in parts) / self.net.params,
             "flops_ratio": sum(part.flops for part in parts) / self.net.flops,
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import re
@@ -22,25 +21,15 @@ from kit.experiment import Setup
 from vfjax import checkpoint, data, merge, models
 
 PyTree = Any
-
 # Images in a batch.
 BATCH = 500
 DEFAULT_MODEL = {"mnist": "mlp", "digits": "digits-conv"}
 # Channel multipliers of the shipped models, and of what two cores train in half an hour: of some
 # models, and of the other ones of a family.
-CPU_WIDTH = {
-    "vgg": 0.25,
-    "vgg16-bn": 0.125,
-    "vgg16-ln": 0.125,
-    "resnet": 0.5,
-    "resnet20-ln": 0.25,
-    "vit": 0.125,
-    "convnext-pico": 0.5,
-}
+CPU_WIDTH = {"vgg": 0.25, "vgg16-bn": 0.125, "vgg16-ln": 0.125, "resnet": 0.5, "resnet20-ln": 0.25}
+CPU_WIDTH |= {"vit": 0.125, "convnext-pico": 0.5}
 # Of a training split with too few images for both, at most this share is held out.
 SHARE = 0.2
-
-# -------------------------------------------------------------------------------------- options
 
 
 # fmt: off
@@ -70,9 +59,6 @@ class EdgeOptions(cli.Options):
 # fmt: on
 
 
-# ---------------------------------------------------------------------------------- edge models
-
-
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """Which networks are merged: model as in `vfjax.models.create`, channels times, data set."""
@@ -84,8 +70,7 @@ class Architecture:
     @property
     def stem(self) -> str:
         """Names of checkpoints, up to the seed."""
-        name = training.checkpoint_name(self.dataset, self.name, self.width, 0)
-        return name.removesuffix("0")
+        return training.checkpoint_name(self.dataset, self.name, self.width, 0).removesuffix("0")
 
 
 def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16") -> Architecture:
@@ -93,15 +78,14 @@ def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16")
     default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
     name, width = args.model or (default, None)
     if name.startswith("digits") != (dataset.name == "digits"):
-        hint = "give --dataset cifar10, or --model digits-conv"
+        hint = "give --dataset cifar10"
         if dataset.fallback:
-            hint = "CIFAR-10 was not found, give --data-dir, or --model digits-conv"
+            hint = "CIFAR-10 was not found, give --data-dir"
+        hint += ", or --model digits-conv"
         hint = hint if dataset.name == "digits" else "give --dataset digits"
-        label = records.DATASETS[dataset.name]
-        raise cli.UserError(f"--model {name} is not for {label}; {hint}.")
+        raise cli.UserError(f"--model {name} is not for {records.DATASETS[dataset.name]}; {hint}.")
     if width is None:
-        family = re.sub(r"\d.*", "", name)
-        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(family, 1.0))
+        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(re.sub(r"\d.*", "", name), 1.0))
         width = 1.0 if args.preset == "paper" else narrow
     return Architecture(name, width, dataset.name)
 
@@ -155,12 +139,13 @@ def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Pa
         words += ["--dataset", arch.dataset]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
         words += ["--seeds", *map(str, itertools.islice(seeds, count - len(found)))]
-        other = ("--model", "--dataset", *(["--pairs"] if hasattr(args, "pairs") else []))
+        other = (
+            "--model, --dataset or --pairs" if hasattr(args, "pairs") else "--model or --dataset"
+        )
         raise cli.UserError(
             f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
             f"train what is missing: {shlex.join(words)} (--retrain trains all {count} into --out)."
-            f" Or choose another {', '.join(other[:-1])} or {other[-1]}: {folder.name}/ has "
-            f"{', '.join(kinds) or 'none'}."
+            f" Or choose another {other}: {folder.name}/ has {', '.join(kinds) or 'none'}."
         )
     return [found[seed] for seed in sorted(found)[:count]]
 
@@ -170,8 +155,17 @@ def trained(args: EdgeOptions, arch: Architecture, count: int) -> list[Path]:
     folder = Path(args.out) / f"checkpoints-{args.preset}"
     options = {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
     options |= {"data_dir": args.data_dir, "preset": args.preset, "seeds": tuple(range(count))}
-    folders = {"out": str(folder), "work_dir": str(folder / ".training")}
-    return training.run(training.Training(**options, **folders))
+    options |= {"out": str(folder), "work_dir": str(folder / ".training")}
+    return training.run(training.Training(**options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Batches: to measure statistics on, to choose on, to test on."""
+
+    statistics: data.Batches
+    held_out: data.Batches | None
+    test: data.Batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,32 +193,16 @@ class Edges:
         """What records say of images and networks."""
         parts = {key: getattr(self.images, key) for key in ("statistics", "held_out", "test")}
         counts = {key: None if part is None else len(part.images) for key, part in parts.items()}
-        about = records.about(self.dataset, **counts)
-        return {
-            "config": {"model": self.arch.name, "width": self.arch.width},
-            "data": about | {"batch_size": BATCH, "augmented": False},
-            "model": {"name": self.arch.name, "width": self.arch.width}
-            | {key: getattr(self.net, key) for key in ("depth", "parameters", "flops")},
-            "edge_models": [
-                {
-                    "checkpoint": folder.name,
-                    "seed": card["seed"],
-                    "test_accuracy": card["test"]["accuracy"],
-                    "command": card["command"],
-                }
-                for folder, card in zip(self.folders, self.cards, strict=True)
-            ],
-            "seeds": {"edge_models": self.seeds},
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Batches: to measure statistics on, to choose on, to test on."""
-
-    statistics: data.Batches
-    held_out: data.Batches | None
-    test: data.Batches
+        about = records.about(self.dataset, **counts) | {"batch_size": BATCH, "augmented": False}
+        name, width = self.arch.name, self.arch.width
+        net = {"depth": self.net.depth, "parameters": self.net.params, "flops": self.net.flops}
+        found = {"config": {"model": name, "width": width}, "data": about}
+        found |= {"model": {"name": name, "width": width} | net, "edge_models": []}
+        for folder, card in zip(self.folders, self.cards, strict=True):
+            told = {"checkpoint": folder.name, "seed": card["seed"]}
+            told |= {"test_accuracy": card["test"]["accuracy"], "command": card["command"]}
+            found["edge_models"].append(told)
+        return found | {"seeds": {"edge_models": self.seeds}}
 
 
 def images_of(
@@ -284,15 +262,13 @@ def loaded(
       seeds: From options to the seeds that the record holds beside those of the models.
     """
 
-    def number(config: Any, name: str | None) -> int | None:
-        return None if name is None else cli.counted(getattr(config, name))
-
     def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
         if checked is not None:
             checked(config)
         if config.preset == "paper" and not config.retrain:
             raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
-        parts = [number(config, name) for name in (statistics, held_out, test)]
+        options = (statistics, held_out, test)
+        parts = [None if name is None else cli.counted(getattr(config, name)) for name in options]
         train = None if parts[0] is None else parts[0] + (parts[1] or 0)
         with watch("data"):
             train = train if read is None else read(config)
@@ -304,10 +280,12 @@ def loaded(
             net = trace(arch, dataset)
         if settled is not None:
             config = settled(config, net, arch.name)
-        wanted = count(config)
         with watch("training" if config.retrain else "checkpoints"):
-            find = functools.partial(trained if config.retrain else shipped, config, arch)
-            folders = find(wanted or 2 if config.retrain else wanted)
+            wanted = count(config)
+            if config.retrain:
+                folders = trained(config, arch, wanted or 2)
+            else:
+                folders = shipped(config, arch, wanted)
             cards = [checkpoint.card(folder) for folder in folders]
             trees = [checkpoint.load(folder) for folder in folders]
         found = Edges(arch, dataset, net, folders, cards, trees, images_of(dataset, *parts))

@@ -52,20 +52,13 @@ EVERY = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is there before anything is measured.
+    """What is there before anything is measured."""
 
-    Attributes:
-      config: The options, with all settled that depends on data or networks.
-      value: What `measure` works on, as `run.setup`.
-      record: What the record says of it: data, model, edge_models, seeds; its "config" is merged
-        into the options as they are recorded.
-      identity: What makes measurements of another call valid, beside options and record: digests
-        of networks.
-    """
-
-    config: Any
-    value: Any
+    config: Any  # The options, with all settled that depends on data or networks.
+    value: Any  # What `measure` works on, as `run.setup`.
+    # Data, model, edge_models, seeds; its "config" is merged into the options as recorded.
     record: Mapping[str, Any]
+    # What makes measurements of another call valid, beside options and record: digests of networks.
     identity: Sequence[str] = ()
 
 
@@ -98,8 +91,7 @@ class Run:
             for name, cell in zip(names, cells, strict=True):
                 if name in self._done:
                     continue
-                values = (str(value) for value in cell.values() if value is not None)
-                bar.set_description(", ".join(values))
+                bar.set_description(", ".join(str(v) for v in cell.values() if v is not None))
                 self._pending = []
                 yield dict(cell)
                 self._done[name], self._pending = self._pending, None
@@ -159,16 +151,15 @@ class Experiment:
       prepare: From options and clock to what `measure` works on; `kit.edges.loaded` for edge
         models. Whatever speaks against the options is raised here, before anything is trained.
       measure: Yields rows, see `Run`.
-      title: Of a record: data, networks, what was done.
-      finding: Of a record: what came out, one sentence; the figure's title.
-      figure: Of a record, made with `kit.figures.draw`.
-      tables: Of a record.
+      title: Data, networks, what was done.
+      finding: What came out, one sentence; the figure's title.
+      figure: Made with `kit.figures.draw`.
+      tables: Those of the page.
       claims: The papers' claims.
-      summary: Of a record with rows: numbers derived from them that others need, if any.
+      summary: Numbers derived from rows that what is above needs, if any.
       legend: How the words of its tables and figures are to be read; a paragraph of its page.
-      stem: Of a record: what names of files begin with after the experiment's; None for data set
-        and network.
-      untold: Of a record: whether its numbers mean nothing, so that claims are left out.
+      stem: What names of files begin with after the experiment's; None for data set and network.
+      untold: Whether the numbers mean nothing, so that claims are left out.
     """
 
     name: str
@@ -194,18 +185,13 @@ class Experiment:
     def parser(self) -> cli.Parser:
         """The parser of the command line."""
         p = cli.parser(self.options, f"{self.name}.py", self.doc)
-        p.add_argument(
-            "--redraw",
-            nargs="+",
-            metavar="RECORD",
-            help="measure nothing: write tables, claims, figures and page of these records anew",
-        )
+        text = "measure nothing: write tables, claims, figures and page of these records anew"
+        p.add_argument("--redraw", nargs="+", metavar="RECORD", help=text)
         return p
 
     def file_name(self, record: Mapping[str, Any]) -> str:
         """Name of record and figure, without suffix."""
-        stem = None if self.stem is None else self.stem(record)
-        return records.file_name(record, self.options, stem)
+        return records.file_name(record, self.options, self.stem and self.stem(record))
 
     def main(self, argv: Sequence[str] | None = None) -> Path:
         """Runs the experiment from a command line; returns the path of the record."""
@@ -254,8 +240,8 @@ class Experiment:
         record["title"] = self.title(record)
         record["finding"] = self.finding(record)
         record["tables"] = [dataclasses.asdict(table) for table in self.tables(record)]
-        told = not self.untold(record)
-        record["claims"] = claims.decided(self.claims, record) if told else []
+        told = () if self.untold(record) else self.claims
+        record["claims"] = claims.decided(told, record)
         return record
 
     def write(self, path: Path, record: Mapping[str, Any]) -> Path:
@@ -284,9 +270,6 @@ class Experiment:
             print(f"Claims: {claims.counts(record['claims'])}.")
 
 
-# -------------------------------------------------------------------------------- what goes wrong
-
-
 class Stopped(Exception):
     """Ctrl-C was pressed; the message says how to go on."""
 
@@ -305,20 +288,15 @@ def reported(prog: str) -> Iterator[None]:
     """
     try:
         yield
-    except (cli.UserError, DatasetError, CheckpointError) as error:
-        status, found = 2, f"error: {_line(error)}"
+        return
     except (ValueError, FloatingPointError, OSError) as error:
-        status, found = 1, f"error: {_line(error)}"
+        asked = isinstance(error, (cli.UserError, DatasetError, CheckpointError))
+        status, text = 1 + asked, " ".join(str(error).split()) or type(error).__name__
+        found = f"error: {text}"
     except (Stopped, KeyboardInterrupt) as error:
         status, found = 130, str(error if isinstance(error, Stopped) else Stopped())
-    else:
-        return
     sys.stderr.write(f"{prog}: {found}\n")
     raise SystemExit(status)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def key_of(head: Mapping[str, Any], identity: Sequence[str]) -> str:

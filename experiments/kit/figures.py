@@ -11,24 +11,12 @@ import numpy as np
 
 from kit import records
 
+# fmt: off
 # Of Okabe and Ito, and of Tol where those do not suffice: apart for the colour-blind.
 _BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BLACK, _GREY, _INDIGO, _WINE, _TEAL, _OLIVE, _PURPLE = (
-    "#000000",
-    "#777777",
-    "#332288",
-    "#882255",
-    "#44AA99",
-    "#999933",
-    "#AA4499",
-)
+    "#000000", "#777777", "#332288", "#882255", "#44AA99", "#999933", "#AA4499")
 # Methods: label, colour, marker. Those of one block stand in one figure.
 METHODS: dict[str, tuple[str, str, str]] = {
     "direct": ("direct", _GREY, "o"),
@@ -56,6 +44,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "edges": ("edge models", _BLACK, "o"),
     "ensemble": ("ensemble", _BLACK, "o"),
 }
+# fmt: on
 # For what has no method of its own: parts of one figure, in this order.
 COLOURS = (_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY, _INDIGO, _OLIVE, _WINE, _TEAL)
 MARKERS = "osD^vXP*<>"
@@ -70,23 +59,14 @@ def label(method: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve, or with one y for all x a level.
-
-    Attributes:
-      name: In the legend; lines of one name look alike in all panels, and stand there once.
-      x: Where it was measured; None for a level all along the axis.
-      y: As many numbers, or one for a level; NaN leaves a gap.
-      error: Half the height of bars, or None; all zero is none.
-      method: Of `METHODS`, which gives the colour; or a number, of `COLOURS`.
-      dashed: Whether it is dashed, with hollow markers.
-    """
+    """A curve, or with one y for all x a level; lines of one name look alike in all panels."""
 
     name: str
-    x: Sequence[float] | None
-    y: Sequence[float] | float
-    error: Sequence[float] | None = None
-    method: str | int = 0
-    dashed: bool = False
+    x: Sequence[float] | None  # None for a level all along the axis.
+    y: Sequence[float] | float  # As many numbers, or one for a level; NaN leaves a gap.
+    error: Sequence[float] | None = None  # Half the height of bars.
+    method: str | int = 0  # Of `METHODS`, which gives the colour; or a number, of `COLOURS`.
+    dashed: bool = False  # With hollow markers.
 
     @property
     def style(self) -> tuple[str, str]:
@@ -98,17 +78,9 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One of the axes of a figure.
+    """One of the axes of a figure; `log` and `log_x` are whether y and x are logarithmic.
 
-    Attributes:
-      title: What it shows.
-      x_label: Quantity and unit along x.
-      y_label: Quantity and unit along y.
-      lines: The lines.
-      log: Whether y is logarithmic.
-      log_x: Whether x is.
-      y_limits: Lower and upper limit of y; None for what the lines need.
-      ticks: Where along x there are marks; None for what suits the axis.
+    None as limits or ticks stands for what suits the lines.
     """
 
     title: str
@@ -141,10 +113,17 @@ def line(
       >>> found.name, found.x, found.y
       ('REPAIR', [0, 1], [25.0, 50.0])
     """
-    xs, mean, spread = rows.curve(x, y, **where)
+    xs, *found = rows.curve(x, y, **where)
+    mean, spread = (scale * np.array(part) for part in found)
     name = (label(method) if isinstance(method, str) else "") if name is None else name
-    error = [scale * value for value in spread] if any(value > 0 for value in spread) else None
-    return Line(name, xs, [scale * value for value in mean], error, method, dashed)
+    error = spread.tolist() if (spread > 0).any() else None
+    return Line(name, xs, mean.tolist(), error, method, dashed)
+
+
+def levels(found: Mapping[str, float]) -> list[Line]:
+    """Edge models and ensemble as levels: accuracies by name; the last one, the goal, is solid."""
+    *others, last = [Line(name, None, 100 * y, method="edges") for name, y in found.items()]
+    return [*(dataclasses.replace(line, dashed=True) for line in others), last]
 
 
 def draw(
@@ -155,7 +134,7 @@ def draw(
     bars: str = "",
     columns: int | None = None,
 ) -> Any:
-    """Draws panels with one legend below them.
+    """Draws panels with one legend below them; `vfjax.plot.save` writes the figure.
 
     Args:
       panels: From left to right.
@@ -164,21 +143,16 @@ def draw(
       bars: What error bars are, such as "standard deviation over 3 pairs"; said where there are
         some.
       columns: How many panels stand side by side; None for all.
-
-    Returns:
-      A matplotlib figure; `vfjax.plot.save` writes it.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     columns = min(len(panels), columns or len(panels))
     rows = -(-len(panels) // columns)
     width = max(6.0 * columns, 9.0)
     every = [one for panel in panels for one in panel.lines]
     # Curves before levels.
-    shown: dict[str, Any] = dict.fromkeys(
-        one.name for one in sorted(every, key=lambda one: one.x is None)
-    )
+    ordered = sorted(every, key=lambda one: one.x is None)
+    shown: dict[str, Any] = dict.fromkeys(one.name for one in ordered)
     bars = f"Bars: {bars}." if bars and any(one.error is not None for one in every) else ""
     # Inches: the legend has as many columns as there is room for.
     across = max(1, int(width / (0.85 + 0.1 * max(map(len, shown)))))
@@ -186,69 +160,58 @@ def draw(
     title, about = textwrap.fill(finding, int(6.9 * width)), textwrap.fill(subtitle, int(9 * width))
     title_height = 0.1 + 0.31 * (1 + title.count("\n"))
     head = title_height + 0.25 * (1 + about.count("\n")) + 0.15
-    foot = 0.27 * -(-len(shown) // across) + 0.15
-    height = 4.6 * rows + head + foot + 0.3 * bool(bars)
+    below = 0.3 * bool(bars)
+    foot = 0.27 * -(-len(shown) // across) + 0.15 + below
+    height = 4.6 * rows + head + foot
     figure = Figure(figsize=(width, height), layout="constrained")
-    low = (foot + 0.3 * bool(bars)) / height
-    figure.get_layout_engine().set(rect=(0, low, 1, 1 - low - head / height), w_pad=0.1, h_pad=0.08)
+    rect = (0, foot / height, 1, 1 - (foot + head) / height)
+    figure.get_layout_engine().set(rect=rect, w_pad=0.1, h_pad=0.08)
     for place, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        for one in panel.lines:
-            shown[one.name] = _draw_line(axes, one)
-        for which in [*("y" * panel.log), *("x" * panel.log_x)]:
-            _log_scale(axes, which)
-        if panel.ticks is not None:
-            axes.set_xticks(list(panel.ticks))
-        elif not panel.log_x and all(
-            float(x).is_integer() for one in panel.lines for x in one.x or ()
-        ):
-            # Layers and epochs have no halves.
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if panel.y_limits is not None:
-            axes.set_ylim(*panel.y_limits)
-        axes.set_xlabel(panel.x_label, fontsize=_FONT)
-        axes.set_ylabel(panel.y_label, fontsize=_FONT)
-        axes.set_title(panel.title, fontsize=_FONT)
-        axes.tick_params(labelsize=_FONT - 1)
-        axes.grid(alpha=0.3)
+        shown |= _draw_panel(figure.add_subplot(rows, columns, place), panel)
     style = {"x": 0.12 / width, "ha": "left", "va": "top"}
     figure.text(y=1 - 0.08 / height, s=title, fontsize=_FONT + 3, weight="bold", **style)
     figure.text(y=1 - title_height / height, s=about, fontsize=_FONT - 1, color="#444444", **style)
     if bars:
         figure.text(0.5, 0.06 / height, bars, ha="center", va="bottom", fontsize=_FONT - 2)
-    figure.legend(
-        list(shown.values()),
-        list(shown),
-        loc="lower center",
-        bbox_to_anchor=(0.5, 0.3 * bool(bars) / height),
-        ncols=across,
-        fontsize=_FONT - 1,
-        frameon=False,
-        borderaxespad=0.2,
-        columnspacing=1.2,
-    )
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, below / height), "ncols": across}
+    style = {"fontsize": _FONT - 1, "frameon": False, "borderaxespad": 0.2, "columnspacing": 1.2}
+    figure.legend(list(shown.values()), list(shown), **place, **style)
     return figure
+
+
+def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
+    """Draws a panel; returns by name what stands in the legend."""
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = {one.name: _draw_line(axes, one) for one in panel.lines}
+    for which in "y" * panel.log + "x" * panel.log_x:
+        _log_scale(axes, which)
+    if panel.ticks is not None:
+        axes.set_xticks(list(panel.ticks))
+    elif not panel.log_x and all(float(x).is_integer() for one in panel.lines for x in one.x or ()):
+        # Layers and epochs have no halves.
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if panel.y_limits is not None:
+        axes.set_ylim(*panel.y_limits)
+    axes.set_xlabel(panel.x_label, fontsize=_FONT)
+    axes.set_ylabel(panel.y_label, fontsize=_FONT)
+    axes.set_title(panel.title, fontsize=_FONT if len(panel.title) < 48 else _FONT - 2)
+    axes.tick_params(labelsize=_FONT - 1)
+    axes.grid(alpha=0.3)
+    return drawn
 
 
 def _draw_line(axes: Any, one: Line) -> Any:
     colour, marker = one.style
+    style: dict[str, Any] = {"color": colour, "label": one.name}
     if one.x is None:
-        style = {"linestyle": (0, (6, 3)) if one.dashed else "-", "linewidth": 1.6}
-        return axes.axhline(float(one.y), color=colour, label=one.name, zorder=1, **style)
-    return axes.errorbar(
-        one.x,
-        np.asarray(one.y, float),
-        None if one.error is None else np.asarray(one.error, float),
-        label=one.name,
-        color=colour,
-        linestyle="--" if one.dashed else "-",
-        linewidth=2.3,
-        marker=marker,
-        markersize=7.5,
-        markerfacecolor="white" if one.dashed else None,
-        capsize=4,
-        elinewidth=1.5,
-    )
+        style |= {"linestyle": (0, (6, 3)) if one.dashed else "-", "linewidth": 1.6}
+        return axes.axhline(float(one.y), zorder=1, **style)
+    style |= {"linestyle": "--" if one.dashed else "-", "linewidth": 2.3, "elinewidth": 1.5}
+    style |= {"marker": marker, "markersize": 7.5, "capsize": 4}
+    style["markerfacecolor"] = "white" if one.dashed else None
+    error = None if one.error is None else np.asarray(one.error, float)
+    return axes.errorbar(one.x, np.asarray(one.y, float), error, **style)
 
 
 def _log_scale(axes: Any, which: str) -> None:
@@ -261,12 +224,3 @@ def _log_scale(axes: Any, which: str) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def levels(found: Mapping[str, float]) -> list[Line]:
-    """Edge models and ensemble as levels: accuracies by name; the last one, the goal, is solid."""
-    last = list(found)[-1]
-    return [
-        Line(name, None, 100 * value, method="edges", dashed=name != last)
-        for name, value in found.items()
-    ]

@@ -17,7 +17,6 @@ from kit import cli, records, timing
 from vfjax import align, data, diagnose, models, train
 
 PyTree = Any
-
 BATCH = 500
 SAMPLES = 10_000
 # --quick: to see that it runs. Nothing is learnt.
@@ -26,8 +25,6 @@ MNIST_IMAGES = 60_000
 ALPHAS = 11
 # Distances are taken after at most so many epochs, evenly spaced.
 POINTS = 20
-
-# ------------------------------------------------------------------------------ options and data
 
 
 # fmt: off
@@ -43,14 +40,10 @@ class PairOptions(cli.Options):
         (0, 1), "seeds of the edge models; the first and the second make a pair, the third and the "
         "fourth another, and so on", type=cli.seed_of, metavar="S", part="seeds{}")
     quick: bool = cli.option(
-        False,
-        f"one pair, {QUICK_EPOCHS} epoch on {QUICK_IMAGES} images: to see that it runs; the "
-        "numbers mean nothing",
-    )
-# fmt: on
+        False, f"one pair, {QUICK_EPOCHS} epoch on {QUICK_IMAGES} images: to see that it runs; the "
+        "numbers mean nothing")
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True)
 class LinearOptions(PairOptions):
     """The options of experiments on linear networks."""
@@ -66,9 +59,6 @@ class LinearOptions(PairOptions):
 
 def pairs_of(config: Any) -> list[tuple[int, int]]:
     """The seeds of each pair: no model is in two of them, so that pairs are independent.
-
-    Raises:
-      UserError: If seeds do not come in pairs, or one comes twice.
 
     Example:
       >>> pairs_of(PairOptions(seeds=(0, 1, 2, 3)))
@@ -100,14 +90,8 @@ def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train
 
 def linear_record(model: models.LinearNetwork, net: vfjax.Network) -> dict[str, Any]:
     """What a record says of a linear network."""
-    return {
-        "name": "linear",
-        "width": model.width,
-        "depth": model.depth,
-        "residual": model.residual,
-        "initial_std": model.std,
-        "parameters": net.parameters,
-    }
+    found = {key: getattr(model, key) for key in ("width", "depth", "residual")}
+    return {"name": "linear", **found, "initial_std": model.std, "parameters": net.params}
 
 
 def titled(record: Mapping[str, Any], what: str, count: int, wanted: str = "mnist") -> str:
@@ -123,20 +107,12 @@ def stem(record: Mapping[str, Any]) -> list[str]:
     return [record["data"]["name"], *(["quick"] if record["config"]["quick"] else [])]
 
 
-# --------------------------------------------------------------------------------------- a grid
-
-
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What is trained.
+    """What is trained: learning rates, all with `decay`, and weight decays, all at `rate`.
 
-    Attributes:
-      rates: Learning rates, all with `decay`.
-      decays: Weight decays, all at `rate`; none for no such sweep.
-      rate: The learning rate of the decays' sweep.
-      decay: The weight decay of the rates' sweep.
-      low: The learning rate that is compared with `rates[-1]`, and that of ablations.
-      initialisers: The first is that of the sweeps; the second, if any, is compared with it.
+    `low` is the learning rate that is compared with `rates[-1]`, and that of ablations. The first
+    initialiser is that of the sweeps; the second, if any, is compared with it.
     """
 
     rates: tuple[float, ...]
@@ -149,14 +125,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """How the two networks of a pair are trained.
-
-    Attributes:
-      initialiser: Of both networks.
-      rate: Learning rate, at its peak.
-      decay: Weight decay.
-      then: Rate and decay of one more epoch, None for none.
-    """
+    """How the two networks of a pair are trained; `then` has rate and decay of one more epoch."""
 
     initialiser: str
     rate: float
@@ -171,14 +140,9 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A grid with its networks and recipe.
+    """A grid with its networks, whose initialiser cells replace, and recipe.
 
-    Attributes:
-      name: Of the architecture, for titles.
-      model: The module; cells replace its initialiser.
-      recipe: What cells replace rate and decay of.
-      grid: The cells.
-      factor: Epochs on these data for one on those that the recipe is for: as many steps.
+    For one epoch on the data that the recipe is for there are `factor` on these: as many steps.
     """
 
     name: str
@@ -189,11 +153,10 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """All cells; those that start from others after them."""
-        grid = self.grid
-        first = grid.initialisers[0]
+        grid, (first, *others) = self.grid, self.grid.initialisers
         found = [Cell(first, rate, grid.decay) for rate in grid.rates]
         found += [Cell(first, grid.rate, decay) for decay in grid.decays]
-        for other in grid.initialisers[1:]:
+        for other in others:
             found += [Cell(other, rate, grid.decay) for rate in (grid.low, grid.rates[-1])]
         found += [Cell(first, grid.rates[-1], grid.decay, then=(grid.low, grid.decay))]
         if grid.decays:
@@ -202,33 +165,21 @@ class Plan:
 
     def tracked(self, cell: Cell) -> bool:
         """Whether distances are followed while the networks of a cell are trained."""
-        grid = self.grid
-        rates = (grid.low, grid.rates[-1])
-        compared = len(grid.initialisers) > 1 and cell.rate in rates and cell.decay == grid.decay
-        return compared and cell.then is None
+        grid, sweep = self.grid, cell.then is None and cell.decay == self.grid.decay
+        return sweep and len(grid.initialisers) > 1 and cell.rate in (grid.low, grid.rates[-1])
 
     def recipe_of(self, cell: Cell) -> train.Recipe:
         """The recipe of a cell."""
-        if cell.then is None:
-            warm = self.recipe.warmup_epochs
-            if self.name.startswith("vgg16") and self.recipe.schedule == "step":
-                # Where the paper has a warm-up, too.
-                warm = 1.0 if cell.decay > 1e-4 or cell.initialiser == "uniform" else warm
-            found = dataclasses.replace(
-                self.recipe, learning_rate=cell.rate, weight_decay=cell.decay, warmup_epochs=warm
-            )
-        else:
-            rate, decay = cell.then
-            found = dataclasses.replace(
-                self.recipe,
-                learning_rate=rate,
-                weight_decay=decay,
-                schedule="constant",
-                milestones=(),
-                warmup_epochs=0.0,
-                epochs=1,
-            )
-        return dataclasses.replace(found, epochs=max(1, round(found.epochs * self.factor)))
+        recipe, (rate, decay) = self.recipe, cell.then or (cell.rate, cell.decay)
+        changes: dict[str, Any] = {"learning_rate": rate, "weight_decay": decay}
+        if cell.then is not None:
+            changes |= {"schedule": "constant", "milestones": (), "warmup_epochs": 0.0, "epochs": 1}
+        elif self.name.startswith("vgg16") and recipe.schedule == "step":
+            # Where the paper has a warm-up, too.
+            if cell.decay > 1e-4 or cell.initialiser == "uniform":
+                changes["warmup_epochs"] = 1.0
+        epochs = round(changes.get("epochs", recipe.epochs) * self.factor)
+        return dataclasses.replace(recipe, **changes | {"epochs": max(1, epochs)})
 
 
 class Diverged(Exception):
@@ -272,20 +223,15 @@ class Pair:
         with self.watch("matching"):
             matched, alignment = self.matched(trees)
         yield {**key, "converged": alignment.converged, "moved": alignment.moved}
-        statistics = self.dataset.batches("train") if self.net.norms else None
+        options: dict[str, Any] = {"alphas": ALPHAS}
+        if self.net.norms:
+            options |= {"renormalise": "reset", "data": self.dataset.batches("train")}
+        test = self.dataset.batches("test")
         for name, ends in (("direct", trees), ("matched", [trees[0], matched])):
             with self.watch("interpolation"):
-                curve = diagnose.interpolation(
-                    self.net,
-                    ends,
-                    self.dataset.batches("test"),
-                    alphas=ALPHAS,
-                    renormalise=None if statistics is None else "reset",
-                    data=statistics,
-                )
+                curve = diagnose.interpolation(self.net, ends, test, **options)
             yield from records.curve_rows({**key, "merged": name}, curve)
-            between = diagnose.distance(*ends, net=self.net).total
-            yield {**key, "merged": name, "epoch": None, "distance": between}
+            yield {**key, "merged": name, "epoch": None, "distance": self.between(*ends)}
         for k, run in enumerate(runs):
             trained, tested = run.history[-1]["accuracy"], float(curve.edge_accuracy[k])
             row = {"network": f"model {k + 1}", "train_accuracy": trained, "accuracy": tested}
@@ -296,21 +242,22 @@ class Pair:
         found = align.match_weights(self.net, *trees, key=self.key)
         return self.net.spec.permute(trees[1], found.permutations), found
 
-    def train(
-        self, cell: Cell
-    ) -> tuple[list[train.Trained], dict[str, list[tuple[int, float]]] | None]:
+    def between(self, *ends: PyTree) -> float:
+        """The distance of two networks."""
+        return diagnose.distance(*ends, net=self.net).total
+
+    def train(self, cell: Cell) -> tuple[list[train.Trained], dict[str, list[Any]] | None]:
         """The two networks, and the distances between them during training."""
         model = dataclasses.replace(self.plan.model, initialiser=cell.initialiser)
-        starts: Sequence[PyTree | None] = (None, None)
+        starts: Sequence[PyTree | None] | None = (None, None)
         if cell.then is not None:
             source = dataclasses.replace(cell, then=None)
             if source not in self.trained:
                 # An earlier call that was stopped has measured them.
                 self.trained[source] = [run.variables for run in self.train(source)[0]]
-            found = self.trained[source]
-            if found is None:
+            starts = self.trained[source]
+            if starts is None:
                 raise Diverged(f"there are no networks of {source} to start from.")
-            starts = found
         recipe, tracked = self.plan.recipe_of(cell), self.plan.tracked(cell)
         every = -(-recipe.epochs // POINTS)
         # The first network's, on the host; and after which epochs which distances.
@@ -325,25 +272,16 @@ class Pair:
             if epoch not in kept:
                 return
             pair = [kept.pop(epoch), jax.device_get(variables)]
-            ends = {"direct": pair[1], "matched": self.matched(pair)[0]}
-            for name, end in ends.items():
-                between = diagnose.distance(pair[0], end, net=self.net).total
-                distances[name].append((epoch, between))
+            for name, end in (("direct", pair[1]), ("matched", self.matched(pair)[0])):
+                distances[name].append((epoch, self.between(pair[0], end)))
 
         runs = []
         for seed, start, follow in zip(self.seeds, starts, (keep, compare), strict=True):
             if tracked:
                 start = self.initial(model, seed)
                 follow(0, start)
-            run = train.fit(
-                model,
-                recipe,
-                self.dataset,
-                seed=seed,
-                start=start,
-                on_epoch=follow if tracked else None,
-                work_dir=None if tracked else self.folder(cell, seed),
-            )
+            options = {"on_epoch": follow} if tracked else {"work_dir": self.folder(cell, seed)}
+            run = train.fit(model, recipe, self.dataset, seed=seed, start=start, **options)
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.variables)):
                 raise Diverged(f"training with {cell} left parameters that are not finite.")
             runs.append(run)

@@ -25,19 +25,22 @@ from vfjax import data
 
 Array = jax.Array
 PyTree = Any
+LOSSES = ("cosine", "cross-entropy")
+# Cosines alone tell two classes apart by no more than e^2.
+SCALE = 10.0
+# Labels have this order; the first ones of CIFAR-10 as an example.
+ORDER = "in the order of the labels (CIFAR-10: airplane, automobile, bird, ...)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
     """What makes logits of a network's output.
 
-    Attributes:
-        embeddings: One row for each class that is told apart.
-        scale: What cosines are multiplied with; None takes inner products as they are, with which
-            the rows of an identity matrix are a plain classifier.
+    Cosines are multiplied with `scale`; None takes inner products as they are, with which the rows
+    of an identity matrix are a plain classifier.
     """
 
-    embeddings: tuple[tuple[float, ...], ...]
+    embeddings: tuple[tuple[float, ...], ...]  # One row for each class that is told apart.
     scale: float | None
 
     @property
@@ -46,7 +49,7 @@ class Head:
         return len(self.embeddings[0])
 
     def __call__(self, outputs: Array) -> Array:
-        """Returns the logits ``[n, classes]`` of outputs ``[n, dimensions]``."""
+        """The logits `[n, classes]` of outputs `[n, dimensions]`."""
         rows = jnp.asarray(self.embeddings, jnp.float32)
         if self.scale is None:
             return outputs @ rows.T
@@ -55,19 +58,19 @@ class Head:
         return self.scale * (outputs / length) @ rows.T
 
     def of(self, classes: Sequence[int]) -> Head:
-        """Returns the head of some of the classes, in the order given."""
+        """The head of some of the classes, in the order given."""
         return Head(tuple(self.embeddings[label] for label in classes), self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class Headed:
-    """A network with its head: ``(variables, x) -> logits``; equal ones share compiled code."""
+    """A network with its head: `(variables, x) -> logits`; equal ones share compiled code."""
 
     fn: Callable[[PyTree, Array], Array]
     head: Head
 
     def __call__(self, variables: PyTree, x: Array) -> Array:
-        """Returns the logits ``[n, classes]``."""
+        """The logits `[n, classes]`."""
         return self.head(self.fn(variables, x))
 
 
@@ -75,16 +78,14 @@ class Headed:
 class Heads:
     """How classes are told by one network, or by several that know some of the classes each.
 
-    Attributes:
-        head: Of all classes.
-        tasks: The classes of each network; together all of them, each once.
+    `tasks` are the classes of each network; together all of them, each once.
     """
 
     head: Head
     tasks: tuple[tuple[int, ...], ...]
 
     def __call__(self, outputs: Array | tuple[Array, ...]) -> Array:
-        """Scores ``[n, classes]`` of an output, or of one output for each task."""
+        """Scores `[n, classes]` of an output, or of one output for each task."""
         if isinstance(outputs, Array):
             if self.head.scale is not None:
                 return self.head(outputs)
@@ -104,12 +105,9 @@ def _scores(heads: Heads, model: Any, x: Array) -> Array:
 def accuracy(
     heads: Heads, model: Any, batches: Iterable[tuple[Array, Array]]
 ) -> dict[str, float | list[float]]:
-    """Accuracy over all classes, among those of each task, and the mean of the latter.
+    """Accuracy over all classes (joint), among those of each task, and the mean of the latter.
 
-    Args:
-        heads: How classes are told.
-        model: What is called with images: a pytree, or a tuple of one for each task.
-        batches: Of images and labels.
+    The model is what is called with images: a pytree, or a tuple of one for each task.
     """
     scored = [(_scores(heads, model, x), label) for x, label in batches]
     scores, labels = (np.concatenate(part) for part in zip(*scored, strict=True))
@@ -121,13 +119,16 @@ def accuracy(
     return {"joint": joint, "tasks": tasks, "average": float(np.mean(tasks))}
 
 
+# ----------------------------------------------------------------------------------- embeddings
+
+
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
     """Class embeddings that stand in for those of a text encoder: orthonormal, at random.
 
     Example:
-        >>> rows = orthonormal(3, 5)
-        >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
-        True
+      >>> rows = orthonormal(3, 5)
+      >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
+      True
     """
     if dimensions < classes:
         raise ValueError(f"{classes} orthonormal rows need as many dimensions, got {dimensions}")
@@ -135,20 +136,12 @@ def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
     return np.linalg.qr(gaussian)[0].T.astype(np.float32)
 
 
-# Labels have this order; the first ones of CIFAR-10 as an example.
-ORDER = "in the order of the labels (CIFAR-10: airplane, automobile, bird, ...)"
-
-
 def read(path: str, classes: int) -> np.ndarray:
     """Class embeddings from a file, made to have length one.
 
-    Args:
-        path: A ``.npy`` file, or an ``.npz`` one with one array, of shape ``[classes, dimensions]``
-            and real numbers: a row for each class, in the order of the labels.
-        classes: How many rows there must be.
-
-    Raises:
-        UserError: If the file cannot be read or holds something else.
+    It is a `.npy` file, or an `.npz` one with one array, of shape `[classes, dimensions]` and real
+    numbers: a row for each class, in the order of the labels. If it cannot be read or holds
+    something else a `UserError` is raised.
     """
     try:
         # Opened here: NumPy leaves damaged archives open.
@@ -175,8 +168,8 @@ def read(path: str, classes: int) -> np.ndarray:
 
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
-    """Returns the head of class embeddings, one row each."""
-    return Head(tuple(tuple(float(value) for value in row) for row in rows), scale)
+    """The head of class embeddings, one row each."""
+    return Head(tuple(map(tuple, np.asarray(rows, float).tolist())), scale)
 
 
 def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
@@ -191,9 +184,7 @@ def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
     return dataclasses.replace(dataset, **arrays, classes=len(classes))
 
 
-LOSSES = ("cosine", "cross-entropy")
-# Cosines alone tell two classes apart by no more than e^2.
-SCALE = 10.0
+# -------------------------------------------------------------------------------------- options
 
 
 # fmt: off
@@ -206,45 +197,29 @@ class EmbeddingOptions:
         "with the class embeddings, cross-entropy that of the plain outputs for these classes",
         choices=LOSSES, part="{}")
     embeddings: str | None = cli.option(
-        None,
-        "class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for each "
-        f"class, {ORDER} (default: orthonormal ones at random)",
-        metavar="FILE",
-        part=lambda record: Path(record["config"]["embeddings"] or "").stem or None,
-    )
+        None, "class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for "
+        f"each class, {ORDER} (default: orthonormal ones at random)", metavar="FILE",
+        part=lambda record: Path(record["config"]["embeddings"] or "").stem or None)
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
-    scale: float = cli.option(SCALE, "of the cosines, above 0", type=cli.positive, metavar="S",
-                               part="scale{:g}")
+    scale: float = cli.option(
+        SCALE, "of the cosines, above 0", type=cli.positive, metavar="S", part="scale{:g}")
 # fmt: on
 
 
 def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
     """Refuses options of the embeddings that would do nothing.
 
-    Args:
-        args: The options, as they were given.
-        parts: Whether networks are trained on some of the classes.
-
-    Raises:
-        UserError: If there are some.
+    `parts` is whether networks are trained on some of the classes.
     """
-    given = {
-        "--embeddings": args.embeddings is not None,
-        "--dimensions": args.dimensions is not None,
-        "--scale": args.scale != SCALE,
-    }
-    unused = [option for option, there in given.items() if there]
-    if not parts and (unused := [*unused, *(["--loss"] if args.loss != "cosine" else [])]):
-        raise cli.UserError(
-            f"{records.joined(unused)}: for networks on some of the classes, so give --classes."
-        )
-    if args.loss == "cross-entropy" and unused:
-        raise cli.UserError(
-            f"{records.joined(unused)}: --loss cross-entropy has no embeddings; leave out one or "
-            "the other."
-        )
-    if given["--embeddings"] and given["--dimensions"]:
+    usual = {"embeddings": None, "dimensions": None, "scale": SCALE}
+    usual |= {} if parts else {"loss": "cosine"}
+    given = [f"--{name}" for name, value in usual.items() if getattr(args, name) != value]
+    why = "--loss cross-entropy has no embeddings; leave out one or the other."
+    why = why if parts else "for networks on some of the classes, so give --classes."
+    if given and (not parts or args.loss == "cross-entropy"):
+        raise cli.UserError(f"{records.joined(given)}: {why}")
+    if {"--embeddings", "--dimensions"} <= set(given):
         raise cli.UserError(
             "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
         )
@@ -264,7 +239,7 @@ def head_of(args: EmbeddingOptions, classes: int) -> Head:
 
 
 def checked(found: Sequence[int], classes: int) -> Sequence[int]:
-    """Returns the classes to train on, once they are found to be different ones of the data set."""
+    """The classes to train on, once they are found to be different ones of the data set."""
     if len(set(found)) < max(2, len(found)) or not set(found) <= set(range(classes)):
         raise cli.UserError(
             f"--classes must be two or more different ones from 0 to {classes - 1}, got "
@@ -273,14 +248,39 @@ def checked(found: Sequence[int], classes: int) -> Sequence[int]:
     return found
 
 
-def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dict[str, Any]:
-    """What a card or record says of the head.
+def words(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> list[str]:
+    """The options as words of a command line; `head` is that of all classes."""
+    found = ["--classes", *map(str, classes)]
+    if args.loss != "cosine":
+        return [*found, "--loss", args.loss]
+    if args.embeddings:
+        found += ["--embeddings", str(args.embeddings)]
+    else:
+        found += ["--dimensions", str(head.dimensions)]
+    return found if args.scale == SCALE else [*found, "--scale", f"{args.scale:g}"]
 
-    Args:
-        args: The options.
-        head: Of all classes, whose rows from a file are told by their digest: another file may
-            have the same name. Orthonormal ones follow from their seed, but for rounding.
-        classes: Those that a network was trained on.
+
+def named(classes: Sequence[int]) -> str:
+    """Classes in few letters, for the name of a folder.
+
+    Example:
+      >>> named(range(5)), named((0, 3, 4))
+      ('0to4', '0-3-4')
+    """
+    first, last = classes[0], classes[-1]
+    if list(classes) == list(range(first, last + 1)) and first < last:
+        return f"{first}to{last}"
+    return "-".join(map(str, classes))
+
+
+# --------------------------------------------------------------------------------------- cards
+
+
+def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dict[str, Any]:
+    """What a card or record says of the head of all classes, and of those that are trained on.
+
+    Rows from a file are told by their digest: another file may have the same name. Orthonormal ones
+    follow from their seed, but for rounding.
     """
     found: dict[str, Any] = {"classes": list(classes), "loss": args.loss}
     if args.loss == "cross-entropy":
@@ -298,25 +298,16 @@ def different(
 ) -> list[str]:
     """What a trained network is unlike what is asked for in, as "epochs 10, not 20".
 
-    Args:
-        card: That of the network.
-        asked: What its card should say of the head, as of `described`.
-        recipe: What its card should say of the recipe; None to take any.
-
-    Example:
-        >>> asked = {"classes": [0, 1], "loss": "cross-entropy"}
-        >>> different({"classes": [0, 2], "loss": "cross-entropy"}, asked)
-        ['classes 0 2, not 0 1']
+    Its card is held against what it should say of the head, as of `described`, and of the recipe,
+    where None stands for any.
     """
     has, wants = _parts(card), _parts({**asked, "recipe": recipe or {}})
-    found = []
-    for name in wants:
-        # What only one of two knows belongs to another loss, or to another version's recipe.
-        if name in has and has[name] != wants[name]:
-            # Digests tell that rows are others, not in what.
-            values = f"{name} {_told(has[name])}, not {_told(wants[name])}"
-            found.append("other rows of embeddings" if name == _DIGEST else values)
-    return found
+    # What only one of two knows belongs to another loss, or to another version's recipe.
+    others = [name for name in wants if name in has and has[name] != wants[name]]
+    values = {name: f"{name} {_told(has[name])}, not {_told(wants[name])}" for name in others}
+    # Digests tell that rows are others, not in what.
+    values |= {name: "other rows of embeddings" for name in others if name == _DIGEST}
+    return list(values.values())
 
 
 _DIGEST = "embeddings' sha256"
@@ -332,28 +323,3 @@ def _parts(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def _told(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def words(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> list[str]:
-    """The options as words of a command line; `head` is that of all classes."""
-    found = ["--classes", *map(str, classes)]
-    if args.loss != "cosine":
-        return [*found, "--loss", args.loss]
-    if args.embeddings:
-        found += ["--embeddings", str(args.embeddings)]
-    else:
-        found += ["--dimensions", str(head.dimensions)]
-    return found if args.scale == SCALE else [*found, "--scale", f"{args.scale:g}"]
-
-
-def named(classes: Sequence[int]) -> str:
-    """Returns classes in few letters, for the name of a folder.
-
-    Example:
-        >>> named(range(5)), named((0, 3, 4))
-        ('0to4', '0-3-4')
-    """
-    first, last = classes[0], classes[-1]
-    if list(classes) == list(range(first, last + 1)) and first < last:
-        return f"{first}to{last}"
-    return "-".join(map(str, classes))

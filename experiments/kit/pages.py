@@ -10,6 +10,7 @@ claims say is in the records, which `--redraw` of a script brings up to date.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,12 +27,12 @@ BENCHMARKS = "benchmarks"
 
 def found(folder: Path) -> dict[str, list[tuple[str, records.Record]]]:
     """Names and contents of the records in a folder, by experiment; the plainest run first."""
-    read = [(path.stem, records.read(path)) for path in sorted(folder.glob("*.json"))]
-    told = [(name, record) for name, record in read if "claims" in record]
-    told.sort(key=lambda pair: (len(pair[1]["command"]), pair[0]))
+    read = {path.stem: records.read(path) for path in folder.glob("*.json")}
+    told = [(name, record) for name, record in read.items() if "claims" in record]
+    told.sort(key=lambda run: (run[1]["experiment"], len(run[1]["command"]), run[0]))
     by_experiment: dict[str, list[tuple[str, records.Record]]] = {}
-    for name, record in sorted(told, key=lambda pair: pair[1]["experiment"]):
-        by_experiment.setdefault(record["experiment"], []).append((name, record))
+    for run in told:
+        by_experiment.setdefault(run[1]["experiment"], []).append(run)
     return by_experiment
 
 
@@ -59,9 +60,9 @@ def section(name: str, record: records.Record) -> str:
 
 def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
     """The page of an experiment."""
-    newest = runs[0][1]
-    head = [f"# {experiment}", f"*{newest['question']}*"]
-    head += [newest["legend"]] if newest.get("legend") else []
+    plainest = runs[0][1]
+    head = [f"# {experiment}", f"*{plainest['question']}*"]
+    head += [plainest["legend"]] if plainest.get("legend") else []
     if len(runs) > 1:
         lines = [f"- [{name}](#{anchor(name)}): {record['title']}" for name, record in runs]
         head.append("\n".join(lines))
@@ -75,8 +76,7 @@ def anchor(heading: str) -> str:
       >>> anchor("cifar_pfm-w0.25-layers12+13")
       'cifar_pfm-w025-layers1213'
     """
-    kept = (c for c in heading.lower().replace(" ", "-") if c.isalnum() or c in "-_")
-    return "".join(kept)
+    return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
 
 
 def write_page(folder: Path, experiment: str) -> Path:
@@ -86,30 +86,20 @@ def write_page(folder: Path, experiment: str) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------- index
-
-
 def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     """The verdicts on one claim: how many, with links to where each is from."""
-    words = []
-    for verdict in claims.VERDICTS:
-        links = [
-            f"[{k}]({experiment}.md#{anchor(name)})"
-            for k, (experiment, name, row) in enumerate(runs, start=1)
-            if row["verdict"] == verdict
-        ]
-        if links:
-            shown = f"**{verdict}**" if verdict == claims.UNLIKE else verdict
-            words.append(f"{shown} {' '.join(links)}")
-    return "; ".join(words)
+    links: dict[str, str] = {verdict: "" for verdict in claims.VERDICTS}
+    for k, (experiment, name, row) in enumerate(runs, start=1):
+        links[row["verdict"]] += f" [{k}]({experiment}.md#{anchor(name)})"
+    words = {verdict: verdict for verdict in links} | {claims.UNLIKE: f"**{claims.UNLIKE}**"}
+    return "; ".join(words[verdict] + found for verdict, found in links.items() if found)
 
 
 def index(folder: Path) -> str:
     """The index: experiments, and every claim once."""
-    by_experiment = found(folder)
     by_claim: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
     lines = []
-    for experiment, runs in by_experiment.items():
+    for experiment, runs in found(folder).items():
         rows = [(experiment, name, row) for name, record in runs for row in record["claims"]]
         for run in rows:
             by_claim.setdefault(run[2]["id"], []).append(run)
@@ -118,8 +108,7 @@ def index(folder: Path) -> str:
         lines.append([f"[{experiment}]({experiment}.md)", question, str(len(runs)), count])
     table = tables.Table("", ["experiment", "question", "records", "claims"], lines, texts=4)
     listed = []
-    for name in sorted(by_claim):
-        runs = by_claim[name]
+    for name, runs in sorted(by_claim.items()):
         said = next((row["paper"] for *_, row in runs if row["paper"]), "-")
         listed.append([f"`{name}`", runs[0][2]["claim"], said, verdicts_of(runs)])
     verdicts = tables.Table("", ["id", "claim", "paper", "here"], listed, texts=4)

@@ -27,9 +27,13 @@ MATCHES = {
     "transport": "optimal transport",
 }
 # Those that go by activations, and of them those that may mix units.
-MIXING = ("zipit", "cca", "transport")
+MIXING = {
+    "zipit": align.zip_moments,
+    "cca": align.cca_moments,
+    "transport": align.transport_moments,
+}
 FROM_DATA = ("activation", *MIXING)
-# What the settings of a matching are called in titles and in names of files.
+# Settings, as options and but for "zip_" arguments; what titles and names of files call them.
 SETTINGS = {
     "zipit": {"zip_alpha": ("alpha {:g}", "a{:g}"), "zip_beta": ("beta {:g}", "b{:g}")},
     "cca": {
@@ -41,8 +45,8 @@ SETTINGS = {
 DEFAULTS = {"zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1, "relative": False}
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
-
-# -------------------------------------------------------------------------------------- options
+# Images wait at a cut for what is tried behind it, up to so many bytes.
+STORE = 1 << 29
 
 
 # fmt: off
@@ -66,11 +70,7 @@ class MatchingOptions(edges.EdgeOptions):
 
 
 def check(config: MatchingOptions, matches: Iterable[str]) -> None:
-    """Refuses settings of matchings that are not asked for: they would do nothing.
-
-    Raises:
-      UserError: If there are some.
-    """
+    """Refuses settings of matchings that are not asked for: they would do nothing."""
     for match, settings in SETTINGS.items():
         for option in settings:
             if match not in matches and getattr(config, option) != DEFAULTS[option]:
@@ -101,21 +101,14 @@ def name_of(match: str, config: Mapping[str, Any]) -> str:
 
 
 def _changed(match: str, config: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    return [
-        (label, short, config[option])
-        for option, (label, short) in SETTINGS.get(match, {}).items()
-        # Older records lack what was added since, and have its default.
-        if config.get(option, DEFAULTS[option]) != DEFAULTS[option]
-    ]
+    # Older records lack what was added since, and have its default.
+    changed = {k: config[k] for k, usual in DEFAULTS.items() if config.get(k, usual) != usual}
+    settings = SETTINGS.get(match, {}).items()
+    return [(*texts, changed[option]) for option, texts in settings if option in changed]
 
 
 def default_layers(depth: int) -> list[int]:
-    """The numbers of preserved layers that a table has a row for.
-
-    Example:
-      >>> default_layers(20), default_layers(7)
-      ([0, 6, 10, 13, 19], [0, 2, 3, 4, 6])
-    """
+    """The numbers of preserved layers that a table has a row for."""
     nearest = {min(int(layers / 14 * depth + 0.5), depth - 1) for layers in LAYERS[14]}
     return list(LAYERS.get(depth, sorted(nearest)))
 
@@ -152,8 +145,9 @@ def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[
       >>> columns_of("cca", [("activation", "reset"), ("cca", "none"), ("none", "none")]).keys()
       dict_keys(['direct', 'matched', 'AM + RESET'])
     """
-    methods, names = list(dict.fromkeys(methods)), {}
-    for match, remedy in sorted(methods, key=lambda m: (m != ("none", "none"), m[0] != own)):
+    names = {}
+    ordered = sorted(dict.fromkeys(methods), key=lambda m: (m != ("none", "none"), m[0] != own))
+    for match, remedy in ordered:
         name = "matched" if remedy == "none" else figures.label(remedy)
         if match != own:
             name = "AM" if remedy == "none" else f"AM + {name}"
@@ -161,41 +155,23 @@ def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[
     return names
 
 
-# Images wait at a cut for what is tried behind it, up to so many bytes.
-STORE = 1 << 29
-
-
-# ---------------------------------------------------------------------------------------- pairs
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matching:
-    """How the units of two networks were brought together.
-
-    Attributes:
-      maps: Of both networks.
-      references: Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET,
-        which has none.
-      mapped: Both networks after the maps: where their biases are read.
-      record: What records say of it.
-    """
+    """How the units of two networks were brought together, and what records say of it."""
 
     maps: Maps
+    # Moments of both after the maps, the goals of REPAIR and RESCALE; None with RESET.
     references: stats.Moments | None
+    # Both after the maps: where their biases are read.
     mapped: Sequence[PyTree]
     record: Mapping[str, Any]
 
 
 class Pair:
-    """Two edge models on one set of statistics and test images.
+    """Two edge models, with their weights in averages, on statistics and test images.
 
-    Args:
-      net: The traced network.
-      trees: The two models.
-      weights: Their weights in averages.
-      statistics: Batches that moments are measured on.
-      test: Batches to test on.
-      matches: Matchings that will be asked for.
+    Moments are measured in one pass, which serves all `matches` that will be asked for, and the
+    goals of every REPAIR and RESCALE.
     """
 
     def __init__(
@@ -209,11 +185,6 @@ class Pair:
     ) -> None:
         self.net, self.trees, self.weights = net, tuple(trees), weights
         self.statistics, self.test = statistics, test
-        self.moments = self._measured(matches)
-
-    def _measured(self, matches: Sequence[str]) -> stats.Moments | None:
-        """One pass, which serves all matchings and the goals of every REPAIR and RESCALE."""
-        net = self.net
         covariance: bool | str | Sequence[str] = False
         if any(match in MIXING for match in matches):
             # Moments go through matrices by the covariances within each network.
@@ -221,52 +192,40 @@ class Pair:
             covariance = [*stats.resolve_sites(net, "taps"), *corrected]
         elif any(match in FROM_DATA for match in matches):
             covariance = "cross"
-        if net.norms and not covariance:
-            return None
-        return stats.moments(
-            net,
-            self.trees,
-            timing.Watched(self.statistics, "statistics of edge models"),
-            sites="taps" if net.norms else "paper",
-            covariance=covariance,
-        )
+        # With BatchNorm only matchings need any.
+        self.moments: stats.Moments | None = None
+        if covariance or not net.norms:
+            watched = timing.Watched(statistics, "statistics of edge models")
+            wanted = {"sites": "taps" if net.norms else "paper", "covariance": covariance}
+            self.moments = stats.moments(net, trees, watched, **wanted)
 
     def matching(self, match: str, config: Mapping[str, Any] = DEFAULTS) -> Matching:
         """Matches the second network to the first, or both to each other; with their settings."""
         net, record = self.net, {"method": match}
         # There are some wherever the matching was asked for.
         moments: Any = self.moments
-        if match in ("activation", "weight"):
+        if match in MIXING:
+            options = SETTINGS.get(match, ())
+            settings = {option.removeprefix("zip_"): config[option] for option in options}
+            maps = MIXING[match](net, moments, **settings)
+            record |= settings
+        elif match == "none":
+            maps = Maps.of_permutations([None, None])
+        else:
             if match == "activation":
                 found = align.match_moments(net, moments)
             else:
                 found = align.match_weights(net, *self.trees, key=jax.random.key(0))
             maps = Maps.of_permutations([None, found.permutations])
-            record |= {
-                "objective": [float(value) for value in found.objective],
-                "converged": found.converged,
-                "moved": found.moved,
-            }
-        elif match == "zipit":
-            alpha, beta = config["zip_alpha"], config["zip_beta"]
-            maps = align.zip_moments(net, moments, alpha=alpha, beta=beta)
-            record |= {"alpha": alpha, "beta": beta}
-        elif match == "cca":
-            ridge = {name: config[name] for name in ("regularization", "relative")}
-            maps = align.cca_moments(net, moments, **ridge)
-            record |= ridge
-        elif match == "transport":
-            maps = align.transport_moments(net, moments)
-        else:
-            maps = Maps.of_permutations([None, None])
+            record["objective"] = [float(value) for value in found.objective]
+            record |= {"converged": found.converged, "moved": found.moved}
         references = None if moments is None or net.norms else maps.carry(moments)
         return Matching(maps, references, maps.apply(net, self.trees), record)
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
         """The two models merged in a range of layers, before any renormalisation."""
-        return merge.partial(
-            self.net, self.trees, matching.maps, merged=layers, weights=self.weights
-        )
+        options = {"span": layers, "weights": self.weights}
+        return merge.partial(self.net, self.trees, matching.maps, **options)
 
     def lacks_variances(self, matching: Matching, merged: merge.Merged) -> bool:
         """Whether merging left variances unknown that the merged layers need."""
@@ -277,16 +236,12 @@ class Pair:
         self, remedy: str | None, matching: Matching, merged: merge.Merged, statistics: Any
     ) -> merge.Merged:
         """What the remedy's name says; `statistics` are images, or what they are at the cut."""
-        net = self.net
         if remedy is None:
             return merged
         if remedy == "bias_calibration":
-            return renorm.calibrate_bias(net, merged, references=matching.mapped)
-        if remedy == "reset":
-            return renorm.reset(net, merged, statistics)
-        function = renorm.repair if remedy == "repair" else renorm.rescale
-        goals: Any = matching.references
-        return function(net, merged, statistics, references=goals)
+            return renorm.calibrate_bias(self.net, merged, references=matching.mapped)
+        goals = {} if remedy == "reset" else {"references": matching.references}
+        return getattr(renorm, remedy)(self.net, merged, statistics, **goals)
 
     def evaluate(self, merged: merge.Merged, batches: Any, description: str) -> dict[str, float]:
         """Accuracy and loss on the test images, or on what they are at the cut."""
@@ -304,16 +259,12 @@ class Pair:
 
 
 class Cut:
-    """A pair merged from some layer on, or in a range of layers, and what is tried behind it.
-
-    Attributes:
-      merged: The two models, before any renormalisation.
-    """
+    """A pair merged from some layer on or in a range (`merged`), and what is tried behind it."""
 
     def __init__(self, pair: Pair, matching: Matching, layers: int | slice) -> None:
         self.pair, self.matching = pair, matching
-        merged = layers if isinstance(layers, slice) else slice(layers, None)
-        self.merged = pair.merged(matching, merged)
+        span = layers if isinstance(layers, slice) else slice(layers, None)
+        self.merged = pair.merged(matching, span)
 
     @functools.cached_property
     def test(self) -> Any:
@@ -344,7 +295,7 @@ class Cut:
 
 def cost_of(net: vfjax.Network, params: int, flops: int) -> dict[str, float]:
     """Parameters and FLOPs of a network, and relative to one model's."""
-    ratios = params / net.parameters, flops / net.flops
+    ratios = params / net.params, flops / net.flops
     return {"params": params, "params_ratio": ratios[0], "flops": flops, "flops_ratio": ratios[1]}
 
 
@@ -362,10 +313,7 @@ def at_cut(merged: merge.Merged, batches: data.Batches, *, labelled: bool = True
     return stored if labelled else [crossing for crossing, _ in stored]
 
 
-@jax.jit
-def _crossing(merged: merge.Merged, x: jax.Array) -> vfjax.Crossing:
-    """What the stems hand to the trunk."""
-    return merged.crossing(x)
+_crossing = jax.jit(merge.Merged.crossing)
 
 
 def _logits(merged: merge.Merged, x: PyTree) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,45 +46,30 @@ class RemedyOptions(edges.EdgeOptions):
 # fmt: on
 
 
-def sparsity_of(text: str) -> int | float:
-    """The type of `--sparsities`: per cent, whole numbers as such.
-
-    Example:
-      >>> sparsity_of("90"), sparsity_of("99.9")
-      (90, 99.9)
-    """
-    try:
-        value = cli.number_of(1, 100)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no percentage from 1 to 100: say 90 for 0.9 of the weights"
-        ) from error
-    return int(value) if value == int(value) else value
+# The type of `--sparsities`: per cent, whole numbers as such.
+sparsity_of = cli.typed(
+    lambda text: int(value) if (value := float(text)).is_integer() else value,
+    lambda percentage: 1 <= percentage <= 100,
+    "is no percentage from 1 to 100: say 90 for 0.9 of the weights",
+)
 
 
 def remedy_of(config: RemedyOptions, net: vfjax.Network, name: str) -> str:
-    """What `--renorm` comes to for a network of that name.
-
-    Raises:
-      UserError: If the network has nothing to reset.
-    """
+    """What `--renorm` comes to for a network of that name; refuses to reset what has no norms."""
     if config.renorm == "reset" and not net.norms:
         raise cli.UserError(
             f"--renorm reset is for networks with BatchNorm, which {name} has not; take repair or "
             "rescale."
         )
-    if config.renorm != "auto":
-        return config.renorm
-    if net.norms:
-        return "reset"
-    return "rescale" if name.startswith("vgg") and not name.endswith("-ln") else "repair"
+    plain = "rescale" if name.startswith("vgg") and not name.endswith("-ln") else "repair"
+    return ("reset" if net.norms else plain) if config.renorm == "auto" else config.renorm
 
 
 def check_memory(
     net: vfjax.Network, layers: Sequence[str], gradients: int, gigabytes: float
 ) -> None:
     """Raises a `UserError` if WoodFisher would take more than that."""
-    needed = prune.memory(net, count=gradients, layers=layers) / 1e9
+    needed = prune.memory(net, count=gradients, names=layers) / 1e9
     if needed > gigabytes:
         raise cli.UserError(
             f"WoodFisher takes {needed:.1f} GB for {gradients} gradients, more than --memory "
@@ -128,58 +112,41 @@ def pruner(
     gradients: Any = (),
     gigabytes: float = 2,
 ) -> Callable[[float], PyTree]:
-    """Scores a network's weights once; what is returned prunes it to any sparsity.
+    """Scores a network's weights once; what is returned prunes it to any sparsity, 0 to 1.
 
-    Args:
-      method: One of `METHODS`.
-      net: The traced network.
-      tree: Its variables.
-      layers: Those to prune.
-      statistics: Batches for Wanda.
-      gradients: `data.Batches`, each image of which gives a gradient for Fisher matrices.
-      gigabytes: What WoodFisher may take.
-
-    Returns:
-      From sparsity, 0 to 1, to the pruned tree; of WoodFisher with its update of what stays.
+    `statistics` are batches for Wanda; each image of `gradients` gives a gradient for Fisher
+    matrices, of which WoodFisher, which updates what stays, may take so many gigabytes.
     """
-    scope = SCOPES.get(method, "global")
     if method == "woodfisher":
         options = {"count": len(gradients.images), "max_memory": round(1e9 * gigabytes)}
-        inverse = prune.inverse_fisher(net, tree, gradients, layers=layers, **options)
+        inverse = prune.inverse_fisher(net, tree, gradients, names=layers, **options)
         return lambda sparsity: inverse.prune(tree, prune.masks(inverse.scores, sparsity))
     if method == "fisher":
-        scores = prune.fisher(net, tree, gradients, layers=layers)
+        scores = prune.fisher(net, tree, gradients, names=layers)
     elif method.startswith("wanda"):
-        scores = prune.wanda(net, tree, statistics, layers=layers)
+        scores = prune.wanda(net, tree, statistics, names=layers)
     else:
-        scores = prune.magnitude(net, tree, layers=layers)
+        scores = prune.magnitude(net, tree, names=layers)
+    scope = SCOPES.get(method, "global")
     return lambda sparsity: prune.apply(tree, prune.masks(scores, sparsity, scope=scope))
 
 
 class Renormaliser:
-    """Renormalises what one network is pruned to, by the same images for both.
+    """Renormalises what a network is pruned to; before pruning it is the only reference.
 
-    Args:
-      net: The traced network.
-      tree: The network before pruning, the only reference.
-      remedy: One of `REMEDIES`.
-      statistics: The images. Those of the reference are measured once.
+    The same images serve both, those of the reference once; the remedy is one of `REMEDIES`.
     """
 
     def __init__(self, net: vfjax.Network, tree: PyTree, remedy: str, statistics: Any) -> None:
         self.net, self.remedy, self.statistics = net, remedy, statistics
-        self.references: Any = None
+        self.goals: dict[str, Any] = {}
         if remedy != "reset":
-            self.references = stats.moments(net, [tree], statistics, sites="paper")
+            self.goals["references"] = stats.moments(net, [tree], statistics, sites="paper")
 
     def __call__(self, pruned: PyTree) -> merge.Merged:
         """The pruned network, renormalised."""
-        if self.remedy == "reset":
-            found = renorm.reset(self.net, pruned, self.statistics)
-        else:
-            function = renorm.repair if self.remedy == "repair" else renorm.rescale
-            found = function(self.net, pruned, self.statistics, references=self.references)
-        return as_network(self.net, found)
+        remedy = getattr(renorm, self.remedy)
+        return as_network(self.net, remedy(self.net, pruned, self.statistics, **self.goals))
 
 
 def as_network(net: vfjax.Network, tree: Any) -> merge.Merged:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import vfjax
 from kit import cli
 from vfjax import checkpoint
 
@@ -24,16 +25,9 @@ ROOT = cli.ROOT
 RESULTS = ROOT / "experiments" / "results"
 PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 PACKAGES += ("scikit-learn", "tensorflow-datasets")
-DATASETS = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "mnist": "MNIST",
-    "digits": "scikit-learn's 8x8 digits",
-}
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
+DATASETS["digits"] = "scikit-learn's 8x8 digits"
 Row = dict[str, Any]
-
-
-# ---------------------------------------------------------------------------------------- rows
 
 
 class Rows(list[Row]):
@@ -52,12 +46,8 @@ class Rows(list[Row]):
 
     def where(self, **wanted: Any) -> Rows:
         """Those with some values; of a tuple, list or set of values, any."""
-
-        def fits(row: Row, key: str, value: Any) -> bool:
-            found = row.get(key)
-            return found in value if isinstance(value, (tuple, list, set)) else found == value
-
-        return Rows(r for r in self if all(fits(r, k, v) for k, v in wanted.items()))
+        several = {k: v if isinstance(v, (tuple, list, set)) else (v,) for k, v in wanted.items()}
+        return Rows(row for row in self if all(row.get(k) in v for k, v in several.items()))
 
     def values(self, key: str = "accuracy", **wanted: Any) -> list[Any]:
         """What stands at a key, in the order of the rows; rows with None there are left out."""
@@ -65,8 +55,7 @@ class Rows(list[Row]):
 
     def mean(self, key: str = "accuracy", **wanted: Any) -> float:
         """Their mean, NaN where there are none."""
-        values = self.values(key, **wanted)
-        return float(np.mean(values)) if values else float("nan")
+        return mean_std(self.values(key, **wanted))[0]
 
     def distinct(self, key: str, **wanted: Any) -> list[Any]:
         """The values that there are, each once; None is left out."""
@@ -126,25 +115,13 @@ def curve_rows(cell: Mapping[str, Any], found: Any) -> Iterator[Row]:
     """The rows of a `vfjax.diagnose.Interpolation`: one for each alpha, then one of barriers."""
     for alpha, value, loss in zip(found.alphas, found.accuracy, found.loss, strict=True):
         yield {**cell, "alpha": float(alpha), "accuracy": float(value), "loss": float(loss)}
-    yield {
-        **cell,
-        "lowest": float(found.accuracy.min()),
-        "barrier": float(found.barrier),
-        "reference_barrier": float(found.reference_barrier),
-        "loss_barrier": float(found.loss_barrier),
-    }
-
-
-# ------------------------------------------------------------------------------ where they are
+    barriers = {k: float(getattr(found, k)) for k in ("barrier", "reference_barrier")}
+    lowest, of_loss = float(found.accuracy.min()), float(found.loss_barrier)
+    yield {**cell, "lowest": lowest, **barriers, "loss_barrier": of_loss}
 
 
 def finite(value: Any) -> Any:
-    """The same with None in place of NaN and infinities, which JSON does not have.
-
-    Example:
-      >>> finite({"loss": [0.5, float("nan")]})
-      {'loss': [0.5, None]}
-    """
+    """The same with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -174,23 +151,16 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    if "vfjax" not in found:
-        import vfjax
-
-        found["vfjax"] = vfjax.__version__
+    found.setdefault("vfjax", vfjax.__version__)
     return found
 
 
 def device() -> dict[str, Any]:
     """What the numbers were computed on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "platform": jax.default_backend(),
-        "kind": jax.devices()[0].device_kind,
-        "count": jax.device_count(),
-        "cores": cores,
-        "machine": platform.machine(),
-    }
+    kind, machine = jax.devices()[0].device_kind, platform.machine()
+    found = {"platform": jax.default_backend(), "kind": kind, "count": jax.device_count()}
+    return found | {"cores": cores, "machine": machine}
 
 
 def environment() -> dict[str, Any]:
@@ -200,16 +170,10 @@ def environment() -> dict[str, Any]:
 
 def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
     """What records say of a `vfjax.data.Dataset`, with numbers of images that are not None."""
-    return {
-        "name": dataset.name,
-        "source": dataset.source.split(" in ")[0],
-        "fallback": dataset.fallback,
-        "classes": dataset.classes,
-        **{f"{key}_images": count for key, count in counts.items() if count is not None},
-    }
-
-
-# ----------------------------------------------------------------------------- how they are told
+    source = dataset.source.split(" in ")[0]
+    found = {"name": dataset.name, "source": source, "fallback": dataset.fallback}
+    images = {f"{key}_images": count for key, count in counts.items() if count is not None}
+    return found | {"classes": dataset.classes} | images
 
 
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
@@ -260,8 +224,7 @@ def file_name(
     config = record["config"]
     if stem is None:
         width = config.get("width", 1)
-        model = config["model"] + ("" if width == 1 else f"-w{width:g}")
-        stem = [record["data"]["name"], model]
+        stem = [record["data"]["name"], config["model"] + ("" if width == 1 else f"-w{width:g}")]
     parts, last = [record["experiment"], *stem], []
     usual = cli.defaults(options, config)
     for field in dataclasses.fields(options):
@@ -271,8 +234,9 @@ def file_name(
         elif part is None or finite(value) == finite(usual[field.name]):
             continue
         else:
-            several = isinstance(value, (list, tuple))
-            text = part.format("+".join(map(str, value)) if several else value)
+            text = part.format(
+                "+".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            )
         # How the networks were made comes after what was done with them.
         (last if field.name in ("preset", "retrain") else parts).extend([text] if text else [])
     return "-".join(parts + last)

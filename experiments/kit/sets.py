@@ -193,9 +193,9 @@ class Combination:
             heads = [head for one in merged for head in self.evaluated(one)]
         else:
             maps = self.maps[method]
-            one = merge.partial(self.net, self.trees, maps, merged=slice(None, layers))
+            one = merge.partial(self.net, self.trees, maps, span=slice(None, layers))
             heads = self.evaluated(one)
-            sizes = {"params_ratio": one.params / self.net.parameters}
+            sizes = {"params_ratio": one.params / self.net.params}
             sizes["flops_ratio"] = one.flops / self.net.flops
         for name, found in zip(names, heads, strict=True):
             for tested, value in found.items():

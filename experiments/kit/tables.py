@@ -18,12 +18,8 @@ from kit import records
 class Table:
     """What is shown; its fields are kept in records, so it is plain data.
 
-    Attributes:
-      title: What it is of.
-      header: Names of the columns.
-      lines: Cells; a cell that begins with an asterisk is marked.
-      caption: What the mark means, or how cells are to be read.
-      texts: How many of the first columns hold text: left-aligned.
+    A cell that begins with an asterisk is marked; the caption says what that means. So many of the
+    first columns as `texts` says hold text, and are left-aligned.
     """
 
     title: str
@@ -35,13 +31,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of `pivot`.
+    """A column of `pivot`: what is at `key` in the rows of a line that are as `where` says, too.
 
-    Attributes:
-      title: Its name.
-      where: What its rows have, beside what those of the line have.
-      key: What is shown of them.
-      show: From the values of a cell, one for each repetition, to its text.
+    `show` makes the text of a cell of its values, one for each repetition; None for `percent`.
     """
 
     title: str
@@ -60,20 +52,11 @@ def pivot(
     mark: Callable[[str, float], bool] | None = None,
     caption: str = "",
 ) -> Table:
-    """Spreads rows over lines and columns.
+    """Spreads rows over lines (by name, what their rows have) and columns.
 
-    Args:
-      rows: Those of a record.
-      lines: By its name, what the rows of a line have.
-      columns: The columns.
-      title: Of the table.
-      corner: Name of the first column.
-      mark: Called with the name of a line and the mean of a cell: whether it is marked.
-      caption: What the mark means.
-
-    Returns:
-      The table. A cell without rows is empty; one whose rows have None is a dash. Rows that lack
-      what columns differ in, such as those of edge models, stand in the first of these.
+    A cell without rows is empty; one whose rows have None is a dash. Rows that lack what columns
+    differ in, such as those of edge models, stand in the first of these. A cell is marked where
+    `mark` says so, called with the name of its line and its mean.
 
     Example:
       >>> rows = records.Rows([{"k": 0, "how": "direct", "accuracy": 0.5},
@@ -92,16 +75,14 @@ def pivot(
             there = records.Rows() if whole and column.key in seen else there
             seen.add(column.key)
             values = there.values(column.key)
-            empty = "-" if any(column.key in row for row in there) else ""
-            text = (column.show or percent)(values) if values else empty
-            if values and mark is not None and column.show is None:
-                text = ("*" if mark(name, records.mean_std(values)[0]) else "") + text
+            text = "-" if any(column.key in row for row in there) else ""
+            if values:
+                text = (column.show or percent)(values)
+                marks = mark is not None and column.show is None
+                text = "*" * (marks and mark(name, there.mean(column.key))) + text
             line.append(text)
         found.append(line)
     return Table(title, [corner, *(column.title for column in columns)], found, caption)
-
-
-# ---------------------------------------------------------------------------------------- cells
 
 
 def percent(values: Sequence[float]) -> str:
@@ -126,26 +107,21 @@ def number(digits: int = 3, scale: float = 1.0) -> Callable[[Sequence[float]], s
     return lambda values: f"{records.mean_std(values)[0] / scale:.{digits}g}"
 
 
-# ------------------------------------------------------------------------------------ where to
-
-
 def show(table: Table) -> None:
     """Prints a table: marks are green on a terminal that has colours, else asterisks."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     coloured = console.color_system is not None and not console.no_color
     caption = table.caption.replace("*:", "green:") if coloured else table.caption
-    rich = RichTable(
-        title=table.title, caption=caption or None, box=box.SIMPLE_HEAD, title_style="bold"
-    )
+    style = {"box": box.SIMPLE_HEAD, "title_style": "bold"}
+    rich = RichTable(title=table.title, caption=caption or None, **style)
     for index, column in enumerate(table.header):
         text = index < table.texts
         # What is all text may be folded, a number may not.
         wide = any(len(line[index]) > 30 for line in table.lines)
         rich.add_column(column, justify="left" if text else "right", no_wrap=not wide)
+    mark = ("[bold green]", "[/]") if coloured else ("*", "")
     for line in table.lines:
-        rich.add_row(
-            *(_marked(cell, ("[bold green]", "[/]")) if coloured else cell for cell in line)
-        )
+        rich.add_row(*(_marked(cell, mark) for cell in line))
     console.print(rich, markup=True)
 
 
@@ -168,7 +144,9 @@ def markdown(table: Table) -> str:
 
 
 def _marked(cell: str, mark: tuple[str, str]) -> str:
-    return mark[0] + cell[1:] + mark[1] if cell.startswith("*") else cell
+    # Two asterisks are Markdown's own.
+    whole = cell.startswith("*") and not cell.startswith("**")
+    return mark[0] + cell[1:] + mark[1] if whole else cell
 
 
 def benchmark(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:

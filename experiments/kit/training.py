@@ -142,14 +142,10 @@ def card(
             log.warning("%s would change train accuracy by %+.4f: float32", storage, rounding)
             variables, storage = trained.variables, "float32"
     measured = {split: measure(split) for split in ("test", "train")}
-    options = {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(model)
-        if field.name not in ("parent", "name")
-    }
+    fields = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
     found = {
         "model": args.model,
-        "options": options,
+        "options": {name: getattr(model, name) for name in fields},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.variables["params"])),
         "dataset": dataset.name,
         "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
@@ -195,22 +191,20 @@ def run(args: Training) -> list[Path]:
     except ValueError as error:
         raise cli.UserError(str(error)) from error
 
-    names = {
-        seed: checkpoint_name(args.dataset, args.model, args.width, seed, args.classes)
-        for seed in args.seeds
-    }
-    folders = {seed: Path(args.out).expanduser().absolute() / name for seed, name in names.items()}
-    missing = [s for s in args.seeds if args.overwrite or args.restart or not folders[s].exists()]
-    for seed in args.seeds:
-        if seed not in missing:
-            found = checkpoint.card(folders[seed])
-            other = heads.different(found, described, dataclasses.asdict(recipe))
-            if other:
-                raise cli.UserError(
-                    f"{folders[seed]} is there already, trained with {', '.join(other)}: choose "
-                    "another --out, or remove it, as --overwrite of train_edges.py does."
-                )
-            log.info("%s is there already; --overwrite trains it again", folders[seed])
+    out, named = Path(args.out).expanduser().absolute(), (args.dataset, args.model, args.width)
+    folders = {seed: out / checkpoint_name(*named, seed, args.classes) for seed in args.seeds}
+    missing = []
+    for seed, folder in folders.items():
+        if args.overwrite or args.restart or not folder.exists():
+            missing.append(seed)
+            continue
+        other = heads.different(checkpoint.card(folder), described, dataclasses.asdict(recipe))
+        if other:
+            raise cli.UserError(
+                f"{folder} is there already, trained with {', '.join(other)}: choose another "
+                "--out, or remove it, as --overwrite of train_edges.py does."
+            )
+        log.info("%s is there already; --overwrite trains it again", folder)
     if not missing:
         return list(folders.values())
 
@@ -218,16 +212,9 @@ def run(args: Training) -> list[Path]:
     if args.classes is not None:
         dataset = heads.only(dataset, args.classes)
     for seed in missing:
-        work_dir = Path(args.work_dir).expanduser() / names[seed]
-        trained = train.fit(
-            model,
-            recipe,
-            dataset,
-            seed=seed,
-            logits=head,
-            work_dir=work_dir,
-            resume=not args.restart,
-        )
+        work_dir = Path(args.work_dir).expanduser() / folders[seed].name
+        kept = {"work_dir": work_dir, "resume": not args.restart}
+        trained = train.fit(model, recipe, dataset, seed=seed, logits=head, **kept)
         words = command(args, seed, whole)
         meta, storage = card(args, model, recipe, dataset, seed, trained, head, words, described)
         # The variables alone: momentum is of no use to who merges, and as large as the model.

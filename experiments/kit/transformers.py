@@ -111,4 +111,4 @@ def merged_of(
     net: vfjax.Network, trees: Sequence[PyTree], maps: align.Maps, blocks: int
 ) -> merge.Merged:
     """PFM with so many blocks kept apart."""
-    return merge.partial(net, trees, maps, merged=slice(layers_of(blocks), None))
+    return merge.partial(net, trees, maps, span=slice(layers_of(blocks), None))

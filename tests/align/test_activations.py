@@ -11,6 +11,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import vfjax
+from helpers import random_permutations, same_permutations
 from vfjax import stats
 from vfjax.align import match_activations, match_moments
 from vfjax.align._taps import correlation
@@ -79,25 +80,14 @@ def _batches(apply_fn):
     return np.split(_data(apply_fn), [80, 160])
 
 
-def _random(spec, seed):
-    rng = np.random.default_rng(seed)
-    return {g: rng.permutation(n).astype(np.int32) for g, n in spec.sizes.items()}
-
-
-def _same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for group in wanted:
-        np.testing.assert_array_equal(found[group], wanted[group])
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("apply_fn", FUNCTIONS)
 def test_a_permuted_copy_is_recovered_exactly(apply_fn, seed):
     net, a = _net(apply_fn), _tree(apply_fn, seed)
-    wanted = _random(net.spec, seed + 100)
+    wanted = random_permutations(net.spec, seed + 100)
     b = net.spec.permute(a, wanted)
     found = match_activations(net, a, b, _batches(apply_fn))
-    _same(found.permutations, invert(wanted))
+    same_permutations(found.permutations, invert(wanted))
     assert found.converged
     assert len(found.objective) == 1
     assert {p.dtype for p in found.permutations.values()} == {np.dtype(np.int32)}
@@ -117,10 +107,10 @@ def test_a_network_matched_with_itself_stays(apply_fn):
 def test_equivariance(apply_fn):
     net, a, b = _net(apply_fn), _tree(apply_fn, 0), _tree(apply_fn, 1)
     found = match_activations(net, a, b, _batches(apply_fn)).permutations
-    p, q = _random(net.spec, 4), _random(net.spec, 5)
+    p, q = random_permutations(net.spec, 4), random_permutations(net.spec, 5)
     moved = net.spec.permute(a, p), net.spec.permute(b, q)
     again = match_activations(net, *moved, _batches(apply_fn)).permutations
-    _same(compose(q, again), compose(found, p))
+    same_permutations(compose(q, again), compose(found, p))
 
 
 @pytest.mark.parametrize("apply_fn", FUNCTIONS)
@@ -155,7 +145,9 @@ def test_how_the_data_is_cut_does_not_matter():
     data = _data(convnet)
     one = match_activations(net, a, b, [data])
     for sizes in ([1], [199], [80, 160]):
-        _same(match_activations(net, a, b, np.split(data, sizes)).permutations, one.permutations)
+        same_permutations(
+            match_activations(net, a, b, np.split(data, sizes)).permutations, one.permutations
+        )
 
 
 def test_units_that_never_vary_have_correlation_zero():
@@ -189,7 +181,7 @@ def test_moments_may_be_measured_before():
             net, [a, b], _batches(convnet), sites="paper", covariance=covariance
         )
         found = match_activations(net, a, b, None, moments=measured)
-        _same(found.permutations, wanted.permutations)
+        same_permutations(found.permutations, wanted.permutations)
 
 
 def test_one_pass_serves_several_models():
@@ -199,7 +191,7 @@ def test_one_pass_serves_several_models():
     for to, model in ((0, 1), (0, 2), (2, 1)):
         alone = match_activations(net, trees[to], trees[model], _batches(mlp))
         found = match_moments(net, measured, to=to, model=model)
-        _same(found.permutations, alone.permutations)
+        same_permutations(found.permutations, alone.permutations)
 
 
 def test_a_group_without_a_tap_keeps_its_order(monkeypatch):
@@ -238,11 +230,11 @@ def test_bfloat16_networks():
         jax.ShapeDtypeStruct((2, 6), jnp.bfloat16),
     )
     a = {p: jnp.asarray(v, jnp.bfloat16) for p, v in _tree(mlp, 0).items()}
-    wanted = _random(net.spec, 1)
+    wanted = random_permutations(net.spec, 1)
     found = match_activations(
         net, a, net.spec.permute(a, wanted), [jnp.asarray(_data(mlp), jnp.bfloat16)]
     )
-    _same(found.permutations, invert(wanted))
+    same_permutations(found.permutations, invert(wanted))
 
 
 def test_errors():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import assert_close, initial
 from vfjax import (
     align,
     checkpoint,
@@ -26,9 +27,7 @@ ROUNDING = 1e-5
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
+    assert_close(actual, expected, tol, least=1e-9)
 
 
 def same(actual, expected):
@@ -73,7 +72,7 @@ def case(kind):
     data = [np.float32(rng.normal(size=(n, 6, 6, 2))) for n in (20, 12)]
     with jax.numpy_rank_promotion("allow"):
         modules = [Conv(n) for n in CLASSES]
-        trees = [m.init(jax.random.key(k), data[0]) for k, m in enumerate(modules)]
+        trees = [initial(m, data[0], seed=k) for k, m in enumerate(modules)]
         nets = [vfjax.trace(m.apply, t, data[0]) for m, t in zip(modules, trees, strict=True)]
     head = trees[0]["params"]["c"]
     alike = [{**tree, "params": {**tree["params"], "c": head}} for tree in trees]
@@ -129,10 +128,10 @@ def test_zips_are_those_of_the_shared_layers(models, matcher, tmp_path):
     shared = MATCHERS[matcher](net, alike, data)
     same(found.maps, shared.maps)
     end = net.depth - 1
-    model = merge.partial(nets, trees, found, merged=slice(None, end))
+    model = merge.partial(nets, trees, found, span=slice(None, end))
     if net.norms:
         model = renorm.reset(nets, model, data)
-    expected = merge.partial(net, alike, shared, merged=slice(None, end))
+    expected = merge.partial(net, alike, shared, span=slice(None, end))
     if net.norms:
         expected = renorm.reset(net, expected, data)
     same(model.trunk, expected.trunk)
@@ -164,7 +163,7 @@ def test_permutations_are_those_of_the_shared_layers(models):
         other = jax.tree.map(lambda a, b: b if a.shape == b.shape else a, own, other)
         same(own, other)
     maps = align.Maps.of_permutations(universe.permutations)
-    outs = merge.partial(nets, trees, maps, merged=slice(None, net.depth - 1))(data[0])
+    outs = merge.partial(nets, trees, maps, span=slice(None, net.depth - 1))(data[0])
     assert [out.shape[1] for out in outs] == list(CLASSES)
 
 
@@ -193,7 +192,7 @@ def test_permuted_copies_with_heads_of_their_own_are_found_out(models):
         copy["params"] = {**copy["params"], "c": trees[1]["params"]["c"]}
     pair = [trees[0], other.spec.permute(copy, moves)]
     found = align.zip_features(nets, pair, data, alpha=0.0, beta=0.0)
-    model = merge.partial(nets, pair, found, merged=slice(None, net.depth - 1))
+    model = merge.partial(nets, pair, found, span=slice(None, net.depth - 1))
     if net.norms:
         model = renorm.reset(nets, model, data)
         pair = [renorm.reset(own, tree, data) for own, tree in zip(nets, pair, strict=True)]

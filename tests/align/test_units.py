@@ -109,7 +109,7 @@ def test_a_cut_before_the_norm_mixes_in_the_same_units(x):
     net = vfjax.trace(network(jax.nn.relu), models[0], x)
     maps = align.cca(net, models, [x])
     whole, cut = (
-        renorm.reset(net, merge.partial(net, models, maps, merged=slice(layers, None)), [x])(x)
+        renorm.reset(net, merge.partial(net, models, maps, span=slice(layers, None)), [x])(x)
         for layers in (0, 1)
     )
     np.testing.assert_allclose(cut, whole, rtol=1e-3, atol=1e-3 * np.abs(whole).max())

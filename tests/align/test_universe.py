@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vfjax
+from helpers import random_permutations, same_permutations
 from vfjax import align, merge, stats
 from vfjax.align import _cycles, _universe
 from vfjax.symmetry import compose, invert
@@ -94,17 +95,6 @@ def _moments(apply_fn, seeds):
     return stats.moments(_net(apply_fn), trees, _data(apply_fn), sites="taps", covariance="cross")
 
 
-def _random(spec, seed):
-    rng = np.random.default_rng(seed)
-    return {g: rng.permutation(n).astype(np.int32) for g, n in spec.sizes.items()}
-
-
-def _same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for group in wanted:
-        np.testing.assert_array_equal(found[group], wanted[group])
-
-
 def _match(apply_fn, trees, on, **options):
     if on == "activations":
         return align.match_universe(_net(apply_fn), trees, _data(apply_fn), **options)
@@ -150,7 +140,7 @@ def test_the_order_of_three_models_does_not_matter(apply_fn, on):
         chosen = [trees[k] for k in order]
         found = _match(apply_fn, chosen, on)
         for place, k in enumerate(order):
-            _same(found.permutations[place], first.permutations[k])
+            same_permutations(found.permutations[place], first.permutations[k])
         assert found.objective == first.objective
         merged = merge.interpolate(found.apply(net, chosen))
         np.testing.assert_allclose(net.run(merged, x), output, rtol=1e-5, atol=1e-6)
@@ -163,7 +153,7 @@ def test_the_order_of_four_models_does_not_matter(seed):
     order = np.random.default_rng(seed).permutation(4)
     found = _match(mlp, [trees[k] for k in order], "activations")
     for place, k in enumerate(order):
-        _same(found.permutations[place], first.permutations[k])
+        same_permutations(found.permutations[place], first.permutations[k])
 
 
 @pytest.mark.parametrize("on", ["activations", "weights"])
@@ -176,7 +166,7 @@ def test_the_search_itself_has_no_order(monkeypatch, on):
         found = _match(mlp, [trees[k] for k in order], on)
         assert found.objective[-1] == pytest.approx(first.objective[-1], rel=1e-6)
         for i, j in ((0, 1), (0, 2), (1, 2)):
-            _same(
+            same_permutations(
                 found.pairwise(to=order.index(i), model=order.index(j)),
                 first.pairwise(to=i, model=j),
             )
@@ -186,14 +176,14 @@ def test_moments_in_another_order_give_the_same():
     first = align.match_universe_moments(_net(mlp), _moments(mlp, (0, 1, 2)))
     found = align.match_universe_moments(_net(mlp), _moments(mlp, (2, 0, 1)))
     for place, k in enumerate((2, 0, 1)):
-        _same(found.permutations[place], first.permutations[k])
+        same_permutations(found.permutations[place], first.permutations[k])
 
 
 @pytest.mark.parametrize("on", ["activations", "weights"])
 def test_cycles_close(on):
     found = _match(resnet, [_tree(resnet, seed) for seed in range(3)], on)
     around = compose(found.pairwise(to=0, model=1), found.pairwise(to=2, model=0))
-    _same(around, found.pairwise(to=2, model=1))
+    same_permutations(around, found.pairwise(to=2, model=1))
     for group, back in compose(around, found.pairwise(to=1, model=2)).items():
         np.testing.assert_array_equal(back, np.arange(_net(resnet).spec.sizes[group]))
 
@@ -345,11 +335,11 @@ def test_synchronisation_recovers_what_all_pairs_agree_on():
 @pytest.mark.parametrize("apply_fn", FUNCTIONS)
 def test_permuted_copies_are_put_together(apply_fn, on, models):
     net, tree = _net(apply_fn), _tree(apply_fn, 0)
-    wanted = [_random(net.spec, 50 + k) for k in range(models)]
+    wanted = [random_permutations(net.spec, 50 + k) for k in range(models)]
     copies = [net.spec.permute(tree, p) for p in wanted]
     found = _match(apply_fn, copies, on)
     for i, j in itertools.permutations(range(models), 2):
-        _same(found.pairwise(to=i, model=j), compose(invert(wanted[j]), wanted[i]))
+        same_permutations(found.pairwise(to=i, model=j), compose(invert(wanted[j]), wanted[i]))
     first, *rest = found.apply(net, copies)
     for other in rest:
         jax.tree.map(np.testing.assert_array_equal, other, first)
@@ -374,7 +364,7 @@ def test_two_models_are_the_assignment(apply_fn):
     net, trees = _net(apply_fn), [_tree(apply_fn, 0), _tree(apply_fn, 1)]
     found = align.match_universe(net, trees, _data(apply_fn))
     wanted = align.match_activations(net, *trees, _data(apply_fn))
-    _same(found.pairwise(to=0, model=1), wanted.permutations)
+    same_permutations(found.pairwise(to=0, model=1), wanted.permutations)
     assert found.objective[-1] == pytest.approx(wanted.objective[0], rel=1e-6)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import random_permutations, same_permutations
 from vfjax import PermutationSpec
 from vfjax.align import _assignment, match_weights
 from vfjax.align._ascent import _inner
@@ -85,17 +86,6 @@ def _net(apply_fn):
     return vfjax.trace(apply_fn, shapes, jax.ShapeDtypeStruct(INPUTS[apply_fn], jnp.float32))
 
 
-def _random(spec, seed):
-    rng = np.random.default_rng(seed)
-    return {g: rng.permutation(n).astype(np.int32) for g, n in spec.sizes.items()}
-
-
-def _same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for group in wanted:
-        np.testing.assert_array_equal(found[group], wanted[group])
-
-
 def _objective(spec, a, b, ignore=()):
     """The definition: inner products over all leaves that a group touches."""
     touched = {axis.path for axes in spec.groups.values() for axis in axes} - set(ignore)
@@ -112,10 +102,10 @@ def test_the_examples_have_the_groups_that_they_are_here_for(apply_fn):
 @pytest.mark.parametrize("apply_fn", FUNCTIONS)
 def test_a_permuted_copy_is_recovered_exactly(apply_fn, seed):
     net, a = _net(apply_fn), _tree(apply_fn, seed)
-    wanted = _random(net.spec, seed + 100)
+    wanted = random_permutations(net.spec, seed + 100)
     b = net.spec.permute(a, wanted)
     found = match_weights(net, a, b, key=jax.random.key(seed), restarts=3)
-    _same(found.permutations, invert(wanted))
+    same_permutations(found.permutations, invert(wanted))
     assert found.converged
     for path, leaf in net.spec.permute(b, found.permutations).items():
         np.testing.assert_array_equal(leaf, a[path])
@@ -228,19 +218,21 @@ def test_equivariance(apply_fn):
     """
     net, a = _net(apply_fn), _tree(apply_fn, 0)
     noise = _tree(apply_fn, 1)
-    b = net.spec.permute({p: a[p] + np.float32(0.1) * noise[p] for p in a}, _random(net.spec, 3))
+    b = net.spec.permute(
+        {p: a[p] + np.float32(0.1) * noise[p] for p in a}, random_permutations(net.spec, 3)
+    )
     found = match_weights(net, a, b, key=KEY, restarts=3).permutations
-    p, q = _random(net.spec, 4), _random(net.spec, 5)
+    p, q = random_permutations(net.spec, 4), random_permutations(net.spec, 5)
     again = match_weights(
         net, net.spec.permute(a, p), net.spec.permute(b, q), key=KEY, restarts=3
     ).permutations
-    _same(compose(q, again), compose(found, p))
+    same_permutations(compose(q, again), compose(found, p))
 
 
 def test_a_key_decides_and_another_may_differ():
     net, a, b = _net(mlp), _tree(mlp, 0), _tree(mlp, 1)
     one, two = (match_weights(net, a, b, key=KEY, restarts=1) for _ in range(2))
-    _same(one.permutations, two.permutations)
+    same_permutations(one.permutations, two.permutations)
     assert one.objective == two.objective
     others = {match_weights(net, a, b, key=jax.random.key(k)).objective[-1] for k in range(6)}
     assert len(others) > 1
@@ -267,11 +259,11 @@ def test_running_statistics_do_not_count_unless_asked_for():
     assert net.statistics == {"mean0", "mean1", "var0", "var1"}
     found = match_weights(net, a, b, key=KEY)
     swamped = {p: 1e3 * v if p in net.statistics else v for p, v in b.items()}
-    _same(match_weights(net, a, swamped, key=KEY).permutations, found.permutations)
+    same_permutations(match_weights(net, a, swamped, key=KEY).permutations, found.permutations)
     counted = match_weights(net, a, swamped, key=KEY, norm_statistics=True)
     assert any((counted.permutations[g] != p).any() for g, p in found.permutations.items())
     by_hand = match_weights(net.spec, a, swamped, key=KEY, ignore=net.statistics)
-    _same(by_hand.permutations, found.permutations)
+    same_permutations(by_hand.permutations, found.permutations)
 
 
 def test_integer_leaves_are_permuted_and_do_not_count():
@@ -285,9 +277,9 @@ def test_integer_leaves_are_permuted_and_do_not_count():
 def test_narrow_dtypes(dtype):
     net = _net(mlp)
     a = {p: jnp.asarray(v, dtype) for p, v in _tree(mlp, 0).items()}
-    wanted = _random(net.spec, 1)
+    wanted = random_permutations(net.spec, 1)
     found = match_weights(net, a, net.spec.permute(a, wanted), key=KEY, restarts=2)
-    _same(found.permutations, invert(wanted))
+    same_permutations(found.permutations, invert(wanted))
 
 
 def test_units_of_tiny_weights_are_matched_too():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import initial
 from vfjax import align, merge, models, stats
 from vfjax.align._heads import Compared, problems_of
 from vfjax.align._plans import exact_plan
@@ -23,17 +24,15 @@ VIT = {"blocks": 2, "features": 24, "heads": 3}
 
 @pytest.fixture(scope="module")
 def x():
-    return jax.random.normal(jax.random.key(0), (40, 8, 8, 3))
+    return np.float32(np.random.default_rng(0).normal(size=(40, 8, 8, 3)))
 
 
 @pytest.fixture(scope="module")
 def variables(x):
-    plain = models.create("vit", **VIT).init(jax.random.key(0), x)
+    plain = initial(models.create("vit", **VIT), x)
     # Initial biases and scales are constants, which tell no units apart.
-    leaves, tree = jax.tree.flatten(plain)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.3 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda v: v + np.float32(0.3 * rng.normal(size=v.shape)), plain)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +133,7 @@ def test_transport_of_networks_that_differ(net, variables, copies, x):
 
 def test_transport_of_other_widths_gives_those_of_the_first(net, variables, x):
     model = models.create("vit", **{**VIT, "features": 48})
-    other = model.init(jax.random.key(3), x)
+    other = initial(model, x, seed=3)
     nets = [net, vfjax.trace(models.apply_fn(model), other, x)]
     found = align.transport(nets, [variables, other], [x])
     assert all(found.maps[1][group][0].shape == (3, 8, 16) for group in net.spec.within)
@@ -144,7 +143,7 @@ def test_transport_of_other_widths_gives_those_of_the_first(net, variables, x):
 
 def test_transport_of_other_numbers_of_heads_is_by_weights(net, variables, x):
     model = models.create("vit", **{**VIT, "heads": 6})
-    other = model.init(jax.random.key(3), x)
+    other = initial(model, x, seed=3)
     nets = [net, vfjax.trace(models.apply_fn(model), other, x)]
     with pytest.raises(ValueError, match='numbers of heads, be compared on="weights" only'):
         align.transport(nets, [variables, other], [x])
@@ -163,7 +162,7 @@ def test_transport_by_weights_restores_a_permuted_copy(net, variables, copies, x
 @pytest.mark.parametrize("options", [{"features": 48}, {"heads": 6}])
 def test_transport_by_weights_of_other_widths(net, variables, x, options):
     model = models.create("vit", **{**VIT, **options})
-    other = model.init(jax.random.key(3), x)
+    other = initial(model, x, seed=3)
     nets = [net, vfjax.trace(models.apply_fn(model), other, x)]
     found = align.transport(nets, [variables, other], on="weights", sweeps=1)
     merged = merge.interpolate(found.apply(nets, [variables, other]))
@@ -214,7 +213,7 @@ def test_universe_by_weights_restores_permuted_copies(net, variables, copies, x)
 @pytest.fixture(scope="module")
 def unrelated(net, x):
     model = models.create("vit", **VIT)
-    trees = [model.init(jax.random.key(seed), x) for seed in range(MODELS)]
+    trees = [initial(model, x, seed) for seed in range(MODELS)]
     return stats.moments(net, trees, [x], sites="taps", covariance=True)
 
 
@@ -342,11 +341,11 @@ def test_partial_merges_and_repair_with_maps_of_each_head(net, variables, copies
     """A zip of copies is the network wherever it is cut, and leaves REPAIR nothing to do."""
     found = align.zip_moments(net, two(moments), alpha=0, beta=0)
     soft = align.transport_moments(net, two(moments), regularization=0.3)
-    model = merge.partial(net, copies[:2], found, merged=slice(*cut))
+    model = merge.partial(net, copies[:2], found, span=slice(*cut))
     expected = net.run(variables, x)
     for out in jax.tree.leaves(model(x)):
         assert float(jnp.abs(out - expected).max() / jnp.abs(expected).max()) < 2e-5
-    mixed = merge.partial(net, copies[:2], soft, merged=slice(*cut))
+    mixed = merge.partial(net, copies[:2], soft, span=slice(*cut))
     assert all(jnp.isfinite(out).all() for out in jax.tree.leaves(mixed(x)))
     if cut[0] is None:
         return

@@ -11,7 +11,7 @@ from jax import lax
 
 from vfjax import models
 from vfjax._analysis import batch_axis
-from vfjax._jaxpr.flatten import flatten
+from vfjax._jaxpr.flattening import flatten
 
 
 def _graph_of(fn, v, x, size):
@@ -55,6 +55,13 @@ APART = {
     "outer product": (lambda v, x: x[:, :, None] * x[:, None, :] * v["b"], V, X),
     "per-example vmap": (lambda v, x: jax.vmap(lambda x: v["w"] @ x + v["b"])(x), V, X),
     "convolution and pool": (pool, KERNEL, IMAGES),
+    "stacked behind": (lambda v, x: jnp.stack([x, x + v["b"]], 1), V, X),
+    "stacked in front": (lambda v, x: jnp.stack([x, x + v["b"]]).max(0), V, X),
+    "tiled features": (lambda v, x: jnp.tile(x @ v["w"], (1, 2)), V, X),
+    "unstacked features": (lambda v, x: sum(list((x @ v["w"]).T))[:, None], V, X),
+    "placed": (lambda v, x: jax.device_put(x) @ jax.device_put(v["w"]), V, X),
+    "held together": (lambda v, x: lax.optimization_barrier((x, v["w"]))[0] + v["b"], V, X),
+    "integers": (lambda v, x: x @ v["w"] * (lax.clz(x.astype(int)) << 1), V, X),
     "per-example convolution": (
         lambda v, x: jax.vmap(lambda x: conv(v, x[None])[0])(x),
         KERNEL,
@@ -106,6 +113,9 @@ _ordered.defjvp(lambda x, t: (_ordered(*x), t[0]))
 
 
 MIXED = {
+    "tiled": (lambda v, x: jnp.tile(x, (2, 1)) + v["b"], V, X),
+    "stacked and summed": (lambda v, x: jnp.stack([x, x], 1).sum(0) + v["b"], V, X),
+    "unstacked": (lambda v, x: sum(list(x)) + jnp.zeros_like(x) + v["b"], V, X),
     "mean over the batch": (lambda v, x: x - x.mean(0, keepdims=True) + v["b"], V, X),
     "all with all": (lambda v, x: x @ v["w"] @ x.T, V, X),
     "contracted": (lambda v, x: (x.T @ x) @ v["w"], V, X),

@@ -205,3 +205,24 @@ def test_a_norm_that_is_found_may_be_mixed():
     merged = merge.interpolate(maps.apply(net, [NORMED, NORMED]))
     assert merged["var"] is None
     assert np.isfinite(net.run(renorm.reset(net, merged, [x]), x)).all()
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        jax.device_put,
+        jax.lax.optimization_barrier,
+        lambda b: jax.lax.optimization_barrier((b, 2 * b))[0],
+        lambda b: jnp.stack([b, b])[1],
+        lambda b: jnp.tile(b, 2)[:6],
+        lambda b: list(jnp.stack([b, -b]))[0],
+        lambda b: jax.lax.complex(b, b).conj().imag,
+    ],
+)
+def test_what_is_moved_or_summed_is_still_added(moved):
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"] + moved(p["b"])[None]) @ p["v"]
+
+    net = vfjax.trace(fn, leaves(w=(5, 6), b=6, v=(6, 2)), jnp.ones((3, 5)))
+    assert [a.path for a in net.spec.groups["w"]] == ["b", "v", "w"]
+    assert not net.spec.scaling and not net.spec.rigid

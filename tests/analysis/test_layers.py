@@ -57,7 +57,7 @@ def test_counts(name, parameters, flops):
         x = S(batch, 32, 32, 3)
         variables = jax.eval_shape(model.init, jax.random.key(0), x)
         net = vfjax.trace(models.apply_fn(model), variables, x)
-        assert (net.parameters, net.flops) == (parameters, flops)
+        assert (net.params, net.flops) == (parameters, flops)
 
 
 def test_costs_of_preserving_the_first_layers():
@@ -66,11 +66,11 @@ def test_costs_of_preserving_the_first_layers():
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     net = vfjax.trace(models.apply_fn(model), variables, x)
     # PFM8/14 of two models (table 1): 17.64 M and 0.524 G.
-    assert round((2 * net.stem_parameters(8) + net.trunk_parameters(8)) / 1e6, 2) == 17.64
+    assert round((2 * net.stem_params(8) + net.trunk_params(8)) / 1e6, 2) == 17.64
     assert round((2 * net.stem_flops(8) + net.trunk_flops(8)) / 1e9, 3) == 0.524
     for depth in range(15):
         assert net.stem_flops(depth) + net.trunk_flops(depth) == net.flops
-        assert net.stem_parameters(depth) + net.trunk_parameters(depth) == net.parameters
+        assert net.stem_params(depth) + net.trunk_params(depth) == net.params
 
 
 def test_attention_shares_a_depth():
@@ -115,7 +115,7 @@ def test_what_is_no_layer():
 def test_masked_and_low_rank_kernels_are_named_and_have_no_kernel():
     p = {"kernel": S(3, 4), "a_mask": S(3, 4, dtype=bool), "u": S(3, 2), "v": S(2, 4)}
     net = trace(lambda p, x: x @ (p["kernel"] * p["a_mask"]), p)
-    assert [(x.name, x.kernel, x.parameters) for x in net.layers] == [("kernel", None, 0)]
+    assert [(x.name, x.kernel, x.params) for x in net.layers] == [("kernel", None, 0)]
     net = trace(lambda p, x: x @ (p["kernel"] + p["u"] @ p["v"]), p)
     assert [(x.name, x.kernel) for x in net.layers] == [("kernel", None)]
     assert not net.can_fold("kernel")
@@ -134,7 +134,7 @@ def test_kernels_behind_casts_and_layout():
 def test_sharing_gives_one_entry_per_use():
     net = trace(lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["w"].T, {"w": S(3, 3)})
     assert [(x.name, x.depth) for x in net.layers] == [("w", 1), ("w#2", 2), ("w#3", 3)]
-    assert net.parameters == 9 and net.trunk_parameters(0) == 9
+    assert net.params == 9 and net.trunk_params(0) == 9
     assert not any(net.can_fold(x.name) for x in net.layers)
 
 
@@ -150,7 +150,7 @@ def test_stacked_layers_of_a_scan():
     assert [(x.name, x.depth, x.bias) for x in net.layers] == [
         *((f"layers/kernel[{k}]", k + 1, "layers/bias") for k in range(3)), ("head", 4, None)
     ]  # fmt: skip
-    assert [x.parameters for x in net.layers] == [12, 12, 12, 6]
+    assert [x.params for x in net.layers] == [12, 12, 12, 6]
     assert net.opaque == ()
 
 
@@ -307,8 +307,8 @@ def test_grouped_and_depthwise_convolutions(groups):
     net = linen(nn.Conv(8, (3, 3), feature_group_count=groups), S(5, 6, 6, 4))
     (layer,) = net.layers
     assert layer.kind == "conv" and layer.channel_axes == (3,) and layer.channels == 8
-    assert layer.parameters == 9 * (4 // groups) * 8 + 8
-    assert layer.flops == 36 * layer.parameters
+    assert layer.params == 9 * (4 // groups) * 8 + 8
+    assert layer.flops == 36 * layer.params
     assert net.can_fold(layer.name)
 
 

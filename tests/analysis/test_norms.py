@@ -64,7 +64,7 @@ def test_formulas_of_norms(formula):
     assert norm.eps == pytest.approx(1e-3) and norm.channel_axes == (1,)
     assert norm.layer == "w" and net.layer("w").norm == "mean"
     assert net.others == () and net.statistics == {"mean", "var"}
-    assert net.parameters == 12 + 8
+    assert net.params == 12 + 8
 
 
 @pytest.mark.parametrize(

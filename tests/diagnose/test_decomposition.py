@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import vfjax
+from helpers import initial
 from vfjax import diagnose, merge, models
 from vfjax._trees.paths import flatten_named
 from vfjax.diagnose import _decomposition
@@ -164,8 +165,8 @@ def test_parts_scale_as_the_magnitude_argument_says(scale):
 def test_the_linear_networks_of_the_experiments(residual):
     model = models.LinearNetwork(width=4, depth=4, residual=residual, classes=3, std=0.5)
     x = _normal(np.random.default_rng(0), 5, 2, 3)
-    variables = model.init(jax.random.key(0), x)
-    variables = jax.tree.map(lambda a: a + 0.3, variables)  # biases start at 0
+    # Biases start at 0.
+    variables = jax.tree.map(lambda a: a + np.float32(0.3), initial(model, x))
     fn = models.apply_fn(model)
     net = vfjax.trace(fn, variables, x)
     found = diagnose.decompose(net, variables, x)
@@ -289,6 +290,8 @@ def test_a_decomposition_is_a_pytree_and_takes_labels():
         (jnp.tanh, "tanh"),
         (jax.lax.round, "round"),
         (lambda y: y * y, "mul"),
+        (jax.lax.asinh, "asinh"),
+        (lambda y: jax.lax.igamma(jnp.ones_like(y), y), "igamma"),
         (lambda y: y / (1 + y), "div"),
         (lambda y: jnp.where(y > 0, y, 0.0), "gt"),
         (lambda y: y.astype(jnp.int32).astype(jnp.float32), "convert_element_type"),
@@ -317,6 +320,9 @@ _tripled.defjvp(lambda primals, tangents: (_tripled(*primals), 3 * tangents[0]))
         lambda y: jnp.pad(y, ((0, 0), (1, 0)))[:, :2] / 3,
         lambda y: jnp.take(y, jnp.array([1, 0]), axis=1),
         lambda y: jnp.cumsum(y, 1),
+        lambda y: jnp.stack([y, 2 * y]).sum(0),
+        lambda y: jnp.tile(jax.device_put(y), (1, 3))[:, 2:4],
+        lambda y: jax.lax.complex(y, -y).conj().imag,
         lambda y: jax.checkpoint(lambda y: -2 * y)(y),
         lambda y: jnp.asarray(y).at[:, 0].add(1.0),
         _tripled,

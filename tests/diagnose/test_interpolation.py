@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import vfjax
+from helpers import along
 from vfjax import (
     align,
     merge,
@@ -25,23 +26,19 @@ from vfjax.diagnose import Interpolation, barrier, interpolation
 ROUNDING = 1e-5
 
 
-def vector(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
 def mlp(v, x):
     for k in (1, 2, 3):
         x = x @ v[f"w{k}"]
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     x = x @ v["head"]
-    return x + vector(v["bias"], x)
+    return x + along(v["bias"], x)
 
 
 def normalised(v, x):
     for k in (1, 2):
         x = x @ v[f"w{k}"]
-        x = (x - vector(v[f"mean{k}"], x)) * vector(jax.lax.rsqrt(v[f"var{k}"] + 1e-5), x)
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = (x - along(v[f"mean{k}"], x)) * along(jax.lax.rsqrt(v[f"var{k}"] + 1e-5), x)
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     return x @ v["head"]
 
 

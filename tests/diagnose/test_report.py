@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import initial
 from vfjax import align, diagnose, merge, renorm
 
 # Rounding of float32 through five layers.
@@ -58,7 +59,7 @@ def conv():
     """A network with stored statistics, a tree in which they fit, and 40 inputs."""
     x = np.float32(np.random.default_rng(3).normal(size=(40, 6, 6, 3)))
     model = Conv()
-    tree = jax.tree.map(np.asarray, model.init(jax.random.key(0), x[:4]))
+    tree = initial(model, x[:4])
     net = vfjax.trace(lambda v, x: model.apply(v, x), tree, x[:4])
     return net, renorm.reset(net, tree, [x], sweeps="layer"), x
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import initial
 from vfjax import diagnose, merge, renorm
 
 # Rounding of float32 through a few layers.
@@ -204,7 +205,7 @@ class Normed(nn.Module):
 def test_stale_statistics_are_reset_as_printed(dtype):
     x = jnp.asarray(np.random.default_rng(3).normal(size=(60, 5)), dtype)
     model = Normed(dtype)
-    tree = jax.tree.map(np.asarray, model.init(jax.random.key(0), x[:4]))
+    tree = initial(model, x[:4])
     net = vfjax.trace(lambda v, x: model.apply(v, x), tree, x[:4])
     tree = renorm.reset(net, tree, [x], sweeps="layer")
     stale = {**tree, "batch_stats": jax.tree.map(lambda leaf: 9 * leaf, tree["batch_stats"])}

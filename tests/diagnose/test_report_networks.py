@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import vfjax
+from helpers import initial
 from vfjax import diagnose, merge
 
 # Rounding of float32 through a few layers.
@@ -278,7 +279,7 @@ class Normed(nn.Module):
 def test_bfloat16_networks_with_norms():
     x = _x((40, 5, 5, 3))
     model = Normed()
-    tree = jax.tree.map(np.asarray, model.init(jax.random.key(0), x[:4]))
+    tree = initial(model, x[:4])
     net = vfjax.trace(lambda v, x: model.apply(v, x), tree, x[:4])
     tree = vfjax.renorm.reset(net, tree, [x], sweeps="layer")
     head = tree["params"]["head"]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
+from helpers import along
 from vfjax import merge
 from vfjax.diagnose import CKA, cka, distance
 from vfjax.stats import _hsic
@@ -19,13 +20,9 @@ from vfjax.stats import _hsic
 ROUNDING = 2e-5
 
 
-def vector(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
 def mlp(v, x):
     x = x @ v["w1"]
-    x = jnp.tanh(x + vector(v["b1"], x))
+    x = jnp.tanh(x + along(v["b1"], x))
     x = jax.nn.relu(x @ v["w2"])
     return x @ v["w3"]
 
@@ -447,7 +444,7 @@ def test_distance_laws(nets):
 def test_distance_without_stored_statistics():
     def normalised(v, x):
         x = x @ v["w"]
-        return (x - vector(v["mean"], x)) * vector(jax.lax.rsqrt(v["var"] + 1e-5), x)
+        return (x - along(v["mean"], x)) * along(jax.lax.rsqrt(v["var"] + 1e-5), x)
 
     a = {"w": np.ones((P, 2), np.float32), "mean": np.zeros(2, np.float32)}
     a["var"] = np.ones(2, np.float32)

@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import pkgutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def test_errors_are_one_line(error, status, capsys):
     with pytest.raises(SystemExit, match=str(status)), experiment.reported("cifar_pfm.py"):
         raise error
     assert capsys.readouterr().err == "cifar_pfm.py: error: a b\n"
+
+
+def test_ctrl_c_while_python_imports_is_one_line():
+    code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import kit; raise "
+    for error, status in (("KeyboardInterrupt", 130), ("ValueError", 1)):
+        found = subprocess.run([sys.executable, "-c", code + error], capture_output=True, text=True)
+        assert found.returncode == status
+        lines = found.stderr.splitlines()
+        stopped = ["stopped before anything was measured."]
+        assert lines == stopped if status == 130 else lines[-1] == "ValueError"
 
 
 def test_other_errors_are_not_hidden():
@@ -132,6 +143,22 @@ def test_what_was_not_measured_has_no_verdict():
         assert rule(record(a=0.5)) is None
         claim = claims.Claim("id", "claim", "paper", rule)
         assert claims.decided([claim], record(a=0.5)) == []
+
+
+def test_one_side_may_be_at_chance():
+    """Where that is claimed it is decided; of two numbers near chance neither is ahead."""
+    direct, repair = of("direct"), of("repair")
+    found = record(direct=0.1, repair=0.641)
+    assert claims.AtChance(direct)(found).holds is True
+    assert claims.Above(repair, direct, 0.1)(found).holds is True
+    assert claims.Above(direct, repair)(found).holds is False
+    assert claims.Leads(direct, [repair], last=True)(found).holds is True
+    assert claims.Level([direct, repair], 0.05)(found).holds is False
+    near = record(direct=0.1, repair=0.19)
+    assert claims.AtChance(direct)(near).holds is True
+    for rule in (claims.Above(repair, direct), claims.Leads(repair, [direct])):
+        assert rule(near).holds is None
+    assert claims.Level([direct, repair], 0.05)(near).holds is None
 
 
 def test_verdicts():
@@ -254,6 +281,7 @@ def test_the_index_has_every_claim_once():
     assert ids == sorted(set(ids))
     for verdict in claims.VERDICTS:
         assert verdict in index
+    assert f"**{UNLIKE}** [" in index and "***" not in index
 
 
 # What results abbreviate, by experiment.

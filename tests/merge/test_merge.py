@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, norm
 from vfjax import checkpoint, merge
 
 # Two float32 evaluations of one function in different order agree to this, relative to their size.
@@ -18,10 +19,8 @@ ROUNDING = 2e-5
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = jnp.asarray(actual), jnp.asarray(expected)
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * scale)
+    assert jnp.asarray(actual).dtype == jnp.asarray(expected).dtype
+    assert_close(actual, expected, tol)
 
 
 def trees_close(actual, expected, tol=ROUNDING):
@@ -32,34 +31,19 @@ def trees_close(actual, expected, tol=ROUNDING):
 # ------------------------------------------------------------------------------------- networks
 
 
-def conv(x, w, stride=1):
-    return jax.lax.conv_general_dilated(
-        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def vector(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - vector(p["mean"], x)) * vector(root, x) + vector(p["bias"], x)
-
-
 def mlp(v, x):
     for i in (1, 2, 3):
-        x = jax.nn.relu(x @ v[f"w{i}"] + vector(v[f"b{i}"], x[:, :1] @ v[f"w{i}"][:1]))
+        x = jax.nn.relu(x @ v[f"w{i}"] + along(v[f"b{i}"], x[:, :1] @ v[f"w{i}"][:1]))
     return jax.nn.log_softmax(x @ v["w4"])
 
 
 def convnet(v, x):
     x = conv(x, v["w1"])
-    x = jax.nn.relu(x + vector(v["b1"], x))
+    x = jax.nn.relu(x + along(v["b1"], x))
     x = conv(x, v["w2"])
-    x = jax.nn.relu(x + vector(v["b2"], x))
+    x = jax.nn.relu(x + along(v["b2"], x))
     x = x.mean((1, 2)) @ v["w3"]
-    return x + vector(v["b3"], x)
+    return x + along(v["b3"], x)
 
 
 def resnet(v, x):
@@ -73,7 +57,7 @@ def resnet(v, x):
             x = norm(p["n3"], conv(x, p["short"], stride))
         x = jax.nn.relu(x + y)
     x = x.mean((1, 2)) @ v["head"]
-    return x + vector(v["bias"], x)
+    return x + along(v["bias"], x)
 
 
 def draw(seed, shapes):
@@ -328,9 +312,9 @@ def test_cost_is_that_of_all_stems_and_one_trunk(name, count):
     net, trees, _ = network(name)
     for layers in range(net.depth + 1):
         model = merge.preserve_first(net, trees[:count], layers=layers)
-        stems = count * net.stem_parameters(layers) if layers else 0
-        assert model.params == model.parameters == stems + net.trunk_parameters(layers)
-    assert merge.preserve_first(net, trees[:count], layers=0).params == net.parameters
+        stems = count * net.stem_params(layers) if layers else 0
+        assert model.params == model.params == stems + net.trunk_params(layers)
+    assert merge.preserve_first(net, trees[:count], layers=0).params == net.params
     assert merge.preserve_first(net, trees[:count], layers=0).flops == net.flops
     costs = [merge.preserve_first(net, trees[:count], layers=k) for k in range(net.depth + 1)]
     assert [c.params for c in costs] == sorted(c.params for c in costs)
@@ -415,7 +399,7 @@ def test_corrections_act_on_the_averaged_pre_activation(name):
             shift = jnp.linspace(-1, 1, layer.channels)
             corrected = jax.tree.map(lambda v: v, model)
             object.__setattr__(corrected, "corrections", {layer.name: (scale, shift)})
-            edit = {layer.name: lambda z, a=scale, b=shift: z * vector(a, z) + vector(b, z)}
+            edit = {layer.name: lambda z, a=scale, b=shift: z * along(a, z) + along(b, z)}
             close(corrected(x), model.run(x, edit=edit))
             # An edit of the caller's comes after the correction.
             out, seen = corrected.run(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, initial, norm
 from vfjax import checkpoint, merge
 from vfjax.align import Maps
 from vfjax.network._crossing import mapped_value
@@ -21,29 +22,12 @@ ROUNDING = 2e-5
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
-
-
-def along(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - along(p["mean"], x)) * along(root, x) + along(p["bias"], x)
+    assert_close(actual, expected, tol, least=1e-9)
 
 
 def dense(x, w, b):
     x = x @ w
     return x + along(b, x)
-
-
-def conv(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def mlp(v, x):
@@ -122,7 +106,7 @@ _NETS = {}
 
 
 def case(name, models=2):
-    x = jax.random.normal(jax.random.key(3), INPUT[name])
+    x = jnp.float32(np.random.default_rng(3).normal(size=INPUT[name]))
     trees = [draw(name, seed) for seed in range(models)]
     if name not in _NETS:
         _NETS[name] = vfjax.trace(APPLY[name], trees[0], x)
@@ -164,9 +148,9 @@ def test_merging_a_model_with_itself_changes_nothing(name):
     net, (tree, _), x = case(name)
     expected = net.run(tree, x)
     for merged in slices(net.depth):
-        model = merge.partial(net, [tree, tree, tree], merged=merged)
+        model = merge.partial(net, [tree, tree, tree], span=merged)
         out = model(x)
-        assert model.merged == merged
+        assert model.span == merged
         if merged.stop == net.depth:
             close(out, expected)
         else:
@@ -178,7 +162,7 @@ def test_merging_a_model_with_itself_changes_nothing(name):
 def test_preserve_first_is_the_case_without_heads(name):
     net, trees, x = case(name)
     for layers in range(net.depth + 1):
-        ours = merge.partial(net, trees, merged=slice(layers, None), alpha=0.25)
+        ours = merge.partial(net, trees, span=slice(layers, None), alpha=0.25)
         theirs = merge.preserve_first(net, trees, layers=layers, weights=(0.75, 0.25))
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -189,7 +173,7 @@ def test_zips_merge_every_range_of_layers(name):
     net, trees, x, found = zip_of(name)
     assert found.mixed
     for merged in slices(net.depth):
-        model = merge.partial(net, trees, found, merged=merged)
+        model = merge.partial(net, trees, found, span=merged)
         if found.unknown(net) & net.trunk_leaves(merged.start, merged.stop):
             with pytest.raises(ValueError, match=r"renorm\.reset"):
                 model(x)
@@ -201,7 +185,7 @@ def test_zips_merge_every_range_of_layers(name):
 def test_nothing_merged_returns_every_models_own_outputs(name):
     net, trees, x, found = zip_of(name)
     for maps in (None, found):
-        model = merge.partial(net, trees, maps, merged=slice(None, 0))
+        model = merge.partial(net, trees, maps, span=slice(None, 0))
         assert model.cut == model.end == 0 and not model.stems
         for out, tree in zip(model(x), trees, strict=True):
             np.testing.assert_array_equal(out, net.run(tree, x))
@@ -214,14 +198,14 @@ def test_merging_all_layers_is_the_average_of_mapped_trees(name):
     net, trees, _, found = zip_of(name, 3)
     expected = merge.interpolate(found.apply(net, trees))
     for merged in (slice(None), slice(0, None), slice(None, net.depth), slice(-net.depth, 99)):
-        model = merge.partial(net, trees, found, merged=merged)
+        model = merge.partial(net, trees, found, span=merged)
         assert model.cut == 0 and model.end is None and not (model.stems or model.heads)
         same(model.trunk, expected)
 
 
 def test_keeping_all_layers_apart_is_the_ensemble(name):
     net, trees, x, found = zip_of(name, 3)
-    model = merge.partial(net, trees, found, merged=slice(net.depth, None))
+    model = merge.partial(net, trees, found, span=slice(net.depth, None))
     close(model(x), np.mean([net.run(tree, x) for tree in trees], 0))
     assert model.params == merge.ensemble(net, trees).params
 
@@ -235,13 +219,13 @@ def test_permutations_as_maps_are_trees_permuted_beforehand(name):
     for one, two in zip(found.apply(net, trees), moved, strict=True):
         same(one, two)
     for layers in range(net.depth + 1):
-        ours = merge.partial(net, trees, found, merged=slice(layers, None))
+        ours = merge.partial(net, trees, found, span=slice(layers, None))
         assert not ours.merge  # nothing is left to be mapped
         theirs = merge.preserve_first(net, moved, layers=layers)
         close(ours(x), theirs(x))
         assert (ours.params, ours.flops) == (theirs.params, theirs.flops)
-        heads = merge.partial(net, trees, found, merged=slice(None, layers))
-        expected = merge.partial(net, moved, merged=slice(None, layers))
+        heads = merge.partial(net, trees, found, span=slice(None, layers))
+        expected = merge.partial(net, moved, span=slice(None, layers))
         for one, two in zip(jax.tree.leaves(heads(x)), jax.tree.leaves(expected(x)), strict=True):
             close(one, two)
 
@@ -268,7 +252,7 @@ def test_stems_and_heads_are_in_the_models_own_bases(models):
     labels = random_labels(net, models)
     found = Maps.of_labels(labels, models)
     assert found.mixed == {"w1", "w2", "w3"}
-    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    model = merge.partial(net, trees, found, span=slice(1, 3))
     first = [net.run(tree, x, capture=["w1"])[1]["w1"] for tree in trees]
     z = merged_by_hand(labels, "w1", first, models)
     close(model.crossing(x).values[0], z)
@@ -291,11 +275,11 @@ def test_a_linear_network_merged_within_a_model():
     found = Maps.of_labels({"w": np.array([0, 0, 1, 1])}, 2)
     x = jnp.array([[1.0, 1.0]])
     # Features of a are (3, 3), those of b (5, 5): merged they are (3, 5).
-    model = merge.partial(net, [a, b], found, merged=slice(None, 1))
+    model = merge.partial(net, [a, b], found, span=slice(None, 1))
     close(model.trunk["w"], [[1.0, 5.0], [2.0, 0.0]])
     for out, tree in zip(model(x), (a, b), strict=True):
         close(out, net.run(tree, x))
-    ends = merge.partial(net, [a, b], found, merged=slice(1, 1))
+    ends = merge.partial(net, [a, b], found, span=slice(1, 1))
     close(ends.crossing(x).values[0], [[3.0, 5.0]])
     for out, tree in zip(ends(x), (a, b), strict=True):
         close(out, net.run(tree, x))
@@ -308,7 +292,7 @@ def test_a_linear_network_merged_within_a_model():
 
 def test_a_residual_stream_crosses_both_cuts():
     net, trees, x, found = zip_of("residual")
-    model = merge.partial(net, trees, found, merged=slice(2, 4))
+    model = merge.partial(net, trees, found, span=slice(2, 4))
     assert len(model.crossing(x).values) == 2  # the second layer's values, and the stream
     groups = [g for _, g in net.crossing(2)]
     assert set().union(*groups) <= set(model.merge[0]) and len(groups) == 2
@@ -335,7 +319,7 @@ def test_maps_of_heads_and_of_their_dimensions_at_once():
     labels = random_labels(net, 2) | {"q:heads": np.array([0, 0, 1, 1])}
     found = Maps.of_labels(labels, 2)
     assert {"q:heads", "q:dims", "u:dims"} <= found.mixed
-    model = merge.partial(net, trees, found, merged=slice(1, 2))
+    model = merge.partial(net, trees, found, span=slice(1, 2))
     (heads, _), (dims, _) = found.maps[0]["q:heads"], found.maps[0]["q:dims"]
     q = net.run(trees[0], x, capture=["q"])[1]["q"]
     mapped = net.map_site(trees[0], x, "q", q, {"q:heads": heads, "q:dims": dims})
@@ -361,13 +345,13 @@ def test_plain_functions_take_models_with_classes_of_their_own():
     trees[1] = draw("mlp", 1, classes=7)
     found = Maps.of_labels(random_labels(net, 2), 2)
     for merged in (slice(None, 2), slice(1, 3), slice(None, 0)):
-        model = merge.partial(net, trees, found, merged=merged)
+        model = merge.partial(net, trees, found, span=merged)
         one, two = jax.jit(model)(x)
         assert one.shape == (5, 3) and two.shape == (5, 7)
     close(one, net.run(trees[0], x))
     assert model.params == sum(np.size(leaf) for leaf in jax.tree.leaves(trees))
     with pytest.raises(ValueError, match=r"trees\[1\] has shape \(7,\) at 'b4'"):
-        merge.partial(net, trees, merged=slice(1, None))
+        merge.partial(net, trees, span=slice(1, None))
 
 
 class Classifier(nn.Module):
@@ -382,9 +366,9 @@ class Classifier(nn.Module):
 
 
 def modules(*models):
-    x = jax.random.normal(jax.random.key(5), (4, 3))
+    x = np.float32(np.random.default_rng(5).normal(size=(4, 3)))
     with jax.numpy_rank_promotion("allow"):
-        trees = [m.init(jax.random.key(k), x) for k, m in enumerate(models)]
+        trees = [initial(m, x, seed=k) for k, m in enumerate(models)]
         nets = [vfjax.trace(m.apply, t, x) for m, t in zip(models, trees, strict=True)]
     return nets, trees, x
 
@@ -392,12 +376,12 @@ def modules(*models):
 def test_modules_with_classes_of_their_own_have_networks_of_their_own():
     nets, trees, x = modules(Classifier(3), Classifier(5))
     with pytest.raises(ValueError, match="need a network each"):
-        merge.partial(nets[0], trees, merged=slice(None, 2))
+        merge.partial(nets[0], trees, span=slice(None, 2))
     with jax.numpy_rank_promotion("allow"):
-        model = merge.partial(nets, trees, merged=slice(None, 0))
+        model = merge.partial(nets, trees, span=slice(None, 0))
         for out, net, tree in zip(model(x), nets, trees, strict=True):
             close(out, net.run(tree, x))
-        model = merge.partial(nets, trees, merged=slice(1, 2))
+        model = merge.partial(nets, trees, span=slice(1, 2))
         assert [out.shape for out in jax.jit(lambda m, x: m(x))(model, x)] == [(4, 3), (4, 5)]
         assert model.nets == tuple(nets) and model.net is nets[0]
         # Two stems of 3*6+6, one layer of 6*6+6, heads of 6*3+3 and 6*5+5.
@@ -422,7 +406,7 @@ def test_widths_may_differ_where_maps_are_rectangular():
     with jax.numpy_rank_promotion("allow"):
         whole = merge.partial(nets, trees, found)
         assert jax.tree.map(jnp.shape, whole.trunk) == jax.tree.map(jnp.shape, trees[0])
-        model = merge.partial(nets, trees, found, merged=slice(1, 2))
+        model = merge.partial(nets, trees, found, span=slice(1, 2))
         one, two = model(x)
         (z,) = model.run_trunk(x)[0].values
         assert z.shape == (4, 6)
@@ -441,7 +425,7 @@ def test_widths_may_differ_where_maps_are_rectangular():
 
 def test_a_model_is_a_pytree_that_compiles_once():
     net, trees, x, found = zip_of("mlp")
-    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    model = merge.partial(net, trees, found, span=slice(1, 3))
     calls = []
 
     @jax.jit
@@ -451,7 +435,7 @@ def test_a_model_is_a_pytree_that_compiles_once():
 
     for out, again in zip(model(x), run(model, x), strict=True):
         close(again, out)
-    other = merge.partial(net, [draw("mlp", 7), trees[0]], found, merged=slice(1, 3))
+    other = merge.partial(net, [draw("mlp", 7), trees[0]], found, span=slice(1, 3))
     run(other, 2 * x)
     assert len(calls) == 1
     out = jax.vmap(model)(jnp.stack([x, 2 * x]))
@@ -461,7 +445,7 @@ def test_a_model_is_a_pytree_that_compiles_once():
 
 def test_gradients_reach_stems_trunk_and_heads():
     net, trees, x, found = zip_of("mlp")
-    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    model = merge.partial(net, trees, found, span=slice(1, 3))
 
     def loss(model):
         return sum(jnp.square(out).sum() for out in model(x))
@@ -482,7 +466,7 @@ def test_gradients_reach_stems_trunk_and_heads():
 
 def test_batches_may_be_sharded():
     net, trees, x, found = zip_of("mlp")
-    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    model = merge.partial(net, trees, found, span=slice(1, 3))
     x = jnp.concatenate([x, x, x, x])
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
@@ -494,12 +478,12 @@ def test_batches_may_be_sharded():
 def test_models_are_saved_and_loaded(tmp_path, name):
     net, trees, x, found = zip_of(name)
     for merged in (slice(None, 1), slice(1, 2), slice(2, None), slice(None, 0)):
-        model = merge.partial(net, trees, found, merged=merged)
+        model = merge.partial(net, trees, found, span=merged)
         back = checkpoint.load(checkpoint.save(tmp_path / str(merged.stop), model), net=net)
         assert repr(back) == repr(model)
         same(back, model)
     nets, trees, x = modules(Classifier(3), Classifier(5))
-    model = merge.partial(nets, trees, merged=slice(1, 2))
+    model = merge.partial(nets, trees, span=slice(1, 2))
     path = checkpoint.save(tmp_path / "nets", model)
     with jax.numpy_rank_promotion("allow"):
         for one, two in zip(checkpoint.load(path, net=nets)(x), model(x), strict=True):
@@ -511,13 +495,13 @@ def test_models_are_saved_and_loaded(tmp_path, name):
 def test_every_stem_trunk_and_head_counts_once():
     net, trees, _, found = zip_of("mlp", 3)  # 4, 6, 7, 5, 3 units
     for maps, extra in ((None, (0, 0)), (found, (3 * 36, 3 * 36))):
-        model = merge.partial(net, trees, maps, merged=slice(1, 3))
+        model = merge.partial(net, trees, maps, span=slice(1, 3))
         assert model.params == 3 * 30 + (49 + 40) + 3 * 18 + extra[0]
         # Activations count one an element: those of the stem's end are the trunk's.
         flops = 3 * 24 + (6 + 42 + 7 + 35) + 3 * (5 + 15) + extra[1]
         assert model.flops == flops
     # Unmerge matrices select: each feature reads one that was merged.
-    heads = merge.partial(net, trees, found, merged=slice(None, 3))
+    heads = merge.partial(net, trees, found, span=slice(None, 3))
     assert heads.params == 30 + 89 + 3 * 18
     assert "heads after 3" in repr(heads) and "mapped=['w3']" in repr(heads)
 
@@ -527,7 +511,7 @@ def test_every_stem_trunk_and_head_counts_once():
 
 def test_sites_of_stems_trunk_and_heads():
     net, trees, x, found = zip_of("mlp")
-    model = merge.partial(net, trees, found, merged=slice(1, 2))
+    model = merge.partial(net, trees, found, span=slice(1, 2))
     assert [model.apart(s) for s in ("input", "w1", "w2", "w3", "w4", "output")] == [
         True,
         False,
@@ -599,7 +583,7 @@ def test_unknown_variances_are_reported_wherever_they_are_read():
     with pytest.raises(ValueError, match=message):
         vfjax.diagnose.features(net, model, [x])
     # The norm after the cut is the trunk's, that after the last merged layer the heads' own.
-    first = merge.partial(net, trees, found, merged=slice(2, 3))
+    first = merge.partial(net, trees, found, span=slice(2, 3))
     with pytest.raises(ValueError, match=r"\['n2/var'\]"):
         first(x)
     assert first.heads[0]["n3"]["var"] is not None
@@ -611,11 +595,11 @@ def test_unknown_variances_are_reported_wherever_they_are_read():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"merged": 2}, TypeError, "merged must be a slice of the layers"),
-        ({"merged": slice(0.5, None)}, TypeError, "whole numbers"),
-        ({"merged": slice(True, None)}, TypeError, "whole numbers"),
-        ({"merged": slice(None, None, 2)}, ValueError, "without a step"),
-        ({"merged": slice(3, 1)}, ValueError, "begins after 3 and ends after 1"),
+        ({"span": 2}, TypeError, "span must be a slice of the layers"),
+        ({"span": slice(0.5, None)}, TypeError, "whole numbers"),
+        ({"span": slice(True, None)}, TypeError, "whole numbers"),
+        ({"span": slice(None, None, 2)}, ValueError, "without a step"),
+        ({"span": slice(3, 1)}, ValueError, "begins after 3 and ends after 1"),
         ({"maps": [{}, {}]}, TypeError, "of_permutations"),
         ({"maps": Maps(({}, {}, {}))}, ValueError, "the 3 models matched, got 2"),
         ({"maps": Maps(({}, {"nope": (np.eye(2), np.eye(2))}))}, ValueError, "'nope'"),
@@ -672,7 +656,7 @@ def test_models_and_networks_are_checked():
         merge.partial([net, other], trees)
     with pytest.raises(ValueError, match=r"trees\[1\] holds 1 NaN"):
         bad = {**trees[1], "b4": trees[1]["b4"].at[0].set(jnp.nan)}
-        merge.partial(net, [trees[0], bad], merged=slice(None, 2))
+        merge.partial(net, [trees[0], bad], span=slice(None, 2))
 
 
 def test_integers_that_would_be_mixed_are_an_error():
@@ -686,4 +670,4 @@ def test_integers_that_would_be_mixed_are_an_error():
     maps = {"w": (np.full((4, 4), 0.25, np.float32),) * 2}
     assert {str(aval.dtype) for aval, groups in net.crossing(2) if groups} == {"bool", "float32"}
     with pytest.raises(ValueError, match="dtype bool crosses the cut at depth 2.*cannot be mixed"):
-        merge.partial(net, [tree, tree], Maps((maps, maps)), merged=slice(None, 2))
+        merge.partial(net, [tree, tree], Maps((maps, maps)), span=slice(None, 2))

@@ -25,7 +25,7 @@ def traced(name, **changes):
     """The network, a tree whose leaves are all far from their initial constants, and images."""
     options, side = NARROW[name]
     model = models.create(name, **options | changes)
-    x = jax.random.normal(jax.random.key(0), (2, side, side, 3))
+    x = jnp.float32(np.random.default_rng(0).normal(size=(2, side, side, 3)))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     rng = np.random.default_rng(0)
 

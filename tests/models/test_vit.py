@@ -17,13 +17,13 @@ SMALL = {"blocks": 2, "features": 12, "heads": 3, "patch": 4, "classes": 5}
 def small():
     """A network, and two trees of it whose leaves are all far from their initial constants."""
     model = models.create("vit", **SMALL)
-    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+    x = jnp.float32(np.random.default_rng(0).normal(size=(3, 8, 8, 3)))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     leaves, treedef = jax.tree.flatten(shapes)
 
     def tree(seed):
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        drawn = [0.5 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+        rng = np.random.default_rng(seed)
+        drawn = [jnp.float32(0.5 * rng.normal(size=leaf.shape)) for leaf in leaves]
         return jax.tree.unflatten(treedef, drawn)
 
     return vfjax.trace(models.apply_fn(model), shapes, x), [tree(1), tree(2)], x

@@ -270,7 +270,7 @@ def test_parameter_only_equations_run_where_they_are_used():
     assert net.stem_leaves(2) == {"a", "b", "gain"} and net.trunk_leaves(2) == {"gain"}
     assert net.stem_leaves(1) == {"a"} and net.trunk_leaves(1) == {"b", "gain"}
     assert net.stem_leaves(0) == frozenset() and net.trunk_leaves(0) == set(p)
-    assert net.stem_parameters(2) + net.trunk_parameters(2) == net.parameters + 3
+    assert net.stem_params(2) + net.trunk_params(2) == net.params + 3
     c = net.run({**p, "gain": None}, ROWS, stop=1)
     close(net.run({**p, "a": None}, c, start=1), fn(p, ROWS))
 
@@ -355,7 +355,7 @@ def test_bad_crossings():
     with pytest.raises(ValueError, match="crossings is empty"):
         net.average_crossings(iter([]))
     close(net.average_crossings(c for c in [one, one]).values[0], one.values[0])
-    for call in (net.stem_leaves, net.trunk_leaves, net.stem_flops, net.trunk_parameters):
+    for call in (net.stem_leaves, net.trunk_leaves, net.stem_flops, net.trunk_params):
         with pytest.raises(ValueError, match="depth was 3"):
             call(3)
         with pytest.raises(TypeError, match="depth must be a whole number"):

@@ -337,7 +337,7 @@ def test_summary_lists_layers():
     assert lines["layer"] == ["depth", "kernel", "output", "parameters", "FLOPs", "group"]
     assert lines["a"] == ["2", "4x7", "7", "28", "28", "a"]
     assert lines["short"] == ["(2)", "4x5", "5", "20", "20", "-"]
-    assert lines["total"][:2] == ["3", str(net.parameters)]
+    assert lines["total"][:2] == ["3", str(net.params)]
     assert "(depth): a shortcut" in text
 
 
@@ -348,7 +348,7 @@ def test_flops_do_not_depend_on_the_batch():
     assert [a.flops for a in nets[0].layers] == [a.flops for a in nets[1].layers]
     net = vfjax.trace(*flax_nnx())
     # Random keys and counts of NNX are no parameters, nor are stored statistics.
-    assert net.parameters == 3 * 3 * 3 * 4 + 4 + 2 * 4 + 4 * 2 + 2
+    assert net.params == 3 * 3 * 3 * 4 + 4 + 2 * 4 + 4 * 2 + 2
 
 
 # --------------------------------------------------------------------------------------- sharding

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax._analysis.effects import effects
+from vfjax._analysis.effects import leaf_effects
 from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flatten import flatten
-from vfjax._propagate import propagate
+from vfjax._jaxpr.flattening import flatten
+from vfjax._propagate.propagation import propagate
 from vfjax._propagate.registry import RULES
 from vfjax._trees.paths import leaf_paths
 
@@ -367,7 +367,7 @@ def built(program, rng, start=jnp.tanh):
 
     closed = jax.make_jaxpr(lambda *a: apply(a[:-1], a[-1]))(*leaves, x)
     graph = flatten(closed, len(leaves))
-    spec, _ = from_propagation(propagate(graph), leaf_paths(leaves), effects(graph, ()))
+    spec, _ = from_propagation(propagate(graph), leaf_paths(leaves), leaf_effects(graph, ()))
     return jax.jit(apply), leaves, x, spec
 
 

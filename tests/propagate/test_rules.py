@@ -12,10 +12,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flatten import flatten
-from vfjax._propagate import propagate
+from vfjax._jaxpr.flattening import flatten
 from vfjax._propagate.algebra import Algebra
 from vfjax._propagate.atoms import Cause
+from vfjax._propagate.propagation import propagate
 from vfjax._propagate.registry import RULES, rule
 from vfjax._trees.paths import leaf_paths
 from vfjax.symmetry import check_spec

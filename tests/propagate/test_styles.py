@@ -13,8 +13,8 @@ from flax import nnx
 from jax import lax
 
 from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flatten import flatten
-from vfjax._propagate import propagate
+from vfjax._jaxpr.flattening import flatten
+from vfjax._propagate.propagation import propagate
 from vfjax._trees.paths import leaf_paths
 from vfjax.symmetry import PermutationSpec, check_spec
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
+from helpers import initial
 from vfjax import diagnose, merge, models, prune, renorm, stats
 from vfjax.prune._masks import _count, lowest
 
@@ -114,7 +115,7 @@ def test_plain_numbers_may_be_parameters():
 
 def test_n_of_m(net):
     tree = dense()
-    mask = prune.masks(prune.magnitude(net, tree, layers=["w1", "w2"]), scope=(2, 4))
+    mask = prune.masks(prune.magnitude(net, tree, names=["w1", "w2"]), scope=(2, 4))
     for path in ("w1", "w2"):
         parts = mask[path].T.reshape(-1, 4)
         assert (parts.sum(1) == 2).all()
@@ -155,7 +156,7 @@ def test_masks_must_fit_the_tree(net):
 def test_layers_are_chosen():
     model = models.create("resnet20", width=0.25)
     x = jnp.zeros((2, 8, 8, 3))
-    tree = model.init(jax.random.key(0), x)
+    tree = initial(model, x)
     net = vfjax.trace(models.apply_fn(model), tree, x)
     every = prune.prunable(net)
     assert len(every) == 22
@@ -164,7 +165,7 @@ def test_layers_are_chosen():
     assert prune.prunable(net, first=False) == every[1:]
     assert prune.prunable(net, kinds=["dense"]) == (every[-1],)
     assert prune.prunable(net, last=False) == every[:-1]
-    scores = prune.magnitude(net, tree, layers=without)
+    scores = prune.magnitude(net, tree, names=without)
     mask = prune.masks(scores, 0.9)
     pruned = prune.apply(tree, mask)
     assert prune.sparsity(mask) == pytest.approx(0.9, abs=1e-3)
@@ -182,7 +183,7 @@ def test_a_layer_of_a_stack_is_pruned_alone():
 
     tree = {"w": normal(0, 3, 4, 4), "v": normal(1, 4, 2)}
     net = vfjax.trace(apply_fn, tree, jnp.ones((2, 4)))
-    mask = prune.masks(prune.magnitude(net, tree, layers=["w[1]"]), 1.0)
+    mask = prune.masks(prune.magnitude(net, tree, names=["w[1]"]), 1.0)
     pruned = prune.apply(tree, mask)
     assert (pruned["w"][1] == 0).all()
     np.testing.assert_array_equal(pruned["w"][::2], tree["w"][::2])
@@ -456,7 +457,7 @@ def linear(tree, x):
 def test_no_more_memory_is_taken_than_told():
     tree, x = {"w": normal(0, 40_000, 1)}, normal(1, 40, 40_000)
     found = linear(tree, x)
-    found(layers=["w"])  # compiles
+    found(names=["w"])  # compiles
     net = vfjax.trace(lambda p, x: x @ p["w"], tree, x)
     told = prune.memory(net, count=40)
     tracemalloc.start()
@@ -488,7 +489,7 @@ def test_the_update_takes_masks_of_other_scores(net, data):
     assert repr(found) == (
         "InverseFisher(Scores(3 layers, 128 weights), 20 gradients, damping=1e-05, block_size=64)"
     )
-    mask = prune.masks(prune.magnitude(net, tree, layers=["w1"]), 0.5)
+    mask = prune.masks(prune.magnitude(net, tree, names=["w1"]), 0.5)
     pruned = found.prune(tree, mask)
     for path, leaf in pruned.items():
         gone = ~np.broadcast_to(mask[path], leaf.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, norm
 from vfjax import (
     diagnose,
     merge,
@@ -23,27 +25,10 @@ ROUNDING = 1e-4
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * abs(expected).max(initial=1e-9))
+    assert_close(actual, expected, tol, least=1e-9)
 
 
 # ------------------------------------------------------------------------------------- networks
-
-
-def along(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - along(p["mean"], x)) * along(root, x) + along(p["bias"], x)
-
-
-def conv(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def residual(v, x):
@@ -97,7 +82,7 @@ _NETS = {}
 
 
 def case(name, models=2, classes=3):
-    x = 1 + jax.random.normal(jax.random.key(3), SHAPE[name])
+    x = 1 + jnp.float32(np.random.default_rng(3).normal(size=SHAPE[name]))
     trees = [draw(name, seed, classes if seed else 3) for seed in range(models)]
     if name not in _NETS:
         _NETS[name] = vfjax.trace(APPLY[name], trees[0], x)
@@ -172,7 +157,7 @@ def test_reset_measures_what_merging_left_unknown(kind, sweeps):
 @pytest.mark.parametrize("merged", [slice(None, 2), slice(1, 4), slice(3, None), slice(4, 4)])
 def test_reset_of_models_with_stems_and_heads(merged):
     net, trees, x = case("residual")
-    model = merge.partial(net, trees, random_zip(net, 2), merged=merged)
+    model = merge.partial(net, trees, random_zip(net, 2), span=merged)
     for sweeps in ("batch", "layer"):
         new = renorm.reset(net, model, [x], sweeps=sweeps)
         assert (new.cut, new.end) == (model.cut, model.end)
@@ -185,7 +170,7 @@ def test_reset_of_models_with_stems_and_heads(merged):
 
 def test_reset_on_several_batches_pools_them_in_heads_too():
     net, trees, x = case("residual")
-    model = merge.partial(net, trees, random_zip(net, 2), merged=slice(1, 3))
+    model = merge.partial(net, trees, random_zip(net, 2), span=slice(1, 3))
     new = renorm.reset(net, model, [x[:5], x[5:]], sweeps="layer")
     check_norms(new, x)
     crossings = [model.crossing(x[:5]), model.crossing(x[5:])]
@@ -257,7 +242,7 @@ def test_partial_merges_are_repaired_in_their_trunk(name):
     found = random_zip(net, 2)
     depth = net.depth
     for merged in (slice(1, 3), slice(None, depth - 1), slice(2, None)):
-        model = merge.partial(net, trees, found, merged=merged)
+        model = merge.partial(net, trees, found, span=merged)
         options = {"references": trees, "maps": found, "sites": "all"}
         new = renorm.repair(net, model, [x], **options)
         inside = [
@@ -281,7 +266,7 @@ def test_permutations_as_maps_do_with_variances_alone():
     moves = [{}, net.spec.random(jax.random.key(1))]
     found = Maps.of_permutations(moves)
     aligned = [trees[0], net.spec.permute(trees[1], moves[1])]
-    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    model = merge.partial(net, trees, found, span=slice(1, 3))
     expected = renorm.repair(net, model, [x], references=aligned)
     plain = stats.moments(net, trees, [x], sites="all")
     for references in (trees, plain):
@@ -292,7 +277,7 @@ def test_permutations_as_maps_do_with_variances_alone():
 def test_references_with_classes_of_their_own():
     net, trees, x = case("heads", classes=7)
     found = random_zip(net, 2)
-    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    model = merge.partial(net, trees, found, span=slice(1, 3))
     new = renorm.repair(net, model, [x], references=trees, maps=found)
     layers = ["w1", "w2", "w3"]
     each = [stats.moments(net, [tree], [x], sites="paper", covariance=layers) for tree in trees]
@@ -321,7 +306,7 @@ def test_what_moments_lack_is_said():
 
 def test_biases_change_in_the_trunk_alone():
     net, trees, _ = case("heads")
-    model = merge.partial(net, trees, merged=slice(1, 3))
+    model = merge.partial(net, trees, span=slice(1, 3))
     new = renorm.remove_bias(net, model, last="all")
     assert not new.trunk["b2"].any() and not new.trunk["b3"].any()
     new = renorm.remove_bias(net, model, last=2)
@@ -329,7 +314,7 @@ def test_biases_change_in_the_trunk_alone():
     calibrated = renorm.calibrate_bias(net, model)
     close(calibrated.trunk["b3"], model.trunk["b3"] / 4)
     found = random_zip(net, 2)
-    model = merge.partial(net, trees, found, merged=slice(1, 3))
+    model = merge.partial(net, trees, found, span=slice(1, 3))
     mapped = found.apply(net, trees)
     calibrated = renorm.calibrate_bias(net, model, references=mapped)
     close(calibrated.trunk["b2"], (mapped[0]["b2"] + mapped[1]["b2"]) / 4)
@@ -341,7 +326,7 @@ def test_biases_change_in_the_trunk_alone():
 def test_originals_with_maps_calibrate_as_mapped_references_do(merged):
     net, trees, _ = case("heads", classes=7 if merged.stop else 3)
     maps = random_zip(net, 2)
-    model = merge.partial(net, trees, maps, merged=merged, alpha=0.25)
+    model = merge.partial(net, trees, maps, span=merged, alpha=0.25)
     expected = renorm.calibrate_bias(net, model, references=maps.apply(net, trees))
     found = renorm.calibrate_bias(net, model, references=trees, maps=maps)
     jax.tree.map(close, found, expected)
@@ -366,12 +351,12 @@ def test_calibration_of_models_of_other_widths():
         shapes = {"a": (4, n), "b": (n, m), "c": (m, classes)}
         biases = {"ab": (n,), "bb": (m,), "cb": (classes,)}
         trees.append({name: normal(rng, *shape) for name, shape in (shapes | biases).items()})
-    x = jax.random.normal(jax.random.key(1), (40, 4))
+    x = jnp.float32(np.random.default_rng(1).normal(size=(40, 4)))
     nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
     maps = vfjax.align.transport(nets, trees, [x])
     mapped = maps.apply(nets, trees)
     for merged in (slice(0, 2), slice(1, 2)):
-        model = merge.partial(nets, trees, maps, merged=merged)
+        model = merge.partial(nets, trees, maps, span=merged)
         expected = (mapped[0]["bb"] + mapped[1]["bb"]) / 4
         for net in (nets, nets[0]):
             for options in ({"references": mapped}, {"references": trees, "maps": maps}):
@@ -381,7 +366,7 @@ def test_calibration_of_models_of_other_widths():
                 renorm.calibrate_bias(net, model, references=trees)
         report = diagnose.report(nets, model, [x], references=trees, maps=maps)
         assert all("maps.apply" not in advice.call for advice in report.advice)
-    model = merge.partial(nets, trees, maps, merged=slice(0, 2))
+    model = merge.partial(nets, trees, maps, span=slice(0, 2))
     with pytest.raises(ValueError, match="there are none"):
         renorm.calibrate_bias(nets, model, maps=maps)
     with pytest.raises(TypeError, match=r"maps must be a vfjax\.align\.Maps"):
@@ -397,7 +382,7 @@ def test_calibration_of_models_of_other_widths():
 
 def test_features_of_models_with_heads_are_means_over_heads():
     net, trees, x = case("heads")
-    model = merge.partial(net, trees, random_zip(net, 2), merged=slice(1, 3), alpha=0.25)
+    model = merge.partial(net, trees, random_zip(net, 2), span=slice(1, 3), alpha=0.25)
     found = diagnose.features(net, model, [x], sites=["w1", "w3", "w4", "output"])
     zero = jnp.zeros_like(x)
     _, here = model.read(x, ["w4", "w3"])
@@ -411,8 +396,10 @@ def test_features_of_models_with_heads_are_means_over_heads():
     close(found.feature["output"], found.feature["w4"])
 
 
-def own_networks(name, trees, x):
-    """The one network of models with classes of their own, and one each."""
+@functools.cache
+def own_networks(name):
+    """The one network of models with 3 and 7 classes, and one each."""
+    _, trees, x = case(name, classes=7)
     nets = [case(name)[0], vfjax.trace(APPLY[name], trees[1], x)]
     return nets[0], nets
 
@@ -422,14 +409,14 @@ def own_networks(name, trees, x):
 def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
     monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
     _, trees, x = case("heads", classes=7)
-    nets = own_networks("heads", trees, x)[apart]
+    nets = own_networks("heads")[apart]
     maps = random_zip(case("heads")[0], 2)
-    model = merge.partial(nets, trees, maps, merged=slice(1, 3), alpha=0.25)
+    model = merge.partial(nets, trees, maps, span=slice(1, 3), alpha=0.25)
     found = diagnose.features(nets, model, [x], references=trees, maps=maps, sites="layers")
     here, there = (model.read(at, ["w4"])[1]["w4"] for at in (x, jnp.zeros_like(x)))
     lengths = [np.linalg.norm(a - b, axis=-1).mean() for a, b in zip(here, there, strict=True)]
     close(found.feature["w4"], [np.dot((0.75, 0.25), lengths)])
-    for k, (own, tree) in enumerate(zip(own_networks("heads", trees, x)[1], trees, strict=True)):
+    for k, (own, tree) in enumerate(zip(own_networks("heads")[1], trees, strict=True)):
         alone = diagnose.features(own, tree, [x], sites=["w4"])
         for what in ("feature", "feature_std", "offset", "variance", "dead"):
             theirs = getattr(found.references, what)["w4"][k : k + 1]
@@ -451,12 +438,12 @@ def test_reports_on_copies_with_heads_of_their_own(tmp_path, name, apart):
     last, bias = ("head", "bias") if name == "residual" else ("w4", "b4")
     head = draw(name, 0, classes=7)
     other = {**tree, last: head[last], bias: head[bias]}
-    nets = own_networks(name, [tree, other], x)[apart]
+    nets = own_networks(name)[apart]
     moves = net.spec.random(jax.random.key(2))
     copies = [tree, net.spec.permute(other, moves)]
     found = Maps.of_permutations([None, vfjax.symmetry.invert(moves, within=net.spec.within)])
     for merged in (slice(1, 3), slice(None, net.depth - 1)):
-        model = merge.partial(nets, copies, found, merged=merged)
+        model = merge.partial(nets, copies, found, span=merged)
         report = diagnose.report(
             nets, model, [x], references=copies, maps=found, page=tmp_path / "page.html"
         )
@@ -477,10 +464,10 @@ def test_reports_on_models_of_other_widths():
     trees = [
         {name: normal(rng, *size[k : k + 2]) for k, name in enumerate("abc")} for size in sizes
     ]
-    x = jax.random.normal(jax.random.key(1), (40, 4))
+    x = jnp.float32(np.random.default_rng(1).normal(size=(40, 4)))
     nets = [vfjax.trace(apply_fn, tree, x) for tree in trees]
     maps = vfjax.align.transport(nets, trees, [x])
-    model = merge.partial(nets, trees, maps, merged=slice(0, 2))
+    model = merge.partial(nets, trees, maps, span=slice(0, 2))
     for net in (nets, nets[0]):  # those that the model was made with
         found = diagnose.report(net, model, [x], references=trees, maps=maps)
         assert found.advice and not np.isnan(found.layers[0].kernel_ratio)
@@ -520,7 +507,7 @@ def test_reports_on_a_model_merged_with_a_permuted_copy_of_itself():
     copies = [tree, net.spec.permute(tree, moves)]
     found = Maps.of_permutations([None, vfjax.symmetry.invert(moves)])
     for merged in (slice(None), slice(1, 3), slice(None, 4)):
-        model = merge.partial(net, copies, found, merged=merged)
+        model = merge.partial(net, copies, found, span=merged)
         report = diagnose.report(net, model, [x], references=copies, maps=found)
         assert [advice.remedy for advice in report.advice] == ["nothing to do"]
         close(report.layers[-1].relative, 1.0)
@@ -535,7 +522,7 @@ def test_reports_on_partial_zips_say_what_to_do():
     net, trees, x = case("residual")
     trees = [renorm.reset(net, tree, [x], sweeps="layer") for tree in trees]
     found = random_zip(net, 2)
-    model = merge.partial(net, trees, found, merged=slice(None, 4))
+    model = merge.partial(net, trees, found, span=slice(None, 4))
     with pytest.raises(ValueError, match=r"renorm\.reset"):
         diagnose.report(net, model, [x], references=trees, maps=found)
     model = renorm.reset(net, model, [x], sweeps="layer")
@@ -543,7 +530,7 @@ def test_reports_on_partial_zips_say_what_to_do():
     assert not any(norm.stale for norm in report.norms)
     assert "vfjax" in str(report) or report.advice
     # A head whose statistics are those of before is found out.
-    stale = renorm.reset(net, merge.partial(net, trees, found, merged=slice(None, 4)), [x])
+    stale = renorm.reset(net, merge.partial(net, trees, found, span=slice(None, 4)), [x])
     old = [{**head, "n4": {**head["n4"], "var": 9 * head["n4"]["var"]}} for head in stale.heads]
     report = diagnose.report(
         net, dataclasses.replace(stale, heads=tuple(old)), [x], references=trees, maps=found
@@ -553,19 +540,19 @@ def test_reports_on_partial_zips_say_what_to_do():
 
 def test_other_diagnoses_take_models_with_heads():
     net, trees, x = case("heads")
-    model = merge.partial(net, trees, merged=slice(1, 3))
+    model = merge.partial(net, trees, span=slice(1, 3))
     found = diagnose.cka(model, (net, trees[0]), [x])
     assert found.first == ("w1:act", "w2:act") or "w4:act" not in found.first
     with pytest.raises(ValueError, match="inside the stems or heads"):
         diagnose.cka(model, (net, trees[0]), [x], sites=["w4"])
-    same = merge.partial(net, [trees[0]] * 2, merged=slice(1, 3))
+    same = merge.partial(net, [trees[0]] * 2, span=slice(1, 3))
     factors = diagnose.rescale_product(net, same, [trees[0]])
     close(list(factors.values()), np.ones(len(factors)))
 
 
 def test_test_accuracy_of_every_head():
     net, trees, x = case("heads")
-    model = merge.partial(net, trees, random_zip(net, 2), merged=slice(1, 3))
+    model = merge.partial(net, trees, random_zip(net, 2), span=slice(1, 3))
     label = jnp.argmax(model(x)[1], -1)
     found = vfjax.train.evaluate(lambda m, x: m(x)[1], model, [(x, label)])
     assert found.accuracy == 1.0

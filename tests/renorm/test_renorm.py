@@ -10,23 +10,21 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import along, assert_close, conv, norm
 from vfjax import (
     checkpoint,
     merge,
     renorm,
     stats,
 )
-from vfjax.renorm import _passes
+from vfjax.renorm import _passes, _write
 
 # Moments of float32 values, summed in different orders, and folded into float32 kernels.
 ROUNDING = 5e-5
 
 
 def close(actual, expected, tol=ROUNDING):
-    actual, expected = jnp.asarray(actual), jnp.asarray(expected)
-    assert actual.shape == expected.shape
-    scale = float(jnp.abs(expected).max()) if expected.size else 1.0
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tol * max(scale, 1e-30))
+    assert_close(actual, expected, tol, least=1e-30)
 
 
 def trees_close(actual, expected, tol=ROUNDING):
@@ -37,21 +35,6 @@ def trees_close(actual, expected, tol=ROUNDING):
 # ------------------------------------------------------------------------------------- networks
 
 
-def conv(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def vector(v, x):
-    return jnp.broadcast_to(v, x.shape)
-
-
-def norm(p, x):
-    root = jax.lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-    return (x - vector(p["mean"], x)) * vector(root, x) + vector(p["bias"], x)
-
-
 def layer_norm(x):
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
@@ -59,13 +42,13 @@ def layer_norm(x):
 
 def head(v, x):
     x = x.mean((1, 2)) @ v["head"]
-    return x + vector(v["bias"], x)
+    return x + along(v["bias"], x)
 
 
 def plain(v, x):
     for k in (1, 2, 3):
         x = conv(x, v[f"w{k}"])
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     return head(v, x)
 
 
@@ -105,17 +88,17 @@ def masked(v, x):
     for k in (1, 2, 3):
         w = v[f"w{k}"]
         x = conv(x, w * (1 - 0.5 * v["mask"]) if k == 2 else w)
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     return head(v, x)
 
 
 def shared(v, x):
     """One kernel used twice."""
     x = conv(x, v["w1"])
-    x = jax.nn.relu(x + vector(v["b1"], x))
+    x = jax.nn.relu(x + along(v["b1"], x))
     for k in (2, 3):
         x = conv(x, v["w2"])
-        x = jax.nn.relu(x + vector(v[f"b{k}"], x))
+        x = jax.nn.relu(x + along(v[f"b{k}"], x))
     return head(v, x)
 
 
@@ -348,7 +331,7 @@ def test_corrections_that_do_not_fold_stay_explicit(name, kind, explicit):
     if explicit:
         assert isinstance(new, merge.Merged) and new.cut == 0 and new.stems == ()
         assert sorted(new.corrections) == explicit
-        assert new.params == net.parameters
+        assert new.params == net.params
     else:
         assert jax.tree.structure(new) == jax.tree.structure(edges[0])
 
@@ -366,7 +349,7 @@ def test_folding_changes_no_output(name, kind, monkeypatch):
             def refuse(*args):
                 raise vfjax.FoldError("not today")
 
-            patch.setattr(vfjax.Network, "fold", refuse)
+            patch.setattr(_write, "fold", refuse)
             explicit = RENORM[kind](net, model, data, references=edges)
         assert sorted(explicit.corrections) == sorted(sites_of(net, cut))
         assert len(folded.corrections) <= len(explicit.corrections)
@@ -738,7 +721,7 @@ def test_a_bias_of_several_depths_cannot_be_calibrated():
     def fn(v, x):
         for w in ("w1", "w2"):
             x = x @ v[w]
-            x = jax.nn.relu(x + vector(v["b"], x))
+            x = jax.nn.relu(x + along(v["b"], x))
         return x @ v["w3"]
 
     tree = {
@@ -763,7 +746,7 @@ def test_biases_of_an_unrolled_scan_are_told_apart():
     def fn(v, x):
         def step(x, p):
             y = x @ p["w"]
-            return jax.nn.relu(y + vector(p["b"], y)), None
+            return jax.nn.relu(y + along(p["b"], y)), None
 
         x, _ = jax.lax.scan(step, x, v["layers"])
         return x @ v["head"]

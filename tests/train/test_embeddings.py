@@ -54,6 +54,7 @@ def test_linear_schedule_falls_to_zero_after_the_last_step():
         assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-7), step
 
 
+@pytest.mark.slow
 def test_networks_learn_to_point_at_their_classes(digits, head):
     half = heads.only(digits, (7, 3, 1))
     own = six(head).of((5, 0, 2))
@@ -201,6 +202,7 @@ def test_command_of_the_card_trains_the_same_model():
     assert options(*said[2:]) == args
 
 
+@pytest.mark.slow
 def test_train_edges_on_some_classes(tmp_path, monkeypatch):
     small = data.load("digits", train=200, test=60)
     monkeypatch.setattr(training.data, "load", lambda *_: small)

@@ -304,7 +304,7 @@ def test_starting_from_given_variables(digits, uninterrupted, tmp_path, convert)
 
 def test_starting_from_its_own_beginning_changes_nothing(digits, uninterrupted):
     x = jnp.zeros((1, 8, 8, 1))
-    start = SmallBatchNorm().init(jax.random.key(3), x)
+    start = jax.jit(SmallBatchNorm().init)(jax.random.key(3), x)
     found = train.fit(SmallBatchNorm(), TINY, digits, seed=3, start=start, progress=False)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
@@ -555,6 +555,7 @@ def script():
     return importlib.import_module("train_edges")
 
 
+@pytest.mark.slow
 def test_the_script_trains_saves_and_does_not_train_again(script, tmp_path):
     options = ["--model", "digits-mlp", "--seeds", "4", "--epochs", "2", "--out", str(tmp_path)]
     options += ["--work-dir", str(tmp_path / "work")]

@@ -2,7 +2,7 @@
 
 Decided from the graph, equation by equation: a function is affine in some values if each of its
 equations is linear in what depends on them, or multiplies that by what does not. Where the answer
-is no, the equation that makes it so is told. A primitive that is not known here counts as one that
+is no, the equation that makes it so is named. A primitive that is not known here counts as one that
 is not affine, so the answer yes is certain.
 """
 
@@ -16,7 +16,7 @@ from jax.extend import core as jex
 
 from vfjax._jaxpr.calls import subjaxpr
 from vfjax._jaxpr.graph import Graph
-from vfjax._jaxpr.primitives import CAST, SPREAD
+from vfjax._jaxpr.primitives import CAST, TABLE, Linear
 
 Flags = Sequence[bool]
 
@@ -36,7 +36,7 @@ class Culprit(NamedTuple):
     def why(self) -> str:
         """What it says of the network, in words."""
         at = "" if self.where == "unknown" else f" at {self.where}"
-        if self.primitive in _RULES or self.primitive in _BENT:
+        if self.primitive in TABLE and TABLE[self.primitive].linear is not Linear.UNKNOWN:
             return f"net is not affine in its input, because of `{self.primitive}`{at}"
         return f"cannot tell whether net is affine in its input: `{self.primitive}`{at} is unknown"
 
@@ -66,7 +66,7 @@ def _blame(eqn: Any, flags: Flags) -> str | None:
     inner = subjaxpr(eqn)
     if inner is not None:
         return _blame_inside(inner[0], flags)
-    rule = _RULES.get(name)
+    rule = _RULES.get(TABLE[name].linear) if name in TABLE else None
     if rule is None or not rule(flags):
         return name
     # To integers is rounding; from them it is not.
@@ -90,44 +90,12 @@ def _blame_inside(jaxpr: Any, flags: Flags) -> str | None:
     return None
 
 
-def _every(flags: Flags) -> bool:
-    """Linear in all operands together."""
-    return True
-
-
-def _one(flags: Flags) -> bool:
-    """Linear in each operand by itself."""
-    return sum(flags) == 1
-
-
-def _but(*constant: int) -> Callable[[Flags], bool]:
-    """Linear in all operands together but these, which must be given."""
-    return lambda flags: not any(flags[k] for k in constant if k < len(flags))
-
-
-def _first(flags: Flags) -> bool:
-    """Linear in the first operand; what comes after it says where."""
-    return not any(flags[1:])
-
-
-# Of what has no rule, primitives that are certainly not affine; the others may be.
-_BENT = frozenset(
-    """
-    abs and argmax argmin atan2 cbrt ceil clamp cos cosh cumlogsumexp cummax cummin cumprod eq erf
-    erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min
-    ne not or pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_window_max rem round
-    rsqrt sign sin sinh sort sqrt square tan tanh top_k xor
-    """.split()
-)
-
-_RULES: dict[str, Callable[[Flags], bool]] = {
-    **dict.fromkeys(CAST | SPREAD | {"add", "add_any", "sub", "neg"}, _every),
-    **dict.fromkeys(("mul", "dot_general", "conv_general_dilated"), _one),
-    **dict.fromkeys(("div", "gather", "dynamic_slice", "reduce_window_sum"), _first),
-    **dict.fromkeys(("reduce_sum", "cumsum", "slice", "rev", "split", "concatenate"), _every),
-    **dict.fromkeys(("pad", "real", "imag"), _every),
-    "select_n": _but(0),
-    # Operand, indices, updates; and operand, update, indices.
-    **dict.fromkeys(("scatter", "scatter-add"), _but(1)),
-    "dynamic_update_slice": lambda flags: not any(flags[2:]),
+# Whether a primitive is affine in the flagged operands, if the others are given.
+_RULES: dict[Linear, Callable[[Flags], bool]] = {
+    Linear.JOINTLY: lambda flags: True,
+    Linear.EACH: lambda flags: sum(flags) == 1,
+    Linear.FIRST: lambda flags: not any(flags[1:]),
+    Linear.FIRST_TWO: lambda flags: not any(flags[2:]),
+    Linear.BUT_FIRST: lambda flags: not any(flags[:1]),
+    Linear.BUT_SECOND: lambda flags: not any(flags[1:2]),
 }

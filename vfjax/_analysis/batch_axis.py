@@ -1,7 +1,7 @@
 """Whether a batch may be computed in pieces: whether a network treats every example by itself.
 
 The batch axis of the input is followed through the graph, equation by equation. A network that
-mixes examples (batch statistics, an attention over the batch) is told, and so is one that is not
+mixes examples (batch statistics, an attention over the batch) is named, and so is one that is not
 the same at another batch size. The answer is yes only where it is certain: every primitive that is
 not known here counts as mixing.
 """
@@ -16,14 +16,27 @@ from jax.extend import core as jex
 
 from vfjax._analysis.views import varying_axes
 from vfjax._jaxpr.calls import INPUT, subjaxpr
+from vfjax._jaxpr.elementwise import is_elementwise
 from vfjax._jaxpr.graph import Equation, Graph
 from vfjax._jaxpr.primitives import (
-    CAST,
+    BROADCAST,
+    CONCATENATE,
+    CONV,
+    CUMULATIVE,
+    DOT,
     ELEMENTWISE,
     LAYOUT,
+    PAD,
     REDUCTIONS,
+    REV,
+    SLICE,
+    SORT,
+    SPLIT,
     SPREAD,
-    is_elementwise,
+    STACK,
+    TILE,
+    TRANSPOSE,
+    WINDOWS,
 )
 
 
@@ -156,9 +169,9 @@ def _equal(a: Any, b: Any) -> bool:
 def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
     """The batch axis of an equation's results; raises `_Mixed` where there is none."""
     name = equation.primitive
-    if name == "dot_general":
+    if name == DOT:
         return _dot(graph, equation, axes)
-    if name == "conv_general_dilated":
+    if name == CONV:
         return _convolution(equation, axes)
     found = {axes[v] for v in equation.values if v in axes}
     if len(found) != 1:
@@ -168,7 +181,7 @@ def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
         # What does not depend on the input may be laid out along the batch, but not vary there.
         if value not in axes and axis in varying_axes(graph, value):
             raise _Mixed
-    if name in CAST | ELEMENTWISE or is_elementwise(equation):
+    if is_elementwise(equation):
         return axis
     rule = _RULES.get(name)
     if rule is None:
@@ -247,6 +260,16 @@ def _pad(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> i
     return axis
 
 
+def _stack(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    return axis + (params["axis"] <= axis)
+
+
+def _tile(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
+    if params["reps"][axis] != 1:
+        raise _Mixed
+    return axis
+
+
 def _untouched(*names: str) -> Callable[[Mapping[str, Any], int, Shape, Shape], int]:
     """A rule for primitives that work along the axes which these parameters name."""
 
@@ -261,15 +284,17 @@ def _untouched(*names: str) -> Callable[[Mapping[str, Any], int, Shape, Shape], 
 
 _RULES: dict[str, Callable[[Mapping[str, Any], int, Shape, Shape], int]] = {
     **dict.fromkeys(LAYOUT, _reshape),
-    **dict.fromkeys(REDUCTIONS | {"argmin"}, _reduce),
-    **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _window),
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _untouched("axis")),
-    "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
-    "sort": _untouched("dimension"),
-    "concatenate": _untouched("dimension"),
-    "split": _untouched("axis"),
-    "rev": _untouched("dimensions"),
-    "slice": _untouched(),  # which touches an axis only by making it shorter
-    "pad": _pad,
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(WINDOWS, _window),
+    **dict.fromkeys(CUMULATIVE, _untouched("axis")),
+    TRANSPOSE: _transpose,
+    BROADCAST: _broadcast,
+    SORT: _untouched("dimension"),
+    CONCATENATE: _untouched("dimension"),
+    SPLIT: _untouched("axis"),
+    STACK: _stack,
+    TILE: _tile,
+    REV: _untouched("dimensions"),
+    SLICE: _untouched(),  # which touches an axis only by making it shorter
+    PAD: _pad,
 }

@@ -6,13 +6,10 @@ from collections.abc import Collection
 
 import numpy as np
 
-from vfjax._jaxpr import calls
 from vfjax._jaxpr.calls import INPUT
+from vfjax._jaxpr.elementwise import is_elementwise
 from vfjax._jaxpr.graph import Graph
-from vfjax._jaxpr.primitives import is_elementwise
-
-# Nonlinear primitives that stand for one activation each.
-_ACTIVATIONS = frozenset({"max", "tanh", "logistic", "erf", "erfc", "exp", "sin", "cos"})
+from vfjax._jaxpr.primitives import ACTIVATIONS, CONV, CUSTOM, DOT, POOLS
 
 
 def equation_flops(
@@ -36,11 +33,11 @@ def equation_flops(
     sizes = [int(np.prod(graph.avals[v].shape)) for v in equation.values]
     out = int(np.prod(graph.avals[next(v for v in equation.outputs if v is not None)].shape))
     name = equation.primitive
-    if name == "dot_general":
+    if name == DOT:
         contract, _ = equation.params["dimension_numbers"]
         shape = equation.eqn.invars[0].aval.shape
         return out * int(np.prod([shape[a] for a in contract[0]]))
-    if name == "conv_general_dilated":
+    if name == CONV:
         dims = equation.params["dimension_numbers"]
         kernel = equation.eqn.invars[1].aval.shape
         return out * int(np.prod(kernel)) // kernel[dims.rhs_spec[0]]
@@ -48,8 +45,8 @@ def equation_flops(
         return out
     if index in norms:
         return 2 * out
-    if name.startswith(("reduce_window", "reduce_sum", "reduce_max")):
+    if name in POOLS:
         return max(sizes)
-    if name in _ACTIVATIONS or (name in calls.CUSTOM and is_elementwise(equation)):
+    if name in ACTIVATIONS or (name in CUSTOM and is_elementwise(equation)):
         return out
     return 0

@@ -13,18 +13,12 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vfjax._analysis.norms import NormSite
-from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.calls import INPUT, PARAM
 from vfjax._jaxpr.graph import Equation, Graph
-from vfjax._jaxpr.primitives import SPREAD
+from vfjax._jaxpr.primitives import ADDITIVE, DIV, LINEAR, MUL
 
 ADDS, SCALES, KERNEL, JOINED, BENT = "adds", "scales", "kernel", "joined", "bent"
 """Added to features; multiplies them; in a linear layer; in a product of parameters; all else."""
-
-# Linear in each operand, or moving entries about.
-_LINEAR = SPREAD | frozenset(
-    """add add_any concatenate cumsum dynamic_slice dynamic_update_slice gather neg pad real
-    reduce_sum reduce_window_sum rev scatter scatter-add select_n slice split sub""".split()
-)
 
 
 class Effect(NamedTuple):
@@ -41,7 +35,7 @@ class Effect(NamedTuple):
     where: str
 
 
-def effects(graph: Graph, norms: Iterable[NormSite]) -> dict[int, dict[str, Effect]]:
+def leaf_effects(graph: Graph, norms: Iterable[NormSite]) -> dict[int, dict[str, Effect]]:
     """How every leaf acts on what depends on the input.
 
     Args:
@@ -87,21 +81,21 @@ def _effect(equation: Equation, place: int) -> Effect:
     name = equation.primitive
     if name in LINEAR:
         kind = KERNEL
-    elif name == "mul":
+    elif name == MUL:
         kind = SCALES
     else:
-        kind = ADDS if name in _LINEAR else BENT
+        kind = ADDS if name in ADDITIVE else BENT
     return Effect(kind, name, equation.where)
 
 
 def _combined(graph: Graph, equation: Equation, place: int) -> Effect | None:
     """What becomes of an operand among parameters: None if it goes in as it is."""
     name = equation.primitive
-    if name in _LINEAR:
+    if name in ADDITIVE:
         return None
     others = [v for k, v in enumerate(equation.inputs) if k != place and isinstance(v, int)]
     numbers = not any(graph.depends[v] & PARAM and graph.avals[v].size > 1 for v in others)
-    if name == "mul" or (name == "div" and place == 0):
+    if name == MUL or (name == DIV and place == 0):
         return None if numbers else Effect(BENT, name, equation.where)
     if name in LINEAR:
         return None if numbers else Effect(JOINED, name, equation.where)

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from vfjax._analysis.effects import KERNEL, SCALES, Effect, obstacle
-from vfjax._propagate import Atom, Propagation, Tie
+from vfjax._jaxpr.primitives import CONV
+from vfjax._propagate.propagation import Atom, Propagation, Tie
 from vfjax.symmetry._places import Axis, FixedAxis
 from vfjax.symmetry._spec import PermutationSpec
 
 # What a group on the output axes of a kernel most often is whose entries own copies of another, and
 # what that one is.
-_SUFFIXES = {"conv_general_dilated": (":groups", ":channels")}
+_SUFFIXES = {CONV: (":groups", ":channels")}
 _DEFAULT_SUFFIXES = (":heads", ":dims")
 
 

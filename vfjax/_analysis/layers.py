@@ -18,9 +18,9 @@ from vfjax._analysis.views import (
     varying_axes,
     view_of,
 )
-from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.calls import INPUT, PARAM
 from vfjax._jaxpr.graph import Equation, Graph
-from vfjax._jaxpr.primitives import CAST, LAYOUT
+from vfjax._jaxpr.primitives import ADD, BROADCAST, CAST, CONV, LAYOUT, LINEAR, TRANSPOSE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def _largest_leaf(graph: Graph, value: int) -> int:
 
 def _output_axes(equation: Equation, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Axes of the kernel operand that survive, and the axes of the result that they become."""
-    if equation.primitive == "conv_general_dilated":
+    if equation.primitive == CONV:
         dims = equation.params["dimension_numbers"]
         if side == 1:
             return (dims.rhs_spec[0],), (dims.out_spec[1],)
@@ -150,10 +150,10 @@ def follow(
         name, before = equation.primitive, graph.avals[value].shape
         target = equation.result
         after = graph.avals[target].shape
-        expands = name == "broadcast_in_dim" and np.prod(after) == np.prod(before)
+        expands = name == BROADCAST and np.prod(after) == np.prod(before)
         if not (name in CAST | LAYOUT or expands) or len(equation.inputs) != 1:
             return users[0], value, axes, labels
-        if name == "transpose":
+        if name == TRANSPOSE:
             permutation = equation.params["permutation"]
             axes = tuple(k for k, p in enumerate(permutation) if p in axes)
             labels = labels.transpose(permutation)
@@ -170,7 +170,7 @@ def _preactivation(
     graph: Graph, value: int, axes: tuple[int, ...], labels: np.ndarray
 ) -> tuple[int, tuple[int, ...], np.ndarray, int | None, View | None]:
     index, followed, new_axes, new_labels = follow(graph, value, axes, labels)
-    if index >= 0 and graph.equations[index].primitive in ("add", "add_any"):
+    if index >= 0 and graph.equations[index].primitive in ADD:
         equation = graph.equations[index]
         others = [v for v in equation.inputs if v != followed]
         other = others[0] if len(others) == 1 else None

@@ -11,7 +11,21 @@ from jax.extend import core as jex
 from vfjax._analysis.views import View, varying_axes, view_of
 from vfjax._jaxpr.calls import INPUT, PARAM
 from vfjax._jaxpr.graph import Graph
-from vfjax._jaxpr.primitives import CAST, SPREAD
+from vfjax._jaxpr.primitives import (
+    ADD,
+    CAST,
+    DIV,
+    INTEGER_POW,
+    MAX,
+    MUL,
+    POW,
+    PRODUCTS,
+    RSQRT,
+    SPREAD,
+    SQRT,
+    SQUARE,
+    SUB,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +64,7 @@ def norm_sites(graph: Graph) -> list[NormSite]:
     """The normalisations with stored statistics of a graph, in the order of their equations."""
     sites = []
     for index, equation in enumerate(graph.equations):
-        if equation.primitive != "sub" or len(equation.values) != 2:
+        if equation.primitive != SUB or len(equation.values) != 2:
             continue
         x, mean = equation.values
         if not graph.depends[x] & INPUT or graph.depends[mean] != PARAM:
@@ -78,15 +92,15 @@ def _variance(graph: Graph, value: int, mean: View) -> tuple[_Factor, View | Non
             break
         equation = graph.equations[users[0]]
         if equation.primitive not in CAST:
-            if equation.primitive not in ("mul", "div") or len(equation.values) != 2:
+            if equation.primitive not in PRODUCTS or len(equation.values) != 2:
                 break
             left, right = equation.values
             other = right if left == value else left
             if graph.depends[other] != PARAM:
                 break
-            if equation.primitive == "div" and left != value:
+            if equation.primitive == DIV and left != value:
                 break
-            for factor in _factors(graph, other, 1.0 if equation.primitive == "mul" else -1.0):
+            for factor in _factors(graph, other, 1.0 if equation.primitive == MUL else -1.0):
                 if factor.power == -0.5 and var is None and _alike(graph, factor.view, mean):
                     var = factor
                 elif factor.power == 1.0 and factor.eps is None and scale is None:
@@ -113,11 +127,11 @@ def _factors(graph: Graph, value: Any, power: float) -> list[_Factor]:
     name, operands = equation.primitive, equation.inputs
     if name in SPREAD:
         return _factors(graph, operands[0], power)
-    if name == "mul":
+    if name == MUL:
         return [f for v in operands for f in _factors(graph, v, power)]
-    if name == "div":
+    if name == DIV:
         return _factors(graph, operands[0], power) + _factors(graph, operands[1], -power)
-    if name in ("add", "add_any"):
+    if name in ADD:
         numbers = [_number(graph, v) for v in operands]
         leaves = [v for v, n in zip(operands, numbers, strict=True) if n is None]
         view = view_of(graph, leaves[0]) if len(leaves) == 1 else None
@@ -125,13 +139,13 @@ def _factors(graph: Graph, value: Any, power: float) -> list[_Factor]:
             view = _clamped(graph, leaves[0])
         eps = next((n for n in numbers if n is not None), None)
         return [] if view is None or eps is None else [_Factor(view, eps, power)]
-    if name == "max":
+    if name == MAX:
         view = _clamped(graph, value)
         return [] if view is None else [_Factor(view, 0.0, power)]
-    exponent = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0}.get(name)
-    if name == "integer_pow":
+    exponent = {SQRT: 0.5, RSQRT: -0.5, SQUARE: 2.0}.get(name)
+    if name == INTEGER_POW:
         exponent = equation.params["y"]
-    elif name == "pow":
+    elif name == POW:
         exponent = _number(graph, operands[1])
     return [] if exponent is None else _factors(graph, operands[0], power * exponent)
 
@@ -140,7 +154,7 @@ def _clamped(graph: Graph, value: Any) -> View | None:
     """The leaf in `maximum(leaf, number)`, seen through layout: a variance kept above zero."""
     while value in graph.producer:
         equation = graph.equations[graph.producer[value]]
-        if equation.primitive == "max":
+        if equation.primitive == MAX:
             leaves = [v for v in equation.inputs if _number(graph, v) is None]
             return view_of(graph, leaves[0]) if len(leaves) == 1 else None
         if equation.primitive not in SPREAD or not isinstance(equation.inputs[0], int):
@@ -177,7 +191,7 @@ def _shift(graph: Graph, value: int, axes: tuple[int, ...]) -> View | None:
         if equation.primitive in CAST:
             value = equation.result
             continue
-        if equation.primitive not in ("add", "add_any"):
+        if equation.primitive not in ADD:
             return None
         others = [v for v in equation.values if v != value]
         if len(others) != 1 or graph.depends[others[0]] != PARAM:

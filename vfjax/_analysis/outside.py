@@ -12,13 +12,17 @@ from jax.extend import core as jex
 
 from vfjax._analysis.layers import LinearSite
 from vfjax._analysis.norms import NormSite
-from vfjax._jaxpr.calls import INPUT, LINEAR, PARAM
+from vfjax._jaxpr.calls import INPUT, PARAM
 from vfjax._jaxpr.graph import Graph
-from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD
-
-_PRODUCTS, _SUMS = frozenset({"mul", "div"}), frozenset({"add", "add_any", "sub"})
-_ROOTS = frozenset({"sqrt", "rsqrt", "pow"})
-_SIMPLE = frozenset({"max", "square", "integer_pow", "abs", "select_n"})
+from vfjax._jaxpr.primitives import (
+    LINEAR,
+    MOMENTS,
+    PRODUCTS,
+    REDUCTIONS,
+    ROOTS,
+    SPREAD,
+    SUMS,
+)
 
 
 def leaves_outside(
@@ -49,10 +53,10 @@ def leaves_outside(
             continue
         name, inputs = equation.primitive, equation.inputs
         within = normalised & set(equation.values)
-        is_root = name in _ROOTS and moments & set(equation.values)
-        if index in means or is_root or (within and (name in _PRODUCTS or name in SPREAD)):
+        is_root = name in ROOTS and moments & set(equation.values)
+        if index in means or is_root or (within and (name in PRODUCTS or name in SPREAD)):
             normalised.update(v for v in equation.outputs if v is not None)
-        if index in biases | means or (within and name in _PRODUCTS | _SUMS):
+        if index in biases | means or (within and name in PRODUCTS | SUMS):
             continue
         for k, value in enumerate(inputs):
             if not isinstance(value, int) or graph.depends[value] != PARAM:
@@ -78,7 +82,7 @@ def _moments(graph: Graph) -> set[int]:
             continue
         name = equation.primitive
         reading = [v for v in equation.values if graph.depends[v] & INPUT]
-        keeps = name in SPREAD | _PRODUCTS | _SUMS | _ROOTS | _SIMPLE
+        keeps = name in SPREAD | PRODUCTS | SUMS | ROOTS | MOMENTS
         if name in REDUCTIONS or (keeps and moments.issuperset(reading)):
             moments.update(v for v in equation.outputs if v is not None)
     return moments

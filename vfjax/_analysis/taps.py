@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from vfjax._jaxpr.elementwise import is_elementwise
 from vfjax._jaxpr.graph import Graph
-from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD, is_elementwise
+from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD, TRANSPOSE
 
 
 def tap_of(graph: Graph, value: int) -> int:
@@ -47,7 +48,7 @@ def _transposed(graph: Graph, value: int, axes: tuple[int, ...]) -> tuple[int, t
     """The value behind transposes that alone read it, and where axes are there."""
     while value not in graph.output_ids:
         users = graph.users.get(value, ())
-        if len(users) != 1 or graph.equations[users[0]].primitive != "transpose":
+        if len(users) != 1 or graph.equations[users[0]].primitive != TRANSPOSE:
             break
         permutation = graph.equations[users[0]].params["permutation"]
         axes = tuple(sorted(permutation.index(axis) for axis in axes))

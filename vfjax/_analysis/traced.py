@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax import _propagate
-from vfjax._analysis import effects as _effects
 from vfjax._analysis import outside
 from vfjax._analysis.cost import equation_flops
+from vfjax._analysis.effects import Effect, leaf_effects
 from vfjax._analysis.groups import named_groups
 from vfjax._analysis.layers import (
     LinearSite,
@@ -23,13 +22,10 @@ from vfjax._analysis.layers import (
 )
 from vfjax._analysis.norms import NormSite, norm_sites
 from vfjax._analysis.taps import tap_of
-from vfjax._jaxpr.calls import (
-    INPUT,
-    LINEAR,
-    PARAM,
-    holds_layer,
-)
+from vfjax._jaxpr.calls import INPUT, PARAM, holds_layer
 from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr.primitives import CONV, LINEAR, SUMS
+from vfjax._propagate.propagation import Propagation, propagate
 from vfjax.symmetry._places import Axis, Place, owners
 
 
@@ -116,7 +112,7 @@ class Traced:
         behind: dict[int, frozenset[int]] = {}
         for index, equation in enumerate(self.graph.equations):
             before = [behind.get(v, frozenset()) for v in equation.values]
-            if equation.primitive in ("add", "add_any", "sub") and index not in layers:
+            if equation.primitive in SUMS and index not in layers:
                 alike = [
                     b
                     for v, b in zip(equation.values, before, strict=True)
@@ -155,14 +151,14 @@ class Traced:
         return max((a.size * a.dtype.itemsize for a in avals), default=0)
 
     @functools.cached_property
-    def propagation(self) -> _propagate.Propagation:
+    def propagation(self) -> Propagation:
         """Which axes of all values carry which group."""
-        return _propagate.propagate(self.graph)
+        return propagate(self.graph)
 
     @functools.cached_property
-    def effects(self) -> dict[int, dict[str, _effects.Effect]]:
+    def effects(self) -> dict[int, dict[str, Effect]]:
         """By index of a leaf, how it acts on what depends on the input."""
-        return _effects.effects(self.graph, self.norms.values())
+        return leaf_effects(self.graph, self.norms.values())
 
     @functools.cached_property
     def groups(self) -> dict[int, str]:
@@ -259,8 +255,7 @@ class Traced:
         return frozenset(
             s.bias_equation
             for s in self.layers.values()
-            if s.bias_equation is not None
-            and self.graph.equations[s.index].primitive == "conv_general_dilated"
+            if s.bias_equation is not None and self.graph.equations[s.index].primitive == CONV
         )
 
     @functools.cached_property

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from vfjax._jaxpr.graph import Equation, Graph
-from vfjax._jaxpr.primitives import CAST, ELEMENTWISE, LAYOUT
+from vfjax._jaxpr.primitives import (
+    BROADCAST,
+    CAST,
+    ELEMENTWISE,
+    LAYOUT,
+    RESHAPE,
+    SLICE,
+    SQUEEZE,
+    TRANSPOSE,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,8 +28,8 @@ class View:
     Attributes:
         leaf: Index of the leaf among the variables' leaves.
         slot: Which slice of the leaf, where a scan over stacked layers was unrolled, else None.
-        steps: `("reshape", shape)`, `("transpose", permutation)` or `("broadcast", (shape, dims))`,
-            applied in this order to the leaf (or to its slice).
+        steps: `("reshape", shape)`, `("transpose", permutation)` or `("broadcast_in_dim", (shape,
+            dims))`, applied in this order to the leaf (or to its slice).
     """
 
     leaf: int
@@ -30,14 +39,14 @@ class View:
     @property
     def rigid(self) -> bool:
         """Whether each entry of the leaf is seen exactly once."""
-        return all(kind != "broadcast" for kind, _ in self.steps)
+        return all(kind != BROADCAST for kind, _ in self.steps)
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Shows an array of the leaf's (or slice's) shape as the operand shows the leaf."""
         for kind, how in self.steps:
-            if kind == "reshape":
+            if kind == RESHAPE:
                 array = array.reshape(how)
-            elif kind == "transpose":
+            elif kind == TRANSPOSE:
                 array = array.transpose(how)
             else:
                 shape, dims = how
@@ -52,9 +61,9 @@ class View:
         shapes = [shape]
         for kind, how in self.steps:
             last = shapes[-1]
-            shapes.append(tuple(how) if kind == "reshape" else tuple(last[i] for i in how))
+            shapes.append(tuple(how) if kind == RESHAPE else tuple(last[i] for i in how))
         for (kind, how), before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
-            array = array.reshape(before) if kind == "reshape" else array.transpose(np.argsort(how))
+            array = array.reshape(before) if kind == RESHAPE else array.transpose(np.argsort(how))
         return array
 
 
@@ -71,20 +80,20 @@ def view_of(graph: Graph, value: Any) -> View | None:
         before = _aval(graph, source).shape
         if name in CAST:
             pass
-        elif name == "slice" and squeezed and slot_of(graph, equation) is not None:
+        elif name == SLICE and squeezed and slot_of(graph, equation) is not None:
             # One step of an unrolled scan over stacked layers, or `stacked[3]` written out.
             slot = slot_of(graph, equation)
             steps.pop()
-        elif name == "transpose":
-            steps.append(("transpose", tuple(params["permutation"])))
-        elif name in LAYOUT or (name == "broadcast_in_dim" and _size(shape) == _size(before)):
-            steps.append(("reshape", tuple(shape)))
-        elif name == "broadcast_in_dim":
-            steps.append(("broadcast", (tuple(shape), tuple(params["broadcast_dimensions"]))))
+        elif name == TRANSPOSE:
+            steps.append((TRANSPOSE, tuple(params["permutation"])))
+        elif name in LAYOUT or (name == BROADCAST and _size(shape) == _size(before)):
+            steps.append((RESHAPE, tuple(shape)))
+        elif name == BROADCAST:
+            steps.append((BROADCAST, (tuple(shape), tuple(params["broadcast_dimensions"]))))
         else:
             return None
         if name not in CAST:
-            squeezed = name == "squeeze" and tuple(params["dimensions"]) == (0,)
+            squeezed = name == SQUEEZE and tuple(params["dimensions"]) == (0,)
         value = source
     if value not in graph.inputs[: graph.num_leaves]:
         return None
@@ -93,7 +102,7 @@ def view_of(graph: Graph, value: Any) -> View | None:
 
 def slot_of(graph: Graph, equation: Equation) -> int | None:
     """The index along axis 0 that a slice takes out, if it takes one, whole."""
-    if equation.primitive != "slice":
+    if equation.primitive != SLICE:
         return None
     shape = graph.avals[equation.values[0]].shape
     start, limit = equation.params["start_indices"], equation.params["limit_indices"]
@@ -139,10 +148,10 @@ def varying_axes(graph: Graph, value: Any) -> frozenset[int]:
         # Under jax 0.12 operands of size one are stretched inside; they do not vary there.
         parts = [varying_axes(graph, v) for v in equation.inputs if np.ndim(_aval(graph, v))]
         return frozenset().union(*parts)
-    if name == "broadcast_in_dim":
+    if name == BROADCAST:
         inner, dims = varying_axes(graph, equation.inputs[0]), params["broadcast_dimensions"]
         return frozenset(int(dims[i]) for i in inner if shape[dims[i]] > 1)
-    if name == "transpose":
+    if name == TRANSPOSE:
         inner = varying_axes(graph, equation.inputs[0])
         return frozenset(k for k, p in enumerate(params["permutation"]) if p in inner)
     if name in LAYOUT:

@@ -8,16 +8,10 @@ from typing import Any
 
 from jax.extend import core as jex
 
+from vfjax._jaxpr.primitives import CAST, COND, CUSTOM, INLINE, LINEAR, SCAN, WHILE
+
 PARAM, INPUT = 1, 2
 """Dependency bits of a value: on the parameters, on the network's input."""
-
-LINEAR = frozenset({"dot_general", "conv_general_dilated"})
-INLINE = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_lin"}
-)
-"""Calls that only delimit."""
-CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-"""Calls with derivatives of their own."""
 
 # A third bit, used only here: on a leaf that a scan hands out step by step.
 _STACKED = 4
@@ -67,21 +61,23 @@ def _follow_bits(eqn: Any, bits: Sequence[int]) -> tuple[list[int], int]:
     inner = subjaxpr(eqn)
     if inner is not None and len(inner[0].invars) == len(bits):
         return _bits_inside(inner[0], bits)
-    if name == "scan":
+    if name == SCAN:
         consts, carry = scan_arity(params)
         body = open_jaxpr(params["jaxpr"])[0]
         return _fixed_point(body, bits, consts, carry)
-    if name == "while":
+    if name == WHILE:
         split, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         body, test = (open_jaxpr(params[k])[0] for k in ("body_jaxpr", "cond_jaxpr"))
         result, kernels = _fixed_point(body, bits[split:], start - split, len(bits) - start)
         (stops,), more = _bits_inside(test, [*bits[:split], *result])
         return [bit | stops for bit in result], kernels | more
-    if name == "cond":
+    if name == COND:
         branches = [_bits_inside(open_jaxpr(b)[0], bits[1:]) for b in params["branches"]]
         columns = zip(*(result for result, _ in branches), strict=True)
         result = [union([*column, bits[0]]) for column in columns]
         return result, union(kernels for _, kernels in branches)
+    if name in CAST:
+        return list(bits), 0
     if name in LINEAR:
         kernel, value = sorted(bits[:2], key=lambda b: b & INPUT)
         layer = value & INPUT and kernel & PARAM and not kernel & INPUT

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vfjax._jaxpr.flatten import flatten
+from vfjax._jaxpr.flattening import flatten
 from vfjax._jaxpr.graph import Equation, evaluate
 from vfjax._types import Array
 

@@ -25,30 +25,7 @@ import jax
 from jax.core import eval_jaxpr
 from jax.extend import core as jex
 
-from vfjax._jaxpr.calls import (
-    INPUT,
-    LINEAR,
-    PARAM,
-    holds_layer,
-    open_jaxpr,
-    scan_arity,
-    subjaxpr,
-)
 from vfjax._types import Array
-
-__all__ = [
-    "INPUT",
-    "LINEAR",
-    "PARAM",
-    "Equation",
-    "Graph",
-    "evaluate",
-    "holds_layer",
-    "open_jaxpr",
-    "scan_arity",
-    "subjaxpr",
-]
-
 
 # Frames of installed packages, JAX and this core are never where a user wrote a layer.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

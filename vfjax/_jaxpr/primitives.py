@@ -1,62 +1,166 @@
-"""The one table of what each primitive is."""
+"""The one table of what each primitive is, which every other module asks.
+
+A primitive that is missing here is unknown: it fixes the axes that it touches, mixes examples, and
+is not affine as far as anyone can tell. Symmetries may then be missed, never invented.
+
+Two rooms keep names of their own: the rules of `vfjax._propagate`, one function for each primitive,
+and `faster`, whose equivalents are of single primitives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import enum
+from typing import NamedTuple
 
-import numpy as np
-from jax.extend import core as jex
 
-from vfjax._jaxpr.calls import subjaxpr
-from vfjax._jaxpr.graph import Equation
+class Kind(enum.Enum):
+    """What a primitive does to the entries of its operands."""
 
-CAST = frozenset(
-    """convert_element_type copy copy_p name optimization_barrier pvary reduce_precision reshard
-    sharding_constraint stop_gradient""".split()
+    CAST = "hands each operand on, at another precision, place, layout in memory or name at most"
+    LAYOUT = "lays the entries of one operand out differently, each of them once"
+    BROADCAST = "repeats one operand along new dimensions, or along those of size one"
+    ELEMENTWISE = "maps each position of its operands to the same position of one result"
+    REDUCTION = "combines the entries along `axes`, in any order"
+    CHOICE = "tells where along `axes` an entry is"
+    CUMULATIVE = "combines each entry with those before it along `axis`"
+    WINDOW = "combines the entries of windows: a pool"
+    LAYER = "contracts an operand with another one, which may be a kernel"
+    INDEXING = "picks, places, joins, repeats or reorders entries"
+    INLINE = "calls a jaxpr, and only delimits it"
+    CUSTOM = "calls a jaxpr with derivatives of its own"
+    LOOP = "runs a jaxpr several times, or one of several"
+    OTHER = "none of these"
+
+
+class Linear(enum.Enum):
+    """In which operands, varied together, a primitive is affine over the real numbers."""
+
+    JOINTLY = "in all of them"
+    EACH = "in any single one, if the others are given"
+    FIRST = "in the first, if the others are given"
+    FIRST_TWO = "in the first two, if the others are given"
+    BUT_FIRST = "in all but the first, which is given"
+    BUT_SECOND = "in all but the second, which is given"
+    NEVER = "in none"
+    UNKNOWN = "nobody has said"
+
+
+class Primitive(NamedTuple):
+    """What is known of a primitive.
+
+    Attributes:
+        kind: What it does to entries.
+        linear: In which operands it is affine. Of a cast that holds between floats; one to integers
+            rounds.
+    """
+
+    kind: Kind
+    linear: Linear
+
+
+_FAMILIES: tuple[tuple[Kind, Linear, str], ...] = (
+    (
+        Kind.CAST,
+        Linear.JOINTLY,
+        """convert_element_type copy device_put layout_constraint name optimization_barrier pvary
+        reduce_precision relayout reshard sharding_constraint stop_gradient
+        with_memory_space_constraint""",
+    ),
+    (Kind.LAYOUT, Linear.JOINTLY, "reshape squeeze transpose"),
+    (Kind.BROADCAST, Linear.JOINTLY, "broadcast_in_dim broadcast_to"),
+    (Kind.ELEMENTWISE, Linear.JOINTLY, "add add_any complex conj imag neg real sub zeros_like"),
+    (Kind.ELEMENTWISE, Linear.EACH, "mul"),
+    (Kind.ELEMENTWISE, Linear.FIRST, "div"),
+    (Kind.ELEMENTWISE, Linear.BUT_FIRST, "select_n"),
+    (
+        Kind.ELEMENTWISE,
+        Linear.NEVER,
+        """abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
+        cos cosh digamma eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a
+        igammac integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mulhi
+        ne nextafter not one_minus_square or polygamma polynomial population_count pow
+        regularized_incomplete_beta rem round rsqrt shift_left shift_right_arithmetic
+        shift_right_logical sign sin sinh sqrt square tan tanh xor zeta""",
+    ),
+    (Kind.REDUCTION, Linear.JOINTLY, "reduce_sum"),
+    (
+        Kind.REDUCTION,
+        Linear.NEVER,
+        "reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_xor",
+    ),
+    (Kind.CHOICE, Linear.NEVER, "argmax argmin"),
+    (Kind.CUMULATIVE, Linear.JOINTLY, "cumsum"),
+    (Kind.CUMULATIVE, Linear.NEVER, "cumlogsumexp cummax cummin cumprod"),
+    (Kind.WINDOW, Linear.FIRST, "reduce_window_sum"),
+    (Kind.WINDOW, Linear.NEVER, "reduce_window_max reduce_window_min"),
+    (Kind.WINDOW, Linear.UNKNOWN, "reduce_window"),
+    (Kind.LAYER, Linear.EACH, "conv_general_dilated dot_general"),
+    (Kind.INDEXING, Linear.JOINTLY, "concatenate pad rev slice split stack tile unstack"),
+    (Kind.INDEXING, Linear.FIRST, "dynamic_slice gather"),
+    (Kind.INDEXING, Linear.FIRST_TWO, "dynamic_update_slice"),
+    (Kind.INDEXING, Linear.BUT_SECOND, "scatter scatter-add scatter-sub"),
+    (Kind.INLINE, Linear.UNKNOWN, "closed_call custom_lin jit remat2"),
+    (Kind.CUSTOM, Linear.UNKNOWN, "custom_jvp_call custom_vjp_call"),
+    (Kind.LOOP, Linear.UNKNOWN, "cond scan while"),
+    (Kind.OTHER, Linear.NEVER, "bitcast_convert_type sort top_k"),
+    (Kind.OTHER, Linear.UNKNOWN, "debug_callback debug_print iota reduce"),
 )
-"""Primitives that hand a value on, at another precision, place or name at most."""
+
+TABLE: dict[str, Primitive] = {
+    name: Primitive(kind, linear) for kind, linear, names in _FAMILIES for name in names.split()
+}
+"""What is known of each primitive, by its name in jax 0.10 and 0.12."""
 
 
-LAYOUT = frozenset({"reshape", "transpose", "squeeze", "expand_dims"})
+def _of(*kinds: Kind) -> frozenset[str]:
+    return frozenset(name for name, primitive in TABLE.items() if primitive.kind in kinds)
 
-SPREAD = CAST | LAYOUT | {"broadcast_in_dim"}
+
+CAST = _of(Kind.CAST)
+"""Primitives that hand each operand on as a result of its own."""
+
+LAYOUT = _of(Kind.LAYOUT)
+SPREAD = _of(Kind.CAST, Kind.LAYOUT, Kind.BROADCAST)
 """Primitives that only lay values out."""
 
-
-REDUCTIONS = frozenset(
-    {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax"}
-)
-
-ELEMENTWISE = CAST | frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma
-    log log1p logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt select_n sign
-    sin sinh sqrt square sub tan tanh xor""".split()
-)
+ELEMENTWISE = _of(Kind.CAST, Kind.ELEMENTWISE)
 """Primitives that map each position of their operands to the same position of the result."""
 
+REDUCTIONS = _of(Kind.REDUCTION, Kind.CHOICE)
+CHOICES = _of(Kind.CHOICE)
+CUMULATIVE = _of(Kind.CUMULATIVE)
+WINDOWS = _of(Kind.WINDOW)
+LINEAR = _of(Kind.LAYER)
+"""Primitives that a layer is made of."""
 
-def is_elementwise(equation: Equation) -> bool:
-    """Whether an equation is elementwise, looking into custom derivatives such as relu's."""
-    if equation.primitive in ELEMENTWISE:
-        return True
-    inner = subjaxpr(equation.eqn)
-    return inner is not None and _elementwise_jaxpr(*inner)
+INLINE = _of(Kind.INLINE)
+"""Calls that only delimit."""
 
+CUSTOM = _of(Kind.CUSTOM)
+"""Calls with derivatives of their own."""
 
-def _elementwise_jaxpr(jaxpr: Any, consts: Sequence[Any]) -> bool:
-    literals = [v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, jex.Literal)]
-    shapes = [v.aval.shape for v in jaxpr.constvars] + [np.shape(v.val) for v in literals]
-    if any(shapes) or any(map(np.ndim, consts)):
-        return False  # an array that is no operand: nobody could tell where it varies
-    for eqn in jaxpr.eqns:
-        inner = subjaxpr(eqn)
-        if inner is not None and _elementwise_jaxpr(*inner):
-            continue
-        scalar = eqn.primitive.name == "broadcast_in_dim" and all(
-            isinstance(v, jex.Literal) or not v.aval.shape for v in eqn.invars
-        )
-        if eqn.primitive.name not in ELEMENTWISE and not scalar:
-            return False
-    return True
+_NOT_ADDITIVE = Linear.EACH, Linear.NEVER, Linear.UNKNOWN
+ADDITIVE = frozenset(name for name, p in TABLE.items() if p.linear not in _NOT_ADDITIVE) - {"div"}
+"""Primitives whose results are sums of entries of their operands, signs aside."""
+
+# Primitives that are asked for one by one.
+BROADCAST, RESHAPE, SQUEEZE, TRANSPOSE = "broadcast_in_dim", "reshape", "squeeze", "transpose"
+CONCATENATE, PAD, REV, SLICE, SPLIT = "concatenate", "pad", "rev", "slice", "split"
+STACK, TILE, UNSTACK, SORT = "stack", "tile", "unstack", "sort"
+CONV, DOT = "conv_general_dilated", "dot_general"
+COND, SCAN, WHILE = "cond", "scan", "while"
+DIV, MAX, MUL, SUB = "div", "max", "mul", "sub"
+INTEGER_POW, POW, RSQRT, SQRT, SQUARE = "integer_pow", "pow", "rsqrt", "sqrt", "square"
+
+ADD = frozenset({"add", "add_any"})
+SUMS = ADD | {SUB}
+PRODUCTS = frozenset({MUL, DIV})
+ROOTS = frozenset({SQRT, RSQRT, POW})
+MOMENTS = frozenset({MAX, SQUARE, INTEGER_POW, "abs", "select_n"})
+"""What moments are made with, besides sums, products and roots."""
+
+ACTIVATIONS = frozenset({MAX, "cos", "erf", "erfc", "exp", "logistic", "sin", "tanh"})
+"""Nonlinear primitives that stand for one activation each."""
+
+POOLS = WINDOWS | {"reduce_max", "reduce_sum"}
+"""Primitives of which a pool over windows, or over all positions, is made."""

@@ -63,7 +63,7 @@ class Maps:
             Maps with `M = K U^T / sizes`, where `U` is one at the label of each feature.
 
         Raises:
-            TypeError: If labels are not of integers, or `models` is no whole number.
+            TypeError: If labels are not of integers, or `models` is not a whole number.
             ValueError: If they are not as many for each model, are negative, or leave out a number.
 
         Example:
@@ -94,7 +94,7 @@ class Maps:
 
         Raises:
             TypeError: If a permutation is not of integers, or `permutations` is one mapping.
-            ValueError: If one is no permutation, or two models' differ in size.
+            ValueError: If one is not a permutation, or two models' differ in size.
 
         Example:
             >>> found = Maps.of_permutations([None, {"h": [2, 0, 1]}])
@@ -158,7 +158,7 @@ class Maps:
             models: How many trees there are.
 
         Raises:
-            TypeError: If a map is no pair.
+            TypeError: If a map is not a pair.
             ValueError: If the number of models, a group, or the size of a matrix does not fit, or
                 a matrix holds NaN or infinity.
 

@@ -41,7 +41,7 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
         One `x` per batch, as it came (NumPy or JAX arrays).
 
     Raises:
-        TypeError: If `data` is no iterable, or a batch has another structure or dtype.
+        TypeError: If `data` is not an iterable, or a batch has another structure or dtype.
         ValueError: If a batch has another shape than `[batch, *traced]`, its leaves disagree on
             the batch size or one was traced without a batch axis, or there are no batches: `data`
             was empty or exhausted before.
@@ -77,8 +77,8 @@ def labelled(
         Number of the batch, `x` and labels.
 
     Raises:
-        TypeError: If `data` is no iterable, a batch is no pair, its labels are not integers, or its
-            `x` has another structure or dtype than was traced.
+        TypeError: If `data` is not an iterable, a batch is not a pair, its labels are not integers,
+            or its `x` has another structure or dtype than was traced.
         ValueError: If a batch has not one label per input, its `x` another shape than was traced,
             or there are no batches.
 

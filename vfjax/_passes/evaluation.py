@@ -82,8 +82,8 @@ def evaluate(
         The `Evaluation`.
 
     Raises:
-        TypeError: If `data` is no iterable, a batch is no pair, or its labels are not integers; or
-            if a leaf of `params` is a function.
+        TypeError: If `data` is not an iterable, a batch is not a pair, or its labels are not
+            integers; or if a leaf of `params` is a function.
         ValueError: If `params` hold NaN or infinity, `data` is empty or exhausted, a batch has not
             one label per input or a label that is none of the classes, or `fn` returns no logits
             ``[n, classes]``.

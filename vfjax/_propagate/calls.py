@@ -9,6 +9,7 @@ from typing import Any
 from jax.extend import core as jex
 
 from vfjax._jaxpr.calls import open_jaxpr, scan_arity, subjaxpr
+from vfjax._jaxpr.primitives import CUSTOM, INLINE
 from vfjax._propagate.registry import (
     Axes,
     Step,
@@ -39,20 +40,7 @@ def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value
     return [read(var) for var in jaxpr.outvars]
 
 
-@rule(
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat",
-    "remat2",
-    "checkpoint",
-    "custom_lin",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    lazy=True,
-)
+@rule(*INLINE, *CUSTOM, lazy=True)
 def call(step: Step) -> list[Axes]:
     """Evaluates a jaxpr once."""
     inner = subjaxpr(step.eqn)

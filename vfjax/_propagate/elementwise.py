@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
+from vfjax._jaxpr.primitives import CAST, ELEMENTWISE
 from vfjax._propagate.registry import Axes, Step, opaque, rule
 
-_UNARY = """
-    abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil clz conj
-    convert_element_type copy copy_p cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor imag
-    integer_pow is_finite lgamma log log1p log2 logistic name neg not one_minus_square
-    population_count real reduce_precision round rsqrt sign sin sinh sqrt square stop_gradient tan
-    tanh zeros_like
-""".split()
 
-_SEVERAL = """
-    add add_any and atan2 clamp complex div eq eq_to ge gt igamma igamma_grad_a igammac le le_to lt
-    lt_to max min mul mulhi ne nextafter or polygamma polynomial pow regularized_incomplete_beta rem
-    select_n shift_left shift_right_arithmetic shift_right_logical sub xor zeta
-""".split()
-
-# Where an array lives, or how it is laid out in memory, is no business of its entries.
-_PLACEMENT = """
-    device_put layout_constraint mesh_cast optimization_barrier pvary reshard sharding_constraint
-    with_memory_space_constraint
-""".split()
-
-
-@rule(*_UNARY, *_SEVERAL, lazy=True)
-def elementwise(step: Step) -> list[Axes]:
+@rule(*(ELEMENTWISE - CAST), lazy=True)
+def tied(step: Step) -> list[Axes]:
     """Ties the operands along every dimension in which they are not broadcast.
 
     A dimension of size 1 may meet a longer one inside the primitive (jax 0.12), which ties nothing;
@@ -45,9 +26,9 @@ def elementwise(step: Step) -> list[Axes]:
     return [axes]
 
 
-@rule(*_PLACEMENT, lazy=True)
-def placement(step: Step) -> list[Axes]:
-    """Hands every operand through."""
+@rule(*CAST, lazy=True)
+def cast(step: Step) -> list[Axes]:
+    """Hands every operand on: where or at what precision it is held moves no entry."""
     return [value.axes for value in step.inputs]
 
 

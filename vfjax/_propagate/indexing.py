@@ -138,7 +138,7 @@ def unstack(step: Step) -> list[Axes]:
 def gather(step: Step) -> list[Axes]:
     """Looks slices up (an embedding): indexed dimensions are fixed, whole ones pass.
 
-    Dimensions of the result that are no offsets run over the indices, in order.
+    Dimensions of the result that are not offsets run over the indices, in order.
     """
     operand, indices = step.inputs
     (shape,) = step.shapes

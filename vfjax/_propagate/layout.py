@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from vfjax._jaxpr.primitives import LAYOUT, RESHAPE, TRANSPOSE
 from vfjax._propagate.registry import Axes, Step, opaque, rule
 
 
-@rule("reshape", "squeeze", "expand_dims", lazy=True)
+@rule(*(LAYOUT - {TRANSPOSE}), lazy=True)
 def reshape(step: Step) -> list[Axes]:
     """Regroups dimensions: joins them, or folds one into several."""
     value, (shape,) = step.inputs[0], step.shapes
-    if step.params.get("dimensions") is not None and step.primitive == "reshape":
+    if step.params.get("dimensions") is not None and step.primitive == RESHAPE:
         return opaque(step)
     if not math.prod(shape):
         return [[step.free(n) for n in shape]]
@@ -42,7 +43,7 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     return blocks
 
 
-@rule("transpose", lazy=True)
+@rule(TRANSPOSE, lazy=True)
 def transpose(step: Step) -> list[Axes]:
     """Reorders the axes."""
     return [[step.inputs[0].axes[k] for k in step.params["permutation"]]]

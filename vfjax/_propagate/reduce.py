@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vfjax._jaxpr.primitives import CHOICES, CUMULATIVE, REDUCTIONS, WINDOWS
 from vfjax._propagate.registry import Axes, Step, rule
 
 
-@rule(
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
-    "reduce_prod",
-    "reduce_and",
-    "reduce_or",
-    "reduce_xor",
-)
+@rule(*(REDUCTIONS - CHOICES))
 def reduction(step: Step) -> list[Axes]:
     """Drops dimensions; the order of the entries along them does not matter."""
     dropped = step.params["axes"]
     return [[axis for k, axis in enumerate(step.inputs[0].axes) if k not in dropped]]
 
 
-@rule("argmax", "argmin")
+@rule(*CHOICES)
 def arg_reduction(step: Step) -> list[Axes]:
     """Drops dimensions whose order is what the result tells."""
     axes, dropped = step.inputs[0].axes, step.params["axes"]
@@ -42,7 +35,7 @@ def general_reduction(step: Step) -> list[Axes]:
     return [[value.axes[k] for k in kept] for value in values]
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+@rule(*CUMULATIVE)
 def cumulative(step: Step) -> list[Axes]:
     """Depends on the order along its axis."""
     axes = list(step.inputs[0].axes)
@@ -69,7 +62,7 @@ def top_k(step: Step) -> list[Axes]:
     return _fixed_along(step, value.axes, [dim])
 
 
-@rule("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min")
+@rule(*WINDOWS)
 def reduce_window(step: Step) -> list[Axes]:
     """Pools: positions that share windows, or are padded or strided over, are fixed."""
     get = step.params.get

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
-from vfjax._jaxpr.calls import INPUT, PARAM
+from vfjax._jaxpr.calls import INPUT, PARAM, union
+from vfjax._jaxpr.primitives import CAST
 from vfjax._propagate.atoms import Axis, Cause
 from vfjax._propagate.folds import Folds
 from vfjax._propagate.within import Record, Use
@@ -170,12 +171,13 @@ def apply(step: Step) -> list[Value]:
         results = opaque(step)
     if not _consistent(step, results):
         results = opaque(step)
-    depends = 0
-    for value in step.inputs:
-        depends |= value.depends
-    for axes in results if depends else ():  # a constant does not vary along what is free in it
-        step.record.see(axes)
-    return [Value(a, s, depends) for a, s in zip(results, step.shapes, strict=True)]
+    bits = [value.depends for value in step.inputs]
+    if step.primitive not in CAST:  # which hands each operand on as a result of its own
+        bits = [union(bits)] * len(results)
+    for axes, depends in zip(results, bits, strict=True):
+        if depends:  # a constant does not vary along what is free in it
+            step.record.see(axes)
+    return [Value(*known) for known in zip(results, step.shapes, bits, strict=True)]
 
 
 def shape_of(aval: Any) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def resolve_weights(
         One Python float per model (for traced weights: one traced scalar, unchecked but in number).
 
     Raises:
-        TypeError: If `weights` is no flat sequence.
+        TypeError: If `weights` is not a flat sequence.
         ValueError: If there are not `count` of them, one is not finite, or they do not sum to one.
 
     Example:
@@ -105,7 +105,7 @@ def resolve_mix(
     """The weights of `count` trees, given as such or, of two, as an alpha.
 
     Raises:
-        TypeError: If `weights` is no flat sequence.
+        TypeError: If `weights` is not a flat sequence.
         ValueError: If both are given, `alpha` for other than two trees, or weights do not fit.
     """
     if alpha is not None:
@@ -117,19 +117,21 @@ def resolve_mix(
     return resolve_weights(weights, count)
 
 
-def average_trees(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
-    """The average of alike trees; integer leaves must agree.
+def average_flats(flats: Sequence[paths.Flat], weights: Sequence[float]) -> PyTree:
+    """The average of alike trees that are taken apart; integer leaves must agree.
 
     Args:
-        trees: The trees.
+        flats: The trees.
         weights: One per tree, summing to one.
+
+    Returns:
+        A tree of the structure of the first.
     """
-    named = [paths.flatten_named(tree) for tree in trees]
-    treedef = named[0][1]
-    leaves = [
-        _average_leaf(path, [leaves[path] for leaves, _ in named], weights) for path in named[0][0]
-    ]
-    return jax.tree.unflatten(treedef, leaves)
+    found = {
+        path: _average_leaf(path, [flat.leaves[path] for flat in flats], weights)
+        for path in flats[0].leaves
+    }
+    return paths.Flat(found, flats[0].treedef).tree()
 
 
 def _average_leaf(path: str, leaves: Sequence[Array], weights: Sequence[float]) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def number(value: Any) -> float:
-    """An option as a float; NaN, which is in no range, if it is no number.
+    """An option as a float; NaN, which is in no range, if it is not a number.
 
     Example:
         >>> number(2), number("2"), number(None)
@@ -26,7 +26,7 @@ def number(value: Any) -> float:
 
 
 def whole(value: Any) -> int:
-    """An option as an integer; -1, below the range of a count, if it is no whole number.
+    """An option as an integer; -1, below the range of a count, if it is not a whole number.
 
     Example:
         >>> whole(2), whole(2.0), whole("2")

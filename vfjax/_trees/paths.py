@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,11 +13,46 @@ from jax.core import Tracer
 from vfjax._types import PyTree
 
 
+class Flat(NamedTuple):
+    """A tree taken apart: what `flatten_named` returns.
+
+    Attributes:
+        leaves: The leaves by path, in the tree's own order.
+        treedef: The tree's structure.
+    """
+
+    leaves: dict[str, Any]
+    treedef: Any
+
+    def tree(self) -> PyTree:
+        """The tree, put together."""
+        return jax.tree.unflatten(self.treedef, list(self.leaves.values()))
+
+    def only(self, paths: Collection[str]) -> PyTree:
+        """The tree with None in place of the leaves that are not at some paths."""
+        kept = [leaf if path in paths else None for path, leaf in self.leaves.items()]
+        return jax.tree.unflatten(self.treedef, kept)
+
+    def part(self, paths: Collection[str]) -> Flat:
+        """What `only` makes, taken apart."""
+        kept = {path: leaf for path, leaf in self.leaves.items() if path in paths}
+        return Flat(kept, jax.tree.structure(self.only(paths)))
+
+    def put(self, leaves: Mapping[str, Any]) -> Flat:
+        """The same structure with some of its leaves replaced.
+
+        Args:
+            leaves: New leaves by path; those at other paths are ignored.
+        """
+        found = {path: leaves.get(path, leaf) for path, leaf in self.leaves.items()}
+        return Flat(found, self.treedef)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, Any], Any]:
+def flatten_named(tree: PyTree, *, name: str = "variables") -> Flat:
     """Flattens a tree into a dict from leaf path to leaf.
 
     Paths read like `params/Conv_0/kernel`. The `/value` that Flax NNX appends is left out, so that
@@ -38,7 +73,7 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> tuple[dict[str, A
     names = _named([path for path, _ in flat])
     for path, leaf in zip(names, (leaf for _, leaf in flat), strict=True):
         check_leaf(leaf, path, name)
-    return dict(zip(names, (leaf for _, leaf in flat), strict=True)), treedef
+    return Flat(dict(zip(names, (leaf for _, leaf in flat), strict=True)), treedef)
 
 
 def _named(paths: Sequence[tuple[Any, ...]]) -> list[str]:
@@ -98,7 +133,9 @@ def leaf_paths(tree: PyTree) -> list[str]:
     return list(flatten_named(tree)[0])
 
 
-def check_trees(trees: Sequence[PyTree], *, name: str = "trees", finite: bool = True) -> None:
+def check_trees(
+    trees: Sequence[PyTree], *, name: str = "trees", finite: bool = True
+) -> tuple[Flat, ...]:
     """Checks that trees can be merged: same leaves, same shapes and dtypes, finite numbers.
 
     Args:
@@ -106,12 +143,23 @@ def check_trees(trees: Sequence[PyTree], *, name: str = "trees", finite: bool = 
         name: What to call them in an error.
         finite: Whether to look for NaN and infinity too (never in tracers or abstract values).
 
+    Returns:
+        The trees, taken apart.
+
     Raises:
-        TypeError: If `trees` is no sequence of trees, or a leaf is no array.
+        TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If there are none, or they differ, or one holds NaN or infinity.
     """
     check_sequence(trees, name=name)
-    flats = [flatten_named(tree, name=f"{name}[{k}]")[0] for k, tree in enumerate(trees)]
+    flats = tuple(flatten_named(tree, name=f"{name}[{k}]") for k, tree in enumerate(trees))
+    check_alike([flat.leaves for flat in flats], name=name, finite=finite)
+    return flats
+
+
+def check_alike(
+    flats: Sequence[Mapping[str, Any]], *, name: str = "trees", finite: bool = True
+) -> None:
+    """The same of trees that are leaves by path already; see `check_trees`."""
     for k, flat in enumerate(flats):
         if k:
             check_like(flat, flats[0], name=f"{name}[{k}]", other=f"{name}[0]")
@@ -198,7 +246,5 @@ def some(names: Iterable[str]) -> str:
 
 def without(tree: PyTree, paths: Collection[str]) -> PyTree:
     """The tree with None in place of the leaves at some paths."""
-    leaves, treedef = flatten_named(tree)
-    return jax.tree.unflatten(
-        treedef, [None if path in paths else leaf for path, leaf in leaves.items()]
-    )
+    flat = flatten_named(tree)
+    return flat.only(flat.leaves.keys() - paths)

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from vfjax import stats
 from vfjax._types import PyTree
 from vfjax.align._assignment import Alignment, assign_in_place
 from vfjax.align._taps import (
-    check_at_taps,
     correlation_between,
     in_place,
     joint_gains,
     matched_sites,
+    models_at_taps,
+    moments_at_taps,
     network_of,
 )
 from vfjax.network._network import Network
@@ -61,8 +61,8 @@ def match_activations(
         does not vary on the data has correlation 0.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
-            another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
+            data has another dtype.
         ValueError: If the trees differ before a tap or hold NaN or infinity, data is empty
             or exhausted, or `moments` lack the covariances at a tap.
 
@@ -79,20 +79,20 @@ def match_activations(
         >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
         [1, 2, 0]
     """
-    nets = check_at_taps(net, [a, b])
+    models = models_at_taps(net, [a, b])
     if moments is None and data is None:
         raise ValueError("`data` is None: give batches to measure on, or `moments`")
-    if not nets[0].taps:
-        return _in_place(nets[0])
+    if not models.net.taps:
+        return _in_place(models.net)
     if moments is None:
         assert data is not None
-        moments = stats.moments(nets, [a, b], data, sites="taps", covariance="cross")
+        moments = moments_at_taps(models, data, "cross")
     elif moments.models != 2:
         raise ValueError(
             f"`moments` must be those of [a, b], but it has {moments.models} models; use "
             "match_moments to choose two of them"
         )
-    return match_moments(nets, moments)
+    return match_moments(models.net, moments)
 
 
 def match_moments(
@@ -112,13 +112,12 @@ def match_moments(
         The alignment, as `match_activations`.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If an index is out of range, or the covariances at a tap are missing.
 
     Example:
         >>> import jax, numpy as np, vfjax
-        >>> from vfjax import stats
-        >>> rng = np.random.default_rng(0)
+        >>>         >>> rng = np.random.default_rng(0)
         >>> trees = [{"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}]
         >>> x = np.float32(rng.normal(size=(50, 4)))
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], trees[0], x)

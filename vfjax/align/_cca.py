@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from vfjax import stats
 from vfjax._maps.maps import Maps
 from vfjax._maps.parts import Part, gather, permuting
 from vfjax._trees.options import number
@@ -25,9 +24,10 @@ from vfjax._types import PyTree
 from vfjax.align._assignment import PLACE, assign
 from vfjax.align._taps import (
     Orders,
-    check_at_taps,
     correlation,
     match_owners,
+    models_at_taps,
+    moments_at_taps,
     network_of,
     tap_covariances,
     with_spreads,
@@ -92,8 +92,8 @@ def cca(
         `vfjax.renorm.reset`.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, data has
-            another dtype, or `dtype` is no float32 or float64.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, data
+            has another dtype, or `dtype` is neither float32 nor float64.
         ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
             infinity, data is empty or exhausted, or `regularization` is negative or not finite.
 
@@ -114,12 +114,14 @@ def cca(
     Horoi et al., 2024, section 4, with `regularization=0.1, relative=False` in the code of the
     first, which takes the features after each ReLU and decomposes in float32.
     """
-    nets = check_at_taps(net, trees)
+    models = models_at_taps(net, trees)
     _check(regularization, dtype)
-    if not nets[0].taps:
+    if not models.net.taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
-    return cca_moments(nets, moments, regularization=regularization, relative=relative, dtype=dtype)
+    moments = moments_at_taps(models, data, "all")
+    return cca_moments(
+        models.net, moments, regularization=regularization, relative=relative, dtype=dtype
+    )
 
 
 def cca_moments(
@@ -143,7 +145,7 @@ def cca_moments(
         As `cca`.
 
     Raises:
-        TypeError: If `net` is no traced network, or `dtype` is no float32 or float64.
+        TypeError: If `net` is not a traced network, or `dtype` is neither float32 nor float64.
         ValueError: If `moments` lacks covariances at a tap or is of one model, or `regularization`
             is negative or not finite.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +15,12 @@ from vfjax._maps.parts import Part, gather
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import assign_in_place
-from vfjax.network._arguments import check_comparable, networks
+from vfjax.network._arguments import Models, comparable, networks
+from vfjax.network._layout import layout_of
 from vfjax.network._network import Network
 from vfjax.network._records import JointTap
 from vfjax.network._sites import joint_taps, select, taps_by_site
-from vfjax.stats._moments import Moments
+from vfjax.stats._moments import Moments, measured
 
 
 def within(nets: Sequence[Network]) -> dict[str, str]:
@@ -125,7 +126,7 @@ def tap_covariances(
             yield Part(tap.group, entry), inside, spread[models, at]
 
 
-def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> tuple[Network, ...]:
+def models_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> Models:
     """Checks that models can be matched by what their groups show at the taps.
 
     Args:
@@ -133,19 +134,39 @@ def check_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> 
         trees: The trees, which behind the taps may differ in shape.
 
     Returns:
-        One network per tree.
+        The models.
 
     Raises:
-        TypeError: If `net` is no traced network, or a tree holds a leaf that is no array.
+        TypeError: If `net` is not a traced network, or a tree holds a leaf that is not an array.
         ValueError: If there are fewer than two trees, they differ before a tap, or hold NaN or
             infinity.
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
-    check_comparable(nets, trees, select(nets[0], "taps"))
+    models = comparable(nets, trees, select(nets[0], "taps"))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
-    return nets
+    return models
+
+
+def moments_at_taps(
+    models: Models, data: Iterable[Any], covariance: Literal["all", "cross"]
+) -> Moments:
+    """Moments of models at all taps, with the covariances of all pairs or of different models.
+
+    Raises:
+        ValueError: If the networks' taps differ, or as `vfjax.stats.moments`.
+    """
+    names = select(models.net, "taps")
+    first, *others = (
+        [layout_of(net, name) for name in select(net, "taps")] for net in dict.fromkeys(models.nets)
+    )
+    if any(found != first for found in others):
+        raise ValueError(
+            "net has networks that lay out the values at the sites differently; measure each by "
+            "itself, stats.moments(net[k], [trees[k]], data, ...)"
+        )
+    return measured(models, data, names, names, cross=covariance == "cross")
 
 
 def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
@@ -156,7 +177,7 @@ def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
         moments: Moments of the models.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If there are not as many networks as models.
     """
     return net if isinstance(net, Network) else networks(net, moments.models)[0]

@@ -24,19 +24,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vfjax import stats
 from vfjax._maps.maps import Maps
 from vfjax._trees.options import whole
-from vfjax._trees.paths import check_finite, check_trees, flatten_named
+from vfjax._trees.paths import Flat, check_finite, check_trees, flatten_named
 from vfjax._types import PyTree
 from vfjax.align._by_activations import Pair, measure, pair_of
 from vfjax.align._by_weights import match_incoming
 from vfjax.align._heads import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
-from vfjax.align._taps import matched_sites, within
-from vfjax.network._arguments import check_net, networks
+from vfjax.align._taps import matched_sites, moments_at_taps, within
+from vfjax.network._arguments import Models, check_net, networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
+from vfjax.symmetry._places import absent_paths
 
 __all__ = ["transport", "transport_moments"]
 
@@ -103,8 +103,8 @@ def transport(
         `vfjax.renorm.reset`.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, or data has
-            another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
+            data has another dtype.
         ValueError: If there are fewer than two trees, they do not fit their networks or hold NaN or
             infinity, data is missing, empty, exhausted or not read, an option is out of range, or
             an exact plan is too large: between different shares, or numbers of units that cannot
@@ -132,10 +132,7 @@ def transport(
     """
     nets = networks(net, len(trees))
     alike = all(other is nets[0] for other in nets)
-    if alike:
-        check_trees(trees)
-    else:
-        _check_widths(nets, trees)
+    models = Models(nets, tuple(trees), check_trees(trees) if alike else _flats(nets, trees))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     solver = Solver(regularization, tolerance, max_iterations, nets[0].spec.rigid)
@@ -155,7 +152,7 @@ def transport(
         raise ValueError('data is None: give batches to measure on, or on="weights"')
     _check_marginals(marginals, ("uniform", "l2", "softmax"))
     if alike:
-        moments = stats.moments(nets[0], trees, data, sites="taps", covariance="cross")
+        moments = moments_at_taps(models, data, "cross")
         pairs = _pairs(nets[0], moments)
     else:
         pairs = measure(nets, trees, data)
@@ -187,7 +184,7 @@ def transport_moments(
         As `transport`.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If `moments` lack the covariances at a tap or are of one model, or an option is
             out of range.
 
@@ -272,13 +269,15 @@ def _check_marginals(marginals: str, known: Sequence[str]) -> None:
         raise ValueError(f"marginals must be one of {', '.join(known)} here, got {marginals!r}")
 
 
-def _check_widths(nets: Sequence[Network], trees: Sequence[PyTree]) -> None:
-    """Checks that trees fit their networks, and these each other but for their widths."""
+def _flats(nets: Sequence[Network], trees: Sequence[PyTree]) -> tuple[Flat, ...]:
+    """Trees taken apart, which fit their networks, and these each other but for their widths."""
+    flats: list[Flat] = []
     groups = nets[0].spec.groups
     axes = Counter(axis[:2] for places in groups.values() for axis in places)
     for k, (net, tree) in enumerate(zip(nets, trees, strict=True)):
-        net.spec.validate(tree)
-        check_finite(flatten_named(tree, name=f"trees[{k}]")[0], name=f"trees[{k}]")
+        flats.append(flatten_named(tree, name=f"trees[{k}]"))
+        net.spec.check_leaves(flats[k].leaves, absent_paths(tree))
+        check_finite(flats[k].leaves, name=f"trees[{k}]")
         for group, places in groups.items():
             if [a[:3] for a in places] != [a[:3] for a in net.spec.groups[group]]:
                 raise ValueError(
@@ -291,3 +290,4 @@ def _check_widths(nets: Sequence[Network], trees: Sequence[PyTree]) -> None:
                     f"group '{group}' has other widths in net[{k}] and net[0], and shares an axis "
                     f"of '{shared}' with another group; there, widths must agree"
                 )
+    return tuple(flats)

@@ -10,7 +10,6 @@ common, the sum over i < j of the correlation of activations or of the inner pro
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,22 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from vfjax import stats
-from vfjax._trees.paths import check_trees, flatten_named
+from vfjax._trees.paths import check_alike
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
 from vfjax.align._ascent import _counted, _generator, _host
 from vfjax.align._assignment import assign_in_place, assign_pairs
 from vfjax.align._taps import (
-    check_at_taps,
     correlation_between,
     in_place,
     joint_gains,
     matched_sites,
+    models_at_taps,
+    moments_at_taps,
     network_of,
 )
-from vfjax.align._weights import match_weights
-from vfjax.network._arguments import networks
+from vfjax.align._weights import best_match
+from vfjax.network._arguments import Models, networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 from vfjax.symmetry._group_maps import compose, invert
@@ -170,8 +169,8 @@ def match_universe(
         over models are taken in an order that the models' numbers decide.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
-            random key, or data has another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
+            is no random key, or data has another dtype.
         ValueError: If there are fewer than two trees, they differ (with data, before a
             tap) or hold NaN or infinity, data is empty or exhausted, `max_steps` is negative, or
             neither data nor a key is given.
@@ -191,24 +190,24 @@ def match_universe(
     Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), section 3, which
     starts Frank-Wolfe at the identity and matches weights.
     """
-    nets = check_at_taps(net, trees)
+    models = models_at_taps(net, trees)
     _check_steps(max_steps)
     if data is None and key is None:
         raise ValueError(
             "`data` is None, so that weights are matched, which needs a random `key`, as "
             "jax.random.key(0); or give batches to match activations on"
         )
-    order = _canonical([flatten_named(tree)[0].values() for tree in trees])
-    chosen, nets = [trees[k] for k in order], [nets[k] for k in order]
+    order = _canonical([leaves.values() for leaves in models.leaves])
+    chosen = models.pick(order)
     if data is None:
         assert key is not None
-        check_trees(trees)
-        found = _of_weights(nets[0], chosen, key, max_steps)
-    elif not nets[0].taps:
-        found = _in_place(nets[0], len(trees))
+        check_alike(models.leaves, finite=False)
+        found = _of_weights(chosen, key, max_steps)
+    elif not chosen.net.taps:
+        found = _in_place(chosen.net, len(chosen))
     else:
-        moments = stats.moments(nets, chosen, data, sites="taps", covariance="cross")
-        found = match_universe_moments(nets, moments, max_steps=max_steps)
+        moments = moments_at_taps(chosen, data, "cross")
+        found = match_universe_moments(chosen.net, moments, max_steps=max_steps)
     return _reordered(found, order)
 
 
@@ -227,7 +226,7 @@ def match_universe_moments(
         with the models in another order may differ by rounding, and only so can what is found.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If `moments` lacks covariances at a tap or is of one model, or `max_steps` is
             negative.
 
@@ -319,18 +318,24 @@ def _of_nested(owner: str, inner: Mapping[str, np.ndarray], max_steps: int) -> _
     return _cycles.ascend(objective, start, max_steps=max_steps)
 
 
-def _of_weights(net: Network, trees: Sequence[PyTree], key: Array, max_steps: int) -> Universe:
+def _of_weights(given: Models, key: Array, max_steps: int) -> Universe:
     """The permutations of all groups, from the weights of models in canonical order."""
-    named = [flatten_named(tree)[0] for tree in trees]
-    counted = _counted(net.spec, named[0], net.statistics)
-    leaves = [{path: _host(held[path]) for path in counted} for held in named]
+    net = given.net
+    counted = _counted(net.spec, given.leaves[0], net.statistics)
+    leaves = [{path: _host(held[path]) for path in counted} for held in given.leaves]
     seed = int(_generator(key).integers(2**63))
     objective = _cycles.Weights(net.spec, leaves, counted, seed)
-    models, spec, still = len(trees), net.spec, in_place(net)
-    match = functools.partial(match_weights, key=key, restarts=_RESTARTS if spec.within else 0)
+    models, spec, still = len(given), net.spec, in_place(net)
+    sizes, restarts = spec.check_leaves(given.leaves[0], ()), _RESTARTS if spec.within else 0
+
+    def match(a: Any, b: Any) -> Mapping[str, np.ndarray]:
+        # Every pair draws what `match_weights` would draw of the key.
+        random = _generator(key)
+        return best_match(spec, sizes, a, b, counted, random, restarts).permutations
+
     pairs = [
-        [still if i == j else match(net, a, b).permutations for j, b in enumerate(trees)]
-        for i, a in enumerate(trees)
+        [still if i == j else match(a, b) for j, b in enumerate(leaves)]
+        for i, a in enumerate(leaves)
     ]
     stars = [{g: np.stack([p[g] for p in row]) for g in still} for row in pairs]
     nested, agreed = {*spec.within, *spec.within.values()}, {}

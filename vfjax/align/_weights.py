@@ -13,7 +13,8 @@ BLAS needs neither compilation nor, with the views chosen below, copies.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from vfjax._trees.paths import check_finite, check_like, flatten_named
 from vfjax._types import Array, PyTree
@@ -21,6 +22,7 @@ from vfjax.align._ascent import _counted, _generator, _host, _search, _start
 from vfjax.align._assignment import Alignment
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
+from vfjax.symmetry._places import absent_paths
 from vfjax.symmetry._spec import PermutationSpec
 
 __all__ = ["match_weights"]
@@ -65,8 +67,8 @@ def match_weights(
         The alignment; its objective is the inner product over the leaves that count.
 
     Raises:
-        TypeError: If `net` is neither of them, `key` no random key, `ignore` a string, or a leaf no
-            array.
+        TypeError: If `net` is neither of them, `key` not a random key, `ignore` a string, or a leaf
+            no array.
         ValueError: If the trees differ in structure, shape or dtype, or do not fit the spec, hold
             NaN or infinity, or an option is out of range.
 
@@ -87,14 +89,41 @@ def match_weights(
     if not tol >= 0:
         raise ValueError(f"`tol` must be a number >= 0, got {tol!r}")
     random = _generator(key)
-    named, other = flatten_named(a, name="a")[0], flatten_named(b, name="b")[0]
-    check_like(other, named, name="b", other="a")
-    check_finite(named, name="a")
-    check_finite(other, name="b")
-    sizes = spec.validate(a)
-    counted = _counted(spec, named, ignored)
-    left = {path: _host(named[path]) for path in counted}
-    right = {path: _host(other[path]) for path in counted}
+    flat, other = flatten_named(a, name="a"), flatten_named(b, name="b")
+    check_like(other.leaves, flat.leaves, name="b", other="a")
+    check_finite(flat.leaves, name="a")
+    check_finite(other.leaves, name="b")
+    sizes = spec.check_leaves(flat.leaves, absent_paths(a))
+    counted = _counted(spec, flat.leaves, ignored)
+    left = {path: _host(flat.leaves[path]) for path in counted}
+    right = {path: _host(other.leaves[path]) for path in counted}
+    return best_match(spec, sizes, left, right, counted, random, restarts, max_sweeps, tol)
+
+
+def best_match(
+    spec: PermutationSpec,
+    sizes: Mapping[str, int],
+    left: Mapping[str, Any],
+    right: Mapping[str, Any],
+    counted: Any,
+    random: Any,
+    restarts: int,
+    max_sweeps: int = 100,
+    tol: float = 1e-12,
+) -> Alignment:
+    """The best of several searches, of leaves that have been checked; see `match_weights`.
+
+    Args:
+        spec: The groups.
+        sizes: Their sizes.
+        left: Leaves that count of the model to align to, on the host.
+        right: Those of the model to permute.
+        counted: Which leaves count, by path, as `_counted` gives them.
+        random: A generator, which decides the order of groups and where further searches start.
+        restarts: As in `match_weights`.
+        max_sweeps: As in `match_weights`.
+        tol: As in `match_weights`.
+    """
     best: Alignment | None = None
     for attempt in range(restarts + 1):
         start = {group: _start(spec, sizes, group, random, attempt) for group in sizes}

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from vfjax import stats
 from vfjax._maps.maps import Maps
 from vfjax._maps.parts import Part, gather
 from vfjax._trees.options import check_key, number
@@ -33,9 +32,10 @@ from vfjax.align._grouping import (
 )
 from vfjax.align._taps import (
     Orders,
-    check_at_taps,
     correlation,
     match_owners,
+    models_at_taps,
+    moments_at_taps,
     network_of,
     tap_covariances,
     with_spreads,
@@ -99,8 +99,8 @@ def zip_features(
         are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
 
     Raises:
-        TypeError: If `net` is no traced network, a tree holds a leaf that is no array, `key` is no
-            random key, or data has another dtype.
+        TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
+            is no random key, or data has another dtype.
         ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
             infinity, data is empty or exhausted, `matcher` is unknown, does not fit the number of
             models or lacks its key, or `alpha` or `beta` is out of range.
@@ -122,12 +122,12 @@ def zip_features(
     Source: "ZipIt! Merging Models from Different Tasks without Training", section 4. The reference
     code lets one merge within each model pass at beta 0, and discounts negative correlations.
     """
-    nets = check_at_taps(net, trees)
+    models = models_at_taps(net, trees)
     _check(matcher, alpha, beta, key, len(trees))
-    if not nets[0].taps:
+    if not models.net.taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = stats.moments(nets, trees, data, sites="taps", covariance=True)
-    return zip_moments(nets, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
+    moments = moments_at_taps(models, data, "all")
+    return zip_moments(models.net, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
 
 
 def zip_moments(
@@ -153,7 +153,7 @@ def zip_moments(
         As `zip_features`.
 
     Raises:
-        TypeError: If `net` is no traced network, or `key` no random key.
+        TypeError: If `net` is not a traced network, or `key` not a random key.
         ValueError: If `moments` lacks covariances at a tap or is of one model, `matcher` is
             unknown, does not fit the number of models or lacks its key, or `alpha` or `beta` is out
             of range.
@@ -218,7 +218,7 @@ def merged_correlation(
         it over all groups of features, "optimal" over pairs. Heads count by their dims.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If `moments` lacks covariances at a tap, or a map splits features or mixes
             heads.
 

@@ -53,8 +53,8 @@ def save(
         The absolute path.
 
     Raises:
-        TypeError: If a leaf is no array, a key no string, or `meta` holds what JSON does not.
-        ValueError: If there is something at `path` that is no checkpoint, if `storage` is no
+        TypeError: If a leaf is not an array, a key no string, or `meta` holds what JSON does not.
+        ValueError: If there is something at `path` that is not a checkpoint, if `storage` is no
             floating dtype, or if a finite value is too large for it.
 
     Example:
@@ -70,7 +70,7 @@ def save(
         and not (path / _STRUCTURE).exists()
         and (path.is_file() or any(path.iterdir()))
     ):
-        raise ValueError(f"path {path} holds something that is no checkpoint: choose another.")
+        raise ValueError(f"path {path} holds something that is not a checkpoint: choose another.")
     kind, object_meta = None, None
     if hasattr(tree, "__checkpoint__"):
         kind, tree, object_meta = tree.__checkpoint__()

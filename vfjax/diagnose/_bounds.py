@@ -187,7 +187,7 @@ def bound_sequence(
         Relative features and bounds; 1 where a network is as alive as the references' mean.
 
     Raises:
-        TypeError: If `found` is no `Features`, or `sites` a string.
+        TypeError: If `found` is not a `Features`, or `sites` a string.
         ValueError: If there are no references, a site was not measured, no site is left, or the
             references' features are 0 somewhere.
 
@@ -254,7 +254,7 @@ def variance_collapse(
         Variances, the sequence, its end, and whether that is at most eps.
 
     Raises:
-        TypeError: If `found` is no `Features`, or `sites` a string.
+        TypeError: If `found` is not a `Features`, or `sites` a string.
         ValueError: If eps is negative, `reduction` is neither, a site was not measured, no site is
             left, or with `relative` if there are no references or their variance is 0 somewhere.
 

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from vfjax._maps.maps import Maps
-from vfjax._trees.paths import check_finite, flatten_named
-from vfjax._types import PyTree
-from vfjax.diagnose import _rows
-from vfjax.merge._arguments import check_merged
+from vfjax.diagnose._rows import Carried
+from vfjax.merge._arguments import each_unpacked, evaluable, listed, networks_of
 from vfjax.merge._merged import Merged
-from vfjax.network._arguments import check_fits, check_models, networks
+from vfjax.merge._unpacked import Unpacked
+from vfjax.network._arguments import check_count, fitting, models_of, networks
 from vfjax.network._network import Network
 
 
-def compared(
-    net: Network | Sequence[Network], variables: Any, references: Any
-) -> tuple[tuple[Network, ...], tuple[PyTree | Merged, ...], tuple[PyTree | Merged, ...]]:
+class Compared(NamedTuple):
+    """Networks to measure and to compare with.
+
+    Attributes:
+        mine: Those to measure.
+        others: The references; empty where there are none.
+    """
+
+    mine: tuple[Unpacked, ...]
+    others: tuple[Unpacked, ...]
+
+    @property
+    def net(self) -> Network:
+        """The traced network that sites belong to: of the references where there are any."""
+        return (*self.others, *self.mine)[0].net
+
+
+def compared(net: Network | Sequence[Network], variables: Any, references: Any) -> Compared:
     """Networks to measure and to compare with, checked.
 
     Args:
@@ -29,123 +43,83 @@ def compared(
         references: As in `features`; may be empty.
 
     Returns:
-        The traced networks, of the references where there are any, and first of all that of the
-        variables; the variables; the references.
+        The networks.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
+        TypeError: If `net` is not a traced network, or a leaf not an array.
         ValueError: If something does not fit, or holds NaN or infinite values.
     """
-    nets = networks(net, len(net) if isinstance(net, (list, tuple)) else 1)
-    mine = as_networks(net, variables, "variables")
+    nets, mine = networks_of(net, variables, "variables")
     if not _given(references):
-        return nets, mine, ()
-    others, labels = _listed(nets[0], references, "references")
-    if any(isinstance(other, Merged) for other in others):
-        return nets[:1] * len(others), mine, as_networks(net, references, "references")
-    merged = [network for network in mine if isinstance(network, Merged)]
-    if isinstance(net, Network):
-        own = (m.nets for m in merged if len(m.nets) == len(others))
-        nets = networks(next(own, net), len(others))
+        return Compared(mine, ())
+    several = not isinstance(net, Network)
+    others = listed(nets[0], references, "references")
+    if any(isinstance(other, Merged) for _, other in others):
+        return Compared(mine, evaluable(nets, references, "references", several=several))
+    merged = [network.model for network in mine if not network.plain]
+    if several:
+        check_count(nets, len(others))
     else:
-        nets = networks(net, len(others))
-    heads = [nets[0].head_leaves(m.cut, m.end) for m in merged if m.end is not None]
+        own = (model.nets for model in merged if len(model.nets) == len(others))
+        found = next(own, ())
+        nets = networks(found, len(others)) if found else nets * len(others)
+    heads = [nets[0].head_leaves(model.cut, model.end) for model in merged if model.end is not None]
     free = frozenset.intersection(*heads) if heads else frozenset()
     if free or any(own is not nets[0] for own in nets):
-        check_models(nets, others, free=free, name="references")
-    else:
-        _check_trees(nets[0], others, labels)
-    return nets, mine, others
+        trees = [tree for _, tree in others]
+        models = models_of(nets, trees, free=free, name="references")
+        return Compared(mine, each_unpacked(models))
+    found = (each_unpacked(fitting(nets[0], tree, label)) for label, tree in others)
+    return Compared(mine, tuple(one for each in found for one in each))
 
 
-def as_networks(
-    net: Network | Sequence[Network], given: Any, name: str
-) -> tuple[PyTree | Merged, ...]:
-    """One network or several, checked: trees of a traced network's variables, or `Merged`s.
-
-    Args:
-        net: The traced network, or those of a `Merged`, of which the first is that of trees.
-        given: A tree, a `Merged`, or a sequence of such. What has the structure of the traced
-            variables is one tree, even if that is a list.
-        name: The caller's name for it.
-
-    Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
-        ValueError: If a tree does not fit the network or holds NaN or infinite values, or there is
-            none.
-    """
-    first = networks(net, len(net) if isinstance(net, (list, tuple)) else 1)[0]
-    found, labels = _listed(first, given, name)
-    for label, network in zip(labels, found, strict=True):
-        if isinstance(network, Merged):
-            check_merged(net, network)
-            network.check(label)
-        else:
-            _check_trees(first, [network], [label])
-    return found
-
-
-def _listed(net: Network, given: Any, name: str) -> tuple[tuple[Any, ...], list[str]]:
-    """What is one network or a sequence of such, as a tuple, and what to call each."""
-    one = isinstance(given, Merged) or jax.tree.structure(given) == net._treedef
-    if one or not isinstance(given, (list, tuple)):
-        return (given,), [name]
-    if not given:
-        raise ValueError(f"{name} is empty; give at least one tree, or a Merged")
-    return tuple(given), [f"{name}[{k}]" for k in range(len(given))]
-
-
-def _check_trees(net: Network, trees: Sequence[PyTree], labels: Sequence[str]) -> None:
-    for tree, label in zip(trees, labels, strict=True):
-        check_fits(net, tree, label)
-        check_finite(flatten_named(tree, name=label)[0], name=label)
-
-
-def carry(
-    nets: Sequence[Network],
-    merged: Sequence[PyTree | Merged],
-    edges: Sequence[PyTree | Merged],
-    maps: Maps | None,
-) -> tuple[Any, ...]:
-    """Merged networks and edge models, whose values count in the basis of the merge.
+def carry(given: Compared, maps: Maps | None) -> tuple[Carried, ...]:
+    """The networks, whose values count in the basis of the merge.
 
     What is the models' own, in edge models and in stems and heads, is mapped there.
 
     Args:
-        nets: The traced network of every edge model, the first that of the merged networks.
-        merged: Trees, or `Merged`s.
-        edges: Likewise.
+        given: The networks.
         maps: What maps the edge models, as trees; None where they are in that basis already.
 
     Raises:
-        TypeError: If `maps` is no `Maps`.
+        TypeError: If `maps` is not a `Maps`.
         ValueError: If there are not as many trees as it maps, or it does not fit the network.
     """
     if maps is None:
-        others = (
-            edge if own is nets[0] else _rows.Carried(edge, (), own)
-            for own, edge in zip(nets, edges, strict=False)
-        )
-        return (*merged, *others)
+        return tuple(Carried(network.model) for network in (*given.mine, *given.others))
     if not isinstance(maps, Maps):
         raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
-    if any(isinstance(network, Merged) for network in edges):
+    if not all(other.plain for other in given.others):
         raise ValueError("maps carry edge models, and references has a Merged; give trees")
-    maps.check(nets[: len(edges)], len(edges))
+    models = [other.model for other in given.others]
+    maps.check([model.net for model in models], len(models))
     # Stems and heads are permuted already.
     mixing = tuple({g: jnp.asarray(pair[0]) for g, pair in of.items()} for of in maps.mixing)
     merging = [{g: jnp.asarray(m) for g, m in of.items()} for of in maps.merging]
-    mine = (
-        _rows.Carried(network, mixing, network.net)
-        if isinstance(network, Merged) and (network.stems or network.heads)
-        else network
-        for network in merged
-    )
+    mine = (Carried(network.model, apart=mixing) for network in given.mine)
     others = (
-        _rows.Carried(maps.in_units(own, edge), (of,), own)
-        for own, edge, of in zip(nets, edges, merging, strict=True)
+        Carried(_in_units(model, maps), whole=of) for model, of in zip(models, merging, strict=True)
     )
     return (*mine, *others)
+
+
+def mapped(given: Compared, maps: Maps | None) -> tuple[Unpacked, ...]:
+    """The references, as trees in the basis of the merge."""
+    if maps is None:
+        return given.others
+    return tuple(
+        Unpacked(
+            dataclasses.replace(other.model, trunk=maps.map_tree(other.net, other.model.trunk, k)),
+            plain=True,
+        )
+        for k, other in enumerate(given.others)
+    )
+
+
+def _in_units(model: Merged, maps: Maps) -> Merged:
+    """An edge model in the units in which the maps mix its features."""
+    return dataclasses.replace(model, trunk=maps.in_units(model.net, model.trunk))
 
 
 def _given(references: Any) -> bool:

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from vfjax._analysis.affine import culprit
 from vfjax._analysis.views import view_of
 from vfjax._jaxpr.calls import INPUT
+from vfjax._jaxpr.primitives import SUMS
 from vfjax._passes.batching import batches
-from vfjax._trees.paths import check_finite, flatten_named
+from vfjax._trees.paths import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._rows import zero_example
 from vfjax.diagnose._sites import resolve_sites, value_of
 from vfjax.merge._merged import Merged
-from vfjax.network._arguments import check_fits, check_net
+from vfjax.network._arguments import check_net, fitting
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 
@@ -86,8 +87,8 @@ def decompose(
         Values, features, offsets and contributions.
 
     Raises:
-        TypeError: If `net` is no traced network, or that of a `Merged`, a leaf no array, or x has
-            another structure or dtype than was traced.
+        TypeError: If `net` is not a traced network, or that of a `Merged`, a leaf not an array, or
+            x has another structure or dtype than was traced.
         ValueError: If the network is not known to be affine (the message says why), if the tree
             does not fit it or holds NaN or infinite values, or a site does not exist.
 
@@ -113,9 +114,7 @@ def decompose(
             "variables must be a tree of net's variables, got a Merged, which is a network of its "
             "own: decompose(vfjax.trace(lambda m, x: m(x), merged, x), merged, x)"
         )
-    check_fits(net, variables, "variables")
-    named, _ = flatten_named(variables)
-    check_finite(named, name="variables")
+    fitting(net, variables, "variables")
     names = resolve_sites(net, sites)
     x = next(batches([x], like=net.x, name="x"))
     _check_affine(net)
@@ -218,7 +217,7 @@ def _biases(net: Network) -> dict[_Bias, list[int]]:
     graph = traced.graph
     found: dict[_Bias, list[int]] = {}
     for index, equation in enumerate(graph.equations):
-        if equation.primitive not in ("add", "add_any", "sub") or not equation.depends & INPUT:
+        if equation.primitive not in SUMS or not equation.depends & INPUT:
             continue
         for value in equation.values:
             view = None if graph.depends[value] & INPUT else view_of(graph, value)

@@ -21,7 +21,7 @@ from vfjax._maps.maps import Maps
 from vfjax._passes.batching import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
-from vfjax.diagnose._compared import carry, compared
+from vfjax.diagnose._compared import Compared, carry, compared
 from vfjax.diagnose._sites import FeatureSite, describe, resolve_sites, unique
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
@@ -225,8 +225,8 @@ def features(
         Features, offsets and moments by site.
 
     Raises:
-        TypeError: If `net` is no traced network, a leaf no array, `sites` no string and no sequence
-            of strings, or data has another structure or dtype than was traced.
+        TypeError: If `net` is not a traced network, a leaf not an array, `sites` no string and no
+            sequence of strings, or data has another structure or dtype than was traced.
         ValueError: If a tree does not fit the network or holds NaN or infinite values, a site does
             not exist or holds no axis of examples, weights do not fit, data is empty or exhausted,
             a value is NaN or infinite, on data or at 0, or a variance exceeds the dtype (values of
@@ -249,17 +249,28 @@ def features(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
     feature for linear and general networks.
     """
-    nets, mine, others = compared(net, variables, references)
-    net = nets[0]
-    carried = carry(nets, mine, others, maps)
-    if weights is not None and not others:
+    given = compared(net, variables, references)
+    if weights is not None and not given.others:
         raise ValueError("weights are those of the references, and there are none")
+    return measured(given, data, maps=maps, weights=weights, names=resolve_sites(given.net, sites))
+
+
+def measured(
+    given: Compared,
+    data: Iterable[Any],
+    *,
+    maps: Maps | None,
+    weights: Sequence[float] | None,
+    names: Sequence[str],
+) -> Features:
+    """The same of networks that have been checked, at sites by their names; see `features`."""
+    net, mine, others = given.net, given.mine, given.others
+    carried = carry(given, maps)
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
-    names = resolve_sites(net, sites)
-    chosen, source = unique(net, names, (*mine, *others))
+    cuts = [network.model for network in (*mine, *others) if not network.plain]
+    chosen, source = unique(net, names, cuts)
     job = _rows.Job(net, chosen)
 
-    whole = (*mine, *others)
     shifts = _rows.offsets(job, carried)
     at_zero = jax.tree.map(np.asarray, shifts)
     _check_defined(job, at_zero)
@@ -272,8 +283,8 @@ def features(
 
     found = {
         site.name: [
-            _rows.numbers(site.name, row, zero[site.source], getattr(network, "weights", ()))
-            for network, row, zero in zip(whole, rows, at_zero, strict=True)
+            _rows.numbers(site.name, row, zero[site.source], network.model.weights)
+            for network, row, zero in zip(carried, rows, at_zero, strict=True)
         ]
         for site in job.sites
     }

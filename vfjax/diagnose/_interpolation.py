@@ -21,10 +21,11 @@ from tqdm import tqdm
 from vfjax import align, merge, renorm
 from vfjax._passes.batching import batches, keep, labelled
 from vfjax._passes.evaluation import Evaluation, evaluate
+from vfjax._trees.paths import check_trees
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
-from vfjax.network._arguments import as_trees, check_net
+from vfjax.network._arguments import check_net
 from vfjax.network._checks import check_depth
 from vfjax.network._network import Network
 from vfjax.renorm._renorm import repair, rescale, reset
@@ -188,8 +189,8 @@ def interpolation(
     models. After `"reset"`, `"repair"` and `"rescale"` they are so up to what the moments of `data`
     differ from those that the edge models were trained with. `("remove_bias", k)` takes biases from
     the edge models too, and where a matching transforms both networks (as ZipIt! does) the trees
-    given are no edge models to begin with. The record holds the two networks' own accuracies beside
-    the curve, and its barriers are relative to these.
+    given are not edge models to begin with. The record holds the two networks' own accuracies
+    beside the curve, and its barriers are relative to these.
 
     Args:
         net: The traced network; its output is logits `[n, classes]`.
@@ -219,8 +220,8 @@ def interpolation(
         apart only if no alpha has them.
 
     Raises:
-        TypeError: If `net` is no traced network, `trees` no sequence of trees, an option is of no
-            kind named above, or batches have another structure or dtype.
+        TypeError: If `net` is not a traced network, `trees` not a sequence of trees, an option is
+            of no kind named above, or batches have another structure or dtype.
         ValueError: If there are not two trees, they do not fit, an alpha is outside of [0, 1], a
             name is unknown, `data` or `key` is missing where it is needed, or batches are empty.
 
@@ -246,7 +247,7 @@ def interpolation(
     """
     check_net(net)
     grid = _grid(alphas)
-    trees = as_trees(trees)
+    check_trees(trees)
     if len(trees) != 2:
         raise ValueError(f"trees must be two, the ends of the interpolation, got {len(trees)}")
     check_depth(net, layers, "layers")
@@ -256,7 +257,8 @@ def interpolation(
     test = keep(((x, label) for _, x, label in labelled(test_data, name="test_data")), test_data)
     if data is not None:
         data = keep(batches(data, like=net.x), data)
-    trees = trees[0], _aligned(net, *trees, match, data, key)
+    a, b = trees
+    trees = a, _aligned(net, a, b, match, data, key)
     path = Path(net, merge.preserve_first(net, trees, layers=layers), trees)
     renormalised = _renormaliser(net, trees, renormalise, references, data)
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vfjax._types import PyTree
-from vfjax.diagnose._compared import as_networks
-from vfjax.merge._arguments import check_merged, weights_for
+from vfjax.merge._arguments import evaluable, merged_of, weights_for
 from vfjax.merge._merged import Merged
+from vfjax.merge._unpacked import Unpacked
 from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Layer
@@ -49,7 +49,7 @@ def rescale_product(
         of all their entries. Kernels are taken as the layers use them, masks and sums included.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
+        TypeError: If `net` is not a traced network, or a leaf not an array.
         ValueError: If trees do not fit the network or hold NaN or infinite values, there are no
             references, weights do not fit, or a merged kernel is all 0.
 
@@ -63,15 +63,17 @@ def rescale_product(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", the magnitude argument and its
     figure's rescaled curve.
     """
-    check_merged(net, merged)
-    others = as_networks(net, references, "references")
-    share = weights_for(merged, weights, len(others))
+    model = merged_of(net, merged)
+    several = not isinstance(net, Network)
+    nets = tuple(net) if several else (net,)
+    others = evaluable(nets, references, "references", several=several)
+    share = weights_for(model, weights, len(others))
     product, factors = 1.0, {}
     main = [layer for layer in net.layers if layer.main]
     for depth in sorted({layer.depth for layer in main}):
         layers = [layer for layer in main if layer.depth == depth]
-        goal = sum(w * _magnitude_of(net, o, layers) for w, o in zip(share, others, strict=True))
-        mine = _magnitude_of(net, merged, layers)
+        goal = sum(w * _magnitude_of(o, layers) for w, o in zip(share, others, strict=True))
+        mine = _magnitude_of(model, layers)
         if mine == 0:
             raise ValueError(
                 f"the merged kernel of '{layers[0].name}' is all 0, so that no factor gives it the "
@@ -82,17 +84,10 @@ def rescale_product(
     return factors
 
 
-def _magnitude_of(net: Network, network: PyTree | Merged, layers: Sequence[Layer]) -> float:
+def _magnitude_of(network: Unpacked, layers: Sequence[Layer]) -> float:
     """Mean absolute value of the kernels of some layers, as the layers use them."""
-    if isinstance(network, Merged):
-        name, trees = layers[0].name, ()
-        if network.cut and net.in_stem(name, network.cut):
-            trees = network.stems
-        elif network.in_heads(name):
-            trees = network.heads
-        if trees:
-            each = [_magnitude_of(network.net_of(k), t, layers) for k, t in enumerate(trees)]
-            return float(np.dot(network.weights, each))
-        return _magnitude_of(net, network.trunk, layers)
-    found = kernels(net, network, [layer.name for layer in layers])
-    return float(np.abs(np.concatenate(found)).mean())
+    names, total = [layer.name for layer in layers], 0.0
+    for net, flat, weight in network.places(names[0]):
+        found = kernels(net, flat.leaves, names)
+        total += weight * float(np.abs(np.concatenate(found)).mean())
+    return total

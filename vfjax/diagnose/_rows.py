@@ -56,23 +56,21 @@ class Rows:
     spread: dict[str, tuple[Array, ...]]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["network", "maps"], meta_fields=["net"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Carried:
     """A network whose values count in the basis of a merge.
 
     Attributes:
-        network: Its variables, or a `Merged` whose stems and heads are the models' own.
-        maps: Of each model, by group, what maps its features there: `[m, n]`, or a permutation
-            `int[n]`. Empty where values are in that basis already.
-        net: The network that runs the variables.
+        model: The network.
+        apart: Of each of its models, by group, what maps the features of its stem and head there:
+            `[m, n]`. Empty where these values are in that basis already.
+        whole: By group, what maps the features of the trunk there, or a permutation `int[n]`.
     """
 
-    network: PyTree | Merged
-    maps: tuple[dict[str, Array], ...]
-    net: Network
+    model: Merged
+    apart: tuple[dict[str, Array], ...] = ()
+    whole: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
 class Job(NamedTuple):
@@ -96,7 +94,7 @@ def zero_example(net: Network) -> PyTree:
     return jax.tree.map(lambda a: np.zeros((1, *a.shape[1:]), a.dtype), net.x)
 
 
-def offsets(job: Job, networks: tuple[Any, ...]) -> Offsets:
+def offsets(job: Job, networks: tuple[Carried, ...]) -> Offsets:
     """`f(0)` of every network at every site: one forward pass of one example."""
     mesh, x = mesh_of(networks), zero_example(job.net)
     if mesh is not None:
@@ -105,15 +103,15 @@ def offsets(job: Job, networks: tuple[Any, ...]) -> Offsets:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _offsets(job: Job, mesh: Any, networks: tuple[Any, ...], x: PyTree) -> Offsets:
-    def found(networks: tuple[Any, ...], x: PyTree) -> Offsets:
+def _offsets(job: Job, mesh: Any, networks: tuple[Carried, ...], x: PyTree) -> Offsets:
+    def found(networks: tuple[Carried, ...], x: PyTree) -> Offsets:
         return each(functools.partial(_values, job), networks, x)
 
     return on_mesh(found, mesh)(networks, x)
 
 
 def measure(
-    job: Job, networks: tuple[Any, ...], shifts: Offsets, data: Iterable[Any]
+    job: Job, networks: tuple[Carried, ...], shifts: Offsets, data: Iterable[Any]
 ) -> tuple[Rows, ...]:
     """One pass over data: the rows of every network, pooled over all batches."""
     pooled, _ = stream(
@@ -124,11 +122,11 @@ def measure(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(
-    job: Job, mesh: Any, state: tuple[tuple[Any, ...], Offsets], x: PyTree
+    job: Job, mesh: Any, state: tuple[tuple[Carried, ...], Offsets], x: PyTree
 ) -> tuple[tuple[Rows, ...], list[Array]]:
     if mesh is not None:
         return on_mesh(functools.partial(_batch, job), mesh)(state, x), []
-    parts = pieces(_runs(job, state[0]), x)
+    parts = pieces(_runs(state[0]), x)
     return by_pieces(lambda x: (_batch(job, state, x), []), _merge, parts, x)
 
 
@@ -156,10 +154,10 @@ def _union(old: Rows, new: Rows, share: Any) -> Rows:
     return Rows(*(means[0], std, means[1], norm_std, means[2], spread))
 
 
-def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple[Rows, ...]:
+def _batch(job: Job, state: tuple[tuple[Carried, ...], Offsets], x: PyTree) -> tuple[Rows, ...]:
     size = batch_size(x)
 
-    def one(network: tuple[Any, dict[str, tuple[Array, ...]]], x: PyTree) -> Rows:
+    def one(network: tuple[Carried, dict[str, tuple[Array, ...]]], x: PyTree) -> Rows:
         model, shift = network
         values = _values(job, model, x)
         found: dict[str, list[dict[str, Array]]] = {
@@ -180,40 +178,30 @@ def _batch(job: Job, state: tuple[tuple[Any, ...], Offsets], x: PyTree) -> tuple
     return each(one, tuple(zip(*state, strict=True)), x)
 
 
-def _runs(job: Job, networks: tuple[Any, ...]) -> dict[Network, PyTree]:
+def _runs(networks: tuple[Carried, ...]) -> dict[Network, PyTree]:
     """The traced networks that run, each with a tree of its own or none."""
     found: dict[Network, PyTree] = {}
-    for network in networks:
-        net = network.net if isinstance(network, Carried) else job.net
-        network = network.network if isinstance(network, Carried) else network
-        if isinstance(network, Merged):
-            found.setdefault(net, network.trunk)
-            found |= {own: {} for own in network.nets if own not in found}
-        else:
-            found.setdefault(net, network)
+    for model in (network.model for network in networks):
+        found.setdefault(model.net, model.trunk)
+        found |= {own: {} for own in model.nets if own not in found}
     return found
 
 
-def _values(job: Job, network: Any, x: PyTree) -> dict[str, tuple[Array, ...]]:
+def _values(job: Job, network: Carried, x: PyTree) -> dict[str, tuple[Array, ...]]:
     """Values at every site, one per row, in float32 or better."""
-    maps: tuple[Any, ...] = network.maps if isinstance(network, Carried) else ()
-    net = network.net if isinstance(network, Carried) else job.net
-    network = network.network if isinstance(network, Carried) else network
-    if isinstance(network, Merged):
-        _, found = network.read(x, job.sources)
-        trees = {True: network.stems, False: network.heads}
-        for source in job.sources if maps else ():
-            if network.apart(source):
-                parts = trees[network.in_stems(source)]
-                found[source] = tuple(
-                    network.net_of(k).map_site(parts[k], x, source, value, maps[k])
-                    for k, value in enumerate(found[source])
-                )
-    else:
-        _, values = net.run(network, x, capture=job.sources)
-        found = {source: (value,) for source, value in values.items()}
-        for source in job.sources if maps else ():
-            found[source] = (net.map_site(network, x, source, values[source], maps[0]),)
+    model = network.model
+    _, found = model.read(x, job.sources)
+    trees = {True: model.stems, False: model.heads}
+    for source in job.sources:
+        if network.apart and model.apart(source):
+            parts = trees[model.in_stems(source)]
+            found[source] = tuple(
+                model.net_of(k).map_site(parts[k], x, source, value, network.apart[k])
+                for k, value in enumerate(found[source])
+            )
+        elif network.whole:
+            (value,) = found[source]
+            found[source] = (model.net.map_site(model.trunk, x, source, value, network.whole),)
     return {
         site.source: tuple(arrange(value, site)[0] for value in found[site.source])
         for site in job.sites

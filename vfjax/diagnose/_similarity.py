@@ -15,10 +15,10 @@ from tqdm import tqdm
 from vfjax._passes.batching import batch_size, batches, keep
 from vfjax._trees import paths
 from vfjax._types import PyTree
-from vfjax.diagnose._compared import as_networks
 from vfjax.diagnose._sites import resolve_sites
-from vfjax.merge._merged import Merged, as_merged
-from vfjax.network._arguments import check_fits
+from vfjax.merge._arguments import evaluable
+from vfjax.merge._merged import Merged
+from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.stats import _hsic
@@ -109,8 +109,8 @@ def cka(
         The matrix with the names of its rows and columns.
 
     Raises:
-        TypeError: If a network is neither of the two, a leaf is no array, a site holds no array of
-            real numbers, or data has another structure or dtype than was traced.
+        TypeError: If a network is neither of the two, a leaf is not an array, a site holds no array
+            of real numbers, or data has another structure or dtype than was traced.
         ValueError: If variables do not fit or hold NaN or infinite values, the networks take
             different inputs, a site does not exist, lies inside of stems or heads or has no axis of
             examples, the estimator is unknown, data is empty or exhausted or too small, makes a
@@ -211,10 +211,10 @@ def _model(given: Any, name: str) -> Merged:
             f"{name} must be a pair (net, variables) of a traced network, or a Merged, got "
             f"{type(given).__name__}"
         )
-    found = as_networks(net, variables, name)
+    found = evaluable((net,), variables, name, several=False)
     if len(found) != 1:
         raise ValueError(f"{name} must be one network, got variables of {len(found)}")
-    return found[0] if isinstance(found[0], Merged) else as_merged(net, found[0])
+    return found[0].model
 
 
 def _check_alike(first: Merged, second: Merged) -> None:
@@ -293,7 +293,7 @@ def distance(
         The distances; 0 where both are zero. Sums are float64.
 
     Raises:
-        TypeError: If a leaf is no array, or `net` no traced network.
+        TypeError: If a leaf is not an array, or `net` not a traced network.
         ValueError: If the trees differ in structure, shape or dtype, hold NaN or infinite values,
             or do not fit the network.
 
@@ -308,11 +308,11 @@ def distance(
     Source: the l2 distance of models of "Vanishing Feature: Diagnosing Model Merging and Beyond",
     appendix on initialisation.
     """
-    paths.check_trees([a, b])
+    (left, _), (right, _) = paths.check_trees([a, b])
     if net is not None:
-        check_fits(net, a, "a")
+        check_net(net)
+        check_fits(net, left, "a")
     ignored = frozenset() if net is None else net.statistics
-    (left, _), (right, _) = paths.flatten_named(a), paths.flatten_named(b)
     squares = {}
     for path, leaf in left.items():
         if path in ignored or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):

@@ -47,7 +47,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
         Site names in the order of the network, or as listed.
 
     Raises:
-        TypeError: If `sites` is no string and no sequence of strings.
+        TypeError: If `sites` is not a string and no sequence of strings.
         ValueError: If a name is none of the network's, stands for a part of a value, or the network
             has no layers.
 
@@ -61,14 +61,14 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     names = select(net, sites, whole=True)
     if not names:
         raise ValueError(
-            f"`sites` is {sites!r}, which is no site of this network; name some, as in ['output']."
+            f"`sites` is {sites!r}, which names no site; give some of this network, as ['output']."
             + opaque_hint(net)
         )
     return names
 
 
 def unique(
-    net: Network, names: Sequence[str], networks: Sequence[Any]
+    net: Network, names: Sequence[str], cuts: Sequence[Merged]
 ) -> tuple[tuple[Layout, ...], dict[str, str]]:
     """Layouts of different values, and by name the one of them that has the same value.
 
@@ -76,7 +76,6 @@ def unique(
     that it goes around have one tap. Where a `Merged` is cut, a value and what is read of it behind
     the cut are different, though they are one in the network.
     """
-    cuts = [network for network in networks if isinstance(network, Merged)]
     chosen: dict[Any, Layout] = {}
     source = {}
     for name in names:

@@ -5,7 +5,7 @@ Models are a sequence of trees of one structure, aligned already (`vfjax.align`)
 - `interpolate` averages whole trees; `uniform_soup` and `greedy_soup` do so for many.
 - `preserve_first(net, trees, layers=l)` keeps the first l layers of each model apart (its *stem*)
   and averages the rest (the *trunk*): l = 0 is the merged model, l = L the logit ensemble.
-- `partial(net, trees, maps, merged=slice(i, j))` merges any range of layers and leaves each model
+- `partial(net, trees, maps, span=slice(i, j))` merges any range of layers and leaves each model
   its own *head*: `slice(l, None)` is Preserve-First Merging, `slice(None, l)` ZipIt!'s partial zip.
   Heads may have different numbers of classes, and maps may mix units.
 
@@ -24,8 +24,8 @@ What they return, `Merged`, is a pytree: call it, jit it, differentiate it, save
 
 from __future__ import annotations
 
+from vfjax.merge._arguments import as_merged as as_merged
 from vfjax.merge._merged import Merged as Merged
-from vfjax.merge._merged import as_merged as as_merged
 from vfjax.merge._partial import ensemble as ensemble
 from vfjax.merge._partial import partial as partial
 from vfjax.merge._partial import preserve_first as preserve_first

@@ -9,191 +9,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
-from vfjax._trees import paths
-from vfjax._trees.mean import resolve_weights
+from vfjax._deprecated import OldName
 from vfjax._types import Array, PyTree
-from vfjax.merge import _saved
-from vfjax.network._arguments import check_fits
-from vfjax.network._checks import check_variances
-from vfjax.network._cost import count, map_flops, part_flops
+from vfjax.merge import _cost, _saved
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network
 from vfjax.network._run import check_capture, check_edit
 
 Edits = Mapping[str, Callable[[Array], Array]]
 
-
 # By group, a matrix.
 Matrices = Mapping[str, jax.Array]
-
-
-class Composition:
-    """The facts about a merged model: the part of `Merged` that only reads.
-
-    It has no fields of its own; those below are the ones of `Merged` that it reads.
-    """
-
-    stems: tuple[PyTree, ...]
-    trunk: PyTree
-    corrections: Mapping[str, Any]
-    net: Network
-    cut: int
-    weights: tuple[float, ...]
-    heads: tuple[PyTree, ...]
-    merge: tuple[Matrices, ...]
-    unmerge: tuple[Matrices, ...]
-    end: int | None
-    nets: tuple[Network, ...]
-
-    @property
-    def merged(self) -> slice:
-        """The layers that are merged, of a list of all by depth."""
-        return slice(self.cut, self.net.depth if self.end is None else self.end)
-
-    def net_of(self, model: int) -> Network:
-        """The network of a model's stem and head.
-
-        Args:
-            model: Its number.
-
-        Returns:
-            Its own network where the models have their own, else the one of all.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
-            >>> model.net_of(1) is net
-            True
-        """
-        return self.nets[model] if self.nets else self.net
-
-    def apart(self, site: str) -> bool:
-        """Whether a site lies inside stems or heads, where it has a value per model.
-
-        What crosses the cut is averaged, so the layers at the cut are not apart; nor is what
-        crosses into the heads.
-
-        Args:
-            site: Name of a site, as in `Network.run`.
-
-        Raises:
-            ValueError: If the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2), "w2": jnp.eye(2)}
-            >>> net = vfjax.trace(lambda v, x: x @ v["w0"] @ v["w1"] @ v["w2"], a, jnp.ones((1, 2)))
-            >>> model = vfjax.merge.preserve_first(net, [a, a], layers=2)
-            >>> [model.apart(site) for site in ("input", "w0", "w1", "w2")]
-            [True, True, False, False]
-        """
-        return self.in_stems(site) or self.in_heads(site)
-
-    def in_stems(self, site: str) -> bool:
-        """Whether a site lies inside the stems, where it has a value per model.
-
-        Args:
-            site: Name of a site, as in `Network.run`.
-
-        Returns:
-            False for the layers at the cut, whose pre-activations are averaged.
-
-        Raises:
-            ValueError: If the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
-            >>> [model.in_stems(site) for site in ("w", "v")]
-            [False, False]
-        """
-        inside = self.net.in_stem(site, self.cut)  # which checks the name
-        return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
-
-    def in_heads(self, site: str) -> bool:
-        """Whether a site lies inside the heads, where it has a value per model.
-
-        Args:
-            site: Name of a site, as in `Network.run`.
-
-        Returns:
-            False without heads, and for the pre-activations of the last merged layers.
-
-        Raises:
-            ValueError: If there are heads, and the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
-            >>> [model.in_heads(site) for site in ("w", "v")]
-            [False, True]
-        """
-        return self.end is not None and not self.net.in_stem(site, self.end)
-
-    @property
-    def params(self) -> int:
-        """Number of parameters: those of every stem, of the trunk, and of every head.
-
-        Running statistics are none. Matrices at the cuts count, but for those that select.
-        """
-        parts = [(self.net_of(k), stem) for k, stem in enumerate(self.stems)]
-        parts += [(self.net, self.trunk)]
-        parts += [(self.net_of(k), head) for k, head in enumerate(self.heads)]
-        matrices = [m for maps in (*self.merge, *self.unmerge) for m in maps.values()]
-        return sum(count(net, paths.flatten_named(tree)[0]) for net, tree in parts) + sum(
-            int(np.prod(np.shape(m))) for m in matrices if not _selects(m)
-        )
-
-    parameters = params
-
-    @property
-    def flops(self) -> int:
-        """Multiply-accumulates per example: those of every stem, of the trunk, of every head.
-
-        Matrices at the cuts count, but for those that select.
-        """
-        total = part_flops(self.net, paths.flatten_named(self.trunk)[0], self.cut or None, self.end)
-        for k, stem in enumerate(self.stems):
-            total += part_flops(self.net_of(k), paths.flatten_named(stem)[0], None, self.cut)
-        for k, head in enumerate(self.heads):
-            total += part_flops(self.net_of(k), paths.flatten_named(head)[0], self.end, None)
-        for k, maps in enumerate(self.merge):
-            total += map_flops(self.net_of(k), self.cut, _widths(maps))
-        for maps in self.unmerge:
-            assert self.end is not None  # there are heads
-            total += map_flops(self.net, self.end, _widths(maps))
-        return total
-
-    def __repr__(self) -> str:
-        """Says what it is in a line, without arrays."""
-        heads = "" if self.end is None else f"heads after {self.end}, "
-        maps = sorted({group for of in (*self.merge, *self.unmerge) for group in of})
-        return (
-            f"Merged(cut={self.cut} of {self.net.depth}, {heads}models={len(self.weights)}, "
-            f"weights={self.weights}, params={self.params}, flops={self.flops}, "
-            f"corrections={list(self.corrections)}{f', mapped={maps}' if maps else ''})"
-        )
-
-
-def _selects(matrix: Any) -> bool:
-    """Whether a matrix only selects: each row is zero but for a one."""
-    if isinstance(matrix, (Tracer, jax.ShapeDtypeStruct)):
-        return False
-    matrix = np.asarray(matrix)
-    return bool(((matrix != 0).sum(1) == 1).all() and (matrix.sum(1) == 1).all())
-
-
-def _widths(maps: Matrices) -> dict[str, int]:
-    """How many entries the matrices make of their groups; those that select cost nothing."""
-    return {group: len(m) for group, m in maps.items() if not _selects(m)}
 
 
 @functools.partial(
@@ -202,7 +29,7 @@ def _widths(maps: Matrices) -> dict[str, int]:
     meta_fields=["net", "cut", "weights", "end", "nets"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Merged(Composition):
+class Merged:
     """Several models that share a range of layers: what `vfjax.merge.partial` returns.
 
     Every model runs its own stem; what crosses is mapped into the basis of the merge and averaged;
@@ -256,6 +83,131 @@ class Merged(Composition):
     end: int | None = None
     nets: tuple[Network, ...] = ()
 
+    # -------------------------------------------------------------------------------- what is known
+
+    @property
+    def span(self) -> slice:
+        """The layers that are merged, of a list of all by depth."""
+        return slice(self.cut, self.net.depth if self.end is None else self.end)
+
+    merged = OldName("span")
+
+    def net_of(self, model: int) -> Network:
+        """The network of a model's stem and head.
+
+        Args:
+            model: Its number.
+
+        Returns:
+            Its own network where the models have their own, else the one of all.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
+            >>> model.net_of(1) is net
+            True
+        """
+        return self.nets[model] if self.nets else self.net
+
+    def apart(self, site: str) -> bool:
+        """Whether a site lies inside stems or heads, where it has a value per model.
+
+        What crosses the cut is averaged, so the layers at the cut are not apart; nor is what
+        crosses into the heads.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Raises:
+            ValueError: If the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> a = {"w0": jnp.eye(2), "w1": jnp.eye(2), "w2": jnp.eye(2)}
+            >>> net = vfjax.trace(lambda v, x: x @ v["w0"] @ v["w1"] @ v["w2"], a, jnp.ones((1, 2)))
+            >>> model = vfjax.merge.preserve_first(net, [a, a], layers=2)
+            >>> [model.apart(site) for site in ("input", "w0", "w1", "w2")]
+            [True, True, False, False]
+        """
+        return self.in_stems(site) or self.in_heads(site)
+
+    def in_stems(self, site: str) -> bool:
+        """Whether a site lies inside the stems, where it has a value per model.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Returns:
+            False for the layers at the cut, whose pre-activations are averaged.
+
+        Raises:
+            ValueError: If the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
+            >>> [model.in_stems(site) for site in ("w", "v")]
+            [False, False]
+        """
+        inside = self.net.in_stem(site, self.cut)  # which checks the name
+        return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
+
+    def in_heads(self, site: str) -> bool:
+        """Whether a site lies inside the heads, where it has a value per model.
+
+        Args:
+            site: Name of a site, as in `Network.run`.
+
+        Returns:
+            False without heads, and for the pre-activations of the last merged layers.
+
+        Raises:
+            ValueError: If there are heads, and the network has no such site.
+
+        Example:
+            >>> import jax.numpy as jnp, vfjax
+            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
+            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
+            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
+            >>> [model.in_heads(site) for site in ("w", "v")]
+            [False, True]
+        """
+        return self.end is not None and not self.net.in_stem(site, self.end)
+
+    @property
+    def params(self) -> int:
+        """Number of parameters: those of every stem, of the trunk, and of every head.
+
+        Running statistics are none. Matrices at the cuts count, but for those that select.
+        """
+        return _cost.params_of(self)
+
+    parameters = OldName("params")
+
+    @property
+    def flops(self) -> int:
+        """Multiply-accumulates per example: those of every stem, of the trunk, of every head.
+
+        Matrices at the cuts count, but for those that select.
+        """
+        return _cost.flops_of(self)
+
+    def __repr__(self) -> str:
+        """Says what it is in a line, without arrays."""
+        heads = "" if self.end is None else f"heads after {self.end}, "
+        maps = sorted({group for of in (*self.merge, *self.unmerge) for group in of})
+        return (
+            f"Merged(cut={self.cut} of {self.net.depth}, {heads}models={len(self.weights)}, "
+            f"weights={self.weights}, params={self.params}, flops={self.flops}, "
+            f"corrections={list(self.corrections)}{f', mapped={maps}' if maps else ''})"
+        )
+
+    # ----------------------------------------------------------------------------------- evaluation
+
     def __call__(self, x: PyTree) -> PyTree:
         """Evaluates the model on a batch x, as the traced `apply_fn` would.
 
@@ -284,8 +236,9 @@ class Merged(Composition):
             and what is captured inside of them are tuples, of one value per model.
 
         Raises:
-            TypeError: If `capture` is no sequence of names, or `edit` no mapping to functions.
-            ValueError: If a site does not exist or lies inside the stems, x is no batch of the
+            TypeError: If `capture` is not a sequence of names, or `edit` not a mapping to
+                functions.
+            ValueError: If a site does not exist or lies inside the stems, x is not a batch of the
                 traced network and no `Crossing` of this cut, an edit changes shape or dtype, or a
                 variance is unknown.
 
@@ -333,7 +286,7 @@ class Merged(Composition):
             >>> import jax.numpy as jnp, vfjax
             >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
             >>> crossing, found = model.run_trunk(x, capture=["w"])
             >>> crossing.values[0].tolist(), found["w"].tolist()
             ([[1.0, 2.0]], [[1.0, 2.0]])
@@ -370,7 +323,7 @@ class Merged(Composition):
             >>> import jax.numpy as jnp, vfjax
             >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], merged=slice(None, 1))
+            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
             >>> model.run_head(1, model.run_trunk(x)[0])[0].tolist()
             [[3.0]]
         """
@@ -392,8 +345,8 @@ class Merged(Composition):
             one value elsewhere.
 
         Raises:
-            TypeError: If `sites` is no sequence of names.
-            ValueError: If a site does not exist, or x is no batch of the traced network.
+            TypeError: If `sites` is not a sequence of names.
+            ValueError: If a site does not exist, or x is not a batch of the traced network.
 
         Example:
             >>> import jax.numpy as jnp, vfjax
@@ -463,18 +416,7 @@ class Merged(Composition):
             ]
         return self.net.average_crossings(crossings, self.weights)
 
-    def check(self, name: str) -> None:
-        """Checks that a model can be evaluated: all is finite, and no variance unknown.
-
-        Args:
-            name: What to call it.
-
-        Raises:
-            ValueError: If it cannot.
-        """
-        kept, leaves = self.net.trunk_leaves(self.cut, self.end), paths.flatten_named(self.trunk)[0]
-        check_variances(self.net, [p for p in self.net.paths if p in kept - leaves.keys()], name)
-        paths.check_finite(paths.flatten_named(self.arrays._asdict())[0], name=name)
+    # -------------------------------------------------------------------- compiled and stored
 
     @property
     def frame(self) -> Frame:
@@ -549,33 +491,6 @@ class Frame(NamedTuple):
     def __call__(self, arrays: Arrays, x: PyTree) -> PyTree:
         """Evaluates the model of some arrays."""
         return self.model(arrays).run(x)
-
-
-def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = None) -> Merged:
-    """Wraps one tree as a `Merged` of cut 0.
-
-    Args:
-        net: The traced network.
-        tree: A tree of the network's variables.
-        weights: The weights with which it was averaged; None for a model by itself.
-
-    Returns:
-        A model that computes what the tree does.
-
-    Raises:
-        TypeError: If `net` is no traced network, a leaf no array, or `weights` no sequence.
-        ValueError: If the tree does not fit the network, or weights do not sum to one.
-
-    Example:
-        >>> import jax.numpy as jnp, vfjax
-        >>> x, tree = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
-        >>> net = vfjax.trace(lambda v, x: x @ v["kernel"], tree, x)
-        >>> as_merged(net, tree)
-        Merged(cut=0 of 1, models=1, weights=(1.0,), params=6, flops=6, corrections=[])
-    """
-    check_fits(net, tree, "tree", variances=False)
-    weights = (1.0,) if weights is None else resolve_weights(weights, None)
-    return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
 
 
 def _chain(first: Callable, second: Callable | None) -> Callable:

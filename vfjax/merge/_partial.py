@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from vfjax._deprecated import renames
 from vfjax._maps.maps import Maps
-from vfjax._trees.mean import average_trees, resolve_mix
-from vfjax._trees.paths import (
-    check_like,
-    check_sequence,
-    flatten_named,
-    without,
-)
+from vfjax._trees.mean import average_flats, resolve_mix
+from vfjax._trees.paths import Flat, check_like, check_sequence, flatten_named
 from vfjax._types import PyTree
 from vfjax.merge._merged import Matrices, Merged
-from vfjax.network._arguments import as_trees, check_models, check_net, networks
+from vfjax.network._arguments import check_net, models_of, networks
 from vfjax.network._checks import check_depth
 from vfjax.network._network import Network
 from vfjax.network._records import Layer
 
 
+@renames(merged="span")
 def partial(
     net: Network | Sequence[Network],
     trees: Sequence[PyTree],
     maps: Maps | None = None,
     *,
-    merged: slice = slice(None),
+    span: slice = slice(None),
     weights: Sequence[float] | None = None,
     alpha: float | None = None,
 ) -> Merged:
     """Merges a range of layers and keeps those before it and after it apart, model by model.
 
-    Of a list of the layers by depth, as in `preserve_first`, `merged` is the slice that is merged.
+    Of a list of the layers by depth, as in `preserve_first`, `span` is the slice that is merged.
     `slice(l, None)` is Preserve-First Merging, PFM_{l/L}: a stem per model, one trunk.
     `slice(None, l)` is a partial zip: one trunk, a head per model. Any other has both.
 
@@ -56,7 +53,7 @@ def partial(
             any number of classes.
         maps: What a matcher found (`vfjax.align.zip_features`, or `Maps.of_permutations` of what
             another did); None for trees that are aligned already.
-        merged: Which layers to merge, as a list of L would be sliced; by default all.
+        span: Which layers to merge, as a list of L would be sliced; by default all.
         weights: K numbers that sum to one; None for 1/K each, which alone suits maps that merge
             features within a model (`vfjax.align.zip_features`): see `vfjax.align.Maps`.
         alpha: For two trees, short for the weights `(1 - alpha, alpha)`.
@@ -65,9 +62,9 @@ def partial(
         The merged model. With heads it returns a tuple of K outputs, one per model.
 
     Raises:
-        TypeError: If `net` is no traced network, `maps` no `Maps`, `merged` no slice of whole
-            numbers, `trees` no sequence of trees, or `weights` no sequence of numbers.
-        ValueError: If `merged` has a step or runs backwards, if fewer than two trees are given, if
+        TypeError: If `net` is not a traced network, `maps` no `Maps`, `span` no slice of whole
+            numbers, `trees` not a sequence of trees, or `weights` not a sequence of numbers.
+        ValueError: If `span` has a step or runs backwards, if fewer than two trees are given, if
             they do not fit the networks, the maps or each other, hold NaN or infinite values, or
             integer leaves that disagree, if weights do not fit, or if a value of integers would
             have to be mapped.
@@ -84,7 +81,7 @@ def partial(
         >>> x = jnp.array([[1.0, 2.0]])
         >>> net = vfjax.trace(apply_fn, a, x)
         >>> swap = vfjax.align.Maps.of_permutations([None, {"w1": [1, 0]}])
-        >>> model = partial(net, [a, b], swap, merged=slice(None, 1))
+        >>> model = partial(net, [a, b], swap, span=slice(None, 1))
         >>> model
         Merged(cut=0 of 2, heads after 1, models=2, weights=(0.5, 0.5), params=12, flops=16, \
 corrections=[])
@@ -99,7 +96,7 @@ corrections=[])
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
-    start, stop = _bounds(merged, nets[0].depth)
+    start, stop = _bounds(span, nets[0].depth)
     end = None if stop == nets[0].depth else stop
     if maps is not None and not isinstance(maps, Maps):
         raise TypeError(
@@ -107,7 +104,7 @@ corrections=[])
             "mapping per model, go into Maps.of_permutations"
         )
     weights = resolve_mix(weights, alpha, len(trees))
-    return _merge(nets, trees, maps, start, end, weights)
+    return _merge(nets, trees, maps, start, end, weights, stacklevel=5)  # by way of a decorator
 
 
 def preserve_first(
@@ -124,7 +121,7 @@ def preserve_first(
     layers; the values that cross are averaged with the weights; the averaged trunk, beginning with
     the norm or activation after layer l, finishes. Between 0 and L the model grows from the merged
     one, in size and cost that of one model, to the logit ensemble. In a chain 1 equals 0: averaging
-    an affine map or its result is the same. It is `partial` with `merged=slice(layers, None)`.
+    an affine map or its result is the same. It is `partial` with `span=slice(layers, None)`.
 
     Args:
         net: The traced network.
@@ -136,8 +133,8 @@ def preserve_first(
         The merged model.
 
     Raises:
-        TypeError: If `net` is no traced network, `layers` no integer, `trees` no sequence of trees
-            or `weights` no sequence of numbers.
+        TypeError: If `net` is not a traced network, `layers` not an integer, `trees` not a sequence
+            of trees or `weights` not a sequence of numbers.
         ValueError: If `layers` is out of range, if fewer than two trees are given, if they do not
             fit the network or each other, hold NaN or infinite values, or integer leaves that
             disagree, or if weights do not fit.
@@ -164,7 +161,7 @@ def preserve_first(
     `Network.run`, where the reference code averages the weights of the last one.
     """
     check_net(net)
-    trees = as_trees(trees)
+    check_sequence(trees, name="trees")
     check_depth(net, layers, "layers")
     return _merge((net,) * len(trees), trees, None, int(layers), None, weights)
 
@@ -194,7 +191,8 @@ def ensemble(
         (4, 2)
     """
     check_net(net)
-    return preserve_first(net, trees, layers=net.depth, weights=weights)
+    check_sequence(trees, name="trees")
+    return _merge((net,) * len(trees), trees, None, net.depth, None, weights)
 
 
 def _merge(
@@ -204,41 +202,42 @@ def _merge(
     start: int,
     end: int | None,
     weights: Sequence[float] | None,
+    *,
+    stacklevel: int = 4,
 ) -> Merged:
     """See `partial`; `end` is None without heads."""
     net, count = nets[0], len(trees)
     if count < 2:
         raise ValueError(f"trees must be at least two, got {count}")
     # What heads alone read may differ in shape, as where models have classes of their own.
-    check_models(nets, trees, free=net.head_leaves(start, end))
+    models = models_of(nets, trees, free=net.head_leaves(start, end))
     weights = resolve_mix(weights, None, count)
     if any(isinstance(w, Tracer) for w in weights):
         raise TypeError("weights must be numbers, since a Merged keeps them static; got a tracer")
     maps = Maps(({},) * count) if maps is None else maps
     maps.check(nets, count)
     _check_mappable(nets, maps, [depth for depth in (start, end) if depth])
-    _warn_of_fixed(net, start, net.depth if end is None else end)
+    _warn_of_fixed(net, start, net.depth if end is None else end, stacklevel)
 
     kept = net.trunk_leaves(start, end) if start or end is not None else frozenset(net.paths)
     if start or kept:  # else nothing is merged, and all stay as they are
-        trees = [maps.prepare(nets[k], tree, k) for k, tree in enumerate(trees)]
-    mapped = [_keep(tree, kept) for tree in trees]
+        models = models.become(
+            [maps.prepare(nets[k], tree, k) for k, tree in enumerate(models.trees)]
+        )
+    mapped = [flat.part(kept) for flat in models.flats]
     own = any(other is not net for other in nets)
     if maps.mixed or own:
-        mapped = [maps.mix(nets[k], tree, k) for k, tree in enumerate(mapped)]
+        mapped = [flatten_named(maps.mix(nets[k], flat.tree(), k)) for k, flat in enumerate(mapped)]
         _check_trunks(net, mapped)
+    parts = list(zip(models.flats, nets, strict=True))
     return Merged(
-        stems=tuple(_keep(t, n.stem_leaves(start)) for t, n in zip(trees, nets, strict=True))
-        if start
-        else (),
-        trunk=average_trees(mapped, weights),
+        stems=tuple(flat.only(n.stem_leaves(start)) for flat, n in parts) if start else (),
+        trunk=average_flats(mapped, weights),
         corrections={},
         net=net,
         cut=start,
         weights=weights,
-        heads=()
-        if end is None
-        else tuple(_keep(t, n.trunk_leaves(end)) for t, n in zip(trees, nets, strict=True)),
+        heads=() if end is None else tuple(flat.only(n.trunk_leaves(end)) for flat, n in parts),
         merge=_matrices(nets, maps, start, 0) if start else (),
         unmerge=() if end is None else _matrices(nets, maps, end, 1),
         end=end,
@@ -246,31 +245,30 @@ def _merge(
     )
 
 
-def _bounds(merged: Any, depth: int) -> tuple[int, int]:
+def _bounds(span: Any, depth: int) -> tuple[int, int]:
     """Where a slice of a list of all layers begins and ends."""
-    if not isinstance(merged, slice):
+    if not isinstance(span, slice):
         raise TypeError(
-            f"merged must be a slice of the layers, as slice(2, None) for all but the first two; "
-            f"it was {merged!r}"
+            f"span must be a slice of the layers, as slice(2, None) for all but the first two; "
+            f"it was {span!r}"
         )
-    ends = [n for n in (merged.start, merged.stop) if n is not None]
+    ends = [n for n in (span.start, span.stop) if n is not None]
     if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) for n in ends):
-        raise TypeError(f"merged must be a slice of whole numbers; it was {merged!r}")
-    if merged.step not in (None, 1):
-        raise ValueError(f"merged must be a slice without a step, got {merged!r}")
-    start, stop, _ = slice(merged.start, merged.stop).indices(depth)
+        raise TypeError(f"span must be a slice of whole numbers; it was {span!r}")
+    if span.step not in (None, 1):
+        raise ValueError(f"span must be a slice without a step, got {span!r}")
+    start, stop, _ = slice(span.start, span.stop).indices(depth)
     if stop < start:
         raise ValueError(
-            f"merged was {merged!r}, which of {depth} layers begins after {start} and ends after "
+            f"span was {span!r}, which of {depth} layers begins after {start} and ends after "
             f"{stop}; it must not run backwards"
         )
     return start, stop
 
 
-def _check_trunks(net: Network, mapped: Sequence[PyTree]) -> None:
+def _check_trunks(net: Network, mapped: Sequence[Flat]) -> None:
     """Checks that mapped models are of the shapes of the network that the trunk runs on."""
-    for k, tree in enumerate(mapped):
-        leaves, _ = flatten_named(tree)
+    for k, (leaves, _) in enumerate(mapped):
         like = {path: net._avals[path] for path in leaves}
         check_like(leaves, like, name=f"trees[{k}], mapped,", other="net")
 
@@ -303,15 +301,10 @@ def _matrices(nets: Sequence[Network], maps: Maps, depth: int, which: int) -> tu
     return tuple(found) if any(found) else ()
 
 
-def _keep(tree: PyTree, paths: Collection[str]) -> PyTree:
-    """The tree with None in place of leaves that are not among `paths`."""
-    return without(tree, flatten_named(tree)[0].keys() - paths)
-
-
 _WARNED: weakref.WeakSet[Network] = weakref.WeakSet()
 
 
-def _warn_of_fixed(net: Network, start: int, stop: int) -> None:
+def _warn_of_fixed(net: Network, start: int, stop: int, stacklevel: int) -> None:
     """Warns, once per network, of a merged layer whose channels no permutation can match."""
     if net in _WARNED:
         return
@@ -330,7 +323,7 @@ def _warn_of_fixed(net: Network, start: int, stop: int) -> None:
             f"{cause[1]}: no alignment can match them, so merging them may lose accuracy. "
             "net.spec.fixed lists all such axes.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
         return
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vfjax._trees.mean import average_trees, resolve_mix
+from vfjax._trees.mean import average_flats, resolve_mix
+from vfjax._trees.paths import check_trees
 from vfjax._types import PyTree
-from vfjax.network._arguments import as_trees
 
 
 def interpolate(
@@ -31,7 +31,7 @@ def interpolate(
         The averaged tree. With one weight of 1 and the others 0, that very tree.
 
     Raises:
-        TypeError: If `trees` is no sequence of trees, or a leaf is no array.
+        TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If trees differ in structure, shape or dtype, hold NaN or infinite values, or
             integer leaves that disagree; or if the weights do not fit.
 
@@ -41,8 +41,8 @@ def interpolate(
         >>> print(interpolate([a, b], alpha=0.25)["kernel"])
         [0.25 0.25]
     """
-    trees = as_trees(trees)
-    return average_trees(trees, resolve_mix(weights, alpha, len(trees)))
+    flats = check_trees(trees)
+    return average_flats(flats, resolve_mix(weights, alpha, len(trees)))
 
 
 def uniform_soup(trees: Sequence[PyTree]) -> PyTree:
@@ -104,7 +104,7 @@ def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> So
         >>> soup.kept, float(soup.tree["bias"])
         ((0, 2), -0.5)
     """
-    trees = as_trees(trees)
+    flats = check_trees(trees)
 
     def scored(tree: PyTree) -> float:
         value = float(score(tree))
@@ -116,7 +116,8 @@ def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> So
     first, *others = sorted(range(len(trees)), key=lambda k: -alone[k])
     kept, soup, best = (first,), trees[first], alone[first]
     for k in others:
-        candidate = uniform_soup([trees[i] for i in (*kept, k)])
+        chosen = [flats[i] for i in (*kept, k)]
+        candidate = average_flats(chosen, resolve_mix(None, None, len(chosen)))
         value = scored(candidate)
         if value >= best:
             kept, soup, best = (*kept, k), candidate, value

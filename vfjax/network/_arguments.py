@@ -1,13 +1,19 @@
-"""Whether parameter trees fit a traced network, and each other."""
+"""Networks and trees that a public function takes, checked once: `Models`.
+
+What is public turns its `net` and `trees` into `Models` first. What it calls takes these, and
+neither checks nor flattens a tree again.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vfjax._trees import paths
+from vfjax._trees.paths import Flat
 from vfjax._types import PyTree
 from vfjax.network import _retrace
 from vfjax.network._checks import check_variances
@@ -15,29 +21,196 @@ from vfjax.network._network import Network
 from vfjax.network._sites import locate, source_of
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Models:
+    """Trees that fit their networks, taken apart.
+
+    Attributes:
+        nets: The network of each tree; that of the first stands for all.
+        trees: The trees.
+        flats: Their leaves by path, and their structures.
+    """
+
+    nets: tuple[Network, ...]
+    trees: tuple[PyTree, ...]
+    flats: tuple[Flat, ...]
+
+    def __len__(self) -> int:
+        """How many models there are."""
+        return len(self.trees)
+
+    @property
+    def net(self) -> Network:
+        """The network of the first model."""
+        return self.nets[0]
+
+    @property
+    def leaves(self) -> tuple[dict[str, Any], ...]:
+        """Of each tree, its leaves by path."""
+        return tuple(flat.leaves for flat in self.flats)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all are of one network, and of the same shapes."""
+        shapes = [_shapes(leaves) for leaves in self.leaves]
+        return all(net is self.net for net in self.nets) and all(s == shapes[0] for s in shapes)
+
+    def pick(self, order: Sequence[int]) -> Models:
+        """The models of some numbers, in that order."""
+        nets, trees, flats = self.nets, self.trees, self.flats
+        return Models(
+            tuple(nets[k] for k in order),
+            tuple(trees[k] for k in order),
+            tuple(flats[k] for k in order),
+        )
+
+    def one_by_one(self) -> list[Models]:
+        """Every model by itself."""
+        return [self.pick([k]) for k in range(len(self))]
+
+    def become(self, trees: Sequence[PyTree]) -> Models:
+        """Models of the same networks whose trees are others, such as mapped ones.
+
+        Args:
+            trees: One for each; those that are the same objects are not taken apart again.
+        """
+        flats = tuple(
+            old if new is tree else paths.flatten_named(new)
+            for new, tree, old in zip(trees, self.trees, self.flats, strict=True)
+        )
+        return Models(self.nets, tuple(trees), flats)
+
+
+def model_of(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> Models:
+    """One model, checked.
+
+    Args:
+        net: What the caller gave as its network.
+        tree: Its tree.
+        name: What to call the tree.
+        variances: Whether it must have the stored variances, which merging may leave unknown.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `net` is not a traced network, or a leaf not an array.
+        ValueError: If the tree does not fit the network, or holds NaN or infinite values.
+    """
+    check_net(net)
+    return fitting(net, tree, name, variances=variances)
+
+
+def fitting(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> Models:
+    """The same of what is known to be a network; see `model_of`."""
+    flat = paths.flatten_named(tree, name=name)
+    check_fits(net, flat.leaves, name, variances=variances)
+    paths.check_finite(flat.leaves, name=name)
+    return Models((net,), (tree,), (flat,))
+
+
+def models_of(
+    net: Network | Sequence[Network],
+    trees: Sequence[PyTree],
+    *,
+    free: Collection[str] = frozenset(),
+    name: str = "trees",
+    variances: bool = True,
+) -> Models:
+    """Several models, checked: that they fit their networks and, but for some leaves, each other.
+
+    Args:
+        net: The traced network, or one per tree, as `networks` returns them.
+        trees: The trees.
+        free: Paths of leaves that may differ in shape between trees of one network.
+        name: What to call the trees.
+        variances: As in `model_of`.
+
+    Returns:
+        The models.
+
+    Raises:
+        TypeError: If there is no sequence of trees, or a leaf is not an array.
+        ValueError: If they do not fit, or hold NaN or infinite values.
+    """
+    paths.check_sequence(trees, name=name)
+    nets = (net,) * len(trees) if isinstance(net, Network) else tuple(net)
+    flats = _flats(trees, name)
+    if all(own is nets[0] for own in nets) and not free:
+        paths.check_alike([flat.leaves for flat in flats], name=name)
+        check_fits(nets[0], flats[0].leaves, f"{name}[0]", variances=variances)
+        return Models(nets, tuple(trees), flats)
+    apart = len(set(nets)) > 1
+    for k, (own, flat) in enumerate(zip(nets, flats, strict=True)):
+        label = f"{name}[{k}]"
+        paths.check_finite(flat.leaves, name=label)
+        check_fits(own, flat.leaves, label, variances=variances, free=() if apart else free)
+        if not apart:
+            _check_run(own, flat.leaves, label)
+    return Models(nets, tuple(trees), flats)
+
+
+def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collection[str]) -> Models:
+    """Several models whose values at some sites can be compared, channel by channel.
+
+    What these depend on must be alike. Other leaves, such as those of heads with classes of their
+    own, may differ in shape, and with networks of their own in all.
+
+    Args:
+        nets: One network per tree, as `networks` returns them.
+        trees: A sequence of trees.
+        sites: Names of sites, as in `Network.run`.
+
+    Returns:
+        The models.
+
+    Raises:
+        TypeError: If a leaf is not an array.
+        ValueError: If they do not fit, or hold NaN or infinite values.
+    """
+    found = Models(tuple(nets), tuple(trees), _flats(trees, "trees"))
+    if found.alike:
+        paths.check_alike(found.leaves)
+        return found
+    apart = any(own is not found.net for own in nets)
+    read = leaves_before(found.net, sites)
+    first = found.leaves[0]
+    like = {path: leaf for path, leaf in first.items() if path in read}
+    for k, (own, flat) in enumerate(zip(nets, found.leaves, strict=True)):
+        label = f"trees[{k}]"
+        paths.check_finite(flat, name=label)
+        seen = read if own is found.net else leaves_before(own, sites)
+        mine = {path: leaf for path, leaf in flat.items() if path in seen}
+        paths.check_like(mine, like, name=label, other="trees[0]")
+        if apart:
+            check_fits(own, flat, label)
+        else:
+            rest = {path: leaf for path, leaf in flat.items() if path not in read}
+            paths.check_like(flat, {**first, **rest}, name=label, other="trees[0]")
+            _check_run(own, flat, label)
+    return found
+
+
 def check_fits(
     net: Network,
-    tree: PyTree,
+    leaves: Mapping[str, Any],
     name: str,
     *,
     variances: bool = True,
     free: Collection[str] = frozenset(),
 ) -> None:
-    """Checks that a tree has the leaves of a traced network's variables.
+    """Checks that leaves by path are those of a traced network's variables.
 
     Args:
         net: The traced network.
-        tree: The tree.
-        name: What to call it.
-        variances: Whether it must have the stored variances, which merging may leave unknown.
+        leaves: The leaves of a tree.
+        name: What to call the tree.
+        variances: As in `model_of`.
         free: Paths of leaves that may have any shape.
 
     Raises:
-        TypeError: If `net` is no traced network, or a leaf no array.
         ValueError: If leaves are missing or added, or differ in shape or dtype.
     """
-    check_net(net)
-    leaves, _ = paths.flatten_named(tree, name=name)
     like = {path: leaves.get(path, a) if path in free else a for path, a in net._avals.items()}
     if variances:
         check_variances(net, [path for path in like if path not in leaves], name)
@@ -45,84 +218,6 @@ def check_fits(
         unknown = {norm.var for norm in net.norms} - leaves.keys()
         like = {path: aval for path, aval in like.items() if path not in unknown}
     paths.check_like(leaves, like, name=name, other="the traced network's variables")
-
-
-def check_models(
-    net: Network | Sequence[Network],
-    trees: Sequence[PyTree],
-    *,
-    free: Collection[str] = frozenset(),
-    name: str = "trees",
-    variances: bool = True,
-) -> None:
-    """Checks that trees fit their networks and, but for some leaves, each other.
-
-    Args:
-        net: The traced network, or one per tree.
-        trees: The trees.
-        free: Paths of leaves that may differ in shape between trees of one network.
-        name: What to call the trees.
-        variances: Whether they must have all stored variances; see `check_fits`.
-
-    Raises:
-        TypeError: If there is no sequence of trees, or a leaf is no array.
-        ValueError: If they do not fit, or hold NaN or infinite values.
-    """
-    paths.check_sequence(trees, name=name)
-    nets = networks(net, len(trees))
-    if all(own is nets[0] for own in nets) and not free:
-        as_trees(trees, name=name)
-        check_fits(nets[0], trees[0], f"{name}[0]", variances=variances)
-        return
-    apart = len(set(nets)) > 1
-    for k, (own, tree) in enumerate(zip(nets, trees, strict=True)):
-        label = f"{name}[{k}]"
-        leaves, _ = paths.flatten_named(tree, name=label)
-        paths.check_finite(leaves, name=label)
-        check_fits(own, tree, label, variances=variances, free=() if apart else free)
-        if not apart:
-            _check_run(own, leaves, label)
-
-
-def check_comparable(
-    net: Network | Sequence[Network], trees: Sequence[PyTree], sites: Collection[str]
-) -> None:
-    """Checks that the values of models at some sites can be compared, channel by channel.
-
-    What these depend on must be alike. Other leaves, such as those of heads with classes of their
-    own, may differ in shape, and with networks of their own in all.
-
-    Args:
-        net: The traced network, or one per tree.
-        trees: The trees.
-        sites: Names of sites, as in `Network.run`.
-
-    Raises:
-        TypeError: If there is no sequence of trees, or a leaf is no array.
-        ValueError: If they do not fit, or hold NaN or infinite values.
-    """
-    paths.check_sequence(trees, name="trees")
-    nets = networks(net, len(trees))
-    flats = [paths.flatten_named(tree, name=f"trees[{k}]")[0] for k, tree in enumerate(trees)]
-    shapes = [{path: np.shape(leaf) for path, leaf in flat.items()} for flat in flats]
-    apart = any(own is not nets[0] for own in nets)
-    if not apart and all(found == shapes[0] for found in shapes):
-        paths.check_trees(trees)
-        return
-    read = leaves_before(nets[0], sites)
-    like = {path: leaf for path, leaf in flats[0].items() if path in read}
-    for k, (own, flat) in enumerate(zip(nets, flats, strict=True)):
-        label = f"trees[{k}]"
-        paths.check_finite(flat, name=label)
-        seen = read if own is nets[0] else leaves_before(own, sites)
-        mine = {path: leaf for path, leaf in flat.items() if path in seen}
-        paths.check_like(mine, like, name=label, other="trees[0]")
-        if apart:
-            check_fits(own, trees[k], label)
-        else:
-            rest = {path: leaf for path, leaf in flat.items() if path not in read}
-            paths.check_like(flat, {**flats[0], **rest}, name=label, other="trees[0]")
-            _check_run(own, flat, label)
 
 
 def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
@@ -146,6 +241,14 @@ def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
     return traced.leaves_of(traced.graph.needed(values, ()), values)
 
 
+def _flats(trees: Sequence[PyTree], name: str) -> tuple[Flat, ...]:
+    return tuple(paths.flatten_named(tree, name=f"{name}[{k}]") for k, tree in enumerate(trees))
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: np.shape(leaf) for path, leaf in leaves.items()}
+
+
 def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:
     """Checks that the traced function takes leaves of other shapes than it was traced with."""
     try:
@@ -157,24 +260,6 @@ def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:
             "apply_fn differ, as Flax modules with other numbers of classes do, need a network "
             "each: net=[vfjax.trace(...), ...]"
         ) from error
-
-
-def as_trees(trees: Sequence[PyTree], *, name: str = "trees") -> tuple[PyTree, ...]:
-    """Checks that an argument is a sequence of alike trees; returns it as a tuple.
-
-    Args:
-        trees: What the caller gave.
-        name: How the caller calls it.
-
-    Returns:
-        The trees.
-
-    Raises:
-        TypeError: If it is no list or tuple, such as one tree by itself.
-        ValueError: If it is empty, or the trees are not alike, or hold NaN or infinite values.
-    """
-    paths.check_trees(trees, name=name)
-    return tuple(trees)
 
 
 def check_net(net: Any, *, other: str = "") -> None:
@@ -191,6 +276,12 @@ def check_net(net: Any, *, other: str = "") -> None:
         )
 
 
+def check_count(nets: Sequence[Network], models: int) -> None:
+    """Raises a ValueError unless there are as many networks as models."""
+    if len(nets) != models:
+        raise ValueError(f"net has {len(nets)} networks for {models} trees; give one per tree")
+
+
 def networks(net: Any, models: int) -> tuple[Network, ...]:
     """One network per model, of a `net` argument that may be one for all of them.
 
@@ -203,7 +294,7 @@ def networks(net: Any, models: int) -> tuple[Network, ...]:
         As many networks.
 
     Raises:
-        TypeError: If one is no `Network`.
+        TypeError: If one is not a `Network`.
         ValueError: If there are not as many, or their layers, norms, groups or inputs differ.
     """
     if isinstance(net, Network):
@@ -213,8 +304,7 @@ def networks(net: Any, models: int) -> tuple[Network, ...]:
     nets = tuple(net)
     for found in nets:
         check_net(found, other="or a sequence of one per model")
-    if len(nets) != models:
-        raise ValueError(f"net has {len(nets)} networks for {models} trees; give one per tree")
+    check_count(nets, models)
 
     def facts(net: Network) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vfjax._analysis.traced import Traced
-from vfjax._jaxpr.flatten import MAX_UNROLL
+from vfjax._jaxpr.flattening import MAX_UNROLL
 from vfjax._trees import paths
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing
@@ -26,7 +26,7 @@ def check_depth(net: Network, depth: Any, argument: str) -> None:
         argument: The caller's name for it, for the message.
 
     Raises:
-        TypeError: If it is no whole number.
+        TypeError: If it is not a whole number.
         ValueError: If it is not from 0 to `net.depth`.
     """
     if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
@@ -42,7 +42,7 @@ def check_part(net: Network, start: Any, stop: Any) -> None:
     """Checks that the network can be run from one depth to another; None stands for an end.
 
     Raises:
-        TypeError: If a depth is no whole number.
+        TypeError: If a depth is not a whole number.
         ValueError: If it is not from 0 to `net.depth`, or the second is less than the first.
     """
     for depth, argument in ((start, "start"), (stop, "stop")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from vfjax._analysis.layers import LinearSite
 from vfjax._jaxpr import graph
 from vfjax._jaxpr.graph import Equation
-from vfjax._trees.paths import flatten_named
+from vfjax._jaxpr.primitives import DOT
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
 from vfjax.network._network import Network
@@ -104,7 +104,7 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
     params = dict(equation.params)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     shape = list(_kernel_aval(equation, site, avals).shape)
-    if equation.primitive == "dot_general":
+    if equation.primitive == DOT:
         contract, batch = params["dimension_numbers"]
         tied = {*contract[site.side], *batch[site.side]}
         shape = [n if axis in tied else 1 for axis, n in enumerate(shape)]
@@ -125,19 +125,18 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
     return jax.grad(total)(jnp.zeros(shape, dtype))
 
 
-def kernels(net: Network, tree: PyTree, names: Sequence[str]) -> list[np.ndarray]:
+def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> list[np.ndarray]:
     """The entries of layers' kernels as the layers use them, masks and sums included: `[n]` each.
 
     Args:
         net: The traced network.
-        tree: Its variables; leaves that these layers do not read may be None.
+        leaves: Leaves of its variables by path; those that these layers do not read may lack.
         names: Names of the layers.
     """
     traced = net._reference
     sites = [traced.layers[name] for name in names]
     operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
-    named, _ = flatten_named(tree)
     ids = zip(traced.graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(named[path]) for value, path in ids if path in named}
+    env = {value: jnp.asarray(leaves[path]) for value, path in ids if path in leaves}
     found = graph.evaluate(traced.graph, env, operands)
     return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]

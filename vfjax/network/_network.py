@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis import outside
 from vfjax._analysis.groups import from_propagation
+from vfjax._deprecated import OldName
 from vfjax._jaxpr import faster
 from vfjax._jaxpr.graph import evaluate
 from vfjax._trees import paths
@@ -52,8 +53,8 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
         The network. It holds no parameters.
 
     Raises:
-        TypeError: If `apply_fn` cannot be called, or a leaf is no array (an unpartitioned Equinox
-            module).
+        TypeError: If `apply_fn` cannot be called, or a leaf is not an array (an unpartitioned
+            Equinox module).
         ValueError: If the weights are closed over instead of passed in `variables`, `apply_fn`
             raises a KeyError, as where it looks up a key that the trees have not, or a kernel's
             path is `input` or `output`, the names of the network's ends.
@@ -111,7 +112,7 @@ class Network:
     def __repr__(self) -> str:
         """Size and depth at a glance."""
         return (
-            f"Network({len(self.layers)} layers, depth {self.depth}, {self.parameters:,} "
+            f"Network({len(self.layers)} layers, depth {self.depth}, {self.params:,} "
             f"parameters, {len(self.spec.groups)} groups)"
         )
 
@@ -180,9 +181,12 @@ class Network:
         return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
 
     @property
-    def parameters(self) -> int:
+    def params(self) -> int:
         """Number of parameters, stored statistics not counted."""
         return _cost.params_of(self, self.paths)
+
+    parameters = OldName("params")
+    stem_parameters, trunk_parameters = OldName("stem_params"), OldName("trunk_params")
 
     @functools.cached_property
     def flops(self) -> int:
@@ -290,8 +294,8 @@ class Network:
             The output (or the `Crossing`); with `capture`, a pair of it and a dict by site.
 
         Raises:
-            TypeError: If `stop` or `start` is no whole number, `capture` no sequence of names,
-                `edit` no mapping to functions, or a leaf no array.
+            TypeError: If `stop` or `start` is not a whole number, `capture` not a sequence of
+                names, `edit` not a mapping to functions, or a leaf not an array.
             ValueError: If a site does not exist or lies on the other side, a depth is out of
                 range, `stop` is less than `start`, `x` is not the `Crossing` that `start` takes,
                 the tree has leaves that were not traced or lacks one that is read, `apply_fn` is
@@ -322,7 +326,6 @@ class Network:
         ids = zip(traced.graph.inputs, self._avals, strict=False)
         env |= {value: named[path] for value, path in ids if path in named}
         env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
-
         changes = Changes(self, traced, capture, edit, stop, start)
         env = changes.enter(env)
         ends = traced.ends(stop)
@@ -361,7 +364,7 @@ class Network:
             A crossing like each of them.
 
         Raises:
-            TypeError: If `weights` is no flat sequence.
+            TypeError: If `weights` is not a flat sequence.
             ValueError: If there are none, they are of different cuts or inputs, the weights do not
                 fit or do not sum to one, or a value that would have to be averaged is an integer
                 or boolean.
@@ -446,7 +449,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range.
         """
         check_depth(self, depth, "depth")
@@ -460,7 +463,7 @@ class Network:
             stop: Depth of a second cut at which the trunk ends; None for the output.
 
         Raises:
-            TypeError: If a depth is no whole number.
+            TypeError: If a depth is not a whole number.
             ValueError: If it is out of range, or `stop` is less than `depth`.
         """
         check_depth(self, depth, "depth")
@@ -482,11 +485,11 @@ class Network:
         """Types of leaves of the variables, by path."""
         return {path: self._avals[path] for path in paths}
 
-    def stem_parameters(self, depth: int) -> int:
+    def stem_params(self, depth: int) -> int:
         """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
         return _cost.params_of(self, self.stem_leaves(depth))
 
-    def trunk_parameters(self, depth: int, stop: int | None = None) -> int:
+    def trunk_params(self, depth: int, stop: int | None = None) -> int:
         """Number of parameters that the trunk of a cut reads; see `trunk_leaves`."""
         return _cost.params_of(self, self.trunk_leaves(depth, stop))
 
@@ -513,7 +516,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range.
 
         Example:
@@ -526,10 +529,7 @@ class Network:
         check_depth(self, depth, "depth")
         traced = self._reference
         return tuple(
-            (
-                traced.graph.avals[v],
-                frozenset(place.group for place in traced.places(v)),
-            )
+            (traced.graph.avals[v], frozenset(place.group for place in traced.places(v)))
             for v in traced.cut(depth).crossing
         )
 
@@ -553,7 +553,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range, or the network has no such site.
 
         Example:
@@ -562,7 +562,7 @@ class Network:
             >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
             >>> [net.in_stem(layer.name, 1) for layer in net.layers]
             [True, False]
-            >>> sorted(net.stem_leaves(1)), net.stem_parameters(1), net.trunk_flops(1)
+            >>> sorted(net.stem_leaves(1)), net.stem_params(1), net.trunk_flops(1)
             (['w0'], 12, 8)
         """
         check_depth(self, depth, "depth")
@@ -576,7 +576,7 @@ class Network:
             depth: Depth of the cut, from 0 to `net.depth`.
 
         Raises:
-            TypeError: If `depth` is no whole number.
+            TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range, or the network has no such site.
 
         Example:
@@ -631,7 +631,7 @@ class Network:
 
         Raises:
             FoldError: If there is nowhere to fold it, or the leaf to fold it into is missing.
-            TypeError: If a leaf is no array.
+            TypeError: If a leaf is not an array.
             ValueError: If there is no such layer, or `scale` or `shift` has another shape.
 
         Example:
@@ -643,6 +643,5 @@ class Network:
             ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
         """
         self.layer(layer)
-        named, treedef = paths.flatten_named(variables)
-        new = _fold.fold(self._reference, named, layer, scale, shift)
-        return jax.tree.unflatten(treedef, [new[path] for path in named])
+        flat = paths.flatten_named(variables)
+        return flat.put(_fold.fold(self._reference, flat.leaves, layer, scale, shift)).tree()

@@ -12,6 +12,8 @@ import numpy as np
 
 from vfjax._analysis.traced import Traced
 from vfjax._analysis.views import View
+from vfjax._deprecated import OldName
+from vfjax._jaxpr.primitives import CONV
 from vfjax._types import Array
 from vfjax.symmetry._places import (
     Axis,
@@ -36,7 +38,7 @@ class Layer:
         output_shape: Shape of the pre-activation; axis 0 is the batch in most networks.
         channel_axes: Axes of the pre-activation that hold channels.
         sample_axes: Its other axes, over which statistics are taken.
-        parameters: Number of entries of kernel and bias.
+        params: Number of entries of kernel and bias.
         flops: Operations per example: multiply-accumulates once, and a convolution's bias.
         group: Name of the permutation group of its (last free) output axis, or None.
         norm: Name of the normalisation with stored statistics that follows directly, or None.
@@ -53,11 +55,13 @@ class Layer:
     output_shape: tuple[int, ...]
     channel_axes: tuple[int, ...]
     sample_axes: tuple[int, ...]
-    parameters: int
+    params: int
     flops: int
     group: str | None
     norm: str | None
     where: str
+
+    parameters = OldName("params")
 
     @property
     def channels(self) -> int:
@@ -201,14 +205,14 @@ def describe_layer(
         name=name,
         kernel=_path(traced, site.kernel),
         bias=_path(traced, site.bias),
-        kind="conv" if equation.primitive == "conv_general_dilated" else "dense",
+        kind="conv" if equation.primitive == CONV else "dense",
         depth=traced.depth_of(site),
         main=traced.is_main(site),
         shape=tuple(graph.avals[equation.values[site.side]].shape),
         output_shape=tuple(shape),
         channel_axes=site.channel_axes,
         sample_axes=tuple(a for a in range(len(shape)) if a not in site.channel_axes),
-        parameters=sum(_size(traced, v) for v in (site.kernel, site.bias) if v is not None),
+        params=sum(_size(traced, v) for v in (site.kernel, site.bias) if v is not None),
         flops=flops // batch,
         group=next((n for n in reversed(names) if n is not None), None),
         norm=traced.norm_after(site),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vfjax._analysis.taps import axes_at_tap
 from vfjax._analysis.traced import Traced
+from vfjax._jaxpr.primitives import CONV
 from vfjax.network._checks import opaque_hint
 from vfjax.network._records import JointTap, Tap
 
@@ -223,7 +224,7 @@ def channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
         return layer.channel_axes
     equation, side = traced.graph.equations[layer.index], 1 - layer.side
     numbers = equation.params["dimension_numbers"]
-    if equation.primitive == "conv_general_dilated":
+    if equation.primitive == CONV:
         return ((numbers.lhs_spec, numbers.rhs_spec)[side][1],)
     contract, batch = numbers
     return tuple(sorted((*contract[side], *batch[side])))
@@ -254,7 +255,7 @@ def select(net: Network, sites: Any, *, whole: bool = False) -> tuple[str, ...]:
 
     Raises:
         ValueError: If a name is none of the network's, or one of a part where `whole`.
-        TypeError: If `sites` is no string and no sequence of strings.
+        TypeError: If `sites` is not a string and no sequence of strings.
     """
     if isinstance(sites, str):
         if sites == "paper":

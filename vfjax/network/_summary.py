@@ -31,11 +31,11 @@ def summary(net: Any) -> str:
             str(layer.depth) if layer.main else f"({layer.depth})",
             "x".join(map(str, layer.shape)),
             "x".join(map(str, layer.output_shape[1:])),
-            f"{layer.parameters:,}",
+            f"{layer.params:,}",
             f"{layer.flops:,}",
             layer.group or "-",
         )
-    table.add_row("total", str(net.depth), "", "", f"{net.parameters:,}", f"{net.flops:,}", "")
+    table.add_row("total", str(net.depth), "", "", f"{net.params:,}", f"{net.flops:,}", "")
     written = io.StringIO()
     console = Console(file=written, width=400, color_system=None)
     console.print(table)

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from vfjax._deprecated import renames
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
 from vfjax.prune._scores import Scores, scores_of, weights_of
 
 
+@renames(layers="names")
 def fisher(
     net: Network,
     tree: PyTree,
@@ -20,7 +22,7 @@ def fisher(
     *,
     loss: Loss | None = None,
     examples: int | None = None,
-    layers: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Scores:
     """Scores of weights by how much the loss rises without them, `w^2 F / 2`.
 
@@ -34,14 +36,15 @@ def fisher(
         loss: `loss(output, label)` of a batch, its mean over examples; None for the cross-entropy
             of logits and integer labels.
         examples: How many examples to take, None for all.
-        layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
+        names: Names of layers, as `prunable` gives them; None for all that can be pruned.
 
     Returns:
         The scores, float64.
 
     Raises:
-        TypeError: If `net` is no traced network, `layers` no sequence, a leaf no array, `examples`
-            no integer, or a batch is no pair with integer labels or has another dtype than traced.
+        TypeError: If `net` is not a traced network, `names` not a sequence, a leaf not an array,
+            `examples` no integer, or a batch is not a pair with integer labels or has another dtype
+            than traced.
         ValueError: If the tree or data do not fit, data are empty or too few, `examples` is below
             one, there are no layers, one has no kernel of its own, or a gradient is not finite.
 
@@ -58,10 +61,10 @@ def fisher(
     """
     if examples is not None:
         check_count("examples", examples)
-    leaves, rows, paths = weights_of(net, tree, layers)
+    leaves, rows, paths = weights_of(net, tree, names)
     total = {path: np.zeros(np.shape(leaf)) for path, leaf in leaves.items()}
     count = 0
-    for found in gradients(net, tree, tuple(leaves), data, loss=loss, count=examples):
+    for found in gradients(net, tree, leaves, data, loss=loss, count=examples):
         for path, each in found.items():
             total[path] += (np.asarray(each, np.float64) ** 2).sum(0)
         count += len(next(iter(found.values())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ def cross_entropy(output: Array, label: Array) -> Array:
 def gradients(
     net: Network,
     tree: PyTree,
-    paths: Sequence[str],
+    leaves: Mapping[str, Any],
     data: Iterable[Any],
     *,
     loss: Loss | None,
@@ -49,7 +49,7 @@ def gradients(
     Args:
         net: The traced network.
         tree: Its parameters.
-        paths: Leaves to differentiate by.
+        leaves: Those of its leaves to differentiate by, by path.
         data: Re-iterable of `(x, label)`. Batches that are sharded are computed on one device.
         loss: `loss(output, label)`, the mean over a batch; None for the cross-entropy.
         count: How many gradients to take, None for all that data give.
@@ -59,12 +59,12 @@ def gradients(
         By path, `[k, *leaf]`: k gradients.
 
     Raises:
-        TypeError: If a batch is no pair with integer labels, or has another dtype than was traced.
+        TypeError: If a batch is not a pair with integer labels, or has another dtype than was
+            traced.
         ValueError: If data are empty, do not fit the network, or hold too few examples.
     """
     loss = cross_entropy if loss is None else loss
-    leaves = flatten_named(tree)[0]
-    most = _at_once({path: leaves[path] for path in paths})
+    most = _at_once(leaves)
     made = 0
     for _, x, label in labelled(data, like=net.x, reader="the loss"):
         if mesh_of((x, label)) is not None:
@@ -79,7 +79,7 @@ def gradients(
                 rows = a[start * minibatch : (start + step) * minibatch]
                 return jnp.reshape(rows, (step, minibatch, *np.shape(a)[1:]))
 
-            yield _vmapped(net, tuple(paths), loss, tree, jax.tree.map(grouped, (x, label)))
+            yield _vmapped(net, tuple(leaves), loss, tree, jax.tree.map(grouped, (x, label)))
         made += size
         if made == count:
             return
@@ -95,7 +95,7 @@ def check_count(name: str, value: Any) -> None:
     """Raises an error unless an argument counts something: an integer above zero.
 
     Raises:
-        TypeError: If it is no integer.
+        TypeError: If it is not an integer.
         ValueError: If it is below one.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vfjax._deprecated import renames
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 from vfjax.prune._scores import (
@@ -16,19 +17,20 @@ from vfjax.prune._scores import (
 )
 
 
-def magnitude(net: Network, tree: PyTree, *, layers: Sequence[str] | None = None) -> Scores:
+@renames(layers="names")
+def magnitude(net: Network, tree: PyTree, *, names: Sequence[str] | None = None) -> Scores:
     """Scores of weights by their absolute value, `|w|`.
 
     Args:
         net: The traced network.
         tree: The tree to prune.
-        layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
+        names: Names of layers, as `prunable` gives them; None for all that can be pruned.
 
     Returns:
         The scores, float32 or better.
 
     Raises:
-        TypeError: If `net` is no traced network, `layers` no sequence, or a leaf no array.
+        TypeError: If `net` is not a traced network, `names` not a sequence, or a leaf not an array.
         ValueError: If the tree does not fit, there are no layers, or one has no kernel of its own.
 
     Example:
@@ -40,6 +42,6 @@ def magnitude(net: Network, tree: PyTree, *, layers: Sequence[str] | None = None
 
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
-    leaves, rows, paths = weights_of(net, tree, layers)
+    leaves, rows, paths = weights_of(net, tree, names)
     values = {path: np.abs(widened(leaf)) for path, leaf in leaves.items()}
     return scores_of(tree, values, rows, paths)

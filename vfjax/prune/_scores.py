@@ -85,7 +85,7 @@ def prunable(
         Names of layers, in the order of evaluation; of those that share a leaf, all.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If a kind is unknown.
 
     Example:
@@ -100,6 +100,13 @@ def prunable(
     without the first (`first=False`), in ConvNeXt linear layers alone (`kinds=["dense"]`).
     """
     check_net(net)
+    return _prunable(net, shortcuts, first, last, kinds)
+
+
+def _prunable(
+    net: Network, shortcuts: bool, first: bool, last: bool, kinds: Sequence[str]
+) -> tuple[str, ...]:
+    """The same for what is known to be a network."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if isinstance(kinds, str) or unknown:
         raise ValueError(f"kinds must be a sequence of {' and '.join(KINDS)}, got {kinds!r}")
@@ -115,28 +122,29 @@ def prunable(
 
 
 def rows_of(
-    net: Network, layers: Sequence[str] | None
+    net: Network, names: Sequence[str] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Where the weights of layers to prune lie.
 
     Args:
         net: The traced network.
-        layers: Names of layers; None for all that can be pruned.
+        names: Names of layers; None for all that can be pruned.
 
     Returns:
         By layer the places of its weights in the flattened leaf, int `[outputs, inputs]`, and the
         leaf's path. Of layers that use the same weights only the first is listed.
 
     Raises:
-        TypeError: If `net` is no traced network, or `layers` no sequence.
+        TypeError: If `names` is not a sequence.
         ValueError: If there are no layers, or one is unknown or has no kernel of its own.
     """
-    check_net(net)
-    if isinstance(layers, str):
-        raise TypeError(f"layers must be a sequence of names, got the string {layers!r}")
-    names = prunable(net) if layers is None else tuple(dict.fromkeys(layers))
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of layers' names, got the string {names!r}")
+    if names is None:
+        names = _prunable(net, True, True, True, KINDS)
+    names = tuple(dict.fromkeys(names))
     if not names:
-        raise ValueError("layers is empty: there is nothing to prune")
+        raise ValueError("names is empty: there is nothing to prune")
     rows: dict[str, np.ndarray] = {}
     paths: dict[str, str] = {}
     taken: dict[str, np.ndarray] = {}
@@ -144,7 +152,7 @@ def rows_of(
         path = net.layer(name).kernel
         if path is None:
             raise ValueError(
-                f"layers has '{name}', whose kernel is computed from several leaves; prune the "
+                f"names has '{name}', whose kernel is computed from several leaves; prune the "
                 "network without what computes it, such as a mask"
             )
         found = kernel_rows(net, name)
@@ -156,17 +164,18 @@ def rows_of(
 
 
 def weights_of(
-    net: Network, tree: PyTree, layers: Sequence[str] | None
+    net: Network, tree: PyTree, names: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
     """The leaves of layers to prune, by path, and what `rows_of` returns.
 
     Raises:
-        TypeError: As `rows_of`, or if a leaf is no array.
+        TypeError: As `rows_of`, or if `net` is not a traced network, or a leaf not an array.
         ValueError: As `rows_of`, or if the tree does not fit.
     """
-    check_fits(net, tree, "tree")
-    rows, paths = rows_of(net, layers)
-    leaves = flatten_named(tree, name="tree")[0]
+    check_net(net)
+    leaves = flatten_named(tree, name="tree").leaves
+    check_fits(net, leaves, "tree")
+    rows, paths = rows_of(net, names)
     return {path: leaves[path] for path in dict.fromkeys(paths.values())}, rows, paths
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vfjax._deprecated import renames
 from vfjax._passes.batching import batch_size
 from vfjax._passes.devices import on_mesh
 from vfjax._passes.streaming import stream
@@ -18,8 +19,9 @@ from vfjax.network._network import Network
 from vfjax.prune._scores import Scores, scores_of, weights_of
 
 
+@renames(layers="names")
 def wanda(
-    net: Network, tree: PyTree, data: Iterable[Any], *, layers: Sequence[str] | None = None
+    net: Network, tree: PyTree, data: Iterable[Any], *, names: Sequence[str] | None = None
 ) -> Scores:
     """Scores of weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
 
@@ -32,15 +34,15 @@ def wanda(
         net: The traced network.
         tree: The tree to prune.
         data: Re-iterable of `x` or `(x, label)`; one pass. Batches may be sharded over devices.
-        layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
+        names: Names of layers, as `prunable` gives them; None for all that can be pruned.
 
     Returns:
         The scores, float64. The squares are divided by the number of examples, so that they do not
         grow with the data.
 
     Raises:
-        TypeError: If `net` is no traced network, `layers` no sequence, a leaf no array, or data has
-            another dtype.
+        TypeError: If `net` is not a traced network, `names` not a sequence, a leaf not an array, or
+            data has another dtype.
         ValueError: If the tree does not fit, data is empty, there are no layers, one has no kernel
             of its own, or a score is not finite.
 
@@ -55,7 +57,7 @@ def wanda(
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024,
     equation 1.
     """
-    leaves, rows, paths = weights_of(net, tree, layers)
+    leaves, rows, paths = weights_of(net, tree, names)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
     measure = functools.partial(_means, net, tuple(uses))
     means, _ = stream(measure, _pool, tree, data, like=net.x)

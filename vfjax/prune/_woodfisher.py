@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from vfjax._deprecated import renames
 from vfjax._trees.paths import check_like, flatten_named, with_leaves
 from vfjax._types import PyTree
+from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
 from vfjax.prune._gradients import Loss, check_count, gradients
 from vfjax.prune._masks import apply, mask_of
@@ -143,6 +145,7 @@ class InverseFisher:
         return change.reshape(weights.shape)
 
 
+@renames(layers="names")
 def inverse_fisher(
     net: Network,
     tree: PyTree,
@@ -153,7 +156,7 @@ def inverse_fisher(
     block_size: int | None = None,
     damping: float = 1e-5,
     loss: Loss | None = None,
-    layers: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     max_memory: int = 1 << 31,
 ) -> InverseFisher:
     """The inverse empirical Fisher matrix of the weights to prune, in blocks inside layers.
@@ -168,7 +171,7 @@ def inverse_fisher(
             which takes no longer. Blocks are there to compare with what others use.
         damping: What is added to the diagonal, positive.
         loss: `loss(output, label)` of a batch, its mean over examples; None for the cross-entropy.
-        layers: Names of layers, as `prunable` gives them; None for all that can be pruned.
+        names: Names of layers, as `prunable` gives them; None for all that can be pruned.
         max_memory: Bytes that gradients and factors may take.
 
     Returns:
@@ -199,9 +202,9 @@ def inverse_fisher(
         check_count("block_size", block_size)
     if not 0 < damping < np.inf:
         raise ValueError(f"damping must be a positive number, got {damping!r}")
-    leaves, rows, paths = weights_of(net, tree, layers)
+    leaves, rows, paths = weights_of(net, tree, names)
     size = max(r.size for r in rows.values()) if block_size is None else block_size
-    needed = memory(net, count=count, block_size=size, layers=layers)
+    needed = _bytes_of(rows, count, size)
     if needed > max_memory:
         weights = sum(r.size for r in rows.values())
         raise ValueError(
@@ -213,7 +216,7 @@ def inverse_fisher(
     held = {name: np.empty((count, r.size), np.float32) for name, r in rows.items()}
     done = 0
     options = {"loss": loss, "count": count, "minibatch": minibatch}
-    for found in gradients(net, tree, tuple(leaves), data, **options):
+    for found in gradients(net, tree, leaves, data, **options):
         flat = {path: np.asarray(g).reshape(len(g), -1) for path, g in found.items()}
         k = len(next(iter(flat.values())))
         for name, r in rows.items():
@@ -234,6 +237,7 @@ def inverse_fisher(
     )
 
 
+@renames(layers="names")
 def woodfisher(net: Network, tree: PyTree, data: Iterable[Any], **options: Any) -> Scores:
     """Scores of weights by how much the loss rises without them, if the others make up for it.
 
@@ -255,12 +259,13 @@ def woodfisher(net: Network, tree: PyTree, data: Iterable[Any], **options: Any) 
     return inverse_fisher(net, tree, data, **options).scores
 
 
+@renames(layers="names")
 def memory(
     net: Network,
     *,
     count: int = 400,
     block_size: int | None = None,
-    layers: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> int:
     """Bytes that `inverse_fisher` takes: the gradients, a factor of each block, what it works in.
 
@@ -268,13 +273,13 @@ def memory(
         net: The traced network.
         count: As in `inverse_fisher`.
         block_size: As in `inverse_fisher`.
-        layers: As in `inverse_fisher`.
+        names: As in `inverse_fisher`.
 
     Returns:
         How many; what else scoring takes does not grow with `count`.
 
     Raises:
-        TypeError: If `net` is no traced network.
+        TypeError: If `net` is not a traced network.
         ValueError: If a layer is unknown, or has no kernel of its own.
 
     Example:
@@ -284,7 +289,13 @@ def memory(
         >>> memory(net, count=10, block_size=100)
         72000
     """
-    weights = [rows.size for rows in rows_of(net, layers)[0].values()]
+    check_net(net)
+    return _bytes_of(rows_of(net, names)[0], count, block_size)
+
+
+def _bytes_of(rows: Mapping[str, np.ndarray], count: int, block_size: int | None) -> int:
+    """The same of weights that lie at some places, by layer."""
+    weights = [places.size for places in rows.values()]
     sizes = [end - start for n in weights for start, end in _blocks(n, block_size or n)]
     held = 4 * count * sum(weights) + sum(8 * min(count, size) ** 2 for size in sizes)
     return held + 24 * count * min(max(sizes), _columns(count))

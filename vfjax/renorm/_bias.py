@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from vfjax._maps.maps import Maps
 from vfjax._trees import paths
 from vfjax._trees.mean import resolve_weights
 from vfjax._types import Array, PyTree
-from vfjax.merge._arguments import check_merged, weights_for
+from vfjax.merge._arguments import merged_of, weights_for
 from vfjax.merge._merged import Merged
-from vfjax.network._arguments import check_models
+from vfjax.merge._unpacked import Unpacked
+from vfjax.network._arguments import models_of, networks
 from vfjax.network._checks import opaque_hint
 from vfjax.network._network import Network
 
@@ -73,26 +72,27 @@ def remove_bias(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias removal, forward (first)
     and backward (last).
     """
-    net = check_merged(net, merged)
+    model = merged_of(net, merged)
+    depths = model.net.depth
     if (last is None) == (first is None):
         given = "neither" if last is None else f"last={last!r} and first={first!r}"
         raise ValueError(f"exactly one of last and first must be given, got {given}")
     name, count = ("last", last) if first is None else ("first", first)
     if count == "all":
-        count = net.depth
+        count = depths
     if isinstance(count, (bool, str)) or not hasattr(count, "__index__"):
         raise TypeError(f'{name} must be an integer or "all", got {count!r}')
     number = operator.index(count)  # type: ignore[arg-type]
-    if not 0 <= number <= net.depth:
-        raise ValueError(f"{name} must be from 0 to {net.depth}, the network's depth, got {count}")
+    if not 0 <= number <= depths:
+        raise ValueError(f"{name} must be from 0 to {depths}, the network's depth, got {count}")
 
     def loses(depth: int) -> bool:
-        return depth > net.depth - number if first is None else depth <= number
+        return depth > depths - number if first is None else depth <= number
 
     def zero(bias: Array, index: Bias, depth: int) -> Array:
         return jnp.zeros_like(bias) if loses(depth) else bias
 
-    return _map_biases(net, merged, zero, same=lambda a, b: loses(a) == loses(b))
+    return _map_biases(model, zero, same=lambda a, b: loses(a) == loses(b))
 
 
 def calibrate_bias(
@@ -124,7 +124,7 @@ def calibrate_bias(
         A tree or a `Merged`, as given. Layers without a bias are passed over.
 
     Raises:
-        TypeError: If `maps` is no `Maps`, or `references` no sequence of trees.
+        TypeError: If `maps` is not a `Maps`, or `references` not a sequence of trees.
         ValueError: If weights are unequal or maps given and no references, if references, maps or
             weights do not fit, or one bias leaf serves layers of several depths.
 
@@ -141,49 +141,56 @@ def calibrate_bias(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias calibration. The
     reference code counts every tensor named "weight", so shortcuts and norms push l up there.
     """
-    net = check_merged(net, merged)
+    model = merged_of(net, merged)
     if references is None:
         if maps is not None:
             raise ValueError("maps map references, and there are none; give references=[...]")
-        models = _equal_models(merged, weights)
+        models = _equal_models(model, weights)
 
         def scaled(bias: Array, index: Bias, depth: int) -> Array:
             return bias * float(models) ** (1 - depth)
 
-        return _map_biases(net, merged, scaled, same=lambda a, b: models == 1 or a == b)
+        return _map_biases(model, scaled, same=lambda a, b: models == 1 or a == b)
 
-    leaves = _in_basis(net, merged, references, maps)
-    mix = weights_for(merged, weights, len(leaves))
+    leaves = _in_basis(model, references, maps)
+    mix = weights_for(model, weights, len(leaves))
 
     def mixed(bias: Array, index: Bias, depth: int) -> Array:
         parts = (w**depth * _read(b, index) for w, b in zip(mix, leaves, strict=True))
         return sum(parts, start=jnp.zeros_like(bias))
 
-    return _map_biases(net, merged, mixed, same=lambda a, b: a == b)
+    return _map_biases(model, mixed, same=lambda a, b: a == b)
 
 
 def _in_basis(
-    net: Network, merged: PyTree | Merged, references: Sequence[PyTree], maps: Maps | None
+    merged: Unpacked, references: Sequence[PyTree], maps: Maps | None
 ) -> list[dict[str, Any]]:
     """The leaves of the references, of which those of the trunk are in the basis of the merge."""
     paths.check_sequence(references, name="references")
-    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
+    model, count = merged.model, len(references)
+    net, cut, end = model.net, model.cut, model.end
     if maps is not None:
         if not isinstance(maps, Maps):
             raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
-        given = (merged.nets if isinstance(merged, Merged) else ()) or net
+        nets = networks(model.nets, count) if model.nets else (net,) * count
         free = net.head_leaves(cut, end)
-        check_models(given, references, free=free, name="references", variances=False)
-        references = maps.apply(given, references)
+        found = models_of(nets, references, free=free, name="references", variances=False)
+        maps.check(nets, count)
+        given = zip(nets, found.trees, strict=True)
+        flats = found.become([maps.map_tree(*of, k) for k, of in enumerate(given)]).leaves
     elif not cut and end is None:
-        check_models(net, references, name="references", variances=False)
-    # Stems and heads, which keep their biases, may be of other widths and classes.
+        flats = models_of(net, references, name="references", variances=False).leaves
+    else:
+        # Stems and heads, which keep their biases, may be of other widths and classes.
+        flats = [
+            paths.flatten_named(tree, name=f"references[{k}]").leaves
+            for k, tree in enumerate(references)
+        ]
+        for k, leaves in enumerate(flats):
+            paths.check_finite(leaves, name=f"references[{k}]")
     kept = net.trunk_leaves(cut, end) - {norm.var for norm in net.norms}
-    found = []
-    for k, tree in enumerate(references):
+    for k, leaves in enumerate(flats):
         name = f"references[{k}]"
-        leaves, _ = paths.flatten_named(tree, name=name)
-        paths.check_finite(leaves, name=name)
         mine = {path: leaf for path, leaf in leaves.items() if path in kept}
         try:
             paths.check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
@@ -192,16 +199,15 @@ def _in_basis(
                 f"{error} Biases are added up in the basis of the merge: give the models as they "
                 "were matched and maps=maps, or what maps.apply returns of them."
             ) from error
-        found.append(leaves)
-    return found
+    return list(flats)
 
 
-def _equal_models(merged: PyTree | Merged, weights: Sequence[float] | None) -> int:
+def _equal_models(merged: Unpacked, weights: Sequence[float] | None) -> int:
     """How many models have been averaged with equal weights; those of weight 0 do not count."""
     if weights is not None:
         weights = resolve_weights(weights, None)
     else:
-        weights = merged.weights if isinstance(merged, Merged) else (0.5, 0.5)
+        weights = (0.5, 0.5) if merged.plain else merged.model.weights
     given = [w for w in weights if w != 0]
     if max(given) - min(given) > 1e-6:
         raise ValueError(
@@ -212,8 +218,7 @@ def _equal_models(merged: PyTree | Merged, weights: Sequence[float] | None) -> i
 
 
 def _map_biases(
-    net: Network,
-    merged: PyTree | Merged,
+    merged: Unpacked,
     change: Callable[[Array, Bias, int], Array],
     *,
     same: Callable[[int, int], bool],
@@ -223,16 +228,15 @@ def _map_biases(
     Computes in float32 or better and casts back. `same` says whether two depths are treated alike;
     a bias that several layers share must not need two values.
     """
+    net, model = merged.net, merged.model
     if net.opaque:
         warnings.warn(
             f"biases are changed in the layers of net.layers only.{opaque_hint(net)}",
             UserWarning,
             stacklevel=3,
         )
-    cut, end = (merged.cut, merged.end) if isinstance(merged, Merged) else (0, None)
-    depths = bias_depths(net, cut, end)
-    tree = merged.trunk if isinstance(merged, Merged) else merged
-    leaves, treedef = paths.flatten_named(tree)
+    depths = bias_depths(net, model.cut, model.end)
+    leaves = dict(merged.trunk.leaves)
     for index, found in depths.items():
         if not all(same(depth, found[0]) for depth in found):
             raise ValueError(
@@ -245,8 +249,7 @@ def _map_biases(
         leaf = jnp.asarray(leaves[path])
         new = new.astype(leaf.dtype)
         leaves[path] = new if slot is None else leaf.at[slot].set(new)
-    tree = jax.tree.unflatten(treedef, list(leaves.values()))
-    return dataclasses.replace(merged, trunk=tree) if isinstance(merged, Merged) else tree
+    return merged.put(trunk=leaves).given_back()
 
 
 def bias_depths(net: Network, cut: int, end: int | None = None) -> dict[Bias, list[int]]:

@@ -5,34 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from vfjax._maps.maps import Maps
-from vfjax._types import Array, PyTree
+from vfjax._trees.paths import check_sequence
+from vfjax._types import Array
 from vfjax.merge._arguments import weights_for
-from vfjax.merge._merged import Merged, as_merged
-from vfjax.network._arguments import check_models, networks
+from vfjax.merge._merged import Merged
+from vfjax.merge._unpacked import Unpacked
+from vfjax.network._arguments import Models, models_of, networks
 from vfjax.network._crossing import Crossing
-from vfjax.network._network import Network
 from vfjax.network._sites import select
-from vfjax.stats._moments import Moments, moments
+from vfjax.stats._moments import Moments, measured
 
 
 def goals_of(
-    net: Network,
-    merged: PyTree | Merged,
+    merged: Unpacked,
     data: Iterable[Any],
     references: Any,
     maps: Maps | None,
     weights: Sequence[float] | None,
     sites: str | Sequence[str],
 ) -> tuple[dict[str, tuple[Array, Array]], tuple[float, ...]]:
-    """Mean and standard deviation to reach, by layer; checks every argument first.
+    """Mean and standard deviation to reach, by layer; checks the references first.
 
     Args:
-        net: The traced network, of the trunk.
-        merged: A merged tree, or a `Merged`, that fits it.
+        merged: The merged model.
         data: Batches, to measure references that are trees on.
         references: Trees, moments of all models, or a sequence of each model's.
         maps: What carries them into the basis of the merge, or None.
@@ -46,6 +44,7 @@ def goals_of(
         TypeError: As `vfjax.renorm.repair`.
         ValueError: As `vfjax.renorm.repair`.
     """
+    net, model = merged.net, merged.model
     names = select(net, sites)
     layers = {layer.name: layer for layer in net.layers}
     other = [name for name in names if name not in layers]
@@ -55,17 +54,16 @@ def goals_of(
             f"sites must be layers, whose pre-activations are corrected, got {other[:3]}: {what}; "
             'name layers, or give "paper" or "all"'
         )
-    model = merged if isinstance(merged, Merged) else as_merged(net, merged)
     chosen = [name for name in names if _correctable(model, layers[name])]
     if maps is not None and not isinstance(maps, Maps):
         raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
     given = _given(references)
     if given is None:
-        count, nets = _check_references(model, references, maps)
-        mix = weights_for(merged, weights, count)
+        models = _references(model, references, maps)
+        mix = weights_for(merged, weights, len(models))
         if not chosen:
             return {}, mix
-        given = _measured(nets, references, data, maps, chosen)
+        given = _measured(models, data, maps, chosen)
     else:
         missing = [name for name in chosen if any(name not in m.mean for m in given)]
         if missing:
@@ -102,48 +100,34 @@ def _given(references: Any) -> list[Moments] | None:
     return None
 
 
-def _check_references(
-    model: Merged, references: Any, maps: Maps | None
-) -> tuple[int, tuple[Network, ...]]:
-    """How many trees there are, and the network of each."""
-    # What heads alone read may differ in shape, as where models have classes of their own.
-    check_models(
-        model.nets or model.net,
-        references,
-        free=model.net.head_leaves(model.cut, model.end),
-        name="references",
-    )
+def _references(model: Merged, references: Any, maps: Maps | None) -> Models:
+    """References that are trees, each with its network."""
+    check_sequence(references, name="references")
     count = len(references)
-    nets = networks(model.nets or model.net, count)
+    nets = networks(model.nets, count) if model.nets else (model.net,) * count
+    # What heads alone read may differ in shape, as where models have classes of their own.
+    free = model.net.head_leaves(model.cut, model.end)
+    found = models_of(nets, references, free=free, name="references")
     if maps is not None:
         maps.check(nets, count)
-    return count, nets
+    return found
 
 
 def _measured(
-    nets: Sequence[Network],
-    trees: Sequence[PyTree],
-    data: Iterable[Any],
-    maps: Maps | None,
-    sites: Sequence[str],
+    models: Models, data: Iterable[Any], maps: Maps | None, sites: Sequence[str]
 ) -> list[Moments]:
     if isinstance(data, (list, tuple)) and any(isinstance(x, Crossing) for x in data):
         raise ValueError(
             "data holds crossings, which the references cannot be measured on; give references "
             "as vfjax.stats.moments(net, trees, data, sites=...)"
         )
-    net = nets[0]
     mixed = frozenset() if maps is None else maps.mixed
     if maps is not None:
-        trees = [maps.in_units(own, tree) for own, tree in zip(nets, trees, strict=True)]
-    covariance = [s for s in sites if any(place.group in mixed for place in net.places(s))]
-    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
-    if all(own is net for own in nets) and all(found == shapes[0] for found in shapes):
-        return [moments(net, trees, data, sites=sites, covariance=covariance or False)]
-    return [
-        moments(own, [tree], data, sites=sites, covariance=covariance or False)
-        for own, tree in zip(nets, trees, strict=True)
-    ]
+        pairs = zip(models.nets, models.trees, strict=True)
+        models = models.become([maps.in_units(own, tree) for own, tree in pairs])
+    covariance = [s for s in sites if any(at.group in mixed for at in models.net.places(s))]
+    parts = [models] if models.alike else models.one_by_one()
+    return [measured(part, data, sites, covariance) for part in parts]
 
 
 def _joined(given: Moments | Sequence[Moments]) -> Moments:

@@ -11,7 +11,6 @@ arguments of that call, so that all models of one network and cut share its comp
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from vfjax._passes.moments import (
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Arrays, Frame, Merged
+from vfjax.merge._unpacked import Unpacked
 from vfjax.network._crossing import Crossing
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
@@ -85,7 +85,7 @@ class _Given(NamedTuple):
 
 def by_batch(
     job: Job,
-    model: Merged,
+    model: Unpacked,
     data: Iterable[Any],
     goals: Mapping[str, tuple[Array, Array]],
     *,
@@ -117,7 +117,7 @@ def label(model: int, norm: str) -> str:
 
 def by_layer(
     job: Job,
-    model: Merged,
+    model: Unpacked,
     data: Iterable[Any],
     goals: Mapping[str, tuple[Array, Array]],
     *,
@@ -136,7 +136,7 @@ def by_layer(
         Corrections and moments; exact on any data.
     """
     found = Found({}, {}, {})
-    data = _stored(model, data)
+    data = _stored(model.model, data)
     identity = {
         name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
     }
@@ -202,20 +202,22 @@ def _ranks(net: Network, layers: tuple[str, ...], norms: tuple[str, ...]) -> lis
     return [[n for n in rank if rank[n] == k] for k in range(1 + max(rank.values(), default=-1))]
 
 
-def with_statistics(net: Network, tree: PyTree, found: Mapping[str, Pooled]) -> PyTree:
-    """The tree with the stored statistics of norms replaced.
+def with_statistics(
+    net: Network, leaves: Mapping[str, Any], found: Mapping[str, Pooled]
+) -> dict[str, Any]:
+    """Leaves with the stored statistics of norms replaced.
 
     A norm used several times has one pair of leaves; it gets the moments of all uses, pooled.
 
     Args:
         net: The traced network.
-        tree: Its variables.
+        leaves: Leaves of its variables by path.
         found: Moments of the inputs of norms, by name.
 
     Returns:
-        A new tree; statistics are cast to the leaves' dtypes.
+        New leaves; statistics are cast to the old ones' dtypes.
     """
-    leaves, treedef = paths.flatten_named(tree)
+    new = dict(leaves)
     joined: dict[tuple[Any, ...], Pooled] = {}
     for name, moments in found.items():
         site = net._reference.norms[name]
@@ -223,9 +225,9 @@ def with_statistics(net: Network, tree: PyTree, found: Mapping[str, Pooled]) -> 
         key = (norm.mean, site.mean.slot, norm.var, site.var.slot)
         joined[key] = pool(joined[key], moments) if key in joined else moments
     for (mean, mean_slot, var, var_slot), moments in joined.items():
-        leaves[mean] = _write(leaves[mean], mean_slot, moments.mean)
-        leaves[var] = _write(leaves[var], var_slot, moments.var)
-    return jax.tree.unflatten(treedef, list(leaves.values()))
+        new[mean] = _write(new[mean], mean_slot, moments.mean)
+        new[var] = _write(new[var], var_slot, moments.var)
+    return new
 
 
 def _write(leaf: Any, slot: int | None, value: Any) -> Array:
@@ -244,7 +246,7 @@ def _moved(moments: Pooled, correction: tuple[Array, Array] | None) -> Pooled:
 
 
 def _given(
-    model: Merged,
+    model: Unpacked,
     centre: bool,
     *,
     goals: Mapping[str, Any] | None = None,
@@ -252,17 +254,19 @@ def _given(
     measured: Found | None = None,
 ) -> _Given:
     model = model if measured is None else renewed(model, measured)
-    return _Given(model.arrays, np.asarray(centre), goals, fixed)
+    return _Given(model.model.arrays, np.asarray(centre), goals, fixed)
 
 
-def renewed(model: Merged, found: Found) -> Merged:
+def renewed(model: Unpacked, found: Found) -> Unpacked:
     """The model with the statistics that were found in its norms."""
-    heads = list(model.heads)
-    for k, head in enumerate(heads):
+    if not found.norms and not found.heads:
+        return model
+    heads = []
+    for k, head in enumerate(model.heads):
         own = {norm: moments for (of, norm), moments in found.heads.items() if of == k}
-        heads[k] = with_statistics(model.net_of(k), head, own)
-    trunk = with_statistics(model.net, model.trunk, found.norms)
-    return dataclasses.replace(model, trunk=trunk, heads=tuple(heads))
+        heads.append(with_statistics(model.model.net_of(k), head.leaves, own))
+    trunk = with_statistics(model.net, model.trunk.leaves, found.norms)
+    return model.put(trunk=trunk, heads=heads)
 
 
 def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from vfjax._maps.maps import Maps
 from vfjax._trees import paths
 from vfjax._types import PyTree
-from vfjax.merge._arguments import check_merged
-from vfjax.merge._merged import Merged, as_merged
+from vfjax.merge._arguments import merged_of
+from vfjax.merge._merged import Merged
+from vfjax.merge._unpacked import Unpacked
 from vfjax.network._network import Network
 from vfjax.renorm import _passes
 from vfjax.renorm._goals import goals_of
@@ -66,13 +67,13 @@ def reset(
     Source: Jordan et al. (2023), "REPAIR: REnormalizing Permuted Activations for Interpolation
     Repair", section 4; the reference code averages per-batch unbiased variances instead.
     """
-    net = check_merged(net, merged)
-    if not net.norms:
+    model = merged_of(net, merged)
+    if not model.net.norms:
         raise ValueError(
             "net has no normalisation with stored statistics, so there is nothing to reset; "
             "see net.norms. Networks without BatchNorm want repair or rescale."
         )
-    return _renormalise(net, merged, data, {}, sweeps, centre=False)
+    return _renormalise(model, data, {}, sweeps, centre=False)
 
 
 def repair(
@@ -135,9 +136,9 @@ def repair(
     Repair", eq. 3; "Vanishing Feature", section on normalisation. Their code divides through a
     BatchNorm, with its epsilon.
     """
-    net = check_merged(net, merged)
-    goals, mix = goals_of(net, merged, data, references, maps, weights, sites)
-    return _renormalise(net, merged, data, goals, sweeps, centre=True, weights=mix)
+    model = merged_of(net, merged)
+    goals, mix = goals_of(model, data, references, maps, weights, sites)
+    return _renormalise(model, data, goals, sweeps, centre=True, weights=mix)
 
 
 def rescale(
@@ -190,14 +191,13 @@ def rescale(
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
     """
-    net = check_merged(net, merged)
-    goals, mix = goals_of(net, merged, data, references, maps, weights, sites)
-    return _renormalise(net, merged, data, goals, sweeps, centre=False, weights=mix)
+    model = merged_of(net, merged)
+    goals, mix = goals_of(model, data, references, maps, weights, sites)
+    return _renormalise(model, data, goals, sweeps, centre=False, weights=mix)
 
 
 def _renormalise(
-    net: Network,
-    merged: PyTree | Merged,
+    given: Unpacked,
     data: Iterable[Any],
     goals: dict[str, Any],
     sweeps: str,
@@ -207,7 +207,7 @@ def _renormalise(
 ) -> PyTree | Merged:
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
-    model = merged if isinstance(merged, Merged) else as_merged(net, merged)
+    net, model = given.net, given.model
     cut = model.cut
     norms = [
         n.name
@@ -217,22 +217,24 @@ def _renormalise(
     heads = [n.name for n in net.norms if model.in_heads(n.site)]
     places = tuple((k, name) for k in range(len(model.heads)) for name in heads)
     job = _passes.Job(model.frame, tuple(goals), tuple(norms), places)
+    new = given
     if job.layers or job.norms or job.heads:
-        model = _with_variances(model)
-        found = _SWEEPS[sweeps](job, model, data, goals, centre=centre)
-        model = fold_all(model, found, shift=centre)
-    if isinstance(merged, Merged):
-        return model
-    # A record of what the tree was made of: as many models as there are references.
-    return dataclasses.replace(model, weights=weights) if model.corrections else model.trunk
+        new = _with_variances(given)
+        found = _SWEEPS[sweeps](job, new, data, goals, centre=centre)
+        new = fold_all(new, found, shift=centre)
+    if given.plain:
+        # A record of what the tree was made of: as many models as there are references.
+        new = new.put(weights=weights)
+    return new.given_back()
 
 
-def _with_variances(model: Merged) -> Merged:
+def _with_variances(given: Unpacked) -> Unpacked:
     """The model with ones for the variances that it lacks, to be measured."""
-    leaves = paths.flatten_named(model.trunk)[0]
+    model = given.model
     kept = model.net.trunk_leaves(model.cut, model.end)
-    unknown = [n.var for n in model.net.norms if n.var in kept and n.var not in leaves]
+    unknown = [n.var for n in model.net.norms if n.var in kept and n.var not in given.trunk.leaves]
     if not unknown:
-        return model
+        return given
     ones = {path: jnp.ones(a.shape, a.dtype) for path, a in model.net.leaves(unknown).items()}
-    return dataclasses.replace(model, trunk=paths.with_leaves(model.trunk, ones))
+    whole = paths.with_leaves(model.trunk, ones)
+    return Unpacked(dataclasses.replace(model, trunk=whole), given.plain)

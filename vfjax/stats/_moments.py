@@ -16,7 +16,7 @@ from vfjax._passes.streaming import stream
 from vfjax._trees.mean import resolve_weights
 from vfjax._trees.paths import check_sequence
 from vfjax._types import Array, PyTree
-from vfjax.network._arguments import check_comparable, networks
+from vfjax.network._arguments import Models, comparable, networks
 from vfjax.network._layout import check_operand, layout_of
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
@@ -128,7 +128,7 @@ class Moments:
 
         Raises:
             TypeError: If a permutation is not of integers.
-            ValueError: If there are not K maps, one is no permutation of its group or no matrix
+            ValueError: If there are not K maps, one is not a permutation of its group or no matrix
                 that fits it, or a matrix meets a site whose covariance within each model was not
                 measured.
 
@@ -202,8 +202,8 @@ def moments(
         Moments by site.
 
     Raises:
-        TypeError: If `net` is no traced network, `trees` no sequence of trees, or data has another
-            structure or dtype.
+        TypeError: If `net` is not a traced network, `trees` not a sequence of trees, or data has
+            another structure or dtype.
         ValueError: If networks or trees differ before a site, a site does not exist, data is empty
             or exhausted, or makes a site NaN or infinite; or `covariance` is `"cross"` with a
             single model.
@@ -221,19 +221,45 @@ def moments(
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
-    job = _job(nets[0], sites, covariance, len(trees))
-    check_comparable(nets, trees, [site.source for site in job.sites])
-    if any(_job(own, sites, covariance, len(trees)) != job for own in nets if own is not nets[0]):
+    planned = functools.partial(_job, sites=sites, covariance=covariance, models=len(trees))
+    job = planned(nets[0])
+    models = comparable(nets, trees, [site.source for site in job.sites])
+    if any(planned(own) != job for own in dict.fromkeys(nets) if own is not nets[0]):
         raise ValueError(
             "net has networks that lay out the values at the sites differently; measure each by "
             "itself, stats.moments(net[k], [trees[k]], data, ...)"
         )
+    return _measured(models, data, job)
+
+
+def measured(
+    models: Models,
+    data: Iterable[Any],
+    names: Sequence[str],
+    covariance: Sequence[str] = (),
+    *,
+    cross: bool = False,
+) -> Moments:
+    """The same of models that can be compared at some sites, and have been checked; see `moments`.
+
+    Args:
+        models: The models, of one network or of several that lay out the sites alike.
+        data: Re-iterable of `x` or `(x, label)`.
+        names: Names of sites.
+        covariance: Those of which covariances are wanted.
+        cross: Whether of different models only.
+    """
+    job = _planned(models.net, tuple(names), tuple(covariance), len(models), cross=cross)
+    return _measured(models, data, job)
+
+
+def _measured(models: Models, data: Iterable[Any], job: Job) -> Moments:
     pooled, counts = stream(
         functools.partial(measure, job),
         functools.partial(pool, job),
-        tuple(Model(own, tree) for own, tree in zip(nets, trees, strict=True)),
+        tuple(map(Model, models.nets, models.trees)),
         data,
-        like=nets[0].x,
+        like=models.net.x,
     )
     check_finite_means(pooled["mean"])
     mean, var, blocks = finish(job, pooled)
@@ -265,8 +291,14 @@ def _job(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mod
         )
     else:
         chosen = resolve_sites(net, covariance)
+    return _planned(net, names, chosen, models, cross=covariance == "cross")
+
+
+def _planned(
+    net: Network, names: tuple[str, ...], chosen: tuple[str, ...], models: int, *, cross: bool
+) -> Job:
+    """What to measure at sites by their names, with the covariances of the chosen ones."""
     names = tuple(dict.fromkeys((*names, *chosen)))
-    cross = covariance == "cross"
     pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
     for name in names:
         check_operand(net, name)

@@ -48,7 +48,8 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
 
     Raises:
         ValueError: If a name is none of the network's.
-        TypeError: If `net` is no traced network, or `sites` no string and no sequence of strings.
+        TypeError: If `net` is not a traced network, or `sites` no string and no sequence of
+            strings.
 
     Example:
         >>> import jax.numpy as jnp, vfjax

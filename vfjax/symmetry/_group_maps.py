@@ -45,7 +45,7 @@ def check_permutation(
         return
     if not (np.sort(np.asarray(permutation)) == np.arange(size)).all():
         raise ValueError(
-            f"permutations[{name!r}] is no permutation: each of 0 to {size - 1} must occur "
+            f"permutations[{name!r}] is not a permutation: each of 0 to {size - 1} must occur "
             "exactly once."
         )
 
@@ -75,7 +75,7 @@ def check_maps(specs: Sequence[Any], maps: Sequence[Mapping[str, Any]]) -> None:
         maps: Per model and group, `(M, U)`.
 
     Raises:
-        TypeError: If a map is no pair.
+        TypeError: If a map is not a pair.
         ValueError: If a group or the size of a matrix does not fit, or an entry is not finite.
     """
     widths: dict[str, set[int | None]] = {group: set() for of in maps for group in of}
@@ -167,7 +167,7 @@ def invert(
 
     Raises:
         TypeError: If one is not of integers.
-        ValueError: If one is no permutation.
+        ValueError: If one is not a permutation.
 
     Example:
         >>> invert({"h": np.array([2, 0, 1])})["h"]
@@ -201,7 +201,7 @@ def compose(
 
     Raises:
         TypeError: If one is not of integers.
-        ValueError: If one is no permutation, or two of a group differ in size.
+        ValueError: If one is not a permutation, or two of a group differ in size.
 
     Example:
         >>> compose({"h": np.array([2, 0, 1])}, {"h": np.array([1, 0, 2])})["h"]

@@ -151,7 +151,22 @@ class PermutationSpec:
             >>> spec.validate({"w": np.ones((2, 3)), "v": np.ones((3, 1))})
             {'h': 3}
         """
-        flat, absent = flatten_named(variables)[0], absent_paths(variables)
+        flat = flatten_named(variables).leaves
+        return self.check_leaves(flat, absent_paths(variables), permutations)
+
+    def check_leaves(
+        self,
+        flat: Mapping[str, Any],
+        absent: Collection[str],
+        permutations: Mapping[str, Any] | None = None,
+    ) -> dict[str, int]:
+        """The same of a tree that is taken apart; see `validate`.
+
+        Args:
+            flat: Its leaves by path.
+            absent: Paths at which it has None.
+            permutations: As in `validate`.
+        """
         sizes: dict[str, int] = {}
         along: dict[tuple[str, int], list[tuple[Axis, str]]] = {}
         for name, axes in self.groups.items():
@@ -229,7 +244,7 @@ class PermutationSpec:
             A tree like `variables`, of the same dtypes, with m entries in place of n.
 
         Raises:
-            TypeError: If a mapped leaf holds integers, or a map is no pair.
+            TypeError: If a mapped leaf holds integers, or a map is not a pair.
             ValueError: If a group is unknown or `rigid`, a matrix has the wrong shape, or the spec
                 does not fit the tree.
 

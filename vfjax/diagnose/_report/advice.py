@@ -53,7 +53,7 @@ class Case:
 
     Attributes:
         net: The traced network.
-        merged: The layers that are merged: those before and after are kept apart already.
+        span: The layers that are merged: those before and after are kept apart already.
         weights: Of the references.
         own_weights: Those that a function takes which is given the network and no weights.
         trees: Whether all references are trees, which remedies need, and none a `Merged`.
@@ -65,7 +65,7 @@ class Case:
     """
 
     net: Network
-    merged: slice
+    span: slice
     weights: tuple[float, ...]
     own_weights: tuple[float, ...]
     trees: bool
@@ -178,7 +178,7 @@ def _match(case: Case) -> list[Advice]:
         return []
     last = case.rows[-1]
     # Kernels at the cut are averages still, of their outputs.
-    first, end = max(case.merged.start - 1, 0), min(last.depth, case.merged.stop)
+    first, end = max(case.span.start - 1, 0), min(last.depth, case.span.stop)
     step = case.left ** (1 / max(end - first, 1))
     unrelated = float(np.linalg.norm(case.weights))
     magnitude = float(np.mean([row.kernel_ratio for row in case.rows if not np.isnan(row.cosine)]))
@@ -271,8 +271,8 @@ def _biases(case: Case) -> list[Advice]:
 
 def _calibrates(case: Case) -> bool:
     """Whether there are biases behind the first layer, and each serves layers of one depth."""
-    end = case.merged.stop if case.merged.stop < case.net.depth else None
-    depths = [set(found) for found in _bias.bias_depths(case.net, case.merged.start, end).values()]
+    end = case.span.stop if case.span.stop < case.net.depth else None
+    depths = [set(found) for found in _bias.bias_depths(case.net, case.span.start, end).values()]
     return all(len(found) == 1 for found in depths) and any(max(found) > 1 for found in depths)
 
 
@@ -293,10 +293,10 @@ def _preserve_first(case: Case) -> list[Advice]:
             survives[row.depth] = max(survives.get(row.depth, 0.0), case.left / row.relative)
     # The fewest layers to keep, such that features survive the rest.
     kept = min(depth for depth, share_left in survives.items() if share_left >= case.threshold)
-    until = case.merged.stop
-    if not max(1, case.merged.start) < kept < until:
+    until = case.span.stop
+    if not max(1, case.span.start) < kept < until:
         return []
-    extra = (len(case.weights) - 1) * case.net.stem_parameters(kept) / case.net.parameters
+    extra = (len(case.weights) - 1) * case.net.stem_params(kept) / case.net.params
     how = (
         f"{100 * min(share, 1):.0f} % of the loss is at {drop.site} alone"
         if share >= 0.5
@@ -312,5 +312,5 @@ def _preserve_first(case: Case) -> list[Advice]:
     if case.mapped or until < total:
         which = f"slice({kept}, {until if until < total else None})"
         maps = ", maps" if case.mapped else ""
-        call = f"vfjax.merge.partial(net, references{maps}, merged={which}{weights})"
+        call = f"vfjax.merge.partial(net, references{maps}, span={which}{weights})"
     return [Advice("PFM", reason, call, kept)]

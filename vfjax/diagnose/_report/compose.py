@@ -24,8 +24,8 @@ from vfjax.diagnose._bounds import (
     bound_sequence,
     variance_collapse,
 )
-from vfjax.diagnose._compared import compared
-from vfjax.diagnose._features import Features, features
+from vfjax.diagnose._compared import compared, mapped
+from vfjax.diagnose._features import Features, measured
 from vfjax.diagnose._report import findings, html
 from vfjax.diagnose._report.advice import (
     MEAN_OFF,
@@ -40,6 +40,7 @@ from vfjax.diagnose._report.table import text_table
 from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
+from vfjax.merge._unpacked import Unpacked
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 
@@ -249,7 +250,7 @@ class Report:
 
 
 def _undefined(ratio: float) -> str:
-    """What to say in place of a ratio of feature to offset that is no number."""
+    """What to say in place of a ratio of feature to offset that is not a number."""
     if np.isnan(ratio):
         return "there is neither feature nor offset"
     return "there is no offset" if np.isinf(ratio) else ""
@@ -353,40 +354,41 @@ def report(
             "references must hold at least one network to compare with: the edge models, or the "
             "network before pruning"
         )
-    given = net
-    nets, mine, others = compared(given, variables, references)
-    net, model = nets[0], _one(mine)
+    given = compared(net, variables, references)
+    net, network, others = given.net, _one(given.mine), given.others
+    model = network.model
     names = resolve_sites(net, sites)
     norms = [norm.site for norm in net.norms if norm.site not in names]
     path, end = findings.main_path(net, names)
-    found = features(
+    found = measured(
         given,
-        model,
         data,
-        references=list(others),
         maps=maps,
-        weights=weights_for(model, weights, len(others)),
-        sites=list(dict.fromkeys([*names, *norms, *path])),
+        weights=weights_for(network, weights, len(others)),
+        names=tuple(dict.fromkeys([*names, *norms, *path])),
     )
-    aligned = others if maps is None else tuple(maps.apply(nets, others))
+    aligned = mapped(given, maps)
     bound = bound_sequence(found, sites=path)
     smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
     collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
-    rows = findings.layer_findings(net, model, aligned, found, bound, smoothed)
-    heads = [s for s in found.names if isinstance(model, Merged) and model.in_heads(s)]
+    rows = findings.layer_findings(net, network, aligned, found, bound, smoothed)
+    heads = [site for site in found.names if model.in_heads(site)]
     inside = [norm.site for norm in net.norms if norm.site in heads]
     # Statistics that heads store are of values in the models' own basis, where maps led out of it.
-    own = features(given, model, data, sites=inside) if inside and maps is not None else found
+    own = found
+    if inside and maps is not None:
+        alone = given._replace(others=())
+        own = measured(alone, data, maps=None, weights=None, names=inside)
     stored = findings.norm_findings(
-        net, model, aligned, found, own, mean_error=MEAN_OFF, std_ratio=STD_OFF
+        net, network, aligned, found, own, mean_error=MEAN_OFF, std_ratio=STD_OFF
     )
     case = Case(
         net=net,
-        merged=model.merged if isinstance(model, Merged) else slice(0, net.depth),
+        span=model.span,
         mapped=maps is not None,
         weights=found.weights,
-        own_weights=weights_for(model, None, len(others)),
-        trees=not any(isinstance(other, Merged) for other in others),
+        own_weights=weights_for(network, None, len(others)),
+        trees=all(other.plain for other in others),
         rows=rows,
         norms=stored,
         end=end,
@@ -417,7 +419,7 @@ def report(
     return made
 
 
-def _one(networks: tuple[PyTree | Merged, ...]) -> PyTree | Merged:
+def _one(networks: tuple[Unpacked, ...]) -> Unpacked:
     if len(networks) != 1:
         raise ValueError(f"variables must be one network, got {len(networks)}; report on each")
     return networks[0]

@@ -12,12 +12,10 @@ import numpy as np
 
 from vfjax._passes.batching import batch_size
 from vfjax._passes.moments import alive
-from vfjax._trees.paths import flatten_named
-from vfjax._types import PyTree
 from vfjax.diagnose._bounds import Bound
 from vfjax.diagnose._features import Features
 from vfjax.diagnose._sites import describe, value_of
-from vfjax.merge._merged import Merged
+from vfjax.merge._unpacked import Unpacked
 from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
@@ -165,15 +163,15 @@ def _output_has_features(net: Network) -> bool:
 
 def layer_findings(
     net: Network,
-    model: PyTree | Merged,
-    references: Sequence[PyTree | Merged],
+    network: Unpacked,
+    references: Sequence[Unpacked],
     found: Features,
     bound: Bound,
     smoothed: Bound,
 ) -> tuple[LayerFinding, ...]:
     """Numbers of the sites of a bound sequence, by depth."""
     layers = tuple(dict.fromkeys(found.site(site).layer for site in bound.sites))
-    kernels = _kernels(net, model, references, [n for n in layers if n], found.weights)
+    kernels = _kernels(net, network, references, [n for n in layers if n], found.weights)
     relative, steps = bound.relative[0], _steps(bound)
     rows = []
     for place, name in enumerate(bound.sites):
@@ -184,7 +182,7 @@ def layer_findings(
                 site=name,
                 layer=site.layer,
                 depth=site.depth,
-                apart=isinstance(model, Merged) and model.apart(name),
+                apart=network.model.apart(name),
                 feature=float(found.feature[name][0]),
                 offset=float(found.offset[name][0]),
                 reference_feature=float(_goal(found, "feature", name)),
@@ -206,8 +204,8 @@ def layer_findings(
 
 def norm_findings(
     net: Network,
-    model: PyTree | Merged,
-    references: Sequence[PyTree | Merged],
+    network: Unpacked,
+    references: Sequence[Unpacked],
     found: Features,
     own: Features,
     *,
@@ -220,20 +218,19 @@ def norm_findings(
 
     Args:
         net: The traced network.
-        model: A tree, or a `Merged`.
-        references: Likewise, several.
+        network: What is reported on.
+        references: What it is compared with.
         found: Features with the norms' sites among them.
         own: Features of the model in its heads, as they are there.
         mean_error: What a norm's may be beyond the references' own.
         std_ratio: Likewise, a factor either way.
     """
     measured = [norm for norm in net.norms if norm.site in found.names]
-    if isinstance(model, Merged):
-        measured = [norm for norm in measured if not model.in_stems(norm.site)]
+    measured = [norm for norm in measured if not network.model.in_stems(norm.site)]
     findings = []
     for norm in measured:
-        inside = isinstance(model, Merged) and model.in_heads(norm.site)
-        mine = _disagreement(norm, model, own if inside else found, 0)
+        inside = network.model.in_heads(norm.site)
+        mine = _disagreement(norm, network, own if inside else found, 0)
         if mine is None:
             continue
         assert found.references is not None
@@ -300,16 +297,14 @@ def _other(found: Features, site: str) -> bool:
 
 
 def _disagreement(
-    norm: Norm, model: PyTree | Merged, found: Features, k: int
+    norm: Norm, network: Unpacked, found: Features, k: int
 ) -> tuple[float, float] | None:
     """Error of stored means and ratio of standard deviations, of network k of a record."""
-    trees, shares = (model,), (1.0,)
-    if isinstance(model, Merged):
-        heads = model.in_heads(norm.site)
-        trees, shares = (model.heads, model.weights) if heads else ((model.trunk,), shares)
+    heads = network.model.in_heads(norm.site)
+    flats = network.heads if heads else (network.trunk,)
+    shares = network.model.weights if heads else (1.0,)
     stored_mean = stored_std = np.zeros(())
-    for share, tree in zip(shares, trees, strict=True):
-        leaves, _ = flatten_named(tree)
+    for share, (leaves, _) in zip(shares, flats, strict=True):
         if norm.mean not in leaves or norm.var not in leaves:
             return None
         stored, var = (
@@ -335,8 +330,8 @@ def _disagreement(
 
 def _kernels(
     net: Network,
-    model: PyTree | Merged,
-    references: Sequence[PyTree | Merged],
+    network: Unpacked,
+    references: Sequence[Unpacked],
     names: Sequence[str],
     weights: Sequence[float],
 ) -> dict[str, tuple[float, float, float]]:
@@ -345,13 +340,12 @@ def _kernels(
     By layer, but for those inside stems or heads of one of the networks, and those whose kernels
     differ in size.
     """
-    networks = (model, *references)
+    networks = (network, *references)
     found = {}
     for name in names:
-        if any(_outside(net, network, name) for network in networks):
+        if any(_outside(net, each, name) for each in networks):
             continue
-        trees = (n.trunk if isinstance(n, Merged) else n for n in networks)
-        each = [kernels(net, tree, [name])[0] for tree in trees]
+        each = [kernels(net, one.trunk.leaves, [name])[0] for one in networks]
         if len({kernel.size for kernel in each}) > 1:
             continue
         mine, *others = each
@@ -365,11 +359,10 @@ def _kernels(
     return found
 
 
-def _outside(net: Network, network: PyTree | Merged, name: str) -> bool:
+def _outside(net: Network, network: Unpacked, name: str) -> bool:
     """Whether a network has a kernel per model at a layer."""
-    return isinstance(network, Merged) and (
-        (network.cut > 0 and net.in_stem(name, network.cut)) or network.in_heads(name)
-    )
+    model = network.model
+    return (model.cut > 0 and net.in_stem(name, model.cut)) or model.in_heads(name)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -11,7 +11,6 @@ from jax import lax
 from jax.extend import core as jex
 
 from vfjax._jaxpr.calls import (
-    INLINE,
     INPUT,
     PARAM,
     holds_layer,
@@ -22,6 +21,7 @@ from vfjax._jaxpr.calls import (
     union,
 )
 from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr.primitives import CAST, INLINE, RESHAPE, SCAN, UNSTACK
 
 MAX_UNROLL = 64
 
@@ -64,12 +64,26 @@ class _Flattener:
         if inner is not None and (name in INLINE or holds_layer(eqn, bits)):
             stack = str(eqn.source_info.name_stack)
             return self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
-        if name == "scan" and eqn.params["length"] <= MAX_UNROLL and scans_layers(eqn, bits):
+        if name == SCAN and eqn.params["length"] <= MAX_UNROLL and scans_layers(eqn, bits):
             return self.unroll(eqn, operands, scope)
-        if name == "reshape" and eqn.params["dimensions"] is not None:
+        if name == RESHAPE and eqn.params["dimensions"] is not None:
             # Of Fortran's order, say: a transpose is hidden in it.
             how = eqn.params["dimensions"], eqn.params["new_sizes"]
-            return [self.call(lambda a: a.transpose(how[0]).reshape(how[1]), operands, scope)]
+            regrouped = lambda a: a.transpose(how[0]).reshape(how[1])  # noqa: E731
+            return [self.call(regrouped, operands, scope, eqn.source_info)]
+        if name == UNSTACK:
+            # As jax 0.10 has it: each entry is a slice, which may be a layer of its own.
+            pick = functools.partial(lax.index_in_dim, axis=eqn.params["axis"], keepdims=False)
+            return [
+                self.call(functools.partial(pick, index=k), operands, scope, eqn.source_info)
+                for k in range(len(eqn.outvars))
+            ]
+        if name in CAST and len(operands) > 1:
+            # One after another: what one operand depends on, the others need not.
+            return [
+                self.equation(one, [operand], scope)[0]
+                for one, operand in zip(_separate(eqn), operands, strict=True)
+            ]
         depends = union(bits)
         outputs = tuple(
             None if isinstance(v, jex.DropVar) else self.value(v.aval, depends) for v in eqn.outvars
@@ -77,10 +91,14 @@ class _Flattener:
         self.equations.append(Equation(eqn, tuple(operands), outputs, depends, scope))
         return outputs
 
-    def call(self, fn: Callable[..., Any], operands: Sequence[Any], scope: str) -> Any:
-        """Emits the equations of a small function of our own."""
+    def call(
+        self, fn: Callable[..., Any], operands: Sequence[Any], scope: str, source: Any = None
+    ) -> Any:
+        """Emits the equations of a small function of our own, as if written at a user's line."""
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in map(self.aval, operands)]
         jaxpr, consts = open_jaxpr(jax.make_jaxpr(fn)(*shapes))
+        if source is not None:
+            jaxpr = jaxpr.replace(eqns=[eqn.replace(source_info=source) for eqn in jaxpr.eqns])
         return self.inline(jaxpr, consts, operands, scope)[0]
 
     def aval(self, value: Any) -> Any:
@@ -116,6 +134,24 @@ class _Flattener:
         index = self.value(value.aval, 0)
         self.consts[index] = value.val
         return index
+
+
+def _separate(eqn: Any) -> list[Any]:
+    """An equation that hands several operands on, as one for each."""
+
+    def own(param: Any, k: int) -> Any:
+        # `device_put` has tuples with an entry for each operand.
+        each = isinstance(param, tuple) and len(param) == len(eqn.invars)
+        return param[k : k + 1] if each else param
+
+    return [
+        eqn.replace(
+            invars=[operand],
+            outvars=[result],
+            params={name: own(param, k) for name, param in eqn.params.items()},
+        )
+        for k, (operand, result) in enumerate(zip(eqn.invars, eqn.outvars, strict=True))
+    ]
 
 
 def flatten(closed_jaxpr: Any, num_leaves: int) -> Graph:

@@ -1,0 +1,226 @@
+"""Pairs that experiments train themselves, and training that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vfjax import checkpoint, data, models, train
+from vfjax.train import _fit
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+if str(EXPERIMENTS) not in sys.path:
+    sys.path.insert(0, str(EXPERIMENTS))
+cli, edges, grid, timing, training = (
+    importlib.import_module(f"kit.{name}") for name in "cli edges grid timing training".split()
+)
+GRID = grid.Grid((0.01, 0.1), (0.0, 1e-3), 0.1, 0.0, 0.01, ("he_normal", "uniform"))
+RECIPE = train.Recipe(epochs=2, batch_size=100)
+PLAN = grid.Plan("mlp", models.MLP((8,)), RECIPE, GRID)
+CELL = grid.Cell("he_normal", 0.1, 0.0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", train=200, test=100)
+
+
+@pytest.fixture(scope="module")
+def net(digits):
+    return edges.traced(PLAN.model, digits)
+
+
+def pair_of(digits, net, plan=PLAN, folder=None):
+    return grid.Pair(plan, net, digits, (0, 1), folder, timing.Stopwatch())
+
+
+def same(tree, other):
+    for leaf, found in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(leaf, found, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ what is trained
+
+
+def test_cells_are_sweeps_and_what_starts_from_them():
+    cells = PLAN.cells()
+    assert len(cells) == len(set(cells)) == len({str(cell) for cell in cells}) == 7
+    low = (GRID.low, 0.0)
+    then = [dataclasses.replace(CELL, then=low), dataclasses.replace(CELL, decay=1e-3, then=low)]
+    assert [cell for cell in cells if cell.then] == then
+    # Those that start from others come after them.
+    for place, cell in enumerate(cells):
+        assert cell.then is None or dataclasses.replace(cell, then=None) in cells[:place]
+    tracked = [(cell.initialiser, cell.rate) for cell in cells if PLAN.tracked(cell)]
+    assert sorted(tracked) == sorted((name, r) for name in GRID.initialisers for r in GRID.rates)
+    one = dataclasses.replace(PLAN, grid=dataclasses.replace(GRID, initialisers=("he_normal",)))
+    assert not any(map(one.tracked, one.cells())) and len(one.cells()) == 5
+    none = dataclasses.replace(PLAN, grid=dataclasses.replace(GRID, decays=()))
+    assert len(none.cells()) == 5
+
+
+def test_recipes_of_cells():
+    found = PLAN.recipe_of(dataclasses.replace(CELL, decay=1e-3))
+    assert found == dataclasses.replace(RECIPE, learning_rate=0.1, weight_decay=1e-3)
+    after = PLAN.recipe_of(dataclasses.replace(CELL, then=(0.01, 0.5)))
+    assert (after.learning_rate, after.weight_decay, after.epochs) == (0.01, 0.5, 1)
+    assert after.schedule == "constant" and not after.milestones and not after.warmup_epochs
+    longer = dataclasses.replace(PLAN, factor=2.6)
+    assert longer.recipe_of(CELL).epochs == 5
+    assert longer.recipe_of(dataclasses.replace(CELL, then=(0.01, 0.5))).epochs == 3
+    assert dataclasses.replace(PLAN, factor=0.01).recipe_of(CELL).epochs == 1
+    # The paper warms VGG16 up where it would not learn otherwise.
+    step = dataclasses.replace(RECIPE, schedule="step", milestones=(1,), warmup_epochs=0.0)
+    vgg = dataclasses.replace(PLAN, name="vgg16", recipe=step)
+    cells = (CELL, dataclasses.replace(CELL, decay=1e-3), grid.Cell("uniform", 0.1, 0.0))
+    assert [vgg.recipe_of(cell).warmup_epochs for cell in cells] == [0.0, 1.0, 1.0]
+
+
+def test_pairs_are_independent():
+    options = grid.PairOptions(seeds=(3, 1, 4, 2))
+    assert grid.pairs_of(options) == [(3, 1), (4, 2)]
+    assert grid.pairs_of(dataclasses.replace(options, quick=True)) == [(3, 1)]
+    for seeds in ((0,), (0, 0), (0, 1, 2), (0, 1, 1, 2)):
+        with pytest.raises(cli.UserError, match="different and come in pairs"):
+            grid.pairs_of(grid.PairOptions(seeds=seeds))
+
+
+def test_epochs_make_as_many_steps(digits):
+    options = grid.LinearOptions()
+    recipe = train.Recipe(epochs=1, batch_size=100)
+    assert grid.recipe_of(options, recipe, digits).epochs == 300
+    assert grid.recipe_of(dataclasses.replace(options, epochs=3), recipe, digits).epochs == 3
+    quick = dataclasses.replace(options, epochs=3, quick=True)
+    assert grid.recipe_of(quick, recipe, digits).epochs == grid.QUICK_EPOCHS
+    mnist = dataclasses.replace(digits, name="mnist")
+    assert grid.recipe_of(options, recipe, mnist) == recipe
+
+
+def test_titles_and_names():
+    record = {"data": {"name": "digits", "fallback": True}, "config": {"quick": True}}
+    title = grid.titled(record, "linear networks", 2)
+    assert title.startswith("MNIST NOT FOUND, SO: scikit-learn's 8x8 digits: linear networks")
+    assert title.endswith(", mean of 2 pairs, QUICK, MEANS NOTHING")
+    assert grid.stem(record) == ["digits", "quick"]
+    record["config"]["quick"] = False
+    assert grid.stem(record) == ["digits"] and "QUICK" not in grid.titled(record, "x", 1)
+
+
+# --------------------------------------------------------------------------------- what comes out
+
+
+def test_rows_of_a_pair(digits, net):
+    pair = pair_of(digits, net)
+    rows = list(pair.measure(CELL, {"cell": "a"}))
+    assert all(row["cell"] == "a" for row in rows) and not any("diverged" in row for row in rows)
+    for name in ("direct", "matched"):
+        own = [row for row in rows if row.get("merged") == name]
+        assert len([row for row in own if "alpha" in row]) == grid.ALPHAS
+        assert len([row for row in own if "barrier" in row]) == 1
+        followed = {row["epoch"]: row["distance"] for row in own if "distance" in row}
+        assert list(followed) == [0, 1, 2, None]
+        assert followed[2] == pytest.approx(followed[None], rel=1e-5)
+    networks = [row for row in rows if "network" in row]
+    assert [row["network"] for row in networks] == ["model 1", "model 2"]
+    ends = [row for row in rows if row.get("merged") == "direct" and row.get("alpha") in (0.0, 1.0)]
+    found = [row["accuracy"] for row in networks]
+    assert found == pytest.approx([row["accuracy"] for row in ends])
+    assert {"training", "matching", "interpolation"} <= set(pair.watch.seconds)
+
+
+def test_one_more_epoch_starts_from_the_other_cells_networks(digits, net):
+    after = dataclasses.replace(CELL, then=(1e-12, 0.0))
+    pair = pair_of(digits, net)
+    list(pair.measure(CELL, {}))
+    list(pair.measure(after, {}))
+    for before, then in zip(pair.trained[CELL], pair.trained[after], strict=True):
+        same(before, then)
+    # A call that goes on with the second cell trains the first one's again.
+    other = pair_of(digits, net)
+    list(other.measure(after, {}))
+    assert list(other.trained) == [CELL, after]
+
+
+def test_what_diverges_is_one_row(digits, net):
+    pair, wild = pair_of(digits, net), dataclasses.replace(CELL, rate=1e30)
+    (row,) = pair.measure(wild, {"cell": "wild"})
+    assert row["cell"] == "wild" and row["diverged"] and pair.trained[wild] is None
+    (row,) = pair.measure(dataclasses.replace(wild, then=(0.1, 0.0)), {})
+    assert row["diverged"].startswith("there are no networks of he_normal, rate 1e+30, decay 0")
+
+
+# ------------------------------------------------------------------------------------ stopped runs
+
+
+def stopped_at(monkeypatch, calls, at):
+    """Notes which epochs are trained; Ctrl-C is pressed in that of a number, None for never."""
+    given = _fit._run_epoch
+
+    def run_epoch(task, state, seed, images, labels, epoch, bar):
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        calls.append((seed, epoch))
+        return given(task, state, seed, images, labels, epoch, bar)
+
+    monkeypatch.setattr(_fit, "_run_epoch", run_epoch)
+
+
+def test_a_pair_goes_on_in_training(digits, net, tmp_path, monkeypatch):
+    cell = dataclasses.replace(CELL, decay=1e-3)
+    assert not PLAN.tracked(cell)
+    calls: list = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stopped_at(patch, calls, 3)
+        pair_of(digits, net, folder=str(tmp_path)).train(cell)
+    assert calls == [(0, 0), (0, 1), (1, 0)]
+    folders = {path.name for path in (tmp_path / "mlp" / str(cell).replace(", ", "-")).iterdir()}
+    assert folders == {"seed0", "seed1"}
+    with monkeypatch.context() as patch:
+        stopped_at(patch, calls := [], None)
+        runs, distances = pair_of(digits, net, folder=str(tmp_path)).train(cell)
+    assert calls == [(1, 1)] and distances is None
+    whole, _ = pair_of(digits, net).train(cell)
+    for run, other in zip(runs, whole, strict=True):
+        same(run.variables, other.variables)
+
+
+def test_retraining_goes_on_from_its_state(tmp_path, monkeypatch, capsys):
+    """What Ctrl-C stopped in training is not trained again, and leaves no state in the end."""
+    pfm = importlib.import_module("cifar_pfm")
+    recipe = train.Recipe(epochs=3, batch_size=100)
+    monkeypatch.setattr(training.train, "recipe_for", lambda *args, **options: recipe)
+
+    def run(out, calls, at=None):
+        options = ["--dataset", "digits", "--model", "digits-mlp", "--retrain", "--layers", "5"]
+        with monkeypatch.context() as patch:
+            stopped_at(patch, calls, at)
+            pfm.main([*options, "--match", "none", "--out", str(tmp_path / out)])
+        return tmp_path / out / "checkpoints-cpu"
+
+    calls: list = []
+    with pytest.raises(SystemExit, match="130"):
+        run("stopped", calls, 2)
+    assert calls == [(0, 0), (0, 1)]
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "cifar_pfm.py: stopped before anything was measured" in line and "training" in line
+    folder = tmp_path / "stopped" / "checkpoints-cpu"
+    assert [path.name for path in (folder / ".training").iterdir()] == ["digits-mlp-seed0"]
+    calls.clear()
+    assert run("stopped", calls) == folder
+    assert calls == [(0, 2), (1, 0), (1, 1), (1, 2)]
+    names = ["digits-mlp-seed0", "digits-mlp-seed1"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    whole = run("whole", [])
+    for name in names:
+        same(*(checkpoint.load(place / name) for place in (folder, whole)))
+        assert [row["epoch"] for row in checkpoint.card(folder / name)["history"]] == [1, 2, 3]
+    # Finished ones are taken as they are.
+    calls.clear()
+    run("stopped", calls)
+    assert not calls

@@ -1,0 +1,101 @@
+"""Names that have changed: the old ones work for one version more, with a warning."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed(old: str, new: str, *, depth: int = 3) -> None:
+    """Warns that something has another name now.
+
+    Args:
+        old: The old name.
+        new: The new one.
+        depth: Which caller the warning points at: 3 is that of what called this.
+    """
+    message = f"{old} is now {new}; the old name goes with the next version"
+    warnings.warn(message, DeprecationWarning, stacklevel=depth)
+
+
+class OldName:
+    """An attribute by its old name, which warns and returns that of the new one.
+
+    Args:
+        new: The new name.
+
+    Example:
+        >>> import warnings
+        >>> class Box:
+        ...     params = 3
+        ...     parameters = OldName("params")
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     Box().parameters
+        3
+        >>> str(caught[0].message)
+        'Box.parameters is now Box.params; the old name goes with the next version'
+    """
+
+    def __init__(self, new: str) -> None:
+        """See the class."""
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learns its name, and of what class it is an attribute."""
+        self.owner, self.old = owner.__name__, name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """What goes by the new name now."""
+        if instance is None:
+            return self
+        renamed(f"{self.owner}.{self.old}", f"{self.owner}.{self.new}")
+        return getattr(instance, self.new)
+
+
+def renames(**keywords: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets a function take keywords by their old names too, with a warning.
+
+    Args:
+        **keywords: By old name, the new one.
+
+    Returns:
+        A decorator.
+
+    Example:
+        >>> import warnings
+        >>> @renames(layers="names")
+        ... def first(*, names=None):
+        ...     return names[0]
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     first(layers=["a", "b"])
+        'a'
+        >>> str(caught[0].message)
+        'first(layers=...) is now first(names=...); the old name goes with the next version'
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name = getattr(function, "__name__", "function")
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> R:
+            for old, new in keywords.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(f"{name}() got both {new} and {old}, its old name; give {new}")
+                renamed(f"{name}({old}=...)", f"{name}({new}=...)")
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        wrapped.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate

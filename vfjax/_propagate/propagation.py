@@ -1,0 +1,185 @@
+"""Propagation through a whole graph: forward until nothing changes, then read off the atoms."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from jax.extend import core as jex
+
+from vfjax._jaxpr.calls import INPUT, PARAM
+from vfjax._jaxpr.graph import Graph
+from vfjax._propagate import calls, elementwise, indexing, layout, linear, reduce
+from vfjax._propagate.atoms import Axis, Cause, Window
+from vfjax._propagate.folds import Folds
+from vfjax._propagate.registry import Step, Value, apply, constant, shape_of
+from vfjax._propagate.within import Record, independent
+
+_FAMILIES = (calls, elementwise, indexing, layout, linear, reduce)  # imported for their rules
+
+
+class Atom(NamedTuple):
+    """A part of an axis that moves as one, and where it lies.
+
+    Attributes:
+        size: Number of entries.
+        group: Which atoms it moves with; None if it is fixed or touches no leaf.
+        outer: In its last window (or the axis) its entries are in the middle of a row-major
+            (outer, size, inner) view.
+        inner: See `outer`.
+        windows: Nested segments of the axis to look into first, as (outer, start, size, inner).
+    """
+
+    size: int
+    group: int | None
+    outer: int = 1
+    inner: int = 1
+    windows: tuple[Window, ...] = ()
+
+
+class Fixed(NamedTuple):
+    """An axis of a leaf without any symmetry.
+
+    Attributes:
+        leaf: Id of the leaf's value.
+        axis: The axis.
+        primitive: What fixed it: a primitive, "input" or "output" (it is tied to an axis of these),
+            "constant" (it meets constants that differ), or "unused" (nothing reads the leaf).
+        where: "file:line" of the equation, or "".
+    """
+
+    leaf: int
+    axis: int
+    primitive: str
+    where: str
+
+
+class Tie(NamedTuple):
+    """A layer contracts or keeps an atom of a leaf's axis.
+
+    Attributes:
+        primitive: The layer's primitive.
+        leaf: Id of the leaf's value.
+        axis: The axis.
+        position: Which of the axis's atoms.
+        role: "in" if the layer contracts it with data that depends on x, "out" if it keeps it.
+    """
+
+    primitive: str
+    leaf: int
+    axis: int
+    position: int
+    role: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Propagation:
+    """What is known of all axes of a graph.
+
+    Attributes:
+        axes: By value id, for each dimension the atoms of its axis (those of size 1 are left out).
+        leaves: Ids of the variables' leaves, in their order.
+        fixed: Axes of leaves that no group touches.
+        ties: What layers do with the leaves, in graph order.
+        within: By group, another inside each entry of which it moves by itself (see `within`).
+    """
+
+    axes: dict[int, tuple[tuple[Atom, ...], ...]]
+    leaves: tuple[int, ...]
+    fixed: tuple[Fixed, ...]
+    ties: tuple[Tie, ...]
+    within: dict[int, int]
+
+
+def propagate(graph: Graph) -> Propagation:
+    """Finds which axes of the leaves can be permuted together.
+
+    It never fails: what it cannot follow is fixed, and reported in `Propagation.fixed`.
+
+    Args:
+        graph: A flattened network.
+
+    Returns:
+        Groups of tied axes, for every value of the graph.
+    """
+    algebra, record = Folds(), Record()
+    env: dict[int, Value] = {}
+    for k, value in enumerate(graph.inputs):
+        cause = None if k < graph.num_leaves else Cause("input")
+        shape = shape_of(graph.avals[value])
+        axes = [[algebra.atom(n, cause)] for n in shape]
+        env[value] = Value(axes, shape, INPUT if cause else PARAM)
+        record.see(axes)
+    for value, array in graph.consts.items():
+        env[value] = constant(algebra, array, shape_of(graph.avals[value]))
+
+    for equation in graph.equations:
+        operands = [
+            constant(algebra, v.val, shape_of(v.aval)) if isinstance(v, jex.Literal) else env[v]
+            for v in equation.inputs
+        ]
+        step = Step(algebra, equation.eqn, operands, equation, record)
+        for value, result in zip(equation.outputs, apply(step), strict=True):
+            if value is not None:
+                env[value] = result
+
+    for value in graph.output_ids:
+        producer = graph.producer.get(value)
+        maker = None if producer is None else graph.equations[producer]
+        for axis in env[value].axes:
+            algebra.fix(axis, Cause("output", maker))
+    algebra.close()
+    return _collect(graph, algebra, env, record)
+
+
+def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record) -> Propagation:
+    """Numbers the groups and reads everything out of the algebra."""
+    leaves = graph.inputs[: graph.num_leaves]
+    used = [leaf for leaf in leaves if graph.users.get(leaf) or leaf in graph.output_ids]
+    origin: dict[int, tuple[int, int, int]] = {}
+    groups: dict[int, int] = {}
+    fixed = []
+    for leaf in leaves:
+        for k, axis in enumerate(env[leaf].axes):
+            atoms = [place.atom for place in algebra.places(axis)]
+            if leaf not in used:
+                fixed.append(Fixed(leaf, k, "unused", ""))
+                continue
+            origin.update((atom, (leaf, k, position)) for position, atom in enumerate(atoms))
+            free = [atom for atom in atoms if algebra.cause(atom) is None]
+            for atom in free:
+                groups.setdefault(algebra.find(atom), len(groups))
+            if causes := [] if free else algebra.causes(axis):
+                fixed.append(Fixed(leaf, k, *_blame(causes)))
+
+    sizes = {group: algebra.size(root) for root, group in groups.items()}
+
+    def read(axis: Axis) -> tuple[Atom, ...]:
+        return tuple(
+            Atom(
+                algebra.size(p.atom), groups.get(algebra.find(p.atom)), p.outer, p.inner, p.windows
+            )
+            for p in algebra.places(axis)
+        )
+
+    ties = []
+    for use in record.uses:
+        for role, axes in (("out", use.kept), ("in", use.contracted)):
+            for axis in axes:
+                for place in algebra.places(axis):
+                    if place.atom in origin:
+                        ties.append(Tie(use.primitive, *origin[place.atom], role))
+    return Propagation(
+        axes={v: tuple(read(axis) for axis in value.axes) for v, value in env.items()},
+        leaves=leaves,
+        fixed=tuple(fixed),
+        ties=tuple(ties),
+        within=independent(algebra, record, lambda atom: groups.get(algebra.find(atom)), sizes),
+    )
+
+
+def _blame(causes: list[Cause]) -> tuple[str, str]:
+    """The most telling cause: a primitive before the network's ends."""
+    telling = [cause for cause in causes if cause.primitive not in ("input", "output")]
+    cause = (telling or causes)[0]
+    return cause.primitive, "" if cause.equation is None else cause.equation.where
