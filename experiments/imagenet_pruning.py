@@ -114,7 +114,7 @@ def network(config: Config) -> tuple[vfjax.Network, Any, dict[str, Any]]:
         images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
         tree = checkpoint.from_torch(config.weights, model)
     net = vfjax.trace(models.apply_fn(model), tree, images)
-    facts = {"name": config.model, "parameters": net.parameters, "flops": net.flops, "size": size}
+    facts = {"name": config.model, "parameters": net.params, "flops": net.flops, "size": size}
     return net, tree, facts
 
 

@@ -128,7 +128,7 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     record = {
         "config": {"model": plan.name},
         "data": records.about(dataset, **counts),
-        "model": about | {"parameters": net.parameters},
+        "model": about | {"parameters": net.params},
         "recipe": dataclasses.asdict(plan.recipe),
         "grid": dataclasses.asdict(plan.grid),
         "renormalised": "reset" if net.norms else None,

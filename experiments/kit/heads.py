@@ -195,13 +195,15 @@ class EmbeddingOptions:
     loss: str = cli.option(
         "cosine", "for networks on some of the classes: cosine is the cross-entropy of the cosines "
         "with the class embeddings, cross-entropy that of the plain outputs for these classes",
-        choices=LOSSES)
+        choices=LOSSES, part="{}")
     embeddings: str | None = cli.option(
         None, "class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for "
-        f"each class, {ORDER} (default: orthonormal ones at random)", metavar="FILE")
+        f"each class, {ORDER} (default: orthonormal ones at random)", metavar="FILE",
+        part=lambda record: Path(record["config"]["embeddings"] or "").stem or None)
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
-    scale: float = cli.option(SCALE, "of the cosines, above 0", type=cli.positive, metavar="S")
+    scale: float = cli.option(
+        SCALE, "of the cosines, above 0", type=cli.positive, metavar="S", part="scale{:g}")
 # fmt: on
 
 

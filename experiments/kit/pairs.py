@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,10 +113,12 @@ def default_layers(depth: int) -> list[int]:
     return list(LAYERS.get(depth, sorted(nearest)))
 
 
-def layers_part(record: Mapping[str, Any]) -> str | None:
+def layers_part(
+    record: Mapping[str, Any], default: Callable[[int], list[int]] = default_layers
+) -> str | None:
     """Numbers of preserved layers in names of files, where they are not the default."""
     layers = list(record["config"]["layers"])
-    usual = layers == default_layers(record["model"]["depth"])
+    usual = layers == default(record["model"]["depth"])
     return None if usual else "layers" + "+".join(map(str, layers))
 
 
@@ -257,11 +259,12 @@ class Pair:
 
 
 class Cut:
-    """A pair merged from some layer on (`merged`), and what is tried behind it."""
+    """A pair merged from some layer on or in a range (`merged`), and what is tried behind it."""
 
-    def __init__(self, pair: Pair, matching: Matching, layers: int) -> None:
+    def __init__(self, pair: Pair, matching: Matching, layers: int | slice) -> None:
         self.pair, self.matching = pair, matching
-        self.merged = pair.merged(matching, slice(layers, None))
+        span = layers if isinstance(layers, slice) else slice(layers, None)
+        self.merged = pair.merged(matching, span)
 
     @functools.cached_property
     def test(self) -> Any:

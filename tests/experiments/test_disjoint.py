@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -22,13 +20,15 @@ from vfjax import data, merge, models
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-common = importlib.import_module("_common")
-disjoint = importlib.import_module("_disjoint")
-edges = importlib.import_module("_edges")
-heads = importlib.import_module("_heads")
-kit_edges = importlib.import_module("kit.edges")
+claims, cli, disjoint, edges, heads, records, timing = (
+    importlib.import_module(f"kit.{name}")
+    for name in "claims cli disjoint edges heads records timing".split()
+)
 zipit = importlib.import_module("zipit_disjoint")
+paper = importlib.import_module("papers.zipit_disjoint")
 
+RUN = zipit.EXPERIMENT
+AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 TASKS = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 DEPTH, STOPS = 6, (2, 4, 6)
 MATCHERS = ("identity", "permute", "kmeans", "greedy", "unbounded")
@@ -50,14 +50,14 @@ def digits(tmp_path_factory):
     """A run without normalisation, which compiles in no time."""
     folder = tmp_path_factory.mktemp("disjoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disjoint, "IMAGES", (100,))
-        patch.setattr(disjoint, "ALPHAS", (0.1,))
-        patch.setattr(disjoint, "BETAS", (0.0, 0.5))
+        patch.setattr(zipit, "IMAGES", (100,))
+        patch.setattr(zipit, "ALPHAS", (0.1,))
+        patch.setattr(zipit, "BETAS", (0.0, 0.5))
         patch.setitem(disjoint.STOPS, DEPTH, STOPS)
         # By far the slowest, and optional.
-        patch.setattr(disjoint, "MATCHERS", MATCHERS)
+        patch.setattr(zipit, "MATCHERS", MATCHERS)
         path = zipit.main([*OPTIONS, "--out", str(folder)])
-    return path, json.loads(path.read_text())
+    return path, records.read(path)
 
 
 @pytest.fixture
@@ -65,26 +65,54 @@ def record(digits):
     return copy.deepcopy(digits[1])
 
 
+def cells(record, way, **where):
+    """The rows of a way with alpha, beta and images as asked for, unless they are given."""
+    rows = record.rows if where else paper.asked(record)
+    return rows.where(way=way, **where)
+
+
+def put(way, **values):
+    """Changes a record: what rows of a way have, of those with some layers if they are given."""
+    layers = values.pop("layers", None)
+
+    def change(record):
+        found = cells(record, way)
+        found = found if layers is None else found.where(layers=layers)
+        assert found
+        for row in found:
+            row.update(values)
+
+    return change
+
+
+def whole_sweep(value):
+    def change(record):
+        for row in record.rows.where(way="zip", layers=DEPTH):
+            row["accuracy"] = value
+
+    return change
+
+
 @pytest.fixture
 def as_in_paper(record):
-    """The same with the paper's outcome."""
-    (pair,) = record["pairs"]
-    joint = {"average": 0.43, "weights": 0.462, "permutation": 0.584, "zip": 0.79, "ensemble": 0.87}
+    """The same with the paper's outcome, on many images."""
+    record["data"]["test_images"] = 10_000
+    whole_sweep(0.79)(record)
+    joint = {"average": 0.43, "weights": 0.462, "permutation": 0.584, "ensemble": 0.87}
+    joint |= {f"network {name}": 0.48 for name in "AB"}
     for name, value in joint.items():
-        pair["methods"][name]["joint"] = value
-    for name in "AB":
-        pair["networks"][f"network {name}"]["joint"] = 0.48
-    for layers, value in (("2", 0.86), ("4", 0.838)):
-        pair["partial"]["zip"][layers]["joint"] = value
-    pair["partial"]["permutation"]["4"]["joint"] = 0.7
+        put(name, accuracy=value)(record)
+    for layers, value in ((2, 0.86), (4, 0.838)):
+        put("zip", layers=layers, accuracy=value)(record)
+    put("permutation", layers=4, accuracy=0.7)(record)
+    (row,) = record.rows.where(way="unbounded")
+    record["rows"].append({**row, "way": "optimal"})
     matchers = {"identity": 0.43, "permute": 0.584, "kmeans": 0.291, "unbounded": 0.79}
     for place, (name, value) in enumerate((matchers | {"optimal": 0.796}).items()):
-        pair["matchers"][name] = {"joint": value, "seconds": 10.0**place}
-    for row in pair["sweep"]:
-        row["joint"] = 0.6 if row["beta"] == 0 else 0.79
-    for found in pair["images"].values():
-        found["joint"] = 0.79
-    for row in pair["layers"]:
+        put(name, accuracy=value, seconds=10.0**place)(record)
+    for row in record.rows.where(way="zip", beta=0.0):
+        row["accuracy"] = 0.6
+    for row in record.rows.where(way="features"):
         row["correlation"] = 0.6 - 0.1 * row["depth"]
     return record
 
@@ -110,77 +138,78 @@ def test_record_is_complete(digits):
     assert "5+5 classes, statistics over 300 images" in record["title"]
     names = [model["checkpoint"] for model in record["edge_models"]]
     assert names == ["digits-mlp-classes0to4-seed0", "digits-mlp-classes5to9-seed1"]
-    (pair,) = record["pairs"]
-    assert pair["tasks"] == [list(task) for task in TASKS]
-    assert set(pair["methods"]) == {"average", "weights", "permutation", "zip", "ensemble"}
-    assert set(pair["partial"]["zip"]) == set(map(str, STOPS))
-    assert tuple(pair["matchers"]) == MATCHERS
-    assert {(row["alpha"], row["beta"]) for row in pair["sweep"]} == {
+    assert record["tasks"] == [[list(task) for task in TASKS]]
+    ways = ["network A", "network B", "ensemble", "average", "weights", "permutation", "zip"]
+    assert record.rows.distinct("way") == [*ways, *MATCHERS, "features"]
+    for way in ("zip", "permutation"):
+        assert [row["layers"] for row in cells(record, way)] == list(STOPS)
+    zips = record.rows.where(way="zip", layers=DEPTH, images=300)
+    assert {(row["alpha"], row["beta"]) for row in zips} == {
         (0.1, 0.125),
         (0.3, 0.0),
         (0.3, 0.125),
         (0.3, 0.5),
     }
-    assert list(pair["images"]) == ["100", "300"]
+    assert paper.swept(record, "images")[0] == [100, 300]
+    assert not (path.parent / "checkpoints-cpu" / ".training").exists()
 
 
 def test_numbers_fit_together(record):
     """What is the same network is the same number wherever it is said."""
-    (pair,) = record["pairs"]
-    methods, whole = pair["methods"], str(DEPTH)
-    for name in ("zip", "permutation"):
-        assert pair["partial"][name][whole] == methods[name]
-    asked = [row for row in pair["sweep"] if (row["alpha"], row["beta"]) == (0.3, 0.125)]
-    joint = methods["zip"]["joint"]
-    assert asked[0]["joint"] == pair["images"]["300"]["joint"] == joint
-    assert pair["matchers"]["greedy"]["joint"] == joint
-    assert pair["matchers"]["identity"]["joint"] == methods["average"]["joint"]
-    for part in (pair["networks"], methods, *pair["partial"].values()):
-        for found in part.values():
-            assert 0 <= found["joint"] <= found["average"] == pytest.approx(np.mean(found["tasks"]))
+    (zipped,) = cells(record, "zip").where(layers=DEPTH).values()
+    (permuted,) = cells(record, "permutation").where(layers=DEPTH).values()
+    assert record.rows.values(way="greedy") == [zipped]
+    assert record.rows.values(way="permute") == [permuted]
+    assert record.rows.values(way="identity") == record.rows.values(way="average")
+    for found in record.rows:
+        if found["way"] != "features":
+            mean = np.mean([found["task_a"], found["task_b"]])
+            assert 0 <= found["accuracy"] <= found["average"] == pytest.approx(mean)
 
 
 def test_networks_know_their_half(record):
-    (pair,) = record["pairs"]
-    own = [pair["networks"][f"network {name}"]["tasks"][k] for k, name in enumerate("AB")]
-    other = [pair["networks"][f"network {name}"]["tasks"][1 - k] for k, name in enumerate("AB")]
+    keys = ("task_a", "task_b")
+    found = [record.rows.only(way=f"network {name}") for name in "AB"]
+    own = [row[key] for row, key in zip(found, keys, strict=True)]
+    other = [row[key] for row, key in zip(found, keys[::-1], strict=True)]
     assert min(own) > 0.9 and max(other) < 0.7
     # Each head of the ensemble is that network's.
-    assert pair["methods"]["ensemble"]["tasks"] == own
+    ensemble = record.rows.only(way="ensemble")
+    assert [ensemble[key] for key in keys] == own
 
 
 def test_costs(record):
     """One network's where all is merged, two where nothing is, and in between."""
-    (pair,) = record["pairs"]
     for key in ("params_ratio", "flops_ratio"):
-        assert pair["methods"]["zip"][key] == pair["methods"]["average"][key] == 1
-        assert pair["methods"]["ensemble"][key] == 2
-        ratios = [pair["partial"]["zip"][str(k)][key] for k in STOPS]
+        assert record.rows.values(key, way="average") == [1]
+        assert record.rows.values(key, way="ensemble") == [2]
+        ratios = cells(record, "zip").values(key)
         assert 2 > ratios[0] > ratios[1] > ratios[2] == 1
 
 
 def test_what_was_merged(record):
     """Of each layer, some of it within a network."""
-    (pair,) = record["pairs"]
-    assert [row["depth"] for row in pair["layers"]] == list(range(1, DEPTH))
-    for row in pair["layers"]:
+    rows = record.rows.where(way="features")
+    assert [row["depth"] for row in rows] == list(range(1, DEPTH))
+    for row in rows:
         assert row["features"] == 64 and row["largest"] >= 2
         assert 0 < row["within"] < 1
-        assert all(-1 <= row[key] <= 1 for key in ("permutation", "correlation"))
+        assert all(-1 <= row[key] <= 1 for key in ("permuted_correlation", "correlation"))
 
 
 def networks_of(path, *options, shipped=False):
     """The names of the networks that a run with other options would merge."""
-    args = zipit.parser().parse_args([*OPTIONS, *options, "--out", str(path.parent)])
-    head = zipit.completed(args, data.load("digits"))
-    args.retrain = not shipped
-    ((first, second),) = zipit.networks_of(args, head, [TASKS])
-    return [first.name, second.name]
+    config = cli.parse(zipit.Config, "zipit_disjoint.py", "", [*OPTIONS, *options])
+    config = dataclasses.replace(config, out=str(path.parent))
+    config, head = disjoint.completed(config, data.load("digits"))
+    config = dataclasses.replace(config, retrain=not shipped)
+    found = [disjoint.network_of(config, head, "digits", task, k) for k, task in enumerate(TASKS)]
+    return [folder.name for folder in found]
 
 
 def test_finished_networks_are_reused(digits, monkeypatch):
     path, record = digits
-    monkeypatch.setattr(zipit.train_edges.train, "fit", None)
+    monkeypatch.setattr(disjoint.training.train, "fit", None)
     assert networks_of(path) == [found["checkpoint"] for found in record["edge_models"]]
 
 
@@ -195,24 +224,24 @@ def test_finished_networks_are_reused(digits, monkeypatch):
     ],
 )
 def test_other_networks_are_not_reused(options, difference, digits, monkeypatch):
-    monkeypatch.setattr(zipit.train_edges.train, "fit", None)
-    with pytest.raises(common.UserError, match=difference):
+    monkeypatch.setattr(disjoint.training.train, "fit", None)
+    with pytest.raises(cli.UserError, match=difference):
         networks_of(digits[0], *options)
 
 
 def test_shipped_networks_are_compared(digits, monkeypatch):
     """By their heads; what they were trained with otherwise is not asked for."""
     path, record = digits
-    monkeypatch.setattr(common, "ROOT", path.parent)
+    monkeypatch.setattr(records, "ROOT", path.parent)
     (path.parent / "checkpoints").symlink_to(path.parent / "checkpoints-cpu")
     names = [found["checkpoint"] for found in record["edge_models"]]
     assert networks_of(path, "--epochs", "3", shipped=True) == names
-    with pytest.raises(common.UserError, match="scale 10.0, not 5.0: --retrain trains others"):
+    with pytest.raises(cli.UserError, match="scale 10.0, not 5.0: --retrain trains others"):
         networks_of(path, "--scale", "5", shipped=True)
 
 
 def test_bad_options_are_found_before_images_are_read(monkeypatch, capsys, tmp_path):
-    probe = zipit._edges.probed("digits", None)
+    probe = edges.probed("digits", None)
     probe = dataclasses.replace(probe, name="cifar10")
 
     def load(*_, train=None, **__):
@@ -243,9 +272,16 @@ def test_splits():
 
 
 def test_stops():
-    assert disjoint.stops_of(20) == [7, 13, 19, 20] and disjoint.middle_of(20) == 13
-    assert disjoint.stops_of(5) == [1, 2, 3, 4, 5] and disjoint.middle_of(5) == 3
-    assert disjoint.stops_of(14) == [5, 9, 13, 14] and disjoint.middle_of(14) == 9
+    for depth, stops, middle in (
+        (20, [7, 13, 19, 20], 13),
+        (5, [1, 2, 3, 4, 5], 3),
+        (14, [5, 9, 13, 14], 9),
+    ):
+        assert disjoint.stops_of(depth) == stops
+        rows = [{"way": "zip", "layers": stop} for stop in stops]
+        about = {"config": {"alpha": 0.3, "beta": 0.1}, "data": {"statistics_images": 5}}
+        found = records.Record(about | {"rows": rows, "model": {"depth": depth}})
+        assert paper.middle_of(found) == middle
 
 
 def test_accuracy_of_one_and_of_two_heads():
@@ -298,10 +334,10 @@ def test_statistics_of_norms_are_measured():
     variables = [model.init(jax.random.key(k), x) for k in range(2)]
     net = vfjax.trace(models.apply_fn(model), variables[0], x)
     head = heads.of_embeddings(heads.orthonormal(10, 12), 10.0)
-    args = argparse.Namespace(alpha=0.3, beta=0.125, statistics=40, held_out=20, samples=20)
-    images = kit_edges.images_of(dataset, args.statistics, args.held_out, args.samples)
-    setting = disjoint.Setting(net, head, images)
-    pair = disjoint.Pair(setting, variables, TASKS, args, common.Stopwatch())
+    images = edges.images_of(dataset, 40, 20, 20)
+    found = edges.Edges(None, dataset, net, (), (), variables, images)
+    setting = disjoint.Setting(found, [heads.Heads(head, TASKS)])
+    pair = disjoint.Pair(setting, 0, timing.Stopwatch())
     first, second = pair.reset(tuple(variables), "both")
     stored = first.trunk["batch_stats"]["norm"]
     x = jnp.concatenate([x for x, _ in images.statistics])
@@ -311,158 +347,205 @@ def test_statistics_of_norms_are_measured():
         expected = getattr(values[site], name)(0)
         np.testing.assert_allclose(stored[name], expected, rtol=1e-4, atol=1e-5)
     assert isinstance(second, merge.Merged) and first.trunk is not second.trunk
-    found = pair.merged(pair.zip, "zip")
-    assert np.isfinite(found["joint"]) and found["params_ratio"] == 1
+    merged = pair.merged("zip", net.depth, {"alpha": 0.3, "beta": 0.125, "images": 40})
+    found = pair.accuracy(merged, "zip")
+    assert np.isfinite(found["accuracy"]) and found["params_ratio"] == 1
 
 
 # ------------------------------------------------------------------------------- what is said of it
 
 
+def decided(record):
+    """Verdicts and numbers, by claim."""
+    found = claims.decided(RUN.claims, record)
+    return {row["id"].partition(".")[2]: (row["verdict"], row["here"]) for row in found}
+
+
 def test_the_outcome_of_the_paper(as_in_paper):
-    claims = zipit.claims_of(as_in_paper)
-    assert len(claims) == 14 and [holds for holds, _ in claims].count(None) == 2
-    assert all(holds is not False for holds, _ in claims)
-    found = zipit.findings(as_in_paper)
-    assert "Unlike" not in found and "beta 0.125 gives 79.0, permutation 58.4" in found
-    assert "ZipIt! 4/6 gives 83.8 (permuted 4/6: 70.0), ZipIt! 6/6 79.0" in found
-    assert "k-means gives 29.1 (1e+02 s), permutation 58.4 (10 s)" in found
-    assert found == common.told(*zipit.outcome(as_in_paper))
-
-
-def put(*place, **values):
-    def change(pair):
-        for key in place:
-            pair = pair[key]
-        pair.update(values)
-
-    return change
-
-
-def whole_sweep(value):
-    def change(pair):
-        for row in pair["sweep"]:
-            row["joint"] = value
-
-    return change
+    found = decided(as_in_paper)
+    assert len(found) == 15
+    for name, (verdict, _) in found.items():
+        assert verdict == (NEW if name.startswith("new.") else AS), name
+    assert found["disjoint.above-permutation"][1] == "ZipIt! 79.0, permutation 58.4"
+    assert found["disjoint.partial-above-whole"][1] == "two thirds zipped 83.8, ZipIt! 79.0"
+    assert found["new.partial-permuted"][1].endswith("two thirds permuted 70.0")
+    assert found["disjoint.kmeans-below"][1] == "permutation 58.4, k-means 29.1"
+    text = zipit.finding_of(as_in_paper)
+    assert text.startswith("ZipIt! of all 6 layers has 79.0% on all classes, permutation 58.4%")
+    assert text.endswith("ZipIt! of 4 layers has 83.8%, the ensemble 87.0%")
 
 
 @pytest.mark.parametrize(
     ("change", "flipped", "said"),
     [
         (
-            put("methods", "permutation", joint=0.785),
-            [0],
-            "beta 0.125 gives 79.0, permutation 78.5",
+            put("permutation", layers=DEPTH, accuracy=0.85),
+            ["above-permutation"],
+            "ZipIt! 79.0, permutation 85.0",
         ),
-        (put("methods", "average", joint=0.58), [2], "the weight average 58.0"),
-        (put("methods", "weights", joint=0.58), [3], "by weights 58.0"),
-        (put("networks", "network B", joint=0.9), [4], "networks alone 90.0"),
-        (put("partial", "zip", "4", joint=0.795), [5, 6], "ZipIt! 4/6 gives 79.5, the ensemble"),
-        (put("methods", "ensemble", joint=0.9), [6], "the ensemble 90.0"),
-        (whole_sweep(0.7), [8], "with no pairs within a network (beta 0) it is 70.0"),
-        (put("matchers", "identity", joint=0.6), [9], "identity gives 60.0"),
-        (put("matchers", "kmeans", joint=0.58), [10], "k-means gives 58.0"),
-        (put("matchers", "optimal", joint=0.9), [11], "the optimal ones 90.0"),
-        (put("matchers", "optimal", seconds=1.0), [11], "the optimal ones 79.6 (1 s)"),
-        (put("images", "100", joint=0.7), [12], "100 images for the statistics give 70.0"),
-        (put("layers", 2, correlation=0.9), [13], "0.50, 0.40, 0.90, 0.20 and 0.10"),
+        (put("average", accuracy=0.6), ["permutation-helps"], "weight average 60.0"),
+        (put("weights", accuracy=0.6), ["activations-above-weights"], "by weights 60.0"),
+        (put("network B", accuracy=0.9), ["above-one-alone"], "network alone 90.0"),
+        (
+            put("zip", layers=4, accuracy=0.78),
+            ["partial-above-whole", "partial-near-ensemble"],
+            "two thirds zipped 78.0, ensemble 87.0",
+        ),
+        (put("ensemble", accuracy=0.9), ["partial-near-ensemble"], "ensemble 90.0"),
+        (whole_sweep(0.7), ["within-helps", "greedy-as-optimal"], "beta 0 70.0"),
+        (put("identity", accuracy=0.6), ["identity-below"], "identity 60.0"),
+        (put("kmeans", accuracy=0.6), ["kmeans-below"], "k-means 60.0"),
+        (put("optimal", accuracy=0.9), ["greedy-as-optimal"], "optimal pairs 90.0"),
+        (put("optimal", seconds=1.0), ["greedy-as-optimal"], "optimal pairs 79.6 (1 s)"),
     ],
 )
 def test_each_claim_can_fail(as_in_paper, change, flipped, said):
-    change(as_in_paper["pairs"][0])
-    claims = zipit.claims_of(as_in_paper)
-    assert [k for k, (holds, _) in enumerate(claims) if holds is False] == flipped
-    assert said in zipit.findings(as_in_paper).partition("Unlike the paper: ")[2]
+    change(as_in_paper)
+    found = {name.partition(".")[2]: row for name, row in decided(as_in_paper).items()}
+    wrong = [name for name, (verdict, _) in found.items() if verdict == UNLIKE]
+    assert set(wrong) <= set(flipped) and flipped[0] in wrong
+    assert any(said in found[name][1] for name in wrong)
+
+
+def set_few(value):
+    def change(record):
+        for row in record.rows.where(way="zip", images=100):
+            row["accuracy"] = value
+
+    return change
+
+
+def test_few_images_and_correlations_can_fail(as_in_paper):
+    set_few(0.7)(as_in_paper)
+    verdict, here = decided(as_in_paper)["disjoint.few-images"]
+    assert verdict == UNLIKE and here == "100 images 70.0, 300 images 79.0"
+    as_in_paper.rows.where(way="features")[2]["correlation"] = 0.9
+    verdict, here = decided(as_in_paper)["disjoint.correlation-falls"]
+    assert verdict == UNLIKE and here == "0.50, 0.40, 0.90, 0.20 and 0.10"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (put("permutation", layers=DEPTH, accuracy=0.785), "above-permutation"),
+        (put("average", accuracy=0.58), "permutation-helps"),
+        (put("kmeans", accuracy=0.58), "kmeans-below"),
+        (put("zip", layers=4, accuracy=0.797), "partial-above-whole"),
+        (put("ensemble", accuracy=0.89), "partial-near-ensemble"),
+        (set_few(0.765), "few-images"),
+        # What has vanished shows nothing.
+        (lambda r: [put(way, accuracy=0.15)(r) for way in ("permute", "kmeans")], "kmeans-below"),
+    ],
+)
+def test_what_noise_may_have_made_is_undecided(as_in_paper, change, name):
+    change(as_in_paper)
+    assert decided(as_in_paper)[f"disjoint.{name}"][0] == OPEN
 
 
 def test_without_the_optimal_matching(as_in_paper):
-    del as_in_paper["pairs"][0]["matchers"]["optimal"]
-    assert len(zipit.claims_of(as_in_paper)) == 13
-    assert "optimal" not in zipit.findings(as_in_paper)
-    assert zipit.figure_of(as_in_paper).axes
+    rows = [row for row in as_in_paper["rows"] if row["way"] != "optimal"]
+    found = records.Record(as_in_paper | {"rows": rows})
+    assert len(decided(found)) == 14 and "disjoint.greedy-as-optimal" not in decided(found)
+    assert zipit.figure_of(found).axes
 
 
 def test_what_the_optimal_matching_needs_is_named(monkeypatch, caplog):
     """Where it is left out."""
-    monkeypatch.setattr(disjoint, "MATCHERS", ("optimal",))
-    monkeypatch.setattr(disjoint.importlib.util, "find_spec", lambda name: None)
-    assert disjoint.Pair.matchers(argparse.Namespace()) == {}
-    assert 'needs networkx, pip install ".[matching]"' in caplog.text
+    monkeypatch.setattr(zipit, "MATCHERS", ("optimal",))
+    monkeypatch.setattr(zipit.importlib.util, "find_spec", lambda name: None)
+    config = cli.parse(zipit.Config, "zipit_disjoint.py", "", [])
+    plan = list(zipit.plan_of(config, 5, 300))
+    assert plan and not [cell for cell in plan if cell["way"] == "optimal"]
+    assert 'need networkx, pip install ".[matching]"' in caplog.text
 
 
 def test_records_from_before_pairs_without_a_budget(as_in_paper):
-    del as_in_paper["pairs"][0]["matchers"]["unbounded"]
-    said = [text for _, text in zipit.claims_of(as_in_paper)]
-    assert any(text.startswith("greedy pairs give ") for text in said)
-    assert zipit.figure_of(as_in_paper).axes and len(said) == 14
+    rows = [row for row in as_in_paper["rows"] if row["way"] != "unbounded"]
+    found = records.Record(as_in_paper | {"rows": rows})
+    put("greedy", accuracy=0.79, seconds=1.0)(found)
+    verdict, here = decided(found)["disjoint.greedy-as-optimal"]
+    assert verdict == AS and here.startswith("greedy pairs 79.0 (1 s), optimal pairs")
+    assert zipit.figure_of(found).axes
 
 
 def test_the_spread_over_image_counts_is_told(as_in_paper):
-    as_in_paper["pairs"][0]["images"]["100"]["joint"] = 0.7
-    (said,) = (text for holds, text in zipit.claims_of(as_in_paper) if "a range of" in text)
-    assert said.startswith(
-        "with 100 to 300 images for the statistics ZipIt! 6/6 gives 70.0 to 79.0"
-    )
+    set_few(0.7)(as_in_paper)
+    verdict, said = decided(as_in_paper)["new.spread"]
+    assert verdict == NEW and said.startswith("with 100 to 300 images 70.0 to 79.0")
     assert "a range of 9.0 points, where it is 20.6 above permutation, on a single pair" in said
-    as_in_paper["pairs"] *= 2
-    as_in_paper["pairs"][0]["methods"]["permutation"]["joint"] = 0.8
-    assert "1.0 below permutation, on the mean of 2 pairs" in zipit.spread_of(as_in_paper)
+    as_in_paper["config"]["pairs"] = 2
+    put("permutation", layers=DEPTH, accuracy=0.8)(as_in_paper)
+    assert "1.0 below permutation, on the mean of 2 pairs" in decided(as_in_paper)["new.spread"][1]
 
 
 def test_held_out_images_choose(as_in_paper):
     """By their accuracy alone: that on test images has no say."""
-    (pair,) = as_in_paper["pairs"]
-    for k, row in enumerate(pair["sweep"]):
-        row["held_out"], row["joint"] = k / 10, 1 - k / 10
-    last = pair["sweep"][-1]
-    expected = (last["alpha"], last["beta"], pytest.approx(last["joint"]))
-    assert zipit.chosen(as_in_paper) == expected
-    text = f"alpha {last['alpha']:g} and beta {last['beta']:g}, chosen on held-out training images"
-    assert any(holds is None and text in said for holds, said in zipit.claims_of(as_in_paper))
+    zips = as_in_paper.rows.where(way="zip", layers=DEPTH, images=300)
+    for k, row in enumerate(zips):
+        row["held_out"], row["accuracy"] = k / 10, 1 - k / 10
+    last = zips[-1]
+    expected = {key: last[key] for key in ("alpha", "beta")}
+    assert paper.chosen(as_in_paper) == expected | {"accuracy": pytest.approx(last["accuracy"])}
+    verdict, said = decided(as_in_paper)["new.tuned"]
+    assert verdict == NEW
+    assert said.startswith(f"alpha {last['alpha']:g} and beta {last['beta']:g} ")
 
 
 def test_several_pairs(record):
-    other = copy.deepcopy(record["pairs"][0])
-    record["pairs"][0]["methods"]["zip"]["joint"] = 0.5
-    other["methods"]["zip"]["joint"] = 0.52
-    record["pairs"].append(other)
-    assert zipit.mean(record, "methods", "zip", "joint") == pytest.approx(0.51)
+    other = [{**row, "pair": 1} for row in copy.deepcopy(record["rows"])]
+    record["config"]["pairs"] = 2
+    put("zip", layers=DEPTH, accuracy=0.5)(record)
+    for row in other:
+        if row["way"] == "zip":
+            row["accuracy"] = 0.52
+    record["rows"] += other
+    assert paper.ZIP.of(record) == pytest.approx(0.51)
     assert zipit.title_of(record).endswith("mean of 2 pairs")
-    header, lines = zipit.table_of(record)
-    assert {len(line) for line in lines} == {len(header)}
-    assert zipit.figure_of(record).axes
+    table, _ = zipit.tables_of(record)
+    assert {line[0]: line[1] for line in table.lines}["ZipIt! 6/6"] == "51.00 ± 1.41"
+    figure = zipit.figure_of(record)
+    texts = [text.get_text() for text in figure.texts]
+    assert len(figure.axes) == 6 and "Bars: standard deviation over 2 pairs." in texts
 
 
 def test_figure_names_its_axes(record):
     axes = zipit.figure_of(record).axes
     assert len(axes) == 6 and all(a.get_xlabel() and a.get_ylabel() for a in axes)
     assert axes[0].get_xlabel() == "layers merged l (of L = 6; 0: ensemble)"
-    (pair,) = record["pairs"]
-    joint = [pair["methods"]["ensemble"]["joint"]]
-    joint += [pair["partial"]["zip"][str(k)]["joint"] for k in STOPS]
+    joint = record.rows.values(way="ensemble") + cells(record, "zip").values()
     np.testing.assert_allclose(axes[0].containers[0].lines[0].get_ydata(), 100 * np.array(joint))
 
 
 def test_table(record):
-    header, lines = zipit.table_of(record)
-    assert header[:3] == ["test accuracy, %", "joint", "task A"]
-    names = [line[0] for line in lines]
+    table, matchers = zipit.tables_of(record)
+    assert table.header[:3] == ["test accuracy, %", "joint", "task A"]
+    names = [line[0] for line in table.lines]
     assert names[:4] == ["network A", "network B", "weight average", "permuted by weights"]
     assert names[4] == "permuted 6/6" and "ZipIt! 2/6" in names and names[-1] == "ensemble"
-    found = dict(zip(names, lines, strict=True))["ZipIt! 6/6"]
-    assert found[1] == f"{100 * record['pairs'][0]['methods']['zip']['joint']:.2f}"
-    assert found[-2:] == ["1.00", "1.00"]
+    found = dict(zip(names, table.lines, strict=True))["ZipIt! 6/6"]
+    assert found[1] == f"{100 * paper.ZIP.of(record):.2f}"
+    assert found[-2:] == ["1", "1"]
+    assert [line[0] for line in matchers.lines] == [
+        paper.MATCHERS[way] for way in paper.MATCHERS if way in MATCHERS
+    ]
 
 
 def test_file_name_has_what_is_not_default(record):
     config = record["config"]
-    config |= zipit.DEFAULTS["cpu"] | {"epochs": zipit.NETWORKS["cpu", "digits"][3]}
-    assert zipit.file_name(record) == "zipit_disjoint-digits-digits-mlp"
+    usual = cli.defaults(zipit.Config, {"preset": "cpu"})
+    config |= {name: usual[name] for name in ("samples", "statistics", "held_out")}
+    config["epochs"] = disjoint.NETWORKS["cpu", "digits"][3]
+    assert RUN.file_name(record) == "zipit_disjoint-digits-digits-mlp"
     config |= {"alpha": 1.0, "beta": 0.5, "pairs": 2, "samples": 7, "dimensions": 20}
-    expected = "zipit_disjoint-digits-digits-mlp-20dimensions-alpha1-beta0.5-2pairs-samples7"
-    assert zipit.file_name(record) == expected
-    record["head"] = {"loss": "cross-entropy"}
-    assert "-cross-entropy-alpha1" in zipit.file_name(record)
+    name = RUN.file_name(record)
+    assert name.startswith("zipit_disjoint-digits-digits-mlp-20dimensions-")
+    parts = {"alpha1", "beta0.5", "2pairs", "samples7"}
+    assert set(name.split("20dimensions-")[1].split("-")) == parts
+    config |= {"loss": "cross-entropy", "dimensions": 10}
+    name = RUN.file_name(record)
+    assert "-cross-entropy-" in name and "dimensions" not in name
+    config |= {"loss": "cosine", "embeddings": "a/clip.npy", "scale": 5.0}
+    assert "-clip-scale5-" in RUN.file_name(record)
 
 
 # ---------------------------------------------------------------------------------------- options
@@ -499,7 +582,7 @@ def test_bad_options(arguments, message, capsys, tmp_path):
 
 
 def test_networks_that_are_not_shipped(tmp_path):
-    with pytest.raises(common.UserError, match=r"vgg11-classes0to4-seed0 is needed .* --retrain"):
+    with pytest.raises(cli.UserError, match=r"vgg11-classes0to4-seed0 is needed .* --retrain"):
         networks_of(tmp_path / "record", "--model", "vgg11", shipped=True)
 
 
@@ -508,4 +591,4 @@ def test_defaults_are_shown_once(capsys):
         zipit.main(["--help"])
     options = " ".join(capsys.readouterr().out.split()).partition("options:")[2].split(" --")
     assert options and all(option.count("(default: ") <= 1 for option in options)
-    assert any("scale S of the cosines, above 0 (default: 10)" in option for option in options)
+    assert any("scale S of the cosines, above 0 (default: 10.0)" in option for option in options)

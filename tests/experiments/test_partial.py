@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -15,17 +14,32 @@ import pytest
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-common = importlib.import_module("_common")
+claims, cli, pairs, records = (
+    importlib.import_module(f"kit.{name}") for name in ("claims", "cli", "pairs", "records")
+)
 partial = importlib.import_module("pfm_vs_partial_zip")
 
+RUN = partial.EXPERIMENT
+AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 DIGITS = ["--dataset", "digits", "--model", "digits-mlp", "--statistics", "300"]
+MATCHES, LAYERS = ("zipit", "activation"), (0, 1, 3, 4)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("partial")
     path = partial.main([*DIGITS, "--layers", "0", "1", "3", "4", "--out", str(folder)])
-    return path, json.loads(path.read_text())
+    return path, records.read(path)
+
+
+@pytest.fixture
+def record(digits):
+    return copy.deepcopy(digits[1])
+
+
+def curve(record, match, kind, remedy, key="accuracy"):
+    """A column by l."""
+    return record.rows.where(match=match, kind=kind, remedy=remedy).values(key)
 
 
 # ------------------------------------------------------------------------------------- the record
@@ -34,35 +48,43 @@ def digits(tmp_path_factory):
 def test_record_is_complete(digits):
     path, record = digits
     name = "pfm_vs_partial_zip-digits-digits-mlp-layers0+1+3+4-statistics300"
-    assert path.name == f"{name}.json" and partial.file_name(record) == name
+    assert path.name == f"{name}.json" and RUN.file_name(record) == name
     assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    assert record["config"]["match"] == ["zipit", "activation"] == list(record["curves"])
-    assert record["data"]["statistics_images"] == 300 and record["remedy"] == "rescale"
+    assert record["config"]["match"] == list(MATCHES) == record.rows.distinct("match")
+    assert record["data"]["statistics_images"] == 300
+    assert record.rows.distinct("remedy") == ["none", "rescale"]
     assert {"ZipIt!", "activation matching", "total"} <= set(record["seconds"])
-    for kinds in record["curves"].values():
-        assert list(kinds) == list(partial.KINDS)
-        for curve in kinds.values():
-            assert list(curve) == ["params", "flops", "none", "rescale"]
-            assert {len(values) for values in curve.values()} == {4}
-            assert all(set(cell) == {"accuracy", "loss"} for cell in curve["rescale"])
+    assert [note["match"] for note in record.notes("matching")] == list(MATCHES)
+    for match in MATCHES:
+        assert record.rows.where(match=match).distinct("kind") == list(partial.KINDS)
+        for kind in partial.KINDS:
+            for remedy in ("none", "rescale"):
+                rows = record.rows.where(match=match, kind=kind, remedy=remedy)
+                assert [row["layers"] for row in rows] == list(LAYERS)
+                for key in ("accuracy", "loss", "params", "flops"):
+                    assert len(rows.values(key)) == 4
 
 
 def test_all_kinds_begin_with_the_fully_merged_network(digits):
     _, record = digits
     model = record["model"]
-    for kinds in record["curves"].values():
-        for curve in kinds.values():
-            first = {key: values[0] for key, values in curve.items()}
-            assert first == {key: values[0] for key, values in kinds["pfm"].items()}
-            assert (first["params"], first["flops"]) == (model["parameters"], model["flops"])
+    for match in MATCHES:
+        for remedy in ("none", "rescale"):
+            first = [
+                {k: v for k, v in row.items() if k != "kind"}
+                for row in record.rows.where(match=match, layers=0, remedy=remedy)
+            ]
+            assert len(first) == 3 and first[0] == first[1] == first[2]
+            assert first[0]["params"] == model["parameters"]
+            assert first[0]["flops"] == model["flops"] and first[0]["flops_ratio"] == 1
 
 
 def test_one_layer_apart_is_none_apart(digits):
     """The first and the last layer are affine: averages of their results are those of kernels."""
     _, record = digits
-    for kinds in record["curves"].values():
+    for match in MATCHES:
         for kind in ("pfm", "partial"):
-            none, one = (cell["accuracy"] for cell in kinds[kind]["none"][:2])
+            none, one = curve(record, match, kind, "none")[:2]
             assert one == pytest.approx(none, abs=1.5 / 497)
 
 
@@ -70,28 +92,33 @@ def test_cost_grows_with_the_layers_apart(digits):
     """Never beyond two networks, but for what maps between bases cost."""
     _, record = digits
     model = record["model"]
-    for match, kinds in record["curves"].items():
-        for curve in kinds.values():
+    for match in MATCHES:
+        for kind in partial.KINDS:
             for key, one in (("params", model["parameters"]), ("flops", model["flops"])):
-                assert curve[key] == sorted(curve[key])
-                assert match != "activation" or curve[key][-1] < 2 * one
+                found = curve(record, match, kind, "rescale", key)
+                assert found == sorted(found)
+                assert match != "activation" or found[-1] < 2 * one
 
 
 def test_layers_apart_help(digits):
     _, record = digits
-    for match in record["curves"]:
+    for match in MATCHES:
         for kind in partial.KINDS:
-            values = partial.accuracies(record, match, kind, "rescale")
+            values = curve(record, match, kind, "rescale")
             assert values[-1] > values[0]
 
 
 def test_table_and_figure_show_the_record(digits, capsys):
     _, record = digits
-    header, rows = partial.table_of(record, "activation")
-    assert len(rows) == 4 and {len(row) for row in rows} == {len(header)} == {7}
-    found = record["curves"]["activation"]["partial"]["rescale"][3]["accuracy"]
-    assert rows[3][header.index("partial zip + RESCALE")] == f"{100 * found:.2f}"
-    partial.show(record)
+    table, costs = partial.tables_of(record)[2:]
+    assert table.title.endswith(", activation matching") and len(table.header) == 7
+    assert len(table.lines) == 4 and len(costs.header) == 7
+    (found,) = record.rows.where(layers=4, kind="partial", remedy="rescale").values(
+        match="activation"
+    )
+    shown = table.lines[3][table.header.index("partial zip + RESCALE")]
+    assert shown.removeprefix("*") == f"{100 * found:.2f}"
+    RUN.show(record)
     assert "ZipIt!" in capsys.readouterr().out
     axes = partial.figure_of(record).axes
     assert [a.get_xlabel() for a in axes] == [
@@ -100,7 +127,7 @@ def test_table_and_figure_show_the_record(digits, capsys):
         "parameters, relative to one model",
         "FLOPs, relative to one model",
     ]
-    assert [len(a.containers) for a in axes] == [7, 7, 5, 5]
+    assert [len(a.containers) for a in axes] == [5, 5, 3, 3]
     # Accuracy for cost is shown where the curves are.
     for place, a in enumerate(axes):
         lowest = min(min(c.lines[0].get_ydata()) for c in a.containers)
@@ -110,75 +137,79 @@ def test_table_and_figure_show_the_record(digits, capsys):
 # ------------------------------------------------------------------------------------- its claims
 
 
-def with_curves(record, match, column, pfm, other):
+def with_curves(record, match, remedy, pfm, other):
     """The record with other accuracies at the l from 3 on."""
     record = copy.deepcopy(record)
     for kind, values in (("pfm", pfm), ("partial", other), ("both", other)):
-        cells = record["curves"][match][kind][column]
-        for place, value in enumerate(values, start=2):
-            cells[place] = {"accuracy": value, "loss": 1.0}
+        rows = record.rows.where(match=match, kind=kind, remedy=remedy)
+        for row, value in zip(rows[2:], values, strict=True):
+            row["accuracy"] = value
     return record
 
 
-def verdict(record, start):
-    (found,) = (
-        (holds, text) for holds, text in partial.claims_of(record) if text.startswith(start)
-    )
-    return found
+def verdict(record, name):
+    """Verdict and numbers of a claim."""
+    (found,) = (row for row in claims.decided(RUN.claims, record) if row["id"] == f"vf.{name}")
+    return found["verdict"], found["here"]
 
 
-def test_claims_go_by_the_numbers(digits):
-    record = copy.deepcopy(digits[1])
-    start = "with ZipIt! and RESCALE PFM is ahead"
+def test_claims_go_by_the_numbers(record):
+    name = "partial.zipit-rescale"
     ahead = with_curves(record, "zipit", "rescale", [0.8, 0.9], [0.7, 0.8])
-    holds, text = verdict(ahead, start)
-    assert holds and "at 2 and behind at 0 of 2 l" in text and "+10.0 points" in text
-    holds, text = verdict(with_curves(record, "zipit", "rescale", [0.8, 0.9], [0.8, 0.8]), start)
-    assert not holds and "at 1 and behind at 0 of 2 l" in text and "+5.0 points" in text
+    found, text = verdict(ahead, name)
+    assert found == AS and "at 2 and behind at 0 of 2 l" in text and "+10.0 points" in text
+    found, text = verdict(with_curves(record, "zipit", "rescale", [0.8, 0.9], [0.8, 0.8]), name)
+    assert found == OPEN and "at 1 and behind at 0 of 2 l" in text and "+5.0 points" in text
+    found, text = verdict(with_curves(record, "zipit", "rescale", [0.8, 0.7], [0.7, 0.8]), name)
+    assert found == UNLIKE and "at 1 and behind at 1 of 2 l" in text
     # On 497 images three points are level.
-    holds, text = verdict(with_curves(record, "zipit", "rescale", [0.73, 0.83], [0.7, 0.8]), start)
-    assert not holds and "at 0 and behind at 0 of 2 l" in text
+    found, text = verdict(with_curves(record, "zipit", "rescale", [0.73, 0.83], [0.7, 0.8]), name)
+    assert found == OPEN and "at 0 and behind at 0 of 2 l" in text
+    # What has vanished shows nothing.
+    found, text = verdict(with_curves(record, "zipit", "rescale", [0.19, 0.1], [0.1, 0.19]), name)
+    assert found == OPEN and "at 0 and behind at 0 of 2 l" in text
     record["data"]["test_images"] = 10_000
-    holds, text = verdict(with_curves(record, "zipit", "rescale", [0.73, 0.83], [0.7, 0.8]), start)
-    assert holds and "at 2 and behind at 0 of 2 l" in text
+    found, text = verdict(with_curves(record, "zipit", "rescale", [0.73, 0.83], [0.7, 0.8]), name)
+    assert found == AS and "at 2 and behind at 0 of 2 l" in text
     record["data"]["test_images"] = 497
     # The other claims are on other curves.
-    start = "with activation matching and RESCALE PFM is ahead"
-    assert verdict(ahead, start) == verdict(record, start)
-    holds, text = verdict(ahead, "with ZipIt! and RESCALE keeping layers apart at both ends")
-    assert holds is None and "-10.0 points" in text
+    other = "partial.activation-rescale"
+    assert verdict(ahead, other) == verdict(record, other)
+    found, text = verdict(ahead, "new.both-ends-zipit-rescale")
+    assert found == NEW and "-10.0 points" in text
 
 
 def test_two_of_twelve_are_allowed():
     """As many as the paper has, where all l are tried."""
-    cells = [{"accuracy": 0.5, "loss": 1.0}] * 14
-    better = [{"accuracy": 0.6, "loss": 1.0}] * 14
-    best = [{"accuracy": 0.7, "loss": 1.0}] * 14
 
-    def holds(behind):
-        curves = {"none": [None] * 14, "reset": better}
-        worse = {"none": [None] * 14, "reset": [*cells[behind:], *best[:behind]]}
-        kinds = {"pfm": curves, "partial": worse, "both": curves}
-        record = {
-            "remedy": "reset",
-            "model": {"depth": 14},
-            "data": {"test_images": 1_000},
-            "layers": list(range(14)),
-            "config": partial._pairs.DEFAULTS,
-            "curves": {"zipit": kinds},
+    def found(behind):
+        values = {
+            "pfm": [0.6] * 14,
+            "partial": [*[0.5] * (14 - behind), *[0.7] * behind],
+            "both": [0.6] * 14,
         }
-        (first, _), (both, _) = partial.claims_of(record)
-        assert both is None
-        return first
+        rows = [
+            {"match": "zipit", "remedy": "reset", "kind": kind, "layers": at, "accuracy": value}
+            for kind, of in values.items()
+            for at, value in enumerate(of)
+        ]
+        # What BatchNorm's variances are unknown for.
+        rows += [{**row, "remedy": "none", "accuracy": None} for row in rows]
+        data = {"name": "cifar10", "test_images": 1_000}
+        first, both = claims.decided(RUN.claims, records.Record(data=data, rows=rows))
+        assert both["verdict"] == NEW
+        return first["verdict"]
 
-    assert [holds(behind) for behind in (0, 2, 3)] == [True, True, False]
+    assert [found(behind) for behind in (0, 2, 3)] == [AS, AS, UNLIKE]
 
 
-def test_outcome_says_where_the_edge_models_are_reached(digits):
-    _, record = digits
+def test_finding_says_where_the_edge_models_are_reached(record):
     record = with_curves(record, "zipit", "rescale", [0.5, 1.0], [0.5, 0.6])
-    intro, _ = partial.outcome(record)
-    assert "reached by PFM at l = 4 (" in intro and "partial zip at none of these l" in intro
+    found = RUN.derived(record)
+    assert found["summary"]["reached"]["zipit"] == {"pfm": 4, "partial": None, "both": None}
+    assert "PFM (from l = 4 on) reaches the edge models with ZipIt!" in found["finding"]
+    record = with_curves(record, "zipit", "rescale", [0.5, 0.5], [0.5, 0.6])
+    assert "nothing reaches the edge models with ZipIt!" in RUN.derived(record)["finding"]
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -187,7 +218,7 @@ def test_outcome_says_where_the_edge_models_are_reached(digits):
 @pytest.mark.parametrize("depth", [2, 3, 7, 14])
 def test_equally_many_layers_are_merged(depth):
     for layers in range(depth):
-        parts = [range(depth)[partial.merged_of(kind, layers, depth)] for kind in partial.KINDS]
+        parts = [range(*partial.merged_of(kind, layers, depth)) for kind in partial.KINDS]
         assert {len(part) for part in parts} == {depth - layers}
         assert parts[0].stop == depth and parts[1].start == 0
         assert abs(parts[2].start - (depth - parts[2].stop)) <= 1
@@ -202,7 +233,7 @@ def test_logits_of_heads_are_averaged():
         def run(self, x):
             return x, 2 * x
 
-    found = partial._pairs._logits(Heads(), np.float32([4.0]))
+    found = pairs._logits(Heads(), np.float32([4.0]))
     assert found.tolist() == [7.0]
 
 
@@ -231,17 +262,19 @@ def test_help_explains_every_option(capsys):
     printed = capsys.readouterr().out
     for option in ("--match", "--layers", "--samples", "--statistics", "--zip-beta", "--model"):
         assert option in printed
-    assert all(action.help for action in partial.parser()._actions)
+    assert all(action.help for action in RUN.parser()._actions)
     options = " ".join(printed.split()).partition("options:")[2].split(" --")
     assert all(option.count("(default: ") <= 1 for option in options)
 
 
 def test_runs_that_differ_have_other_names(digits):
     _, record = digits
-    standard = record["config"] | {"layers": partial.default_layers(6), "statistics": None}
+    usual = cli.defaults(partial.Config, {"preset": "cpu"})
+    standard = record["config"] | {"layers": partial.default_layers(6)}
+    standard["statistics"] = usual["statistics"]
     changes = [{}, {"match": ["zipit"]}, {"match": ["activation", "zipit"]}, {"zip_alpha": 0.1}]
     changes += [{"layers": [0]}, {"samples": 7}, {"statistics": 7}, {"model": "digits-conv"}]
-    names = [partial.file_name(record | {"config": standard | change}) for change in changes]
+    names = [RUN.file_name(record | {"config": standard | change}) for change in changes]
     assert names[0] == "pfm_vs_partial_zip-digits-digits-mlp" and len(set(names)) == len(names)
 
 

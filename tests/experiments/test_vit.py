@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import doctest
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -14,19 +14,25 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import align, data, merge, models, stats
+from vfjax import align, data, merge, models, stats, train
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-common = importlib.import_module("_common")
+claims, cli, edges, records, timing, transformers = (
+    importlib.import_module(f"kit.{name}")
+    for name in "claims cli edges records timing transformers".split()
+)
 vit = importlib.import_module("vit_transport")
+paper = importlib.import_module("papers.vit_transport")
+
+RUN = vit.EXPERIMENT
+AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 
 TINY = models.ViT(blocks=2, patch=4, features=8, heads=2, expansion=2)
-RECORD = "vit_transport-cifar10-vit-w0.125"
 # Equal, so that fewer shapes are compiled.
 COUNTS = ["--samples", "200", "--held-out", "200", "--test", "200"]
-forward = jax.jit(vit._edges.forward)
+forward = jax.jit(edges.forward)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +40,12 @@ def digits(tmp_path_factory):
     """A run on networks that are smaller, and learn for shorter, than the script's."""
     folder = tmp_path_factory.mktemp("vit")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit, "DIGITS", TINY)
-        patch.setattr(vit, "DIGITS_RECIPE", dataclasses.replace(vit.DIGITS_RECIPE, epochs=3))
+        patch.setattr(transformers, "DIGITS", TINY)
+        recipe = dataclasses.replace(transformers.DIGITS_RECIPE, epochs=3)
+        patch.setattr(transformers, "DIGITS_RECIPE", recipe)
         options = ["--dataset", "digits", "--regularization", "0.1", *COUNTS, "--out", str(folder)]
         path = vit.main(options)
-    return path, json.loads(path.read_text())
+    return path, records.read(path)
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +64,17 @@ def pair():
 
 def test_every_group_is_of_a_kind(pair):
     net = pair[0]
-    kinds = {group: vit.kind_of(net, group) for group in net.spec.groups}
+    kinds = {group: transformers.kind_of(net, group) for group in net.spec.groups}
     assert set(kinds.values()) == set(vit.KINDS)
     assert [group for group, kind in kinds.items() if kind == "stream"] == ["params/patches"]
     hidden = [group for group, kind in kinds.items() if kind == "hidden"]
     assert hidden == ["params/block1/mlp1", "params/block2/mlp1"]
-    assert vit.layers_of(TINY.blocks) == net.depth - 1
+    assert transformers.layers_of(TINY.blocks) == net.depth - 1
 
 
 def test_columns_are_what_they_say(pair):
     net, trees, _, moments = pair
-    maps = vit.maps_of(net, trees, moments)
+    maps = transformers.maps_of(net, trees, moments)
     assert {*maps, "soft"} == set(vit.LABELS)
     assert not any(any(of) for of in maps["direct"].maps)
     for name in ("permuted", "exact", "weights"):
@@ -87,21 +94,21 @@ def test_a_copy_in_another_order_is_found(pair):
     """Stream and hidden units: the merged network is then the network, for every k."""
     net, (tree, _), x, _ = pair
     order = net.spec.random(jax.random.key(2))
-    order = {g: p for g, p in order.items() if vit.kind_of(net, g) != "attention"}
+    order = {g: p for g, p in order.items() if transformers.kind_of(net, g) != "attention"}
     trees = [tree, net.spec.permute(tree, order)]
     moments = stats.moments(net, trees, [x], sites="taps", covariance="cross")
     expected = np.asarray(forward(merge.as_merged(net, tree), x))
     close = {"rtol": 1e-3, "atol": 1e-4 * np.abs(expected).max()}
-    maps = vit.maps_of(net, trees, moments)
+    maps = transformers.maps_of(net, trees, moments)
     for k in range(3):
         for name in ("permuted", "exact"):
             np.testing.assert_allclose(
-                forward(vit.merged_of(net, trees, maps[name], k), x), expected, **close
+                forward(transformers.merged_of(net, trees, maps[name], k), x), expected, **close
             )
     # One kind alone does not do, and averaging neither.
-    for groups in (lambda g: vit.kind_of(net, g) == "hidden", lambda g: False):
-        part = vit.only(maps["exact"], groups)
-        merged = forward(vit.merged_of(net, trees, part, 0), x)
+    for groups in (lambda g: transformers.kind_of(net, g) == "hidden", lambda g: False):
+        part = transformers.only(maps["exact"], groups)
+        merged = forward(transformers.merged_of(net, trees, part, 0), x)
         assert np.abs(merged - expected).max() > 0.05 * np.abs(expected).max()
 
 
@@ -109,25 +116,25 @@ def test_rows_are_preserve_first_merging(pair):
     net, trees, x, _ = pair
     direct = align.Maps.of_permutations([None, None])
     for k in range(3):
-        row = vit.merged_of(net, trees, direct, k)
-        wanted = merge.preserve_first(net, trees, layers=vit.layers_of(k))
+        row = transformers.merged_of(net, trees, direct, k)
+        wanted = merge.preserve_first(net, trees, layers=transformers.layers_of(k))
         np.testing.assert_allclose(forward(row, x), forward(wanted, x), rtol=1e-4, atol=1e-5)
         assert (row.params, row.flops) == (wanted.params, wanted.flops)
 
 
-def test_images_do_not_overlap():
-    dataset = data.load("digits", test=30)
-    args = vit.parser().parse_args(["--samples", "2000", "--held-out", "400", "--test", "30"])
-    images = vit.images_of(args, dataset)
-    # A fifth, since there are too few for both.
-    assert len(images.held_out.images) == 260 and len(images.statistics.images) == 1040
+@pytest.mark.parametrize("counts", [(2000, 400, 1040, 260), (100, 50, 100, 50)])
+def test_images_do_not_overlap(counts, monkeypatch):
+    """Those held out come right after the others; a fifth, where there are too few for both."""
+    samples, held_out, *given = counts
+    monkeypatch.setattr(transformers.train, "fit", lambda *_, **__: train.Trained({}, [], 0.0))
+    options = ["--samples", str(samples), "--held-out", str(held_out), "--test", "30"]
+    config = cli.parse(vit.Config, "vit_transport.py", "", ["--dataset", "digits", *options])
+    setup = vit.prepare(config, timing.Stopwatch())
+    images = setup.value.images
+    assert [len(images.statistics.images), len(images.held_out.images)] == given
     both = np.concatenate([images.statistics.images, images.held_out.images])
-    np.testing.assert_array_equal(both, dataset.train_images)
-    args = vit.parser().parse_args(["--samples", "100", "--held-out", "50", "--test", "30"])
-    images = vit.images_of(args, dataset)
-    both = np.concatenate([images.statistics.images, images.held_out.images])
-    np.testing.assert_array_equal(both, dataset.train_images[:150])
-    assert len(images.held_out.images) == 50 and len(images.test.images) == 30
+    np.testing.assert_array_equal(both, setup.value.dataset.train_images[: len(both)])
+    assert len(images.test.images) == 30
 
 
 # --------------------------------------------------------------------------------------- records
@@ -138,24 +145,28 @@ def test_record_is_complete(digits):
     name = "vit_transport-digits-vit-regularization0.1-samples200-heldout200-test200.json"
     assert path.name == name
     assert path.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".png"]
-    assert record["blocks"] == [0, 1, 2] and record["layers"] == [0, 5, 9]
-    assert list(record["columns"]) == list(vit.LABELS) and list(record["kinds"]) == list(vit.KINDS)
-    for found in (*record["columns"].values(), *record["kinds"].values()):
-        assert [set(cell) for cell in found] == [{"accuracy", "loss"}] * 3
-    assert record["regularization"]["chosen"] == 0.1
-    assert list(record["regularization"]["held_out_accuracy"]) == ["0", "0.1", "1000"]
-    assert list(record["edges"]) == ["model 1", "model 2", "ensemble"]
+    assert {p.suffix for p in path.parent.iterdir()} == {".json", ".png", ".md"}
+    assert record["config"]["blocks"] == [0, 1, 2]
+    rows, test = record.rows, record.rows.where(images="test")
+    assert rows.values("layers") == [0, 5, 9]
+    assert test.where(units="all").distinct("plan") == list(vit.LABELS)
+    assert test.where(plan="exact").distinct("units") == ["all", *vit.KINDS]
+    for plan, units in [*((p, "all") for p in vit.LABELS), *(("exact", k) for k in vit.KINDS)]:
+        found = test.where(plan=plan, units=units)
+        assert len(found.values()) == len(found.values("loss")) == 3
+    assert record["summary"]["chosen"] == 0.1
+    assert rows.where(images="held_out").distinct("weight") == [0.0, 0.1, 1000.0]
+    assert len(rows.where(images="held_out")) == 9
+    names = ["model 1", "model 2", "ensemble"]
+    assert [n for n in rows.distinct("network") if n != "PFM"] == names
     assert record["seeds"] == {"edge_models": [0, 1]}
     images = record["data"]
     counts = [images[f"{name}_images"] for name in ("statistics", "held_out", "test")]
     assert counts == [200, 200, 200]
-    base = record["model"]
-    assert record["params"][0] == base["parameters"] and record["flops"][0] == base["flops"]
-    assert (
-        sorted(record["params"]) == record["params"]
-        and record["params"][-1] < 2 * record["params"][0]
-    )
+    base, params = record["model"], rows.values("params", plan="direct")
+    assert params[0] == base["parameters"] and base["blocks"] == 2
+    assert rows.values("flops", plan="direct")[0] == base["flops"]
+    assert sorted(params) == params and params[-1] < 2 * params[0]
     stages = {"data", "trace", "training", "statistics of edge models", "matching", "how soft"}
     assert stages | {"edge models and ensemble", "PFM 0/2", "total"} <= set(record["seconds"])
     assert {"python", "vfjax", "jax", "numpy"} <= set(record["versions"])
@@ -168,80 +179,95 @@ def test_figure_and_table(digits):
     assert len(figure.axes) == 3
     for axes in figure.axes:
         assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
-    assert figure.axes[2].get_legend_handles_labels()[1] == ["exact", "0.1", "uniform"]
-    header, rows = vit.table_of(record, ("<", ">"))
-    assert header[1:7] == [
+    assert figure.axes[2].get_legend_handles_labels()[1] == [
+        "OT-acts",
+        "OT-acts soft (0.1)",
+        "uniform plan",
+    ]
+    (table,) = vit.tables_of(record)
+    assert table.header[1:7] == [
         *("direct", "AM", "OT-acts", "OT-acts soft (0.1)", "OT-weights", "uniform plan")
     ]
-    assert [row[0] for row in rows] == [*record["edges"], "PFM 0/2", "PFM 1/2", "PFM 2/2"]
-    assert {len(row) for row in rows} == {11}
-    marked = [cell.startswith("<") for row in rows[3:] for cell in row[1:7]]
-    columns = [vit.accuracies(record, name) for name in vit.LABELS]
-    assert marked == (np.array(columns).T >= record["edge_mean"]).ravel().tolist()
+    names = ["model 1", "model 2", "ensemble"]
+    assert [row[0] for row in table.lines] == [*names, "PFM 0/2", "PFM 1/2", "PFM 2/2"]
+    assert {len(row) for row in table.lines} == {11}
+    marked = [cell.startswith("*") for row in table.lines[3:] for cell in row[1:7]]
+    columns = [paper.column(record, name) for name in vit.LABELS]
+    assert marked == (np.array(columns).T >= record["summary"]["edge_mean"]).ravel().tolist()
 
 
-def test_sentences_follow_the_record(digits):
+def test_claims_follow_the_record(digits):
     """What is said changes with what was measured."""
-    record = json.loads(json.dumps(digits[1]))
-    record["edge_mean"], record["data"]["test_images"] = 0.9, 10_000
+    record = copy.deepcopy(digits[1])
+    record["data"]["test_images"] = 10_000
+    for row in record.rows.where(network=("model 1", "model 2")):
+        row["accuracy"] = 0.9
+    said: dict = {}
 
     def verdicts(direct, transport):
         for name in vit.LABELS:
-            values = {"direct": direct, "exact": transport, "soft": transport}.get(name, direct)
-            record["columns"][name] = [{"accuracy": value, "loss": 1.0} for value in values]
-        found = [holds for holds, _ in vit.claims_of(record)]
-        decided, others = found[:-4], found[-4:]
-        assert others == [None] * 4 and decided[: len(decided) // 2] * 2 == decided
-        return decided[: len(decided) // 2]
+            values = transport if name in ("exact", "soft") else direct
+            rows = record.rows.where(images="test", plan=name, units="all")
+            for row, value in zip(rows, values, strict=True):
+                row["accuracy"] = value
+        found = {row["id"]: row for row in claims.decided(RUN.claims, record)}
+        assert all(row["verdict"] == NEW for name, row in found.items() if ".new." in name)
+        said.clear()
+        said.update({name.partition("exact-")[2]: row["here"] for name, row in found.items()})
+        of = [
+            [found[f"vf.t5.{plan}-{n}"]["verdict"] for n in ("above-direct", "rises", "near-edges")]
+            for plan in ("exact", "soft")
+        ]
+        assert of[0] == of[1]
+        return of[0]
 
-    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.88, 0.9]) == [True, True, True]
-    assert "Unlike" not in common.told(*vit.outcome(record))
-    assert "at k = 0 and 1 OT-acts gives 60.0 and 88.0, direct averaging 10.0 and 50.0" in (
-        common.told(*vit.outcome(record))
-    )
-    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.4, 0.9]) == [False, False, False]
+    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.88, 0.9]) == [AS, AS, AS]
+    here = "at k = 0 and 1 OT-acts 60.0 and 88.0, direct 10.0 and 50.0"
+    assert said["above-direct"].startswith(here)
     # The uniform plan is as direct averaging here.
-    assert "which matches nothing, OT-acts at k = 0; OT-acts soft (0.1) at k = 0." in (
-        common.told(*vit.outcome(record)).replace("; there", ".")
-    )
-    assert verdicts([0.1, 0.5, 0.9], [0.1, 0.6, 0.9]) == [False, True, False]
-    assert verdicts([0.1, 0.5, 0.9], [0.88, 0.88, 0.9]) == [True, False, True]
+    assert said["above-uniform"] == "above by over two standard errors everywhere"
+    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.4, 0.9]) == [UNLIKE, UNLIKE, UNLIKE]
+    assert "above by over two standard errors at k = 0, below at k = 1" in said["above-direct"]
+    assert verdicts([0.3, 0.5, 0.9], [0.1, 0.6, 0.9]) == [UNLIKE, AS, UNLIKE]
+    assert verdicts([0.1, 0.5, 0.9], [0.88, 0.88, 0.9]) == [AS, UNLIKE, AS]
+    # What has vanished shows nothing.
+    assert verdicts([0.1, 0.5, 0.9], [0.1, 0.6, 0.9])[0] == OPEN
     # Direct averaging that loses nothing at some k is not held against transport there.
-    assert verdicts([0.1, 0.895, 0.9], [0.6, 0.89, 0.9]) == [True, True, None]
-    assert "the edge models 90.0: direct averaging is near them by itself" in (
-        common.told(*vit.outcome(record))
-    )
+    assert verdicts([0.1, 0.895, 0.9], [0.6, 0.89, 0.9]) == [AS, AS, OPEN]
+    assert "edge models 90.0: direct averaging is near them, too" in said["near-edges"]
     # Nor is what noise may have made an advantage; with ten times as many images it is one.
-    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9]) == [False] * 3
-    assert "direct averaging 10.0 and 50.0: above by over two standard errors at k = 0;" in (
-        common.told(*vit.outcome(record))
-    )
+    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9]) == [OPEN, UNLIKE, UNLIKE]
+    here = "direct 10.0 and 50.0: above by over two standard errors at k = 0"
+    assert said["above-direct"].endswith(here)
     record["data"]["test_images"] = 100_000
-    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9])[0] is True
-    assert verdicts([0.1, 0.5, 0.9], [0.05, 0.6, 0.9])[0] is False
-    assert "above by over two standard errors at k = 1, below at k = 0" in (
-        common.told(*vit.outcome(record))
+    assert verdicts([0.1, 0.5, 0.9], [0.6, 0.507, 0.9])[0] == AS
+    assert verdicts([0.25, 0.5, 0.9], [0.05, 0.6, 0.9])[0] == UNLIKE
+    assert "at k = 1, below at k = 0" in said["above-direct"]
+
+
+def test_held_out_images_choose_how_soft_plans_are():
+    values = {0.0: [0.9, 0.9], 0.1: [0.5, 0.6], 0.2: [0.6, 0.5], 1000.0: [0.9, 0.9]}
+    rows = records.Rows(
+        {"images": images, "blocks": k, "weight": weight, "accuracy": value}
+        for images in ("held_out", "test")
+        for weight, of in values.items()
+        for k, value in enumerate(of)
     )
-
-
-def test_head_says_what_came_out():
-    """The sentences are written from the record, by update_readme.py."""
-    path = EXPERIMENTS / "results" / f"{RECORD}.json"
-    head = " ".join(vit.__doc__.split())
-    assert head.endswith("What came out here: not measured yet.") == (not path.exists())
-    if path.exists():
-        record = json.loads(path.read_text())
-        assert " ".join(common.told(*vit.outcome(record)).split()) in head
-        assert record["seconds"]["total"] < 600 and record["data"]["fallback"] is False
+    assert paper.chosen(rows) == 0.1
+    rows[4]["accuracy"] = 0.61
+    assert paper.chosen(rows) == 0.2
 
 
 def test_name_says_what_is_not_default(digits):
-    record = json.loads(json.dumps(digits[1]))
-    config = record["config"]
-    config |= vit.DEFAULTS["cpu"] | {"regularization": None}
-    assert vit.file_name(record) == "vit_transport-digits-vit"
-    config |= vit.DEFAULTS["paper"] | {"preset": "paper", "retrain": True, "blocks": [0, 2]}
-    assert vit.file_name(record) == "vit_transport-digits-vit-blocks0+2-paper-retrained"
+    record = copy.deepcopy(digits[1])
+    config, images = record["config"], ("samples", "held_out", "test")
+    usual = cli.defaults(vit.Config, {"preset": "cpu"})
+    config |= {name: usual[name] for name in images} | {"regularization": None}
+    assert RUN.file_name(record) == "vit_transport-digits-vit"
+    usual = cli.defaults(vit.Config, {"preset": "paper"})
+    config |= {name: usual[name] for name in images}
+    config |= {"preset": "paper", "retrain": True, "blocks": [0, 2]}
+    assert RUN.file_name(record) == "vit_transport-digits-vit-blocks0+2-paper-retrained"
 
 
 # ---------------------------------------------------------------------------------------- options
@@ -256,10 +282,11 @@ def nowhere(monkeypatch, tmp_path):
 
 def test_without_cifar10_the_digits_have_their_own_networks(monkeypatch, tmp_path, caplog):
     nowhere(monkeypatch, tmp_path)
-    monkeypatch.setattr(vit, "DIGITS", TINY)
-    monkeypatch.setattr(vit, "DIGITS_RECIPE", dataclasses.replace(vit.DIGITS_RECIPE, epochs=1))
+    monkeypatch.setattr(transformers, "DIGITS", TINY)
+    recipe = dataclasses.replace(transformers.DIGITS_RECIPE, epochs=1)
+    monkeypatch.setattr(transformers, "DIGITS_RECIPE", recipe)
     options = ["--blocks", "0", "--regularization", "0.1", *COUNTS, "--out", str(tmp_path / "out")]
-    record = json.loads(vit.main(options).read_text())
+    record = records.read(vit.main(options))
     assert record["data"]["name"] == "digits" and record["data"]["fallback"] is True
     assert record["title"].startswith("CIFAR-10 NOT FOUND, SO: scikit-learn's 8x8 digits: vit")
     assert caplog.text.count("FALLING BACK") == 1
@@ -269,8 +296,8 @@ def test_without_cifar10_the_digits_have_their_own_networks(monkeypatch, tmp_pat
     "arguments, message",
     [
         (["--samples", "0"], "'0' is no number of images, from 1 on"),
-        (["--regularization", "0"], "'0' is no positive number"),
-        (["--regularization", "much"], "'much' is no positive number"),
+        (["--regularization", "0"], "'0' is no finite number above 0"),
+        (["--regularization", "much"], "'much' is no finite number above 0"),
         (["--model", "vgg16"], "--model must be a vision transformer: vit or deit-tiny"),
         (["--preset", "paper", "--dataset", "digits"], "--dataset digits trains its own small"),
         (["--model", "vit-w0.5", "--dataset", "digits"], "--dataset digits trains its own small"),
@@ -297,5 +324,6 @@ def test_wrong_blocks_stop_before_anything_is_trained(capsys, tmp_path):
 
 
 def test_examples_in_docstrings():
-    found = doctest.testmod(vit)
-    assert found.attempted and not found.failed
+    for module in (vit, paper):
+        assert not doctest.testmod(module).failed
+    assert doctest.testmod(paper).attempted

@@ -1,0 +1,114 @@
+"""Vision transformers: pairs of them, what their units are, and what becomes of these."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import vfjax
+from kit import cli, edges, timing
+from kit.experiment import Setup
+from vfjax import align, data, merge, models, stats, train
+
+PyTree = Any
+
+MODELS = ("vit", "deit-tiny")
+# Layers of a block that count: query, key and value together, then out, mlp1 and mlp2.
+PER_BLOCK = 4
+# Weight of the entropy, in parts of the mean distance, of plans that are next to uniform.
+UNIFORM = 1e3
+# Those trained for the digits, in seconds.
+DIGITS = models.ViT(blocks=3, patch=4, features=32, heads=4)
+DIGITS_RECIPE = train.Recipe(optimizer="adamw", learning_rate=2e-3, schedule="cosine", epochs=20,
+                             warmup_epochs=2.0, batch_size=100, weight_decay=0.05)  # fmt: skip
+
+
+def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
+    """The two networks: small ones trained here for the digits, else as the options have it."""
+    if config.model is not None and config.model[0] not in MODELS:
+        raise cli.UserError(f"--model must be a vision transformer: {' or '.join(MODELS)}.")
+    if config.preset == "paper" and config.dataset != "digits" and not config.retrain:
+        raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
+    with watch("data"):
+        probe = edges.probed(config.dataset, config.data_dir)
+    own = probe.name == "digits"
+    if own and (config.preset == "paper" or config.retrain or config.model is not None):
+        why = "CIFAR-10 was not found, give --data-dir; for the digits it"
+        raise cli.UserError(
+            f"{why if probe.fallback else '--dataset digits'} trains its own small networks: leave "
+            "out --model, --retrain and --preset paper."
+        )
+    model = DIGITS if own else models.create(config.model[0] if config.model else MODELS[0])
+    wanted = range(model.blocks + 1) if config.blocks is None else sorted(set(config.blocks))
+    wrong = [k for k in wanted if not 0 <= k <= model.blocks]
+    if wrong:
+        raise cli.UserError(f"--blocks must be from 0 to {model.blocks}, got {wrong[0]}.")
+    config = dataclasses.replace(config, blocks=tuple(wanted))
+    loaded = edges.loaded(statistics="samples", held_out="held_out", test="test", cifar=MODELS[0])
+    found = trained(config, watch, probe) if own else loaded(config, watch)
+    found.record["model"]["blocks"] = model.blocks
+    return found
+
+
+def trained(config: Any, watch: timing.Stopwatch, probe: data.Dataset) -> Setup:
+    """Two small networks for the digits."""
+    with watch("data"):
+        dataset = edges.whole(probe, config.data_dir, test=config.test)
+    with watch("trace"):
+        net = edges.traced(DIGITS, dataset)
+    with watch("training"):
+        trees = [train.fit(DIGITS, DIGITS_RECIPE, dataset, seed=s).variables for s in (0, 1)]
+    count = config.samples + config.held_out
+    parts = ("train_images", "train_labels")
+    first = dataclasses.replace(dataset, **{key: getattr(dataset, key)[:count] for key in parts})
+    images = edges.images_of(first, config.samples, config.held_out, config.test)
+    arch = edges.Architecture("vit", 1.0, "digits")
+    found = edges.Edges(arch, dataset, net, (), (), trees, images)
+    record = found.record() | {"seeds": {"edge_models": [0, 1]}}
+    return Setup(config, found, record, tuple(map(edges.digest, trees)))
+
+
+def layers_of(blocks: int) -> int:
+    """How many layers are kept apart with so many blocks.
+
+    Example:
+      >>> layers_of(0), layers_of(2)
+      (0, 9)
+    """
+    return 1 + PER_BLOCK * blocks if blocks else 0
+
+
+def kind_of(net: vfjax.Network, group: str) -> str:
+    """What the units of a group are, a key of `KINDS`."""
+    paths = {axis.path for axis in net.spec.groups[group]}
+    if any(path.endswith("positions") for path in paths):
+        return "stream"
+    return "attention" if any("attention" in path for path in paths) else "hidden"
+
+
+def only(found: align.Maps, groups: Callable[[str], bool]) -> align.Maps:
+    """The maps of some groups; the others stay in place."""
+    maps = tuple({g: pair for g, pair in of.items() if groups(g)} for of in found.maps)
+    return dataclasses.replace(found, maps=maps)
+
+
+def maps_of(
+    net: vfjax.Network, trees: Sequence[PyTree], moments: stats.Moments
+) -> dict[str, align.Maps]:
+    """What becomes of the units, by column, but for the soft plans."""
+    permutations = align.match_moments(net, moments).permutations
+    return {
+        "direct": align.Maps.of_permutations([None, None]),
+        "permuted": align.Maps.of_permutations([None, permutations]),
+        "exact": align.transport_moments(net, moments),
+        "weights": align.transport(net, trees, on="weights"),
+        "uniform": align.transport_moments(net, moments, regularization=UNIFORM),
+    }
+
+
+def merged_of(
+    net: vfjax.Network, trees: Sequence[PyTree], maps: align.Maps, blocks: int
+) -> merge.Merged:
+    """PFM with so many blocks kept apart."""
+    return merge.partial(net, trees, maps, span=slice(layers_of(blocks), None))
