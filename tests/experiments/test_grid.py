@@ -171,6 +171,7 @@ def stopped_at(monkeypatch, calls, at):
     monkeypatch.setattr(_fit, "_run_epoch", run_epoch)
 
 
+@pytest.mark.slow
 def test_a_pair_goes_on_in_training(digits, net, tmp_path, monkeypatch):
     cell = dataclasses.replace(CELL, decay=1e-3)
     assert not PLAN.tracked(cell)
@@ -190,6 +191,7 @@ def test_a_pair_goes_on_in_training(digits, net, tmp_path, monkeypatch):
         same(run.variables, other.variables)
 
 
+@pytest.mark.slow
 def test_retraining_goes_on_from_its_state(tmp_path, monkeypatch, capsys):
     """What Ctrl-C stopped in training is not trained again, and leaves no state in the end."""
     pfm = importlib.import_module("cifar_pfm")

@@ -576,6 +576,7 @@ def test_what_noise_may_have_made_is_no_lead():
     assert claimed("zipit", mixed, residual, model="resnet20", images=500)[0] == OPEN
 
 
+@pytest.mark.slow
 def test_retrain_trains_what_it_merges(tmp_path, monkeypatch):
     def fit(model, recipe, dataset, *, seed, **options):
         x = np.zeros((1, *dataset.train_images.shape[1:]), np.float32)
@@ -770,6 +771,7 @@ def test_one_image_is_singular(digits):
 # ---------------------------------------------------------------------------------- other programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["routing", "passes", "tracing", "diagnosis", "zip", "scores"])
 def test_benchmarks_run(name, tmp_path):
     benchmark = importlib.import_module(name)
@@ -784,6 +786,7 @@ def test_benchmarks_run(name, tmp_path):
     assert record["command"].startswith(f"python experiments/benchmarks/{name}.py --quick")
 
 
+@pytest.mark.slow
 def test_notebook_runs(capsys):
     """The notebook's cells in turn, save for the installation."""
     path = EXPERIMENTS / "notebooks" / "vfjax_colab.ipynb"
