@@ -1,13 +1,14 @@
-"""Alignment: finding the maps that bring one network's features next to another's.
+"""Alignment: finding the maps that match one network's features with another's.
 
 - Two networks, and data: `match_activations`. Without data: `match_weights`. Both return
   permutations, applied by `net.spec.permute(b, found.permutations)`.
-- Three networks or more, none of them special: `match_universe`.
-- Units may be mixed: `zip_features` (ZipIt!: units that correlate, within a network too), `cca`
-  (combinations of units) and `transport` (networks of different widths too). These return `Maps`,
-  two matrices for each network and group of units. `Maps.apply` maps the networks, whose mean is
-  the merge; `vfjax.merge.partial` takes the maps as they are.
-- `..._moments` are the same from `vfjax.stats.moments`: one pass over the data serves them all.
+- Three networks or more, none of which is the reference: `match_universe`.
+- Where units may be mixed: `zip_features` (ZipIt!: merges units that correlate, even within one
+  network), `cca` (linear combinations of units) and `transport` (optimal transport, also between
+  networks of different widths). These return `Maps`, two matrices per network and group of units.
+  `Maps.apply` maps the networks, whose mean is the merge; `vfjax.merge.partial` takes the maps
+  directly.
+- The `..._moments` variants start from `vfjax.stats.moments`: one pass over the data serves all.
 
     >>> import jax, numpy as np, vfjax
     >>> def forward(v, x):
@@ -19,9 +20,9 @@
     >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
     [1, 2, 0]
 
-Mixed units need `vfjax.renorm.reset` behind a BatchNorm, whose variances they make unknown. Groups
-in `net.spec.rigid` are permuted all the same. What the papers maximise is in the private module of
-each matcher: `_weights`, `_activations`, `_universe`, `_zip`, `_cca`, `_transport`.
+Mixing units makes the variances stored by a BatchNorm unknown; `vfjax.renorm.reset` measures them
+again. Groups in `net.spec.rigid` are only ever permuted. The private module of each matcher states
+what its paper maximises: `_weights`, `_activations`, `_universe`, `_zip`, `_cca`, `_transport`.
 """
 
 from vfjax._maps.maps import Maps

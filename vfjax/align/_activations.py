@@ -1,14 +1,14 @@
-"""Activation matching: pairing units that respond alike to the same data.
+"""Activation matching: pairing units that respond in the same way to the same data.
 
 Units are compared by the Pearson correlation of their activations ("Git Re-Basin: Merging Models
 modulo Permutation Symmetries", Ainsworth, Hayase & Srinivasa, 2023, section 3.1, with correlation
 in place of the inner product, as in "REPAIR", Jordan et al., 2023). Moments are pooled exactly over
-all samples, in one pass. A group shows at several taps where a residual stream carries it; its
-correlations are summed, and one linear assignment per group gives the optimum.
+all samples, in one pass. A group that a residual stream carries is visible at several taps; its
+correlations are summed over them, and one linear assignment per group gives the optimum.
 
 Heads of attention and the dims inside each are matched together, by the correlations of the dims of
-every head with those of every other: the best assignment of dims for each pair of heads tells what
-the pair is worth, and one of heads over these gives the optimum.
+every head with those of every other. The best assignment of dims gives the value of each pair of
+heads, and an assignment of heads over these values gives the optimum.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def match_activations(
         net: The traced network, or those of `a` and of `b`: networks of one architecture may differ
             behind the taps, as in their numbers of classes.
         a: Parameter tree to align to.
-        b: Parameter tree to permute. Leaves that no tap depends on, those of heads with classes of
-            their own, may differ in shape.
+        b: Parameter tree to permute. Leaves that no tap depends on, such as those of heads with
+            different classes, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`; None if `moments` are given.
-        moments: Moments of `[a, b]` in this order, if they were measured before:
+        moments: Moments of `[a, b]` in this order, if they have already been measured:
             `stats.moments(net, [a, b], data, sites="taps", covariance="cross")`.
 
     Returns:
         The alignment; its objective is the sum of the correlations of all pairs at all taps. Groups
-        without a tap keep their order; if there are none with one, no data is read. A unit that
-        does not vary on the data has correlation 0.
+        without a tap keep their order; if no group has a tap, no data is read. A unit that does
+        not vary on the data has correlation 0.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
@@ -66,18 +66,7 @@ def match_activations(
         ValueError: If the trees differ before a tap or hold NaN or infinity, data is empty
             or exhausted, or `moments` lack the covariances at a tap.
 
-    Example:
-        >>> import jax, jax.numpy as jnp, numpy as np, vfjax
-        >>> def apply_fn(v, x):
-        ...     return jax.nn.relu(x @ v["w"]) @ v["v"]
-        >>> rng = np.random.default_rng(0)
-        >>> a = {"w": rng.normal(size=(4, 3)), "v": rng.normal(size=(3, 2))}
-        >>> a = jax.tree.map(jnp.float32, a)
-        >>> x = jnp.float32(rng.normal(size=(50, 4)))
-        >>> net = vfjax.trace(apply_fn, a, x)
-        >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
-        >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
-        [1, 2, 0]
+    Example: see `help(vfjax.align)`, which matches a network with a permuted copy of itself.
     """
     models = models_at_taps(net, [a, b])
     if moments is None and data is None:
@@ -98,9 +87,9 @@ def match_activations(
 def match_moments(
     net: Network | Sequence[Network], moments: Moments, *, to: int = 0, model: int = 1
 ) -> Alignment:
-    """Activation matching of two out of K models, from moments alone.
+    """Matches the activations of two out of K models, from moments alone.
 
-    One pass over data with all models serves all pairs.
+    One pass over the data with all models serves every pair.
 
     Args:
         net: The traced network, or one per model.
@@ -117,13 +106,13 @@ def match_moments(
 
     Example:
         >>> import jax, numpy as np, vfjax
-        >>>         >>> rng = np.random.default_rng(0)
+        >>> rng = np.random.default_rng(0)
         >>> trees = [{"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}]
         >>> x = np.float32(rng.normal(size=(50, 4)))
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], trees[0], x)
         >>> trees += [net.spec.permute(trees[0], {"w": p}) for p in ([2, 0, 1], [1, 0, 2])]
-        >>> found = stats.moments(net, trees, [x], sites="taps", covariance="cross")
-        >>> [match_moments(net, found, model=k).permutations["w"].tolist() for k in (1, 2)]
+        >>> moments = vfjax.stats.moments(net, trees, [x], sites="taps", covariance="cross")
+        >>> [match_moments(net, moments, model=k).permutations["w"].tolist() for k in (1, 2)]
         [[1, 2, 0], [1, 0, 2]]
     """
     net = network_of(net, moments)
@@ -135,8 +124,8 @@ def match_moments(
     spec, inner = net.spec, joint_gains(net, moments, to, model)
     outer: dict[str, np.ndarray] = {}
     for site, tap in matched_sites(net)[0].items():
-        found = correlation_between(moments, site, to, model)
-        outer[tap.group] = outer.get(tap.group, 0.0) + found
+        gain = correlation_between(moments, site, to, model)
+        outer[tap.group] = outer.get(tap.group, 0.0) + gain
     permutations, objective = dict(_in_place(net).permutations), 0.0
     for group in (*outer, *inner):
         n, within = spec.sizes[group], inner.get(group, {})

@@ -1,4 +1,8 @@
-"""Coordinate ascent over groups: one assignment after the other."""
+"""Coordinate ascent over groups: each step assigns one group, with all others held fixed.
+
+`_weights` runs the search between two models; `_universe` runs it, by way of `_cycles`, between one
+model and the sum of the others.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +30,19 @@ def _generator(key: Array) -> np.random.Generator:
 def _counted(
     spec: PermutationSpec, named: Mapping[str, Any], ignored: frozenset[str]
 ) -> dict[str, dict[str, tuple[Axis, ...]]]:
-    """By path of every leaf that counts: which axes carry which group."""
+    """Which axes carry which group, by the path of every leaf that counts."""
     unknown = sorted(ignored - named.keys())
     if unknown:
-        raise ValueError(f"`ignore` names leaves that the trees have not: {unknown[:3]}")
-    found: dict[str, dict[str, tuple[Axis, ...]]] = {}
+        raise ValueError(f"`ignore` names leaves that the trees do not have: {unknown[:3]}")
+    counted: dict[str, dict[str, tuple[Axis, ...]]] = {}
     for group, axes in spec.groups.items():
         for axis in axes:
             if axis.path not in named or axis.path in ignored:
                 continue
             if jnp.issubdtype(jnp.result_type(named[axis.path]), jnp.floating):
-                leaf = found.setdefault(axis.path, {})
+                leaf = counted.setdefault(axis.path, {})
                 leaf[group] = (*leaf.get(group, ()), axis)
-    return found
+    return counted
 
 
 def _host(leaf: Any) -> np.ndarray:
@@ -54,7 +58,7 @@ def _start(
     random: np.random.Generator,
     attempt: int,
 ) -> np.ndarray:
-    """The identity at the first attempt, then at random."""
+    """Where a search starts: at the identity on the first attempt, then at random."""
     n = sizes[group]
     shape = (sizes[spec.within[group]], n) if group in spec.within else (n,)
     start = np.broadcast_to(np.arange(n), shape)
@@ -64,7 +68,7 @@ def _start(
 def _blocks(
     spec: PermutationSpec, counted: Mapping[str, Mapping[str, tuple[Axis, ...]]]
 ) -> dict[str, tuple[str, ...]]:
-    """Groups that are assigned together, by their first: it, and those within it."""
+    """Groups that are assigned together, by owner: the owner itself, then those within it."""
     groups = [g for g in spec.groups if any(g in held for held in counted.values())]
     return {
         group: (group, *(g for g in groups if spec.within.get(g) == group))
@@ -83,18 +87,18 @@ def _search(
     max_sweeps: int,
     tol: float,
 ) -> Alignment:
-    """One coordinate ascent from a start."""
+    """Runs one coordinate ascent from given permutations."""
     permutations = dict(start)
     blocks = _blocks(spec, counted)
-    # The leaves of b as the current permutations have them: gains below are relative to these, and
-    # the identity assignment means that nothing changes.
+    # The leaves of b as currently permuted: gains below are relative to these, so assigning the
+    # identity means that nothing changes.
     moved = dict(right)
     for block in blocks.values():
         moved = {path: _permute(spec, v, counted[path], block, start) for path, v in moved.items()}
     objective = sum(_dot(left[path], moved[path]) for path in counted)
     norms = {path: np.sqrt(_dot(left[path], left[path]) * _dot(b, b)) for path, b in moved.items()}
-    # Blocks whose gains may have changed since they were last assigned; the others are at their
-    # optimum, and looking again would find that nothing moves.
+    # Blocks whose gains may have changed since they were last assigned. The others are at their
+    # optimum, so assigning them again would move nothing.
     stale, order = set(blocks), list(blocks)
     history: list[float] = []
     while not history or (stale and len(history) < max_sweeps):
@@ -108,8 +112,8 @@ def _search(
             if all((p == np.arange(p.shape[-1])).all() for p in step.values()):
                 continue
             new = {path: _permute(spec, moved[path], held[path], block, step) for path in held}
-            # Summed anew in float64: float32 gains may promise what rounding made up, and for a
-            # leaf with the group on two axes they are only the linear part.
+            # Summed again in float64: a gain in float32 may be mere rounding, and for a leaf with
+            # the group on two axes it is only the linear part of the rise.
             places = {path: [a for g in block for a in held[path].get(g, ())] for path in held}
             rise = sum(
                 _rise(left[path], moved[path], new[path], places[path], step[group])
@@ -141,16 +145,17 @@ def _assign(
     gain = cast(np.ndarray, sum(_inner(left[path], moved[path], a) for path, a in places))
     inner = {}
     for name in inside:
-        found = 0
+        gains = 0
         for path, axes in held.items():
             for a in axes.get(name, ()):
                 owner = cast(Axis, spec.owner(name, a))
                 one, other = (grid(leaf, a, owner) for leaf in (left[path], moved[path]))
                 h, n, _ = one.shape
                 product = one.reshape(h * n, -1) @ other.reshape(h * n, -1).T
-                found = found + product.reshape(h, n, h, n).swapaxes(1, 2)
-        inner[name] = cast(np.ndarray, found)
-        # The owners' own gain is what is left when nothing moves inside them.
+                gains = gains + product.reshape(h, n, h, n).swapaxes(1, 2)
+        inner[name] = cast(np.ndarray, gains)
+        # Inner products of whole owners include the dims in place (the diagonal); without these,
+        # only the gain of the owner itself is left.
         gain = gain - np.einsum("ijkk->ij", inner[name])
     outer, within = assign_within(gain, inner)
     return {group: outer, **within}
@@ -163,7 +168,7 @@ def _permute(
     block: tuple[str, ...],
     permutations: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """A leaf with the axes of a block's groups permuted, those within another last."""
+    """Permutes the axes of a block's groups in a leaf, owners first."""
     for group in block:
         for a in axes.get(group, ()):
             leaf = permute_at(leaf, a, spec.owner(group, a), permutations[group])
@@ -192,9 +197,9 @@ def _dot(a: np.ndarray, b: np.ndarray) -> float:
 def _rise(
     a: np.ndarray, old: np.ndarray, new: np.ndarray, axes: Sequence[Axis], step: np.ndarray
 ) -> float:
-    """By how much the inner product with `a` rises from `old` to `new`, in float64."""
+    """How much the inner product with `a` rises from `old` to `new`, in float64."""
     if len(axes) == 1:
-        # Only what moves can differ: towards the end of a search, little.
+        # Only units that move can differ, and towards the end of a search few do.
         units = np.flatnonzero(step != np.arange(len(step)))
         a, old, new = (np.take(rows(v, axes[0]), units, axis=1) for v in (a, old, new))
     return float(np.vdot(a.astype(np.float64, copy=False), new.astype(np.float64) - old))

@@ -1,4 +1,4 @@
-"""What an alignment found, and the one assignment solver behind it."""
+"""Linear assignment, which every matcher solves in the end, and the `Alignment` it results in."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-# What being in place adds to a gain, in parts of the size of gains and far below their rounding:
-# ties, as between units that are dead in both networks, go to the unit in the same place, so that a
-# network matched with itself stays as it is.
+# Bonus for a unit that stays in place, relative to the size of the gains and far below any real
+# difference: ties, as between units that are dead in both networks, go to the unit in the same
+# place, so that a network matched with itself does not change.
 PLACE = 1e-9
 
 
@@ -23,10 +23,10 @@ class Alignment:
     Attributes:
         permutations: By group, int32 `[n]`: the aligned axis is `take(old, permutation)`. For a
             group within another of h entries (the dims of heads), int32 `[h, n]`.
-        objective: What was maximised, after each sweep over the groups; never decreasing. One
-            entry, the optimum, from a method that needs no sweeps.
-        converged: Whether the last sweep found nothing to improve, rather than the limit on sweeps
-            ending the search.
+        objective: The maximised quantity after each sweep over the groups; never decreasing. A
+            method without sweeps gives one entry, the optimum.
+        converged: Whether the search ended because the last sweep found nothing to improve, rather
+            than at the limit on sweeps.
     """
 
     permutations: Mapping[str, np.ndarray]
@@ -41,7 +41,7 @@ class Alignment:
         )
 
     def __repr__(self) -> str:
-        """How far it moved and how it ended, in one line."""
+        """How many units moved and how the search ended, in one line."""
         count, units = len(self.permutations), sum(map(np.size, self.permutations.values()))
         last = f"{self.objective[-1]:.6g}" if self.objective else "none"
         sweeps = len(self.objective)
@@ -80,16 +80,16 @@ def assign(gain: np.ndarray) -> np.ndarray:
 def assign_within(
     gain: np.ndarray, inner: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The best assignment of owners (heads), given the best ones of what is within each pair.
+    """Assigns owners (heads), given the best assignment of the entries within each pair of them.
 
     Args:
-        gain: `[h, h]`, finite: what pairing two owners gains by itself.
-        inner: By group within, `[h, h, n, n]`: what pairing two of its entries gains, for each pair
-            of owners.
+        gain: `[h, h]`, finite: the gain of pairing two owners, apart from the entries within them.
+        inner: By group within, `[h, h, n, n]`: the gain of pairing two of its entries, for each
+            pair of owners.
 
     Returns:
-        The permutation of the owners, int32 `[h]`, and by group the permutations inside owners, in
-        their new order, int32 `[h, n]`.
+        The permutation of the owners, int32 `[h]`; and by group the permutations inside each owner,
+        with owners in their new order, int32 `[h, n]`.
 
     Raises:
         ValueError: If an entry is NaN or infinite.
@@ -97,26 +97,26 @@ def assign_within(
     Example:
         >>> inner = np.zeros((2, 2, 2, 2))
         >>> inner[0, 1] = [[0.0, 3.0], [3.0, 0.0]]
-        >>> outer, found = assign_within(np.zeros((2, 2)), {"dims": inner})
-        >>> outer.tolist(), found["dims"].tolist()
+        >>> outer, within = assign_within(np.zeros((2, 2)), {"dims": inner})
+        >>> outer.tolist(), within["dims"].tolist()
         ([1, 0], [[1, 0], [0, 1]])
 
     Source: heads are matched by the assignments of their dims as in "Merging Text Transformer
     Models from Different Initializations" (Verma & Elbayad, 2024).
     """
-    found = {name: assign_pairs(gains) for name, gains in inner.items()}
-    outer = assign(sum((best for _, best in found.values()), np.array(gain, np.float64)))
-    return outer, {name: pairs[np.arange(len(outer)), outer] for name, (pairs, _) in found.items()}
+    best = {name: assign_pairs(gains) for name, gains in inner.items()}
+    outer = assign(sum((value for _, value in best.values()), np.array(gain, np.float64)))
+    return outer, {name: pairs[np.arange(len(outer)), outer] for name, (pairs, _) in best.items()}
 
 
 def assign_pairs(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best assignment of what is within each pair of owners, and what it gains.
+    """The best assignment of the entries within each pair of owners, and its gain.
 
     Args:
         gains: `[h, h, n, n]`, finite.
 
     Returns:
-        int32 `[h, h, n]` and `[h, h]`.
+        The assignments, int32 `[h, h, n]`, and their gains, `[h, h]`.
 
     Raises:
         ValueError: If an entry is NaN or infinite.
@@ -129,7 +129,7 @@ def assign_pairs(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def assign_in_place(
     gain: np.ndarray, inner: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """As `assign_within`; ties go to what is in place."""
+    """As `assign_within`, with ties going to entries that stay in place."""
     return assign_within(
         gain + PLACE * np.eye(len(gain)),
         {name: each + PLACE * np.eye(each.shape[-1]) for name, each in inner.items()},

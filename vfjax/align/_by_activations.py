@@ -1,4 +1,4 @@
-"""Moments between two networks, at the taps of their groups: widths may differ."""
+"""Transport by activations: the moments that compare networks, whose widths may differ, at taps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vfjax.network._network import Network
 from vfjax.stats._measure import read
 from vfjax.stats._moments import Moments
 
-# Means, variances and covariances with the first network, by network and site.
+# Means, variances and covariances with the first network; each by network, then by site.
 Measured = dict[str, list[dict[str, Array]]]
 
 
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
 
     @property
     def distances(self) -> np.ndarray:
-        """Mean squared differences `[n, m]`, zero where rounding would have them negative."""
+        """Mean squared differences `[n, m]`, with negative results of rounding set to zero."""
         (first, second), (one, other) = self.means, self.variances
         squares = one[:, None] + other - 2 * self.covariance
         return np.maximum(squares, 0) + (first[:, None] - second) ** 2
@@ -86,7 +86,7 @@ def measure(
         data: Re-iterable of `x` or `(x, label)`.
 
     Returns:
-        For every network but the first, by tap, its moments and the first one's.
+        For every network but the first, its moments and those of the first, by tap.
 
     Raises:
         TypeError: If data has another dtype.
@@ -95,10 +95,10 @@ def measure(
     """
     inside = within(nets)
     sites = tuple(_sites(net, inside) for net in nets)
-    for k, found in enumerate(sites):
-        if [site.name for site in found] != [site.name for site in sites[0]]:
+    for k, of in enumerate(sites):
+        if [site.name for site in of] != [site.name for site in sites[0]]:
             raise ValueError(
-                f"net[{k}] shows its groups at other places than net[0]: {[s.name for s in found]} "
+                f"net[{k}] shows its groups at other places than net[0]: {[s.name for s in of]} "
                 f"and {[s.name for s in sites[0]]}; networks may differ in widths only"
             )
     pooled, _ = stream(
@@ -114,8 +114,8 @@ def measure(
         return _pair(mean, var, (k, 0), covariance)
 
     return [
-        {name: pair(k, name, covariance) for name, covariance in found.items()}
-        for k, found in enumerate(pooled["covariance"], start=1)
+        {name: pair(k, name, covariance) for name, covariance in of.items()}
+        for k, of in enumerate(pooled["covariance"], start=1)
     ]
 
 
@@ -142,7 +142,7 @@ def _batch(
 ) -> tuple[Measured, list[Array]]:
     names = [site.name for site in sites[0]]
     counts: list[dict[str, int]] = [{} for _ in nets]
-    found = [
+    reads = [
         read(net, of, names, count, x, tree)
         for net, of, count, tree in zip(nets, sites, counts, trees, strict=True)
     ]
@@ -153,7 +153,7 @@ def _batch(
                 f"and {counts[0]}; networks may differ in widths only, and if these are numbers of "
                 'heads, be compared on="weights" only'
             )
-    mean, var, rest, rows = zip(*found, strict=True)
+    mean, var, rest, rows = zip(*reads, strict=True)
     covariance = [
         {
             name: covariance_of((rows[k][name], rest[k][name]), (rows[0][name], rest[0][name]))
@@ -167,7 +167,7 @@ def _batch(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _pool(pooled: Measured, batch: Measured, share: float | Array) -> Measured:
-    """The moments of the union of two sets of samples; `share` is the second's part."""
+    """The moments of the union of two sets of samples; `share` is the second set's fraction."""
     mean, var, steps = merge_moments(
         (pooled["mean"], pooled["var"]), (batch["mean"], batch["var"]), share
     )

@@ -1,8 +1,8 @@
-"""Transport by weights: comparing the units of networks by what writes them, from the input on.
+"""Transport by weights: comparing units by the weights that write them, from the input on.
 
-Before a norm with stored statistics the units of a layer are in units of their own, which the norm
-takes away; so kernels are compared in the units of the norm's output. What a bias adds there, the
-stored mean takes away.
+A norm with stored statistics removes the scale of its input, and its stored mean cancels any bias
+in front of it. Kernels before such a norm are therefore compared in the units of its output, and
+biases there are not compared.
 """
 
 from __future__ import annotations
@@ -28,103 +28,12 @@ from vfjax.symmetry._places import (
     rows,
 )
 
-# Squared distances up to this part of the norms are rounding.
+# Squared distances below this fraction of the norms are rounding errors.
 _EQUAL = 1e-14
 
 Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
-# By group, the numbers of the writers at which it is compared.
+# By group, the indices of the writers at which it is compared.
 Chosen = dict[str, Sequence[int]]
-
-
-class Incoming:
-    """What writes the units of each group of one model: kernels, biases, norms' scales and shifts.
-
-    Args:
-        net: The traced network.
-        tree: The model.
-        within: By group, the one inside each entry of which it is mapped by itself.
-    """
-
-    def __init__(self, net: Network, tree: PyTree, within: Mapping[str, str]) -> None:
-        self.spec, self.within = net.spec, within
-        self.sizes = net.spec.sizes
-        leaves = flatten_named(in_output_units(net, tree, {norm.var for norm in net.norms}))[0]
-        without, biases = ({a.bias for a in net.layers if bool(a.norm) is w} for w in (False, True))
-        ignored = net.statistics | (biases - without)
-        self.leaves = {
-            path: leaf
-            for path, leaf in leaves.items()
-            if path not in ignored and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        }
-        self.groups = {
-            group: tuple(axis for axis in axes if axis.path in self.leaves)
-            for group, axes in net.spec.groups.items()
-        }
-        self.places: dict[str, list[tuple[str, Axis]]] = {}
-        for group, axes in self.groups.items():
-            for axis in axes:
-                self.places.setdefault(axis.path, []).append((group, axis))
-
-    def owner(self, group: str, place: Axis) -> Axis | None:
-        """Where the owner of a group is that is mapped inside each of its entries."""
-        return self.spec.owner(group, place) if group in self.within else None
-
-    def writers(self, group: str) -> tuple[Axis, ...]:
-        """Places where a group is written; all its places where none is, as in a tied embedding.
-
-        What is inside its entries is compared for itself, and none of the group's own.
-        """
-        inside = [name for name, owner in self.within.items() if owner == group]
-        around = {self.owner(name, axis) for name in inside for axis in self.groups[name]}
-        axes = tuple(axis for axis in self.groups[group] if axis not in around)
-        return tuple(axis for axis in axes if axis.role != "in") or axes
-
-    def others(self, group: str, writer: Axis) -> list[tuple[str, Axis]]:
-        """The places on a writer's leaf that are not its own, with their groups, owners first."""
-        owner = self.owner(group, writer)
-        own = {(group, writer), (self.within.get(group), owner)}
-        others = [place for place in self.places[writer.path] if place not in own]
-        return sorted(others, key=lambda place: place[0] in self.within)
-
-    def rows(
-        self,
-        group: str,
-        writer: Axis,
-        sizes: Mapping[str, int],
-        known: Collection[str],
-        maps: Mapping[str, Any] | None,
-    ) -> np.ndarray:
-        """What a writer holds for each unit of a group.
-
-        Args:
-            group: The group, of n units.
-            writer: One of its writers.
-            sizes: Sizes of the groups in the model that is mapped to.
-            known: Groups that are mapped; along others only the norm counts, which does not depend
-                on their order.
-            maps: Maps of these groups, or None for the model that is mapped to.
-
-        Returns:
-            float64 `[n, d]`, or `[h * n, d]` for a group inside each of h entries.
-        """
-        leaf = np.asarray(self.leaves[writer.path], np.float64)
-        for other, axis in self.others(group, writer):
-            if other not in known:
-                leaf = map_axis(leaf, axis, lambda v, k, n=sizes[other]: _norms(v, k, n))
-            elif maps is not None:
-                merge, unmerge = maps[other]
-                leaf = _mapped(
-                    leaf,
-                    axis,
-                    self.owner(other, axis),
-                    unmerge.swapaxes(-1, -2) if axis.role == "in" else merge,
-                )
-        owner = self.owner(group, writer)
-        if owner is not None:
-            found = grid(leaf, writer, owner)
-            return found.reshape(-1, found.shape[-1])
-        found = np.moveaxis(rows(leaf, writer), 1, 0)
-        return found.reshape(len(found), -1)
 
 
 def match_incoming(
@@ -136,15 +45,15 @@ def match_incoming(
     squared: bool,
     sweeps: int,
 ) -> list[Pairs]:
-    """Maps of all models but the first onto it, group by group.
+    """Maps every model but the first onto the first, group by group.
 
-    A group is compared at those of its writers whose other axes are mapped already, or have no
-    group. Groups come in the order in which the network writes them, but one that has layers and
-    none such among them waits for the others, since a bias alone tells little. If all that are left
-    wait, as two groups of one kernel do for each other, the first of them is compared at all its
-    writers, by norms along the axes that are not mapped yet. A further sweep compares every group
-    at all its writers. A group and those inside each of its entries, as heads and their dims, are
-    mapped together.
+    A group is compared at those of its writers whose other axes are already mapped, or have no
+    group. Groups are taken in the order in which the network writes them. A group that layers write
+    waits until one of these layers can be compared, since a bias alone says little. If all groups
+    that remain wait, as two groups of one kernel do for each other, the first of them is compared
+    at all its writers, by norms along the axes that are not yet mapped. Each further sweep compares
+    every group at all its writers. A group and those inside each of its entries, such as heads and
+    their dims, are mapped together.
 
     Args:
         nets: One per tree.
@@ -169,7 +78,7 @@ def match_incoming(
     blocks = [tuple(g for g in block if first.writers(g)) for block in blocks]
 
     def ready(block: tuple[str, ...]) -> Chosen:
-        """By group, the numbers of its writers that can be compared as they are."""
+        """By group, the indices of those of its writers that can be compared now."""
         return {
             group: [
                 k
@@ -180,21 +89,21 @@ def match_incoming(
         }
 
     def waits(block: tuple[str, ...]) -> bool:
-        """Whether a group has layers of which none can be compared, or else no writer."""
-        for group, found in ready(block).items():
+        """Whether some group has layers, or else any writers, of which none can be compared yet."""
+        for group, comparable in ready(block).items():
             writers = first.writers(group)
             layers = {k for k, writer in enumerate(writers) if writer.role == "out"}
-            if not set(found) & (layers or {*range(len(writers))}):
+            if not set(comparable) & (layers or {*range(len(writers))}):
                 return True
         return False
 
     def match(chosen: Chosen) -> bool:
-        """Maps the groups of a block; whether that changes anything."""
+        """Maps the groups of a block, and returns whether that changed anything."""
         orders: list[dict[str, np.ndarray]] = []
         problems: dict[Key, Problem] = {}
-        for model, (other, found) in enumerate(zip(models[1:], maps, strict=True), start=1):
+        for model, (other, pairs) in enumerate(zip(models[1:], maps, strict=True), start=1):
             compared = {
-                group: _compared(first, other, group, writers, found, marginals, squared)
+                group: _compared(first, other, group, writers, pairs, marginals, squared)
                 for group, writers in chosen.items()
             }
             order, parts = problems_of(compared, inside, first.sizes, marginals)
@@ -202,11 +111,11 @@ def match_incoming(
             problems |= {(model, part): problem for part, problem in parts.items()}
         plans = solver.plans(problems)
         changes = False
-        for model, (order, found) in enumerate(zip(orders, maps, strict=True), start=1):
+        for model, (order, pairs) in enumerate(zip(orders, maps, strict=True), start=1):
             own = {part: plan for (of, part), plan in plans.items() if of == model}
             new = mapped(order, own)
-            changes |= not all(g in found and np.array_equal(found[g][0], new[g][0]) for g in new)
-            found.update(new)
+            changes |= not all(g in pairs and np.array_equal(pairs[g][0], new[g][0]) for g in new)
+            pairs.update(new)
         return changes
 
     order, waiting = [], [block for block in blocks if block]
@@ -223,6 +132,97 @@ def match_incoming(
     return maps
 
 
+class Incoming:
+    """The weights that write each group of a model: kernels, biases, norms' scales and shifts.
+
+    Args:
+        net: The traced network.
+        tree: The model.
+        within: By group that is mapped separately inside each entry of another, its owner.
+    """
+
+    def __init__(self, net: Network, tree: PyTree, within: Mapping[str, str]) -> None:
+        self.spec, self.within = net.spec, within
+        self.sizes = net.spec.sizes
+        leaves = flatten_named(in_output_units(net, tree, {norm.var for norm in net.norms}))[0]
+        without, biases = ({a.bias for a in net.layers if bool(a.norm) is w} for w in (False, True))
+        ignored = net.statistics | (biases - without)
+        self.leaves = {
+            path: leaf
+            for path, leaf in leaves.items()
+            if path not in ignored and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        }
+        self.groups = {
+            group: tuple(axis for axis in axes if axis.path in self.leaves)
+            for group, axes in net.spec.groups.items()
+        }
+        self.places: dict[str, list[tuple[str, Axis]]] = {}
+        for group, axes in self.groups.items():
+            for axis in axes:
+                self.places.setdefault(axis.path, []).append((group, axis))
+
+    def owner(self, group: str, place: Axis) -> Axis | None:
+        """The place of a group's owner on a leaf; None for a group that is mapped as a whole."""
+        return self.spec.owner(group, place) if group in self.within else None
+
+    def writers(self, group: str) -> tuple[Axis, ...]:
+        """Places where a group is written; if it is written nowhere (a tied embedding), all places.
+
+        Places of groups inside its entries are left out: those groups are compared separately.
+        """
+        inside = [name for name, owner in self.within.items() if owner == group]
+        around = {self.owner(name, axis) for name in inside for axis in self.groups[name]}
+        axes = tuple(axis for axis in self.groups[group] if axis not in around)
+        return tuple(axis for axis in axes if axis.role != "in") or axes
+
+    def others(self, group: str, writer: Axis) -> list[tuple[str, Axis]]:
+        """The other places on a writer's leaf, with their groups, owners first."""
+        owner = self.owner(group, writer)
+        own = {(group, writer), (self.within.get(group), owner)}
+        others = [place for place in self.places[writer.path] if place not in own]
+        return sorted(others, key=lambda place: place[0] in self.within)
+
+    def rows(
+        self,
+        group: str,
+        writer: Axis,
+        sizes: Mapping[str, int],
+        known: Collection[str],
+        maps: Mapping[str, Any] | None,
+    ) -> np.ndarray:
+        """The weights that a writer holds for each unit of a group.
+
+        Args:
+            group: The group, of n units.
+            writer: One of its writers.
+            sizes: Sizes of the groups in the model that is mapped to.
+            known: Groups that are already mapped. Along others only the norm counts, since it does
+                not depend on their order.
+            maps: Maps of these groups, or None for the model that is mapped to.
+
+        Returns:
+            float64 `[n, d]`, or `[h * n, d]` for a group inside each of h entries.
+        """
+        leaf = np.asarray(self.leaves[writer.path], np.float64)
+        for other, axis in self.others(group, writer):
+            if other not in known:
+                leaf = map_axis(leaf, axis, lambda v, k, n=sizes[other]: _norms(v, k, n))
+            elif maps is not None:
+                merge, unmerge = maps[other]
+                leaf = _mapped(
+                    leaf,
+                    axis,
+                    self.owner(other, axis),
+                    unmerge.swapaxes(-1, -2) if axis.role == "in" else merge,
+                )
+        owner = self.owner(group, writer)
+        if owner is not None:
+            entries = grid(leaf, writer, owner)
+            return entries.reshape(-1, entries.shape[-1])
+        units = np.moveaxis(rows(leaf, writer), 1, 0)
+        return units.reshape(len(units), -1)
+
+
 def _compared(
     first: Incoming,
     other: Incoming,
@@ -232,7 +232,7 @@ def _compared(
     marginals: str,
     squared: bool,
 ) -> Compared:
-    """Units of one group compared: distances between rows over several writers put together."""
+    """Compares the units of one group by distances between their rows, joined over writers."""
     sides: list[list[np.ndarray]] = [[], []]
     for k in writers:
         writer = first.writers(group)[k]
@@ -245,8 +245,8 @@ def _compared(
                 f"trees differ in shape at '{writer.path}' along an axis that has no group; "
                 "networks may differ in widths and classes only"
             )
-        for side, found in zip(sides, pair, strict=True):
-            side.append(found)
+        for side, matrix in zip(sides, pair, strict=True):
+            side.append(matrix)
     units, others = (np.concatenate(side, axis=1) for side in sides)
     norms = (units**2).sum(1)[:, None] + (others**2).sum(1)
     cost = norms - 2 * units @ others.T
@@ -257,13 +257,13 @@ def _compared(
 
 
 def _norms(view: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Norms along an axis, spread over `size` entries, so that other axes are where they were."""
+    """Norms along an axis, spread over `size` entries of it: the number of axes does not change."""
     norms = np.linalg.norm(view, axis=axis, keepdims=True) / np.sqrt(size)
     return np.repeat(norms, size, axis)
 
 
 def _mapped(leaf: np.ndarray, axis: Axis, owner: Axis | None, matrix: np.ndarray) -> np.ndarray:
-    """A leaf with a place mapped, by one matrix for each entry of an owner if there is one."""
+    """Maps a place of a leaf; under an owner, by one matrix for each of its entries."""
     if owner is None:
         return map_axis(leaf, axis, lambda v, k: _contract(matrix, v, k))
     return map_within(leaf, axis, owner, lambda v, k, i: _contract(matrix[i], v, k))

@@ -1,13 +1,13 @@
 """CCA: invertible linear maps that bring one model's features to another's canonical directions.
 
 Canonical correlation analysis finds, for the features of two networks, the directions that are most
-correlated, one after another. Mapping one model's canonical directions onto the other's is the
+correlated, one after the other. Mapping one model's canonical directions onto the other's is the
 alignment of "Harmony in Diversity: Merging Neural Networks with Canonical Correlation Analysis"
 (Horoi et al., 2024): where matching by permutation gives each unit one partner, here a unit is
 matched with a combination of units.
 
 Heads of attention are paired one to one with those of the first model, by how well their dims
-correlate, and then the dims of each head are mapped by themselves.
+correlate; then the dims of each head are mapped separately.
 """
 
 from __future__ import annotations
@@ -52,44 +52,43 @@ def cca(
     With covariances `Sxx` of the features of model 0, `Syy` of those of model k, a ridge added to
     both, and `U S V^T = svd(Sxx^-1/2 Sxy Syy^-1/2)`, the features of model k take `T = Sxx^1/2 U
     V^T Syy^-1/2`, and what reads them takes `T^-1`. Mapped features have the covariances of model
-    0's, and among all such maps are the closest to them in whitened coordinates. Where a group has
-    several taps, their covariances are averaged.
+    0's features, and are the closest to them in whitened coordinates among all maps that do. Where
+    a group has several taps, their covariances are averaged.
 
-    Behind a ReLU a unit that is dead in the data shows no variance, however negative its
-    pre-activations are, and maps found there mix these into those of live units.
+    Behind a ReLU, a unit that is dead on the data has no variance, however negative its
+    pre-activations are; maps found there mix these pre-activations into those of live units.
 
-    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
-    both take `T`, and their products come to hold `T^T T`: an approximation there, but for `T` that
-    is orthogonal.
+    Two groups that are contracted with each other, such as the dimensions of a head's queries and
+    keys, both take `T`, so their products hold `T^T T`: an approximation, unless `T` is orthogonal.
 
-    Canonical correlations of zero leave directions undecided: those of dead or duplicate units, or
-    all but the first N - 1 for N samples. They go where the permutation that matches the units
-    best takes them, which leaves a network that is matched with itself as it is.
+    Canonical correlations of zero leave directions undetermined: those of dead or duplicate units,
+    or all but the first N - 1 for N samples. These follow the permutation that matches the units
+    best, so that a network matched with itself does not change.
 
-    Only model 0 stays as it is, so the result depends on which model comes first; for one that does
-    not, match K >= 3 models cycle-consistently.
+    Only model 0 is left unchanged, so the result depends on which model comes first. To avoid that
+    with K >= 3 models, match them cycle-consistently (`match_universe`).
 
     Args:
         net: The traced network, or one per tree: networks of one architecture may differ behind
             the taps, as in their numbers of classes.
         trees: Two or more parameter trees; model 0 is the one to map onto. Leaves that no tap
-            depends on, those of heads with classes of their own, may differ in shape.
+            depends on, such as those of heads with different classes, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`.
-        regularization: Ridge on the covariances within each model, 0 or more. The norm of `T` is at
-            most `sqrt((largest variance + ridge) / ridge)` of directions, of one model and the
-            other, so a ridge bounds what maps can amplify.
-        relative: Whether the ridge is that share of a model's mean variance at the taps, which
-            makes it blind to the scale of features, or (False) in the features' own units, as the
-            paper's 0.1. With much less than the mean variance, directions of little variance decide
-            as much as others.
-        dtype: Of the decompositions and maps, `np.float32` or `np.float64`; None for that of the
-            moments, float32 unless the network computes in float64.
+        regularization: Ridge on the covariances within each model, 0 or more. It bounds how much
+            the maps can amplify: the norm of `T` is at most
+            `sqrt((largest variance of model 0 + ridge) / ridge of model k)`.
+        relative: Whether the ridge is a fraction of each model's mean variance at the taps, which
+            makes the maps independent of the scale of the features, or (False) in the squared units
+            of the features, as the paper's 0.1. With a ridge far below the mean variance,
+            directions of little variance count as much as the others.
+        dtype: Dtype of the decompositions and maps, `np.float32` or `np.float64`; None for that of
+            the moments, which is float32 unless the network computes in float64.
 
     Returns:
-        The maps `(T, T^-1)` of all models but the first. Groups without a tap stay as they are, and
-        those that can only be permuted (`net.spec.rigid`, as the width of a tied kernel) are. The
-        variances that a BatchNorm stores are unknown for combined features: measure them anew with
-        `vfjax.renorm.reset`.
+        The maps `(T, T^-1)` of all models but the first. Groups without a tap do not change, and
+        groups that can only be permuted (`net.spec.rigid`, such as the width of a tied kernel) are
+        permuted. The variances that a BatchNorm stores are unknown for combined features: measure
+        them again with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, data
@@ -105,14 +104,23 @@ def cca(
         >>> x = jnp.float32(rng.normal(size=(50, 4)))
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
         >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
-        >>> found = cca(net, [a, b], [x])
-        >>> merged = vfjax.merge.interpolate(found.apply(net, [a, b]))
+        >>> maps = cca(net, [a, b], [x])
+        >>> merged = vfjax.merge.interpolate(maps.apply(net, [a, b]))
         >>> bool(jnp.allclose(net.run(merged, x), net.run(a, x), atol=1e-4))
         True
 
-    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", appendix on alignments, and
-    Horoi et al., 2024, section 4, with `regularization=0.1, relative=False` in the code of the
-    first, which takes the features after each ReLU and decomposes in float32.
+        Or from moments, which serve every ridge; b has all the features of a:
+
+        >>> moments = vfjax.stats.moments(net, [a, b], [x], sites="taps", covariance=True)
+        >>> same = cca_moments(net, moments).maps[1]["w"][0]
+        >>> bool(np.allclose(same, maps.maps[1]["w"][0], atol=1e-4))
+        True
+        >>> canonical_correlations(net, moments, regularization=0)["w"].round(3).tolist()
+        [[1.0, 1.0, 1.0]]
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", appendix on alignments, whose
+    code has `regularization=0.1, relative=False`, takes the features after each ReLU and decomposes
+    in float32; and Horoi et al., 2024, section 4.
     """
     models = models_at_taps(net, trees)
     _check(regularization, dtype)
@@ -132,7 +140,7 @@ def cca_moments(
     relative: bool = True,
     dtype: Any = None,
 ) -> Maps:
-    """The same from moments alone: one pass over data serves all ridges.
+    """As `cca`, from moments alone: one pass over the data serves all ridges.
 
     Args:
         net: The traced network, or one per model.
@@ -149,15 +157,7 @@ def cca_moments(
         ValueError: If `moments` lacks covariances at a tap or is of one model, or `regularization`
             is negative or not finite.
 
-    Example:
-        >>> import jax, numpy as np, vfjax
-        >>> rng = np.random.default_rng(0)
-        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
-        >>> x = np.float32(rng.normal(size=(50, 4)))
-        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
-        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
-        >>> bool(np.allclose(cca_moments(net, found).maps[1]["w"], np.eye(3), atol=1e-4))
-        True
+    Example: see `cca`.
 
     Source: as `cca`.
     """
@@ -169,13 +169,13 @@ def cca_moments(
             part: _Pair(block, k, regularization, relative, _rounding(moments, block))
             for part, block in pooled.items()
         }
-        found = gather(
+        own = gather(
             {
                 part: pair.permuted() if part.group in net.spec.rigid else pair.maps()
                 for part, pair in pairs.items()
             }
         )
-        maps[k] = {**permuting(orders[k]), **found}
+        maps[k] = {**permuting(orders[k]), **own}
     return with_spreads(Maps(tuple(maps), {}), net, moments)
 
 
@@ -187,7 +187,7 @@ def canonical_correlations(
     relative: bool = True,
     dtype: Any = None,
 ) -> dict[str, np.ndarray]:
-    """How much the models have in common: canonical correlations with model 0, by group.
+    """Canonical correlations of every model with model 0, by group: how much they have in common.
 
     Args:
         net: The traced network, or one per model.
@@ -198,39 +198,31 @@ def canonical_correlations(
 
     Returns:
         By group `[K - 1, n]`, of models 1 to K - 1, descending, from 0 to 1. For a group within
-        another of h entries `[K - 1, h, n]`, these in the order of model 0; the others, such as
-        heads, have none of their own.
+        another of h entries, `[K - 1, h, n]`, with the entries in the order of model 0. Owners of
+        other groups, such as heads, have no correlations.
 
     Raises:
         TypeError: As `cca_moments`.
         ValueError: As `cca_moments`.
 
-    Example:
-        >>> import jax, numpy as np, vfjax
-        >>> rng = np.random.default_rng(0)
-        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
-        >>> x = np.float32(rng.normal(size=(50, 4)))
-        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
-        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
-        >>> canonical_correlations(net, found, regularization=0)["w"].round(3).tolist()
-        [[1.0, 1.0, 1.0]]
+    Example: see `cca`.
 
     Source: the singular values `S` of `cca`; Horoi et al., 2024, section 4.
     """
-    net, found = network_of(net, moments), {}
+    net, by_part = network_of(net, moments), {}
     for part, block in _pooled(net, moments, regularization, dtype)[0].items():
         eps = _rounding(moments, block)
         pairs = (_Pair(block, k, regularization, relative, eps) for k in range(1, len(block)))
-        # Rounding takes the correlations of equal features past one.
-        found[part] = np.stack([np.minimum(pair.correlations, 1) for pair in pairs])
-    return gather(found, axis=1)
+        # Rounding can raise the correlations of equal features above one.
+        by_part[part] = np.stack([np.minimum(pair.correlations, 1) for pair in pairs])
+    return gather(by_part, axis=1)
 
 
 class _Pair:
     """The canonical correlation analysis of one group of model k with model 0.
 
-    All is computed in the eigenbases of the two covariances, where whitening is a division. The
-    polar factor `Q = U V^T` is that of symmetric whitening, since bases cancel.
+    Everything is computed in the eigenbases of the two covariances, where whitening is a division.
+    The polar factor `Q = U V^T` is nevertheless that of symmetric whitening: the bases cancel.
     """
 
     def __init__(
@@ -241,7 +233,7 @@ class _Pair:
         bases, roots, alive = [], [], []
         for covariance in (block[0, 0], block[k, k]):
             values, basis = np.linalg.eigh((covariance + covariance.T) / 2)
-            # Below this, values are the rounding of the covariances.
+            # Eigenvalues below this are rounding errors of the covariances.
             floor = len(values) * eps * max(values[-1], 0)
             ridge = regularization * (np.maximum(values, 0).mean() if relative else 1)
             self.constant |= not floor > 0
@@ -253,7 +245,7 @@ class _Pair:
             self.correlations = np.zeros(len(block[0, 0]), block.dtype)
             return
         shared = bases[0].T @ block[0, k] @ bases[1] / np.outer(*roots)
-        # What does not vary in one model correlates with nothing in the other.
+        # A direction that does not vary in one model correlates with nothing in the other.
         shared *= np.outer(*alive)
         self.left, self.correlations, self.right = np.linalg.svd(shared)
         self.rounding = len(shared) * np.finfo(block.dtype).eps
@@ -276,7 +268,7 @@ class _Pair:
         )
 
     def permuted(self) -> tuple[np.ndarray, np.ndarray]:
-        """A permutation `[n, n]` and its inverse, where nothing else will do."""
+        """A permutation `[n, n]` and its inverse, where units cannot be mixed or do not vary."""
         permutation = self._permutation()
         return permutation, permutation.T.copy()
 
@@ -284,16 +276,16 @@ class _Pair:
         """The permutation of model k's units that correlates best, as a matrix."""
         n = len(self.block[0, 0])
         std = [np.sqrt(np.maximum(np.diag(self.block[i, i]), 0)) for i in (0, self.k)]
-        found = assign(correlation(self.block[0, self.k], *std) + PLACE * np.eye(n))
-        return np.eye(n, dtype=self.block.dtype)[found]
+        order = assign(correlation(self.block[0, self.k], *std) + PLACE * np.eye(n))
+        return np.eye(n, dtype=self.block.dtype)[order]
 
 
 def _pooled(
     net: Network, moments: Moments, regularization: float, dtype: Any
 ) -> tuple[dict[Part, np.ndarray], Orders]:
-    """By part, the covariances `[K, K, n, n]`, the mean over its taps; checks all arguments.
+    """Checks all arguments, and averages the covariances `[K, K, n, n]` of each part over its taps.
 
-    Also, per model, the permutations of the groups that others are within.
+    Also returns, per model, the permutations of the owners of other groups.
     """
     if moments.models < 2:
         raise ValueError(f"moments must be of two models or more, got {moments.models}")
@@ -306,7 +298,7 @@ def _pooled(
 
 
 def _rounding(moments: Moments, block: np.ndarray) -> float:
-    """The relative rounding of covariances as measured and as decomposed."""
+    """The relative rounding error of the covariances, both as measured and as decomposed."""
     assert moments.covariance is not None
     measured = next(iter(moments.covariance.values())).dtype
     return float(max(np.finfo(measured).eps, np.finfo(block.dtype).eps))

@@ -1,12 +1,12 @@
 """Permutations of K models to a shared universe: the objective, its relaxation, and the ascent.
 
-All pairs of models count alike: `F = sum_{i<j} <P_i model_i, P_j model_j>`. Two kinds of objective
-share the search: correlations, one matrix for every pair of models, a group by itself; and weights,
-whose leaves couple the groups.
+All pairs of models count equally: `F = sum_{i<j} <P_i model_i, P_j model_j>`. Two kinds of
+objective share the search: correlations, with one matrix for every pair of models and each group on
+its own; and weights, whose leaves couple the groups.
 
-Permutations are int `[K, n]` by group; their relaxations are doubly stochastic, `[K, n, n]`, a row
-for every place in the universe. Those of a group inside each of h entries of another, as the dims
-of heads, are `[K, h, n]`, and are matched together with the latter; they are not relaxed.
+Permutations are int `[K, n]` by group; their relaxations are doubly stochastic, `[K, n, n]`, with a
+row for every place in the universe. Those of a group inside each of h entries of another, such as
+the dims of heads, are `[K, h, n]`; they are matched together with their owner, and not relaxed.
 """
 
 from __future__ import annotations
@@ -28,43 +28,45 @@ from vfjax.align._assignment import PLACE, assign, assign_within
 from vfjax.symmetry._places import Axis, map_axis, permute_axis
 from vfjax.symmetry._spec import PermutationSpec
 
-# Rises that are less than this, relative to the objective's scale, are rounding.
+# Rises below this, relative to the objective's scale, are rounding errors.
 _RISE = 1e-10
-# The relaxation is left where steps become this small: it is a way to better permutations only.
+# The relaxation stops when steps become this small: it only serves to find better permutations.
 _RELAXED = 1e-6
 
 
 class Objective(Protocol):
-    """What the ascent needs to know of F."""
+    """What the ascent needs to know about F."""
 
     models: int
     scale: float
 
-    def value(self, found: Mapping[str, np.ndarray]) -> float:
+    def value(self, permutations: Mapping[str, np.ndarray]) -> float:
         """F at permutations."""
         ...
 
-    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Permutations of one model, `[n]` by group, that match it to the others as they are."""
+    def respond(
+        self, model: int, permutations: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
+        """Permutations of one model, `[n]` by group, that match it to the others as they stand."""
         ...
 
 
 class Relaxed(Objective, Protocol):
-    """What the relaxation needs to know of F, too."""
+    """What the relaxation needs to know about F in addition."""
 
     def gradient(self, at: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The gradient of the relaxed F."""
         ...
 
     def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Coefficients of the polynomial `t -> F(at + t (end - at))`, that of `t^0` first.
+        """Coefficients of the polynomial `t -> F(at + t (end - at))`, lowest power first.
 
-        The end is a corner: permutations, int `[K, n]` by group.
+        The end is a corner of the polytope: permutations, int `[K, n]` by group.
         """
         ...
 
     def loosened(self, start: Mapping[str, np.ndarray]) -> tuple[Relaxed, frozenset[str]]:
-        """F of the groups that are relaxed, the others being where they are, and these groups."""
+        """F of the groups that can be relaxed, with the others held fixed; and which those are."""
         ...
 
 
@@ -72,8 +74,8 @@ class Correlations:
     """One group: `F = sum_{i<j} tr(P_i C_ij P_j^T)`.
 
     Args:
-        blocks: `[K, K, n, n]` with `blocks[j, i]` the transpose of `blocks[i, j]`; those of a model
-            with itself do not count.
+        blocks: `[K, K, n, n]`, where `blocks[j, i]` is the transpose of `blocks[i, j]`; blocks of a
+            model with itself do not count.
     """
 
     def __init__(self, blocks: np.ndarray) -> None:
@@ -82,13 +84,13 @@ class Correlations:
         self.blocks[np.arange(self.models), np.arange(self.models)] = 0.0
         self.scale = float(np.abs(self.blocks).max(-1, initial=0.0).sum()) / 2
 
-    def value(self, found: Mapping[str, np.ndarray]) -> float:
-        (p,) = found.values()
+    def value(self, permutations: Mapping[str, np.ndarray]) -> float:
+        (p,) = permutations.values()
         pairs = zip(*np.triu_indices(self.models, 1), strict=True)
         return float(sum(self.blocks[i, j][p[i], p[j]].sum() for i, j in pairs))
 
-    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        ((group, p),) = found.items()
+    def respond(self, model: int, permutations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ((group, p),) = permutations.items()
         gain = sum(self.blocks[other, model][p[other]] for other in range(self.models))
         return {group: nearby(np.asarray(gain), p[model])}
 
@@ -107,12 +109,12 @@ class Correlations:
 
 
 class Nested:
-    """A group and those inside each of its entries: `F = sum_{i<j} sum over what is inside C_ij`.
+    """A group and those inside each of its entries: `F = sum_{i<j} sum over these of C_ij`.
 
     Args:
         owner: The group, of h entries.
-        blocks: By group inside `[K, K, h, h, n, n]`: entry `[i, j, s, t]` is between what is in
-            entry s of model i and in t of model j.
+        blocks: By group inside, `[K, K, h, h, n, n]`: entry `[i, j, s, t]` holds the correlations
+            of the units in entry s of model i with those in entry t of model j.
     """
 
     def __init__(self, owner: str, blocks: Mapping[str, np.ndarray]) -> None:
@@ -120,26 +122,26 @@ class Nested:
         self.models = len(next(iter(blocks.values())))
         self.scale = sum(float(np.abs(block).max((3, 5)).sum()) / 2 for block in blocks.values())
 
-    def value(self, found: Mapping[str, np.ndarray]) -> float:
-        total, outer = 0.0, found[self.owner]
+    def value(self, permutations: Mapping[str, np.ndarray]) -> float:
+        total, outer = 0.0, permutations[self.owner]
         entries = np.arange(outer.shape[1])
         for name, block in self.blocks.items():
-            p = found[name]
+            p = permutations[name]
             for i, j in zip(*np.triu_indices(self.models, 1), strict=True):
                 pairs = block[i, j, outer[i], outer[j]]
                 total += float(pairs[entries[:, None], p[i], p[j]].sum())
         return total
 
-    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outer, inner, most = found[self.owner], {}, 0.0
+    def respond(self, model: int, permutations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outer, inner, most = permutations[self.owner], {}, 0.0
         for name, block in self.blocks.items():
-            p, gain = found[name], np.zeros(block.shape[2:])
+            p, gain = permutations[name], np.zeros(block.shape[2:])
             for other in range(self.models):
                 if other != model:
                     rows = block[other, model, outer[other]]
                     gain += np.take_along_axis(rows, p[other][:, None, :, None], axis=2)
             most += np.abs(gain).max(initial=0.0)
-            # Ties go to what is in place, inside every entry and of the entries themselves.
+            # Ties go to units that stay in place, both inside every entry and among the entries.
             place = p[model][outer[model].argsort()]
             inner[name] = gain + (PLACE * most + 1e-300) * np.eye(gain.shape[-1])[place]
         h = outer.shape[1]
@@ -154,7 +156,7 @@ class Weights:
         spec: Which axes carry which group.
         leaves: The leaves that count by path, on the host, one mapping per model.
         counted: Their axes, by path and group.
-        seed: Decides the order of the groups in the sweeps of `respond`, alike for all models.
+        seed: Decides the order of the groups in the sweeps of `respond`; the same for all models.
     """
 
     def __init__(
@@ -167,7 +169,7 @@ class Weights:
         self.spec, self.leaves, self.seed = spec, leaves, seed
         self.models = len(leaves)
         self.counted = counted
-        # What is inside the entries of another group is permuted after it.
+        # Groups inside the entries of another are permuted after it.
         self.order = tuple(sorted(spec.groups, key=spec.within.__contains__))
         self.places = {
             path: [(group, axis) for group, axes in held.items() for axis in axes]
@@ -176,27 +178,31 @@ class Weights:
         norms = np.sqrt([[_dot(leaf, leaf) for leaf in held.values()] for held in leaves])
         self.scale = float((norms.sum(0) ** 2 - (norms**2).sum(0)).sum()) / 2
 
-    def value(self, found: Mapping[str, np.ndarray]) -> float:
+    def value(self, permutations: Mapping[str, np.ndarray]) -> float:
         total = 0.0
         for path in self.counted:
-            moved = [self._moved(path, k, found) for k in range(self.models)]
+            moved = [self._moved(path, k, permutations) for k in range(self.models)]
             for k in range(1, self.models):
                 total += _dot(moved[k], np.sum(moved[:k], 0, np.float64))
         return total
 
-    def respond(self, model: int, found: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def respond(
+        self, model: int, permutations: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
         others = [k for k in range(self.models) if k != model]
-        rest = {p: np.sum([self._moved(p, k, found) for k in others], 0) for p in self.counted}
-        start = {group: p[model] for group, p in found.items()}
+        rest = {
+            p: np.sum([self._moved(p, k, permutations) for k in others], 0) for p in self.counted
+        }
+        start = {group: p[model] for group, p in permutations.items()}
         random = np.random.default_rng(self.seed)
         return _search(
             self.spec, rest, self.leaves[model], self.counted, start, random, 100, 1e-12
         ).permutations
 
     def gradient(self, at: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = {group: np.zeros(p.shape) for group, p in at.items()}
+        slopes = {group: np.zeros(p.shape) for group, p in at.items()}
         for path, places in self.places.items():
-            # By model and place, the leaf with all other places mapped; and with that one, too.
+            # By model and place, the leaf with all other places mapped; `mapped` has all of them.
             but = []
             for k in range(self.models):
                 leaf = self.leaves[k][path]
@@ -205,12 +211,13 @@ class Weights:
             total = np.sum(mapped, 0)
             for k in range(self.models):
                 for (group, axis), leaf in zip(places, but[k], strict=True):
-                    found[group][k] += _inner(total - mapped[k], leaf, axis)
-        return found
+                    slopes[group][k] += _inner(total - mapped[k], leaf, axis)
+        return slopes
 
     def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
-        # A leaf has a power of t for every place of a group, and products of leaves twice as many.
-        found = np.zeros(1 + 2 * max(map(len, self.places.values()), default=0))
+        # Each place of a group makes a leaf linear in t, and a product of two leaves has twice the
+        # degree of one.
+        coefficients = np.zeros(1 + 2 * max(map(len, self.places.values()), default=0))
         for path, places in self.places.items():
             before: list[np.ndarray] = []
             for k in range(self.models):
@@ -223,13 +230,13 @@ class Weights:
                     powers = [still[0], *both, steps[-1]]
                 for i, a in enumerate(before):
                     for j, b in enumerate(powers):
-                        found[i + j] += _dot(a, b)
+                        coefficients[i + j] += _dot(a, b)
                 before = [a + b for a, b in zip(before, powers, strict=True)] if before else powers
-        return found
+        return coefficients
 
-    def _moved(self, path: str, model: int, found: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _moved(self, path: str, model: int, permutations: Mapping[str, np.ndarray]) -> np.ndarray:
         """A leaf of a model, permuted."""
-        own = {group: p[model] for group, p in found.items()}
+        own = {group: p[model] for group, p in permutations.items()}
         order = tuple(group for group in self.order if group in own)
         return _permute(self.spec, self.leaves[model][path], self.counted[path], order, own)
 
@@ -242,7 +249,7 @@ class Weights:
         counted = {}
         for path, of in self.counted.items():
             left = {group: axes for group, axes in of.items() if group in free}
-            if left:  # else a constant
+            if left:  # else the leaf adds a constant
                 counted[path] = left
         leaves = [{p: self._moved(p, k, held) for p in counted} for k in range(self.models)]
         return Weights(self.spec, leaves, counted, self.seed), free
@@ -271,26 +278,26 @@ def _contract(matrix: np.ndarray, leaf: np.ndarray, axis: Axis) -> np.ndarray:
     def product(view: np.ndarray, k: int) -> np.ndarray:
         flat = view.reshape(math.prod(view.shape[:k]), view.shape[k], -1)
         last = flat.shape[2] == 1
-        found = flat[..., 0] @ matrix.T if last else np.matmul(matrix, flat)
-        return found.reshape(view.shape)
+        mapped = flat[..., 0] @ matrix.T if last else np.matmul(matrix, flat)
+        return mapped.reshape(view.shape)
 
     return map_axis(leaf, axis, product)
 
 
 def nearby(gain: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The permutation of the largest gain, that at `place` among equals."""
+    """The permutation of largest gain; among equals, the one closest to `place`."""
     gain = np.array(gain, np.float64)
     gain[np.arange(len(place)), place] += PLACE * np.abs(gain).max(initial=0.0) + 1e-300
     return assign(gain)
 
 
 class Found(NamedTuple):
-    """What a search ends with.
+    """The result of a search.
 
     Attributes:
         permutations: int32 `[K, n]` by group.
         history: F after every step of the ascent.
-        converged: Whether no model can be improved, rather than the limit on steps ending it.
+        converged: Whether it ended because no model can be improved, not at the limit on steps.
     """
 
     permutations: dict[str, np.ndarray]
@@ -301,7 +308,7 @@ class Found(NamedTuple):
 def solve(
     objective: Relaxed, starts: Sequence[Mapping[str, np.ndarray]], *, max_steps: int
 ) -> Found:
-    """Permutations at least as good as all starts: ascends from the best, and from its relaxation.
+    """Ascends from the best start, and from its relaxation; the result is no worse than any start.
 
     Args:
         objective: F.
@@ -321,7 +328,7 @@ def solve(
 def best_of(
     objective: Objective, starts: Sequence[Mapping[str, np.ndarray]]
 ) -> Mapping[str, np.ndarray]:
-    """The start of the largest F, the first of those that differ by rounding."""
+    """The start of largest F; the first, among those that differ only by rounding."""
     values = [objective.value(start) for start in starts]
     near = max(values) - _RISE * objective.scale
     return next(s for s, value in zip(starts, values, strict=True) if value >= near)
@@ -332,11 +339,11 @@ def relax(
 ) -> dict[str, np.ndarray]:
     """Frank-Wolfe over the doubly stochastic matrices of all models and groups at once.
 
-    Every step goes from where it is towards the permutations that are best by the gradient, all of
-    them together, as far as F rises most: along the way it is a polynomial.
+    Every step moves towards the permutations that are best by the gradient, all of them at once,
+    and stops where F is largest on that line, along which F is a polynomial.
 
     Returns:
-        The permutations next to where it ends.
+        The permutations nearest to where it ends.
 
     Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), algorithm 1.
     """
@@ -367,30 +374,31 @@ def _nearest(stochastic: np.ndarray) -> np.ndarray:
 
 
 def ascend(objective: Objective, start: Mapping[str, np.ndarray], *, max_steps: int) -> Found:
-    """Steepest ascent: of all models, the one is moved of which it helps most, until none helps."""
-    found = {group: np.array(p, np.int32) for group, p in start.items()}
-    history, converged = [objective.value(found)], False
+    """Steepest ascent: moves the model that raises F most, until no move raises it."""
+    current = {group: np.array(p, np.int32) for group, p in start.items()}
+    history, converged = [objective.value(current)], False
     while not converged and len(history) <= max_steps:
         tried = []
         for model in range(objective.models):
-            new = {group: p.copy() for group, p in found.items()}
-            for group, p in objective.respond(model, found).items():
+            new = {group: p.copy() for group, p in current.items()}
+            for group, p in objective.respond(model, current).items():
                 new[group][model] = p
             tried.append((objective.value(new), new))
         best, new = max(tried, key=lambda pair: pair[0])
         converged = best - history[-1] <= _RISE * objective.scale
         if not converged:
-            found = new
+            current = new
             history.append(best)
-    return Found(found, history, converged)
+    return Found(current, history, converged)
 
 
 def synchronised(blocks: np.ndarray) -> list[np.ndarray]:
-    """Permutations that all blocks agree on best in the mean square, one guess per model.
+    """Spectral synchronisation: permutations that agree best with all blocks in the mean square.
 
-    The leading n eigenvectors of the whole matrix are what permutations of all models would span
-    ("Solving the multi-way matching problem by permutation synchronization", Pachauri, Kondor &
-    Singh, 2013); they are rounded next to each model in turn.
+    If all blocks agreed exactly, the leading n eigenvectors of the whole matrix would span the
+    permutations of all models ("Solving the multi-way matching problem by permutation
+    synchronization", Pachauri, Kondor & Singh, 2013). They are rounded in the basis of each model
+    in turn, which gives K candidates.
 
     Args:
         blocks: `[K, K, n, n]`, symmetric as a whole.

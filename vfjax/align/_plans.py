@@ -1,7 +1,7 @@
 """Transport plans between two sets of units: exact ones, and entropic ones by Sinkhorn's iteration.
 
-A plan `T [n, m]` says how much of each of n units goes to each of m others; its rows sum to the
-shares of the former, its columns to those of the latter.
+A plan `T [n, m]` says how much of each of n units goes to each of m others. Its rows sum to the
+shares of the n units, its columns to those of the m others.
 """
 
 from __future__ import annotations
@@ -29,40 +29,26 @@ __all__ = [
     "sinkhorn",
 ]
 
-# Number of a model, and what of it: a group's name or a part of a group.
+# Index of a model, and the name of a group or a part of a group.
 Key = tuple[int, Any]
 
-# Units of equal shares are cut into pieces for an assignment, which takes a time of about the cube
-# of their number, as long as there are so few of them, or so few pairs of them per pair of units.
-# Else the linear programme of the whole units is faster: 5 ms against 0.1 s for 32 and 31 units,
-# 15 ms against 6 s for 64 and 63; but 150 ms against 50 for 256 and 192, 550 against 13 for 512
-# and 256.
+# Units of equal shares are cut into equal pieces, which are then assigned, as long as there are at
+# most _FEW pieces, or at most _PIECES pairs of pieces per pair of units: an assignment takes about
+# the cube of the number of pieces. Otherwise the linear programme of the whole units is faster:
+# 5 ms against 0.1 s for 32 and 31 units, 15 ms against 6 s for 64 and 63; but 150 ms against 50 for
+# 256 and 192, 550 against 13 for 512 and 256.
 _FEW, _PIECES = 256, 16
-# Most entries of a cost that go to the linear programme, which takes half a minute and 1.2 GB.
+# Largest cost matrix given to the linear programme: half a minute and 1.2 GB.
 _LARGEST = 1 << 20
-# Least share of a unit, in parts of the mean, so that it can be divided by.
+# Least share of a unit, relative to the mean share: shares are divided by.
 _LEAST = 1e-3
-# By what the regularization falls in each of the first iterations, from the size of the costs on.
+# Factor by which the regularization falls in each of the first iterations, from the mean cost on.
 _FALL = 0.9
-# Scales from which on a plan is made anew, and entries that such scales leave negligible, as zero:
-# products of both stay in the range where arithmetic is fast.
+# A plan is recomputed once its scales exceed the first; entries below the second are set to zero,
+# being negligible under any such scale. So no product becomes subnormal, which would be slow.
 _EXTREME, _NOTHING = 1e30, 1e-200
-# Least regularization: below, the rounding of the costs shows in the plans.
+# Least regularization: below it, rounding errors of the costs would show in the plans.
 _HARDEST = 1e-10
-
-
-class Entropic(NamedTuple):
-    """What Sinkhorn's iteration found.
-
-    Attributes:
-        plan: float64 `[n, m]`; its columns sum to their shares up to rounding.
-        error: By how much its rows do not: the sum of the absolute differences.
-        iterations: How many it took.
-    """
-
-    plan: np.ndarray
-    error: float
-    iterations: int
 
 
 def exact_plan(
@@ -74,14 +60,14 @@ def exact_plan(
 ) -> np.ndarray:
     """The plan of least cost.
 
-    Equal shares are assigned: as many units as others one by one, with ties going to those in the
-    same place; different numbers of them in equal pieces, of which there are as many on either
-    side. Where shares differ, or pieces would be many, the linear programme is solved.
+    Equal shares are assigned: one to one if there are as many units on both sides, with ties going
+    to those in the same place; otherwise in equal pieces, as many on either side. Where shares
+    differ, or there would be many pieces, a linear programme is solved.
 
     Args:
         cost: `[n, m]`, finite.
         rows: `[n]`, positive, summing to one; None for equal shares.
-        columns: `[m]`, likewise.
+        columns: `[m]`, as `rows`.
         name: What to call the cost in an error.
 
     Returns:
@@ -114,7 +100,8 @@ def exact_plan(
             f"unknowns, of which {_LARGEST} are the limit: give regularization > 0, such as 0.01, "
             "for Sinkhorn's iteration"
         )
-    # The last column's sum follows from the others, and rounding could make it contradict them.
+    # The sum of the last column follows from the others. It is left out: rounding could make it
+    # contradict them.
     sums = scipy.sparse.vstack(
         [
             scipy.sparse.kron(scipy.sparse.eye(n), np.ones((1, m))),
@@ -124,15 +111,15 @@ def exact_plan(
     )
     _, supply, demand = _full(Problem(cost, rows, columns))
     # Shares of about one, and costs up to one, since the solver's tolerances are absolute.
-    found = linprog(
+    solution = linprog(
         cost.ravel() / (np.abs(cost).max() or 1),
         A_eq=sums,
         b_eq=max(n, m) * np.concatenate([supply, demand])[:-1],
         method="highs-ds",
     )
-    if found.x is None:
-        raise ValueError(f"{name}: the linear programme was not solved: {found.message}")
-    return np.maximum(found.x, 0).reshape(n, m) / max(n, m)
+    if solution.x is None:
+        raise ValueError(f"{name}: the linear programme was not solved: {solution.message}")
+    return np.maximum(solution.x, 0).reshape(n, m) / max(n, m)
 
 
 def sinkhorn(
@@ -146,26 +133,25 @@ def sinkhorn(
 ) -> Entropic:
     """The plan of least cost minus its entropy, by Sinkhorn's iteration in float64.
 
-    What is minimised is `<T, C> - regularization * mean(C) * H(T)`. The first iterations use a
-    larger regularization, falling to this one, which takes far fewer of them than a cold start.
-    They are on logarithms; those that follow scale rows and columns of a plan, which is made anew
-    from the logarithms as soon as a scale becomes extreme.
+    Minimises `<T, C> - regularization * mean(C) * H(T)`. The first iterations use a larger
+    regularization that falls to the one given, which takes far fewer of them than a cold start.
+    They work on logarithms; those that follow scale the rows and columns of a plan, which is
+    recomputed from the logarithms as soon as a scale becomes extreme.
 
     Args:
         cost: `[n, m]`, finite, its mean positive or all of it zero.
         rows: `[n]`, positive, summing to one.
-        columns: `[m]`, likewise.
-        regularization: Weight of the entropy, in parts of the mean of the cost; positive.
-        tolerance: Up to which error of the rows' sums to go on.
-        max_iterations: The most iterations.
+        columns: `[m]`, as `rows`.
+        regularization: Weight of the entropy, relative to the mean cost; positive.
+        tolerance: Iterations go on while the error of the rows' sums exceeds this.
+        max_iterations: The largest number of iterations.
 
     Returns:
         The plan, its error and the number of iterations.
 
     Example:
         >>> cost, share = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([0.5, 0.5])
-        >>> found = sinkhorn(cost, share, share, 0.1)
-        >>> found.plan.round(3).tolist()
+        >>> sinkhorn(cost, share, share, 0.1).plan.round(3).tolist()
         [[0.5, 0.0], [0.0, 0.5]]
 
     Source: "Sinkhorn Distances: Lightspeed Computation of Optimal Transport" (Cuturi, 2013), with
@@ -179,7 +165,7 @@ def sinkhorn(
     f, g = np.zeros_like(rows), np.zeros_like(columns)
     plan, off, eps, count = np.outer(rows, columns), np.inf, np.inf, 0
     while (eps != regularization or off > tolerance) and count < max_iterations:
-        # The last one allowed is at the regularization asked for, so that the error is of its plan.
+        # The last iteration allowed uses the final regularization, so that `error` is of its plan.
         eps = max(regularization, _FALL**count if count + 1 < max_iterations else 0)
         f = eps * (log_rows - _log_sums((g - cost) / eps, 1))
         g = eps * (log_columns - _log_sums((f[:, None] - cost) / eps, 0))
@@ -200,10 +186,18 @@ def sinkhorn(
     return Entropic(plan, float(np.abs(plan.sum(1) - rows).sum()), count)
 
 
-def _log_sums(logs: np.ndarray, axis: int) -> np.ndarray:
-    """Logarithms of sums; scipy's does more than is needed, at several times the cost."""
-    top = logs.max(axis, keepdims=True)
-    return np.log(np.exp(logs - top).sum(axis)) + np.squeeze(top, axis)
+class Entropic(NamedTuple):
+    """What Sinkhorn's iteration found.
+
+    Attributes:
+        plan: float64 `[n, m]`; its columns sum to their shares up to rounding.
+        error: Sum of the absolute differences between the sums of its rows and their shares.
+        iterations: Number of iterations.
+    """
+
+    plan: np.ndarray
+    error: float
+    iterations: int
 
 
 class Problem(NamedTuple):
@@ -212,7 +206,7 @@ class Problem(NamedTuple):
     Attributes:
         cost: `[n, m]`.
         rows: `[n]`, positive, summing to one; None for equal shares.
-        columns: `[m]`, likewise.
+        columns: `[m]`, as `rows`.
     """
 
     cost: np.ndarray
@@ -222,13 +216,14 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How problems are solved: exactly at regularization 0, else by Sinkhorn's iteration.
+    """Solves transport problems: exactly at regularization 0, else by Sinkhorn's iteration.
 
     Attributes:
         regularization: See `sinkhorn`; 0 for exact plans.
         tolerance: See `sinkhorn`.
         max_iterations: See `sinkhorn`.
-        rigid: By group that can only be permuted, why; their plans are exact, whatever the shares.
+        rigid: Groups that can only be permuted, with the reason. Their plans are exact and between
+            equal shares.
 
     Raises:
         ValueError: If one is out of range.
@@ -257,16 +252,16 @@ class Solver:
         """Solves problems.
 
         Args:
-            problems: By number of the model and name of the group, or of a part of it.
+            problems: Problems by index of the model and name of the group, or part of a group.
 
         Returns:
-            Likewise, the plan, float64 `[n, m]`.
+            The plans by the same keys, float64 `[n, m]`.
 
         Raises:
             ValueError: As `exact_plan`.
 
         Warns:
-            UserWarning: If the rows' sums of a plan are off by more than the tolerance.
+            UserWarning: If the row sums of a plan are off by more than the tolerance.
         """
         plans = {}
         for key, problem in problems.items():
@@ -282,12 +277,12 @@ class Solver:
             if not self.regularization or group in self.rigid:
                 plans[key] = exact_plan(*problem, name=_name(key))
         limits = {"tolerance": self.tolerance, "max_iterations": self.max_iterations}
-        found = {
+        entropic = {
             key: sinkhorn(*_full(problem), self.regularization, **limits)
             for key, problem in problems.items()
             if key not in plans
         }
-        late = {key: one.error for key, one in found.items() if one.error > self.tolerance}
+        late = {key: one.error for key, one in entropic.items() if one.error > self.tolerance}
         if late:
             worst = max(late, key=late.__getitem__)
             warnings.warn(
@@ -297,8 +292,45 @@ class Solver:
                 "max_iterations, regularization or tolerance",
                 stacklevel=4,
             )
-        plans |= {key: one.plan for key, one in found.items()}
+        plans |= {key: one.plan for key, one in entropic.items()}
         return {key: plans[key] for key in problems}
+
+
+def maps_of(plan: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Merge matrix `M [m, n]` and unmerge matrix `U [n, m]` of a plan `[n, m]`; rows sum to one.
+
+    Each of the m units becomes the mean of the units sent to it, weighted by how much they send;
+    whatever reads one of the n units reads the weighted mean of the units that it was sent to.
+    """
+    plan = np.asarray(plan, np.float64)
+    merge = plan.T / plan.sum(0)[:, None]
+    return merge.astype(np.float32), (plan / plan.sum(1)[:, None]).astype(np.float32)
+
+
+def shares_of(importance: np.ndarray, kind: str) -> np.ndarray | None:
+    """Shares of units, computed from their importance.
+
+    Args:
+        importance: `[n]`, non-negative.
+        kind: `"uniform"` for equal shares, `"softmax"` for shares in proportion to the exponential
+            of the importance, anything else for shares in proportion to the importance itself.
+
+    Returns:
+        `[n]` summing to one, none below a thousandth of their mean; None for equal shares.
+    """
+    if kind == "uniform":
+        return None
+    share = softmax(importance) if kind == "softmax" else np.asarray(importance, np.float64)
+    if not share.any():
+        return None
+    share = np.maximum(share, _LEAST * share.mean())
+    return share / share.sum()
+
+
+def _log_sums(logs: np.ndarray, axis: int) -> np.ndarray:
+    """Logarithms of sums of exponentials; scipy's `logsumexp` takes several times as long."""
+    top = logs.max(axis, keepdims=True)
+    return np.log(np.exp(logs - top).sum(axis)) + np.squeeze(top, axis)
 
 
 def _name(key: Key) -> str:
@@ -311,34 +343,3 @@ def _full(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n, m = cost.shape
     rows = np.full(n, 1 / n) if rows is None else rows
     return cost, rows, np.full(m, 1 / m) if columns is None else columns
-
-
-def shares_of(importance: np.ndarray, kind: str) -> np.ndarray | None:
-    """Shares of units by their importance.
-
-    Args:
-        importance: `[n]`, non-negative.
-        kind: `"uniform"`, `"softmax"` for those in proportion to the exponential, or anything else
-            for those in proportion to it.
-
-    Returns:
-        `[n]` summing to one, none below a thousandth of their mean; None for equal ones.
-    """
-    if kind == "uniform":
-        return None
-    share = softmax(importance) if kind == "softmax" else np.asarray(importance, np.float64)
-    if not share.any():
-        return None
-    share = np.maximum(share, _LEAST * share.mean())
-    return share / share.sum()
-
-
-def maps_of(plan: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merge matrix `M [m, n]` and unmerge matrix `U [n, m]` of a plan `[n, m]`; rows sum to one.
-
-    Each of the m units becomes the mean of those sent to it, by what they send; whatever reads one
-    of the n units reads the mean of those that it was sent to.
-    """
-    plan = np.asarray(plan, np.float64)
-    merge = plan.T / plan.sum(0)[:, None]
-    return merge.astype(np.float32), (plan / plan.sum(1)[:, None]).astype(np.float32)

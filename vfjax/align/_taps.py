@@ -1,4 +1,8 @@
-"""Groups inside the entries of others, as the dims of heads: what matchers do entry by entry."""
+"""What matchers read at taps: correlations and covariances, by group and by entry of its owner.
+
+A tap shows one group; a joint tap shows a group inside each entry of another, as the dims of heads.
+Owners (heads) are matched first, and then the group inside them entry by entry.
+"""
 
 from __future__ import annotations
 
@@ -22,116 +26,55 @@ from vfjax.network._records import JointTap
 from vfjax.network._sites import joint_taps, select, taps_by_site
 from vfjax.stats._moments import Moments, measured
 
-
-def within(nets: Sequence[Network]) -> dict[str, str]:
-    """By group, the one inside each entry of which it is matched by itself.
-
-    Networks whose heads differ in number have no head for every head, so that heads are mixed, and
-    their dims are mapped alike in all.
-    """
-    first, *others = (net.spec.sizes for net in nets)
-    return {
-        group: owner
-        for group, owner in nets[0].spec.within.items()
-        if all(sizes[owner] == first[owner] for sizes in others)
-    }
-
-
-def matched_sites(
-    net: Network, inside: Mapping[str, str] | None = None
-) -> tuple[dict[str, Any], dict[str, JointTap]]:
-    """Taps by which groups are matched, by site: those of groups by themselves, and joint ones.
-
-    Pooled over dims, heads say less than with them; dims pooled over heads say nothing.
-
-    Args:
-        net: The traced network.
-        inside: What `within` gives for several networks; None for this one alone.
-    """
-    inside = net.spec.within if inside is None else inside
-    joint = {site: tap for site, tap in joint_taps(net).items() if tap.group in inside}
-    nested = {*inside, *(tap.owner for tap in joint.values())}
-    plain = taps_by_site(net)
-    return {site: tap for site, tap in plain.items() if tap.group not in nested}, joint
-
-
+# Per model, the permutations of the owners of other groups.
 Orders = Sequence[Mapping[str, np.ndarray]]
 
 
-def match_owners(net: Network, moments: Moments) -> list[dict[str, np.ndarray]]:
-    """Matches the owners of other groups, as heads of their dims, with those of the first model.
-
-    What pairing two of them is worth is the sum of the correlations of the best assignments of what
-    is inside.
+def with_spreads(maps: Maps, net: Network, moments: Moments) -> Maps:
+    """Adds to maps the spreads of the mapped features, which scales of norms need.
 
     Args:
+        maps: Maps that a matcher found.
         net: The traced network.
-        moments: Moments with covariances at the joint taps.
+        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
 
     Returns:
-        Per model, by owner with a joint tap, its permutation; the first model's is the identity.
+        The maps with `spreads`; unchanged where no scale of a norm needs them.
 
     Raises:
-        ValueError: If the covariances at a joint tap were not measured.
+        ValueError: If `moments` lacks a covariance.
+
+    Example:
+        >>> import vfjax
+        >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+        >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+        >>> x = np.float32([[1], [2]])
+        >>> moments = vfjax.stats.moments(net, [tree] * 2, [x], sites="taps", covariance=True)
+        >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
+        >>> with_spreads(maps, net, moments) is maps
+        True
     """
-    return [
-        {
-            owner: assign_in_place(np.zeros((net.spec.sizes[owner],) * 2), inner)[0]
-            if model
-            else np.arange(net.spec.sizes[owner])
-            for owner, inner in joint_gains(net, moments, 0, model).items()
-        }
-        for model in range(moments.models)
-    ]
-
-
-def tap_covariances(
-    net: Network, moments: Moments, orders: Orders
-) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
-    """The covariances and standard deviations at each tap, with the part that it is of.
-
-    Args:
-        net: The traced network.
-        moments: Moments with all covariances at the taps.
-        orders: Per model, the permutations of the owners of other groups: what is inside the k-th
-            of them is compared with what is inside the k-th of the others.
-
-    Yields:
-        For each tap its group, the covariances `[K, K, n, n]` and standard deviations `[K, n]`; for
-        a joint tap these for every entry of the owner.
-
-    Raises:
-        ValueError: If a tap's covariances, or those within the models, were not measured.
-    """
-    std = moments.std
-    plain, joint = matched_sites(net)
-    for site in (*plain, *joint):
-        block = None if moments.covariance is None else moments.covariance.get(site)
-        if block is None or np.isnan(block := np.asarray(block)).any():
-            raise ValueError(
-                f'moments has not all covariances at the tap "{site}"; measure with sites="taps", '
-                "covariance=True"
-            )
-        spread = np.asarray(std[site])
-        if site in plain:
-            yield Part(plain[site].group), block, spread
-            continue
-        tap, models = joint[site], np.arange(len(spread))
-        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
-        order = np.stack([of[tap.owner] for of in orders])
-        block, spread = block.reshape(*block.shape[:2], h, n, h, n), spread.reshape(-1, h, n)
-        rows, columns = models[:, None], models[None, :]
-        for entry, at in enumerate(order.T):
-            inside = block[rows, columns, at[:, None], :, at[None, :], :]
-            yield Part(tap.group, entry), inside, spread[models, at]
+    if not maps.unknown(net):
+        return maps
+    owners = {owner: np.arange(net.spec.sizes[owner]) for owner in net.spec.within.values()}
+    orders = [owners | of for of in maps.permutations]
+    at_taps: list[dict[Part, list[np.ndarray]]] = [{} for _ in maps.maps]
+    for part, block, _ in tap_covariances(net, moments, orders):
+        for k, of in enumerate(maps.mixing):
+            if part.group in of:
+                matrix = of[part.group][0]
+                matrix = matrix[part.entry] if np.ndim(matrix) == 3 else matrix
+                at_taps[k].setdefault(part, []).append(spread_of(matrix, block[k, k]))
+    spreads = [gather({p: np.mean(taps, 0) for p, taps in of.items()}) for of in at_taps]
+    return dataclasses.replace(maps, spreads=tuple(spreads))
 
 
 def models_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) -> Models:
-    """Checks that models can be matched by what their groups show at the taps.
+    """Checks that models can be matched at the taps of their groups.
 
     Args:
         net: The traced network, or one per tree.
-        trees: The trees, which behind the taps may differ in shape.
+        trees: The trees; leaves behind the taps may differ in shape.
 
     Returns:
         The models.
@@ -152,7 +95,7 @@ def models_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) ->
 def moments_at_taps(
     models: Models, data: Iterable[Any], covariance: Literal["all", "cross"]
 ) -> Moments:
-    """Moments of models at all taps, with the covariances of all pairs or of different models.
+    """Moments of models at all taps, with covariances of all pairs, or of different models only.
 
     Raises:
         ValueError: If the networks' taps differ, or as `vfjax.stats.moments`.
@@ -161,19 +104,19 @@ def moments_at_taps(
     first, *others = (
         [layout_of(net, name) for name in select(net, "taps")] for net in dict.fromkeys(models.nets)
     )
-    if any(found != first for found in others):
+    if any(layouts != first for layouts in others):
         raise ValueError(
-            "net has networks that lay out the values at the sites differently; measure each by "
-            "itself, stats.moments(net[k], [trees[k]], data, ...)"
+            "net has networks that lay out the values at the sites differently; measure each "
+            "separately, stats.moments(net[k], [trees[k]], data, ...)"
         )
     return measured(models, data, names, names, cross=covariance == "cross")
 
 
 def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
-    """The network whose taps and groups stand for those of all models.
+    """The network whose taps and groups represent those of all models: the first.
 
     Args:
-        net: The traced network, or one per model; these show their groups alike.
+        net: The traced network, or one per model, with the same groups at the same taps.
         moments: Moments of the models.
 
     Raises:
@@ -181,6 +124,107 @@ def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
         ValueError: If there are not as many networks as models.
     """
     return net if isinstance(net, Network) else networks(net, moments.models)[0]
+
+
+def matched_sites(
+    net: Network, inside: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, JointTap]]:
+    """Taps at which groups are matched, by site: those of single groups, and joint taps.
+
+    Heads and their dims are matched at joint taps only: heads pooled over dims tell less, and dims
+    pooled over heads tell nothing.
+
+    Args:
+        net: The traced network.
+        inside: The result of `within` for several networks; None for this one alone.
+    """
+    inside = net.spec.within if inside is None else inside
+    joint = {site: tap for site, tap in joint_taps(net).items() if tap.group in inside}
+    nested = {*inside, *(tap.owner for tap in joint.values())}
+    plain = taps_by_site(net)
+    return {site: tap for site, tap in plain.items() if tap.group not in nested}, joint
+
+
+def within(nets: Sequence[Network]) -> dict[str, str]:
+    """The owner of every group that is matched separately inside each entry of it, by group.
+
+    Where networks differ in their number of heads, heads cannot be paired: heads are then mixed,
+    and the dims of all heads are mapped in the same way.
+    """
+    first, *others = (net.spec.sizes for net in nets)
+    return {
+        group: owner
+        for group, owner in nets[0].spec.within.items()
+        if all(sizes[owner] == first[owner] for sizes in others)
+    }
+
+
+def match_owners(net: Network, moments: Moments) -> list[dict[str, np.ndarray]]:
+    """Matches the owners of other groups, such as heads, with those of the first model.
+
+    The value of pairing two owners is the sum of the correlations of their entries, by the best
+    assignment of these.
+
+    Args:
+        net: The traced network.
+        moments: Moments with covariances at the joint taps.
+
+    Returns:
+        Per model, the permutation of every owner with a joint tap; the identity for the first.
+
+    Raises:
+        ValueError: If the covariances at a joint tap were not measured.
+    """
+    return [
+        {
+            owner: assign_in_place(np.zeros((net.spec.sizes[owner],) * 2), inner)[0]
+            if model
+            else np.arange(net.spec.sizes[owner])
+            for owner, inner in joint_gains(net, moments, 0, model).items()
+        }
+        for model in range(moments.models)
+    ]
+
+
+def tap_covariances(
+    net: Network, moments: Moments, orders: Orders
+) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+    """Yields the covariances and standard deviations at each tap, with the part that it shows.
+
+    Args:
+        net: The traced network.
+        moments: Moments with all covariances at the taps.
+        orders: Per model, the permutations of the owners of other groups. Units inside the k-th
+            owner of one model are compared with those inside the k-th owner of the others.
+
+    Yields:
+        For each tap its part, the covariances `[K, K, n, n]` and the standard deviations `[K, n]`;
+        for a joint tap, one such triple for every entry of the owner.
+
+    Raises:
+        ValueError: If a tap's covariances, or those within the models, were not measured.
+    """
+    std = moments.std
+    plain, joint = matched_sites(net)
+    for site in (*plain, *joint):
+        block = None if moments.covariance is None else moments.covariance.get(site)
+        if block is None or np.isnan(block := np.asarray(block)).any():
+            raise ValueError(
+                f'moments lacks some covariances at the tap "{site}"; measure with sites="taps", '
+                "covariance=True"
+            )
+        spread = np.asarray(std[site])
+        if site in plain:
+            yield Part(plain[site].group), block, spread
+            continue
+        tap, models = joint[site], np.arange(len(spread))
+        h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
+        order = np.stack([of[tap.owner] for of in orders])
+        block, spread = block.reshape(*block.shape[:2], h, n, h, n), spread.reshape(-1, h, n)
+        rows, columns = models[:, None], models[None, :]
+        for entry, at in enumerate(order.T):
+            inside = block[rows, columns, at[:, None], :, at[None, :], :]
+            yield Part(tap.group, entry), inside, spread[models, at]
 
 
 def in_place(net: Network) -> dict[str, np.ndarray]:
@@ -195,11 +239,11 @@ def in_place(net: Network) -> dict[str, np.ndarray]:
 def joint_gains(
     net: Network, moments: Moments, to: int, model: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Correlations of what is inside every entry of a group in one model and in another.
+    """Correlations of the units inside every entry of an owner in one model and in another.
 
     Returns:
-        By owner and group within it `[h, h, n, n]`: entry `[i, j, a, b]` is the sum over joint taps
-        of the correlations of what a is in owner i of `to` and b in owner j of `model`.
+        By owner and group within it, `[h, h, n, n]`: entry `[i, j, a, b]` is the sum over joint
+        taps of the correlation of unit a in entry i of `to` with unit b in entry j of `model`.
 
     Raises:
         ValueError: If the covariances at a joint tap are missing.
@@ -207,9 +251,9 @@ def joint_gains(
     gains: dict[str, dict[str, np.ndarray]] = {}
     for site, tap in matched_sites(net)[1].items():
         h, n = net.spec.sizes[tap.owner], net.spec.sizes[tap.group]
-        found = correlation_between(moments, site, to, model)
+        flat = correlation_between(moments, site, to, model)
         total = gains.setdefault(tap.owner, {})
-        split = found.reshape(h, n, h, n).swapaxes(1, 2)
+        split = flat.reshape(h, n, h, n).swapaxes(1, 2)
         total[tap.group] = total.get(tap.group, 0.0) + split
     return gains
 
@@ -247,42 +291,3 @@ def correlation(
     scale = np.outer(np.asarray(std_a, np.float64), np.asarray(std_b, np.float64))
     out = np.zeros_like(scale)
     return np.divide(np.asarray(covariance, np.float64), scale, out=out, where=scale > 0)
-
-
-def with_spreads(maps: Maps, net: Network, moments: Moments) -> Maps:
-    """Maps with the spreads that the features at the taps have.
-
-    Args:
-        maps: What was found.
-        net: The traced network.
-        moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
-
-    Returns:
-        The maps with `spreads`; the same ones where no scale of a norm takes them.
-
-    Raises:
-        ValueError: If `moments` lacks a covariance.
-
-    Example:
-        >>> import vfjax
-        >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-        >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-        >>> x = np.float32([[1], [2]])
-        >>> found = vfjax.stats.moments(net, [tree] * 2, [x], sites="taps", covariance=True)
-        >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
-        >>> with_spreads(maps, net, found) is maps
-        True
-    """
-    if not maps.unknown(net):  # no scale takes them
-        return maps
-    owners = {owner: np.arange(net.spec.sizes[owner]) for owner in net.spec.within.values()}
-    orders = [owners | of for of in maps.permutations]
-    found: list[dict[Part, list[np.ndarray]]] = [{} for _ in maps.maps]
-    for part, block, _ in tap_covariances(net, moments, orders):
-        for k, of in enumerate(maps.mixing):
-            if part.group in of:
-                matrix = of[part.group][0]
-                matrix = matrix[part.entry] if np.ndim(matrix) == 3 else matrix
-                found[k].setdefault(part, []).append(spread_of(matrix, block[k, k]))
-    spreads = [gather({p: np.mean(taps, 0) for p, taps in of.items()}) for of in found]
-    return dataclasses.replace(maps, spreads=tuple(spreads))

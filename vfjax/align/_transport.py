@@ -1,19 +1,18 @@
-"""Optimal transport: sending the units of one network to those of another, in parts if need be.
+"""Optimal transport: sending the units of one network to those of another, whole or in parts.
 
 For every group of tied axes a transport plan sends the units of a model to those of the first, at
-the least total distance between what they compute ("Model Fusion via Optimal Transport", Singh &
-Jaggi, 2020: OTFusion). Distances are those between activations on the same data, or between
-incoming weights, from the input on. Where widths agree an exact plan is a permutation; where they
-differ, or the plan is regularised, units are mixed, and networks of different widths are mapped
-onto the first one's.
+the least total distance between them ("Model Fusion via Optimal Transport", Singh &
+Jaggi, 2020: OTFusion). Distances are between activations on the same data, or between incoming
+weights, from the input on. Where widths agree, an exact plan is a permutation. Where they differ,
+or the plan is regularised, units are mixed; the mapped network has the widths of the first.
 
 A plan `T [n, m]` gives two maps, whose rows sum to one: what writes the group takes
-`M = diag(1 / T^T 1) T^T`, so that each unit of the first network is met by the mean of the units
-sent to it; what reads the group takes `U = diag(1 / T 1) T`, so that weights on a unit go, in
-parts, to the units that it was sent to. OTFusion takes `M^T` for `U`. In equal shares U is n / m
-times that: the same where widths agree, while for widths that differ only U keeps what all units
-together give to a reader. A network whose units are doubled, with half the outgoing weights each,
-is mapped by U to the network itself, and by `M^T` to one with half the outgoing weights.
+`M = diag(1 / T^T 1) T^T`, so that each unit of the first network meets the mean of the units sent
+to it; what reads the group takes `U = diag(1 / T 1) T`, so that the weights on a unit go, in parts,
+to the units that it was sent to. OTFusion takes `M^T` for `U`. For equal shares U is n / m times
+that: the same where widths agree, but where they differ only U preserves the sum that a reader gets
+from all units. A network whose units are duplicated, with half the outgoing weights each, is mapped
+by U to the original network, and by `M^T` to one with half the outgoing weights.
 """
 
 from __future__ import annotations
@@ -56,59 +55,62 @@ def transport(
     tolerance: float = 1e-4,
     max_iterations: int = 10_000,
 ) -> Maps:
-    """Finds transport plans from the units of every model to those of the first.
+    """Maps the units of every model to those of the first by optimal transport.
 
-    Between activations the distance of two units is the root of the mean squared difference of what
-    they give on the data, over all taps of their group. Between weights it is that of what writes
-    them: kernels, whose inputs have been mapped, biases, and the scales and shifts of norms. Before
-    a norm with stored statistics, kernels are put into the units of its output, by its scale and
-    stored variance; biases there, and stored means, are not compared. Groups then come in the order
-    of the network, and one that several layers write, as a residual stream, is compared at those
-    whose inputs are mapped by then; `sweeps` compares every group again at all of them.
+    With `on="activations"` the distance of two units is the root mean squared difference of their
+    activations on the data, over all taps of their group. With `on="weights"` it is the distance of
+    the weights that write them: kernels, whose inputs have been mapped, biases, and the scales and
+    shifts of norms. Kernels before a norm with stored statistics are first put into the units of
+    its output, by its scale and stored variance; biases there, and stored means, are not compared.
+    Groups are then taken in the order of the network. A group that several layers write, such as a
+    residual stream, is compared at those whose inputs are mapped by then; `sweeps` compares every
+    group again at all of them.
 
-    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
-    keep the function only under permutations, so that mixed units are an approximation there.
+    Two groups that are contracted with each other, such as the dimensions of a head's queries and
+    keys, preserve the function only under permutations, so mixing their units is an approximation.
 
-    Heads of attention are sent one to one, by exact plans between the dims of any two, also where
-    `regularization` mixes the dims inside them. Networks that differ in the number of heads can
-    be compared by weights only; their heads are mixed, and the dims of all heads alike.
+    Heads of attention are sent one to one, at the costs of exact plans between their dims, even
+    where `regularization` mixes the dims inside them. Networks that differ in the number of heads
+    can be compared by weights only; their heads are mixed, and the dims of all heads are mapped in
+    the same way.
 
     Args:
         net: The traced network, or one per tree: networks of one architecture may differ in widths
             and classes.
-        trees: Two or more parameter trees. The first stays as it is.
+        trees: Two or more parameter trees. The first does not change.
         data: Re-iterable of `x` or `(x, label)`; None with `on="weights"`.
-        on: What the distance of two units is between.
-        regularization: 0 for exact plans: permutations, where widths agree and shares are equal.
-            More for Sinkhorn's iteration, as the weight of the plan's entropy in parts of the mean
-            distance of the group; 0.01 to 0.1 are usual.
-        marginals: Shares of the units: `"uniform"` for equal ones; `"l1"` or `"l2"` in proportion
-            to the norms of what is compared; `"softmax"` of the l2 norms. Norms of activations are
-            means over the samples, and their `"l1"` is not known. No share is below a thousandth
-            of the mean.
+        on: Whether distances are between activations or between weights.
+        regularization: 0 for exact plans, which are permutations where widths agree and shares are
+            equal. A positive value for Sinkhorn's iteration: the weight of the plan's entropy,
+            relative to the mean distance in the group; 0.01 to 0.1 is usual.
+        marginals: Shares of the units: `"uniform"` for equal shares; `"l1"` or `"l2"` for shares in
+            proportion to the norms of what is compared; `"softmax"` for the softmax of the l2
+            norms. Norms of activations are means over the samples; `"l1"` is not available for
+            them. No share is below a thousandth of the mean.
         squared: Whether distances are squared.
-        sweeps: Sweeps over all groups after the first, with `on="weights"`; fewer if one changes
-            nothing.
-        tolerance: Up to which error in the sums of a plan's rows, which are one in all, Sinkhorn's
-            iteration goes on, in float64. The less of `regularization`, the more iterations that
-            takes. If the error stays above it, a warning says so: a plan that misses its shares
-            may even seem cheaper than the exact one.
-        max_iterations: The most iterations.
+        sweeps: Number of sweeps over all groups after the first, with `on="weights"`; they end
+            early if one changes nothing.
+        tolerance: Sinkhorn's iteration, in float64, goes on while the row sums of a plan, which add
+            up to one, are off by more than this in total. The smaller `regularization`, the more
+            iterations it takes. If the error stays above the tolerance, a warning says so: a plan
+            that misses its shares may even seem cheaper than the exact one.
+        max_iterations: The largest number of iterations.
 
     Returns:
-        The maps `(M, U)`, float32, rows summing to one; the first model's are absent. Groups
-        without a tap stay as they are with `on="activations"`; those that can only be permuted
-        (`net.spec.rigid`, as the width of a tied kernel) are, by exact plans. Where units are
-        mixed, the variances that a norm stores are unknown: measure them anew with
+        The maps `(M, U)`, float32, rows summing to one; the first model has none. With
+        `on="activations"`, groups without a tap do not change. Groups that can only be permuted
+        (`net.spec.rigid`, such as the width of a tied kernel) are permuted, by exact plans. Where
+        units are mixed, the variances that a norm stores are unknown: measure them again with
         `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
             data has another dtype.
         ValueError: If there are fewer than two trees, they do not fit their networks or hold NaN or
-            infinity, data is missing, empty, exhausted or not read, an option is out of range, or
-            an exact plan is too large: between different shares, or numbers of units that cannot
-            be cut into few equal pieces, 2^20 entries are the limit of the linear programme.
+            infinity; if data is missing, empty or exhausted, or given where it is not read; if an
+            option is out of range; or if an exact plan is too large: the linear programme, for
+            shares that differ or units that cannot be cut into few equal pieces, takes at most
+            2^20 entries.
 
     Warns:
         UserWarning: If the error of a plan is above `tolerance` after `max_iterations`.
@@ -121,18 +123,24 @@ def transport(
         >>> x = jnp.float32(rng.normal(size=(50, 4)))
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
         >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
-        >>> found = transport(net, [a, b], [x])
-        >>> merged = vfjax.merge.interpolate(found.apply(net, [a, b]))
+        >>> maps = transport(net, [a, b], [x])
+        >>> merged = vfjax.merge.interpolate(maps.apply(net, [a, b]))
         >>> bool(jnp.allclose(net.run(merged, x), net.run(a, x), atol=1e-5))
         True
 
+        Or from moments, which serve every option:
+
+        >>> moments = vfjax.stats.moments(net, [a, b], [x], sites="taps", covariance="cross")
+        >>> transport_moments(net, moments).maps[1]["w"][0].tolist()
+        [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
     Source: "Model Fusion via Optimal Transport" (Singh & Jaggi, 2020), section 4. Its code takes
-    neither biases nor norms, maps the output layer too, and compares activations before the
+    neither biases nor norms, also maps the output layer, and compares activations before the
     non-linearity.
     """
     nets = networks(net, len(trees))
-    alike = all(other is nets[0] for other in nets)
-    models = Models(nets, tuple(trees), check_trees(trees) if alike else _flats(nets, trees))
+    one_net = all(other is nets[0] for other in nets)
+    models = Models(nets, tuple(trees), check_trees(trees) if one_net else _flats(nets, trees))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     solver = Solver(regularization, tolerance, max_iterations, nets[0].spec.rigid)
@@ -151,7 +159,7 @@ def transport(
     if data is None:
         raise ValueError('data is None: give batches to measure on, or on="weights"')
     _check_marginals(marginals, ("uniform", "l2", "softmax"))
-    if alike:
+    if one_net:
         moments = moments_at_taps(models, data, "cross")
         pairs = _pairs(nets[0], moments)
     else:
@@ -169,7 +177,7 @@ def transport_moments(
     tolerance: float = 1e-4,
     max_iterations: int = 10_000,
 ) -> Maps:
-    """Transport by activations from moments alone: one pass over data serves all options.
+    """As `transport` by activations, from moments alone: one pass over data serves all options.
 
     Args:
         net: The traced network.
@@ -191,16 +199,7 @@ def transport_moments(
     Warns:
         UserWarning: As `transport`.
 
-    Example:
-        >>> import jax, numpy as np, vfjax
-        >>> rng = np.random.default_rng(0)
-        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
-        >>> x = np.float32(rng.normal(size=(50, 4)))
-        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
-        >>> trees = [tree, net.spec.permute(tree, {"w": [2, 0, 1]})]
-        >>> found = vfjax.stats.moments(net, trees, [x], sites="taps", covariance="cross")
-        >>> transport_moments(net, found).maps[1]["w"][0].tolist()
-        [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    Example: see `transport`.
 
     Source: as `transport`.
     """
@@ -213,7 +212,7 @@ def transport_moments(
 
 
 def _pairs(net: Network, moments: Moments) -> list[dict[str, Pair]]:
-    """For every model but the first, by tap, its moments and the first one's."""
+    """For every model but the first, its moments and those of the first, by tap."""
     sites = [site for of in matched_sites(net) for site in of]
     return [
         {site: pair_of(moments, site, model, 0) for site in sites}
@@ -235,9 +234,9 @@ def _by_activations(
             sites.setdefault(tap.group, []).append(site)
     orders: dict[int, dict[str, np.ndarray]] = {}
     problems: dict[Key, Problem] = {}
-    for model, found in enumerate(pairs, start=1):
+    for model, by_tap in enumerate(pairs, start=1):
         compared = {
-            group: _compared([found[name] for name in names], squared)
+            group: _compared([by_tap[name] for name in names], squared)
             for group, names in sites.items()
         }
         orders[model], parts = problems_of(compared, inside, sizes, marginals)
@@ -258,7 +257,7 @@ def _by_activations(
 
 
 def _compared(pairs: Sequence[Pair], squared: bool) -> Compared:
-    """Units of one group compared, distances and mean squares being means over its taps."""
+    """Compares the units of one group, by means of distances and squares over its taps."""
     cost = np.mean([pair.distances for pair in pairs], axis=0)
     norms = [np.sqrt(np.mean([pair.squares[side] for pair in pairs], axis=0)) for side in (0, 1)]
     return Compared(cost if squared else np.sqrt(cost), (norms[0], norms[1]))
@@ -270,7 +269,7 @@ def _check_marginals(marginals: str, known: Sequence[str]) -> None:
 
 
 def _flats(nets: Sequence[Network], trees: Sequence[PyTree]) -> tuple[Flat, ...]:
-    """Trees taken apart, which fit their networks, and these each other but for their widths."""
+    """Flattens trees, and checks that they fit their networks and differ in widths only."""
     flats: list[Flat] = []
     groups = nets[0].spec.groups
     axes = Counter(axis[:2] for places in groups.values() for axis in places)

@@ -1,10 +1,10 @@
 """Cycle-consistent matching: permutations of K models to one universe, whatever their order.
 
 Aligning all models to one of them makes that one special, and matching them pair by pair need not
-close: from a to b to c and back to a, units end in other places. Here each model has permutations
-to a shared universe, and the pairwise ones follow from these, so that every cycle closes ("C2M3:
-Cycle-Consistent Multi-Model Merging", Crisostomi et al., 2024). Maximised is what all pairs have in
-common, the sum over i < j of the correlation of activations or of the inner product of weights.
+be consistent: from a to b to c and back to a, units may end up elsewhere. Here each model has
+permutations to a shared universe, from which the pairwise ones follow, so that every cycle closes
+("C2M3: Cycle-Consistent Multi-Model Merging", Crisostomi et al., 2024). The objective sums what all
+pairs i < j have in common: correlations of activations, or inner products of weights.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from vfjax.symmetry._group_maps import compose, invert
 __all__ = ["Universe", "match_universe", "match_universe_moments"]
 
 
-# How often the weights of two models with heads are matched from random permutations, too: the
-# search from where they are often ends with wrong heads, and heads are not relaxed.
+# How often the weights of two models with heads are also matched from random permutations: a search
+# from the identity often ends with the wrong heads, and heads are not relaxed.
 _RESTARTS = 3
 
 
@@ -49,16 +49,16 @@ _RESTARTS = 3
 class Universe:
     """Permutations of K models to a shared universe.
 
-    `found.apply(net, trees)` aligns them all; `Maps.of_permutations(found.permutations)` is what
-    `vfjax.merge.partial` takes.
+    `universe.apply(net, trees)` aligns them all; `vfjax.merge.partial` takes
+    `Maps.of_permutations(universe.permutations)`.
 
     Attributes:
         permutations: Per model and group, int32 `[n]`: the axis in the universe's order is
             `take(old, permutation)`. For a group within another of h entries, int32 `[h, n]`.
-        objective: What was maximised, after each step of the ascent; never decreasing.
-        converged: Whether at the end no model could be improved, rather than the limit on steps
-            ending the search.
-        within: That of the network's spec.
+        objective: The maximised quantity after each step of the ascent; never decreasing.
+        converged: Whether the search ended because no model could be improved, rather than at the
+            limit on steps.
+        within: `PermutationSpec.within` of the network.
     """
 
     permutations: tuple[Mapping[str, np.ndarray], ...]
@@ -69,23 +69,23 @@ class Universe:
     def pairwise(self, *, to: int = 0, model: int = 1) -> dict[str, np.ndarray]:
         """Permutations that align one model to another, by way of the universe.
 
-        Those from a to b and from b to c, composed, are those from a to c.
+        The permutations from a to b and from b to c compose to those from a to c.
 
         Args:
             to: Index of the model to align to.
             model: Index of the model to permute.
 
         Returns:
-            int32 `[n]` or `[h, n]` by group; `net.spec.permute(trees[model], these)` is in the
-            order of `trees[to]`.
+            int32 `[n]` or `[h, n]` by group; `net.spec.permute(trees[model], permutations)` is in
+            the order of `trees[to]`.
 
         Raises:
             ValueError: If an index is out of range.
 
         Example:
             >>> p = [{"h": np.array([2, 0, 1])}, {"h": np.array([1, 0, 2])}]
-            >>> found = Universe(tuple(p), (1.0,), True)
-            >>> found.pairwise(to=0, model=1)["h"].tolist()
+            >>> universe = Universe(tuple(p), (1.0,), True)
+            >>> universe.pairwise(to=0, model=1)["h"].tolist()
             [0, 2, 1]
         """
         for name, index in (("to", to), ("model", model)):
@@ -97,7 +97,7 @@ class Universe:
         return compose(self.permutations[model], back, within=self.within)
 
     def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
-        """The models in the universe's order, of which the merge is the mean.
+        """The models in the universe's order; their mean is the merge.
 
         Args:
             net: The traced network, or one per model.
@@ -114,8 +114,9 @@ class Universe:
             >>> tree = {"w": np.float32([[1, 2]]), "v": np.ones((2, 1), np.float32)}
             >>> x = np.ones((1, 1), np.float32)
             >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
-            >>> found = Universe(({"w": np.array([0, 1])}, {"w": np.array([1, 0])}), (0.0,), True)
-            >>> [found_tree["w"].tolist() for found_tree in found.apply(net, [tree, tree])]
+            >>> order, swapped = {"w": np.array([0, 1])}, {"w": np.array([1, 0])}
+            >>> universe = Universe((order, swapped), (0.0,), True)
+            >>> [moved["w"].tolist() for moved in universe.apply(net, [tree, tree])]
             [[[1.0, 2.0]], [[2.0, 1.0]]]
         """
         if len(trees) != len(self.permutations):
@@ -126,7 +127,7 @@ class Universe:
         return [own.spec.permute(tree, p) for own, tree, p in models]
 
     def __repr__(self) -> str:
-        """How many models and groups, and how it ended, in one line."""
+        """Its numbers of models and groups, and how the search ended, in one line."""
         models, groups = len(self.permutations), len(self.permutations[0])
         steps = len(self.objective) - 1
         return (
@@ -146,31 +147,32 @@ def match_universe(
 ) -> Universe:
     """Matches K models at once, so that their order does not matter.
 
-    From the best of several starts (the models as they are, all of them aligned to any one, and
-    spectral synchronisation of all pairs), all permutations ascend together: Frank-Wolfe over
-    doubly stochastic matrices, rounded, and then model after model, always the one that helps most.
-    The same ascent without Frank-Wolfe is tried too; the better one is returned. The objective is
-    therefore at least that of aligning all models to any one of them. Heads of attention and the
-    dims inside each are one step of the ascent, and are not relaxed together.
+    The search starts from the best of several candidates: the models as they are, all of them
+    aligned to any one, and spectral synchronisation of all pairs. From there all permutations
+    ascend together, by Frank-Wolfe over doubly stochastic matrices, rounded, and then one model at
+    a time, always the one that raises the objective most. The same ascent without Frank-Wolfe is
+    tried as well, and the better result is returned. The objective is therefore at least that of
+    aligning all models to any one of them. Heads of attention and the dims inside each form one
+    step of the ascent, and are not relaxed.
 
     Args:
         net: The traced network, or one per tree: networks of one architecture may differ behind
             the taps, as in their numbers of classes.
-        trees: Two or more parameter trees. With data, leaves that no tap depends on, those of heads
-            with classes of their own, may differ in shape.
+        trees: Two or more parameter trees. With data, leaves that no tap depends on, such as those
+            of heads with different classes, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`, to match activations by correlation as
             `match_activations` does; None to match weights as `match_weights` does.
-        key: Random key for matching weights, as there; not used with data.
-        max_steps: The most steps of Frank-Wolfe, and of the ascent. At 0 the best start is
-            returned.
+        key: Random key for matching weights, as in `match_weights`; not used with data.
+        max_steps: The largest number of steps of Frank-Wolfe, and of the ascent. At 0 the best
+            start is returned.
 
     Returns:
-        The permutations. Reordering the trees reorders them and changes nothing else, exactly: sums
-        over models are taken in an order that the models' numbers decide.
+        The permutations. Reordering the trees reorders them and changes nothing else, not even by
+        rounding: sums over models are taken in an order that the models' values determine.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
-            is no random key, or data has another dtype.
+            is not a random key, or data has another dtype.
         ValueError: If there are fewer than two trees, they differ (with data, before a
             tap) or hold NaN or infinity, data is empty or exhausted, `max_steps` is negative, or
             neither data nor a key is given.
@@ -183,9 +185,15 @@ def match_universe(
         >>> x = jnp.float32(rng.normal(size=(50, 4)))
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
         >>> trees = [a, *(net.spec.permute(a, {"w": np.array(p)}) for p in ([2, 0, 1], [1, 0, 2]))]
-        >>> found = match_universe(net, trees, [x])
-        >>> [found.pairwise(to=0, model=k)["w"].tolist() for k in (1, 2)]
+        >>> universe = match_universe(net, trees, [x])
+        >>> [universe.pairwise(to=0, model=k)["w"].tolist() for k in (1, 2)]
         [[1, 2, 0], [1, 0, 2]]
+
+        Or from moments; here the models are equal, and match where they are:
+
+        >>> moments = vfjax.stats.moments(net, [a] * 3, [x], sites="taps", covariance="cross")
+        >>> match_universe_moments(net, moments)
+        Universe(3 models, 1 group, objective 9 after 0 steps, converged)
 
     Source: "C2M3: Cycle-Consistent Multi-Model Merging" (Crisostomi et al., 2024), section 3, which
     starts Frank-Wolfe at the identity and matches weights.
@@ -194,7 +202,7 @@ def match_universe(
     _check_steps(max_steps)
     if data is None and key is None:
         raise ValueError(
-            "`data` is None, so that weights are matched, which needs a random `key`, as "
+            "`data` is None, so weights are matched, which needs a random `key`, such as "
             "jax.random.key(0); or give batches to match activations on"
         )
     order = _canonical([leaves.values() for leaves in models.leaves])
@@ -202,19 +210,19 @@ def match_universe(
     if data is None:
         assert key is not None
         check_alike(models.leaves, finite=False)
-        found = _of_weights(chosen, key, max_steps)
+        universe = _of_weights(chosen, key, max_steps)
     elif not chosen.net.taps:
-        found = _in_place(chosen.net, len(chosen))
+        universe = _in_place(chosen.net, len(chosen))
     else:
         moments = moments_at_taps(chosen, data, "cross")
-        found = match_universe_moments(chosen.net, moments, max_steps=max_steps)
-    return _reordered(found, order)
+        universe = match_universe_moments(chosen.net, moments, max_steps=max_steps)
+    return _reordered(universe, order)
 
 
 def match_universe_moments(
     net: Network | Sequence[Network], moments: Moments, *, max_steps: int = 100
 ) -> Universe:
-    """The same for activations, from moments alone.
+    """As `match_universe` by activations, from moments alone.
 
     Args:
         net: The traced network, or one per model.
@@ -222,25 +230,17 @@ def match_universe_moments(
         max_steps: As in `match_universe`.
 
     Returns:
-        As `match_universe`. Groups without a tap keep their order in all models. Moments measured
-        with the models in another order may differ by rounding, and only so can what is found.
+        As `match_universe`. Groups without a tap keep their order in all models. If moments are
+        measured with the models in another order, the result may differ, but only by rounding.
 
     Raises:
         TypeError: If `net` is not a traced network.
         ValueError: If `moments` lacks covariances at a tap or is of one model, or `max_steps` is
             negative.
 
-    Example:
-        >>> import jax, numpy as np, vfjax
-        >>> rng = np.random.default_rng(0)
-        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
-        >>> x = np.float32(rng.normal(size=(50, 4)))
-        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
-        >>> found = vfjax.stats.moments(net, [tree] * 3, [x], sites="taps", covariance="cross")
-        >>> match_universe_moments(net, found)
-        Universe(3 models, 1 group, objective 9 after 0 steps, converged)
+    Example: see `match_universe`.
 
-    Source: as `match_universe`, of correlations in place of weights.
+    Source: as `match_universe`, with correlations in place of weights.
     """
     net = network_of(net, moments)
     _check_steps(max_steps)
@@ -249,7 +249,7 @@ def match_universe_moments(
         raise ValueError(f"moments must be of two models or more, got {models}")
     parts = [*moments.mean.values(), *moments.var.values()]
     order = _canonical([[part[k] for part in parts] for k in range(models)])
-    found = [dict(p) for p in _in_place(net, models).permutations]
+    by_model = [dict(p) for p in _in_place(net, models).permutations]
     ends = [
         _of_correlations(group, blocks[np.ix_(order, order)], max_steps)
         for group, blocks in _correlations(net, moments).items()
@@ -260,15 +260,15 @@ def match_universe_moments(
     for end in ends:
         for group, permutations in end.permutations.items():
             for model, permutation in zip(order, permutations, strict=True):
-                found[model][group] = permutation
+                by_model[model][group] = permutation
     if not ends:  # no group shows at a tap
         return _in_place(net, models)
-    # Groups are problems of their own: what one has reached stays while others go on.
+    # Groups are separate problems: the objective of one that has ended stays while others go on.
     steps = max(len(end.history) for end in ends)
     history = sum(np.pad(e.history, (0, steps - len(e.history)), mode="edge") for e in ends)
     converged = all(end.converged for end in ends)
     history = tuple(np.asarray(history).tolist())
-    return Universe(tuple(found), history, converged, net.spec.within)
+    return Universe(tuple(by_model), history, converged, net.spec.within)
 
 
 def _of_correlations(group: str, blocks: np.ndarray, max_steps: int) -> _cycles.Found:
@@ -287,10 +287,10 @@ def _of_correlations(group: str, blocks: np.ndarray, max_steps: int) -> _cycles.
 
 
 def _of_nested(owner: str, inner: Mapping[str, np.ndarray], max_steps: int) -> _cycles.Found:
-    """The permutations of an owner and of what is inside, from `[K, K, h, h, n, n]` by group.
+    """The permutations of an owner and of the groups inside, from `[K, K, h, h, n, n]` by group.
 
-    One start has the owners' universe, by what the best assignments inside are worth, and then that
-    of what is inside each of its entries.
+    One start is a universe of the owners, matched by the value of the best assignments inside, and
+    then a universe of the units inside each of its entries.
     """
     models, _, h = next(iter(inner.values())).shape[:3]
     value, stars = np.zeros((models, models, h, h)), []
@@ -299,7 +299,7 @@ def _of_nested(owner: str, inner: Mapping[str, np.ndarray], max_steps: int) -> _
         for k in range(models):
             gains = {group: blocks[to, k] for group, blocks in inner.items()}
             value[to, k] = sum(assign_pairs(gain)[1] for gain in gains.values())
-            # The correlations of a model with itself are none: it stays in place.
+            # The blocks of a model with itself are zero, and ties stay in place.
             outer, inside = assign_in_place(np.zeros((h, h)), gains)
             row.append({owner: outer, **inside})
         stars.append({name: np.stack([of[name] for of in row]) for name in row[0]})
@@ -329,7 +329,7 @@ def _of_weights(given: Models, key: Array, max_steps: int) -> Universe:
     sizes, restarts = spec.check_leaves(given.leaves[0], ()), _RESTARTS if spec.within else 0
 
     def match(a: Any, b: Any) -> Mapping[str, np.ndarray]:
-        # Every pair draws what `match_weights` would draw of the key.
+        # A generator per pair, so that each draws what `match_weights` would draw from the key.
         random = _generator(key)
         return best_match(spec, sizes, a, b, counted, random, restarts).permutations
 
@@ -341,9 +341,9 @@ def _of_weights(given: Models, key: Array, max_steps: int) -> Universe:
     nested, agreed = {*spec.within, *spec.within.values()}, {}
     for group in (group for group in still if group not in nested):
         # Entry [a, b] takes units of b to places of a.
-        found = np.stack([[np.eye(len(p[group]))[p[group]] for p in row] for row in pairs])
-        agreed[group] = _cycles.synchronised((found + found.transpose(1, 0, 3, 2)) / 2)
-    # No eigenvectors are rounded to heads and their dims together: these are those of a star.
+        relative = np.stack([[np.eye(len(p[group]))[p[group]] for p in row] for row in pairs])
+        agreed[group] = _cycles.synchronised((relative + relative.transpose(1, 0, 3, 2)) / 2)
+    # Eigenvectors cannot be rounded to heads and their dims together; those come from a star.
     spectral = [
         {g: agreed[g][k] if g in agreed else stars[k][g] for g in still} for k in range(models)
     ]
@@ -358,11 +358,11 @@ def _correlations(net: Network, moments: Moments) -> dict[str, np.ndarray]:
     sites, total = matched_sites(net)[0], {}
     for i, j in itertools.combinations(range(moments.models), 2):
         for site, tap in sites.items():
-            found = correlation_between(moments, site, i, j)
-            shape = moments.models, moments.models, *found.shape
+            block = correlation_between(moments, site, i, j)
+            shape = moments.models, moments.models, *block.shape
             whole = total.setdefault(tap.group, np.zeros(shape))
-            whole[i, j] += found
-            whole[j, i] += found.T
+            whole[i, j] += block
+            whole[j, i] += block.T
     return total
 
 
@@ -371,18 +371,18 @@ def _inside(net: Network, moments: Moments) -> dict[str, dict[str, np.ndarray]]:
     total: dict[str, dict[str, np.ndarray]] = {}
     for i, j in itertools.combinations(range(moments.models), 2):
         for owner, inner in joint_gains(net, moments, i, j).items():
-            for group, found in inner.items():
-                shape = moments.models, moments.models, *found.shape
+            for group, block in inner.items():
+                shape = moments.models, moments.models, *block.shape
                 whole = total.setdefault(owner, {}).setdefault(group, np.zeros(shape))
-                whole[i, j] = found
-                whole[j, i] = found.transpose(1, 0, 3, 2)
+                whole[i, j] = block
+                whole[j, i] = block.transpose(1, 0, 3, 2)
     return total
 
 
 def _canonical(parts: Sequence[Iterable[Any]]) -> list[int]:
-    """Indices of models in an order that their numbers decide.
+    """Indices of models in an order that depends on their values alone, by a hash of them.
 
-    The search treats all models alike, but sums of floats depend on the order of what is summed.
+    The search treats all models in the same way, but sums of floats depend on the order of terms.
     """
     digests = []
     for model in parts:
@@ -393,10 +393,10 @@ def _canonical(parts: Sequence[Iterable[Any]]) -> list[int]:
     return sorted(range(len(digests)), key=digests.__getitem__)
 
 
-def _reordered(found: Universe, order: Sequence[int]) -> Universe:
-    """What was found for models in some order, for them in their own."""
-    permutations = [found.permutations[index] for index in np.argsort(order)]
-    return dataclasses.replace(found, permutations=tuple(permutations))
+def _reordered(universe: Universe, order: Sequence[int]) -> Universe:
+    """Puts permutations of models that were matched in another order back into their own order."""
+    permutations = [universe.permutations[index] for index in np.argsort(order)]
+    return dataclasses.replace(universe, permutations=tuple(permutations))
 
 
 def _in_place(net: Network, models: int) -> Universe:

@@ -4,11 +4,11 @@ Coordinate ascent of "Git Re-Basin: Merging Models modulo Permutation Symmetries
 & Srinivasa, 2023, algorithm 1). With the permutations of all groups but one held fixed, the best
 permutation of that group is a linear assignment: every leaf that the group touches adds its inner
 products, unit by unit, to the gain matrix. Sweeps over the groups in random order end when none of
-them can be improved. Heads of attention and the dims inside each are one block: the best assignment
-of dims for each pair of heads tells what the pair is worth to the assignment of heads.
+them can be improved. Heads of attention and the dims inside each form one block: the best
+assignment of dims gives the value of each pair of heads in the assignment of heads.
 
-Everything here runs on the host: the matrices are products of unfolded leaves, for which NumPy's
-BLAS needs neither compilation nor, with the views chosen below, copies.
+Everything runs on the host, in `_ascent`: the gain matrices are products of unfolded leaves, for
+which NumPy's BLAS needs no compilation and, with the views chosen there, no copies.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ def match_weights(
     Maximising `sum over leaves <a, permuted b>` minimises the distance of the weights. The search
     is a coordinate ascent, so it finds a local optimum: one in which no single group can be
     improved. A leaf with the same group on two axes (a recurrent or linear residual kernel) makes
-    the problem of that group quadratic; its assignment is then linearised at the current
-    permutation, and taken only if the true objective rises.
+    the problem of that group quadratic; the assignment is then linearised at the current
+    permutation, and accepted only if the true objective rises.
 
     Args:
         net: The traced network, or a `PermutationSpec` written by hand.
         a: Parameter tree to align to.
         b: Parameter tree to permute.
-        key: Random key; decides the order of the groups in every sweep, and restarts.
-        restarts: How many more searches to make, each from permutations drawn at random; the best
-            of all is returned, so more are never worse.
-        max_sweeps: The most sweeps per search.
-        tol: An assignment must improve the objective by more than this times the product of the
-            norms of the leaves that it touches; what is less is rounding.
-        norm_statistics: Whether stored means and variances of norms count. They are not
-            weights, and their products would swamp those of the weights. For a network only.
-        ignore: Paths of further leaves that do not count. All leaves are permuted, whether
-            they count or not.
+        key: Random key; decides the order of the groups in every sweep, and the restarts.
+        restarts: Number of further searches, each from permutations drawn at random. The best of
+            all is returned, so restarts never make the result worse.
+        max_sweeps: The largest number of sweeps per search.
+        tol: An assignment must raise the objective by more than this times the product of the norms
+            of the leaves that it touches; smaller rises are rounding errors.
+        norm_statistics: Whether stored means and variances of norms count. They are not weights,
+            and their products would swamp those of the weights. Without effect for a spec.
+        ignore: Paths of further leaves that do not count. All leaves are permuted, whether they
+            count or not.
 
     Returns:
         The alignment; its objective is the inner product over the leaves that count.
 
     Raises:
-        TypeError: If `net` is neither of them, `key` not a random key, `ignore` a string, or a leaf
-            no array.
-        ValueError: If the trees differ in structure, shape or dtype, or do not fit the spec, hold
-            NaN or infinity, or an option is out of range.
+        TypeError: If `net` is neither a network nor a spec, `key` is not a random key, `ignore` is
+            a string, or a leaf is not an array.
+        ValueError: If the trees differ in structure, shape or dtype, do not fit the spec, or hold
+            NaN or infinity, or if an option is out of range.
 
     Example:
         >>> import jax, numpy as np
@@ -78,8 +78,8 @@ def match_weights(
         >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
         >>> a = {"w": np.eye(3), "v": np.arange(6.0).reshape(3, 2)}
         >>> b = spec.permute(a, {"h": [2, 0, 1]})
-        >>> found = match_weights(spec, a, b, key=jax.random.key(0))
-        >>> found.permutations["h"].tolist(), found.converged
+        >>> alignment = match_weights(spec, a, b, key=jax.random.key(0))
+        >>> alignment.permutations["h"].tolist(), alignment.converged
         ([1, 2, 0], True)
     """
     spec, ignored = _spec(net, norm_statistics, ignore)
@@ -111,15 +111,15 @@ def best_match(
     max_sweeps: int = 100,
     tol: float = 1e-12,
 ) -> Alignment:
-    """The best of several searches, of leaves that have been checked; see `match_weights`.
+    """The best of several searches, on leaves that have been checked; see `match_weights`.
 
     Args:
         spec: The groups.
         sizes: Their sizes.
-        left: Leaves that count of the model to align to, on the host.
-        right: Those of the model to permute.
-        counted: Which leaves count, by path, as `_counted` gives them.
-        random: A generator, which decides the order of groups and where further searches start.
+        left: The leaves that count of the model to align to, on the host.
+        right: The leaves that count of the model to permute, on the host.
+        counted: Which leaves count, by path, as `_counted` returns them.
+        random: Generator that decides the order of groups and where further searches start.
         restarts: As in `match_weights`.
         max_sweeps: As in `match_weights`.
         tol: As in `match_weights`.
@@ -127,9 +127,9 @@ def best_match(
     best: Alignment | None = None
     for attempt in range(restarts + 1):
         start = {group: _start(spec, sizes, group, random, attempt) for group in sizes}
-        found = _search(spec, left, right, counted, start, random, max_sweeps, tol)
-        if best is None or found.objective[-1] > best.objective[-1]:
-            best = found
+        alignment = _search(spec, left, right, counted, start, random, max_sweeps, tol)
+        if best is None or alignment.objective[-1] > best.objective[-1]:
+            best = alignment
     assert best is not None  # range(restarts + 1) is not empty
     return best
 
@@ -137,7 +137,7 @@ def best_match(
 def _spec(
     net: Network | PermutationSpec, norm_statistics: bool, ignore: Collection[str]
 ) -> tuple[PermutationSpec, frozenset[str]]:
-    """The spec, and the leaves that do not count."""
+    """The spec, and the paths of leaves that do not count."""
     if isinstance(ignore, str):
         raise TypeError(f'`ignore` must be a collection of leaf paths, got a string: ["{ignore}"]?')
     ignored = frozenset(ignore)

@@ -1,12 +1,12 @@
 """ZipIt!: merging features that correlate, within a model as well as between models.
 
-For every group of tied axes the features of K models are merged, pair by pair, to as many as one
-model has ("ZipIt! Merging Models from Different Tasks without Training", Stoica et al., 2024). What
-comes out is a merge matrix M and an unmerge matrix U for each model: the mean of the mapped models
-is the zip.
+For every group of tied axes the features of K models are merged, pair by pair, until there are as
+many as one model has ("ZipIt! Merging Models from Different Tasks without Training", Stoica et al.,
+2024). The result is a merge matrix M and an unmerge matrix U for each model; the mean of the mapped
+models is the zip.
 
 Heads of attention are paired one to one with those of the first model, by how well their dims pair
-up, and then the dims of each head are merged by themselves.
+up; then the dims of each head are merged separately.
 """
 
 from __future__ import annotations
@@ -58,49 +58,51 @@ def zip_features(
     beta: float = 0.125,
     key: Array | None = None,
 ) -> Maps:
-    """Matches the features of K models by correlation, within models too, as ZipIt! does.
+    """Matches the features of K models by correlation, even within a model, as ZipIt! does.
 
     Matchers:
 
-    * `"greedy"`, ZipIt!'s: pairs are merged from the most correlated on until a group has its size
-      again. A merged feature goes back among the others; it has with any other the least of its
-      parts' correlations, times `alpha`, and counts for the model of its first part.
-    * `"optimal"`, for two models: the pairs, within or between models without a budget, of the
-      largest sum of correlations. Needs networkx (extra `matching`); some seconds for hundreds of
-      features, where the plain algorithm takes minutes.
+    * `"greedy"`, as in ZipIt!: merges the most correlated pair, again and again, until the group
+      has its original size. A merged feature goes back among the others; its correlation with any
+      other is the least of its parts' correlations, times `alpha`, and it counts for the model of
+      its first part.
+    * `"optimal"`, for two models: the pairs with the largest sum of correlations, within or between
+      models, without a budget. Needs networkx (extra `matching`); takes some seconds for hundreds
+      of features, where the plain algorithm takes minutes.
     * `"kmeans"`: clusters of standardised features, of any size.
-    * `"permute"`: the features of each model are paired with those of model 0 by an assignment, as
-      `match_activations` does for two.
-    * `"identity"`: features in the same place are paired, those of heads in the same place too.
+    * `"permute"`: pairs the features of each model with those of model 0 by an assignment, as
+      `match_activations` does for two models.
+    * `"identity"`: pairs features in the same place, heads included.
 
-    Two groups that are contracted with each other, as the dimensions of a head's queries and keys,
-    both take M, and their products come to hold `M^T M`: where features are merged, not only
-    permuted, an approximation.
+    Two groups that are contracted with each other, such as the dimensions of a head's queries and
+    keys, both take M, so their products hold `M^T M`: an approximation where features are merged
+    rather than permuted.
 
     Args:
         net: The traced network, or one per tree: networks of one architecture may differ behind
             the taps, as in their numbers of classes.
-        trees: Two or more parameter trees. Leaves that no tap depends on, those of heads with
-            classes of their own, may differ in shape.
+        trees: Two or more parameter trees. Leaves that no tap depends on, such as those of
+            heads with different classes, may differ in shape.
         data: Re-iterable of `x` or `(x, label)`.
         matcher: One of the above.
-        alpha: Of the greedy matcher: discount of merged features, in [0, 1]; at 0 nothing is merged
-            twice, which does for two models only. A negative correlation is not discounted, which
-            would make it larger.
-        beta: Of the greedy matcher: share of the merges that may be within a model, in [0, 1],
-            equally many for each; at 0 each merge is of two that count for different models. With
-            `alpha` > 0 a chain of merges can join two features of one model even then, since a
-            merged feature counts for its first part's model only.
-        key: Random key of k-means.
+        alpha: For the greedy matcher: discount of merged features, in [0, 1]. At 0 no feature is
+            merged twice, which is enough for two models only. Negative correlations are not
+            discounted, since that would make them larger.
+        beta: For the greedy matcher: share of the merges that may be within a model, in [0, 1],
+            divided equally among the models. At 0 each merge is of two features that count for
+            different models; with `alpha` > 0 a chain of merges can join two features of one model
+            even then, since a merged feature counts for its first part's model only.
+        key: Random key for k-means.
 
     Returns:
-        The maps. Groups without a tap are averaged as they are, and those that can only be permuted
-        (`net.spec.rigid`, as the width of a tied kernel) are. The variances that a BatchNorm stores
-        are unknown for merged features: measure them anew with `vfjax.renorm.reset`.
+        The maps. Groups without a tap are averaged without matching, and groups that can only be
+        permuted (`net.spec.rigid`, such as the width of a tied kernel) are permuted. The variances
+        that a BatchNorm stores are unknown for merged features: measure them again with
+        `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
-            is no random key, or data has another dtype.
+            is not a random key, or data has another dtype.
         ValueError: If there are fewer than two trees, they differ before a tap or hold NaN or
             infinity, data is empty or exhausted, `matcher` is unknown, does not fit the number of
             models or lacks its key, or `alpha` or `beta` is out of range.
@@ -114,10 +116,19 @@ def zip_features(
         >>> x = jnp.float32(rng.normal(size=(50, 4)))
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], a, x)
         >>> b = net.spec.permute(a, {"w": np.array([2, 0, 1])})
-        >>> found = zip_features(net, [a, b], [x])
-        >>> merged = vfjax.merge.interpolate(found.apply(net, [a, b]))
+        >>> maps = zip_features(net, [a, b], [x])
+        >>> merged = vfjax.merge.interpolate(maps.apply(net, [a, b]))
         >>> bool(jnp.allclose(net.run(merged, x), net.run(a, x), atol=1e-5))
         True
+
+        Or from moments, which serve every matcher; b has all three features of a:
+
+        >>> moments = vfjax.stats.moments(net, [a, b], [x], sites="taps", covariance=True)
+        >>> maps = zip_moments(net, moments, matcher="permute")
+        >>> maps.maps[1]["w"][0].tolist()
+        [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+        >>> round(merged_correlation(net, moments, maps)["w"], 4)
+        3.0
 
     Source: "ZipIt! Merging Models from Different Tasks without Training", section 4. The reference
     code lets one merge within each model pass at beta 0, and discounts negative correlations.
@@ -139,7 +150,7 @@ def zip_moments(
     beta: float = 0.125,
     key: Array | None = None,
 ) -> Maps:
-    """The same from moments alone: one pass over data serves all matchers, `alpha` and `beta`.
+    """As `zip_features`, from moments alone: one pass over the data serves all matchers.
 
     Args:
         net: The traced network, or one per model.
@@ -153,21 +164,13 @@ def zip_moments(
         As `zip_features`.
 
     Raises:
-        TypeError: If `net` is not a traced network, or `key` not a random key.
+        TypeError: If `net` is not a traced network, or `key` is not a random key.
         ValueError: If `moments` lacks covariances at a tap or is of one model, `matcher` is
             unknown, does not fit the number of models or lacks its key, or `alpha` or `beta` is out
             of range.
         ModuleNotFoundError: If `matcher` is "optimal" and networkx is not installed.
 
-    Example:
-        >>> import jax, numpy as np, vfjax
-        >>> rng = np.random.default_rng(0)
-        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
-        >>> x = np.float32(rng.normal(size=(50, 4)))
-        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
-        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
-        >>> zip_moments(net, found).maps[1]["w"][0].tolist()
-        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    Example: see `zip_features`.
 
     Source: as `zip_features`.
     """
@@ -180,7 +183,7 @@ def zip_moments(
     if matcher == "identity":
         orders = [{owner: np.sort(order) for owner, order in of.items()} for of in orders]
     heads = {owner: np.concatenate([of[owner].argsort() for of in orders]) for owner in orders[0]}
-    found = {}
+    labels_of = {}
     for index, (part, similarity) in enumerate(correlations(net, moments, orders).items()):
         n = net.spec.sizes[part.group]
         place = np.tile(np.eye(n), (models, models))
@@ -198,42 +201,35 @@ def zip_moments(
             labels = (permute_groups if matcher == "permute" else identity_groups)(
                 similarity, models
             )
-        found[part] = _in_order(labels)
-    return with_spreads(Maps.of_labels({**heads, **gather(found)}, models), net, moments)
+        labels_of[part] = _in_order(labels)
+    return with_spreads(Maps.of_labels({**heads, **gather(labels_of)}, models), net, moments)
 
 
 def merged_correlation(
     net: Network | Sequence[Network], moments: Moments, maps: Maps
 ) -> dict[str, float]:
-    """What matchers compete for: how much the features correlate that were merged, by group.
+    """The score that matchers maximise: how much merged features correlate, by group.
 
     Args:
         net: The traced network, or one per model.
         moments: `stats.moments(net, trees, data, sites="taps", covariance=True)`.
-        maps: Maps by which each feature goes to one merged feature, as those of `zip_moments`.
+        maps: Maps that take each feature to one merged feature, such as those of `zip_moments`.
 
     Returns:
-        By group with a tap, the sum over merged features of the mean over their parts of the
-        correlations of a part with the other parts: for a pair, its correlation. K-means maximises
-        it over all groups of features, "optimal" over pairs. Heads count by their dims.
+        For each group with a tap, a sum over merged features. Each adds the sum of the correlations
+        of its parts with one another, over all ordered pairs, divided by the number of parts: for a
+        pair, its correlation. K-means maximises this over all groupings of features, "optimal" over
+        pairs. Heads count by their dims.
 
     Raises:
         TypeError: If `net` is not a traced network.
         ValueError: If `moments` lacks covariances at a tap, or a map splits features or mixes
             heads.
 
-    Example:
-        >>> import jax, numpy as np, vfjax
-        >>> rng = np.random.default_rng(0)
-        >>> tree = {"w": np.float32(rng.normal(size=(4, 3))), "v": np.ones((3, 2), np.float32)}
-        >>> x = np.float32(rng.normal(size=(50, 4)))
-        >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], tree, x)
-        >>> found = vfjax.stats.moments(net, [tree, tree], [x], sites="taps", covariance=True)
-        >>> round(merged_correlation(net, found, zip_moments(net, found))["w"], 4)
-        3.0
+    Example: see `zip_features`.
 
-    Source: none; it is the objective of the k-means to which the paper of `zip_features` compares
-    its matcher, less what a feature has in common with itself.
+    Source: none. It is the objective of the k-means with which the paper of `zip_features` compares
+    its matcher, without the correlation of each feature with itself.
     """
     net = network_of(net, moments)
     total: dict[str, float] = {}
@@ -263,7 +259,7 @@ def merged_correlation(
 def correlations(
     net: Network, moments: Moments, orders: Orders | None = None
 ) -> dict[Part, np.ndarray]:
-    """By part, the correlations `[K n, K n]` of all models' features, the mean over its taps.
+    """Correlations `[K n, K n]` of all models' features by part, averaged over its taps.
 
     Args:
         net: The traced network.
@@ -276,7 +272,7 @@ def correlations(
         models, n = std.shape
         whole = block.transpose(0, 2, 1, 3).reshape(models * n, models * n)
         taps.setdefault(part, []).append(correlation(whole, std.reshape(-1), std.reshape(-1)))
-    return {part: np.mean(found, axis=0) for part, found in taps.items()}
+    return {part: np.mean(each, axis=0) for part, each in taps.items()}
 
 
 def _in_order(labels: np.ndarray) -> np.ndarray:
