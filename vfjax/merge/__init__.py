@@ -1,13 +1,13 @@
 """Apart, one, apart again: averages, soups, ensembles and Preserve-First Merging.
 
-Models are a sequence of trees of one structure, aligned already (`vfjax.align`).
+Models are given as a sequence of trees of one structure that are already aligned (`vfjax.align`).
 
-- `interpolate` averages whole trees; `uniform_soup` and `greedy_soup` do so for many.
+- `interpolate` averages whole trees; `uniform_soup` and `greedy_soup` average many.
 - `preserve_first(net, trees, layers=l)` keeps the first l layers of each model apart (its *stem*)
   and averages the rest (the *trunk*): l = 0 is the merged model, l = L the logit ensemble.
-- `partial(net, trees, maps, span=slice(i, j))` merges any range of layers and leaves each model
-  its own *head*: `slice(l, None)` is Preserve-First Merging, `slice(None, l)` ZipIt!'s partial zip.
-  Heads may have different numbers of classes, and maps may mix units.
+- `partial(net, trees, maps, span=slice(i, j))` merges any range of layers; the layers after it stay
+  apart as each model's *head*. `slice(l, None)` is Preserve-First Merging, `slice(None, l)` the
+  partial zip of ZipIt!. Heads may have different numbers of classes, and maps may mix units.
 
     >>> import jax, numpy as np, vfjax
     >>> def forward(v, x):
@@ -18,8 +18,8 @@ Models are a sequence of trees of one structure, aligned already (`vfjax.align`)
     >>> [float(preserve_first(net, [a, b], layers=l)(x)[0, 0]) for l in (0, 2)]
     [0.0, 6.0]
 
-What they return, `Merged`, is a pytree: call it, jit it, differentiate it, save it by
-`vfjax.checkpoint`, hand it to `vfjax.renorm`. Sources are named in `partial` and `preserve_first`.
+`preserve_first` and `partial` return a `Merged`, which is a pytree: call it, jit it, differentiate
+it, save it with `vfjax.checkpoint`, pass it to `vfjax.renorm`. Their docstrings name the sources.
 """
 
 from __future__ import annotations

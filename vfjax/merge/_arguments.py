@@ -1,6 +1,7 @@
-"""What functions take as a merged model and the weights of its references, checked once.
+"""Arguments of functions that take a merged model, checked once.
 
-What is public turns a tree or a `Merged` into `Unpacked` first; what it calls takes that alone.
+Public functions first turn a tree or a `Merged` into an `Unpacked`; the functions that they call
+take only that.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
     Args:
         net: The traced network.
         tree: A tree of the network's variables.
-        weights: The weights with which it was averaged; None for a model by itself.
+        weights: The weights with which it was averaged; None for a single model.
 
     Returns:
         A model that computes what the tree does.
 
     Raises:
-        TypeError: If `net` is not a traced network, a leaf not an array, or `weights` not a
+        TypeError: If `net` is not a traced network, a leaf is not an array, or `weights` is not a
             sequence.
         ValueError: If the tree does not fit the network, or weights do not sum to one.
 
@@ -57,7 +58,7 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
 
 
 def each_unpacked(models: Models) -> tuple[Unpacked, ...]:
-    """Trees that have been checked, as merged models."""
+    """Wraps trees that have been checked as merged models."""
     return tuple(map(Unpacked.of_tree, models.nets, models.trees, models.flats))
 
 
@@ -65,19 +66,19 @@ def merged_of(net: Network | Sequence[Network], merged: PyTree | Merged) -> Unpa
     """Checks a `merged` argument: a finite tree of the network's variables, or a `Merged` of it.
 
     Args:
-        net: What the caller gave as the network, or those of a `Merged`.
+        net: The network that the caller gave, or the networks of a `Merged`.
         merged: A tree, which may lack stored variances, or a `Merged`.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: If `net` is not a traced network, or a leaf not an array.
-        ValueError: If it does not fit the network, or a tree holds NaN or infinite values.
+        TypeError: If `net` is not a traced network, or a leaf is not an array.
+        ValueError: If `merged` does not fit the network, or is a tree with NaN or infinite values.
     """
     if not isinstance(merged, Merged):
-        found = model_of(net, merged, "merged", variances=False)  # type: ignore[arg-type]
-        return each_unpacked(found)[0]
+        models = model_of(net, merged, "merged", variances=False)  # type: ignore[arg-type]
+        return each_unpacked(models)[0]
     if isinstance(net, (list, tuple)):
         _check_nets(networks(net, len(merged.weights)), merged)
     else:
@@ -89,22 +90,22 @@ def merged_of(net: Network | Sequence[Network], merged: PyTree | Merged) -> Unpa
 def networks_of(
     net: Network | Sequence[Network], given: Any, name: str
 ) -> tuple[tuple[Network, ...], tuple[Unpacked, ...]]:
-    """One network or several that can be evaluated, checked: trees of variables, or `Merged`s.
+    """Checks one or several networks that can be evaluated: trees of variables, or `Merged`s.
 
     Args:
-        net: What the caller gave as the network, or those of a `Merged`, of which the first is that
-            of trees.
-        given: A tree, a `Merged`, or a sequence of such. What has the structure of the traced
-            variables is one tree, even if that is a list.
-        name: The caller's name for it.
+        net: The network that the caller gave, or the networks of a `Merged`; trees belong to the
+            first of these.
+        given: A tree, a `Merged`, or a sequence of these. Anything with the structure of the traced
+            variables is one tree, even if it is a list.
+        name: The caller's name for `given`.
 
     Returns:
         The traced networks, and the models.
 
     Raises:
-        TypeError: If `net` is not a traced network, or a leaf not an array.
-        ValueError: If a tree does not fit the network or holds NaN or infinite values, or there is
-            none.
+        TypeError: If `net` is not a traced network, or a leaf is not an array.
+        ValueError: If a tree does not fit the network or holds NaN or infinite values, or there are
+            no trees.
     """
     nets = networks(net, len(net) if isinstance(net, (list, tuple)) else 1)
     return nets, evaluable(nets, given, name, several=not isinstance(net, Network))
@@ -113,7 +114,7 @@ def networks_of(
 def evaluable(
     nets: Sequence[Network], given: Any, name: str, *, several: bool
 ) -> tuple[Unpacked, ...]:
-    """The same for networks that have been checked.
+    """As `networks_of`, for networks that have been checked.
 
     Args:
         nets: The networks.
@@ -121,21 +122,21 @@ def evaluable(
         name: As in `networks_of`.
         several: Whether the caller gave a sequence of networks.
     """
-    found = []
+    models = []
     for label, network in listed(nets[0], given, name):
         if not isinstance(network, Merged):
-            found += each_unpacked(fitting(nets[0], network, label))
+            models += each_unpacked(fitting(nets[0], network, label))
             continue
         if several:
             check_count(nets, len(network.weights))
         _check_nets(tuple(nets) if several else nets[0], network)
-        found.append(Unpacked(network))
-        found[-1].check(label)
-    return tuple(found)
+        models.append(Unpacked(network))
+        models[-1].check(label)
+    return tuple(models)
 
 
 def listed(net: Network, given: Any, name: str) -> list[tuple[str, Any]]:
-    """What is one network or a sequence of such, one by one, and what to call each."""
+    """One network, or the networks of a sequence one by one, each after its name in messages."""
     one = isinstance(given, Merged) or jax.tree.structure(given) == net._treedef
     if one or not isinstance(given, (list, tuple)):
         return [(name, given)]
@@ -158,8 +159,8 @@ def _check_nets(net: Network | tuple[Network, ...], merged: Merged) -> None:
 def weights_for(merged: Unpacked, weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     """Weights of `count` references of a merged model.
 
-    None stands for the weights that a `Merged` of as many models was made with, since goals mixed
-    in other proportions are never meant, and for equal ones otherwise.
+    None stands for the weights of a `Merged` of as many models, since its references are never
+    meant to be mixed in other proportions, and for equal weights otherwise.
     """
     own = merged.model.weights
     if weights is None and len(own) == count:

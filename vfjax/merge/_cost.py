@@ -1,4 +1,4 @@
-"""What a merged model costs: parameters and operations of its stems, trunk, heads and matrices."""
+"""The cost of a merged model: parameters and operations of stems, trunk, heads and matrices."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def flops_of(model: Merged) -> int:
 
 
 def _selects(matrix: Any) -> bool:
-    """Whether a matrix only selects: each row is zero but for a one."""
+    """Whether a matrix only selects units: each row holds a single one, and zeros."""
     if isinstance(matrix, (Tracer, jax.ShapeDtypeStruct)):
         return False
     matrix = np.asarray(matrix)
@@ -52,5 +52,5 @@ def _selects(matrix: Any) -> bool:
 
 
 def _widths(maps: Mapping[str, Any]) -> dict[str, int]:
-    """How many entries the matrices make of their groups; those that select cost nothing."""
+    """The number of entries to which matrices map their groups; selecting ones cost nothing."""
     return {group: len(m) for group, m in maps.items() if not _selects(m)}

@@ -30,34 +30,35 @@ Matrices = Mapping[str, jax.Array]
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Merged:
-    """Several models that share a range of layers: what `vfjax.merge.partial` returns.
+    """Several models that share a range of layers, as `vfjax.merge.partial` returns them.
 
-    Every model runs its own stem; what crosses is mapped into the basis of the merge and averaged;
-    one averaged trunk follows; what crosses then is mapped back into each model's own basis, where
-    its head finishes. Without heads, as `vfjax.merge.preserve_first` makes it, the trunk finishes.
+    Every model runs its own stem. The values that cross from the stems are mapped into the basis of
+    the merge and averaged, and one averaged trunk follows. The values that cross from the trunk are
+    mapped back into each model's own basis, where its head computes the output. Without heads, as
+    `vfjax.merge.preserve_first` makes it, the trunk computes the output.
 
     A frozen pytree whose leaves are parameters: `model(x)`, `jax.jit(model)(x)`, `jax.grad`,
     `jax.jit(lambda m, x: m(x))(model, x)`, `jax.device_put` and `jax.tree.map` all work. Equality
     and hash are by identity.
 
     Attributes:
-        stems: One tree per model with the leaves that its stem reads, None in place of the others;
-            empty at cut 0.
-        trunk: The averaged tree, None in place of leaves that the trunk does not read; at cut 0 and
-            without heads the whole tree. Also None: variances that merging left unknown, until
-            `vfjax.renorm.reset` measures them.
+        stems: One tree per model with the leaves that its stem reads, and None in place of the
+            others; empty at cut 0.
+        trunk: The averaged tree, with None in place of leaves that the trunk does not read; at cut
+            0 and without heads the whole tree. Variances that merging left unknown are None as
+            well, until `vfjax.renorm.reset` measures them.
         corrections: `{layer name: (scale, shift)}`, float32 or better, shaped like the layer's
-            channels: `z <- scale * z + shift` on its pre-activation (averaged, at the cut). Only
-            those that could not be folded into leaves.
+            channels: `z <- scale * z + shift` on its pre-activation (averaged, at the cut). Holds
+            only corrections that could not be folded into leaves.
         net: The traced network, of the trunk (static).
-        cut: How many layers are kept per model in front, from 0 to `net.depth` (static).
+        cut: Number of first layers that each model keeps, from 0 to `net.depth` (static).
         weights: The weights of the averages, one float per model (static).
         heads: One tree per model with the leaves that its head reads; empty without heads.
         merge: Per model, the matrices `[m, n]` of groups that cross into the trunk, float32; empty
-            where none is mapped. Permutations are none: leaves are permuted beforehand.
-        unmerge: Likewise `[n, m]`, of groups that cross into the heads.
+            where no group is mapped. Permutations need no matrix: leaves are permuted beforehand.
+        unmerge: Per model, the matrices `[n, m]` of groups that cross into the heads, float32.
         end: Depth of the last merged layer, where heads begin; None without heads (static).
-        nets: One network per model, where they have their own (static); else empty.
+        nets: One network per model where models have different ones (static); else empty.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -83,11 +84,11 @@ class Merged:
     end: int | None = None
     nets: tuple[Network, ...] = ()
 
-    # -------------------------------------------------------------------------------- what is known
+    # ---------------------------------------------------------------------------------- description
 
     @property
     def span(self) -> slice:
-        """The layers that are merged, of a list of all by depth."""
+        """The merged layers, as a slice of the list of all layers by depth."""
         return slice(self.cut, self.net.depth if self.end is None else self.end)
 
     merged = OldName("span")
@@ -99,23 +100,17 @@ class Merged:
             model: Its number.
 
         Returns:
-            Its own network where the models have their own, else the one of all.
+            The model's own network where models have different ones, else the one they share.
 
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
-            >>> model.net_of(1) is net
-            True
+        Example: see `run_head`.
         """
         return self.nets[model] if self.nets else self.net
 
     def apart(self, site: str) -> bool:
         """Whether a site lies inside stems or heads, where it has a value per model.
 
-        What crosses the cut is averaged, so the layers at the cut are not apart; nor is what
-        crosses into the heads.
+        Values that cross the cut are averaged, so the layers at the cut are not apart, and neither
+        are values that cross into the heads.
 
         Args:
             site: Name of a site, as in `Network.run`.
@@ -145,15 +140,9 @@ class Merged:
         Raises:
             ValueError: If the network has no such site.
 
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
-            >>> [model.in_stems(site) for site in ("w", "v")]
-            [False, False]
+        Example: see `run_head`.
         """
-        inside = self.net.in_stem(site, self.cut)  # which checks the name
+        inside = self.net.in_stem(site, self.cut)  # at cut 0 too: it checks the name
         return self.cut > 0 and inside and not self.net.crosses(site, self.cut)
 
     def in_heads(self, site: str) -> bool:
@@ -168,21 +157,16 @@ class Merged:
         Raises:
             ValueError: If there are heads, and the network has no such site.
 
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
-            >>> [model.in_heads(site) for site in ("w", "v")]
-            [False, True]
+        Example: see `run_head`.
         """
         return self.end is not None and not self.net.in_stem(site, self.end)
 
     @property
     def params(self) -> int:
-        """Number of parameters: those of every stem, of the trunk, and of every head.
+        """Number of parameters of every stem, the trunk and every head.
 
-        Running statistics are none. Matrices at the cuts count, but for those that select.
+        Running statistics are not parameters. Matrices at the cuts count, unless they only select
+        units.
         """
         return _cost.params_of(self)
 
@@ -190,14 +174,14 @@ class Merged:
 
     @property
     def flops(self) -> int:
-        """Multiply-accumulates per example: those of every stem, of the trunk, of every head.
+        """Multiply-accumulates per example of every stem, the trunk and every head.
 
-        Matrices at the cuts count, but for those that select.
+        Matrices at the cuts count, unless they only select units.
         """
         return _cost.flops_of(self)
 
     def __repr__(self) -> str:
-        """Says what it is in a line, without arrays."""
+        """Cut, weights and cost in one line, without arrays."""
         heads = "" if self.end is None else f"heads after {self.end}, "
         maps = sorted({group for of in (*self.merge, *self.unmerge) for group in of})
         return (
@@ -222,25 +206,25 @@ class Merged:
         capture: Sequence[str] | None = None,
         edit: Edits | None = None,
     ) -> PyTree:
-        """Evaluates the model with values of trunk and heads read or replaced, as `Network.run`.
+        """Evaluates the model; reads or replaces values of trunk and heads, as `Network.run`.
 
         Args:
             x: A batch, or the `Crossing` that `crossing` made of one.
-            capture: Names of sites to return; of the trunk (or the layers at the cut, whose
+            capture: Names of sites to return: of the trunk (or the layers at the cut, whose
                 pre-activation is the average over the stems), or of the heads.
-            edit: `{site: function}`. Where a correction sits, it comes first. At sites of the heads
-                all of them are edited alike.
+            edit: `{site: function}`. A correction at the same site is applied first. An edit at a
+                site of the heads applies to each of them.
 
         Returns:
-            The output, or with `capture` the pair `(output, {name: value})`. With heads, outputs
-            and what is captured inside of them are tuples, of one value per model.
+            The output, or with `capture` the pair `(output, {name: value})`. With heads, the output
+            and values captured inside the heads are tuples with one value per model.
 
         Raises:
-            TypeError: If `capture` is not a sequence of names, or `edit` not a mapping to
+            TypeError: If `capture` is not a sequence of names, or `edit` is not a mapping to
                 functions.
-            ValueError: If a site does not exist or lies inside the stems, x is not a batch of the
-                traced network and no `Crossing` of this cut, an edit changes shape or dtype, or a
-                variance is unknown.
+            ValueError: If a site does not exist or lies inside the stems, x is neither a batch of
+                the traced network nor a `Crossing` of this cut, an edit changes shape or dtype, or
+                a variance is unknown.
 
         Example:
             >>> import jax.numpy as jnp, vfjax
@@ -248,15 +232,15 @@ class Merged:
             >>> x = jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: x @ v["w"], a, x)
             >>> model = vfjax.merge.preserve_first(net, [a, b], layers=1)
-            >>> out, found = model.run(x, capture=["w"], edit={"w": lambda z: -z})
-            >>> out.tolist(), found["w"].tolist()
+            >>> out, values = model.run(x, capture=["w"], edit={"w": lambda z: -z})
+            >>> out.tolist(), values["w"].tolist()
             ([[-2.0, -4.0]], [[-2.0, -4.0]])
         """
         check_edit(edit)
         edit, sites = dict(edit or {}), check_capture(capture)
         inside = [site for site in sites if self.in_heads(site)]
         changes = {site: change for site, change in edit.items() if self.in_heads(site)}
-        out, found = self.run_trunk(
+        out, captured = self.run_trunk(
             x,
             capture=[site for site in sites if site not in inside],
             edit={site: change for site, change in edit.items() if site not in changes},
@@ -266,13 +250,13 @@ class Merged:
                 self.run_head(k, out, capture=inside, edit=changes) for k in range(len(self.heads))
             ]
             out = tuple(end for end, _ in runs)
-            found |= {site: tuple(values[site] for _, values in runs) for site in inside}
-        return out if capture is None else (out, {site: found[site] for site in sites})
+            captured |= {site: tuple(values[site] for _, values in runs) for site in inside}
+        return out if capture is None else (out, {site: captured[site] for site in sites})
 
     def run_trunk(
         self, x: PyTree, *, capture: Sequence[str] = (), edit: Edits | None = None
     ) -> tuple[PyTree, dict[str, Array]]:
-        """Evaluates stems and trunk: the output or, with heads, what crosses into them.
+        """Evaluates stems and trunk: returns the output or, with heads, the crossing into them.
 
         Args:
             x: A batch, or a `Crossing` at the cut.
@@ -282,14 +266,7 @@ class Merged:
         Returns:
             The output, or the `Crossing` in the basis of the merge; and the captured values.
 
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
-            >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
-            >>> crossing, found = model.run_trunk(x, capture=["w"])
-            >>> crossing.values[0].tolist(), found["w"].tolist()
-            ([[1.0, 2.0]], [[1.0, 2.0]])
+        Example: see `run_head`.
         """
         edit = dict(edit or {})
         for name, (scale, shift) in self.corrections.items():
@@ -308,11 +285,11 @@ class Merged:
         capture: Sequence[str] = (),
         edit: Edits | None = None,
     ) -> tuple[PyTree, dict[str, Array]]:
-        """Evaluates one head on what crosses from the trunk.
+        """Evaluates one head on the crossing from the trunk.
 
         Args:
-            model: Whose head.
-            crossing: What `run_trunk` returned.
+            model: Number of the model whose head it is.
+            crossing: The crossing that `run_trunk` returned.
             capture: Sites of the head.
             edit: By site of the head, a function.
 
@@ -324,8 +301,15 @@ class Merged:
             >>> tree, x = {"w": jnp.eye(2), "v": jnp.ones((2, 1))}, jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, x)
             >>> model = vfjax.merge.partial(net, [tree, tree], span=slice(None, 1))
-            >>> model.run_head(1, model.run_trunk(x)[0])[0].tolist()
-            [[3.0]]
+            >>> crossing, values = model.run_trunk(x, capture=["w"])
+            >>> crossing.values[0].tolist(), values["w"].tolist()
+            ([[1.0, 2.0]], [[1.0, 2.0]])
+            >>> model.run_head(1, crossing)[0].tolist(), model.net_of(1) is net
+            ([[3.0]], True)
+            >>> [model.in_stems(site) for site in ("w", "v")]
+            [False, False]
+            >>> [model.in_heads(site) for site in ("w", "v")]
+            [False, True]
         """
         if self.unmerge:
             crossing = self.net.map_crossing(self.trunk, crossing, self.unmerge[model])
@@ -334,15 +318,15 @@ class Merged:
         )
 
     def read(self, x: PyTree, sites: Sequence[str]) -> tuple[PyTree, dict[str, tuple[Any, ...]]]:
-        """Evaluates the model with values read anywhere, inside the stems too.
+        """Evaluates the model and reads values at any sites, even inside the stems.
 
         Args:
             x: A batch.
             sites: Names of sites.
 
         Returns:
-            The output, and by site a tuple: of one value per model where the site is `apart`, of
-            one value elsewhere.
+            The output, and a tuple for every site: with one value per model where the site is
+            `apart`, with a single value elsewhere.
 
         Raises:
             TypeError: If `sites` is not a sequence of names.
@@ -354,8 +338,8 @@ class Merged:
             >>> x = jnp.array([[1.0, 2.0]])
             >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w0"]) @ v["w1"], a, x)
             >>> model = vfjax.merge.preserve_first(net, [a, {**a, "w0": 3 * a["w0"]}], layers=2)
-            >>> out, found = model.read(x, ["w0", "w1"])
-            >>> [[value.tolist() for value in found[site]] for site in ("w0", "w1")]
+            >>> out, values = model.read(x, ["w0", "w1"])
+            >>> [[value.tolist() for value in values[site]] for site in ("w0", "w1")]
             [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
         """
         sites = check_capture(sites)
@@ -366,21 +350,22 @@ class Merged:
         ]
         if self.cut > 0:
             x = self._join([end for end, _ in runs])
-        out, found = self.run(x, capture=[site for site in sites if site not in inside])
+        out, others = self.run(x, capture=[site for site in sites if site not in inside])
         return out, {
             site: tuple(values[site] for _, values in runs)
             if site in inside
-            else found[site]
+            else others[site]
             if self.in_heads(site)
-            else (found[site],)
+            else (others[site],)
             for site in sites
         }
 
     def crossing(self, x: PyTree) -> Crossing:
-        """Evaluates the stems on a batch and averages what crosses the cut.
+        """Evaluates the stems on a batch and averages the values that cross the cut.
 
-        Corrections at the cut belong to `run`, so a crossing depends on the stems alone: it can be
-        stored and given to `run`, or to `vfjax.renorm` as data, for every trunk tried behind them.
+        Corrections at the cut are applied by `run`, so a crossing depends on the stems alone. It
+        can be stored and given to `run`, or to `vfjax.renorm` as data, for every trunk that is
+        tried behind the same stems.
 
         Args:
             x: A batch.
@@ -408,7 +393,7 @@ class Merged:
         )
 
     def _join(self, crossings: Sequence[Crossing]) -> Crossing:
-        """Averages what comes from the stems, in the basis of the merge."""
+        """Averages the crossings from the stems, in the basis of the merge."""
         if self.merge:
             crossings = [
                 self.net_of(k).map_crossing(self.stems[k], crossing, self.merge[k])
@@ -420,12 +405,12 @@ class Merged:
 
     @property
     def frame(self) -> Frame:
-        """All but the arrays and the weights: hashable, the key of a compilation."""
+        """The model without arrays and weights: hashable, the key of a compilation."""
         return Frame(self.net, self.cut, self.end, self.nets)
 
     @property
     def arrays(self) -> Arrays:
-        """The arrays, the weights among them: what a compiled call of a `Frame` takes."""
+        """The arrays, weights included: the traced argument of a compiled call of a `Frame`."""
         return Arrays(
             self.stems,
             self.trunk,
@@ -449,7 +434,7 @@ class Merged:
 
 
 class Arrays(NamedTuple):
-    """The arrays of a `Merged`, weights included, which it keeps static itself."""
+    """The arrays of a `Merged`; weights are among them, though a `Merged` keeps these static."""
 
     stems: tuple[PyTree, ...]
     trunk: PyTree
@@ -461,7 +446,7 @@ class Arrays(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A `Merged` without its arrays: evaluates all models that differ in these alone."""
+    """A `Merged` without its arrays: evaluates all models that differ only in these."""
 
     net: Network
     cut: int
@@ -473,7 +458,7 @@ class Frame(NamedTuple):
         return self.nets[model] if self.nets else self.net
 
     def model(self, arrays: Arrays) -> Merged:
-        """The model of some arrays."""
+        """The model with given arrays."""
         return Merged(
             stems=arrays.stems,
             trunk=arrays.trunk,
@@ -489,7 +474,7 @@ class Frame(NamedTuple):
         )
 
     def __call__(self, arrays: Arrays, x: PyTree) -> PyTree:
-        """Evaluates the model of some arrays."""
+        """Evaluates the model with given arrays."""
         return self.model(arrays).run(x)
 
 

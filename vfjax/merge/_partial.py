@@ -1,4 +1,4 @@
-"""Merging a range of layers: stems before it, heads after it."""
+"""Merging a range of layers, with stems before it and heads after it."""
 
 from __future__ import annotations
 
@@ -33,40 +33,41 @@ def partial(
     weights: Sequence[float] | None = None,
     alpha: float | None = None,
 ) -> Merged:
-    """Merges a range of layers and keeps those before it and after it apart, model by model.
+    """Merges a range of layers; every model keeps its own layers before and after it.
 
-    Of a list of the layers by depth, as in `preserve_first`, `span` is the slice that is merged.
-    `slice(l, None)` is Preserve-First Merging, PFM_{l/L}: a stem per model, one trunk.
-    `slice(None, l)` is a partial zip: one trunk, a head per model. Any other has both.
+    `span` is the merged slice of the list of layers by depth, as in `preserve_first`.
+    `slice(l, None)` is Preserve-First Merging, PFM_{l/L}: a stem per model and one trunk.
+    `slice(None, l)` is a partial zip: one trunk and a head per model. Any other slice has both.
 
-    Stems and heads are the models' own. What crosses from the stems is mapped by every model's M
-    along the axes that carry groups, and averaged; the trunk is the average of the mapped models;
-    what crosses into the heads is mapped by every model's U. Models that are only permuted are
-    permuted beforehand, which costs nothing. The norm or activation after the last merged layer
-    belongs to the heads, where each sees its own model's features as the merge has them; so its
-    stored statistics, too, are for `vfjax.renorm.reset`.
+    Stems and heads are the models' own. The values that cross from the stems are mapped by every
+    model's M along the axes that carry groups, and averaged. The trunk is the average of the mapped
+    models. The values that cross into the heads are mapped by every model's U. Models that are only
+    permuted are permuted beforehand, which costs nothing. The norm or activation after the last
+    merged layer belongs to the heads, where it reads merged features in its own model's basis; its
+    stored statistics therefore need `vfjax.renorm.reset` as well.
 
     Args:
-        net: The traced network; or one per tree, of one architecture but for widths and numbers of
-            classes. The trunk runs on the first.
-        trees: K >= 2 trees. Leaves that only heads read may differ in shape, where `apply_fn` takes
+        net: The traced network; or one per tree, of one architecture except for widths and numbers
+            of classes. The trunk runs on the first.
+        trees: K >= 2 trees. Leaves that only heads read may differ in shape, if `apply_fn` takes
             any number of classes.
-        maps: What a matcher found (`vfjax.align.zip_features`, or `Maps.of_permutations` of what
-            another did); None for trees that are aligned already.
-        span: Which layers to merge, as a list of L would be sliced; by default all.
-        weights: K numbers that sum to one; None for 1/K each, which alone suits maps that merge
-            features within a model (`vfjax.align.zip_features`): see `vfjax.align.Maps`.
+        maps: The maps that a matcher found (those of `vfjax.align.zip_features`, or
+            `Maps.of_permutations` of permutations); None for trees that are already aligned.
+        span: Which layers to merge, as a slice of a list of L layers; all by default.
+        weights: K numbers that sum to one; None for 1/K each. Maps that merge features within a
+            model (`vfjax.align.zip_features`) need equal weights: see `vfjax.align.Maps`.
         alpha: For two trees, short for the weights `(1 - alpha, alpha)`.
 
     Returns:
-        The merged model. With heads it returns a tuple of K outputs, one per model.
+        The merged model. With heads, calling it returns a tuple of K outputs, one per model.
 
     Raises:
-        TypeError: If `net` is not a traced network, `maps` no `Maps`, `span` no slice of whole
-            numbers, `trees` not a sequence of trees, or `weights` not a sequence of numbers.
-        ValueError: If `span` has a step or runs backwards, if fewer than two trees are given, if
+        TypeError: If `net` is not a traced network, `maps` is not a `Maps`, `span` is not a slice
+            of whole numbers, `trees` is not a sequence of trees, or `weights` is not a sequence of
+            numbers.
+        ValueError: If `span` has a step or runs backwards; if fewer than two trees are given; if
             they do not fit the networks, the maps or each other, hold NaN or infinite values, or
-            integer leaves that disagree, if weights do not fit, or if a value of integers would
+            have integer leaves that disagree; if weights do not fit; or if an integer value would
             have to be mapped.
 
     Warns:
@@ -90,9 +91,9 @@ corrections=[])
 
     Source: partial zipping of "ZipIt! Merging Models from Different Tasks without Training"
     (Stoica et al., 2024, section 4), and Preserve-First Merging of "Vanishing Feature: Diagnosing
-    Model Merging and Beyond" (Qu and Horvath). The reference code of both folds U into the first
-    layer of a head instead, and runs stems through merged and unmerged copies; where U selects, a
-    head is the same function here, and a stem is the original.
+    Model Merging and Beyond" (Qu and Horvath). The reference code of both instead folds U into the
+    first layer of a head, and runs stems through merged and unmerged copies. Where U only selects
+    units, a head is the same function here; a stem is the original model's.
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
@@ -116,12 +117,13 @@ def preserve_first(
 ) -> Merged:
     """Merges all but the first `layers` layers (Preserve-First Merging, PFM_{l/L}).
 
-    Layers count by depth along the main path, shortcuts and norms apart: VGG16 has L = 14, ResNet20
-    has L = 20. Every model runs its own stem, up to the pre-activations of its first `layers`
-    layers; the values that cross are averaged with the weights; the averaged trunk, beginning with
-    the norm or activation after layer l, finishes. Between 0 and L the model grows from the merged
-    one, in size and cost that of one model, to the logit ensemble. In a chain 1 equals 0: averaging
-    an affine map or its result is the same. It is `partial` with `span=slice(layers, None)`.
+    Layers count by depth along the main path, without shortcuts and norms: VGG16 has L = 14,
+    ResNet20 has L = 20. Every model runs its own stem, up to the pre-activations of its first
+    `layers` layers; the values that cross are averaged with the weights; the averaged trunk, which
+    begins with the norm or activation after layer l, computes the output. From l = 0 to L the model
+    grows from the merged model, of the size and cost of one model, to the logit ensemble. In a
+    chain, l = 1 equals l = 0, since averaging affine maps is averaging their results. This is
+    `partial` with `span=slice(layers, None)`.
 
     Args:
         net: The traced network.
@@ -133,31 +135,21 @@ def preserve_first(
         The merged model.
 
     Raises:
-        TypeError: If `net` is not a traced network, `layers` not an integer, `trees` not a sequence
-            of trees or `weights` not a sequence of numbers.
-        ValueError: If `layers` is out of range, if fewer than two trees are given, if they do not
-            fit the network or each other, hold NaN or infinite values, or integer leaves that
-            disagree, or if weights do not fit.
+        TypeError: If `net` is not a traced network, `layers` is not an integer, `trees` is not a
+            sequence of trees, or `weights` is not a sequence of numbers.
+        ValueError: If `layers` is out of range; if fewer than two trees are given; if they do not
+            fit the network or each other, hold NaN or infinite values, or have integer leaves that
+            disagree; or if weights do not fit.
 
     Warns:
         UserWarning: Once per network, if the channels of a merged layer cannot be permuted, since
             no alignment can then have matched them.
 
-    Example:
-        >>> import jax, jax.numpy as jnp, vfjax
-        >>> def apply_fn(v, x):
-        ...     return jax.nn.relu(x @ v["w1"]) @ v["w2"]
-        >>> a = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
-        >>> b = {"w1": -jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
-        >>> x = jnp.ones((5, 3))
-        >>> net = vfjax.trace(apply_fn, a, x)
-        >>> print(preserve_first(net, [a, b], layers=0)(x)[0])  # the weights cancel
-        [0. 0.]
-        >>> print(preserve_first(net, [a, b], layers=2)(x)[0])  # the logits do not
-        [6. 6.]
+    Example: see `help(vfjax.merge)`, where the weights of two models cancel but their logits do
+    not; and `Merged`.
 
     Source: Preserve-First Merging of "Vanishing Feature: Diagnosing Model Merging and Beyond" (Qu
-    and Horvath). Inside residual blocks exactly `layers` layers are kept, by the rule of the cut of
+    and Horvath). Inside residual blocks exactly `layers` layers are kept, by the rule for cuts of
     `Network.run`, where the reference code averages the weights of the last one.
     """
     check_net(net)
@@ -177,7 +169,7 @@ def ensemble(
         weights: K numbers that sum to one; None for 1/K each.
 
     Returns:
-        The ensemble. What follows the last layer, a softmax say, acts on the averaged logits.
+        The ensemble. Anything after the last layer, such as a softmax, acts on the averaged logits.
 
     Raises:
         TypeError: As `preserve_first`.
@@ -205,11 +197,11 @@ def _merge(
     *,
     stacklevel: int = 4,
 ) -> Merged:
-    """See `partial`; `end` is None without heads."""
+    """Merges layers `start` to `end`, as `partial` does; `end` is None without heads."""
     net, count = nets[0], len(trees)
     if count < 2:
         raise ValueError(f"trees must be at least two, got {count}")
-    # What heads alone read may differ in shape, as where models have classes of their own.
+    # Leaves that only heads read may differ in shape, as where models have different classes.
     models = models_of(nets, trees, free=net.head_leaves(start, end))
     weights = resolve_mix(weights, None, count)
     if any(isinstance(w, Tracer) for w in weights):
@@ -220,7 +212,7 @@ def _merge(
     _warn_of_fixed(net, start, net.depth if end is None else end, stacklevel)
 
     kept = net.trunk_leaves(start, end) if start or end is not None else frozenset(net.paths)
-    if start or kept:  # else nothing is merged, and all stay as they are
+    if start or kept:  # else nothing is merged, and all models stay as they are
         models = models.become(
             [maps.prepare(nets[k], tree, k) for k, tree in enumerate(models.trees)]
         )
@@ -249,7 +241,7 @@ def _bounds(span: Any, depth: int) -> tuple[int, int]:
     """Where a slice of a list of all layers begins and ends."""
     if not isinstance(span, slice):
         raise TypeError(
-            f"span must be a slice of the layers, as slice(2, None) for all but the first two; "
+            "span must be a slice of the layers, such as slice(2, None) for all but the first two; "
             f"it was {span!r}"
         )
     ends = [n for n in (span.start, span.stop) if n is not None]
@@ -267,7 +259,7 @@ def _bounds(span: Any, depth: int) -> tuple[int, int]:
 
 
 def _check_trunks(net: Network, mapped: Sequence[Flat]) -> None:
-    """Checks that mapped models are of the shapes of the network that the trunk runs on."""
+    """Checks that mapped models have the shapes of the network that the trunk runs on."""
     for k, (leaves, _) in enumerate(mapped):
         like = {path: net._avals[path] for path in leaves}
         check_like(leaves, like, name=f"trees[{k}], mapped,", other="net")
@@ -277,35 +269,35 @@ def _check_mappable(nets: Sequence[Network], maps: Maps, depths: Sequence[int]) 
     for k, net in enumerate(nets):
         for depth in depths:
             for aval, groups in net.crossing(depth):
-                found = groups & maps.mixing[k].keys()
-                if found and not jnp.issubdtype(aval.dtype, jnp.inexact):
+                mixed = groups & maps.mixing[k].keys()
+                if mixed and not jnp.issubdtype(aval.dtype, jnp.inexact):
                     raise ValueError(
                         f"a value of dtype {aval.dtype} crosses the cut at depth {depth} and "
-                        f"carries {sorted(found)}, whose features a matrix mixes, and integers "
+                        f"carries {sorted(mixed)}, whose features a matrix mixes, and integers "
                         "cannot be mixed; cut elsewhere"
                     )
 
 
 def _matrices(nets: Sequence[Network], maps: Maps, depth: int, which: int) -> tuple[Matrices, ...]:
     """Every model's matrices of the groups that cross a cut."""
-    found = []
+    matrices = []
     for k, net in enumerate(nets):
         crossing = frozenset().union(*(groups for _, groups in net.crossing(depth)))
-        found.append(
+        matrices.append(
             {
                 group: jnp.asarray(pair[which])
                 for group, pair in maps.mixing[k].items()
                 if group in crossing
             }
         )
-    return tuple(found) if any(found) else ()
+    return tuple(matrices) if any(matrices) else ()
 
 
 _WARNED: weakref.WeakSet[Network] = weakref.WeakSet()
 
 
 def _warn_of_fixed(net: Network, start: int, stop: int, stacklevel: int) -> None:
-    """Warns, once per network, of a merged layer whose channels no permutation can match."""
+    """Warns, once per network, if no permutation can match the channels of a merged layer."""
     if net in _WARNED:
         return
     for layer in net.layers:
@@ -331,16 +323,16 @@ def _warn_of_fixed(net: Network, start: int, stop: int, stacklevel: int) -> None
 def _cause(net: Network, layer: Layer) -> tuple[str, str] | None:
     """Primitive and source line that fixed a layer's channels.
 
-    None where they are tied to the network's input or output, by a skip connection for example: all
-    models share that basis, so there is nothing to match.
+    None where the channels are tied to the network's input or output, by a skip connection for
+    example: all models share that basis, so there is nothing to match.
     """
     path = layer.bias or layer.kernel
-    found = [entry for entry in net.spec.fixed if entry.path == path]
+    fixed = [entry for entry in net.spec.fixed if entry.path == path]
     sizes = layer.channel_shape
     shape = net._avals[path].shape if path is not None else ()
-    found = [f for f in found if shape[f.axis] in (*sizes, layer.channels)]
-    if any(f.primitive in ("output", "unused") for f in found):
+    fixed = [f for f in fixed if shape[f.axis] in (*sizes, layer.channels)]
+    if any(f.primitive in ("output", "unused") for f in fixed):
         return None
-    # The other axis of a kernel may be the input's, and of the same size.
-    found = [f for f in found if f.primitive != "input"]
-    return (found[-1].primitive, found[-1].where) if found else None
+    # The kernel's other axis may be tied to the input, and have the same size.
+    fixed = [f for f in fixed if f.primitive != "input"]
+    return (fixed[-1].primitive, fixed[-1].where) if fixed else None

@@ -1,4 +1,4 @@
-"""A merged model as named arrays and JSON, and back: what a checkpoint holds of it."""
+"""Checkpoints of merged models: to named arrays and JSON, and back."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vfjax.network._network import Network
 
 
 def take_apart(model: Any) -> tuple[PyTree, dict[str, Any]]:
-    """Takes a `Merged` apart.
+    """Takes a `Merged` apart into arrays and JSON.
 
     Args:
         model: The model.
 
     Returns:
-        Lists of arrays by name, and what JSON says of them.
+        Lists of arrays by name, and the JSON that describes them.
     """
     trees = {"trunk": paths.flatten_named(model.trunk)[0]}
     trees |= {f"stem{k}": paths.flatten_named(stem)[0] for k, stem in enumerate(model.stems)}
     trees |= {f"head{k}": paths.flatten_named(head)[0] for k, head in enumerate(model.heads)}
     trees |= {f"merge{k}": dict(maps) for k, maps in enumerate(model.merge)}
     trees |= {f"unmerge{k}": dict(maps) for k, maps in enumerate(model.unmerge)}
-    # Leaves go by number, their paths into the JSON: a path may hold any character.
+    # Leaves are numbered, and their paths go into the JSON, since a path may hold any character.
     arrays = {name: list(leaves.values()) for name, leaves in trees.items()}
     arrays["corrections"] = [list(pair) for pair in model.corrections.values()]
     meta = {
@@ -48,16 +48,17 @@ def take_apart(model: Any) -> tuple[PyTree, dict[str, Any]]:
 def put_together(
     tree: PyTree, meta: Mapping[str, Any], net: Network | Sequence[Network] | None
 ) -> dict[str, Any]:
-    """The fields of the `Merged` that was taken apart.
+    """Rebuilds the fields of a `Merged` from what `take_apart` returned.
 
     Args:
         tree: Lists of arrays by name.
-        meta: What JSON says of them; that of models without heads may lack what they have none of.
+        meta: The JSON that describes them. Checkpoints of models without heads may lack the keys of
+            heads and matrices.
         net: The traced network, or one per model.
 
     Raises:
-        TypeError: If `net` is neither.
-        ValueError: If it is missing, or not the network of the checkpoint.
+        TypeError: If `net` is neither a network nor a sequence of networks.
+        ValueError: If `net` is missing, or is not the network of the checkpoint.
     """
     if net is None:
         raise ValueError(
@@ -67,11 +68,11 @@ def put_together(
     nets = networks(net, len(meta["weights"]))
     several = bool(meta.get("nets"))
     layers = meta["layers_of"] if several else [meta["layers"]] * len(nets)
-    for k, (found, saved) in enumerate(zip(nets, layers, strict=True)):
-        if saved != _signature(found):
+    for k, (given, saved) in enumerate(zip(nets, layers, strict=True)):
+        if saved != _signature(given):
             raise ValueError(
                 f"net{f'[{k}]' if several else ''} is not the network of this checkpoint: its "
-                f"layers are {_signature(found)}, those saved {saved}"
+                f"layers are {_signature(given)}, those saved {saved}"
             )
 
     def rebuilt(name: str, net: Network) -> PyTree:
@@ -102,5 +103,5 @@ def put_together(
 
 
 def _signature(net: Network) -> list[list[Any]]:
-    """What a network must share with another for their trees to be interchangeable, as JSON."""
+    """The layers of a network, as JSON: networks that agree here have interchangeable trees."""
     return [[layer.name, list(layer.shape), layer.depth] for layer in net.layers]

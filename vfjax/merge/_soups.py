@@ -19,21 +19,22 @@ def interpolate(
     """Averages trees leaf by leaf, `theta = sum_k w_k theta_k`.
 
     Floating-point leaves are averaged in float32 or better and cast back. Running statistics are
-    averaged like any other leaf, so a network that has them wants `vfjax.renorm.reset` next.
+    averaged like any other leaf, so a network with running statistics needs `vfjax.renorm.reset`
+    afterwards.
 
     Args:
         trees: K trees of equal structure, shapes and dtypes.
-        weights: K numbers that sum to one; None for 1/K each. Of models that `Maps.apply` mapped to
-            merge features within a model (`vfjax.align.zip_features`), take 1/K each: see `Maps`.
+        weights: K numbers that sum to one; None for 1/K each. Models mapped by maps that merge
+            features within a model (`vfjax.align.zip_features`) need 1/K each: see `Maps`.
         alpha: For two trees, short for the weights `(1 - alpha, alpha)`.
 
     Returns:
-        The averaged tree. With one weight of 1 and the others 0, that very tree.
+        The averaged tree. With one weight of 1 and the others 0, the tree of weight 1 itself.
 
     Raises:
         TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If trees differ in structure, shape or dtype, hold NaN or infinite values, or
-            integer leaves that disagree; or if the weights do not fit.
+            have integer leaves that disagree; or if the weights do not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -67,7 +68,7 @@ def uniform_soup(trees: Sequence[PyTree]) -> PyTree:
 
 
 class Soup(NamedTuple):
-    """What `greedy_soup` found.
+    """The result of `greedy_soup`.
 
     Attributes:
         tree: The average of the trees that were kept.
@@ -81,14 +82,14 @@ class Soup(NamedTuple):
 
 
 def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> Soup:
-    """Adds trees to an average as long as it gets no worse (Wortsman et al. 2022, Recipe 1).
+    """Adds trees to an average while its score does not fall (Wortsman et al. 2022, Recipe 1).
 
-    Trees are tried from the best one on its own to the worst, and kept if the uniform average of
-    all kept so far scores no less than before.
+    Trees are tried from the best single one to the worst, and a tree is kept if the uniform average
+    of all trees kept so far scores no less with it.
 
     Args:
         trees: K trees of equal structure, shapes and dtypes.
-        score: Held-out score of a tree, larger is better. Called at most 2K - 1 times.
+        score: Held-out score of a tree; larger is better. Called at most 2K - 1 times.
 
     Returns:
         The soup, which trees are in it, and its score.

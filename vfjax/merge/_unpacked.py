@@ -1,4 +1,4 @@
-"""A merged model with the leaves of its trees by path: what functions that change one work on."""
+"""A merged model with its trees flattened by path, for the functions that change one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vfjax.network._network import Network
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unpacked:
-    """A merged model that has been checked, and its trees taken apart, each of them once.
+    """A merged model that has been checked; each of its trees is flattened at most once.
 
     Attributes:
-        model: The model; a tree is one of cut 0.
-        plain: Whether a tree was given, and a tree is what the caller wants back.
+        model: The model; a plain tree is a model of cut 0.
+        plain: Whether the caller gave a tree, and so wants a tree back.
     """
 
     model: Merged
@@ -29,10 +29,10 @@ class Unpacked:
 
     @classmethod
     def of_tree(cls, net: Network, tree: PyTree, flat: Flat) -> Unpacked:
-        """A tree that has been checked and taken apart, as a merged model."""
-        found = cls(Merged((), tree, {}, net, 0, (1.0,)), plain=True)
-        vars(found)["trunk"] = flat
-        return found
+        """Wraps a tree that has been checked and flattened as a merged model."""
+        unpacked = cls(Merged((), tree, {}, net, 0, (1.0,)), plain=True)
+        vars(unpacked)["trunk"] = flat  # fills the cache of the property: not flattened again
+        return unpacked
 
     @property
     def net(self) -> Network:
@@ -55,13 +55,13 @@ class Unpacked:
         return tuple(paths.flatten_named(head) for head in self.model.heads)
 
     def places(self, name: str) -> tuple[tuple[Network, Flat, float], ...]:
-        """Where a layer or a norm has its leaves: networks, trees, and their weights.
+        """Where the leaves of a layer or a norm are: networks, trees, and their weights.
 
         Args:
             name: Name of its site.
 
         Returns:
-            One for each model inside stems and heads, else the trunk alone.
+            One triple for each model inside stems and heads, else one for the trunk.
         """
         model, trees = self.model, ()
         if model.cut and model.net.in_stem(name, model.cut):
@@ -84,13 +84,13 @@ class Unpacked:
 
         Args:
             trunk: New leaves of the trunk by path.
-            stems: Those of each stem; empty if these stay.
-            heads: Those of each head; empty if these stay.
-            **fields: Fields of `Merged` to replace, which hold no trees.
+            stems: New leaves of each stem; empty to keep them.
+            heads: New leaves of each head; empty to keep them.
+            **fields: Other fields of `Merged` to replace, which hold no trees.
         """
         parts = {"stems": (stems, self.stems), "heads": (heads, self.heads)}
         flats: dict[str, Any] = {
-            part: tuple(flat.put(found) for flat, found in zip(old, leaves, strict=True))
+            part: tuple(flat.put(new) for flat, new in zip(old, leaves, strict=True))
             for part, (leaves, old) in parts.items()
             if leaves
         }
@@ -99,23 +99,23 @@ class Unpacked:
             flats["trunk"] = self.trunk.put(trunk)
             trees["trunk"] = flats["trunk"].tree()
         changed = Unpacked(dataclasses.replace(self.model, **trees, **fields), self.plain)
-        # What is taken apart stays so.
+        # Trees that have been flattened are not flattened again.
         known = {part: of for part, of in vars(self).items() if part in ("trunk", *parts)}
         vars(changed).update(known | flats)
         return changed
 
     def given_back(self) -> PyTree | Merged:
-        """The model as the caller gave it: a tree as a tree, while nothing keeps it from that."""
+        """The model in the form in which it was given; a tree with corrections is a `Merged`."""
         return self.model.trunk if self.plain and not self.model.corrections else self.model
 
     def check(self, name: str) -> None:
-        """Checks that the model can be evaluated: all is finite, and no variance unknown.
+        """Checks that the model can be evaluated: leaves are finite, and variances known.
 
         Args:
-            name: What to call it.
+            name: Name of the model in messages.
 
         Raises:
-            ValueError: If it cannot.
+            ValueError: If a leaf is not finite, or a variance is unknown.
         """
         model = self.model
         kept = model.net.trunk_leaves(model.cut, model.end) - self.trunk.leaves.keys()
