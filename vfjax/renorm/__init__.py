@@ -1,12 +1,12 @@
-"""What merging broke, repaired: RESET, REPAIR, RESCALE and corrections of biases.
+"""Repairing what merging broke: RESET, REPAIR, RESCALE and corrections of biases.
 
-Averaged parameters make features that vanish with depth, while biases stay as large as ever.
+Averaging parameters makes features vanish with depth, while biases stay as large as they were.
 
-- With BatchNorm: `reset` measures stored statistics anew. It needs data and no references.
-- Without: `rescale` gives pre-activations the standard deviations of the networks that were merged,
-  `repair` their means too. They need data and `references=`, the networks as they were: permuted
-  already, or with `maps=` those that a matcher mixed. One batch often does.
-- Without data: `calibrate_bias` and `remove_bias` take the biases down with the features.
+- With BatchNorm: `reset` measures stored statistics again. It needs data, but no references.
+- Without BatchNorm: `rescale` gives pre-activations the standard deviations of the networks that
+  were merged, `repair` their means too. Both need data and `references=`, those networks: already
+  aligned, or as they were before a matcher mapped them by `maps=`. One batch is often enough.
+- Without data: `calibrate_bias` and `remove_bias` reduce the biases along with the features.
 
     >>> import jax, numpy as np, vfjax
     >>> def forward(v, x):
@@ -17,9 +17,9 @@ Averaged parameters make features that vanish with depth, while biases stay as l
     [[1.0, 0.0], [0.0, 1.0]]
 
 All take a merged tree or a `vfjax.merge.Merged` and return a new one; corrections fold into the
-parameters where they can. Stems stay, except for a correction at the cut itself, which goes into
-all of them; of heads only what norms store changes. `_renorm` has equation 3 of REPAIR and RESCALE
-of "Vanishing Feature", `_bias` its bias removal and calibration.
+parameters where possible. Stems do not change, except by a correction at the cut itself, which goes
+into all of them; in heads only stored statistics change. `_renorm` implements equation 3 of REPAIR
+and the RESCALE of "Vanishing Feature", `_bias` its bias removal and calibration.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Removing and calibrating the biases of merged layers: no data, no passes."""
+"""Removing and calibrating the biases of merged layers, without data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vfjax.network._arguments import models_of, networks
 from vfjax.network._checks import opaque_hint
 from vfjax.network._network import Network
 
-# A bias: path of its leaf, and which slice of it where a scan over layers was unrolled.
+# A bias: the path of its leaf, and its slice of that leaf where a scan over layers was unrolled.
 Bias = tuple[str, int | None]
 
 
@@ -34,24 +34,23 @@ def remove_bias(
     """Sets the biases of the last layers, or of the first ones, to zero.
 
     In a merged network features fade with depth while biases do not; without the late biases the
-    features decide again. Layers count by depth from the network's input, so the first k are those
-    of depth 1 to k, and the last k those deeper than `net.depth - k`: the head is the last one, and
-    a shortcut layer, which has the depth of the main layer beside it, goes with that. Biases of
-    norms, and those in the stems and heads of a `Merged`, stay.
+    features decide the output again. Layers count by depth from the network's input: the first k
+    layers have depth 1 to k, and the last k are those deeper than `net.depth - k`. The classifier
+    is the last layer; a shortcut layer has the depth of the main layer beside it, and is treated
+    with it. Biases of norms, and biases in the stems and heads of a `Merged`, are kept.
 
     Args:
         net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
-        last: How many layers lose their biases, counting the head: 0 for none, to `net.depth`; or
-            "all".
-        first: How many lose them from the other end, likewise. Layers in stems and heads count,
-            though they keep theirs.
+        last: How many of the last layers lose their biases, from 0 to `net.depth`, or "all".
+        first: How many of the first layers lose their biases, from 0 to `net.depth`, or "all".
+            Layers in stems and heads count, though they keep their biases.
 
     Returns:
-        A tree or a `Merged`, as given. Layers without a bias are passed over.
+        A tree or a `Merged`, as given. Layers without a bias are skipped.
 
     Raises:
-        TypeError: If the number is neither an integer nor "all".
+        TypeError: If `last` or `first` is neither an integer nor "all".
         ValueError: If not exactly one of `last` and `first` is given, if it is out of range, if
             `merged` does not fit the network, or if one bias leaf serves layers of which only some
             would lose it.
@@ -68,6 +67,12 @@ def remove_bias(
         >>> new = remove_bias(net, tree, first=1)
         >>> new["b1"].tolist(), new["b2"].tolist()
         ([0.0, 0.0], [1.0, 1.0])
+
+        Calibration halves the bias of layer 2 in a merge of two models, instead of removing it:
+
+        >>> new = calibrate_bias(net, tree)
+        >>> new["b1"].tolist(), new["b2"].tolist()
+        ([1.0, 1.0], [0.5, 0.5])
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias removal, forward (first)
     and backward (last).
@@ -103,43 +108,35 @@ def calibrate_bias(
     maps: Maps | None = None,
     weights: Sequence[float] | None = None,
 ) -> PyTree | Merged:
-    """Bias calibration: scales biases down as merging scales features down, layer by layer.
+    """Bias calibration: scales biases down layer by layer, as merging scales down features.
 
     `b^(l) = sum_k w_k^l b_k^(l)`, where l is the depth of the layer from the network's input,
-    preserved layers included. Without references this needs equal weights, for which it is the
-    merged bias times `K^(1-l)`. With one weight of 1, the biases of that edge model come back.
-    Kernels and the biases of norms stay, and so does everything in stems and heads of a `Merged`.
+    preserved layers included. Without references the weights must be equal, and the result is the
+    merged bias times `K^(1-l)`. A single weight of 1 restores the biases of that edge model.
+    Kernels, the biases of norms, and stems and heads of a `Merged` do not change.
 
     Args:
         net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
-        references: The K edge models: aligned, as `vfjax.align.Maps.apply` maps them where features
-            were mixed, or with `maps` the originals; None to calibrate the merged biases
-            themselves, with two models for a tree and those of a `Merged` for that.
-        maps: What maps the references into the basis of the merge.
+        references: The K edge models: aligned (by `vfjax.align.Maps.apply`, where features were
+            mixed), or with `maps` the originals. None to calibrate the merged biases themselves; K
+            is then 2 for a tree, and the number of models for a `Merged`.
+        maps: Maps of the references into the basis of the merge.
         weights: One per model, summing to one. None for those of a `Merged` of as many models, else
-            equal ones.
+            equal weights.
 
     Returns:
-        A tree or a `Merged`, as given. Layers without a bias are passed over.
+        A tree or a `Merged`, as given. Layers without a bias are skipped.
 
     Raises:
-        TypeError: If `maps` is not a `Maps`, or `references` not a sequence of trees.
-        ValueError: If weights are unequal or maps given and no references, if references, maps or
-            weights do not fit, or one bias leaf serves layers of several depths.
+        TypeError: If `maps` is not a `Maps`, or `references` is not a sequence of trees.
+        ValueError: If weights are unequal or maps are given without references, if references, maps
+            or weights do not fit, or if one bias leaf serves layers of several depths.
 
-    Example:
-        >>> import jax.numpy as jnp, vfjax
-        >>> def apply_fn(v, x):
-        ...     return jnp.maximum(x @ v["w1"] + v["b1"], 0) @ v["w2"] + v["b2"]
-        >>> tree = {"w1": jnp.eye(2), "b1": jnp.ones(2), "w2": jnp.eye(2), "b2": jnp.ones(2)}
-        >>> net = vfjax.trace(apply_fn, tree, jnp.ones((1, 2)))
-        >>> new = calibrate_bias(net, tree)
-        >>> new["b1"].tolist(), new["b2"].tolist()
-        ([1.0, 1.0], [0.5, 0.5])
+    Example: see `remove_bias`.
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", bias calibration. The
-    reference code counts every tensor named "weight", so shortcuts and norms push l up there.
+    reference code counts every tensor named "weight", so that shortcuts and norms raise l there.
     """
     model = merged_of(net, merged)
     if references is None:
@@ -165,7 +162,7 @@ def calibrate_bias(
 def _in_basis(
     merged: Unpacked, references: Sequence[PyTree], maps: Maps | None
 ) -> list[dict[str, Any]]:
-    """The leaves of the references, of which those of the trunk are in the basis of the merge."""
+    """The leaves of the references, with those of the trunk mapped into the basis of the merge."""
     paths.check_sequence(references, name="references")
     model, count = merged.model, len(references)
     net, cut, end = model.net, model.cut, model.end
@@ -174,14 +171,14 @@ def _in_basis(
             raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
         nets = networks(model.nets, count) if model.nets else (net,) * count
         free = net.head_leaves(cut, end)
-        found = models_of(nets, references, free=free, name="references", variances=False)
+        models = models_of(nets, references, free=free, name="references", variances=False)
         maps.check(nets, count)
-        given = zip(nets, found.trees, strict=True)
-        flats = found.become([maps.map_tree(*of, k) for k, of in enumerate(given)]).leaves
+        given = zip(nets, models.trees, strict=True)
+        flats = models.become([maps.map_tree(*of, k) for k, of in enumerate(given)]).leaves
     elif not cut and end is None:
         flats = models_of(net, references, name="references", variances=False).leaves
     else:
-        # Stems and heads, which keep their biases, may be of other widths and classes.
+        # Stems and heads keep their biases, so their widths and classes may differ.
         flats = [
             paths.flatten_named(tree, name=f"references[{k}]").leaves
             for k, tree in enumerate(references)
@@ -203,7 +200,7 @@ def _in_basis(
 
 
 def _equal_models(merged: Unpacked, weights: Sequence[float] | None) -> int:
-    """How many models have been averaged with equal weights; those of weight 0 do not count."""
+    """The number of models that were averaged with equal weights; weights of 0 do not count."""
     if weights is not None:
         weights = resolve_weights(weights, None)
     else:
@@ -225,8 +222,8 @@ def _map_biases(
 ) -> PyTree | Merged:
     """Replaces every layer's bias outside of stems and heads by `change(bias, which, depth)`.
 
-    Computes in float32 or better and casts back. `same` says whether two depths are treated alike;
-    a bias that several layers share must not need two values.
+    Computes in float32 or better and casts back. `same` says whether two depths get the same
+    treatment: a bias that several layers share cannot take two values.
     """
     net, model = merged.net, merged.model
     if net.opaque:
@@ -237,14 +234,14 @@ def _map_biases(
         )
     depths = bias_depths(net, model.cut, model.end)
     leaves = dict(merged.trunk.leaves)
-    for index, found in depths.items():
-        if not all(same(depth, found[0]) for depth in found):
+    for index, served in depths.items():
+        if not all(same(depth, served[0]) for depth in served):
             raise ValueError(
-                f"the bias '{index[0]}' serves layers of depths {found}, which need different "
+                f"the bias '{index[0]}' serves layers of depths {served}, which need different "
                 "values; give each layer its own bias"
             )
         bias = _read(leaves, index)
-        new = change(bias, index, found[0])
+        new = change(bias, index, served[0])
         path, slot = index
         leaf = jnp.asarray(leaves[path])
         new = new.astype(leaf.dtype)
@@ -253,16 +250,16 @@ def _map_biases(
 
 
 def bias_depths(net: Network, cut: int, end: int | None = None) -> dict[Bias, list[int]]:
-    """Depths of the layers of the trunk, from the cut to where heads begin, that add a bias."""
-    found: dict[Bias, list[int]] = {}
+    """The depths of the layers of the trunk that add each bias."""
+    depths: dict[Bias, list[int]] = {}
     for layer in net.layers:
         view = net._reference.layers[layer.name].bias
         if layer.bias is None or view is None or (cut and net.in_stem(layer.name, cut)):
             continue
         if end is not None and not net.in_stem(layer.name, end):
             continue
-        found.setdefault((layer.bias, view.slot), []).append(layer.depth)
-    return found
+        depths.setdefault((layer.bias, view.slot), []).append(layer.depth)
+    return depths
 
 
 def _read(leaves: dict[str, Any], index: Bias) -> Array:

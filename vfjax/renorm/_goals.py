@@ -1,4 +1,4 @@
-"""What a renormalisation aims at: the moments of the edge models, in the basis of the merge."""
+"""The goals of a renormalisation: the moments of the edge models, in the basis of the merge."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def goals_of(
 
     Args:
         merged: The merged model.
-        data: Batches, to measure references that are trees on.
-        references: Trees, moments of all models, or a sequence of each model's.
-        maps: What carries them into the basis of the merge, or None.
+        data: Batches, on which references that are trees are measured.
+        references: Trees, moments of all models, or a sequence of the moments of each.
+        maps: Maps into the basis of the merge, or None.
         weights: As in `vfjax.renorm.repair`.
-        sites: Likewise.
+        sites: As in `vfjax.renorm.repair`.
 
     Returns:
-        By layer that is corrected, arrays of its channels' shape; and the references' weights.
+        For each layer to correct, arrays of its channels' shape; and the references' weights.
 
     Raises:
         TypeError: As `vfjax.renorm.repair`.
@@ -79,7 +79,7 @@ def goals_of(
 
 
 def _correctable(model: Merged, layer: Any) -> bool:
-    """Whether a correction of a layer acts on one value: of the trunk, or averaged at the cut."""
+    """Whether a layer can be corrected: it lies in the trunk, or is averaged at the cut."""
     if model.in_heads(layer.name):
         return False
     if model.cut == 0 or not model.net.in_stem(layer.name, model.cut):
@@ -105,12 +105,12 @@ def _references(model: Merged, references: Any, maps: Maps | None) -> Models:
     check_sequence(references, name="references")
     count = len(references)
     nets = networks(model.nets, count) if model.nets else (model.net,) * count
-    # What heads alone read may differ in shape, as where models have classes of their own.
+    # Leaves that only heads read may differ in shape, as where models have different classes.
     free = model.net.head_leaves(model.cut, model.end)
-    found = models_of(nets, references, free=free, name="references")
+    models = models_of(nets, references, free=free, name="references")
     if maps is not None:
         maps.check(nets, count)
-    return found
+    return models
 
 
 def _measured(
@@ -126,20 +126,21 @@ def _measured(
         pairs = zip(models.nets, models.trees, strict=True)
         models = models.become([maps.in_units(own, tree) for own, tree in pairs])
     covariance = [s for s in sites if any(at.group in mixed for at in models.net.places(s))]
+    # One pass serves all models only if they agree in every shape.
     parts = [models] if models.alike else models.one_by_one()
     return [measured(part, data, sites, covariance) for part in parts]
 
 
 def _joined(given: Moments | Sequence[Moments]) -> Moments:
-    """One record of moments of several models."""
+    """Joins the moments of several models into one record."""
     if isinstance(given, Moments):
         return given
 
     def stacked(what: str) -> dict[str, Array]:
         return {
-            site: jnp.concatenate([getattr(found, what)[site] for found in given])
+            site: jnp.concatenate([getattr(one, what)[site] for one in given])
             for site in given[0].mean
-            if all(site in found.mean for found in given)
+            if all(site in one.mean for one in given)
         }
 
     return Moments(given[0].count, stacked("mean"), stacked("var"))

@@ -1,12 +1,13 @@
-"""The passes over data behind `vfjax.renorm`: moments of a merged network, and what corrects them.
+"""Passes over data for `vfjax.renorm`: they measure a merged network and compute its corrections.
 
-`by_batch` takes one pass. Every site is corrected by the batch's own moments, so that what lies
-behind it sees corrected values, as in a network in training mode; the moments of the uncorrected
-values are pooled over batches. `by_layer` takes a pass per rank of sites, with the corrections of
-earlier ranks fixed to their pooled moments, which is exact on any data.
+`by_batch` takes one pass. Every site is corrected by the moments of the batch itself, so that later
+layers see corrected values, as in a network in training mode; the moments of the uncorrected values
+are pooled over batches. `by_layer` takes one pass per rank of sites, with the corrections of
+earlier ranks fixed to their pooled moments, which is exact on any data. `_write` puts the results
+into the model.
 
 A pass is one compiled call per batch. Trees, weights, goals and the kind of correction are
-arguments of that call, so that all models of one network and cut share its compilation.
+arguments of that call, so that all models of one network and cut share one compilation.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from vfjax.network._records import Norm
 
 
 class Job(NamedTuple):
-    """What a pass corrects: hashable, so that it is the key of a compilation.
+    """What a pass corrects; hashable, since it is the key of a compilation.
 
     Attributes:
         frame: The merged model without its arrays.
         layers: Layers of the trunk whose pre-activation is corrected.
         norms: Norms of the trunk whose stored statistics are renewed.
-        heads: Norms of the heads likewise, as (model, norm).
+        heads: Norms of the heads whose stored statistics are renewed, as (model, norm).
     """
 
     frame: Frame
@@ -58,12 +59,12 @@ class Job(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What passes found.
+    """The results of the passes.
 
     Attributes:
         corrections: `{layer: (scale, shift)}`.
-        norms: `{norm: moments of its corrected input}`, of the trunk.
-        heads: `{(model, norm): likewise}`.
+        norms: `{norm: moments of its corrected input}`, in the trunk.
+        heads: `{(model, norm): moments of its corrected input}`, in the heads.
     """
 
     corrections: dict[str, tuple[Array, Array]]
@@ -77,9 +78,10 @@ class _Given(NamedTuple):
     arrays: Arrays
     # 1 to correct the mean (REPAIR), 0 for the standard deviation alone (RESCALE).
     centre: Any
-    # By layer, the goal mean and standard deviation; or None if nothing goes by the batch's moments
+    # Exactly one of these two is given. By layer, the goal mean and standard deviation, to correct
+    # by the moments of the batch;
     goals: Mapping[str, tuple[Array, Array]] | None
-    # but by the scale and shift that earlier passes found, by layer.
+    # or the scale and shift that earlier passes found.
     fixed: Mapping[str, tuple[Array, Array]] | None
 
 
@@ -91,28 +93,23 @@ def by_batch(
     *,
     centre: bool,
 ) -> Found:
-    """Corrects each batch by its own moments, in one pass, and pools the moments.
+    """Corrects each batch by its own moments, in one pass, and pools these moments.
 
     Args:
         job: What to correct.
         model: The merged model.
-        data: Batches, or a list of the crossings that `model.crossing` made of them.
+        data: Batches, or a list of crossings that `model.crossing` computed from them.
         goals: Mean and standard deviation to reach, by layer.
         centre: Whether to correct the mean too.
 
     Returns:
-        Corrections and moments; exact for one batch.
+        Corrections and moments; exact if there is one batch.
     """
     given = _given(model, centre, goals={name: goals[name] for name in job.layers})
     pooled = _pass(job, given, data)
     corrections = {n: _coefficients(pooled[n], goals[n], centre) for n in job.layers}
     heads = {place: pooled[label(*place)] for place in job.heads}
     return Found(corrections, {n: pooled[n] for n in job.norms}, heads)
-
-
-def label(model: int, norm: str) -> str:
-    """Name of what was measured at a norm of a head."""
-    return f"{norm} (head {model})"
 
 
 def by_layer(
@@ -123,19 +120,19 @@ def by_layer(
     *,
     centre: bool,
 ) -> Found:
-    """Corrects rank after rank, in one pass each, with earlier corrections fixed.
+    """Corrects one rank after the other, in one pass each, with earlier corrections fixed.
 
     Args:
         job: What to correct.
         model: The merged model.
-        data: Batches, or a list of the crossings that `model.crossing` made of them.
+        data: Batches, or a list of crossings that `model.crossing` computed from them.
         goals: Mean and standard deviation to reach, by layer.
         centre: Whether to correct the mean too.
 
     Returns:
         Corrections and moments; exact on any data.
     """
-    found = Found({}, {}, {})
+    results = Found({}, {}, {})
     data = _stored(model.model, data)
     identity = {
         name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
@@ -144,44 +141,82 @@ def by_layer(
         given = _given(
             model,
             centre,
-            fixed=identity | found.corrections,
-            measured=found,
+            fixed=identity | results.corrections,
+            measured=results,
         )
         pooled = _pass(job, given, data)
         for name in rank:
             if name in job.layers:
-                found.corrections[name] = _coefficients(pooled[name], goals[name], centre)
+                results.corrections[name] = _coefficients(pooled[name], goals[name], centre)
         for name in rank:
             if name in job.norms:
                 layer = job.net.norm(name).layer
-                before = None if layer is None else found.corrections.get(layer)
-                found.norms[name] = _moved(pooled[name], before)
-        found.heads.update({p: pooled[label(*p)] for p in job.heads if label(*p) in rank})
-    return found
+                before = None if layer is None else results.corrections.get(layer)
+                results.norms[name] = _moved(pooled[name], before)
+        results.heads.update({p: pooled[label(*p)] for p in job.heads if label(*p) in rank})
+    return results
 
 
-_coefficients = jax.jit(coefficients)
+def renewed(model: Unpacked, results: Found) -> Unpacked:
+    """The model with the measured statistics in its norms."""
+    if not results.norms and not results.heads:
+        return model
+    heads = []
+    for k, head in enumerate(model.heads):
+        own = {norm: moments for (of, norm), moments in results.heads.items() if of == k}
+        heads.append(with_statistics(model.model.net_of(k), head.leaves, own))
+    trunk = with_statistics(model.net, model.trunk.leaves, results.norms)
+    return model.put(trunk=trunk, heads=heads)
+
+
+def with_statistics(
+    net: Network, leaves: Mapping[str, Any], by_norm: Mapping[str, Pooled]
+) -> dict[str, Any]:
+    """Replaces the stored statistics of norms.
+
+    A norm that is used several times has one pair of leaves, which gets the pooled moments of all
+    uses.
+
+    Args:
+        net: The traced network.
+        leaves: Leaves of its variables by path.
+        by_norm: Moments of the inputs of norms, by name of the norm.
+
+    Returns:
+        New leaves; statistics have the dtypes of the old ones.
+    """
+    new = dict(leaves)
+    joined: dict[tuple[Any, ...], Pooled] = {}
+    for name, moments in by_norm.items():
+        site = net._reference.norms[name]
+        norm = net.norm(name)
+        key = (norm.mean, site.mean.slot, norm.var, site.var.slot)
+        joined[key] = pool(joined[key], moments) if key in joined else moments
+    for (mean, mean_slot, var, var_slot), moments in joined.items():
+        new[mean] = _write(new[mean], mean_slot, moments.mean)
+        new[var] = _write(new[var], var_slot, moments.var)
+    return new
 
 
 def ranks(job: Job) -> list[list[str]]:
-    """Orders sites such that each depends on the corrections of earlier ranks only.
+    """Orders sites in ranks, so that each depends on the corrections of earlier ranks only.
 
-    A norm that follows a corrected layer directly has that layer's rank: its input's moments follow
-    from the layer's.
+    A norm that directly follows a corrected layer has that layer's rank: the moments of its input
+    follow from the layer's.
     """
-    found = _ranks(job.net, job.layers, job.norms)
-    heads: list[list[str]] = []  # behind all of the trunk, each by its own graph
+    trunk = _ranks(job.net, job.layers, job.norms)
+    heads: list[list[str]] = []  # after the whole trunk, and each by its own graph
     for model in dict.fromkeys(model for model, _ in job.heads):
         norms = tuple(norm for k, norm in job.heads if k == model)
         own = _ranks(job.frame.net_of(model), (), norms)
         heads += [[] for _ in range(len(own) - len(heads))]
         for rank, names in zip(heads, own, strict=False):
             rank += [label(model, name) for name in names]
-    return found + heads
+    return trunk + heads
 
 
 def _ranks(net: Network, layers: tuple[str, ...], norms: tuple[str, ...]) -> list[list[str]]:
-    """The same for sites of one network."""
+    """The ranks of sites of one network."""
     traced = net._reference
     graph = traced.graph
     reads, makes = {}, {}
@@ -202,32 +237,12 @@ def _ranks(net: Network, layers: tuple[str, ...], norms: tuple[str, ...]) -> lis
     return [[n for n in rank if rank[n] == k] for k in range(1 + max(rank.values(), default=-1))]
 
 
-def with_statistics(
-    net: Network, leaves: Mapping[str, Any], found: Mapping[str, Pooled]
-) -> dict[str, Any]:
-    """Leaves with the stored statistics of norms replaced.
+def label(model: int, norm: str) -> str:
+    """Name under which the moments at a norm of a head are pooled."""
+    return f"{norm} (head {model})"
 
-    A norm used several times has one pair of leaves; it gets the moments of all uses, pooled.
 
-    Args:
-        net: The traced network.
-        leaves: Leaves of its variables by path.
-        found: Moments of the inputs of norms, by name.
-
-    Returns:
-        New leaves; statistics are cast to the old ones' dtypes.
-    """
-    new = dict(leaves)
-    joined: dict[tuple[Any, ...], Pooled] = {}
-    for name, moments in found.items():
-        site = net._reference.norms[name]
-        norm = net.norm(name)
-        key = (norm.mean, site.mean.slot, norm.var, site.var.slot)
-        joined[key] = pool(joined[key], moments) if key in joined else moments
-    for (mean, mean_slot, var, var_slot), moments in joined.items():
-        new[mean] = _write(new[mean], mean_slot, moments.mean)
-        new[var] = _write(new[var], var_slot, moments.var)
-    return new
+_coefficients = jax.jit(coefficients)
 
 
 def _write(leaf: Any, slot: int | None, value: Any) -> Array:
@@ -238,7 +253,7 @@ def _write(leaf: Any, slot: int | None, value: Any) -> Array:
 
 
 def _moved(moments: Pooled, correction: tuple[Array, Array] | None) -> Pooled:
-    """Moments of `scale * z + shift`, for those of z."""
+    """Moments of `scale * z + shift`, from those of z."""
     if correction is None:
         return moments
     scale, shift = (np.reshape(v, np.shape(moments.mean)) for v in correction)
@@ -257,20 +272,8 @@ def _given(
     return _Given(model.model.arrays, np.asarray(centre), goals, fixed)
 
 
-def renewed(model: Unpacked, found: Found) -> Unpacked:
-    """The model with the statistics that were found in its norms."""
-    if not found.norms and not found.heads:
-        return model
-    heads = []
-    for k, head in enumerate(model.heads):
-        own = {norm: moments for (of, norm), moments in found.heads.items() if of == k}
-        heads.append(with_statistics(model.model.net_of(k), head.leaves, own))
-    trunk = with_statistics(model.net, model.trunk.leaves, found.norms)
-    return model.put(trunk=trunk, heads=heads)
-
-
 def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
-    """One pass: moments of every site before its own correction, norms' inputs after it."""
+    """Takes one pass: moments of every layer before its correction, of norms' inputs after it."""
     pooled: dict[str, Pooled] = {}
     pending: dict[str, Pooled] = {}
 
@@ -285,7 +288,7 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
         take()  # of the batch before, while this one runs
         pending = batch
     take()
-    check_finite_means({name: found.mean for name, found in pooled.items()})
+    check_finite_means({name: moments.mean for name, moments in pooled.items()})
     return pooled
 
 
@@ -296,24 +299,24 @@ def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]
 
 def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
     model = job.frame.model(given.arrays)
-    found: dict[str, Pooled] = {}
+    measured: dict[str, Pooled] = {}
 
     def at_layer(name: str, z: Array) -> Array:
         layer = job.net.layer(name)
-        found[name] = moments_of(z, layer.sample_axes)
+        measured[name] = moments_of(z, layer.sample_axes)
         if given.goals is None:
             assert given.fixed is not None  # one of the two is given
             pair = given.fixed[name]
         else:
-            pair = coefficients(found[name], given.goals[name], given.centre)
+            pair = coefficients(measured[name], given.goals[name], given.centre)
         return layer.affine(*pair)(z)
 
     def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
-        """The edits of norms of a tree; `labels` are what their moments go by."""
+        """Edits that measure the norms of a tree; `labels` names their moments."""
         leaves, _ = paths.flatten_named(tree)
 
         def edit(norm: Norm, u: Array) -> Array:
-            now = found[labels[norm.name]] = moments_of(u, norm.sample_axes)
+            now = measured[labels[norm.name]] = moments_of(u, norm.sample_axes)
             return u if given.goals is None else _as_if(net, norm, leaves, now, u)
 
         norms = [net.norm(name) for name in labels]
@@ -325,11 +328,11 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
     for k in dict.fromkeys(k for k, _ in job.heads):
         labels = {norm: label(k, norm) for of, norm in job.heads if of == k}
         model.run_head(k, out, edit=at_norms(model.net_of(k), model.heads[k], labels))
-    return found
+    return measured
 
 
 def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u: Array) -> Array:
-    """An input that the norm treats, with its old statistics, as `u` with the batch's."""
+    """The input that the norm maps, by its old statistics, to where the batch's would map `u`."""
     site = net._reference.norms[norm.name]
 
     def old(path: str, slot: int | None) -> Array:
@@ -358,7 +361,7 @@ def inputs(net: Network, cut: int, data: Iterable[Any]) -> Iterator[PyTree]:
 
 
 def _stored(model: Merged, data: Iterable[Any]) -> Iterable[Any]:
-    """Data for several passes: the crossings of all batches if they fit into memory."""
+    """Data for several passes: the crossings of all batches, where they fit into memory."""
     if model.cut == 0:
         return data
     crossings = (

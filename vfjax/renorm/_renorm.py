@@ -1,4 +1,4 @@
-"""RESET, REPAIR and RESCALE."""
+"""RESET, REPAIR and RESCALE: giving a merged network the moments that its layers should have."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def reset(
     *,
     sweeps: str = "batch",
 ) -> PyTree | Merged:
-    """RESET: measures the stored statistics of every norm of trunk and heads anew.
+    """RESET: measures the stored statistics of every norm of trunk and heads again.
 
-    Averaged running statistics describe neither edge model nor the merged one. As in training mode,
-    each norm sees a batch normalised by the batch's own statistics upstream; means and (population)
-    variances are pooled over batches. Scales and shifts of the norms stay. Each head has
-    statistics of its own.
+    Averaged running statistics describe neither the edge models nor the merged one. As in training
+    mode, each norm sees a batch that upstream norms have normalised by its own statistics; means
+    and (population) variances are pooled over batches. Scales and shifts of norms do not change.
+    Each head has its own statistics.
 
     Args:
         net: The traced network, or those that `merged` was made with.
         merged: A merged tree, which may lack variances, or a `Merged`.
-        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
+        data: Re-iterable of `x` or `(x, label)`; for a `Merged` also a list of its crossings.
         sweeps: "batch" for one pass, exact on one batch; "layer" for one pass per norm along the
             deepest path, exact on any data.
 
@@ -50,7 +50,7 @@ def reset(
     Raises:
         TypeError: If data has another structure or dtype than was traced.
         ValueError: If the network has no norm with stored statistics, if data is empty or
-            exhausted, or `merged` does not fit the network.
+            exhausted, or if `merged` does not fit the network.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -71,7 +71,7 @@ def reset(
     if not model.net.norms:
         raise ValueError(
             "net has no normalisation with stored statistics, so there is nothing to reset; "
-            "see net.norms. Networks without BatchNorm want repair or rescale."
+            "see net.norms. Networks without BatchNorm need repair or rescale."
         )
     return _renormalise(model, data, {}, sweeps, centre=False)
 
@@ -98,22 +98,24 @@ def repair(
     Args:
         net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
-        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
-        references: The edge models, or their `vfjax.stats.moments` at the sites (or, of models that
-            differ in shape, a sequence of each one's): aligned, or with `maps` the originals.
-        maps: What maps the references into the basis of the merge. Where it mixes features,
-            moments that are given need `covariance` at the sites.
+        data: Re-iterable of `x` or `(x, label)`; for a `Merged` also a list of its crossings.
+        references: The edge models, aligned, or with `maps` the originals; or their
+            `vfjax.stats.moments` at the sites (for models that differ in shape, a sequence of the
+            moments of each).
+        maps: Maps of the references into the basis of the merge. If they mix features, moments
+            given as references need `covariance` at the sites.
         weights: One per reference, summing to one. None for those of `merged`, if that is a
             `Merged` of as many models, else 1/K each.
-        sites: Layers: "paper", "all", or their names, as in `vfjax.stats.resolve_sites`. At a cut,
-            only layers of the trunk and those at the cut, averaged, are corrected.
-        sweeps: "batch" for one pass in which layers see upstream layers corrected by the batch's
-            own moments, exact on one batch; "layer" for one pass per depth, exact on any data.
+        sites: Layers to correct: "paper", "all", or their names, as in
+            `vfjax.stats.resolve_sites`. In a `Merged` with a cut, only layers of the trunk and the
+            averaged layers at the cut are corrected.
+        sweeps: "batch" for one pass, in which upstream layers are corrected by the batch's own
+            moments: exact on one batch. "layer" for one pass per depth: exact on any data.
 
     Returns:
-        Given a tree: a tree if every correction folds into kernels and biases (or the means of
-        norms that follow directly), else a `Merged` of cut 0 that holds the others explicitly.
-        Given a `Merged`: a `Merged`.
+        For a `Merged`, a `Merged`. For a tree, a tree if every correction folds into kernels and
+        biases (or the means of norms that follow directly), else a `Merged` of cut 0 that holds the
+        other corrections explicitly.
 
     Raises:
         TypeError: If data has another structure or dtype than was traced.
@@ -155,24 +157,25 @@ def rescale(
     """RESCALE: gives pre-activations the averaged standard deviation of the edge models.
 
     Per channel, over examples and positions, `z <- z / std[z] * sum_k w_k std_k`. The value is not
-    centred, so its mean (and its bias) scales too and nothing is added; the standard deviation is
-    that about the mean. Else as `repair`: constant channels keep scale 1, norms with stored
+    centred: its mean (and its bias) is scaled too, and nothing is added; the standard deviation is
+    taken about the mean. As in `repair`, constant channels keep scale 1, and norms with stored
     statistics are reset in the same pass.
 
     Args:
         net: The traced network, or those that `merged` was made with.
         merged: A merged tree, or a `Merged`.
-        data: Re-iterable of x or `(x, label)`; for a `Merged`, or a list of its crossings.
-        references: The edge models, or their `vfjax.stats.moments` at the sites (or, of models that
-            differ in shape, a sequence of each one's): aligned, or with `maps` the originals.
-        maps: What maps the references into the basis of the merge. Where it mixes features,
-            moments that are given need `covariance` at the sites.
+        data: Re-iterable of `x` or `(x, label)`; for a `Merged` also a list of its crossings.
+        references: The edge models, aligned, or with `maps` the originals; or their
+            `vfjax.stats.moments` at the sites (for models that differ in shape, a sequence of the
+            moments of each).
+        maps: Maps of the references into the basis of the merge. If they mix features, moments
+            given as references need `covariance` at the sites.
         weights: As in `repair`.
         sites: As in `repair`.
         sweeps: As in `repair`.
 
     Returns:
-        As `repair`; corrections fold wherever the kernel is a plain leaf that is used once.
+        As `repair`; corrections fold wherever the kernel is a leaf that is used once.
 
     Raises:
         TypeError: As `repair`.
@@ -220,16 +223,16 @@ def _renormalise(
     new = given
     if job.layers or job.norms or job.heads:
         new = _with_variances(given)
-        found = _SWEEPS[sweeps](job, new, data, goals, centre=centre)
-        new = fold_all(new, found, shift=centre)
+        results = _SWEEPS[sweeps](job, new, data, goals, centre=centre)
+        new = fold_all(new, results, shift=centre)
     if given.plain:
-        # A record of what the tree was made of: as many models as there are references.
+        # A tree that becomes a `Merged` records that it was merged from the references.
         new = new.put(weights=weights)
     return new.given_back()
 
 
 def _with_variances(given: Unpacked) -> Unpacked:
-    """The model with ones for the variances that it lacks, to be measured."""
+    """Fills variances that the model lacks with ones, so that they can be measured."""
     model = given.model
     kept = model.net.trunk_leaves(model.cut, model.end)
     unknown = [n.var for n in model.net.norms if n.var in kept and n.var not in given.trunk.leaves]

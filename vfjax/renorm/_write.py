@@ -1,4 +1,4 @@
-"""Writing what a renormalisation found into a model: folded where it can be, else explicit."""
+"""Writing corrections into a model: folded into leaves where possible, explicit elsewhere."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from vfjax.merge._unpacked import Unpacked
 from vfjax.network._fold import FoldError, fold
 from vfjax.renorm._passes import Found, renewed
 
-# By layer, what it is multiplied by and what is added then.
+# Scale and shift by layer; the scale is applied first.
 Corrections = dict[str, tuple[Array, Array]]
 
 
-def fold_all(model: Unpacked, found: Found, *, shift: bool) -> Unpacked:
+def fold_all(model: Unpacked, results: Found, *, shift: bool) -> Unpacked:
     """Puts corrections and statistics into a model.
 
     Args:
         model: The model that was measured.
-        found: Corrections by layer and moments by norm.
+        results: Corrections by layer and moments by norm.
         shift: Whether the corrections shift; those that only scale fold in more places.
 
     Returns:
         A new model.
     """
-    # Statistics first: a shift without a bias goes into the mean that they have now.
-    model = renewed(model, found)
+    # Statistics first: a shift without a bias folds into the mean of the next norm as it is now.
+    model = renewed(model, results)
     leaves = model.trunk.leaves
     stems = [flat.leaves for flat in model.stems]
     explicit: Corrections = dict(model.model.corrections)
-    for name, (scale, moved) in found.corrections.items():
+    for name, (scale, moved) in results.corrections.items():
         if name in explicit:
             old_scale, old_shift = explicit[name]
             explicit[name] = scale * old_scale, scale * old_shift + moved
@@ -54,11 +54,11 @@ def _into_stems(
     scale: Array,
     shift: Array | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Folds the correction of the averaged pre-activation into every stem alike.
+    """Folds the correction of the averaged pre-activation into every stem.
 
-    Since weights sum to one, correcting each stem corrects their average. Without a bias the shift
-    goes into the mean of the norm that follows, which the trunk holds. What is mapped by matrices
-    on its way is in another basis inside the stems.
+    Since weights sum to one, correcting each stem in the same way corrects their average. Without a
+    bias the shift goes into the mean of the norm that follows, which the trunk holds. Channels that
+    matrices map at the cut are in another basis inside the stems, and cannot be folded.
 
     Returns:
         The leaves of the trunk, and of each stem.
