@@ -1,9 +1,11 @@
-"""One-shot pruning: scores of weights, masks of the lowest, and pruned trees.
+"""One-shot pruning: scoring weights, masking those of lowest score, and pruning trees.
 
-1. Scores: `magnitude(net, tree)`; `wanda(net, tree, data)`, made for `scope="row"`; with labels
-   `fisher` and `woodfisher`, of the cross-entropy or of `loss=`. `prunable` lists layers to choose.
-2. `masks(scores, sparsity, scope=...)`: the lowest of all weights, of each layer or row, or n:m.
-3. `apply(tree, mask)`; then `vfjax.renorm` with the unpruned network as the one reference, since
+1. Scores: `magnitude(net, tree)`; `wanda(net, tree, data)`, made for `scope="row"`; and, with
+   labelled data, `fisher` and `woodfisher`, of the cross-entropy or of `loss=`. `prunable` lists
+   the layers to choose from.
+2. `masks(scores, sparsity, scope=...)`: masks the lowest scores of all weights, of each layer or
+   row, or n:m.
+3. `apply(tree, mask)`; then `vfjax.renorm` with the unpruned network as the only reference, since
    features vanish in pruned networks as in merged ones: `reset` with BatchNorm, else `repair`.
 
     >>> import jax, numpy as np, vfjax
@@ -14,11 +16,12 @@
     [[0.0, -3.0], [2.0, 0.0]]
 
 `inverse_fisher(...).prune(tree, mask)` also changes the weights that stay, to make up for those
-that go: one by one as WoodFisher does, or with `jointly=True` together, which has the lower loss on
-the data that were measured, not always on others. `memory` says how many bytes it takes. To
-retrain, chain the optimiser with `keep(mask)`, or `keep(mask["params"])` for Flax `params`. A
-kernel that layers share is scored once, by all its uses; one that is computed from other leaves is
-refused. Sources are named in each function.
+that go: for each pruned weight separately, as WoodFisher does, or with `jointly=True` for all of
+them together, which has a lower loss on the measured data, though not always on other data.
+`memory` says how many bytes it takes. To retrain, chain the optimiser with `keep(mask)`, or
+`keep(mask["params"])` for Flax `params`. A kernel that layers share is scored once, over all its
+uses; a kernel that is computed from several leaves raises an error. Each function names its
+source.
 """
 
 from vfjax.prune._fisher import fisher as fisher

@@ -24,29 +24,30 @@ def fisher(
     examples: int | None = None,
     names: Sequence[str] | None = None,
 ) -> Scores:
-    """Scores of weights by how much the loss rises without them, `w^2 F / 2`.
+    """Scores weights by how much the loss rises without them, `w^2 F / 2`.
 
     F is the diagonal of the empirical Fisher matrix: the mean over examples of the squared
-    derivative of their loss, with their own labels.
+    derivative of the loss, at the true labels.
 
     Args:
         net: The traced network.
         tree: The tree to prune.
         data: Re-iterable of `(x, label)`.
-        loss: `loss(output, label)` of a batch, its mean over examples; None for the cross-entropy
+        loss: `loss(output, label)`, the mean over a batch of examples; None for the cross-entropy
             of logits and integer labels.
-        examples: How many examples to take, None for all.
+        examples: Number of examples to use; None for all.
         names: Names of layers, as `prunable` gives them; None for all that can be pruned.
 
     Returns:
         The scores, float64.
 
     Raises:
-        TypeError: If `net` is not a traced network, `names` not a sequence, a leaf not an array,
-            `examples` no integer, or a batch is not a pair with integer labels or has another dtype
-            than traced.
+        TypeError: If `net` is not a traced network, `names` is not a sequence, a leaf is not an
+            array, `examples` is not an integer, or a batch is not a pair with integer labels or has
+            another dtype than was traced.
         ValueError: If the tree or data do not fit, data are empty or too few, `examples` is below
-            one, there are no layers, one has no kernel of its own, or a gradient is not finite.
+            one, `names` is empty, a layer's kernel is computed from several leaves, or a gradient
+            is not finite.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -64,10 +65,10 @@ def fisher(
     leaves, rows, paths = weights_of(net, tree, names)
     total = {path: np.zeros(np.shape(leaf)) for path, leaf in leaves.items()}
     count = 0
-    for found in gradients(net, tree, leaves, data, loss=loss, count=examples):
-        for path, each in found.items():
+    for batch in gradients(net, tree, leaves, data, loss=loss, count=examples):
+        for path, each in batch.items():
             total[path] += (np.asarray(each, np.float64) ** 2).sum(0)
-        count += len(next(iter(found.values())))
+        count += len(next(iter(batch.values())))
     values = {
         path: np.asarray(leaf, np.float64) ** 2 * total[path] / (2 * count)
         for path, leaf in leaves.items()

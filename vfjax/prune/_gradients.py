@@ -1,4 +1,4 @@
-"""Gradients of the loss of single examples, or of small batches, by the weights to prune."""
+"""Gradients of the loss of single examples or small batches, for the weights to prune."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vfjax.network._network import Network
 Loss = Callable[[PyTree, Array], Array]
 
 # Bytes of the gradients that one call computes: on CPU what its caches hold, elsewhere a small part
-# of the memory. Measured on 2 cores, per gradient: 1.0 ms by itself, 0.34 in pieces of 16 or more
-# for a convolutional network of 35,000 weights; 1.6 by itself, 1.4 in pieces of 2 and 3.5 in pieces
-# of 64 for a dense one of 0.9 million; 10 to 13 ms in pieces of any size for ResNet20.
+# of the memory. Measured on 2 cores, per gradient: 1.0 ms one at a time and 0.34 in pieces of 16 or
+# more for a convolutional network of 35,000 weights; 1.6 one at a time, 1.4 in pieces of 2 and 3.5
+# in pieces of 64 for a dense one of 0.9 million; 10 to 13 ms in pieces of any size for ResNet20.
 _CPU_BYTES, _BYTES = 8 << 20, 1 << 30
 
 
@@ -41,19 +41,19 @@ def gradients(
     count: int | None,
     minibatch: int = 1,
 ) -> Iterator[dict[str, Array]]:
-    """Gradients of the mean loss of successive groups of examples.
+    """Yields gradients of the mean loss of successive groups of examples.
 
-    Those of a batch are vmapped in equal pieces, as many at once as the backend is fast with, which
-    may be one.
+    The gradients of a batch are vmapped in equal pieces, of a size that the backend is fast with,
+    which may be one.
 
     Args:
         net: The traced network.
         tree: Its parameters.
-        leaves: Those of its leaves to differentiate by, by path.
-        data: Re-iterable of `(x, label)`. Batches that are sharded are computed on one device.
+        leaves: The leaves to differentiate with respect to, by path.
+        data: Re-iterable of `(x, label)`. Sharded batches are computed on one device.
         loss: `loss(output, label)`, the mean over a batch; None for the cross-entropy.
-        count: How many gradients to take, None for all that data give.
-        minibatch: How many examples make one; what is left of a batch is dropped.
+        count: Number of gradients; None for all that the data give.
+        minibatch: Number of examples per gradient; the remainder of a batch is dropped.
 
     Yields:
         By path, `[k, *leaf]`: k gradients.
@@ -92,7 +92,7 @@ def gradients(
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises an error unless an argument counts something: an integer above zero.
+    """Checks that an argument is a count: an integer above zero.
 
     Raises:
         TypeError: If it is not an integer.
@@ -105,7 +105,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def _at_once(leaves: Mapping[str, Any]) -> int:
-    """How many gradients by these leaves one call computes."""
+    """The number of gradients of these leaves that one call computes."""
     each = sum(np.size(leaf) * np.dtype(jnp.result_type(leaf)).itemsize for leaf in leaves.values())
     return max(1, (_CPU_BYTES if jax.default_backend() == "cpu" else _BYTES) // max(each, 1))
 

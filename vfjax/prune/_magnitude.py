@@ -1,4 +1,4 @@
-"""Magnitude pruning: small weights count least."""
+"""Magnitude pruning: the smallest weights go first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vfjax.prune._scores import (
 
 @renames(layers="names")
 def magnitude(net: Network, tree: PyTree, *, names: Sequence[str] | None = None) -> Scores:
-    """Scores of weights by their absolute value, `|w|`.
+    """Scores weights by their absolute value, `|w|`.
 
     Args:
         net: The traced network.
@@ -30,8 +30,10 @@ def magnitude(net: Network, tree: PyTree, *, names: Sequence[str] | None = None)
         The scores, float32 or better.
 
     Raises:
-        TypeError: If `net` is not a traced network, `names` not a sequence, or a leaf not an array.
-        ValueError: If the tree does not fit, there are no layers, or one has no kernel of its own.
+        TypeError: If `net` is not a traced network, `names` is not a sequence, or a leaf is not an
+            array.
+        ValueError: If the tree does not fit, `names` is empty, or a layer's kernel is computed from
+            several leaves.
 
     Example:
         >>> import jax.numpy as jnp, vfjax

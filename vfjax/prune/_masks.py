@@ -1,4 +1,4 @@
-"""From scores to masks of exact sparsity, and from masks to pruned trees."""
+"""Masks of exact sparsity from scores, and pruned trees from masks."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def masks(
     *,
     scope: str | tuple[int, int] = "global",
 ) -> PyTree:
-    """Which weights stay: all but the lowest scores.
+    """Masks the weights with the lowest scores; all others stay.
 
-    Exactly `floor(sparsity * n + 1/2)` of n weights go, n being those of the scope: of a row of 4
-    all go at 0.9. Among equal scores those go first whose layer is evaluated earlier, and in it
+    Of the n weights in each scope exactly `floor(sparsity * n + 1/2)` go: at 0.9 all of a row of 4.
+    Among equal scores, weights of layers that are evaluated earlier go first, and within a layer
     those that come first in its leaf, row-major.
 
     Args:
-        scores: What `magnitude`, `fisher`, `wanda` or `woodfisher` returned.
+        scores: The scores from `magnitude`, `fisher`, `wanda` or `woodfisher`.
         sparsity: Share of the weights to prune, from 0 to 1; None with N:M.
-        scope: Among which weights it holds: `"global"`, all of them; `"layer"`, those of every
-            layer; `"row"`, those of every output of a layer, which is Wanda's; or `(n, m)`, by
-            which n of every m consecutive inputs of an output stay, in the order of the leaf: of
-            a convolution, channels of one pixel.
+        scope: The set of weights that has this sparsity: `"global"`, all weights together;
+            `"layer"`, each layer; `"row"`, each output of a layer, as in Wanda; or `(n, m)`: of
+            every m consecutive inputs of an output, in the order of the leaf, n stay. In a
+            convolution these are channels of one pixel.
 
     Returns:
         A tree like that of the scores: bool arrays of the leaves' shapes where weights may be
         pruned, `True` everywhere else.
 
     Raises:
-        TypeError: If `scores` are none.
-        ValueError: If `sparsity` is not from 0 to 1, is missing or given beside N:M, `scope` is
-            unknown, or m does not divide the inputs of a layer.
+        TypeError: If `scores` is not a `Scores`.
+        ValueError: If `sparsity` is not from 0 to 1, is missing, or is given together with N:M, if
+            `scope` is unknown, or if m does not divide the inputs of a layer.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -75,82 +75,15 @@ def masks(
     return jax.tree.unflatten(treedef, [shaped.get(path, True) for path in flat])
 
 
-def _pattern(scope: Any) -> tuple[int, int] | None:
-    """The `(n, m)` of an N:M scope, or None."""
-    if isinstance(scope, str) and scope in SCOPES:
-        return None
-    if (
-        isinstance(scope, tuple)
-        and len(scope) == 2
-        and all(hasattr(k, "__index__") for k in scope)
-        and 0 <= scope[0] <= scope[1]
-        and scope[1] > 0
-    ):
-        return scope
-    raise ValueError(
-        f"scope must be one of {', '.join(SCOPES)}, or (n, m) with 0 <= n <= m, got {scope!r}"
-    )
-
-
-def _global(scores: Scores, sparsity: float | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Leaves and places of what goes, of all weights together."""
-    places = {name: np.sort(rows, axis=None) for name, rows in scores.rows.items()}
-    values = [scores.values[scores.paths[name]].reshape(-1)[at] for name, at in places.items()]
-    whole = np.concatenate(values)
-    pruned = lowest(whole, _count(sparsity, whole.size))
-    ends = np.cumsum([at.size for at in places.values()])[:-1]
-    for (name, at), gone in zip(places.items(), np.split(pruned, ends), strict=True):
-        yield scores.paths[name], at[gone]
-
-
-def _local(
-    scores: Scores, sparsity: float | None, scope: str | tuple[int, int]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Leaves and places of what goes, of every layer, row, or part of a row by itself."""
-    for name, rows in scores.rows.items():
-        if scope == "layer":
-            rows = rows.reshape(1, -1)
-        elif not isinstance(scope, str):
-            if rows.shape[1] % scope[1]:
-                raise ValueError(
-                    f"scope={scope!r}: layer '{name}' has {rows.shape[1]} inputs per output, which "
-                    f"{scope[1]} does not divide; leave it out of the scores' `layers`, as "
-                    "`prunable(net, first=False)` does the first"
-                )
-            rows = rows.reshape(-1, scope[1])
-        size = rows.shape[1]
-        count = _count(sparsity, size) if isinstance(scope, str) else scope[1] - scope[0]
-        places = np.sort(rows, axis=1)  # equals go by their places in the leaf
-        values = scores.values[scores.paths[name]].reshape(-1)[places]
-        ranked = np.argsort(values, axis=1, kind="stable")[:, :count]
-        yield scores.paths[name], np.take_along_axis(places, ranked, 1)
-
-
-def _count(sparsity: float | None, size: int) -> int:
-    assert sparsity is not None
-    return math.floor(float(sparsity) * size + 0.5)  # a float32 would round the product
-
-
-def lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """Which are the `count` lowest of values `[n]`, the first ones among equals; bool `[n]`."""
-    if not 0 < count < len(values):
-        return np.full(len(values), count > 0)
-    limit = np.partition(values, count - 1)[count - 1]
-    found = values < limit
-    ties = np.flatnonzero(values == limit)[: count - np.count_nonzero(found)]
-    found[ties] = True
-    return found
-
-
 def apply(tree: PyTree, mask: PyTree) -> PyTree:
-    """The pruned tree: weights that do not stay are zero.
+    """Prunes a tree: sets the masked weights to zero.
 
     Args:
         tree: The tree to prune.
-        mask: What `masks` returned, of one like it.
+        mask: A mask from `masks`, for a tree of the same structure.
 
     Returns:
-        A tree of the same dtypes. `jit` and `grad` go through.
+        A tree of the same dtypes. Works under `jit` and `grad`.
 
     Raises:
         ValueError: If a mask has another structure or shape than the tree.
@@ -163,65 +96,18 @@ def apply(tree: PyTree, mask: PyTree) -> PyTree:
     return _masked(tree, mask_of(tree, mask))
 
 
-def mask_of(tree: PyTree, mask: PyTree) -> dict[str, Any]:
-    """The masks of a tree by path.
-
-    Args:
-        tree: The tree.
-        mask: What `masks` returned, of one like it.
-
-    Returns:
-        By path, a bool array of the leaf's shape or a single bool.
-
-    Raises:
-        ValueError: If a mask has another structure or shape than the tree.
-    """
-    if jax.tree.structure(tree) != jax.tree.structure(mask):
-        raise ValueError(
-            "mask must have the structure of the tree: make it of scores of that tree, with "
-            "vfjax.prune.masks"
-        )
-    found = paths.flatten_named(mask, name="mask")[0]
-    _check_shapes(paths.flatten_named(tree, name="tree")[0], found, "tree")
-    return found
-
-
-def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str) -> None:
-    for path, leaf in leaves.items():
-        if path not in mask:
-            raise ValueError(
-                f"{name} has a leaf '{path}', which mask lacks: make it of the tree that is meant; "
-                "an optimiser of Flax `params` takes mask['params']"
-            )
-        if np.shape(mask[path]) not in ((), np.shape(leaf)):
-            raise ValueError(
-                f"mask has shape {np.shape(mask[path])} at '{path}', where {name} has "
-                f"{np.shape(leaf)}"
-            )
-
-
-def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
-    """A tree with zeros where a mask by path, which fits it, is False."""
-    flat, treedef = paths.flatten_named(tree)
-
-    def masked(leaf: Any, kept: Any) -> Any:
-        return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))
-
-    return jax.tree.unflatten(treedef, [masked(leaf, mask[path]) for path, leaf in flat.items()])
-
-
 def sparsity(mask: PyTree) -> float:
-    """The share of weights that masks prune, of those in leaves that hold any to prune.
+    """The share of weights that a mask prunes, among the leaves that it masks.
 
     Args:
-        mask: What `masks` returned. Where the scores were of some layers of a stack only, the
-            others count as well: they lie in the same leaf.
+        mask: A mask from `masks`. If only some layers of a stacked leaf were scored, the others
+            count as well, since they lie in the same leaf.
 
     Returns:
-        From 0 to 1.
+        The share, from 0 to 1.
 
     Raises:
-        TypeError: If a leaf holds anything but bools.
+        TypeError: If a leaf holds anything other than bools.
         ValueError: If no leaf is masked.
 
     Example:
@@ -237,16 +123,16 @@ def sparsity(mask: PyTree) -> float:
 
 
 def keep(mask: PyTree) -> Any:
-    """An optax transformation that leaves pruned weights at zero while the others are trained.
+    """An optax transformation that keeps pruned weights at zero while the others are trained.
 
-    It does not prune: train what `apply` returned.
+    It does not prune: train the tree that `apply` returned.
 
     Args:
-        mask: What `masks` returned; of Flax variables `mask["params"]`, if that is what is trained.
+        mask: A mask from `masks`; for Flax variables `mask["params"]`, if only these are trained.
 
     Returns:
-        A stateless `optax.GradientTransformation` of updates; last in a chain. It goes into
-        `optax.masked`, too, with `jax.tree.map(lambda kept: np.ndim(kept) > 0, mask)`.
+        A stateless `optax.GradientTransformation`, to be put last in a chain. It also works in
+        `optax.masked`, with `jax.tree.map(lambda kept: np.ndim(kept) > 0, mask)`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -266,3 +152,117 @@ def keep(mask: PyTree) -> Any:
         return _masked(updates, by_path)
 
     return optax.stateless(update)
+
+
+def mask_of(tree: PyTree, mask: PyTree) -> dict[str, Any]:
+    """The masks of a tree by path.
+
+    Args:
+        tree: The tree.
+        mask: A mask from `masks`, for a tree of the same structure.
+
+    Returns:
+        By path, a bool array of the leaf's shape or a single bool.
+
+    Raises:
+        ValueError: If a mask has another structure or shape than the tree.
+    """
+    if jax.tree.structure(tree) != jax.tree.structure(mask):
+        raise ValueError(
+            "mask must have the structure of the tree: make it from scores of that tree, with "
+            "vfjax.prune.masks"
+        )
+    by_path = paths.flatten_named(mask, name="mask")[0]
+    _check_shapes(paths.flatten_named(tree, name="tree")[0], by_path, "tree")
+    return by_path
+
+
+def lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Marks the `count` lowest of values `[n]`, the first ones among equals; bool `[n]`."""
+    if not 0 < count < len(values):
+        return np.full(len(values), count > 0)
+    limit = np.partition(values, count - 1)[count - 1]
+    low = values < limit
+    ties = np.flatnonzero(values == limit)[: count - np.count_nonzero(low)]
+    low[ties] = True
+    return low
+
+
+def _pattern(scope: Any) -> tuple[int, int] | None:
+    """The `(n, m)` of an N:M scope, or None."""
+    if isinstance(scope, str) and scope in SCOPES:
+        return None
+    if (
+        isinstance(scope, tuple)
+        and len(scope) == 2
+        and all(hasattr(k, "__index__") for k in scope)
+        and 0 <= scope[0] <= scope[1]
+        and scope[1] > 0
+    ):
+        return scope
+    raise ValueError(
+        f"scope must be one of {', '.join(SCOPES)}, or (n, m) with 0 <= n <= m, got {scope!r}"
+    )
+
+
+def _global(scores: Scores, sparsity: float | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves and places of the weights that go, among all weights together."""
+    places = {name: np.sort(rows, axis=None) for name, rows in scores.rows.items()}
+    values = [scores.values[scores.paths[name]].reshape(-1)[at] for name, at in places.items()]
+    whole = np.concatenate(values)
+    pruned = lowest(whole, _count(sparsity, whole.size))
+    ends = np.cumsum([at.size for at in places.values()])[:-1]
+    for (name, at), gone in zip(places.items(), np.split(pruned, ends), strict=True):
+        yield scores.paths[name], at[gone]
+
+
+def _local(
+    scores: Scores, sparsity: float | None, scope: str | tuple[int, int]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Leaves and places of the weights that go, in each layer, row or part of a row."""
+    for name, rows in scores.rows.items():
+        if scope == "layer":
+            rows = rows.reshape(1, -1)
+        elif not isinstance(scope, str):
+            if rows.shape[1] % scope[1]:
+                raise ValueError(
+                    f"scope={scope!r}: layer '{name}' has {rows.shape[1]} inputs per output, which "
+                    f"{scope[1]} does not divide; leave it out of the scores' `names`, as "
+                    "`prunable(net, first=False)` does the first"
+                )
+            rows = rows.reshape(-1, scope[1])
+        size = rows.shape[1]
+        count = _count(sparsity, size) if isinstance(scope, str) else scope[1] - scope[0]
+        places = np.sort(rows, axis=1)  # so that among equals the first in the leaf goes
+        values = scores.values[scores.paths[name]].reshape(-1)[places]
+        ranked = np.argsort(values, axis=1, kind="stable")[:, :count]
+        yield scores.paths[name], np.take_along_axis(places, ranked, 1)
+
+
+def _count(sparsity: float | None, size: int) -> int:
+    assert sparsity is not None
+    return math.floor(float(sparsity) * size + 0.5)  # a float32 would round the product
+
+
+def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str) -> None:
+    for path, leaf in leaves.items():
+        if path not in mask:
+            raise ValueError(
+                f"{name} has a leaf '{path}', which mask lacks: make it from that tree; "
+                "an optimiser of Flax `params` takes mask['params']"
+            )
+        if np.shape(mask[path]) not in ((), np.shape(leaf)):
+            raise ValueError(
+                f"mask has shape {np.shape(mask[path])} at '{path}', where {name} has "
+                f"{np.shape(leaf)}"
+            )
+
+
+def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
+    """A tree with zeros where a fitting mask, given by path, is False."""
+    flat, treedef = paths.flatten_named(tree)
+
+    def masked(leaf: Any, kept: Any) -> Any:
+        return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree.unflatten(treedef, [masked(leaf, mask[path]) for path, leaf in flat.items()])

@@ -21,11 +21,11 @@ KINDS = ("dense", "conv")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """How much every weight that can be pruned counts: the lowest go first.
+    """Scores of the weights that can be pruned: the lowest go first.
 
     Attributes:
-        values: By path of a kernel's leaf, float32 or better of the leaf's shape; zero where the
-            leaf holds what is not pruned.
+        values: By path of a kernel's leaf, float32 or better, of the leaf's shape; zero for weights
+            that are not scored.
         rows: By layer, the places of its weights in the flattened leaf, int `[outputs, inputs]`.
         paths: By layer, the path of its leaf.
         like: The tree's structure and shapes, `jax.ShapeDtypeStruct`s.
@@ -34,10 +34,10 @@ class Scores:
         >>> import jax.numpy as jnp, vfjax
         >>> tree = {"w": jnp.array([[1.0, -3.0], [2.0, 0.5]])}
         >>> net = vfjax.trace(lambda v, x: x @ v["w"], tree, jnp.ones((1, 2)))
-        >>> found = vfjax.prune.magnitude(net, tree)
-        >>> found
+        >>> scores = vfjax.prune.magnitude(net, tree)
+        >>> scores
         Scores(1 layer, 4 weights)
-        >>> found.values["w"].tolist(), found.rows["w"].tolist()
+        >>> scores.values["w"].tolist(), scores.rows["w"].tolist()
         ([[1.0, 3.0], [2.0, 0.5]], [[0, 2], [1, 3]])
     """
 
@@ -58,7 +58,7 @@ class Scores:
             layer: Name of the layer.
 
         Returns:
-            Its scores, row by row as `rows` has them.
+            Its scores, in the order of `rows`.
         """
         return self.values[self.paths[layer]].reshape(-1)[self.rows[layer]]
 
@@ -71,18 +71,18 @@ def prunable(
     last: bool = True,
     kinds: Sequence[str] = KINDS,
 ) -> tuple[str, ...]:
-    """The layers whose kernels can be pruned.
+    """Lists the layers whose kernels can be pruned.
 
     Args:
         net: The traced network.
-        shortcuts: Whether layers beside the longest path count, as the 1x1 convolutions of a
-            ResNet's shortcuts do.
-        first: Whether the layers of depth 1 count.
-        last: Whether those of the largest depth do.
+        shortcuts: Whether to include layers beside the longest path, such as the 1x1 convolutions
+            of a ResNet's shortcuts.
+        first: Whether to include layers of depth 1.
+        last: Whether to include layers of the largest depth.
         kinds: `"dense"`, `"conv"` or both.
 
     Returns:
-        Names of layers, in the order of evaluation; of those that share a leaf, all.
+        Names of layers, in the order of evaluation; layers that share a leaf are all listed.
 
     Raises:
         TypeError: If `net` is not a traced network.
@@ -106,7 +106,7 @@ def prunable(
 def _prunable(
     net: Network, shortcuts: bool, first: bool, last: bool, kinds: Sequence[str]
 ) -> tuple[str, ...]:
-    """The same for what is known to be a network."""
+    """As `prunable`, for a network that has been checked."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if isinstance(kinds, str) or unknown:
         raise ValueError(f"kinds must be a sequence of {' and '.join(KINDS)}, got {kinds!r}")
@@ -124,19 +124,20 @@ def _prunable(
 def rows_of(
     net: Network, names: Sequence[str] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Where the weights of layers to prune lie.
+    """Finds where the weights of layers to prune lie.
 
     Args:
         net: The traced network.
         names: Names of layers; None for all that can be pruned.
 
     Returns:
-        By layer the places of its weights in the flattened leaf, int `[outputs, inputs]`, and the
+        By layer, the places of its weights in the flattened leaf, int `[outputs, inputs]`; and the
         leaf's path. Of layers that use the same weights only the first is listed.
 
     Raises:
         TypeError: If `names` is not a sequence.
-        ValueError: If there are no layers, or one is unknown or has no kernel of its own.
+        ValueError: If `names` is empty, or a layer is unknown or has a kernel that is computed from
+            several leaves.
     """
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of layers' names, got the string {names!r}")
@@ -155,21 +156,21 @@ def rows_of(
                 f"names has '{name}', whose kernel is computed from several leaves; prune the "
                 "network without what computes it, such as a mask"
             )
-        found = kernel_rows(net, name)
+        places = kernel_rows(net, name)
         used = taken.setdefault(path, np.zeros(net._avals[path].size, bool))
-        if not used[found].any():
-            rows[name], paths[name] = found, path
-            used[found] = True
+        if not used[places].any():
+            rows[name], paths[name] = places, path
+            used[places] = True
     return rows, paths
 
 
 def weights_of(
     net: Network, tree: PyTree, names: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
-    """The leaves of layers to prune, by path, and what `rows_of` returns.
+    """The leaves of layers to prune, by path, and the results of `rows_of`.
 
     Raises:
-        TypeError: As `rows_of`, or if `net` is not a traced network, or a leaf not an array.
+        TypeError: As `rows_of`, or if `net` is not a traced network, or a leaf is not an array.
         ValueError: As `rows_of`, or if the tree does not fit.
     """
     check_net(net)
@@ -185,7 +186,7 @@ def scores_of(
     rows: Mapping[str, np.ndarray],
     paths: Mapping[str, str],
 ) -> Scores:
-    """Scores by leaf, checked, and zero where nothing is pruned.
+    """Makes `Scores` from values by leaf: checks them, and sets those of other weights to zero.
 
     Raises:
         ValueError: If a score is NaN or infinite.

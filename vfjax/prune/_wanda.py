@@ -1,4 +1,4 @@
-"""Wanda: weights count by their size times that of what they multiply."""
+"""Wanda: weights count by their size times the norm of their inputs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vfjax.prune._scores import Scores, scores_of, weights_of
 def wanda(
     net: Network, tree: PyTree, data: Iterable[Any], *, names: Sequence[str] | None = None
 ) -> Scores:
-    """Scores of weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
+    """Scores weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
 
-    The norm is over all examples and, of convolutions and of layers on sequences, over all
-    positions that the weight meets; of kernels that several layers share, in all of these. Wanda
-    compares the weights of every output: prune them with `masks(scores, sparsity, scope="row")`, or
-    `scope=(n, m)`.
+    The norm is over all examples; in convolutions and layers on sequences, also over all positions
+    that the weight meets; for a kernel that several layers share, over the inputs of all of them.
+    Wanda compares the weights of each output with one another: prune with
+    `masks(scores, sparsity, scope="row")`, or `scope=(n, m)`.
 
     Args:
         net: The traced network.
@@ -41,10 +41,10 @@ def wanda(
         grow with the data.
 
     Raises:
-        TypeError: If `net` is not a traced network, `names` not a sequence, a leaf not an array, or
-            data has another dtype.
-        ValueError: If the tree does not fit, data is empty, there are no layers, one has no kernel
-            of its own, or a score is not finite.
+        TypeError: If `net` is not a traced network, `names` is not a sequence, a leaf is not an
+            array, or data has another dtype.
+        ValueError: If the tree does not fit, data is empty, `names` is empty, a layer's kernel is
+            computed from several leaves, or a score is not finite.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -75,10 +75,10 @@ def wanda(
 def _means(
     net: Network, layers: tuple[str, ...], mesh: Any, tree: PyTree, x: PyTree
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Of one batch, the squares per example; no counts of samples, which nothing asks for."""
+    """Mean squares over the examples of one batch; no counts of samples, which are not needed."""
 
     def means(tree: PyTree, x: PyTree) -> list[jax.Array]:
-        return [found / batch_size(x) for found in input_squares(net, tree, x, layers)]
+        return [squares / batch_size(x) for squares in input_squares(net, tree, x, layers)]
 
     return on_mesh(means, mesh)(tree, x), []
 

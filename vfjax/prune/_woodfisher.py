@@ -5,8 +5,8 @@ Woodbury identity its inverse is
 
     F^-1 = (I - G^T (N damping I + G G^T)^-1 G) / damping,    G [N, block],
 
-which is what WoodFisher's recursion over the gradients arrives at, one after another. It needs the
-gradients and an N x N factor, never a block x block matrix, so that a block can be a whole layer.
+which WoodFisher's recursion reaches too, taking one gradient after the other. This form needs the
+gradients and an N x N factor, but no block x block matrix, so that a block can be a whole layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vfjax.prune._scores import (
 
 _log = logging.getLogger(__name__)
 
-# Bytes of the columns of a block that are computed with at once, in float64.
+# Bytes of the columns of a block that are held in float64 at once.
 _BYTES = 1 << 24
 
 
@@ -45,14 +45,14 @@ class InverseFisher:
     """The inverse of the empirical Fisher matrix of the weights to prune, in blocks.
 
     Attributes:
-        scores: By how much the loss rises without each weight if all others of its block are set
-            as is best then, `w^2 / (2 [F^-1]_ww)`.
+        scores: How much the loss rises without each weight, if the others of its block are then set
+            to their best values: `w^2 / (2 [F^-1]_ww)`.
         diagonal: By layer, `[F^-1]_ww`, float64 `[outputs, inputs]`.
         gradients: By layer, float32 `[N, outputs * inputs]`.
-        factors: By layer, of each block the lower Cholesky factor of `N damping I + G G^T`, or of F
-            where a block has fewer weights than there are gradients.
-        damping: What is added to the diagonal.
-        block_size: Weights of a block.
+        factors: By layer, for each block, the lower Cholesky factor of `N damping I + G G^T`, or of
+            F where the block has at most as many weights as there are gradients.
+        damping: Number added to the diagonal.
+        block_size: Number of weights per block.
     """
 
     scores: Scores
@@ -68,36 +68,36 @@ class InverseFisher:
         return f"InverseFisher({self.scores}, {count} gradients, {options})"
 
     def solve(self, layer: str, vector: np.ndarray) -> np.ndarray:
-        """`F^-1 v` of one layer.
+        """Computes `F^-1 v` for one layer.
 
         Args:
             layer: Its name.
             vector: `[outputs, inputs]`.
 
         Returns:
-            Likewise, float64.
+            float64 `[outputs, inputs]`.
         """
         flat = np.asarray(vector, np.float64).reshape(-1)
-        found = np.empty_like(flat)
+        product = np.empty_like(flat)
         for (start, end), factor in zip(
             _blocks(flat.size, self.block_size), self.factors[layer], strict=True
         ):
             part = self.gradients[layer][:, start:end]
-            found[start:end] = _solve(part, factor, self.damping, flat[start:end])
-        return found.reshape(np.shape(vector))
+            product[start:end] = _solve(part, factor, self.damping, flat[start:end])
+        return product.reshape(np.shape(vector))
 
     def prune(self, tree: PyTree, mask: PyTree, *, jointly: bool = False) -> PyTree:
-        """The pruned tree, with the weights that stay set to make up for those that go.
+        """Prunes a tree, and changes the weights that stay to make up for those that go.
 
-        WoodFisher sums the changes for each weight that goes, `-w [F^-1]_:w / [F^-1]_ww`, as if all
-        others stayed. `jointly` sets the weights K that stay to what is best without all weights Q
-        that go, `[F_KK]^-1 F_KQ w_Q` of change, at the same cost.
+        WoodFisher sums the changes `-w [F^-1]_:w / [F^-1]_ww` over the weights that go, each as if
+        all others stayed. `jointly` changes the weights K that stay by `[F_KK]^-1 F_KQ w_Q`, which
+        is best when all weights Q go at once, at the same cost.
 
         Args:
             tree: The tree that was measured.
-            mask: What `vfjax.prune.masks` made of the scores.
-            jointly: Whether the changes are computed together. The loss that was measured is lower
-                then; that of other data may be lower or higher, so try both.
+            mask: A mask that `vfjax.prune.masks` made from the scores.
+            jointly: Whether the changes are computed together. The loss on the measured data is
+                then lower; on other data it may be lower or higher, so try both.
 
         Returns:
             A tree of the same dtypes, zero where the mask is False.
@@ -128,7 +128,7 @@ class InverseFisher:
         return apply(with_leaves(tree, new), mask)
 
     def _jointly(self, layer: str, weights: np.ndarray, gone: np.ndarray) -> np.ndarray:
-        """The change of one layer's weights `[outputs, inputs]` that is best without some."""
+        """The change of a layer's weights `[outputs, inputs]` that is best when some go at once."""
         change = np.empty(weights.size)
         for start, end in _blocks(weights.size, self.block_size):
             block, out = weights.reshape(-1)[start:end], gone.reshape(-1)[start:end]
@@ -165,23 +165,24 @@ def inverse_fisher(
         net: The traced network.
         tree: The tree to prune.
         data: Re-iterable of `(x, label)`.
-        count: N, how many gradients.
-        minibatch: Of how many examples each is the mean; 1 in the empirical Fisher matrix.
-        block_size: Weights of a block, in the order of a layer's outputs; None for whole layers,
-            which takes no longer. Blocks are there to compare with what others use.
-        damping: What is added to the diagonal, positive.
-        loss: `loss(output, label)` of a batch, its mean over examples; None for the cross-entropy.
+        count: N, the number of gradients.
+        minibatch: Number of examples that each gradient is the mean of; 1 in the empirical Fisher
+            matrix.
+        block_size: Number of weights per block, in the order of a layer's outputs; None for whole
+            layers, which takes no longer. Smaller blocks are for comparison with other work.
+        damping: Positive number added to the diagonal.
+        loss: `loss(output, label)`, the mean over a batch of examples; None for the cross-entropy.
         names: Names of layers, as `prunable` gives them; None for all that can be pruned.
         max_memory: Bytes that gradients and factors may take.
 
     Returns:
-        The inverse, and scores.
+        The inverse, with scores.
 
     Raises:
         TypeError: As `vfjax.prune.fisher`.
         ValueError: As `vfjax.prune.fisher`; if an option is out of range; if damping is lost in the
-            rounding of the matrix; or if more memory would be needed than `max_memory`. The message
-            says how much, before anything is computed.
+            rounding of the matrix; or if more memory is needed than `max_memory`. The message says
+            how much, before anything is computed.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -189,8 +190,8 @@ def inverse_fisher(
         >>> x, label = jnp.eye(2), jnp.array([0, 0])
         >>> net = vfjax.trace(lambda v, x: x @ v["w"], tree, x)
         >>> loss = lambda z, _: z.sum()
-        >>> found = inverse_fisher(net, tree, [(x, label)], count=2, damping=0.5, loss=loss)
-        >>> found.diagonal["w"].tolist(), found.scores.values["w"].ravel().tolist()
+        >>> inverse = inverse_fisher(net, tree, [(x, label)], count=2, damping=0.5, loss=loss)
+        >>> inverse.diagonal["w"].tolist(), inverse.scores.values["w"].ravel().tolist()
         ([[1.0, 1.0]], [2.0, 0.5])
 
     Source: "WoodFisher: Efficient Second-Order Approximation for Neural Network Compression" (Singh
@@ -216,8 +217,8 @@ def inverse_fisher(
     held = {name: np.empty((count, r.size), np.float32) for name, r in rows.items()}
     done = 0
     options = {"loss": loss, "count": count, "minibatch": minibatch}
-    for found in gradients(net, tree, leaves, data, **options):
-        flat = {path: np.asarray(g).reshape(len(g), -1) for path, g in found.items()}
+    for batch in gradients(net, tree, leaves, data, **options):
+        flat = {path: np.asarray(g).reshape(len(g), -1) for path, g in batch.items()}
         k = len(next(iter(flat.values())))
         for name, r in rows.items():
             held[name][done : done + k] = flat[paths[name]][:, r.reshape(-1)]
@@ -239,13 +240,13 @@ def inverse_fisher(
 
 @renames(layers="names")
 def woodfisher(net: Network, tree: PyTree, data: Iterable[Any], **options: Any) -> Scores:
-    """Scores of weights by how much the loss rises without them, if the others make up for it.
+    """Scores weights by how much the loss rises without them, if the others make up for it.
 
     Args:
         net: The traced network.
         tree: The tree to prune.
         data: Re-iterable of `(x, label)`.
-        **options: Those of `inverse_fisher`, which also makes the others do so.
+        **options: Options of `inverse_fisher`, whose result can also change the other weights.
 
     Returns:
         The scores, `w^2 / (2 [F^-1]_ww)`, float64.
@@ -267,7 +268,7 @@ def memory(
     block_size: int | None = None,
     names: Sequence[str] | None = None,
 ) -> int:
-    """Bytes that `inverse_fisher` takes: the gradients, a factor of each block, what it works in.
+    """Bytes that `inverse_fisher` takes: gradients, a factor for each block, and working space.
 
     Args:
         net: The traced network.
@@ -276,11 +277,11 @@ def memory(
         names: As in `inverse_fisher`.
 
     Returns:
-        How many; what else scoring takes does not grow with `count`.
+        The number of bytes; other memory that scoring takes does not grow with `count`.
 
     Raises:
         TypeError: If `net` is not a traced network.
-        ValueError: If a layer is unknown, or has no kernel of its own.
+        ValueError: If a layer is unknown, or its kernel is computed from several leaves.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -294,7 +295,7 @@ def memory(
 
 
 def _bytes_of(rows: Mapping[str, np.ndarray], count: int, block_size: int | None) -> int:
-    """The same of weights that lie at some places, by layer."""
+    """As `memory`, for the weights of layers whose places are given."""
     weights = [places.size for places in rows.values()]
     sizes = [end - start for n in weights for start, end in _blocks(n, block_size or n)]
     held = 4 * count * sum(weights) + sum(8 * min(count, size) ** 2 for size in sizes)
@@ -310,14 +311,14 @@ def _columns(count: int) -> int:
 
 
 def _pieces(part: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Columns of gradients in float64, few at a time: a copy of all would be twice as large."""
+    """Columns of the gradients in float64, a few at a time: all would take twice the gradients."""
     count, size = part.shape
     for start, end in _blocks(size, _columns(count)):
         yield slice(start, end), part[:, start:end].astype(np.float64)
 
 
 def _factor(part: np.ndarray, damping: float, layer: str) -> np.ndarray:
-    """The Cholesky factor of what is to be inverted, of the smaller of the two forms."""
+    """The Cholesky factor of the matrix to invert, in the smaller of its two forms."""
     count, size = part.shape
     if size > count:
         gram = np.zeros((count, count))
@@ -346,14 +347,15 @@ def _diagonal(part: np.ndarray, factor: np.ndarray, damping: float) -> np.ndarra
     if size <= count:
         half = scipy.linalg.solve_triangular(factor, np.eye(size), lower=True)
         return (half**2).sum(0)
-    found = np.empty(size)
+    diagonal = np.empty(size)
     for place, piece in _pieces(part):
-        # Where a weight's own gradients are all there is to it, the difference rounds to nothing;
-        # no entry of the inverse is below the inverse of the matrix's.
+        # The difference below is lost in rounding where a weight's gradients are large next to the
+        # damping and unlike those of other weights. A diagonal entry of the inverse is at least the
+        # inverse of the matrix's entry.
         least = 1 / (damping + _squares(piece) / count)
         half = scipy.linalg.solve_triangular(factor, piece, lower=True)
-        found[place] = np.maximum((1 - _squares(half)) / damping, least)
-    return found
+        diagonal[place] = np.maximum((1 - _squares(half)) / damping, least)
+    return diagonal
 
 
 def _squares(columns: np.ndarray) -> np.ndarray:
@@ -368,7 +370,7 @@ def _solve(part: np.ndarray, factor: np.ndarray, damping: float, vector: np.ndar
     for place, piece in _pieces(part):
         product += piece @ vector[place]
     inner = scipy.linalg.cho_solve((factor, True), product)
-    found = np.empty_like(vector)
+    solution = np.empty_like(vector)
     for place, piece in _pieces(part):
-        found[place] = (vector[place] - piece.T @ inner) / damping
-    return found
+        solution[place] = (vector[place] - piece.T @ inner) / damping
+    return solution
