@@ -1,8 +1,8 @@
 """vfjax: align, merge, repair and diagnose trained networks, straight from their jaxprs.
 
-`import vfjax` is enough to reach every module, as `vfjax.merge` and so on. Those that only
+After `import vfjax` every module can be reached, as `vfjax.merge` and so on. Modules that only
 experiments need (`models`, `train`, `data`, `imagenet`, `checkpoint`, `plot`) are imported on first
-use, so that the core costs no import of Flax, orbax or matplotlib.
+use, so that the core does not import Flax, orbax or matplotlib.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _ON_FIRST_USE = frozenset({"checkpoint", "data", "imagenet", "models", "plot", "
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a module of the experiments when it is asked for."""
+    """Imports a module on first use."""
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"vfjax.{name}")
     raise AttributeError(f"module 'vfjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """Every public name, those imported on first use included."""
+    """Every public name, including modules that are imported on first use."""
     return sorted({*(n for n in globals() if not n.startswith("_")), *_ON_FIRST_USE})

@@ -1,4 +1,4 @@
-"""Names that have changed: the old ones work for one version more, with a warning."""
+"""Old names: they work for one more version, with a `DeprecationWarning`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ R = TypeVar("R")
 
 
 def renamed(old: str, new: str, *, depth: int = 3) -> None:
-    """Warns that something has another name now.
+    """Warns that something has a new name.
 
     Args:
         old: The old name.
         new: The new one.
-        depth: Which caller the warning points at: 3 is that of what called this.
+        depth: Which caller the warning points at: 3 is the caller of the function that called this.
     """
     message = f"{old} is now {new}; the old name goes with the next version"
     warnings.warn(message, DeprecationWarning, stacklevel=depth)
 
 
 class OldName:
-    """An attribute by its old name, which warns and returns that of the new one.
+    """An attribute under its old name; it warns, and returns the attribute of the new name.
 
     Args:
         new: The new name.
@@ -48,11 +48,11 @@ class OldName:
         self.new = new
 
     def __set_name__(self, owner: type, name: str) -> None:
-        """Learns its name, and of what class it is an attribute."""
+        """Learns its name and its class."""
         self.owner, self.old = owner.__name__, name
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """What goes by the new name now."""
+        """The attribute of the new name."""
         if instance is None:
             return self
         renamed(f"{self.owner}.{self.old}", f"{self.owner}.{self.new}")
@@ -60,10 +60,10 @@ class OldName:
 
 
 def renames(**keywords: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Lets a function take keywords by their old names too, with a warning.
+    """Lets a function take keywords by their old names as well, with a warning.
 
     Args:
-        **keywords: By old name, the new one.
+        **keywords: New names, by old name.
 
     Returns:
         A decorator.

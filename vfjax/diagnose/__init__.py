@@ -1,10 +1,10 @@
-"""Diagnosis: seeing features vanish, in any traced network.
+"""Diagnosis: measuring where features vanish, in any traced network.
 
-- Start with `report`. It names the layer from which features f(x) - f(0) vanish, whether biases
-  decide the output, and which repair the numbers speak for. `print` it, or write its `page`.
+- Start with `report`. It says from which layer on the features f(x) - f(0) vanish, whether biases
+  decide the output, and which repair the numbers suggest. `print` it, or write its `page`.
 - The numbers behind it: `features`, `bound_sequence`, `variance_collapse`.
-- Linear networks, exactly: `decompose`, `decompose_matrices`, `rescale_product`.
-- Two networks: `interpolation` and `barrier`, `cka` of features, `distance` of parameters.
+- Exactly, for linear networks: `decompose`, `decompose_matrices`; and `rescale_product`.
+- For two networks: `interpolation` and `barrier`, `cka` of features, `distance` of parameters.
 
     >>> import jax, numpy as np, vfjax
     >>> def forward(v, x):
@@ -14,7 +14,7 @@
     >>> report(net, v | {"b": v["b"] / 10}, [x], references=[v]).vanishes.site
     'b'
 
-Definitions and sections of the papers are named in each function's docstring, under Source.
+Each function's docstring names its definitions and sections of papers, under Source.
 """
 
 from vfjax.diagnose._bounds import Bound, Collapse, bound_sequence, resample

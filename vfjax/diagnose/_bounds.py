@@ -3,8 +3,8 @@
 A network's features vanish if a non-increasing sequence lies above them that ends close to zero
 ("Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of variance collapse and of
 the vanishing feature). The least such sequence is the tight bound; normalised by the edge models
-and resampled by relative depth, those of different networks share a plot. All of it is little, and
-computed on the host in float64.
+and resampled by relative depth, the bounds of different networks fit in one plot. All of this is
+small, and computed on the host in float64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "variance_collapse",
 ]
 
-# How much further from the end a denominator counts than the text's.
+# Offset of the denominators of `upper_bound` from those of the text.
 _INDEX = {"text": 0, "notebook": 1}
 
 
@@ -36,11 +36,11 @@ class Bound:
 
     Attributes:
         sites: Names of the L sites, from input to output.
-        depth: `[L]` integers, depth of each site's layer; `output` next to the last layer is one
-            further.
-        relative: `[K, L]` float64, features over the references' mean.
+        depth: `[L]` integers, depth of each site's layer; `output`, if the last layer has a site
+            too, is one deeper.
+        relative: `[K, L]` float64, features divided by the references' mean.
         bound: `[K, L]` float64, their upper bounds; equal at sites of one depth.
-        total: Depth of the network, of which a relative depth is a fraction.
+        total: Depth of the network, by which depths are divided to be relative.
     """
 
     sites: tuple[str, ...]
@@ -52,7 +52,7 @@ class Bound:
     def resampled(self, points: int = 20) -> np.ndarray:
         """The bounds at `points` relative depths, `[K, points]`: see `resample`.
 
-        A site sits at its depth over the network's. Behind the last one, its value stays.
+        A site is at its depth divided by the network's. Beyond the last site its value is kept.
 
         Raises:
             ValueError: If `points` is not positive.
@@ -63,14 +63,14 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collapse:
-    """Whether the variances of K networks collapse, made by `variance_collapse`.
+    """Whether the variances of K networks collapse; made by `variance_collapse`.
 
     Attributes:
         sites: Names of the L sites, from input to output.
-        variance: `[K, L]` float64, of every site's value.
-        sequence: `[K, L]` float64, the least non-increasing sequence that is nowhere below.
-        final: `[K]` float64, its last entries.
-        eps: What they are compared with.
+        variance: `[K, L]` float64, variance of every site's value.
+        sequence: `[K, L]` float64, the least non-increasing sequence that is nowhere below it.
+        final: `[K]` float64, last entries of the sequence.
+        eps: Threshold to which they are compared.
         collapsed: `[K]` booleans, whether `final <= eps`.
     """
 
@@ -83,25 +83,25 @@ class Collapse:
 
 
 def upper_bound(values: Any, *, gamma: float = 1.0, index: str = "text") -> np.ndarray:
-    """Bounds a sequence from above, from its end to its beginning.
+    """Bounds a sequence from above, working from its end to its beginning.
 
     `eps^(L) = r^(L)` and, for l = L-1 to 1, `eps^(l) = max(c_l eps^(l+1), r^(l))` with
     `c_l = 1 + (gamma - 1) / (L + 1 - l)`. With gamma = 1 it is the least non-increasing sequence
-    above the values. A larger gamma lets it grow towards the input (by 1.2, 1.133, 1.1 ... for 1.4)
-    and smooths curves that are to be compared with each other; single values then say little.
+    above the values. A larger gamma lets it grow towards the input (by 1.2, 1.133, 1.1 ... for
+    1.4), which smooths curves for comparison; single values then say little.
 
     Args:
-        values: r, `[L]` non-negative numbers, first layer first; or `[..., L]`, many at once.
-        gamma: 1 for the tight bound; the paper's detailed plots take 1.4.
+        values: r, `[L]` non-negative numbers, first layer first; or several sequences, `[..., L]`.
+        gamma: 1 for the tight bound; the paper's detailed plots use 1.4.
         index: `"text"`, or `"notebook"` for the denominators `L + 2 - l` of the reference notebook,
-            one off from the text.
+            which differ by one from the text's.
 
     Returns:
         The bounds, float64, shaped like the values.
 
     Raises:
-        ValueError: If values are none, negative, NaN or infinite, gamma is below 1 or not finite,
-            or `index` is neither.
+        ValueError: If there are no values, or negative, NaN or infinite ones, if gamma is below 1
+            or not finite, or if `index` is neither of the two.
 
     Example:
         >>> upper_bound([1.0, 0.2, 0.5, 0.25]).tolist()
@@ -120,7 +120,7 @@ def upper_bound(values: Any, *, gamma: float = 1.0, index: str = "text") -> np.n
     bound = values.copy()
     length = values.shape[-1]
     for place in range(length - 2, -1, -1):
-        # With l = place + 1, L + 1 - l.
+        # With l = place + 1, the denominator is L + 1 - l.
         factor = 1 + (gamma - 1) / (length - place + _INDEX[index])
         bound[..., place] = np.maximum(factor * bound[..., place + 1], values[..., place])
     return bound
@@ -129,21 +129,21 @@ def upper_bound(values: Any, *, gamma: float = 1.0, index: str = "text") -> np.n
 def resample(values: Any, points: int = 20, *, at: Any = None) -> np.ndarray:
     """Reads a sequence at equally spaced relative depths.
 
-    Entry l of L sits at the relative depth l/L, or where `at` says. The result's k-th entry is the
-    value at k/points, by linear interpolation; before the first entry it is the first one's, behind
-    the last the last one's.
+    Entry l of L is at the relative depth l/L, or where `at` says. The k-th entry of the result is
+    the value at k/points, by linear interpolation; before the first entry it is the first value,
+    and after the last entry the last value.
 
     Args:
-        values: `[L]`, first layer first; or `[..., L]`, many at once.
-        points: How many; the last is the output's.
+        values: `[L]`, first layer first; or many sequences, `[..., L]`.
+        points: Number of points; the last is at the output.
         at: `[L]`, the increasing relative depths of the entries, in [0, 1]; None for l/L.
 
     Returns:
-        Float64 `[..., points]`.
+        float64 `[..., points]`.
 
     Raises:
-        ValueError: If there are no values, one is NaN or infinite, `points` is not positive, or
-            `at` does not increase from entry to entry within [0, 1].
+        ValueError: If there are no values, if one is NaN or infinite, if `points` is not positive,
+            or if `at` does not increase from entry to entry within [0, 1].
 
     Example:
         >>> resample([4.0, 2.0], points=4).tolist()
@@ -171,25 +171,25 @@ def bound_sequence(
     gamma: float = 1.0,
     index: str = "text",
 ) -> Bound:
-    """Upper bounds of features over depth, in units of the references' features.
+    """Bounds features over depth from above, in units of the references' features.
 
-    Sites of one depth, as of parallel branches, are one entry of the sequence: the largest of their
-    features, and one bound. `output` follows the last layer.
+    Sites of one depth, as in parallel branches, form one entry of the sequence: the largest of
+    their features, with one bound. `output` follows the last layer.
 
     Args:
-        found: From `features(..., references=...)`.
-        sites: Names of sites; None for all on the main path, by depth. A network's `input` is no
-            feature and left out.
+        found: The result of `features(..., references=...)`.
+        sites: Names of sites; None for all on the main path, by depth, without `input`, which is
+            not a feature.
         gamma: As in `upper_bound`.
         index: As in `upper_bound`.
 
     Returns:
-        Relative features and bounds; 1 where a network is as alive as the references' mean.
+        Relative features and bounds; 1 where features are as large as the references' mean.
 
     Raises:
-        TypeError: If `found` is not a `Features`, or `sites` a string.
-        ValueError: If there are no references, a site was not measured, no site is left, or the
-            references' features are 0 somewhere.
+        TypeError: If `found` is not a `Features`, or `sites` is a string.
+        ValueError: If there are no references, if a site was not measured, if no site is left, or
+            if the references' features are 0 somewhere.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -197,8 +197,8 @@ def bound_sequence(
         >>> weak = {"a": jnp.eye(2), "b": jnp.eye(2) / 4}
         >>> x = jnp.ones((3, 2))
         >>> net = vfjax.trace(lambda v, x: x @ v["a"] @ v["b"], edge, x)
-        >>> found = vfjax.diagnose.features(net, [edge, weak], [x], references=[edge])
-        >>> bound_sequence(found).bound.tolist()
+        >>> measured = vfjax.diagnose.features(net, [edge, weak], [x], references=[edge])
+        >>> bound_sequence(measured).bound.tolist()
         [[1.0, 1.0], [1.0, 0.25]]
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", the upper-bound sequence.
@@ -208,12 +208,12 @@ def bound_sequence(
     bad = [name for name, r in zip(names, relative.T, strict=True) if not np.isfinite(r).all()]
     if bad:
         raise ValueError(
-            f"the references' features are 0 at {bad[:3]}, so that nothing can be relative to them;"
-            " leave these out of `sites`"
+            f"the references' features are 0 at {bad[:3]}, so nothing can be relative to them; "
+            "leave these out of `sites`"
         )
     depth = np.array([found.site(name).depth for name in names])
     last = np.array([name == "output" for name in names])
-    # What follows the last layer may lose features, too.
+    # What follows the last layer may lose features as well, so `output` is a depth of its own.
     depth[last] += found.depth in depth[~last]
     levels, level = np.unique(depth, return_inverse=True)
     largest = np.stack([relative[:, depth == d].max(1) for d in levels], axis=-1)
@@ -234,17 +234,17 @@ def variance_collapse(
     reduction: str = "mean",
     relative: bool = False,
 ) -> Collapse:
-    """Variance collapse by its definition.
+    """Decides variance collapse by its definition.
 
-    A network of L layers has it over the data if a non-increasing sequence `eps^(1..L)` has
-    `Var[f^(l)(x)] <= eps^(l)` for every l and `eps^(L) <= eps`. The least such sequence decides:
-    the tight `upper_bound` of the variances. The definition leaves open how the variance of a
-    vector becomes a number, and how small eps is.
+    The variance of a network of L layers collapses over the data if a non-increasing sequence
+    `eps^(1..L)` has `Var[f^(l)(x)] <= eps^(l)` for every l and `eps^(L) <= eps`. The least such
+    sequence decides: the tight `upper_bound` of the variances. The definition leaves open how the
+    variance of a vector becomes a number, and how small eps is.
 
     Args:
-        found: From `features`.
-        eps: What the last variance must not exceed; in squared units of the output, or with
-            `relative` a fraction.
+        found: The result of `features`.
+        eps: Threshold that the last variance must not exceed; in squared units of the output, or
+            with `relative` a fraction.
         sites: Names of sites, from input to output; None for all on the main path, by depth.
         reduction: `"mean"` of the variances of all units, or `"trace"` for their sum.
         relative: Whether to divide by the references' variances, as `Features.variance_ratio`;
@@ -254,9 +254,10 @@ def variance_collapse(
         Variances, the sequence, its end, and whether that is at most eps.
 
     Raises:
-        TypeError: If `found` is not a `Features`, or `sites` a string.
-        ValueError: If eps is negative, `reduction` is neither, a site was not measured, no site is
-            left, or with `relative` if there are no references or their variance is 0 somewhere.
+        TypeError: If `found` is not a `Features`, or `sites` is a string.
+        ValueError: If eps is negative, if `reduction` is neither of the two, if a site was not
+            measured, if no site is left, or, with `relative`, if there are no references or their
+            variance is 0 somewhere.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -280,7 +281,7 @@ def variance_collapse(
     bad = [name for name, v in zip(names, variance.T, strict=True) if not np.isfinite(v).all()]
     if bad:
         raise ValueError(
-            f"the references' variance is 0 at {bad[:3]}, so that nothing can be relative to it; "
+            f"the references' variance is 0 at {bad[:3]}, so nothing can be relative to it; "
             "leave these out of `sites`"
         )
     if reduction == "trace" and not relative:
@@ -299,7 +300,7 @@ def _ordered(found: Features, sites: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(sites, str):
         raise TypeError(f"sites must be a sequence of names, got the string {sites!r}")
     if sites is None:
-        # Stable: sites of one depth stay in the network's order.
+        # The sort is stable: sites of one depth stay in the network's order.
         main = [site for site in found.sites if site.main and site.name != "input"]
         sites = [site.name for site in sorted(main, key=lambda site: site.depth)]
     names = tuple(found.site(name).name for name in sites)

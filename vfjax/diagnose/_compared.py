@@ -1,4 +1,4 @@
-"""What diagnosis compares: merged networks and their references, checked, in one basis."""
+"""Networks and their references, checked and brought into one basis for comparison."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Compared(NamedTuple):
     """Networks to measure and to compare with.
 
     Attributes:
-        mine: Those to measure.
-        others: The references; empty where there are none.
+        mine: The networks to measure.
+        others: The references; may be empty.
     """
 
     mine: tuple[Unpacked, ...]
@@ -30,12 +30,12 @@ class Compared(NamedTuple):
 
     @property
     def net(self) -> Network:
-        """The traced network that sites belong to: of the references where there are any."""
+        """The traced network that sites belong to: that of the references, if there are any."""
         return (*self.others, *self.mine)[0].net
 
 
 def compared(net: Network | Sequence[Network], variables: Any, references: Any) -> Compared:
-    """Networks to measure and to compare with, checked.
+    """Checks the networks to measure and their references.
 
     Args:
         net: As in `features`.
@@ -46,8 +46,8 @@ def compared(net: Network | Sequence[Network], variables: Any, references: Any) 
         The networks.
 
     Raises:
-        TypeError: If `net` is not a traced network, or a leaf not an array.
-        ValueError: If something does not fit, or holds NaN or infinite values.
+        TypeError: If `net` is not a traced network, or a leaf is not an array.
+        ValueError: If a tree does not fit, or holds NaN or infinite values.
     """
     nets, mine = networks_of(net, variables, "variables")
     if not _given(references):
@@ -61,30 +61,30 @@ def compared(net: Network | Sequence[Network], variables: Any, references: Any) 
         check_count(nets, len(others))
     else:
         own = (model.nets for model in merged if len(model.nets) == len(others))
-        found = next(own, ())
-        nets = networks(found, len(others)) if found else nets * len(others)
+        theirs = next(own, ())
+        nets = networks(theirs, len(others)) if theirs else nets * len(others)
     heads = [nets[0].head_leaves(model.cut, model.end) for model in merged if model.end is not None]
     free = frozenset.intersection(*heads) if heads else frozenset()
     if free or any(own is not nets[0] for own in nets):
         trees = [tree for _, tree in others]
         models = models_of(nets, trees, free=free, name="references")
         return Compared(mine, each_unpacked(models))
-    found = (each_unpacked(fitting(nets[0], tree, label)) for label, tree in others)
-    return Compared(mine, tuple(one for each in found for one in each))
+    unpacked = (each_unpacked(fitting(nets[0], tree, label)) for label, tree in others)
+    return Compared(mine, tuple(one for each in unpacked for one in each))
 
 
 def carry(given: Compared, maps: Maps | None) -> tuple[Carried, ...]:
-    """The networks, whose values count in the basis of the merge.
+    """The networks, with the maps that carry their values into the basis of the merge.
 
-    What is the models' own, in edge models and in stems and heads, is mapped there.
+    Values of edge models, and those inside stems and heads, are in the models' own bases.
 
     Args:
         given: The networks.
-        maps: What maps the edge models, as trees; None where they are in that basis already.
+        maps: Maps of the edge models, given as trees; None if these are already in that basis.
 
     Raises:
         TypeError: If `maps` is not a `Maps`.
-        ValueError: If there are not as many trees as it maps, or it does not fit the network.
+        ValueError: If there are not as many trees as `maps` has, or it does not fit the network.
     """
     if maps is None:
         return tuple(Carried(network.model) for network in (*given.mine, *given.others))
@@ -94,7 +94,7 @@ def carry(given: Compared, maps: Maps | None) -> tuple[Carried, ...]:
         raise ValueError("maps carry edge models, and references has a Merged; give trees")
     models = [other.model for other in given.others]
     maps.check([model.net for model in models], len(models))
-    # Stems and heads are permuted already.
+    # Stems and heads are already permuted, so only matrices that mix are left to apply there.
     mixing = tuple({g: jnp.asarray(pair[0]) for g, pair in of.items()} for of in maps.mixing)
     merging = [{g: jnp.asarray(m) for g, m in of.items()} for of in maps.merging]
     mine = (Carried(network.model, apart=mixing) for network in given.mine)
@@ -123,7 +123,7 @@ def _in_units(model: Merged, maps: Maps) -> Merged:
 
 
 def _given(references: Any) -> bool:
-    """Whether there are references: an empty list is none, a single tree an error further on."""
+    """Whether there are references. An empty list means no; a single tree fails later."""
     return references is not None and not (
         isinstance(references, (list, tuple)) and len(references) == 0
     )

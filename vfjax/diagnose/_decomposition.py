@@ -1,9 +1,9 @@
-"""Features and offsets of linear networks, taken apart exactly: what each bias contributes.
+"""Exact decomposition of linear networks: the feature, and the contribution of each bias.
 
 In a network of linear layers every value is `f(x) = g(x) + h`, where g is linear in the input and h
-the sum of what every bias has become on its way ("Vanishing Feature: Diagnosing Model Merging and
-Beyond", section on linear networks). `decompose` reads it off any traced network that is affine,
-whatever its structure; `decompose_matrices` writes it down for chains of matrices, with or without
+is the sum of what each bias contributes ("Vanishing Feature: Diagnosing Model Merging and Beyond",
+section on linear networks). `decompose` computes these for any traced network that is affine,
+whatever its structure; `decompose_matrices` does so for chains of matrices, with or without
 residual connections.
 """
 
@@ -40,18 +40,18 @@ class Decomposition:
     """Features and offsets of a linear network at every site, on n examples.
 
     A pytree; arrays are float32 or better. `value = feature + offset` and
-    `offset = sum(contributions) + rest` to float rounding, of `value` at most: the parts are
-    computed by themselves, not as differences of large numbers. Those of one example have an axis
-    of size 1 in place of the examples'.
+    `offset = sum(contributions) + rest` hold up to float rounding of `value`: the parts are
+    computed separately, not as differences of large numbers. Parts of one example have an axis of
+    size 1 in place of the axis of examples.
 
     Attributes:
         value: By site, `f(x)`, n examples.
         feature: By site, `g(x) = f(x) - f(0)`, n examples; linear in x.
         offset: By site, `h = f(0)`, one example.
-        contributions: By site and bias, what this bias alone makes at the input 0, one example.
-            Biases are the leaves that are added (or subtracted, as the stored means of norms) on
-            the way to the site, by path (`path[3]` in stacked layers).
-        rest: By site, what is left at the input 0 without any of these biases, one example; not 0
+        contributions: By site and bias, the value that this bias alone gives at the input 0, one
+            example. Biases are the leaves that are added (or subtracted, as the stored means of
+            norms) on the way to the site, by path (`path[3]` in stacked layers).
+        rest: By site, the value at the input 0 without any of these biases, one example; nonzero
             only where constants or other leaves are added.
     """
 
@@ -65,32 +65,32 @@ class Decomposition:
 def decompose(
     net: Network, variables: PyTree, x: PyTree, *, sites: Sites = "taps"
 ) -> Decomposition:
-    """Takes a linear network apart into its feature and the contributions of its biases.
+    """Decomposes a linear network into its feature and the contributions of its biases.
 
-    Any traced network will do that is affine in its input, which is checked on its graph: chains,
+    Any traced network that is affine in its input will do, which is checked on its graph: chains,
     residual and branching networks, convolutions, average pools, BatchNorm in evaluation mode.
     With `theta_0` the variables without biases and `theta_j` those with bias j alone,
     `g(x) = f(x; theta_0) - f(0; theta_0)`, and the contribution of bias j is
     `f(0; theta_j) - f(0; theta_0)`; `f(0; theta_0)` is 0 unless there are other constants.
 
-    A `vfjax.merge.Merged` is a network of its own, with biases of its own: trace it, as in
+    A `vfjax.merge.Merged` is a different network, with its own biases: trace it, as in
     `decompose(vfjax.trace(lambda m, x: m(x), merged, x), merged, x)`.
 
     Args:
         net: The traced network.
         variables: A tree of its variables.
         x: A batch of n examples.
-        sites: As in `vfjax.diagnose.features`. `"taps"` are the layers' outputs, behind residual
+        sites: As in `vfjax.diagnose.features`. `"taps"` are the layers' outputs, after residual
             sums.
 
     Returns:
         Values, features, offsets and contributions.
 
     Raises:
-        TypeError: If `net` is not a traced network, or that of a `Merged`, a leaf not an array, or
-            x has another structure or dtype than was traced.
+        TypeError: If `net` is not a traced network, `variables` is a `Merged` of it, a leaf is not
+            an array, or x has another structure or dtype than was traced.
         ValueError: If the network is not known to be affine (the message says why), if the tree
-            does not fit it or holds NaN or infinite values, or a site does not exist.
+            does not fit it or holds NaN or infinite values, or if a site does not exist.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -99,10 +99,10 @@ def decompose(
         ...     x = x @ v["w"] + v["b"]
         ...     return x + x @ v["v"] + v["c"]
         >>> net = vfjax.trace(residual, v, jnp.ones((1, 1)))
-        >>> found = decompose(net, v, jnp.ones((1, 1)))
-        >>> found.feature["v:act"].tolist(), found.offset["v:act"].tolist()
+        >>> parts = decompose(net, v, jnp.ones((1, 1)))
+        >>> parts.feature["v:act"].tolist(), parts.offset["v:act"].tolist()
         ([[8.0]], [[5.0]])
-        >>> {bias: part.item() for bias, part in found.contributions["v:act"].items()}
+        >>> {bias: part.item() for bias, part in parts.contributions["v:act"].items()}
         {'b': 4.0, 'c': 1.0}
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", propositions on linear and on
@@ -111,8 +111,8 @@ def decompose(
     check_net(net)
     if isinstance(variables, Merged) and variables.net is net:
         raise TypeError(
-            "variables must be a tree of net's variables, got a Merged, which is a network of its "
-            "own: decompose(vfjax.trace(lambda m, x: m(x), merged, x), merged, x)"
+            "variables must be a tree of net's variables, got a Merged, which is a different "
+            "network: decompose(vfjax.trace(lambda m, x: m(x), merged, x), merged, x)"
         )
     fitting(net, variables, "variables")
     names = resolve_sites(net, sites)
@@ -146,7 +146,7 @@ def decompose_matrices(
     *,
     residual: Collection[int] = (),
 ) -> Decomposition:
-    """The decomposition of a chain of matrices, from the products of the matrices themselves.
+    """Decomposes a chain of matrices, by products of the matrices.
 
     `f^(l) = f^(l-1) W^(l) + b^(l)`, plus `f^(l-1)` in residual layers. With `M^(l) = W^(l)`, and
     `I + W^(l)` in residual layers, `g^(l) = x M^(1) ... M^(l)`, and bias j contributes
@@ -155,24 +155,24 @@ def decompose_matrices(
 
     Args:
         weights: L kernels, `[in, out]`, first layer first.
-        biases: L biases `[out]`, None for a layer without.
+        biases: L biases `[out]`, None for a layer without bias.
         x: `[n, in]`, n examples.
         residual: Numbers of the layers, from 1, that add their input to their output.
 
     Returns:
-        The decomposition at sites `"1"` to `"L"`, with biases named alike and no rest.
+        The decomposition at sites `"1"` to `"L"`; biases have the same names, and the rest is 0.
 
     Raises:
-        ValueError: If shapes do not chain, numbers of weights and biases differ, a residual layer
-            is not square, or `residual` names no layer.
+        ValueError: If shapes do not chain, if the numbers of weights and biases differ, if a
+            residual layer is not square, or if `residual` holds a number that is not a layer's.
 
     Example:
         >>> import jax.numpy as jnp
         >>> weights, biases = [2 * jnp.eye(1), 3 * jnp.eye(1)], [jnp.ones(1), jnp.ones(1)]
-        >>> found = decompose_matrices(weights, biases, jnp.ones((1, 1)), residual=[2])
-        >>> found.feature["2"].item(), found.offset["2"].item()
+        >>> parts = decompose_matrices(weights, biases, jnp.ones((1, 1)), residual=[2])
+        >>> parts.feature["2"].item(), parts.offset["2"].item()
         (8.0, 5.0)
-        >>> {bias: part.item() for bias, part in found.contributions["2"].items()}
+        >>> {bias: part.item() for bias, part in parts.contributions["2"].items()}
         {'1': 4.0, '2': 1.0}
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", propositions on linear and on
@@ -181,7 +181,7 @@ def decompose_matrices(
     """
     x, kernels, shifts = _checked(weights, biases, x, residual)
     product, carried = None, {}
-    found = Decomposition({}, {}, {}, {}, {})
+    result = Decomposition({}, {}, {}, {}, {})
     for number, (kernel, shift) in enumerate(zip(kernels, shifts, strict=True), start=1):
         step = kernel + jnp.eye(len(kernel), dtype=x.dtype) if number in residual else kernel
         product = step if product is None else _matmul(product, step)
@@ -191,14 +191,14 @@ def decompose_matrices(
         name = str(number)
         parts = {j: _matmul(shifts[int(j) - 1][None], rows) for j, rows in carried.items()}
         nothing = jnp.zeros((1, kernel.shape[1]), x.dtype)
-        found.feature[name] = _matmul(x, product)
-        found.contributions[name] = parts
-        found.offset[name] = sum(parts.values(), start=nothing)
-        found.value[name] = found.feature[name] + jnp.broadcast_to(
-            found.offset[name], found.feature[name].shape
+        result.feature[name] = _matmul(x, product)
+        result.contributions[name] = parts
+        result.offset[name] = sum(parts.values(), start=nothing)
+        result.value[name] = result.feature[name] + jnp.broadcast_to(
+            result.offset[name], result.feature[name].shape
         )
-        found.rest[name] = nothing
-    return found
+        result.rest[name] = nothing
+    return result
 
 
 class _Bias(NamedTuple):
@@ -212,20 +212,20 @@ class _Bias(NamedTuple):
 
 
 def _biases(net: Network) -> dict[_Bias, list[int]]:
-    """Leaves that are added to what depends on the input; and the equations at which they are."""
+    """Leaves that are added to values that depend on the input, and the equations that do so."""
     traced = net._reference
     graph = traced.graph
-    found: dict[_Bias, list[int]] = {}
+    added: dict[_Bias, list[int]] = {}
     for index, equation in enumerate(graph.equations):
         if equation.primitive not in SUMS or not equation.depends & INPUT:
             continue
         for value in equation.values:
             view = None if graph.depends[value] & INPUT else view_of(graph, value)
             if view is not None:
-                found.setdefault(_Bias(traced.paths[view.leaf], view.slot), []).append(index)
-    # A leaf that multiplies the input too, somewhere else, has no contribution of its own.
+                added.setdefault(_Bias(traced.paths[view.leaf], view.slot), []).append(index)
+    # A leaf that also multiplies the input somewhere has no contribution that can be told apart.
     kept: dict[_Bias, list[int]] = {}
-    for bias, at in found.items():
+    for bias, at in added.items():
         if culprit(graph, [*_inputs(net), *_leaves(net, [*kept, bias])]) is None:
             kept[bias] = at
     return kept
@@ -242,7 +242,7 @@ def _leaves(net: Network, biases: Collection[_Bias]) -> list[int]:
 
 
 def _reaches(net: Network, site: str, equations: Sequence[int]) -> bool:
-    """Whether a site depends on what one of the equations makes."""
+    """Whether a site depends on the result of one of the equations."""
     graph = net._reference.graph
     value = value_of(net, site)
     wanted = graph.output_ids if value == "output" else () if value == "input" else (value,)
@@ -250,12 +250,12 @@ def _reaches(net: Network, site: str, equations: Sequence[int]) -> bool:
 
 
 def _check_affine(net: Network) -> None:
-    """Raises a ValueError where a network is not affine in its input."""
-    found = culprit(net._reference.graph, _inputs(net))
-    if found is not None:
+    """Checks that a network is affine in its input."""
+    obstacle = culprit(net._reference.graph, _inputs(net))
+    if obstacle is not None:
         raise ValueError(
-            f"{found.why}. Only linear networks are the sum of a feature and the contributions of "
-            "biases; vfjax.diagnose.features measures any network"
+            f"{obstacle.why}. Only linear networks are the sum of a feature and the contributions "
+            "of biases; vfjax.diagnose.features measures any network"
         )
 
 
@@ -270,14 +270,16 @@ def _evaluate(
 ) -> tuple[Any, ...]:
     """Values on x with all biases and with none, then at 0 with all, none, and each alone.
 
-    In full precision, whatever the accelerator's default: the parts are to add up to the value.
+    In full precision, whatever the accelerator's default, so that the parts add up to the value.
     """
     named, treedef = flatten_named(variables)
 
     def run(leaves: Mapping[str, Array], x: PyTree) -> dict[str, Array]:
         with jax.default_matmul_precision("highest"):
-            _, found = net.run(jax.tree.unflatten(treedef, list(leaves.values())), x, capture=names)
-        return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), found)
+            _, captured = net.run(
+                jax.tree.unflatten(treedef, list(leaves.values())), x, capture=names
+            )
+        return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), captured)
 
     def kept(keep: Array) -> dict[str, Array]:
         leaves = {path: jnp.asarray(leaf) for path, leaf in named.items()}

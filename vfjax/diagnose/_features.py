@@ -1,7 +1,7 @@
-"""How much of every layer's output is caused by the input: `f(x) - f(0)` at every site.
+"""How much of every layer's output the input causes: `f(x) - f(0)` at every site.
 
-The feature of a layer is what the input adds to the value that the layer has at the input 0, and
-the offset is that value: `f(x) = g(x) + h` with `h = f(0)`. In networks that were averaged or
+The offset of a layer is its value at the input 0, and its feature is what the input adds to that:
+`f(x) = g(x) + h` with the offset `h = f(0)`. In networks that were averaged or
 pruned, features shrink from layer to layer while offsets do not, until the biases decide the output
 ("Vanishing Feature: Diagnosing Model Merging and Beyond", Qu and Horvath).
 """
@@ -44,39 +44,40 @@ class Features:
     """Features and offsets of K networks, by site; made by `features`.
 
     A pytree. All numbers are float32 or better, in the units of the site's values. Inside the stems
-    and heads of a `Merged`, where a site exists once per model, each is the weighted average of the
-    models' numbers, so that layers which are kept apart count as whole as their models are. Where
-    models differ in a site's shape, as at the outputs of heads with classes of their own, `mean`
-    and `std` lack it; the other numbers, of one value per model, are there.
+    and heads of a `Merged`, where a site exists once per model, each number is the weighted average
+    over the models, so that layers which are kept apart count as they do in their own models. Where
+    models differ in a site's shape, as at the outputs of heads with different classes, `mean` and
+    `std` lack the site; the other numbers are present.
 
     Attributes:
         feature: `[K]`, `E ||f(x) - f(0)||_2`: the norm is over all axes of an example, the mean
             over examples.
         feature_std: `[K]`, standard deviation of that norm over examples.
         offset: `[K]`, `||f(0)||_2`.
-        mean: `[K, *channels]`, mean of each channel over examples and positions; not of sites at
-            which models have other channels than others.
-        std: `[K, *channels]`, standard deviation likewise, as in `vfjax.stats.moments`.
+        mean: `[K, *channels]`, mean of each channel over examples and positions; without sites at
+            which models differ in their channels.
+        std: `[K, *channels]`, standard deviation of each channel over examples and positions, as in
+            `vfjax.stats.moments`; without the same sites.
         variance: `[K]`, `E ||f(x) - E f(x)||^2 / size`: the variance over examples, averaged over
-            all units (channels and positions). What differs between positions alone is not in it.
-            Unlike the other numbers it is a square: of values below 1e-19 it counts as 0.
-        dead: `[K]`, share of channels that do not vary over examples and positions: those which
+            all units (channels and positions). Differences between positions alone do not count.
+            Unlike the other numbers it is a square: for values below 1e-19 it is 0.
+        dead: `[K]`, share of channels that do not vary over examples and positions: those that
             `vfjax.renorm.repair` does not scale (no variance, or below 1e-12 of the layer's
             largest).
-        references: The same of the R reference networks, or None.
-        sites: What is known of each site, in the order asked for (static).
+        references: The same numbers for the R reference networks, or None.
+        sites: Description of each site, in the order requested (static).
         depth: Depth of the network, L (static).
-        shares: By network, the weights of the references in their means, one float each; empty
-            without references (static).
+        shares: For each network, the weights of the references in their means; empty without
+            references (static).
 
     Example:
         >>> import jax.numpy as jnp, vfjax
         >>> v = {"w": 2 * jnp.eye(2), "b": jnp.array([3.0, 4.0])}
         >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
         >>> net = vfjax.trace(lambda v, x: x @ v["w"] + v["b"], v, x)
-        >>> found = features(net, v, [x], sites="layers")
-        >>> found.feature["w"].tolist(), found.offset["w"].tolist(), found.ratio["w"].tolist()
-        ([4.0], [5.0], [0.800000011920929])
+        >>> measured = features(net, v, [x], sites="layers")
+        >>> [getattr(measured, what)["w"].tolist() for what in ("feature", "offset", "ratio")]
+        [[4.0], [5.0], [0.800000011920929]]
     """
 
     feature: dict[str, Array]
@@ -93,7 +94,7 @@ class Features:
 
     @property
     def models(self) -> int:
-        """Number of networks, K, references apart."""
+        """Number of networks, K, without references."""
         return next(iter(self.feature.values())).shape[0]
 
     @property
@@ -101,7 +102,7 @@ class Features:
         """Weights of the references that all networks share; empty without references.
 
         Raises:
-            ValueError: If networks have different ones, which `shares` tells.
+            ValueError: If networks have different weights; see `shares`.
         """
         if len(set(self.shares)) > 1:
             raise ValueError(f"networks have different weights of the references: {self.shares}")
@@ -114,12 +115,12 @@ class Features:
 
     @property
     def feature_rms(self) -> dict[str, Array]:
-        """Features by the root mean square over units in place of the norm, `[K]` by site."""
+        """Features as root mean squares over units instead of norms, `[K]` by site."""
         return self._per_unit(self.feature)
 
     @property
     def offset_rms(self) -> dict[str, Array]:
-        """Offsets by the root mean square over units, `[K]` by site."""
+        """Offsets as root mean squares over units, `[K]` by site."""
         return self._per_unit(self.offset)
 
     @property
@@ -134,8 +135,8 @@ class Features:
     def relative(self) -> dict[str, Array]:
         """Feature over the weighted mean of the references' features, `[K]` by site.
 
-        Section on vanishing features of the paper: the sequence whose bounds `bound_sequence`
-        gives. NaN or infinite where all references' features are 0.
+        The sequence of the paper's section on vanishing features, which `bound_sequence` bounds.
+        NaN or infinite where all references' features are 0.
 
         Raises:
             ValueError: If there are no references.
@@ -155,10 +156,10 @@ class Features:
         return self._relative("variance")
 
     def site(self, name: str) -> FeatureSite:
-        """What is known of a site.
+        """The description of a site.
 
         Raises:
-            ValueError: If there is no such site in the record.
+            ValueError: If the record has no such site.
         """
         for site in self.sites:
             if site.name == name:
@@ -178,8 +179,8 @@ class Features:
 
         def divided(name: str) -> Array:
             shares = jnp.asarray(self.shares, others[name].dtype)
-            # By an array: XLA turns the division by a scalar into a product with its inverse, and
-            # a network would not be exactly 1 relative to itself.
+            # Divided by an array: XLA would turn division by a scalar into multiplication by its
+            # inverse, and a network relative to itself would not be exactly 1.
             return mine[name] / (shares * others[name][None]).sum(1)
 
         return {name: divided(name) for name in self.names}
@@ -197,40 +198,41 @@ def features(
 ) -> Features:
     """Measures what the input causes at every layer: `g(x) = f(x) - f(0)` against `f(0)`.
 
-    0 is the zero tensor as the network takes it, the mean image if inputs are normalised; for
-    integer inputs, zeros of their dtype. One forward pass of one example gives `f(0)`, then one
-    pass over the data everything else, in one compiled call per batch for all networks together.
-    Results do not depend on how the data is cut into batches; batches that are sharded over devices
-    give the same numbers. Which axis of a value holds the examples is read off its shapes; where a
-    network merges them with positions, as by `x.reshape(-1, features)`, they are the outer ones.
+    The input 0 is the zero tensor that the network takes: the mean image if inputs are normalised,
+    and zeros of their dtype for integer inputs. One forward pass of one example gives `f(0)`; one
+    pass over the data gives everything else, in one compiled call per batch for all networks.
+    Results do not depend on how the data is split into batches, or on sharding over devices. The
+    axis of examples is inferred from shapes; where a network merges it with positions, as by
+    `x.reshape(-1, features)`, examples are the outer axis.
 
     Args:
-        net: The traced network; or one per reference, as `variables` were merged with, of which the
-            first is that of trees. Those of a `Merged` are taken for references by themselves.
-        variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of such.
+        net: The traced network; or one per reference, as `variables` were merged with, in which
+            case trees belong to the first. References of a `Merged` with several networks get
+            those automatically.
+        variables: A tree of its variables, a `vfjax.merge.Merged`, or a sequence of these.
         data: Re-iterable of `x` or `(x, label)`.
         references: Edge models, or the network before pruning, to compare with. Leaves that only
             heads of a `Merged` read may differ in shape.
-        maps: What the edge models, as trees, were merged through, if they are not aligned: their
-            values are carried into the basis of the merge.
-        weights: One per reference, summing to one, for means over references. None for those that a
-            network was made with, where it is a `Merged` of as many models (each network by its
-            own, if there are several), and for 1/R each otherwise.
+        maps: The maps by which the edge models, given as trees, were merged, if they are not
+            aligned: their values are carried into the basis of the merge.
+        weights: One per reference, summing to one, for means over references. None for the weights
+            of each network that is a `Merged` of as many models, and for 1/R each otherwise.
         sites: `"taps"`: the value after every layer and the elementwise region that follows (norm,
             activation, residual sum), the last layer's included. `"layers"`: every layer's
-            pre-activation, where the paper measures. Any other of `vfjax.stats.resolve_sites` that
-            is a whole value. Shortcuts are among the first two; `found.sites` tells which.
+            pre-activation, where the paper measures. Or any name of `vfjax.stats.resolve_sites`
+            that is a whole value. The first two include shortcuts; `Features.sites` says which.
 
     Returns:
         Features, offsets and moments by site.
 
     Raises:
-        TypeError: If `net` is not a traced network, a leaf not an array, `sites` no string and no
-            sequence of strings, or data has another structure or dtype than was traced.
-        ValueError: If a tree does not fit the network or holds NaN or infinite values, a site does
-            not exist or holds no axis of examples, weights do not fit, data is empty or exhausted,
-            a value is NaN or infinite, on data or at 0, or a variance exceeds the dtype (values of
-            1e19 in float32).
+        TypeError: If `net` is not a traced network, a leaf is not an array, `sites` is neither a
+            string nor a sequence of strings, or data has another structure or dtype than was
+            traced.
+        ValueError: If a tree does not fit the network or holds NaN or infinite values; if a site
+            does not exist or has no axis of examples; if weights do not fit; if data is empty or
+            exhausted; if a value is NaN or infinite, on data or at 0; or if a variance exceeds the
+            dtype (values of 1e19 in float32).
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -240,10 +242,11 @@ def features(
         >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
         >>> net = vfjax.trace(apply_fn, edges[0], x)
         >>> merged = vfjax.merge.interpolate(edges)
-        >>> found = features(net, merged, [x], references=edges)
-        >>> {name: value.tolist() for name, value in found.feature.items()}
+        >>> measured = features(net, merged, [x], references=edges)
+        >>> {name: value.tolist() for name, value in measured.feature.items()}
         {'a:act': [0.0], 'b:act': [0.0]}
-        >>> found.references.feature["b:act"].tolist(), found.references.offset["b:act"].tolist()
+        >>> theirs = measured.references
+        >>> theirs.feature["b:act"].tolist(), theirs.offset["b:act"].tolist()
         ([1.0, 1.0], [2.0, 2.0])
 
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
@@ -263,7 +266,7 @@ def measured(
     weights: Sequence[float] | None,
     names: Sequence[str],
 ) -> Features:
-    """The same of networks that have been checked, at sites by their names; see `features`."""
+    """As `features`, for networks that have been checked and sites given by name."""
     net, mine, others = given.net, given.mine, given.others
     carried = carry(given, maps)
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
@@ -281,14 +284,14 @@ def measured(
     }
     check_finite_means(means)
 
-    found = {
+    by_site = {
         site.name: [
             _rows.numbers(site.name, row, zero[site.source], network.model.weights)
             for network, row, zero in zip(carried, rows, at_zero, strict=True)
         ]
         for site in job.sites
     }
-    _check_range(found)
+    _check_range(by_site)
     sizes = {
         site.name: round(np.mean([np.size(c) for r in rows for c in r.centre[site.name]]))
         for site in job.sites
@@ -298,7 +301,7 @@ def measured(
 
     def record(part: slice, references: Features | None, shares: Any) -> Features:
         def stacked(what: str) -> dict[str, Array]:
-            values = {name: [n.get(what) for n in found[source[name]][part]] for name in names}
+            values = {name: [n.get(what) for n in by_site[source[name]][part]] for name in names}
             return {
                 name: jnp.asarray(np.stack(each))
                 for name, each in values.items()
@@ -313,9 +316,9 @@ def measured(
     return record(slice(count), theirs, shares)
 
 
-def _check_range(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
-    """Checks the numbers of every site: values may be finite, and their squares not."""
-    for site, each in found.items():
+def _check_range(by_site: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """Checks the numbers of every site: squares may overflow where values are finite."""
+    for site, each in by_site.items():
         for what, value in ((w, v) for numbers in each for w, v in numbers.items()):
             if not np.isfinite(value).all():
                 raise ValueError(

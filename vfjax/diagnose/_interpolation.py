@@ -1,9 +1,9 @@
-"""Loss and accuracy on the way from one network to another, and the barrier between them.
+"""Loss and accuracy between two networks, and the barrier between them.
 
 For every alpha the two networks are averaged with the weights `(1 - alpha, alpha)`, renormalised if
-asked for, and evaluated. Alpha is an argument of what is compiled, never part of it: one program
-averages, one evaluates, and one corrects, whatever the number of alphas. Batches are read once and
-the moments of the references are measured once.
+requested, and evaluated. Alpha is an argument of the compiled programs, never a constant in them:
+one program averages, one corrects and one evaluates (that of `vfjax._passes.evaluation`), whatever
+the number of alphas. Batches are read once, and the moments of the references are measured once.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ def barrier(
     definition: Literal["paper", "reference"] = "paper",
     ends: Sequence[float] | np.ndarray | None = None,
 ) -> float:
-    """By how much a curve between two networks falls below its ends.
+    """Measures how far a curve between two networks falls below its ends.
 
     - `"paper"`: `max over alpha of (1 - alpha) Acc_0 + alpha Acc_1 - Acc(alpha)`, the largest
       distance below the straight line between the ends. Alpha runs over all of [0, 1], so the ends
       count, where it is 0, and no barrier is negative;
-    - `"reference"`: `(Acc_0 + Acc_1) / 2 - min over alpha of Acc(alpha)`, as the reference code has
-      it. The two differ where the ends do.
+    - `"reference"`: `(Acc_0 + Acc_1) / 2 - min over alpha of Acc(alpha)`, as in the reference code.
+      The two definitions differ where the ends differ.
 
-    For the barrier of a loss, which rises, give the negatives of losses (and of `ends`).
+    For the barrier of a loss, which rises, give negative losses (and negative `ends`).
 
     Args:
         alphas: `[n]`, in [0, 1], in any order.
         accuracies: `[n]`, one for each alpha.
         definition: `"paper"` or `"reference"`.
-        ends: Accuracies of the two networks; None for those that the curve has at alpha 0 and 1.
+        ends: Accuracies of the two networks; None for those of the curve at alpha 0 and 1.
 
     Returns:
         The barrier, in the unit of the accuracies.
 
     Raises:
-        ValueError: If there is not one accuracy for each alpha, an alpha is outside of [0, 1], the
-            definition is unknown, or `ends` is None and the curve lacks alpha 0 or 1.
+        ValueError: If there is not one accuracy for each alpha, if an alpha is outside [0, 1], if
+            the definition is unknown, or if `ends` is None and the curve lacks alpha 0 or 1.
 
     Example:
         >>> alphas, accuracies = [0.0, 0.5, 1.0], [0.75, 0.5, 0.25]
@@ -107,7 +107,7 @@ def barrier(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Interpolation:
-    """What `interpolation` measured; a frozen pytree of float64 NumPy arrays.
+    """The result of `interpolation`; a frozen pytree of float64 NumPy arrays.
 
     Barriers are relative to the two networks themselves, which are the ends of the curve unless a
     renormalisation changes those too.
@@ -117,19 +117,19 @@ class Interpolation:
         loss: `[n]`, mean cross-entropy in nats.
         accuracy: `[n]`, in [0, 1].
         edge_loss: `[2]`, of the two (aligned) networks, without renormalisation.
-        edge_accuracy: `[2]`, likewise.
+        edge_accuracy: `[2]`, accuracies of the same, in [0, 1].
 
     Example:
-        >>> found = Interpolation(
+        >>> curve = Interpolation(
         ...     alphas=np.array([0.0, 0.5, 1.0]),
         ...     loss=np.array([0.5, 2.0, 1.0]),
         ...     accuracy=np.array([0.75, 0.5, 0.25]),
         ...     edge_loss=np.array([0.5, 1.0]),
         ...     edge_accuracy=np.array([0.75, 0.25]),
         ... )
-        >>> found.barrier, found.reference_barrier, found.loss_barrier
+        >>> curve.barrier, curve.reference_barrier, curve.loss_barrier
         (0.0, 0.25, 1.25)
-        >>> found
+        >>> curve
         Interpolation(3 alphas, accuracy 0.75 and 0.25, least 0.25 at alpha 1, barrier 0)
     """
 
@@ -186,44 +186,45 @@ def interpolation(
     """Evaluates two networks and the averages between them, `(1 - alpha) a + alpha b`.
 
     Without renormalisation, and with `"bias_calibration"`, the ends of the curve are the edge
-    models. After `"reset"`, `"repair"` and `"rescale"` they are so up to what the moments of `data`
-    differ from those that the edge models were trained with. `("remove_bias", k)` takes biases from
-    the edge models too, and where a matching transforms both networks (as ZipIt! does) the trees
-    given are not edge models to begin with. The record holds the two networks' own accuracies
-    beside the curve, and its barriers are relative to these.
+    models. With `"reset"`, `"repair"` and `"rescale"` the ends differ from these as far as the
+    moments of `data` differ from those that the edge models were trained with.
+    `("remove_bias", k)` also removes biases of the edge models, and after a matching that
+    transforms both networks (such as ZipIt!) the given trees are not edge models to begin with. The
+    result therefore also holds the two networks' own accuracies, to which barriers are relative.
 
     Args:
         net: The traced network; its output is logits `[n, classes]`.
         trees: The two networks' variables, a and b.
         test_data: Batches `(x, label)` with integer labels `[n]`, read once and kept on the device
-            up to 1 GiB, else read anew for each alpha.
-        alphas: Weights of b, in [0, 1]; or how many, evenly spaced from 0 to 1 (at least 2).
-        match: How b is permuted first: `"weight"` (`vfjax.align.match_weights`, which needs `key`),
+            up to 1 GiB, else read again for each alpha.
+        alphas: Weights of b, in [0, 1]; or their number, evenly spaced from 0 to 1 (at least 2).
+        match: How b is first permuted: `"weight"` (`vfjax.align.match_weights`, which needs `key`),
             `"activation"` (`vfjax.align.match_activations`, on `data`), a function of `(a, b)` that
-            returns a `vfjax.align.Alignment` or the aligned b, or None for trees that are aligned
-            already.
-        renormalise: What is done to the average at each alpha: `"reset"`, `"repair"`, `"rescale"`,
+            returns a `vfjax.align.Alignment` or the aligned b, or None for trees that are already
+            aligned.
+        renormalise: Correction of the average at each alpha: `"reset"`, `"repair"`, `"rescale"`,
             `"bias_calibration"` or `("remove_bias", last)`, as the functions of `vfjax.renorm` with
             their defaults; a function of `(merged, references, data)`, where merged is a `Merged`
             whose `weights` are `(1 - alpha, alpha)`, that returns a tree or a `Merged`; or None.
-        data: Statistics batches, x or `(x, label)`, for matching by activations and renormalising;
-            kept like `test_data`.
+        data: Batches for statistics, `x` or `(x, label)`, for matching by activations and for
+            renormalising; kept like `test_data`.
         references: Aligned trees, or their `vfjax.stats.Moments`, whose statistics REPAIR and
             RESCALE restore; None for the two (aligned) networks. Measured once. A function given
-            as `renormalise` gets them as they are.
-        layers: How many first layers are kept apart (`vfjax.merge.preserve_first`).
+            as `renormalise` receives them unchanged.
+        layers: Number of first layers that are kept apart (`vfjax.merge.preserve_first`).
         key: Random key, for `"weight"` only.
         progress: Whether a progress bar appears after two seconds.
 
     Returns:
-        Loss and accuracy at each alpha, and those of the two networks; the latter are evaluated
-        apart only if no alpha has them.
+        Loss and accuracy at each alpha, and those of the two networks, which are evaluated
+        separately only if they are not on the curve.
 
     Raises:
-        TypeError: If `net` is not a traced network, `trees` not a sequence of trees, an option is
-            of no kind named above, or batches have another structure or dtype.
-        ValueError: If there are not two trees, they do not fit, an alpha is outside of [0, 1], a
-            name is unknown, `data` or `key` is missing where it is needed, or batches are empty.
+        TypeError: If `net` is not a traced network, `trees` is not a sequence of trees, an option
+            is of a kind not named above, or batches have another structure or dtype.
+        ValueError: If there are not two trees, if they do not fit, if an alpha is outside [0, 1],
+            if a name is unknown, if `data` or `key` is missing where it is needed, or if batches
+            are empty.
 
     Warns:
         UserWarning: As `vfjax.merge.preserve_first`.
@@ -331,18 +332,20 @@ def _aligned(net: Network, a: PyTree, b: PyTree, match: Any, data: Any, key: Any
     if match is None:
         return b
     if match == "weight":
-        found = align.match_weights(net, a, b, key=key)
+        result = align.match_weights(net, a, b, key=key)
     elif match == "activation":
-        found = align.match_activations(net, a, b, data)
+        result = align.match_activations(net, a, b, data)
     else:
-        found = match(a, b)
-    return net.spec.permute(b, found.permutations) if isinstance(found, align.Alignment) else found
+        result = match(a, b)
+    return (
+        net.spec.permute(b, result.permutations) if isinstance(result, align.Alignment) else result
+    )
 
 
 def _renormaliser(
     net: Network, trees: tuple[PyTree, ...], renormalise: Any, references: Any, data: Any
 ) -> Callable[[Merged], PyTree | Merged]:
-    """A function of the merged model alone; what all alphas share is measured here."""
+    """The correction as a function of the merged model; measures here what all alphas share."""
     if references is None:
         references = trees
     name, *rest = renormalise if isinstance(renormalise, tuple) else (renormalise,)
@@ -385,7 +388,7 @@ class Path:
 
     @functools.cached_property
     def _trunks(self) -> tuple[PyTree, ...]:
-        """What each network has of the leaves that are averaged."""
+        """The leaves of each network that are averaged."""
         return tuple(
             jax.tree.map(
                 lambda kept, leaf: None if kept is None else jnp.asarray(leaf),

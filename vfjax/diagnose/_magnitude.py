@@ -1,7 +1,7 @@
-"""The magnitude argument: how much of vanishing features smaller weights explain.
+"""The magnitude argument: how far smaller weights explain that features vanish.
 
-Averaging shrinks weights whose signs disagree, pruning sets some to 0. A feature passes through all
-layers before it and loses a factor at each, an offset of a late bias passes through few
+Averaging shrinks weights whose signs disagree, and pruning sets some to 0. A feature passes through
+all layers before it and loses a factor at each; the offset of a late bias passes through few
 ("Vanishing Feature: Diagnosing Model Merging and Beyond", section on linear networks).
 """
 
@@ -34,7 +34,7 @@ def rescale_product(
     `R^(l) = prod_{j=1..l} mean_k(|W_k^(j)|) / |W^(j)|`, where `|W|` is the mean of the absolute
     values of a kernel, k runs over the references and W is merged. It multiplies the merged
     network's feature after layer l (not its offset, and not the network): if smaller weights are
-    why features vanish, the product does not.
+    the reason why features vanish, the product does not vanish.
 
     Args:
         net: The traced network.
@@ -45,13 +45,14 @@ def rescale_product(
             `merged`, if that is a `Merged` of as many models, and for 1/R each otherwise.
 
     Returns:
-        R by layer, for the layers of the main path, by depth. Layers of one depth count as one,
-        of all their entries. Kernels are taken as the layers use them, masks and sums included.
+        R by layer, for the layers of the main path, by depth. Layers of one depth count as one
+        layer with all their entries. Kernels are taken as the layers use them, masks and sums
+        included.
 
     Raises:
-        TypeError: If `net` is not a traced network, or a leaf not an array.
-        ValueError: If trees do not fit the network or hold NaN or infinite values, there are no
-            references, weights do not fit, or a merged kernel is all 0.
+        TypeError: If `net` is not a traced network, or a leaf is not an array.
+        ValueError: If trees do not fit the network or hold NaN or infinite values, if there are no
+            references, if weights do not fit, or if a merged kernel is all 0.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -71,16 +72,16 @@ def rescale_product(
     product, factors = 1.0, {}
     main = [layer for layer in net.layers if layer.main]
     for depth in sorted({layer.depth for layer in main}):
-        layers = [layer for layer in main if layer.depth == depth]
-        goal = sum(w * _magnitude_of(o, layers) for w, o in zip(share, others, strict=True))
-        mine = _magnitude_of(model, layers)
+        beside = [layer for layer in main if layer.depth == depth]
+        goal = sum(w * _magnitude_of(o, beside) for w, o in zip(share, others, strict=True))
+        mine = _magnitude_of(model, beside)
         if mine == 0:
             raise ValueError(
-                f"the merged kernel of '{layers[0].name}' is all 0, so that no factor gives it the "
+                f"the merged kernel of '{beside[0].name}' is all 0, so no factor gives it the "
                 "references' magnitude"
             )
         product *= goal / mine
-        factors.update((layer.name, product) for layer in layers)
+        factors.update((layer.name, product) for layer in beside)
     return factors
 
 
@@ -88,6 +89,6 @@ def _magnitude_of(network: Unpacked, layers: Sequence[Layer]) -> float:
     """Mean absolute value of the kernels of some layers, as the layers use them."""
     names, total = [layer.name for layer in layers], 0.0
     for net, flat, weight in network.places(names[0]):
-        found = kernels(net, flat.leaves, names)
-        total += weight * float(np.abs(np.concatenate(found)).mean())
+        values = kernels(net, flat.leaves, names)
+        total += weight * float(np.abs(np.concatenate(values)).mean())
     return total

@@ -1,9 +1,9 @@
-"""The compiled part of `features`: what one batch tells of several networks at once.
+"""The compiled part of `features`: measuring several networks on one batch at once.
 
-Everything is a mean or a deviation over samples, so that batches, and pieces of a batch, merge as
-moments do. All of it is in the unit of the values, none in its square, so that whatever float32
-holds is measured: squares are taken of values that were scaled near one. At a site, a network has
-one row of numbers, or one per model where the site lies inside stems or heads of a `Merged`.
+Everything is a mean or a deviation over samples, so that batches, and pieces of a batch, can be
+pooled like moments. All numbers are in the unit of the values rather than its square, so that any
+values that float32 holds can be measured: they are scaled near one before they are squared. At a
+site, a network has one row of numbers, or one per model inside stems or heads of a `Merged`.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from vfjax.network._layout import Layout, arrange, by_example
 from vfjax.network._network import Network
 from vfjax.stats._pieces import pieces
 
-# Above this share of the mean square of f(x) - f(0), a variance may be found by subtracting from
-# it; below, the difference would lose more than two of seven digits, and values are centred.
+# A variance above this share of the mean square of f(x) - f(0) is computed by subtraction from it.
+# Below, the difference would lose more than two of seven digits, so values are centred first.
 _LEAST = 0.02
-# What there is per channel.
+# The numbers that are per channel.
 CHANNELS = ("mean", "std")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What was measured of one network: by site, an array per row. Rows may differ in shape.
+    """Measurements of one network: by site, one array per row. Rows may differ in shape.
 
     Attributes:
-        mean: `[*channels]`, over examples and positions.
-        std: `[*channels]`, likewise.
+        mean: `[*channels]`, mean over examples and positions.
+        std: `[*channels]`, standard deviation over examples and positions.
         norm: `[]`, the mean over examples of `||f(x) - f(0)||`.
         norm_std: `[]`, its standard deviation over examples.
         centre: `[...]`, the mean over examples of `f(x) - f(0)`, shaped like `f(0)`.
@@ -59,13 +59,13 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Carried:
-    """A network whose values count in the basis of a merge.
+    """A network, with the matrices that carry its values into the basis of a merge.
 
     Attributes:
         model: The network.
-        apart: Of each of its models, by group, what maps the features of its stem and head there:
-            `[m, n]`. Empty where these values are in that basis already.
-        whole: By group, what maps the features of the trunk there, or a permutation `int[n]`.
+        apart: For each of its models, by group, the matrix `[m, n]` for features of its stem and
+            head; empty where these are already in that basis.
+        whole: By group, the matrix `[m, n]`, or permutation int `[n]`, for features of the trunk.
     """
 
     model: Merged
@@ -74,7 +74,7 @@ class Carried:
 
 
 class Job(NamedTuple):
-    """What a pass measures: hashable, so that it is the key of a compilation."""
+    """What a pass measures; hashable, since it is the key of a compilation."""
 
     net: Network
     sites: tuple[Layout, ...]
@@ -104,10 +104,10 @@ def offsets(job: Job, networks: tuple[Carried, ...]) -> Offsets:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _offsets(job: Job, mesh: Any, networks: tuple[Carried, ...], x: PyTree) -> Offsets:
-    def found(networks: tuple[Carried, ...], x: PyTree) -> Offsets:
+    def evaluated(networks: tuple[Carried, ...], x: PyTree) -> Offsets:
         return each(functools.partial(_values, job), networks, x)
 
-    return on_mesh(found, mesh)(networks, x)
+    return on_mesh(evaluated, mesh)(networks, x)
 
 
 def measure(
@@ -160,7 +160,7 @@ def _batch(job: Job, state: tuple[tuple[Carried, ...], Offsets], x: PyTree) -> t
     def one(network: tuple[Carried, dict[str, tuple[Array, ...]]], x: PyTree) -> Rows:
         model, shift = network
         values = _values(job, model, x)
-        found: dict[str, list[dict[str, Array]]] = {
+        by_site: dict[str, list[dict[str, Array]]] = {
             site.name: [
                 _reduce(site, value, at_zero, size)
                 for value, at_zero in zip(values[site.source], shift[site.source], strict=True)
@@ -170,7 +170,7 @@ def _batch(job: Job, state: tuple[tuple[Carried, ...], Offsets], x: PyTree) -> t
         names = [field.name for field in dataclasses.fields(Rows)]
         return Rows(
             **{
-                what: {site: tuple(row[what] for row in rows) for site, rows in found.items()}
+                what: {site: tuple(row[what] for row in rows) for site, rows in by_site.items()}
                 for what in names
             }
         )
@@ -179,31 +179,31 @@ def _batch(job: Job, state: tuple[tuple[Carried, ...], Offsets], x: PyTree) -> t
 
 
 def _runs(networks: tuple[Carried, ...]) -> dict[Network, PyTree]:
-    """The traced networks that run, each with a tree of its own or none."""
-    found: dict[Network, PyTree] = {}
+    """The traced networks that run, each with one of its trees, or {} where there is none."""
+    trees: dict[Network, PyTree] = {}
     for model in (network.model for network in networks):
-        found.setdefault(model.net, model.trunk)
-        found |= {own: {} for own in model.nets if own not in found}
-    return found
+        trees.setdefault(model.net, model.trunk)
+        trees |= {own: {} for own in model.nets if own not in trees}
+    return trees
 
 
 def _values(job: Job, network: Carried, x: PyTree) -> dict[str, tuple[Array, ...]]:
     """Values at every site, one per row, in float32 or better."""
     model = network.model
-    _, found = model.read(x, job.sources)
+    _, values = model.read(x, job.sources)
     trees = {True: model.stems, False: model.heads}
     for source in job.sources:
         if network.apart and model.apart(source):
             parts = trees[model.in_stems(source)]
-            found[source] = tuple(
+            values[source] = tuple(
                 model.net_of(k).map_site(parts[k], x, source, value, network.apart[k])
-                for k, value in enumerate(found[source])
+                for k, value in enumerate(values[source])
             )
         elif network.whole:
-            (value,) = found[source]
-            found[source] = (model.net.map_site(model.trunk, x, source, value, network.whole),)
+            (value,) = values[source]
+            values[source] = (model.net.map_site(model.trunk, x, source, value, network.whole),)
     return {
-        site.source: tuple(arrange(value, site)[0] for value in found[site.source])
+        site.source: tuple(arrange(value, site)[0] for value in values[site.source])
         for site in job.sites
     }
 
@@ -211,9 +211,9 @@ def _values(job: Job, network: Carried, x: PyTree) -> dict[str, tuple[Array, ...
 def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, Array]:
     """One row: the moments of a value per channel, and of its distance to the value at zero.
 
-    Two reads of the value give all: its mean over examples, by unit, and the squares of its
-    distance, summed over positions, by example and channel. The distance is used once, so that XLA
-    need not write it down.
+    The value is read only twice: for its mean over examples, by unit; and for the squares of its
+    distance, summed over positions, by example and channel. The distance is used only once, so that
+    XLA need not store it.
     """
     _, samples = arrange(value, site)
     parts, axis = by_example(site.name, value, at_zero.shape, size)
@@ -223,11 +223,11 @@ def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, 
     centre = example - at_zero
     scale = scale_of(centre, example - mean)
 
-    # Where an axis of examples was split off, those behind it have moved.
+    # Where an axis of examples was split off, the axes after it have moved by one.
     moved = parts.ndim - value.ndim
     channels = [a + moved * (a >= axis) for a in range(value.ndim) if a not in samples]
     positions = tuple(a for a in range(parts.ndim) if a != axis and a not in channels)
-    # The barrier keeps what follows from reading the values again.
+    # The barrier keeps XLA from recomputing the sums further on, which would read the values again.
     squares = jax.lax.optimization_barrier(jnp.square((parts - single) * scale).sum(positions))
     behind = axis - sum(a < axis for a in positions)
     others = tuple(a for a in range(squares.ndim) if a != behind)
@@ -237,7 +237,7 @@ def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, 
     square = squares.sum(behind) * (squares.size // squares.shape[behind] / value.size)
     drift = jnp.square(centre * scale)
     spread = total - drift.sum()
-    # By parts: of every unit about its own mean, and of the units' means.
+    # In two parts: the variance of every unit about its mean, and that of the units' means.
     var = square - drift.mean(samples) + jnp.square((example - mean) * scale).mean(samples)
 
     def centred() -> tuple[Array, Array]:
@@ -257,44 +257,45 @@ def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, 
 
 
 def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict[str, np.ndarray]:
-    """What a network's rows at a site come to, on the host.
+    """Combines a network's rows at a site, on the host.
 
     Args:
         site: The site.
         rows: The network's rows.
         at_zero: Its values at the input 0, one per row.
-        weights: Those of the models of a `Merged`, over which rows are averaged.
+        weights: Weights of the models of a `Merged`, by which rows are averaged.
 
     Returns:
-        The fields of `Features`, of one network; `mean` and `std` only where all rows have the same
+        The fields of `Features` for one network; `mean` and `std` only where all rows have the same
         channels.
     """
-    found = [_of_row(rows, site, at, zero) for at, zero in enumerate(at_zero)]
-    shapes = {one["mean"].shape for one in found}
-    share = np.asarray(weights) if len(found) > 1 else np.ones(1)
+    each_row = [_of_row(rows, site, at, zero) for at, zero in enumerate(at_zero)]
+    shapes = {one["mean"].shape for one in each_row}
+    share = np.asarray(weights) if len(each_row) > 1 else np.ones(1)
     dtype = rows.norm[site][0].dtype
-    with np.errstate(over="ignore"):  # which is reported, with the name of the site
+    with np.errstate(over="ignore"):  # overflow is reported later, with the name of the site
         return {
-            what: np.tensordot(share, np.stack([one[what] for one in found]), 1).astype(dtype)
-            for what in found[0]
+            what: np.tensordot(share, np.stack([one[what] for one in each_row]), 1).astype(dtype)
+            for what in each_row[0]
             if what not in CHANNELS or len(shapes) == 1
         }
 
 
 def _of_row(rows: Rows, site: str, at: int, at_zero: Any) -> dict[str, np.ndarray]:
-    """What one row comes to."""
+    """The numbers of one row."""
     mean = rows.mean[site][at]
     row = {
         field.name: np.asarray(getattr(rows, field.name)[site][at], np.float64)
         for field in dataclasses.fields(rows)
     }
     zero = np.asarray(at_zero, np.float64)
-    # What is no larger than the rounding of the values themselves is none.
+    # Deviations no larger than the rounding of the values themselves count as 0.
     rounding = ROUNDINGS * np.finfo(rows.norm[site][at].dtype).eps
     std = np.where(row["std"] <= rounding * np.abs(row["mean"]), 0, row["std"])
     example = np.linalg.norm(zero + row["centre"])
     spread = np.where(row["spread"] <= rounding * example, 0, row["spread"])
-    # Nothing is nearer to the values than their mean; 0 where they are f(0), to the last bit.
+    # Values are nearest to their mean, so their distance to f(0) bounds the spread: where they
+    # equal f(0), the spread is 0 to the last bit.
     spread = np.minimum(spread, np.hypot(row["norm"], row["norm_std"]))
     return {
         "feature": row["norm"],

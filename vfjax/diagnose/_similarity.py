@@ -1,4 +1,4 @@
-"""How alike two networks are: linear CKA between layers, and the distance of parameters."""
+"""Similarity of two networks: linear CKA between layers, and the distance of parameters."""
 
 from __future__ import annotations
 
@@ -81,26 +81,28 @@ def cka(
     With features `X` `[n, p]` and `Y` `[n, q]` of two sites (rows are examples, columns are all
     channels at all positions) less their means over the examples, it is
     `||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F)`: in [0, 1], 1 for features that are equal up to an
-    orthogonal map and a scale, so permuting a network's units leaves it unchanged. Every site is
-    measured in a unit of its own, whatever the size of its values.
+    orthogonal map and a scale, so permuting a network's units does not change it. Every site is
+    scaled separately, whatever the size of its values.
 
-    `"exact"` takes all of the data as one sample, however it is cut into batches. It holds either
+    `"exact"` takes all of the data as one sample, however it is split into batches. It holds either
     the covariances of all pairs of sites, twice (`2 p q` numbers of 4 bytes for each pair), or the
     Gram matrices `X X^T` of all sites (`n^2` numbers each) and the features of at least one site
     (`2 n p`), whichever is less: for 1,000 examples and two networks of 20 sites at most 160 MB
     beside the features. With Gram matrices, features that do not fit at once take several passes.
 
-    `"minibatch"` averages unbiased estimates of the three terms over batches and so holds a batch
-    alone; it needs batches of 4 examples or more, is unbiased in its terms whatever their size, and
-    may leave [0, 1] by its noise.
+    `"minibatch"` averages unbiased estimates of the three terms over batches, and so holds only one
+    batch at a time. It needs batches of 4 examples or more. The terms are unbiased whatever the
+    size of batches, and by noise the result may leave [0, 1].
 
     Args:
         first: A traced network and its variables, `(net, variables)`, or a `vfjax.merge.Merged`.
-        second: Likewise; the two may be of different architectures that take the same input.
+        second: The other network, in the same form; the two may be of different architectures that
+            take the same input.
         data: Re-iterable of `x` or `(x, label)`; kept on the device up to 1 GiB.
-        sites: Sites of both: as in `vfjax.stats.resolve_sites`, whole values alone. Sites inside
-            stems and heads of a `Merged`, which have several values, are left out.
-        second_sites: Those of the second network, if they are others.
+        sites: Sites of both networks, as in `vfjax.stats.resolve_sites`, whole values only. Words
+            such as `"taps"` leave out sites inside stems and heads of a `Merged`, which have
+            several values.
+        second_sites: Sites of the second network, if they are different.
         estimator: `"exact"` or `"minibatch"`.
         memory: Bytes that `"exact"` may take for its matrices and features.
         progress: Whether a progress bar appears after two seconds.
@@ -109,12 +111,13 @@ def cka(
         The matrix with the names of its rows and columns.
 
     Raises:
-        TypeError: If a network is neither of the two, a leaf is not an array, a site holds no array
-            of real numbers, or data has another structure or dtype than was traced.
-        ValueError: If variables do not fit or hold NaN or infinite values, the networks take
-            different inputs, a site does not exist, lies inside of stems or heads or has no axis of
-            examples, the estimator is unknown, data is empty or exhausted or too small, makes a
-            site NaN or infinite, or `"exact"` needs more than `memory`.
+        TypeError: If a network is neither a pair nor a `Merged`, a leaf is not an array, the value
+            of a site is not an array of real numbers, or data has another structure or dtype than
+            was traced.
+        ValueError: If variables do not fit or hold NaN or infinite values; if the networks take
+            different inputs; if a named site does not exist, lies inside stems or heads, or has no
+            axis of examples; if the estimator is unknown; if data is empty, exhausted or too small,
+            or makes a site NaN or infinite; or if `"exact"` needs more than `memory`.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -122,8 +125,8 @@ def cka(
         >>> x = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
         >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["a"]) @ v["b"], v, x)
         >>> permuted = net.spec.permute(v, {"a": np.array([2, 0, 1])})
-        >>> found = cka((net, v), (net, permuted), [x])
-        >>> found.first, found.matrix.round(3).tolist()
+        >>> similarity = cka((net, v), (net, permuted), [x])
+        >>> similarity.first, similarity.matrix.round(3).tolist()
         (('a:act', 'b:act'), [[1.0, 0.577], [0.577, 1.0]])
 
     Source: Kornblith et al. (2019), "Similarity of Neural Network Representations Revisited",
@@ -133,12 +136,12 @@ def cka(
     if estimator not in ("exact", "minibatch"):
         raise ValueError(f'estimator must be "exact" or "minibatch", got {estimator!r}')
     models = _model(first, "first"), _model(second, "second")
-    _check_alike(*models)
+    _check_inputs(*models)
     other = sites if second_sites is None else second_sites
     names = _names(models[0], sites), _names(models[1], other)
     rows = len(names[0])
     if _same(*models) and names[0] == names[1]:
-        models, columns = models[:1], slice(0, rows)  # its features are needed once
+        models, columns = models[:1], slice(0, rows)  # features of one network, computed once
     else:
         columns = slice(rows, rows + len(names[1]))
     job = _hsic.job_of(models, names[: len(models)])
@@ -168,7 +171,7 @@ def cka(
     matrix = np.full(scale.shape, np.nan)
     np.divide(inner[:rows, columns], scale, out=matrix, where=scale > 0)
     if estimator == "exact":
-        np.clip(matrix, 0, 1, out=matrix)  # of the rounding
+        np.clip(matrix, 0, 1, out=matrix)  # rounding may leave the interval
     return CKA(matrix, *names, int(count), estimator)
 
 
@@ -202,7 +205,7 @@ def _size(count: int) -> str:
 
 
 def _model(given: Any, name: str) -> Merged:
-    """A network as a `Merged`, after every check."""
+    """Checks one network, and returns it as a `Merged`."""
     net, variables = (given.net, given) if isinstance(given, Merged) else (None, None)
     if isinstance(given, (tuple, list)) and len(given) == 2:
         net, variables = given
@@ -211,13 +214,13 @@ def _model(given: Any, name: str) -> Merged:
             f"{name} must be a pair (net, variables) of a traced network, or a Merged, got "
             f"{type(given).__name__}"
         )
-    found = evaluable((net,), variables, name, several=False)
-    if len(found) != 1:
-        raise ValueError(f"{name} must be one network, got variables of {len(found)}")
-    return found[0].model
+    networks = evaluable((net,), variables, name, several=False)
+    if len(networks) != 1:
+        raise ValueError(f"{name} must be one network, got variables of {len(networks)}")
+    return networks[0].model
 
 
-def _check_alike(first: Merged, second: Merged) -> None:
+def _check_inputs(first: Merged, second: Merged) -> None:
     def kind(x: PyTree) -> Any:
         leaves, tree = jax.tree.flatten(x)
         return tree, [(a.shape[1:], a.dtype) for a in leaves]
@@ -230,7 +233,7 @@ def _check_alike(first: Merged, second: Merged) -> None:
 
 
 def _same(first: Merged, second: Merged) -> bool:
-    """Whether two networks are one and the same object, wrapped or not."""
+    """Whether two networks are the same object, wrapped or not."""
     parts = ("trunk", "stems", "heads", "merge", "unmerge", "corrections")
     pairs = [(getattr(first, part), getattr(second, part)) for part in parts]
     return (
@@ -241,18 +244,18 @@ def _same(first: Merged, second: Merged) -> bool:
 
 
 def _names(model: Merged, sites: Sites) -> tuple[str, ...]:
-    """Names of sites; of those that a word stands for, the ones that have a single value."""
+    """Names of sites; a word stands only for sites that have a single value."""
     names = resolve_sites(model.net, sites)
     apart = [name for name in names if model.apart(name)]
     if apart and not isinstance(sites, str):
         raise ValueError(
             f"the sites {paths.some(apart)} lie inside the stems or heads, where each model has a "
-            "value of its own; compare the models themselves there"
+            "separate value; compare the models themselves there"
         )
     kept = tuple(name for name in names if name not in apart)
     if not kept:
         raise ValueError(
-            f"all sites of {sites!r} lie inside the stems or heads; name others, of the trunk"
+            f"all sites of {sites!r} lie inside the stems or heads; name sites of the trunk"
         )
     return kept
 
@@ -264,7 +267,7 @@ class Distance:
 
     Attributes:
         total: L2 distance over all leaves that count, in the unit of the parameters, or relative.
-        by_leaf: Likewise of each leaf, by path.
+        by_leaf: L2 distance of each leaf, by path, in the same unit.
         cosine: Cosine of the angle between the trees as vectors; NaN if one is zero.
     """
 
@@ -279,28 +282,27 @@ def distance(
     """L2 distance between two parameter trees, in total and by leaf.
 
     Trees are compared as they are: align them first (`vfjax.align`) for a distance that does not
-    depend on the order of units. Leaves that hold no floating-point numbers do not count.
+    depend on the order of units. Only leaves of floating-point numbers count.
 
     Args:
         a: Parameter tree.
         b: Parameter tree of equal structure, shapes and dtypes.
         relative: Whether distances are divided by the mean of the two norms (of the whole trees,
-            and of each leaf); they are then from 0 to 2.
-        net: The traced network; with it, stored statistics of norms do not count, which are no
-            parameters.
+            and of each leaf); they then range from 0 to 2.
+        net: The traced network. If it is given, stored statistics of norms do not count, since they
+            are not parameters.
 
     Returns:
         The distances; 0 where both are zero. Sums are float64.
 
     Raises:
-        TypeError: If a leaf is not an array, or `net` not a traced network.
+        TypeError: If a leaf is not an array, or `net` is not a traced network.
         ValueError: If the trees differ in structure, shape or dtype, hold NaN or infinite values,
             or do not fit the network.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> found = distance({"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 4.0])})
-        >>> found
+        >>> distance({"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 4.0])})
         Distance(total=5.0, by_leaf={'w': 5.0}, cosine=0.0)
         >>> distance({"w": jnp.ones(4)}, {"w": 3 * jnp.ones(4)}, relative=True).total
         1.0
@@ -319,7 +321,7 @@ def distance(
             continue
         x, y = _vector(leaf), _vector(right[path])
         squares[path] = np.array([np.vdot(v, v) for v in (x - y, x, y)] + [np.vdot(x, y)])
-    by_leaf = {path: _length(found, relative) for path, found in squares.items()}
+    by_leaf = {path: _length(each, relative) for path, each in squares.items()}
     total = np.sum(list(squares.values()), axis=0) if squares else np.zeros(4)
     norms = float(np.sqrt(total[1] * total[2]))
     cosine = float(np.clip(total[3] / norms, -1, 1)) if norms else float("nan")
@@ -327,7 +329,7 @@ def distance(
 
 
 def _vector(leaf: Any) -> np.ndarray:
-    """A leaf as a float64 vector, real and imaginary parts apart."""
+    """A leaf as a float64 vector, with real and imaginary parts as separate entries."""
     if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
         return np.ravel(np.asarray(leaf, np.complex128)).view(np.float64)
     return np.ravel(np.asarray(leaf)).astype(np.float64)

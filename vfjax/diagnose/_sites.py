@@ -1,4 +1,4 @@
-"""The sites of diagnosis: which there are, what they belong to, and how they are read."""
+"""Sites at which diagnosis measures: their names, their layers, and how they are read."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class FeatureSite:
 
     Attributes:
         name: Name of the site, as in `Network.run`.
-        layer: Name of the layer that it is the pre-activation or the tap of, or that a norm
-            follows directly; None if there is none, as at `<layer>:in`.
-        depth: Depth of that layer: of the layers on the longest path from the input, how many come
-            before the value, its own included. 0 for `input`, L for `output`.
-        main: Whether it lies on the main path, and not on a shortcut; of `<layer>:in`, whether the
-            layer does.
-        size: Entries of its value per example; their rounded mean over models where these differ,
-            as at the outputs of heads with classes of their own.
+        layer: Name of the layer whose pre-activation or tap it is, or which its norm directly
+            follows; None if there is none, as at `<layer>:in`.
+        depth: Depth of that layer: the number of layers up to and including it, on the longest
+            path from the input. 0 for `input`, L for `output`.
+        main: Whether it lies on the main path rather than on a shortcut; for `<layer>:in`, whether
+            the layer does.
+        size: Number of entries of its value per example; the rounded mean over models where these
+            differ, as at the outputs of heads with different classes.
     """
 
     name: str
@@ -37,7 +37,7 @@ class FeatureSite:
 
 
 def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
-    """Names of the sites that a `sites=` argument of this package stands for, one at least.
+    """Names of the sites that a `sites=` argument of this package stands for, at least one.
 
     Args:
         net: The traced network.
@@ -47,9 +47,9 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
         Site names in the order of the network, or as listed.
 
     Raises:
-        TypeError: If `sites` is not a string and no sequence of strings.
-        ValueError: If a name is none of the network's, stands for a part of a value, or the network
-            has no layers.
+        TypeError: If `sites` is neither a string nor a sequence of strings.
+        ValueError: If a name is not a site of the network, or stands for a part of a value, or if
+            the network has no layers.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -61,7 +61,7 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     names = select(net, sites, whole=True)
     if not names:
         raise ValueError(
-            f"`sites` is {sites!r}, which names no site; give some of this network, as ['output']."
+            f"`sites` is {sites!r}, which names no site; name some of this network, as ['output']."
             + opaque_hint(net)
         )
     return names
@@ -70,11 +70,11 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
 def unique(
     net: Network, names: Sequence[str], cuts: Sequence[Merged]
 ) -> tuple[tuple[Layout, ...], dict[str, str]]:
-    """Layouts of different values, and by name the one of them that has the same value.
+    """Layouts of the distinct values among sites, and for every site the name of its layout.
 
-    Where no activation follows a layer, its tap is its pre-activation; a shortcut and the layer
-    that it goes around have one tap. Where a `Merged` is cut, a value and what is read of it behind
-    the cut are different, though they are one in the network.
+    Several sites may have one value: where no activation follows a layer, its tap is its
+    pre-activation; a shortcut and the layer that it bypasses share a tap. At a cut of a `Merged`,
+    the same value of the network differs before and after the cut, and counts as two.
     """
     chosen: dict[Any, Layout] = {}
     source = {}
@@ -87,13 +87,13 @@ def unique(
 
 
 def value_of(net: Network, name: str) -> Any:
-    """What tells values apart: several names may stand for one value."""
+    """Identifies the value at a site: several names may stand for one value."""
     if name in ("input", "output"):
         return name
     return locate(net, net._reference, name)[0]
 
 
 def describe(net: Network, name: str, size: int) -> FeatureSite:
-    """What is known of a site whose value has `size` entries per example."""
+    """Describes a site whose value has `size` entries per example."""
     layer, depth, main = depth_of(net, name)
     return FeatureSite(name, layer, depth, main, int(size))

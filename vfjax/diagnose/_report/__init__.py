@@ -1,1 +1,1 @@
-"""A report of what broke, where, and what to do."""
+"""The report: findings by layer, the advice they lead to, and its sentences, figure and page."""

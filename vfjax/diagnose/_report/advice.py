@@ -1,4 +1,4 @@
-"""Which remedy measured numbers ask for: the rules behind a report's advice."""
+"""The rules by which a report's findings lead to remedies."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from vfjax.network._network import Network
 from vfjax.renorm import _bias
 from vfjax.stats._sites import resolve_sites
 
-# A standard deviation is off beyond this factor, either way.
+# Standard deviations are off beyond this factor, in either direction.
 STD_OFF = 1.25
 # Means are off beyond this, in standard deviations of the references.
 MEAN_OFF = 0.5
-# References whose kernels have a smaller cosine are as unrelated rows (0 for independent ones).
+# References count as unrelated if the cosine of their kernels is below this (0 if independent).
 UNRELATED = 0.1
-# A network is the references' merge where its kernels have at least this cosine with their mean;
-# that of one of two unrelated references is 0.71.
+# A network counts as a merge of its references if its kernels have at least this cosine with their
+# mean; one of two unrelated references would have 0.71.
 MERGE = 0.9
-# Kernels have shrunk below this magnitude, relative to the references.
+# Kernels count as shrunk below this magnitude, relative to the references.
 SHRUNK = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """A remedy, and why.
+    """A remedy, and the reason for it.
 
     Attributes:
         remedy: `"match first"`, `"RESET"`, `"RESCALE"`, `"REPAIR"`, `"bias calibration"`, `"PFM"`,
             `"nothing to do"`, or `"none known"` where no rule applies.
-        reason: The numbers that it rests on, in a sentence.
-        call: The function to call, as code; empty where there is none.
-        layers: For `"PFM"`, how many leading layers to keep apart.
+        reason: The numbers that speak for it, in a sentence.
+        call: The function call, as code; empty where there is none.
+        layers: For `"PFM"`, the number of first layers to keep apart.
     """
 
     remedy: str
@@ -49,19 +49,19 @@ class Advice:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """All that advice is given on.
+    """Everything that advice depends on.
 
     Attributes:
         net: The traced network.
-        span: The layers that are merged: those before and after are kept apart already.
-        weights: Of the references.
-        own_weights: Those that a function takes which is given the network and no weights.
-        trees: Whether all references are trees, which remedies need, and none a `Merged`.
-        mapped: Whether they are carried into the basis of the merge by maps.
-        rows: Findings by depth, the end last.
-        end: What the last one stands for: `the output`, or which site.
+        span: The layers that are merged; those before and after are already kept apart.
+        weights: Weights of the references.
+        own_weights: Weights that functions use if they are given the network but no weights.
+        trees: Whether all references are trees rather than a `Merged`, which remedies need.
+        mapped: Whether maps carry the references into the basis of the merge.
+        rows: Findings by depth; the last is the end of the network.
+        end: Name of that end: `the output`, or a site.
         norms: Findings of norms.
-        threshold: Features vanish at or below this share of the references'.
+        threshold: Features vanish at or below this share of the references' features.
     """
 
     net: Network
@@ -77,58 +77,58 @@ class Case:
 
     @property
     def vanishes(self) -> LayerFinding | None:
-        """Where features vanish: from there to the end they are at or below the threshold."""
+        """The first finding from which on features are at or below the threshold, up to the end."""
         return next((row for row in self._passed if row.bound <= self.threshold), None)
 
     @property
     def largest_drop(self) -> LayerFinding:
-        """Where the smallest step is."""
+        """The finding with the smallest step."""
         return min(self._passed, key=lambda row: row.step)
 
     @property
     def _passed(self) -> list[LayerFinding]:
-        """Findings, but for dead branches: no feature there, and there is one further on."""
+        """Findings without dead branches, which have no feature while a later site has one."""
         return [row for row in self.rows if row.relative > 0 or row.bound == 0]
 
     @property
     def biases_dominate(self) -> bool:
-        """Whether offsets decide the end, and do not in the references to that extent."""
+        """Whether offsets decide the output, and far more than in the references."""
         last = self.rows[-1]
-        # Both NaN, without feature or offset, and infinite ratios come out as no.
+        # NaN (neither feature nor offset) and infinite ratios both compare as False.
         return last.ratio < 1 and last.ratio <= self.threshold * last.reference_ratio
 
     @property
     def left(self) -> float:
-        """Share of the references' features at the end."""
+        """Share of the references' features that is left at the end."""
         return self.rows[-1].relative
 
     @property
     def layers(self) -> list[LayerFinding]:
-        """Findings of layers that a renormalisation can correct, as far as these are known."""
+        """Findings of layers that a renormalisation can correct, where their moments are known."""
         within = [row for row in self.rows if row.layer is not None and not row.apart]
         return [row for row in within if not np.isnan(row.std_ratio)]
 
 
 def std_off(row: LayerFinding) -> bool:
-    """Whether a scale puts a site's standard deviations right, and they are not."""
+    """Whether a site's standard deviations are off, and can be corrected by a scale."""
     return not row.silent and not 1 / STD_OFF <= row.std_ratio <= STD_OFF
 
 
 def faulty(rows: Sequence[LayerFinding]) -> LayerFinding | None:
-    """The first site whose moments are off: what comes before it is as in the references.
+    """The first site whose moments are off: everything before it agrees with the references.
 
-    Dead ones come last, since only their means can be put right.
+    Dead sites are taken only if there are no others, since only their means can be corrected.
     """
     off = [row for row in rows if std_off(row) or row.mean_shift > MEAN_OFF]
     return min(off, key=lambda row: row.silent, default=None)
 
 
 def advise(case: Case) -> tuple[Advice, ...]:
-    """Remedies that the numbers ask for, what to do first first."""
+    """Remedies that the findings suggest, in the order in which to apply them."""
     rules = (_match, _reset, _moments, _biases, _preserve_first)
-    found = [advice for rule in rules for advice in rule(case)]
-    if found:
-        return tuple(found)
+    suggested = [advice for rule in rules for advice in rule(case)]
+    if suggested:
+        return tuple(suggested)
     silent = next((row for row in case.rows if row.silent), None)
     if silent is not None:
         reason = (
@@ -153,7 +153,7 @@ def advise(case: Case) -> tuple[Advice, ...]:
 
 
 def _inverse(value: float) -> float:
-    """Its inverse."""
+    """The inverse of a number; infinite for 0."""
     return 1 / value if value else float("inf")
 
 
@@ -164,12 +164,12 @@ def _merge(case: Case) -> bool:
 
 
 def _weights(case: Case, default: Sequence[float]) -> str:
-    """The argument that passes the references' weights, if the call would take others."""
+    """The argument that passes the references' weights, if the default would be different."""
     return "" if case.weights == tuple(default) else f", weights={case.weights}"
 
 
 def _match(case: Case) -> list[Advice]:
-    """Kernels of the references that have nothing in common lose what unrelated rows lose."""
+    """Matching, if the references' kernels are unrelated: averages of such kernels shrink."""
     cosines = [row.cosine for row in case.rows if not np.isnan(row.cosine)]
     if case.vanishes is None or not _merge(case) or not case.net.spec.groups:
         return []
@@ -177,7 +177,7 @@ def _match(case: Case) -> list[Advice]:
     if cosine >= UNRELATED:
         return []
     last = case.rows[-1]
-    # Kernels at the cut are averages still, of their outputs.
+    # Layers at the cut count as merged: averaging their outputs averages their kernels.
     first, end = max(case.span.start - 1, 0), min(last.depth, case.span.stop)
     step = case.left ** (1 / max(end - first, 1))
     unrelated = float(np.linalg.norm(case.weights))
@@ -188,14 +188,17 @@ def _match(case: Case) -> list[Advice]:
         f"features fall to {step:.2g} per layer; if the networks were matched already, matching "
         "found little"
     )
-    if case.mapped:  # matched by something else: which to try instead, no number tells
+    if case.mapped:  # by another matcher, and no number tells which to try instead
         return [Advice("match first", reason)]
-    # All to the first, whose alignment with itself is the identity.
-    found = "vfjax.align.match_weights(net, references[0], b, key=key).permutations"
-    return [Advice("match first", reason, f"[net.spec.permute(b, {found}) for b in references]")]
+    # Aligns all to the first, whose alignment with itself is the identity.
+    permutations = "vfjax.align.match_weights(net, references[0], b, key=key).permutations"
+    return [
+        Advice("match first", reason, f"[net.spec.permute(b, {permutations}) for b in references]")
+    ]
 
 
 def _reset(case: Case) -> list[Advice]:
+    """RESET, if stored statistics of norms disagree with what the norms read."""
     stale = [norm for norm in case.norms if norm.stale]
     if not stale:
         return []
@@ -209,9 +212,9 @@ def _reset(case: Case) -> list[Advice]:
 
 
 def _moments(case: Case) -> list[Advice]:
-    """RESCALE or REPAIR, by the first layer that is off: upstream nothing confounds it."""
+    """RESCALE or REPAIR, by the first layer that is off: nothing upstream confounds it."""
     row = faulty(case.layers)
-    # Moments behind stale statistics say nothing of the layers themselves.
+    # Moments after stale statistics say nothing about the layers themselves.
     if row is None or any(norm.stale for norm in case.norms):
         return []
     dead = any(r.silent and r.depth < row.depth for r in case.layers)
@@ -238,7 +241,7 @@ def _moments(case: Case) -> list[Advice]:
 
 
 def _renormalise(case: Case, row: LayerFinding, remedy: str, reason: str) -> Advice:
-    """A renormalisation from data that reaches a layer."""
+    """Advice for a renormalisation from data, with sites that include a layer."""
     if not case.trees:
         return Advice(remedy, f"{reason}; it needs the references as trees")
     sites = "" if row.layer in resolve_sites(case.net, "paper") else ', sites="all"'
@@ -249,7 +252,7 @@ def _renormalise(case: Case, row: LayerFinding, remedy: str, reason: str) -> Adv
 
 
 def _biases(case: Case) -> list[Advice]:
-    """What biases ask for that merging left as they were, without data."""
+    """Bias calibration, if kernels shrank but biases did not; it needs no data."""
     ratios = [row.kernel_ratio for row in case.rows if not np.isnan(row.kernel_ratio)]
     if not case.biases_dominate or not _merge(case) or not case.left or min(ratios) <= 0:
         return []
@@ -270,14 +273,14 @@ def _biases(case: Case) -> list[Advice]:
 
 
 def _calibrates(case: Case) -> bool:
-    """Whether there are biases behind the first layer, and each serves layers of one depth."""
+    """Whether there are biases after the first layer, and each serves layers of one depth."""
     end = case.span.stop if case.span.stop < case.net.depth else None
-    depths = [set(found) for found in _bias.bias_depths(case.net, case.span.start, end).values()]
-    return all(len(found) == 1 for found in depths) and any(max(found) > 1 for found in depths)
+    depths = [set(served) for served in _bias.bias_depths(case.net, case.span.start, end).values()]
+    return all(len(served) == 1 for served in depths) and any(max(served) > 1 for served in depths)
 
 
 def _preserve_first(case: Case) -> list[Advice]:
-    """Layers that are kept apart lose nothing; worth it where the loss is late or at once."""
+    """PFM: layers that are kept apart lose nothing, which pays if the loss is late or sudden."""
     total = case.net.depth
     if case.vanishes is None or not _merge(case) or not case.left:
         return []
@@ -286,12 +289,12 @@ def _preserve_first(case: Case) -> list[Advice]:
     late = case.vanishes.depth > total / 2
     if not late and share < 0.5:
         return []
-    # What survives the layers after a depth, by the worst site there that has any features.
+    # Share of features that survives the layers after a depth, from the worst live site there.
     survives = {}
     for row in case.rows:
         if row.relative > 0:
             survives[row.depth] = max(survives.get(row.depth, 0.0), case.left / row.relative)
-    # The fewest layers to keep, such that features survive the rest.
+    # The fewest layers to keep so that features survive the rest.
     kept = min(depth for depth, share_left in survives.items() if share_left >= case.threshold)
     until = case.span.stop
     if not max(1, case.span.start) < kept < until:

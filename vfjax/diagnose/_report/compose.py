@@ -1,8 +1,8 @@
-"""Where a network's features vanish, and what to do about it: numbers, a figure and a page.
+"""`report`: where a network's features vanish, and what to do about it.
 
-Everything rests on one pass of `vfjax.diagnose.features` over the pre-activations and what norms
-read, and on the weights. The advice follows from these numbers by fixed rules, which `report`
-lists; nothing is tried out.
+Everything is computed from one pass of `vfjax.diagnose.features` over the pre-activations and the
+inputs of norms, and from the weights (`findings`). The advice follows from these numbers by fixed
+rules (`advice`), which `report` lists; no remedy is tried out.
 """
 
 from __future__ import annotations
@@ -50,36 +50,201 @@ if TYPE_CHECKING:
 __all__ = ["Advice", "LayerFinding", "NormFinding", "Report", "report"]
 
 
-# The smoothing of the paper's detailed plots.
+# Gamma of the paper's detailed plots.
 _GAMMA = 1.4
-# Ratios this close are called equal.
+# Ratios that are at least this fraction of each other are called equal.
 _SAME = 0.99
+
+
+def report(
+    net: Network | Sequence[Network],
+    variables: PyTree | Merged,
+    data: Iterable[Any],
+    *,
+    references: Sequence[PyTree | Merged],
+    maps: Maps | None = None,
+    weights: Sequence[float] | None = None,
+    sites: Sites = "layers",
+    threshold: float = 0.5,
+    title: str = "Vanishing features",
+    page: str | os.PathLike[str] | None = None,
+    figure: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Says where features vanish, whether biases dominate the output, and what likely helps.
+
+    Let r be the features relative to the references' mean, at every layer of the main path and at
+    the output. Features vanish at the first layer from which on r stays at or below `threshold`, up
+    to the output; dead branches, where r is 0 although it is positive later, do not count. If the
+    output is not a single array with an axis of examples, the last layer takes its place. The
+    network counts as a merge of its references if these are several, all of them trees, and its
+    kernels have a cosine of 0.9 or more with their mean. The advice follows from measured numbers:
+
+    - match first, for such a merge: features vanish, the references' kernels have a cosine below
+      0.1 with each other, and there are units to permute;
+    - RESET: the stored statistics of a norm differ from its input, beyond the references' own
+      differences, by a factor of 1.25 in standard deviation or by 0.5 standard deviations in mean.
+      Moments after such a norm say nothing about layers, so the next two are left to a second
+      report;
+    - RESCALE or REPAIR: the moments of a layer of the trunk are off by as much. The first such
+      layer decides, since nothing upstream confounds it: RESCALE if its standard deviation is off
+      and scaling brings its means within 0.5 standard deviations of the references', else REPAIR.
+      No scale brings back features where none are left; such layers decide last, by their means;
+    - bias calibration, for such a merge: biases dominate the output, some feature is left there,
+      kernels are below 0.9 of the references' magnitude (geometric mean), layers after the first
+      have biases, and no bias serves layers of several depths; it needs no data;
+    - PFM, for such a merge: features vanish, but not entirely, and either in the second half or
+      with half of the loss (on a logarithmic scale) at one layer. l is the smallest number of
+      layers for which the layers after l keep at least a share `threshold`;
+    - nothing to do: none of these applies, features do not vanish, biases do not dominate, and
+      every layer varies with the input;
+    - none known: none of these applies, but something is wrong.
+
+    Calls in the advice name the arguments given here `net`, `merged`, `data`, `references` and
+    `maps`, and a random key `key`; they pass the references' weights where the defaults differ.
+
+    Args:
+        net: The traced network, or one per reference, as in `features`.
+        variables: A tree of its variables, or a `vfjax.merge.Merged`: one network.
+        data: Re-iterable of `x` or `(x, label)`.
+        references: The edge models, aligned as they were merged, or the network before pruning.
+            Where they differ in a site's shape, as at the outputs of heads with different classes,
+            features and offsets are compared but channels are not: there, `std_ratio`, `mean_shift`
+            and `rescaled_shift` are NaN.
+        maps: The maps by which the edge models, given as trees, were merged, if they are not
+            aligned: their values and kernels are carried into the basis of the merge.
+        weights: One per reference, summing to one. None for those of `variables`, if that is a
+            `Merged` of as many models, else 1/R each.
+        sites: As in `features`; those on the main path count, and the output always. Remedies act
+            on pre-activations, so leave `"layers"` unless one of them cannot be measured.
+        threshold: Share of the references' features, in (0, 1).
+        title: Title of figure and page.
+        page: A file to write the page to, if any.
+        figure: A file to write the figure to as PNG, if any.
+
+    Returns:
+        The report; `print` shows its words, advice and table.
+
+    Raises:
+        TypeError: As `features`.
+        ValueError: As `features`; or if there is no reference or more than one network, if
+            `threshold` is not in (0, 1), if no site of the main path is left, or if the references'
+            features or variance are 0 at one of them (as when all examples are equal).
+        OSError: If page or figure cannot be written.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vfjax
+        >>> v = {"a": jnp.eye(2), "b": jnp.eye(2), "c": jnp.eye(2)}
+        >>> def apply_fn(v, x):
+        ...     return jax.nn.relu(jax.nn.relu(x @ v["a"]) @ v["b"] + 0.1) @ v["c"]
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+        >>> net = vfjax.trace(apply_fn, v, x)
+        >>> made = report(net, v | {"b": v["b"] / 10}, [x], references=[v])
+        >>> made.vanishes.site, round(made.left, 3), made.advice[0].remedy
+        ('b', 0.1, 'RESCALE')
+        >>> report(net, v, [x], references=[v]).advice[0].remedy
+        'nothing to do'
+
+    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
+    feature and of variance collapse, the upper-bound sequence, and the sections on normalisation
+    and on Preserve-First Merging. The numbers in the rules are this library's own choice.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}")
+    if references is None or (isinstance(references, (list, tuple)) and not references):
+        raise ValueError(
+            "references must hold at least one network to compare with: the edge models, or the "
+            "network before pruning"
+        )
+    given = compared(net, variables, references)
+    net, network, others = given.net, _one(given.mine), given.others
+    model = network.model
+    names = resolve_sites(net, sites)
+    norms = [norm.site for norm in net.norms if norm.site not in names]
+    path, end = findings.main_path(net, names)
+    numbers = measured(
+        given,
+        data,
+        maps=maps,
+        weights=weights_for(network, weights, len(others)),
+        names=tuple(dict.fromkeys([*names, *norms, *path])),
+    )
+    aligned = mapped(given, maps)
+    bound = bound_sequence(numbers, sites=path)
+    smoothed = bound_sequence(numbers, sites=path, gamma=_GAMMA)
+    collapse = variance_collapse(numbers, eps=threshold**2, sites=path, relative=True)
+    rows = findings.layer_findings(net, network, aligned, numbers, bound, smoothed)
+    heads = [site for site in numbers.names if model.in_heads(site)]
+    inside = [norm.site for norm in net.norms if norm.site in heads]
+    # Norms in heads store statistics of values in the models' own bases, so with maps these values
+    # are measured once more, unmapped.
+    own = numbers
+    if inside and maps is not None:
+        alone = given._replace(others=())
+        own = measured(alone, data, maps=None, weights=None, names=inside)
+    stored = findings.norm_findings(
+        net, network, aligned, numbers, own, mean_error=MEAN_OFF, std_ratio=STD_OFF
+    )
+    case = Case(
+        net=net,
+        span=model.span,
+        mapped=maps is not None,
+        weights=numbers.weights,
+        own_weights=weights_for(network, None, len(others)),
+        trees=all(other.plain for other in others),
+        rows=rows,
+        norms=stored,
+        end=end,
+        threshold=float(threshold),
+    )
+    made = Report(
+        title=title,
+        features=numbers,
+        bound=bound,
+        smoothed=smoothed,
+        collapse=collapse,
+        layers=rows,
+        norms=stored,
+        depth=net.depth,
+        end=end,
+        threshold=case.threshold,
+        vanishes=case.vanishes,
+        largest_drop=case.largest_drop,
+        biases_dominate=case.biases_dominate,
+        advice=advise(case),
+    )
+    if page is not None:
+        made.page(page)
+    if figure is not None:
+        from vfjax import plot
+
+        plot.save(made.figure(), figure)
+    return made
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    """What was found of a network next to its references; made by `report`.
+    """A network compared with its references; made by `report`.
 
     Attributes:
-        title: What the network is called.
+        title: Title of the report.
         features: The measurements.
         bound: Relative features and their tight bound, along the main path.
         smoothed: Their bound with gamma = 1.4.
         collapse: Variance collapse, relative to the references, with `eps = threshold ** 2`.
         layers: Findings of every site of the main path, by depth, and of the output where that is
-            a further value.
-        norms: Findings of every norm with stored statistics outside of stems.
+            a different value.
+        norms: Findings of every norm with stored statistics outside stems.
         depth: L, the network's number of layers.
-        end: What the last of `layers` stands for: `"the output"`, or the site, if the output is no
-            single array that has features.
+        end: Name of the last of `layers`: `"the output"`, or a site, if the output is not a single
+            array that has features.
         threshold: The share of the references' features at or below which they count as vanished.
         vanishes: The first site from which on features stay at or below that share, up to the
-            end (the first whose tight bound is), or None. Dead branches, which have no feature
-            while there is one further on, do not count.
-        largest_drop: The site with the smallest `step`, dead branches apart.
+            end (the first whose tight bound is at or below it), or None. Dead branches, which have
+            no feature while a later site has one, do not count.
+        largest_drop: The site with the smallest `step`, not counting dead branches.
         biases_dominate: Whether at the end the offset exceeds the feature, and the ratio of feature
             to offset is at or below `threshold` times the references'.
-        advice: Likely remedies, what to do first first.
+        advice: Likely remedies, in the order in which to apply them.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -107,12 +272,12 @@ class Report:
 
     @property
     def left(self) -> float:
-        """Share of the references' features that reaches the end: the factor in total."""
+        """Share of the references' features that reaches the end."""
         return self.layers[-1].relative
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What was found, in plain sentences."""
+        """The findings, in plain sentences."""
         return (
             self._vanishing(),
             self._drop(),
@@ -139,7 +304,7 @@ class Report:
         return draw(self.layers, sizes, self.depth, self.vanishes, self.title)
 
     def page(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the report as one HTML page that needs no other file and no network.
+        """Writes the report as one HTML page that needs no other files and no internet access.
 
         Args:
             path: The file to write; its folder is created.
@@ -148,7 +313,7 @@ class Report:
             The path.
 
         Raises:
-            OSError: If nothing can be written there; what was at `path` stays.
+            OSError: If the file cannot be written; an existing file is then kept.
         """
         text = html.page(
             self.title, self.words, self.advice, self.layers, self.vanishes, self.figure()
@@ -250,173 +415,10 @@ class Report:
 
 
 def _undefined(ratio: float) -> str:
-    """What to say in place of a ratio of feature to offset that is not a number."""
+    """The words for a ratio of feature to offset that is not a finite number; else empty."""
     if np.isnan(ratio):
         return "there is neither feature nor offset"
     return "there is no offset" if np.isinf(ratio) else ""
-
-
-def report(
-    net: Network | Sequence[Network],
-    variables: PyTree | Merged,
-    data: Iterable[Any],
-    *,
-    references: Sequence[PyTree | Merged],
-    maps: Maps | None = None,
-    weights: Sequence[float] | None = None,
-    sites: Sites = "layers",
-    threshold: float = 0.5,
-    title: str = "Vanishing features",
-    page: str | os.PathLike[str] | None = None,
-    figure: str | os.PathLike[str] | None = None,
-) -> Report:
-    """Says where features vanish, whether biases dominate the output, and what likely helps.
-
-    With r the features relative to the references' mean, by layer of the main path and at the
-    output, features vanish at the first layer from which on r stays at or below `threshold`, to the
-    output; dead branches, where r is 0 but not further on, apart. Where the output is no single
-    array with an axis of examples, the last layer stands for it. The network counts as a merge of
-    its references if these are several, all trees, and its kernels have a cosine of 0.9 or more
-    with their mean. The advice follows from measured numbers:
-
-    - match first, for such a merge: features vanish, the references' kernels have a cosine below
-      0.1 with each other, and there is something to permute;
-    - RESET: stored statistics of a norm are off what it reads, beyond the references' own, by a
-      factor of 1.25 in standard deviation or by 0.5 standard deviations in mean. Moments behind
-      such a norm say nothing of layers, so the next two are left to a second report;
-    - RESCALE or REPAIR: moments of a layer of the trunk are off by as much, and the first such
-      layer decides, as nothing upstream confounds it: RESCALE if its standard deviation is off and
-      scaling puts its means within 0.5 standard deviations of the references', else REPAIR. No
-      scale brings back features where none are left: such layers decide last, by their means;
-    - bias calibration, for such a merge: biases dominate the output, some feature is left there,
-      kernels are below 0.9 of the references' magnitude (geometric mean), layers behind the first
-      have biases, and no bias serves layers of several depths; it needs no data;
-    - PFM, for such a merge: features vanish, but not altogether, in the second half, or half of the
-      loss (on a logarithmic scale) is at one layer. l is the least for which the layers after l
-      lose no more than down to `threshold`;
-    - nothing to do: none of these, features do not vanish, biases do not dominate, and every layer
-      varies with the input;
-    - none known: none of these either.
-
-    Calls name what was passed here `net`, `merged`, `data`, `references` and `maps`, and a random
-    key `key`; they pass the references' weights wherever they would take others by themselves.
-
-    Args:
-        net: The traced network, or one per reference, as in `features`.
-        variables: A tree of its variables, or a `vfjax.merge.Merged`: one network.
-        data: Re-iterable of `x` or `(x, label)`.
-        references: The edge models, aligned as they were merged, or the network before pruning.
-            Where they differ in a site's shape, as at the outputs of heads with classes of their
-            own, features and offsets are compared and channels are not: there, `std_ratio`,
-            `mean_shift` and `rescaled_shift` are NaN.
-        maps: What the edge models, as trees, were merged through, if they are not aligned: their
-            values and kernels are carried into the basis of the merge.
-        weights: One per reference, summing to one. None for those of `variables`, if that is a
-            `Merged` of as many models, else 1/R each.
-        sites: As in `features`; those on the main path count, and the output always. Remedies act
-            on pre-activations, so leave `"layers"` unless one of them cannot be measured.
-        threshold: Share of the references' features, in (0, 1).
-        title: What the network is called in figure and page.
-        page: A file to write the page to, if any.
-        figure: A file to write the figure to as PNG, if any.
-
-    Returns:
-        The record; `print` shows words, advice and table.
-
-    Raises:
-        TypeError: As `features`.
-        ValueError: As `features`; or if there is no reference or more than one network,
-            `threshold` is not in (0, 1), no site of the main path is left, or the references'
-            features or variance are 0 at one of them (as on data of equal examples).
-        OSError: If page or figure cannot be written.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, vfjax
-        >>> v = {"a": jnp.eye(2), "b": jnp.eye(2), "c": jnp.eye(2)}
-        >>> def apply_fn(v, x):
-        ...     return jax.nn.relu(jax.nn.relu(x @ v["a"]) @ v["b"] + 0.1) @ v["c"]
-        >>> x = jnp.array([[1.0, 0.0], [0.0, 3.0]])
-        >>> net = vfjax.trace(apply_fn, v, x)
-        >>> found = report(net, v | {"b": v["b"] / 10}, [x], references=[v])
-        >>> found.vanishes.site, round(found.left, 3), found.advice[0].remedy
-        ('b', 0.1, 'RESCALE')
-        >>> report(net, v, [x], references=[v]).advice[0].remedy
-        'nothing to do'
-
-    Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", definitions of the vanishing
-    feature and of variance collapse, the upper-bound sequence, and the sections on normalisation
-    and on Preserve-First Merging. The numbers in the rules are this library's own choice.
-    """
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}")
-    if references is None or (isinstance(references, (list, tuple)) and not references):
-        raise ValueError(
-            "references must hold at least one network to compare with: the edge models, or the "
-            "network before pruning"
-        )
-    given = compared(net, variables, references)
-    net, network, others = given.net, _one(given.mine), given.others
-    model = network.model
-    names = resolve_sites(net, sites)
-    norms = [norm.site for norm in net.norms if norm.site not in names]
-    path, end = findings.main_path(net, names)
-    found = measured(
-        given,
-        data,
-        maps=maps,
-        weights=weights_for(network, weights, len(others)),
-        names=tuple(dict.fromkeys([*names, *norms, *path])),
-    )
-    aligned = mapped(given, maps)
-    bound = bound_sequence(found, sites=path)
-    smoothed = bound_sequence(found, sites=path, gamma=_GAMMA)
-    collapse = variance_collapse(found, eps=threshold**2, sites=path, relative=True)
-    rows = findings.layer_findings(net, network, aligned, found, bound, smoothed)
-    heads = [site for site in found.names if model.in_heads(site)]
-    inside = [norm.site for norm in net.norms if norm.site in heads]
-    # Statistics that heads store are of values in the models' own basis, where maps led out of it.
-    own = found
-    if inside and maps is not None:
-        alone = given._replace(others=())
-        own = measured(alone, data, maps=None, weights=None, names=inside)
-    stored = findings.norm_findings(
-        net, network, aligned, found, own, mean_error=MEAN_OFF, std_ratio=STD_OFF
-    )
-    case = Case(
-        net=net,
-        span=model.span,
-        mapped=maps is not None,
-        weights=found.weights,
-        own_weights=weights_for(network, None, len(others)),
-        trees=all(other.plain for other in others),
-        rows=rows,
-        norms=stored,
-        end=end,
-        threshold=float(threshold),
-    )
-    made = Report(
-        title=title,
-        features=found,
-        bound=bound,
-        smoothed=smoothed,
-        collapse=collapse,
-        layers=rows,
-        norms=stored,
-        depth=net.depth,
-        end=end,
-        threshold=case.threshold,
-        vanishes=case.vanishes,
-        largest_drop=case.largest_drop,
-        biases_dominate=case.biases_dominate,
-        advice=advise(case),
-    )
-    if page is not None:
-        made.page(page)
-    if figure is not None:
-        from vfjax import plot
-
-        plot.save(made.figure(), figure)
-    return made
 
 
 def _one(networks: tuple[Unpacked, ...]) -> Unpacked:

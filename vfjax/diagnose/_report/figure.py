@@ -1,4 +1,4 @@
-"""The report's figure."""
+"""The report's figure: features and offsets over depth, next to those of the references."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def draw(
     vanishes: LayerFinding | None,
     title: str,
 ) -> Figure:
-    """Features and offsets of a network and its references over relative depth.
+    """Draws features and offsets of a network and its references over relative depth.
 
-    An output beside the last layer, which it shares its depth with, is drawn half a layer further.
+    An output that has the depth of the last layer is drawn half a layer further to the right.
 
     Args:
         rows: Findings by depth.
-        sizes: Entries of each site's value.
+        sizes: Number of entries of each site's value.
         depth: L, the network's number of layers.
-        vanishes: Where features vanish; marked.
+        vanishes: The finding where features vanish, which is marked; or None.
         title: Title of the figure.
     """
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def draw(
     )
     for label, what, colour, marker, line in curves:
         values = np.array([getattr(row, what) for row in rows]) / units
-        # A logarithmic axis has no 0: a gap, and a label that says so where nothing is left.
+        # A logarithmic axis has no 0: zeros are gaps, and the label of a curve of zeros says so.
         shown = np.where(values > 0, values, np.nan)
         if not (values > 0).any():
             label += " (0)"
@@ -65,7 +65,7 @@ def draw(
         axes.axvline(xs[list(rows).index(vanishes)], label="features vanish", **style)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    # Over few decades powers of ten alone are too few numbers.
+    # Over a few decades, powers of ten alone would give too few tick labels.
     subs = (1, 2, 5) if high < 50 * low else (1, 3) if high < 3000 * low else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -84,5 +84,5 @@ def draw(
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Escapes text, so that matplotlib does not read it as mathematics."""
     return text.replace("$", r"\$")

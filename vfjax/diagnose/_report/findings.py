@@ -1,4 +1,4 @@
-"""What a report rests on: numbers of every layer and norm, next to those of the references."""
+"""Findings: numbers of every layer and norm, next to those of the references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
 
-# Of a site without a kernel to compare: its ratio, and both cosines.
+# The ratio and both cosines of a site without a kernel to compare.
 _UNKNOWN = (float("nan"),) * 3
 
 
@@ -33,31 +33,31 @@ class LayerFinding:
         layer: Name of its layer, or None.
         depth: Depth of that layer; L for the output.
         apart: Whether it lies inside stems or heads of a `Merged`, which no renormalisation
-            reaches but for RESET, of heads.
+            changes, except RESET in heads.
         feature: `E ||f(x) - f(0)||`, L2, in units of the value.
-        offset: `||f(0)||`, likewise.
+        offset: `||f(0)||`, L2, in units of the value.
         reference_feature: The references' feature.
         reference_offset: The references' offset.
         relative: Feature over the references' feature.
-        step: `relative` over that of the nearest depth before at which features were left
-            (geometric mean), 1 before the first layer; 1 where nothing was left to lose.
+        step: `relative` divided by that of the last depth before with features left (geometric
+            mean over its sites; 1 before the first layer); 1 where nothing was left to lose.
         bound: Tight upper bound: the largest `relative` from here to the output.
         smoothed: The same with gamma = 1.4.
-        std_ratio: Mean standard deviation of the channels that vary over the references' of these
-            channels: what scaling can put right. 0 where none varies.
-        mean_shift: How far means are from the references', root mean square over channels, in
-            the references' root mean square standard deviation. Like `std_ratio` and
-            `rescaled_shift` NaN where models have other channels than others.
+        std_ratio: Mean standard deviation of the channels that vary, divided by the references' for
+            the same channels: the error that scaling can correct. 0 where no channel varies.
+        mean_shift: Distance of means from the references', root mean square over channels, in
+            units of the references' root mean square standard deviation. Like `std_ratio` and
+            `rescaled_shift`, NaN where models differ in their channels.
         rescaled_shift: `mean_shift` if every channel were scaled to the references' standard
             deviation, as RESCALE does.
         dead: Share of channels that do not vary.
         reference_dead: The references' share.
-        kernel_ratio: Mean absolute value of the kernel over the references'; NaN without a layer
-            and inside stems.
+        kernel_ratio: Mean absolute value of the kernel, divided by the references'; NaN without a
+            layer and inside stems and heads.
         cosine: Cosine between the references' kernels, mean over pairs; NaN without a layer or
-            pair, and inside stems.
+            pair, and inside stems and heads.
         merge_cosine: Cosine between the kernel and the references' weighted mean: 1 for their
-            merge; NaN likewise.
+            merge; NaN where `cosine` is.
     """
 
     site: str
@@ -83,7 +83,7 @@ class LayerFinding:
 
     @property
     def ratio(self) -> float:
-        """Feature over offset; infinite without an offset, NaN without either."""
+        """Feature over offset; infinite if the offset is 0, NaN if both are."""
         return divided(self.feature, self.offset)
 
     @property
@@ -93,22 +93,22 @@ class LayerFinding:
 
     @property
     def silent(self) -> bool:
-        """Whether no scale brings features back: none are left, or no channel varies."""
+        """Whether no scale can bring features back: none are left, or no channel varies."""
         return self.relative == 0 or self.std_ratio == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class NormFinding:
-    """Stored statistics of a norm against the moments of what it reads.
+    """Stored statistics of a norm compared with the moments of its input.
 
     Attributes:
         name: Name of the norm.
-        mean_error: Root mean square over channels of measured less stored means, in measured
-            standard deviations (root mean square).
-        std_ratio: Measured over stored standard deviation, each the mean over channels.
-        reference_mean_error: The references' `mean_error`, the largest.
-        reference_std_ratio: The references' `std_ratio`, that furthest from 1.
-        stale: Whether they disagree by more than a tolerance beyond the references' own.
+        mean_error: Root mean square over channels of measured minus stored means, in units of the
+            root mean square of measured standard deviations.
+        std_ratio: Measured over stored standard deviation, each averaged over channels.
+        reference_mean_error: The largest `mean_error` of the references.
+        reference_std_ratio: The references' `std_ratio` that is furthest from 1.
+        stale: Whether they disagree by more than a tolerance beyond the references' disagreement.
     """
 
     name: str
@@ -127,10 +127,10 @@ def divided(a: float, b: float) -> float:
 
 
 def main_path(net: Network, names: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """The sites that a report follows, from input to output, and what the last one stands for.
+    """The sites that a report follows, from input to output, and the name of the last one.
 
-    Those of the main path by depth, and `output`, unless the last of them has its value or it is no
-    single array of floating-point numbers with one axis of examples.
+    These are the sites of the main path by depth, and `output`, unless the last of them has its
+    value, or it is not a single array of floating-point numbers with one axis of examples.
 
     Args:
         net: The traced network.
@@ -149,6 +149,7 @@ def main_path(net: Network, names: Sequence[str]) -> tuple[tuple[str, ...], str]
 
 
 def _output_has_features(net: Network) -> bool:
+    """Whether the output is one array of floats with one axis that grows with the batch."""
     variables = jax.tree.unflatten(net._treedef, list(net._avals.values()))
     traced = jax.eval_shape(net.run, variables, net.x)
     if not isinstance(traced, jax.ShapeDtypeStruct):
@@ -165,17 +166,17 @@ def layer_findings(
     net: Network,
     network: Unpacked,
     references: Sequence[Unpacked],
-    found: Features,
+    features: Features,
     bound: Bound,
     smoothed: Bound,
 ) -> tuple[LayerFinding, ...]:
-    """Numbers of the sites of a bound sequence, by depth."""
-    layers = tuple(dict.fromkeys(found.site(site).layer for site in bound.sites))
-    kernels = _kernels(net, network, references, [n for n in layers if n], found.weights)
+    """The findings of the sites of a bound sequence, by depth."""
+    layers = tuple(dict.fromkeys(features.site(site).layer for site in bound.sites))
+    kernels = _kernels(net, network, references, [n for n in layers if n], features.weights)
     relative, steps = bound.relative[0], _steps(bound)
     rows = []
     for place, name in enumerate(bound.sites):
-        site = found.site(name)
+        site = features.site(name)
         kernel_ratio, cosine, merge_cosine = kernels.get(site.layer or "", _UNKNOWN)
         rows.append(
             LayerFinding(
@@ -183,17 +184,17 @@ def layer_findings(
                 layer=site.layer,
                 depth=site.depth,
                 apart=network.model.apart(name),
-                feature=float(found.feature[name][0]),
-                offset=float(found.offset[name][0]),
-                reference_feature=float(_goal(found, "feature", name)),
-                reference_offset=float(_goal(found, "offset", name)),
+                feature=float(features.feature[name][0]),
+                offset=float(features.offset[name][0]),
+                reference_feature=float(_goal(features, "feature", name)),
+                reference_offset=float(_goal(features, "offset", name)),
                 relative=float(relative[place]),
                 step=float(steps[place]),
                 bound=float(bound.bound[0, place]),
                 smoothed=float(smoothed.bound[0, place]),
-                **_moments(found, name),
-                dead=float(found.dead[name][0]),
-                reference_dead=float(_goal(found, "dead", name)),
+                **_moments(features, name),
+                dead=float(features.dead[name][0]),
+                reference_dead=float(_goal(features, "dead", name)),
                 kernel_ratio=kernel_ratio,
                 cosine=cosine,
                 merge_cosine=merge_cosine,
@@ -206,35 +207,36 @@ def norm_findings(
     net: Network,
     network: Unpacked,
     references: Sequence[Unpacked],
-    found: Features,
+    features: Features,
     own: Features,
     *,
     mean_error: float,
     std_ratio: float,
 ) -> tuple[NormFinding, ...]:
-    """Norms of trunk and heads whose input was measured, in the network's order.
+    """The findings of norms of trunk and heads whose input was measured, in the network's order.
 
-    The norms of heads, which share a name, count by their means.
+    Norms of heads that share a name are averaged.
 
     Args:
         net: The traced network.
-        network: What is reported on.
-        references: What it is compared with.
-        found: Features with the norms' sites among them.
-        own: Features of the model in its heads, as they are there.
-        mean_error: What a norm's may be beyond the references' own.
-        std_ratio: Likewise, a factor either way.
+        network: The network that is reported on.
+        references: The networks that it is compared with.
+        features: Features, measured at the norms' sites among others.
+        own: Features of the network inside its heads, in the basis of each.
+        mean_error: Tolerance of `mean_error` beyond the references' own.
+        std_ratio: Tolerance of `std_ratio` beyond the references' own, a factor in either
+            direction.
     """
-    measured = [norm for norm in net.norms if norm.site in found.names]
+    measured = [norm for norm in net.norms if norm.site in features.names]
     measured = [norm for norm in measured if not network.model.in_stems(norm.site)]
     findings = []
     for norm in measured:
         inside = network.model.in_heads(norm.site)
-        mine = _disagreement(norm, network, own if inside else found, 0)
+        mine = _disagreement(norm, network, own if inside else features, 0)
         if mine is None:
             continue
-        assert found.references is not None
-        others = [_disagreement(norm, r, found.references, k) for k, r in enumerate(references)]
+        assert features.references is not None
+        others = [_disagreement(norm, r, features.references, k) for k, r in enumerate(references)]
         known = [other for other in others if other is not None] or [(0.0, 1.0)]
         error = max(other[0] for other in known)
         ratio = max((other[1] for other in known), key=lambda r: abs(np.log(r)))
@@ -257,27 +259,27 @@ def _steps(bound: Bound) -> np.ndarray:
         steps[here] = np.where((values == 0) & lost, 1.0, values / last)
         alive = values[values > 0]
         lost = not alive.size
-        # A branch that died and was gone around is nothing to measure what follows by.
+        # The step after a branch that died, but was bypassed, is relative to the live sites.
         last = last if lost else float(np.exp(np.log(alive).mean()))
     return steps
 
 
-def _goal(found: Features, what: str, site: str) -> np.ndarray:
-    """The references' weighted mean of a number."""
-    assert found.references is not None
-    values = np.asarray(getattr(found.references, what)[site], np.float64)
-    return np.tensordot(np.asarray(found.weights), values, 1)
+def _goal(features: Features, what: str, site: str) -> np.ndarray:
+    """The weighted mean of one of the references' numbers."""
+    assert features.references is not None
+    values = np.asarray(getattr(features.references, what)[site], np.float64)
+    return np.tensordot(np.asarray(features.weights), values, 1)
 
 
-def _moments(found: Features, site: str) -> dict[str, float]:
+def _moments(features: Features, site: str) -> dict[str, float]:
     """How the moments of a site's channels compare with the references'."""
-    assert found.references is not None
-    if site not in found.mean or site not in found.references.mean or _other(found, site):
+    assert features.references is not None
+    if site not in features.mean or site not in features.references.mean or _other(features, site):
         return dict.fromkeys(("std_ratio", "mean_shift", "rescaled_shift"), float("nan"))
-    mean, std = found.mean[site][0], found.std[site][0]
+    mean, std = features.mean[site][0], features.std[site][0]
     varies = np.asarray(alive(mean, std**2)).ravel()
     mean, std = (np.asarray(a, np.float64).ravel() for a in (mean, std))
-    goal_mean, goal_std = (_goal(found, what, site).ravel() for what in ("mean", "std"))
+    goal_mean, goal_std = (_goal(features, what, site).ravel() for what in ("mean", "std"))
     scale = np.ones_like(std)
     np.divide(goal_std, std, out=scale, where=varies)
     unit = float(np.sqrt(np.square(goal_std).mean()))
@@ -290,16 +292,16 @@ def _moments(found: Features, site: str) -> dict[str, float]:
     return {"std_ratio": ratio, "mean_shift": now, "rescaled_shift": rescaled}
 
 
-def _other(found: Features, site: str) -> bool:
+def _other(features: Features, site: str) -> bool:
     """Whether the references have other channels at a site than the network."""
-    assert found.references is not None
-    return np.shape(found.mean[site])[1:] != np.shape(found.references.mean[site])[1:]
+    assert features.references is not None
+    return np.shape(features.mean[site])[1:] != np.shape(features.references.mean[site])[1:]
 
 
 def _disagreement(
-    norm: Norm, network: Unpacked, found: Features, k: int
+    norm: Norm, network: Unpacked, features: Features, k: int
 ) -> tuple[float, float] | None:
-    """Error of stored means and ratio of standard deviations, of network k of a record."""
+    """Error of stored means and ratio of standard deviations, for network k of a record."""
     heads = network.model.in_heads(norm.site)
     flats = network.heads if heads else (network.trunk,)
     shares = network.model.weights if heads else (1.0,)
@@ -310,16 +312,16 @@ def _disagreement(
         stored, var = (
             np.asarray(leaves[path], np.float64).ravel() for path in (norm.mean, norm.var)
         )
-        if stored_mean.shape not in ((), stored.shape):  # heads with widths of their own
+        if stored_mean.shape not in ((), stored.shape):  # heads of different widths
             return None
         stored_mean = stored_mean + share * stored
         stored_std = stored_std + share * np.sqrt(np.maximum(var, 0) + norm.eps)
-    if norm.site not in found.mean:
+    if norm.site not in features.mean:
         return None
     mean, std = (
-        np.asarray(part[norm.site][k], np.float64).ravel() for part in (found.mean, found.std)
+        np.asarray(part[norm.site][k], np.float64).ravel() for part in (features.mean, features.std)
     )
-    if mean.shape != stored_mean.shape:  # a stack of which a scan takes one
+    if mean.shape != stored_mean.shape:  # a stacked leaf, of which a scan takes one layer
         return None
     unit = np.sqrt((np.square(std) + norm.eps).mean())
     if not unit or not stored_std.any():
@@ -335,13 +337,13 @@ def _kernels(
     names: Sequence[str],
     weights: Sequence[float],
 ) -> dict[str, tuple[float, float, float]]:
-    """A kernel's magnitude over the references', the cosine between theirs, and with their mean.
+    """`kernel_ratio`, `cosine` and `merge_cosine` of `LayerFinding`, by layer.
 
-    By layer, but for those inside stems or heads of one of the networks, and those whose kernels
-    differ in size.
+    Without layers inside stems or heads of any of the networks, and layers whose kernels differ in
+    size.
     """
     networks = (network, *references)
-    found = {}
+    numbers = {}
     for name in names:
         if any(_outside(net, each, name) for each in networks):
             continue
@@ -352,11 +354,11 @@ def _kernels(
         goal = sum(w * np.abs(k).mean() for w, k in zip(weights, others, strict=True))
         ratio = divided(float(np.abs(mine).mean()), float(goal))
         if len(others) == 1:
-            found[name] = (ratio, *_UNKNOWN[1:])
+            numbers[name] = (ratio, *_UNKNOWN[1:])
             continue
         cosine = np.mean([_cosine(a, b) for a, b in itertools.combinations(others, 2)])
-        found[name] = (ratio, float(cosine), _cosine(mine, np.tensordot(weights, others, 1)))
-    return found
+        numbers[name] = (ratio, float(cosine), _cosine(mine, np.tensordot(weights, others, 1)))
+    return numbers
 
 
 def _outside(net: Network, network: Unpacked, name: str) -> bool:

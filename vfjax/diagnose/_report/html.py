@@ -1,4 +1,4 @@
-"""How a report looks: its table, its figure and its page."""
+"""The report's page: one HTML document with its words, advice, figure and table."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def page(
     vanishes: LayerFinding | None,
     figure: Figure,
 ) -> str:
-    """The report as one HTML document that needs nothing else."""
+    """The report as one self-contained HTML document."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     source = base64.b64encode(picture.getvalue()).decode("ascii")
@@ -52,8 +52,8 @@ def page(
         return f"<li><b>{html.escape(one.remedy)}</b>: {html.escape(one.reason)}.{call}</li>"
 
     def line(row: LayerFinding) -> str:
-        found = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row))
-        return f"<tr{' class=vanishes' if row is vanishes else ''}>{found}</tr>"
+        row_cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row))
+        return f"<tr{' class=vanishes' if row is vanishes else ''}>{row_cells}</tr>"
 
     name = html.escape(title)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)

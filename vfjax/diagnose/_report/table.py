@@ -1,4 +1,4 @@
-"""The report's table."""
+"""The report's table: its columns, its cells, and the table as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = {
     "site": "where: a layer's name stands for its pre-activation",
     "depth": "of the layer",
     "feature": "E||f(x) - f(0)||, in units of the values",
-    "offset": "||f(0)||, likewise",
+    "offset": "||f(0)||, in units of the values",
     "f/o": "feature over offset",
     "refs' f/o": "the same of the references",
     "relative": "feature over the references' feature",
@@ -61,7 +61,7 @@ def text_table(rows: Sequence[LayerFinding]) -> str:
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "site" else "right", no_wrap=True)
     for row in rows:
-        # As text: names may hold brackets, which are markup to rich.
+        # Escaped: names may hold brackets, which rich would read as markup.
         table.add_row(*(cell.replace("[", r"\[") for cell in cells(row)))
     written = io.StringIO()
     Console(file=written, width=400, color_system=None).print(table)
