@@ -148,34 +148,9 @@ def test_links_of_the_notebook():
 # -------------------------------------------------------------------------------------- numbers
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
-    """What a record holds, as flat rows: the one function that knows how records are written.
-
-    Every row has `accuracy` (0 to 1) and the keys that `RESULTS_TABLE` selects by.
-    """
-    record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    rows = record.get("rows", [])
-    if rows and "cells" not in rows[0]:
-        return rows
-    if rows:
-        columns = {"direct": ("none", "none"), "matched": ("activation", "none")}
-        flat = []
-        for row in rows:
-            network = "PFM" if row["name"].startswith("PFM") else row["name"]
-            for column, cell in row["cells"].items():
-                match, remedy = columns.get(column, ("activation", column))
-                of = {"network": network, "layers": row["layers"], "match": match, "remedy": remedy}
-                of["params_ratio"] = row["params_ratio"]
-                flat += [of | {"accuracy": accuracy} for accuracy in cell["accuracy"]]
-        return flat
-    flat = [{"method": None, "remedy": "none", "accuracy": a} for a in record["unpruned"]["none"]]
-    for method, found in record["methods"].items():
-        for key, remedy in (("none", "none"), ("renormalised", record["remedy"])):
-            for run in found[key]:
-                for sparsity, accuracy in zip(record["sparsities"], run, strict=True):
-                    of = {"method": method, "sparsity": sparsity, "remedy": remedy}
-                    flat.append(of | {"accuracy": accuracy})
-    return flat
+def rows_of(name: str) -> list[Row]:
+    """The measured cells of a record."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
 
 
 def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
@@ -213,7 +188,7 @@ def merged_line(name: str, of: str, layers: int, remedy: str) -> str:
 def pruned_line(name: str, of: str, sparsity: int) -> str:
     """A line on pruning by global magnitude."""
     rows = rows_of(name)
-    at = {"method": "magnitude", "sparsity": sparsity}
+    at = {"method": "magnitude", "sparsity": sparsity, "samples": None}
     alone = percent(rows, method=None, remedy="none", spread=False)
     plain, repaired = (percent(rows, remedy=remedy, **at) for remedy in ("none", "reset"))
     page = f"[pruning]({REPOSITORY}/blob/main/experiments/results/pruning.md)"

@@ -675,7 +675,7 @@ def test_errors():
         measure(tree, [x], sites=["a:acts"])
     with pytest.raises(TypeError, match="sequence of site names"):
         measure(tree, [x], sites=[1])
-    with pytest.raises(ValueError, match="no site of this network"):
+    with pytest.raises(ValueError, match="names no site"):
         measure(tree, [x], sites=[])
     with pytest.raises(ValueError, match="no batches"):
         measure(tree, [])

@@ -99,7 +99,7 @@ def test_taps_of_convnext_are_what_the_next_layer_reads():
 def test_a_pruned_convnext_is_repaired():
     net, tree, x = traced("convnext-pico", depths=(1,), dims=(6,))
     layers = prune.prunable(net, kinds=["dense"], first=False, last=False)
-    mask = prune.masks(prune.magnitude(net, tree, layers=layers), 0.5, scope="row")
+    mask = prune.masks(prune.magnitude(net, tree, names=layers), 0.5, scope="row")
     pruned = prune.apply(tree, mask)
     repaired = renorm.repair(net, pruned, [x], references=[tree])
     sites = stats.resolve_sites(net, "paper")
