@@ -197,7 +197,7 @@ def test_every_name_is_taken_or_refused_with_a_reason(name):
             if site in layers:
                 assert set(call([site]).rows) == {site}
                 continue
-            with pytest.raises(ValueError, match="a site and no layer"):
+            with pytest.raises(ValueError, match="a site, not a layer"):
                 call([site])
 
 
@@ -369,5 +369,5 @@ def test_misspelt_names():
         net.run(p, x, capture=["zzzz"])
     with pytest.raises(ValueError, match="no layer 'heda'"):
         net.layer("heda")
-    with pytest.raises(ValueError, match="'c:in' is what the layer 'c' reads, a site and no layer"):
+    with pytest.raises(ValueError, match="'c:in' is what the layer 'c' reads, a site, not a layer"):
         prune.magnitude(net, p, layers=["c:in"])

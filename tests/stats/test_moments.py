@@ -570,7 +570,7 @@ def test_data_with_nan_is_an_error():
 
 def test_cross_covariances_need_two_models():
     net, trees, data = conv()
-    with pytest.raises(ValueError, match='"cross" needs two models or more, .* got 1'):
+    with pytest.raises(ValueError, match='"cross" needs two models or more, .* has 1'):
         stats.moments(net, trees[:1], [data], covariance="cross")
 
 

@@ -303,7 +303,7 @@ def no_layer(net: Network, name: str) -> str:
     if site is None:
         return unknown(net, "layer", name, [layer.name for layer in net.layers])
     hint = f": name '{site.of}'" if site.of in net._reference.layers else ""
-    return f"'{name}' is {site.meaning}, a site and no layer{hint}."
+    return f"'{name}' is {site.meaning}, a site, not a layer{hint}."
 
 
 def unknown(net: Network, kind: str, name: Any, known: Sequence[str]) -> str:

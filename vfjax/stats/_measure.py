@@ -68,7 +68,7 @@ def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, An
         if own != (counts or own):
             raise ValueError(
                 "net has networks with other numbers of samples at the sites of one and of "
-                f"another, {own} and {counts}; networks may differ behind the sites only"
+                f"another, {own} and {counts}; networks may differ only after the sites"
             )
         counts.update(own)
         return results
