@@ -83,7 +83,7 @@ def test_what_is_no_array_is_refused_before_anything_is_written(tmp_path, tree):
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
-    with pytest.raises(ValueError, match="no checkpoint"):
+    with pytest.raises(ValueError, match="not a checkpoint"):
         checkpoint.save(tmp_path / "letters", {"w": jnp.ones(1)})
     assert (tmp_path / "letters" / "a.txt").read_text() == "dear"
 

@@ -191,8 +191,8 @@ def test_every_name_is_taken_or_refused_with_a_reason(name):
             with pytest.raises(ValueError, match="sites must be layers.*is (the|what|a part)"):
                 call(net, p, [x], references=[p], sites=[site])
         for call in (
-            lambda names: prune.magnitude(net, p, layers=names),
-            lambda names: prune.wanda(net, p, [x], layers=names),
+            lambda names: prune.magnitude(net, p, names=names),
+            lambda names: prune.wanda(net, p, [x], names=names),
         ):
             if site in layers:
                 assert set(call([site]).rows) == {site}
@@ -370,4 +370,4 @@ def test_misspelt_names():
     with pytest.raises(ValueError, match="no layer 'heda'"):
         net.layer("heda")
     with pytest.raises(ValueError, match="'c:in' is what the layer 'c' reads, a site, not a layer"):
-        prune.magnitude(net, p, layers=["c:in"])
+        prune.magnitude(net, p, names=["c:in"])

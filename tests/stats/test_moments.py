@@ -578,7 +578,7 @@ def test_cross_covariances_need_two_models():
     ("wrong", "error", "message"),
     [
         (np.arange(3), ValueError, r"\(6,\)"),  # it would drop the other channels
-        (np.array([0, 0, 1, 2, 3, 4]), ValueError, "is no permutation"),
+        (np.array([0, 0, 1, 2, 3, 4]), ValueError, "is not a permutation"),
         (np.arange(6.0), TypeError, "must hold integers"),
         (np.eye(5), ValueError, r"\[m, 6\], got \(5, 5\)"),
     ],
