@@ -1,8 +1,7 @@
 """Figures of the experiments, as matplotlib `Figure` objects.
 
 No function touches pyplot, a backend or matplotlib's settings, so they work without a display, in
-threads and in notebooks, and change nothing for the caller's own plots.  Matplotlib is imported on
-use.
+threads and in notebooks, and do not affect the caller's plots.  Matplotlib is imported on use.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "Panel", "accuracy_against_layers", "panels", "save"]
 
-# Colours that stay apart for the colour-blind (Okabe and Ito 2008), markers for print in grey.
+# Colours that the colour-blind can tell apart (Okabe and Ito 2008), markers for print in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vXP"
-# Large against the figure, so that it can be read at half its size.
+# Large, so that the figure can be read at half its size.
 _FONT = 15
 
 
@@ -39,7 +38,7 @@ def accuracy_against_layers(
     errors: Mapping[str, Sequence[float]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Draws the accuracy of merged models against the number of layers that are kept apart.
+    """Draws the accuracy of merged models against the number of layers kept apart.
 
     Args:
         layers: The numbers of layers l, from 0 to `depth`.
@@ -89,7 +88,7 @@ def accuracy_against_layers(
         if spread is not None and np.any(np.asarray(spread)):
             style |= {"yerr": 100 * np.asarray(spread)[order], "capsize": 4}
         axes.errorbar(xs, 100 * np.asarray(values, float)[order], **style)
-    # Thin, for they often lie close together; the last one, the goal, is solid.
+    # Thin, since they often lie close together; the last one, the goal, is solid.
     dashes = [(0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2))]
     for index, (name, value) in enumerate((lines or {}).items()):
         last = index == len(lines or {}) - 1
@@ -103,7 +102,7 @@ def accuracy_against_layers(
     axes.grid(alpha=0.3)
     axes.set_title(title, fontsize=_FONT - 1, wrap=True)
     handles, labels = axes.get_legend_handles_labels()
-    # Curves first: matplotlib lists error bars after lines.
+    # Matplotlib lists error bars after lines; put the curves first.
     shown = sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] not in curves)
     labels, handles = zip(*shown, strict=True)
     place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
@@ -118,8 +117,8 @@ class Curve:
     Attributes:
         x: `[n]`.
         y: `[n]`; NaN leaves a gap.
-        error: `[n]`, one standard deviation, drawn as bars; None for none.
-        colour: Number of its colour and marker: equal for curves of one kind.
+        error: `[n]`, one standard deviation, drawn as bars; None draws no bars.
+        colour: Number of its colour and marker; equal for curves of one kind.
         dashed: Whether it is dashed, with hollow markers.
     """
 
@@ -132,16 +131,16 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One of the axes in a row of `panels`.
+    """One set of axes in a row of `panels`.
 
     Attributes:
-        title: What it shows.
+        title: Title of the panel.
         x_label: Quantity and unit along x.
         y_label: Quantity and unit along y.
         curves: By their names in the legend.
         log: Whether y is logarithmic.
-        log_x: Whether x is.
-        y_limits: Lower and upper limit of y; None for what the curves need.
+        log_x: Whether x is logarithmic.
+        y_limits: Lower and upper limit of y; None to fit the curves.
     """
 
     title: str
@@ -159,14 +158,14 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
     Args:
         row: The panels, from left to right.
         title: Title of the figure.
-        columns: How many stand side by side, before the next row begins; None for all.
+        columns: How many stand side by side before the next row begins; None for all.
 
     Returns:
         The figure; `save` writes it.
 
     Raises:
-        ValueError: If there is no panel, a panel has no curve, the arrays of a curve are not
-            equally long, or `columns` is below one.
+        ValueError: If there is no panel, a panel has no curve, the arrays of a curve differ in
+            length, or `columns` is below one.
 
     Example:
         >>> curve = Curve([1, 2], [3.0, 0.5], error=[0.1, 0.1])
@@ -217,7 +216,7 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
         if panel.log_x:
             _log_scale(axes, "x")
         elif all(float(x).is_integer() for curve in panel.curves.values() for x in curve.x):
-            # Layers and epochs have no halves.
+            # Layers and epochs are whole numbers.
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.y_limits is not None:
             axes.set_ylim(*panel.y_limits)
@@ -226,7 +225,7 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
         axes.set_title(panel.title, fontsize=_FONT)
         axes.tick_params(labelsize=_FONT - 1)
         axes.grid(alpha=0.3)
-        # Below the axes, where it hides no curve.
+        # Below the axes, where it does not hide a curve.
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
         axes.legend(fontsize=_FONT - 2, frameon=False, **below)
     if title:
@@ -235,7 +234,7 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
 
 
 def _log_scale(axes: Any, which: str) -> None:
-    """Makes x or y logarithmic, with enough numbers along it where it spans few decades."""
+    """Makes x or y logarithmic, with enough tick labels even over few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     getattr(axes, f"set_{which}scale")("log")
@@ -258,7 +257,7 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> Pat
         The path.
 
     Raises:
-        OSError: If nothing can be written there; what was at `path` stays.
+        OSError: If the file cannot be written; whatever was at `path` stays.
 
     Example:
         >>> import tempfile

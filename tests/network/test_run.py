@@ -156,7 +156,8 @@ def test_errors_of_run(how, error, message):
 def test_trees_that_are_not_the_network_s():
     fn, variables, x = linen("conv")
     net = vfjax.trace(fn, variables, x)
-    with pytest.raises(ValueError, match=r"leaves \['extra'\] that the traced network has not"):
+    message = r"leaves \['extra'\] that the traced network does not have"
+    with pytest.raises(ValueError, match=message):
         net.run({**variables, "extra": x}, x)
     with pytest.raises(ValueError, match=r"lacks \['params/Dense_0/bias'\], which this part"):
         params = {**variables["params"], "Dense_0": {"kernel": jnp.ones((6, 2)), "bias": None}}

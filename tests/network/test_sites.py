@@ -191,13 +191,13 @@ def test_every_name_is_taken_or_refused_with_a_reason(name):
             with pytest.raises(ValueError, match="sites must be layers.*is (the|what|a part)"):
                 call(net, p, [x], references=[p], sites=[site])
         for call in (
-            lambda names: prune.magnitude(net, p, layers=names),
-            lambda names: prune.wanda(net, p, [x], layers=names),
+            lambda names: prune.magnitude(net, p, names=names),
+            lambda names: prune.wanda(net, p, [x], names=names),
         ):
             if site in layers:
                 assert set(call([site]).rows) == {site}
                 continue
-            with pytest.raises(ValueError, match="a site and no layer"):
+            with pytest.raises(ValueError, match="a site, not a layer"):
                 call([site])
 
 
@@ -369,5 +369,5 @@ def test_misspelt_names():
         net.run(p, x, capture=["zzzz"])
     with pytest.raises(ValueError, match="no layer 'heda'"):
         net.layer("heda")
-    with pytest.raises(ValueError, match="'c:in' is what the layer 'c' reads, a site and no layer"):
-        prune.magnitude(net, p, layers=["c:in"])
+    with pytest.raises(ValueError, match="'c:in' is what the layer 'c' reads, a site, not a layer"):
+        prune.magnitude(net, p, names=["c:in"])

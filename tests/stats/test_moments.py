@@ -570,7 +570,7 @@ def test_data_with_nan_is_an_error():
 
 def test_cross_covariances_need_two_models():
     net, trees, data = conv()
-    with pytest.raises(ValueError, match='"cross" needs two models or more, .* got 1'):
+    with pytest.raises(ValueError, match='"cross" needs two models or more, .* has 1'):
         stats.moments(net, trees[:1], [data], covariance="cross")
 
 
@@ -578,7 +578,7 @@ def test_cross_covariances_need_two_models():
     ("wrong", "error", "message"),
     [
         (np.arange(3), ValueError, r"\(6,\)"),  # it would drop the other channels
-        (np.array([0, 0, 1, 2, 3, 4]), ValueError, "is no permutation"),
+        (np.array([0, 0, 1, 2, 3, 4]), ValueError, "is not a permutation"),
         (np.arange(6.0), TypeError, "must hold integers"),
         (np.eye(5), ValueError, r"\[m, 6\], got \(5, 5\)"),
     ],

@@ -245,8 +245,8 @@ ERRORS = {
     "length": (given(heads=[0, 1]), ValueError, r"must have shape \(3,\); it has \(2,\)"),
     "rank": (given(heads=[[0, 1, 2]]), ValueError, r"must have shape \(3,\)"),
     "floats": (given(heads=[0.0, 1.0, 2.0]), TypeError, "must hold integers; it holds float"),
-    "repeated": (given(heads=[0, 1, 1]), ValueError, "is no permutation: each of 0 to 2"),
-    "negative": (given(heads=[0, 1, -1]), ValueError, "is no permutation"),
+    "repeated": (given(heads=[0, 1, 1]), ValueError, "is not a permutation: each of 0 to 2"),
+    "negative": (given(heads=[0, 1, -1]), ValueError, "is not a permutation"),
     "map of a group": (mapped(other=(EYE, EYE)), ValueError, "maps has the group 'other'"),
     "no pair": (mapped(hidden=EYE), TypeError, "a pair of matrices"),
     "map's shape": (mapped(hidden=(EYE[:, :4], EYE[:4])), ValueError, r"M \[m, 5\] and U \[5, m\]"),
@@ -264,10 +264,10 @@ def test_errors_name_what_was_wrong(name):
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: invert({"h": [0, 0, 1]}), ValueError, r"permutations\['h'\] is no permutation"),
+        (lambda: invert({"h": [0, 0, 1]}), ValueError, r"permutations\['h'\] is not a permutation"),
         (lambda: invert({"h": [0.0, 1.0]}), TypeError, "must hold integers"),
         (lambda: compose({"h": [1, 0]}, {"h": [0, 2, 1]}), ValueError, r"must have shape \(2,\)"),
-        (lambda: compose({}, {"h": [1, 1]}), ValueError, "is no permutation"),
+        (lambda: compose({}, {"h": [1, 1]}), ValueError, "is not a permutation"),
     ],
 )
 def test_only_permutations_are_inverted_and_composed(call, kind, message):

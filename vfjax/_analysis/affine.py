@@ -1,9 +1,9 @@
-"""Which networks are affine: in their input, and in other values that are given, jointly.
+"""Which networks are affine in their input, or jointly in other given values.
 
-Decided from the graph, equation by equation: a function is affine in some values if each of its
-equations is linear in what depends on them, or multiplies that by what does not. Where the answer
-is no, the equation that makes it so is named. A primitive that is not known here counts as one that
-is not affine, so the answer yes is certain.
+The graph decides, equation by equation: a function is affine in some values if each of its
+equations is linear in the operands that depend on them, or multiplies such an operand by one that
+does not. If the answer is no, the equation to blame is named. A primitive that is not known here
+counts as not affine, so a yes is certain.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Culprit(NamedTuple):
 
     @property
     def why(self) -> str:
-        """What it says of the network, in words."""
+        """What follows for the network, as a clause for messages."""
         at = "" if self.where == "unknown" else f" at {self.where}"
         if self.primitive in TABLE and TABLE[self.primitive].linear is not Linear.UNKNOWN:
             return f"net is not affine in its input, because of `{self.primitive}`{at}"
@@ -42,20 +42,20 @@ class Culprit(NamedTuple):
 
 
 def culprit(graph: Graph, values: Collection[int]) -> Culprit | None:
-    """The first equation for which a graph is not affine in some of its inputs, or None.
+    """The first equation that makes a graph not affine in some of its inputs, or None.
 
     Args:
         graph: The graph.
-        values: Ids of these inputs, all to be varied together.
+        values: Ids of these inputs, which vary together.
     """
     varying = set(values)
     for equation in graph.equations:
         flags = [isinstance(v, int) and v in varying for v in equation.inputs]
         if not any(flags):
             continue
-        found = _blame(equation.eqn, flags)
-        if found is not None:
-            return Culprit(found, equation.where)
+        primitive = _blame(equation.eqn, flags)
+        if primitive is not None:
+            return Culprit(primitive, equation.where)
         varying.update(equation.results)
     return None
 
@@ -69,7 +69,7 @@ def _blame(eqn: Any, flags: Flags) -> str | None:
     rule = _RULES.get(TABLE[name].linear) if name in TABLE else None
     if rule is None or not rule(flags):
         return name
-    # To integers is rounding; from them it is not.
+    # A cast to integers rounds, unless the operand holds integers already.
     dtypes = [v.aval.dtype for v in eqn.outvars]
     if name in CAST and not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
         before = [v.aval.dtype for v in eqn.invars]
@@ -83,9 +83,9 @@ def _blame_inside(jaxpr: Any, flags: Flags) -> str | None:
         inside = [not isinstance(v, jex.Literal) and v in varying for v in eqn.invars]
         if not any(inside):
             continue
-        found = _blame(eqn, inside)
-        if found is not None:
-            return found
+        primitive = _blame(eqn, inside)
+        if primitive is not None:
+            return primitive
         varying.update(eqn.outvars)
     return None
 

@@ -1,9 +1,9 @@
-"""Whether a batch may be computed in pieces: whether a network treats every example by itself.
+"""Whether a batch may be computed in pieces: whether a network treats each example separately.
 
-The batch axis of the input is followed through the graph, equation by equation. A network that
-mixes examples (batch statistics, an attention over the batch) is named, and so is one that is not
-the same at another batch size. The answer is yes only where it is certain: every primitive that is
-not known here counts as mixing.
+The batch axis of the input is followed through the graph, equation by equation. The answer is no
+for a network that mixes examples (batch statistics, attention over the batch), and for one that
+differs at another batch size. It is yes only if certain: a primitive that is not known here counts
+as mixing examples.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class _Mixed(Exception):
 
 
 def separable(whole: Graph, piece: Graph) -> bool:
-    """Whether a network gives for pieces of a batch what it gives for the batch.
+    """Whether a network computes the same for pieces of a batch as for the whole batch.
 
     Args:
-        whole: Its graph at a batch, batch axis first in every input.
-        piece: Its graph at a smaller batch, of two examples or more.
+        whole: Its graph for a batch, with the batch axis first in every input.
+        piece: Its graph for a smaller batch, of two examples or more.
     """
     try:
         axes = batch_axes(whole)
@@ -74,12 +74,12 @@ def batch_axes(graph: Graph) -> dict[int, int]:
     return axes
 
 
-# Parameters of primitives in which the size of a batch may show without meaning anything else.
+# Parameters of primitives that may contain the batch size and nothing else that matters.
 _SIZES = frozenset({"shape", "new_sizes", "sizes", "limit_indices", "slice_sizes"})
 
 
 def _alike(a: Graph, b: Graph, axes: Mapping[int, int]) -> bool:
-    """Whether two graphs differ in the length of the batch alone."""
+    """Whether two graphs differ only in the length of the batch."""
     if a.inputs != b.inputs or len(a.equations) != len(b.equations):
         return False
     if not _same_operands(a.outputs, b.outputs) or a.consts.keys() != b.consts.keys():
@@ -95,7 +95,7 @@ def _alike(a: Graph, b: Graph, axes: Mapping[int, int]) -> bool:
         if value in axes and differ - {axes[value]}:
             return False
         if value not in axes and differ:
-            # Laid out along the batch, as a bias may be. A sum over it would tell how long it is.
+            # Broadcast along the batch, as a bias may be. A sum over it would depend on its length.
             if differ & varying_axes(a, value):
                 return False
             stretched.add(value)
@@ -119,7 +119,7 @@ def _alike_equations(a: Equation, b: Equation) -> bool:
 
 
 def _alike_operations(a: Any, b: Any) -> bool:
-    """Whether two equations of JAX do the same, sizes aside; of a call, what it evaluates."""
+    """Whether two JAX equations do the same apart from sizes; calls are looked into."""
     if a.primitive.name != b.primitive.name:
         return False
     one, two = subjaxpr(a), subjaxpr(b)
@@ -141,10 +141,10 @@ def _alike_operations(a: Any, b: Any) -> bool:
 
 
 def _numbered(jaxpr: Any) -> Callable[[Sequence[Any]], list[Any]]:
-    """A function from variables of a jaxpr to numbers, in the order in which they come up."""
+    """A function that numbers variables of a jaxpr in the order of their definition."""
     variables = [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]
     number = {v: k for k, v in enumerate(variables)}
-    return lambda found: [v if isinstance(v, jex.Literal) else number[v] for v in found]
+    return lambda vs: [v if isinstance(v, jex.Literal) else number[v] for v in vs]
 
 
 def _same_operands(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -161,24 +161,24 @@ def _same_operands(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def _equal(a: Any, b: Any) -> bool:
     if hasattr(a, "shape") and hasattr(b, "shape"):
-        # By bytes: NaN equals itself.
+        # Compared by bytes, so that NaN equals itself.
         return a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
     return type(a) is type(b) and (a == b or a != a and b != b)
 
 
 def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
-    """The batch axis of an equation's results; raises `_Mixed` where there is none."""
+    """The batch axis of an equation's results; raises `_Mixed` if they have none."""
     name = equation.primitive
     if name == DOT:
         return _dot(graph, equation, axes)
     if name == CONV:
         return _convolution(equation, axes)
-    found = {axes[v] for v in equation.values if v in axes}
-    if len(found) != 1:
+    places = {axes[v] for v in equation.values if v in axes}
+    if len(places) != 1:
         raise _Mixed
-    axis = found.pop()
+    axis = places.pop()
     for value in equation.values:
-        # What does not depend on the input may be laid out along the batch, but not vary there.
+        # A value without input may be broadcast along the batch, but must not vary there.
         if value not in axes and axis in varying_axes(graph, value):
             raise _Mixed
     if is_elementwise(equation):
@@ -192,7 +192,7 @@ def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
 
 def _dot(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
     contract, batch = equation.params["dimension_numbers"]
-    found = set()
+    places = set()
     offset = len(batch[0])
     for side, value in enumerate(equation.inputs):
         shape = equation.eqn.invars[side].aval.shape
@@ -202,11 +202,11 @@ def _dot(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
             raise _Mixed
         if axis is not None:
             place = batch[side].index(axis) if axis in batch[side] else offset + free.index(axis)
-            found.add(place)
+            places.add(place)
         offset += len(free)
-    if len(found) != 1:
-        raise _Mixed  # every example with every other
-    place = found.pop()
+    if len(places) != 1:
+        raise _Mixed  # every example meets every other
+    place = places.pop()
     for side, value in enumerate(equation.inputs):
         shared = place < len(batch[side]) and not (isinstance(value, int) and value in axes)
         if shared and batch[side][place] in varying_axes(graph, value):
@@ -271,11 +271,11 @@ def _tile(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> 
 
 
 def _untouched(*names: str) -> Callable[[Mapping[str, Any], int, Shape, Shape], int]:
-    """A rule for primitives that work along the axes which these parameters name."""
+    """A rule for primitives that work along the axes in these parameters."""
 
     def rule(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
         touched = [np.ravel(params[name]).tolist() for name in names]
-        if any(axis in found for found in touched) or before[axis] != after[axis]:
+        if any(axis in axes for axes in touched) or before[axis] != after[axis]:
             raise _Mixed
         return axis
 
@@ -295,6 +295,6 @@ _RULES: dict[str, Callable[[Mapping[str, Any], int, Shape, Shape], int]] = {
     STACK: _stack,
     TILE: _tile,
     REV: _untouched("dimensions"),
-    SLICE: _untouched(),  # which touches an axis only by making it shorter
+    SLICE: _untouched(),  # a slice touches an axis only by making it shorter
     PAD: _pad,
 }

@@ -1,4 +1,4 @@
-"""What an equation costs: its operations, counted as torchstat counts those of modules."""
+"""The cost of an equation: its operations, counted as torchstat counts those of modules."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def equation_flops(
     """Operations of one equation over the whole batch, counted as torchstat counts modules.
 
     A multiply-accumulate counts once; a convolution's bias, an activation and a pool's or
-    mean's input count one per element, a normalisation by stored statistics two; the rest
-    nothing.
+    mean's input count one per element, a normalisation by stored statistics two; everything
+    else is free.
 
     Args:
         graph: The flat graph.
         index: Which of its equations.
         conv_biases: Indices of equations that add a convolution's bias.
-        norms: Indices of the equations that normalisations by stored statistics begin with.
+        norms: Indices of the first equations of normalisations by stored statistics.
     """
     equation = graph.equations[index]
     if not equation.depends & INPUT:

@@ -1,10 +1,10 @@
-"""What leaves do to features: are they added to them, do they scale them, or act in other ways?
+"""How leaves act on features: they add to them, scale them, or act in other ways.
 
-A permutation does not mind: all leaves along a group are permuted alike. A map that mixes features
-does. What is added is mixed as they are; of what multiplies them entry by entry, the mixture is a
-matrix, of which an entry by entry product keeps the diagonal; and for what acts through a root, as
-a stored variance, or what is read and written at once, as a tied kernel, no leaf of its shape does
-what the mixed features need.
+Permutations need not know this, since they permute all leaves along a group in the same way. Maps
+that mix features do. A leaf that is added is mixed as the features are. A leaf that multiplies them
+entry by entry would become a matrix, of which an entrywise product keeps only the diagonal. For a
+leaf that acts through a root (a stored variance), or that is both read and written (a tied kernel),
+no leaf of its shape does what the mixed features need.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vfjax._jaxpr.graph import Equation, Graph
 from vfjax._jaxpr.primitives import ADDITIVE, DIV, LINEAR, MUL
 
 ADDS, SCALES, KERNEL, JOINED, BENT = "adds", "scales", "kernel", "joined", "bent"
-"""Added to features; multiplies them; in a linear layer; in a product of parameters; all else."""
+"""Added to features; multiplies them; in a linear layer; in a product of parameters; any other."""
 
 
 class Effect(NamedTuple):
@@ -26,7 +26,7 @@ class Effect(NamedTuple):
 
     Attributes:
         kind: One of the constants above.
-        primitive: By which primitive.
+        primitive: The primitive through which it acts.
         where: "file:line" of its equation.
     """
 
@@ -36,15 +36,15 @@ class Effect(NamedTuple):
 
 
 def leaf_effects(graph: Graph, norms: Iterable[NormSite]) -> dict[int, dict[str, Effect]]:
-    """How every leaf acts on what depends on the input.
+    """How each leaf acts on values that depend on the input.
 
     Args:
         graph: The graph.
         norms: Its normalisations with stored statistics. Maps leave their variances unknown, so
-            these count for nothing, nor does that scale and root are multiplied.
+            variances have no effects, and the product of scale and root is not one either.
 
     Returns:
-        By the index of a leaf, its effects by kind, the first of each.
+        By index of the leaf, its effects by kind: the first of each kind.
     """
     known = {}
     for norm in norms:
@@ -52,8 +52,8 @@ def leaf_effects(graph: Graph, norms: Iterable[NormSite]) -> dict[int, dict[str,
             if view is not None:
                 known[view.leaf] = {kind: Effect(kind, "norm", graph.equations[norm.index].where)}
         known[norm.var.leaf] = {}
-    found: dict[int, dict[str, Effect]] = {k: {} for k in range(graph.num_leaves)}
-    # Of values made of parameters alone: by leaf, whether it went in as it is, or how else.
+    effects: dict[int, dict[str, Effect]] = {k: {} for k in range(graph.num_leaves)}
+    # For values made of parameters only: by leaf, None if it went in unchanged, or how it acts.
     held: dict[int, dict[int, Effect | None]] = {
         v: {k: None} for k, v in enumerate(graph.inputs[: graph.num_leaves])
     }
@@ -66,18 +66,18 @@ def leaf_effects(graph: Graph, norms: Iterable[NormSite]) -> dict[int, dict[str,
                     bent = before is not None and before.kind == BENT
                     for effect in (before, None if bent else _effect(equation, place)):
                         if effect is not None:
-                            found[leaf].setdefault(effect.kind, effect)
+                            effects[leaf].setdefault(effect.kind, effect)
                     continue
                 effect = before or _combined(graph, equation, place)
                 for result in equation.results:
                     into = held.setdefault(result, {})
                     if effect is not None or leaf not in into:
                         into[leaf] = effect
-    return found | known
+    return effects | known
 
 
 def _effect(equation: Equation, place: int) -> Effect:
-    """What an operand without input does to the others."""
+    """How an operand that does not depend on the input acts on the others."""
     name = equation.primitive
     if name in LINEAR:
         kind = KERNEL
@@ -89,7 +89,7 @@ def _effect(equation: Equation, place: int) -> Effect:
 
 
 def _combined(graph: Graph, equation: Equation, place: int) -> Effect | None:
-    """What becomes of an operand among parameters: None if it goes in as it is."""
+    """How an operand acts among parameters; None if it is only added or scaled by numbers."""
     name = equation.primitive
     if name in ADDITIVE:
         return None
@@ -102,19 +102,19 @@ def _combined(graph: Graph, equation: Equation, place: int) -> Effect | None:
     return Effect(BENT, name, equation.where)
 
 
-def obstacle(role: str, found: Mapping[str, Effect]) -> str | None:
+def obstacle(role: str, effects: Mapping[str, Effect]) -> str | None:
     """Why features cannot be mixed along an axis of a leaf, or None if they can.
 
     Args:
         role: Role of the axis, as in `vfjax.symmetry._places.Axis`.
-        found: The leaf's effects.
+        effects: The leaf's effects, by kind.
     """
     against = {
         "in": (BENT, ADDS, SCALES),
         "out": (BENT, SCALES),
-        "elementwise": (BENT, JOINED, *((ADDS,) if found.keys() & {SCALES, KERNEL} else ())),
+        "elementwise": (BENT, JOINED, *((ADDS,) if effects.keys() & {SCALES, KERNEL} else ())),
     }[role]
-    effect = next((found[kind] for kind in against if kind in found), None)
+    effect = next((effects[kind] for kind in against if kind in effects), None)
     if effect is None:
         return None
     acts = {

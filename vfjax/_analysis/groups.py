@@ -1,4 +1,4 @@
-"""From a propagation to named groups: which axes of which leaves move together, in what role."""
+"""Named groups from a propagation: which axes of which leaves move together, in what role."""
 
 from __future__ import annotations
 
@@ -11,10 +11,44 @@ from vfjax._propagate.propagation import Atom, Propagation, Tie
 from vfjax.symmetry._places import Axis, FixedAxis
 from vfjax.symmetry._spec import PermutationSpec
 
-# What a group on the output axes of a kernel most often is whose entries own copies of another, and
-# what that one is.
+# Suffixes of two groups on the output axes of one kernel: the owner, whose entries hold copies of
+# the other, and the other; by primitive, then for all others.
 _SUFFIXES = {CONV: (":groups", ":channels")}
 _DEFAULT_SUFFIXES = (":heads", ":dims")
+
+
+def from_propagation(
+    propagation: Propagation,
+    paths: Sequence[str],
+    effects: Mapping[int, Mapping[str, Effect]] | None = None,
+) -> tuple[PermutationSpec, dict[int, str]]:
+    """The spec of a network from its propagation.
+
+    Args:
+        propagation: The result of `vfjax._propagate.propagation.propagate`.
+        paths: Paths of the variables' leaves, in their order.
+        effects: By index of a leaf, how it acts: the result of `effects.leaf_effects`.
+
+    Returns:
+        The spec, and the name of every group by its id in `propagation.axes`.
+    """
+    groups, sizes, names = named_groups(propagation, paths)
+    path_of = dict(zip(propagation.leaves, paths, strict=True))
+    fixed = [FixedAxis(path_of[f.leaf], f.axis, f.primitive, f.where) for f in propagation.fixed]
+    places = groups
+    within = {names[group]: names[other] for group, other in propagation.within.items()}
+    by_path = {paths[leaf]: acts for leaf, acts in (effects or {}).items()}
+    scaling: set[str] = set()
+    rigid = _tied(propagation, path_of, names)
+    for name, axes in places.items():
+        for a in axes:
+            acts = by_path.get(a.path, {})
+            if a.role == "elementwise" and acts.keys() & {SCALES, KERNEL}:
+                scaling.add(a.path)
+            effect = obstacle(a.role, acts)
+            if effect is not None:
+                rigid.setdefault(name, f"'{a.path}' {effect}")
+    return PermutationSpec(places, sizes, fixed, within, scaling, rigid), names
 
 
 def named_groups(
@@ -24,8 +58,8 @@ def named_groups(
 
     A group is named after the first layer that writes it: the path of that layer's kernel without
     its last component (`params/Conv_0`), or the whole path where kernels share a parent. Groups
-    come in the order in which the network writes them, then those that no layer writes, named after
-    their first leaf.
+    are listed in the order in which the network writes them; then come those that no layer writes,
+    named after their first leaf.
 
     Args:
         propagation: The groups.
@@ -39,8 +73,8 @@ def named_groups(
     roles: dict[tuple[int, int, int], str] = {}
     for tie in propagation.ties:
         place = (tie.leaf, tie.axis, tie.position)
-        # A tied embedding is written by one layer and contracted by another: of the two maps that a
-        # merge may apply, contraction is the one that needs the inverse, so it decides.
+        # A tied embedding is kept by one layer and contracted by another. Contraction decides,
+        # since of the two maps that a merge may apply it needs the inverse.
         if tie.role == "in" or place not in roles:
             roles[place] = tie.role
 
@@ -130,53 +164,19 @@ def _unique(name: str, names: dict[int, str]) -> str:
     return candidate
 
 
-def from_propagation(
-    propagation: Propagation,
-    paths: Sequence[str],
-    effects: Mapping[int, Mapping[str, Effect]] | None = None,
-) -> tuple[PermutationSpec, dict[int, str]]:
-    """The spec of a network whose axes have been followed.
-
-    Args:
-        propagation: What `_propagate.propagate` found.
-        paths: Paths of the variables' leaves, in their order.
-        effects: By index of a leaf, how it acts, as `_effects.effects` finds it.
-
-    Returns:
-        The spec, and the name of every group by its id in `propagation.axes`.
-    """
-    groups, sizes, names = named_groups(propagation, paths)
-    path_of = dict(zip(propagation.leaves, paths, strict=True))
-    fixed = [FixedAxis(path_of[f.leaf], f.axis, f.primitive, f.where) for f in propagation.fixed]
-    places = groups
-    within = {names[group]: names[other] for group, other in propagation.within.items()}
-    by_path = {paths[leaf]: found for leaf, found in (effects or {}).items()}
-    scaling: set[str] = set()
-    rigid = _tied(propagation, path_of, names)
-    for name, axes in places.items():
-        for a in axes:
-            acts = by_path.get(a.path, {})
-            if a.role == "elementwise" and acts.keys() & {SCALES, KERNEL}:
-                scaling.add(a.path)
-            effect = obstacle(a.role, acts)
-            if effect is not None:
-                rigid.setdefault(name, f"'{a.path}' {effect}")
-    return PermutationSpec(places, sizes, fixed, within, scaling, rigid), names
-
-
 def _tied(
     propagation: Propagation, path_of: Mapping[int, str], names: Mapping[int, str]
 ) -> dict[str, str]:
-    """Groups with a leaf along which one layer writes and another reads, and that leaf."""
+    """By group, the leaf along whose axis one layer writes and another reads, as a clause."""
     roles: dict[tuple[int, int, int], set[str]] = {}
     for tie in propagation.ties:
         roles.setdefault((tie.leaf, tie.axis, tie.position), set()).add(tie.role)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for (leaf, axis, position), known in roles.items():
         group = propagation.axes[leaf][axis][position].group
         if len(known) > 1 and group is not None:
-            found.setdefault(
+            reasons.setdefault(
                 names[group],
                 f"axis {axis} of '{path_of[leaf]}' is written by one layer and read by another",
             )
-    return found
+    return reasons

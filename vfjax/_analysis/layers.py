@@ -1,7 +1,7 @@
-"""What a graph holds: layers with their kernel, bias and pre-activation, and their depths.
+"""The layers of a graph: their kernels, biases, pre-activations and depths.
 
-Everything here is found by dependency and by following values, never by the names of modules, so
-that Linen, NNX, Equinox and plain JAX read the same.
+Layers are recognised by dependency and by following values, never by the names of modules, so
+Linen, NNX, Equinox and plain JAX are read in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LinearSite:
     Attributes:
         index: Index of the linear equation.
         side: Which operand is the kernel, 0 or 1.
-        kernel: The kernel's leaf, or None where more than layout lies between (a mask, a sum).
+        kernel: The kernel's leaf, or None if more than layout lies between (a mask, a sum).
         leaf: Index of the leaf that names the layer.
         out_axes: Axes of the kernel operand that its channels run over.
         preactivation: Id of the pre-activation.
@@ -95,7 +95,7 @@ def _linear_site(graph: Graph, index: int, side: int) -> LinearSite:
 
 
 def _largest_leaf(graph: Graph, value: int) -> int:
-    """The leaf to name a layer after whose kernel is computed: the largest, masks left out."""
+    """The largest leaf of a computed kernel, which names the layer; masks do not count."""
     leaves = {v for i in graph.needed([value], ()) for v in graph.equations[i].values} | {value}
     leaves = sorted(leaves & set(graph.inputs[: graph.num_leaves]))
 
@@ -112,7 +112,7 @@ def _output_axes(equation: Equation, side: int) -> tuple[tuple[int, ...], tuple[
         dims = equation.params["dimension_numbers"]
         if side == 1:
             return (dims.rhs_spec[0],), (dims.out_spec[1],)
-        return (dims.lhs_spec[0],), (dims.out_spec[0],)  # a kernel convolved by the input: exotic
+        return (dims.lhs_spec[0],), (dims.out_spec[0],)  # exotic: a kernel convolved by the input
     (contract, batch) = equation.params["dimension_numbers"]
     ranks = [v.aval.ndim for v in equation.eqn.invars[:2]]
     free = [
@@ -128,20 +128,24 @@ def _reshape_axes(
     before: Sequence[int], after: Sequence[int], channel: Sequence[int]
 ) -> tuple[int, ...] | None:
     """Channel axes after a reshape, or None if it mixes channels with samples."""
-    found: list[int] = []
+    kept: list[int] = []
     for source, target in blocks_of(before, after):
         kinds = {k in channel for k in source if before[k] > 1}
         if len(kinds) > 1:
             return None
         if kinds == {True}:
-            found += [k for k in target if after[k] > 1]
-    return tuple(found)
+            kept += [k for k in target if after[k] > 1]
+    return tuple(kept)
 
 
 def follow(
     graph: Graph, value: int, axes: tuple[int, ...], labels: np.ndarray
 ) -> tuple[int, int, tuple[int, ...], np.ndarray]:
-    """Follows single-use casts and layout; the consumer's index, and the value that it reads."""
+    """Follows single-use casts and layout to their consumer.
+
+    Returns:
+        The consumer's index or -1, the value that it reads, and that value's axes and labels.
+    """
     while True:
         users = graph.users.get(value, ())
         if len(users) != 1 or value in graph.output_ids:
@@ -186,7 +190,7 @@ def _preactivation(
 
 
 def depths(graph: Graph, sites: Sequence[LinearSite]) -> tuple[dict[int, int], dict[int, int]]:
-    """Depth of every layer, and how many layers follow it at most, by equation index."""
+    """Depth of each layer, and the most layers on a path after it, both by equation index."""
     layers = {site.index for site in sites}
     above: dict[int, int] = {}
     depth: dict[int, int] = {}

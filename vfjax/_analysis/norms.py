@@ -1,4 +1,4 @@
-"""Finding normalisation with stored statistics: `(x - mean) * rsqrt(var + eps) * scale + bias`."""
+"""Normalisations with stored statistics: `(x - mean) * rsqrt(var + eps) * scale + bias`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class NormSite:
         var: The leaf of variances.
         scale: The leaf of scales, or None.
         bias: The leaf of shifts, or None.
-        eps: What is added to the variance.
+        eps: The number added to the variance.
         channel_axes: Axes of the norm's input that the statistics vary along.
     """
 
@@ -53,7 +53,7 @@ class NormSite:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Factor:
-    """One factor of a product of parameters: `(leaf + eps) ** power`, with eps None for a leaf."""
+    """One factor of a product of parameters: `(leaf + eps) ** power`; eps is None if not added."""
 
     view: View
     eps: float | None
@@ -72,10 +72,10 @@ def norm_sites(graph: Graph) -> list[NormSite]:
         view = view_of(graph, mean)
         if view is None or graph.avals[equation.result].shape != graph.avals[x].shape:
             continue
-        found = _variance(graph, equation.result, view)
-        if found is None:
+        variance = _variance(graph, equation.result, view)
+        if variance is None:
             continue
-        var, scale, value = found
+        var, scale, value = variance
         axes = tuple(sorted(varying_axes(graph, mean)))
         shift = _shift(graph, value, axes)
         sites.append(NormSite(index, view, var.view, scale, shift, var.eps or 0.0, axes))
@@ -83,7 +83,7 @@ def norm_sites(graph: Graph) -> list[NormSite]:
 
 
 def _variance(graph: Graph, value: int, mean: View) -> tuple[_Factor, View | None, int] | None:
-    """Follows `x - mean` through products until they hold `(var + eps) ** -0.5`, and a scale."""
+    """Follows `x - mean` through products with `(var + eps) ** -0.5` and maybe a scale."""
     var: _Factor | None = None
     scale: View | None = None
     for _ in range(6):
@@ -110,12 +110,13 @@ def _variance(graph: Graph, value: int, mean: View) -> tuple[_Factor, View | Non
 
 
 def _alike(graph: Graph, a: View, b: View) -> bool:
+    """Whether two views may be mean and variance of one norm: other leaves, same shape and slot."""
     shapes = [graph.avals[graph.inputs[v.leaf]].shape for v in (a, b)]
     return shapes[0] == shapes[1] and a.slot == b.slot and a.leaf != b.leaf
 
 
 def _factors(graph: Graph, value: Any, power: float) -> list[_Factor]:
-    """Splits a power of a parameter-only value into factors that are leaves, as far as it goes."""
+    """Splits a power of a parameter-only value into factors that are leaves, where possible."""
     if not isinstance(value, int):
         return []
     view = view_of(graph, value)
@@ -151,7 +152,7 @@ def _factors(graph: Graph, value: Any, power: float) -> list[_Factor]:
 
 
 def _clamped(graph: Graph, value: Any) -> View | None:
-    """The leaf in `maximum(leaf, number)`, seen through layout: a variance kept above zero."""
+    """The leaf in `maximum(leaf, number)`, seen through layout: a variance kept nonnegative."""
     while value in graph.producer:
         equation = graph.equations[graph.producer[value]]
         if equation.primitive == MAX:
@@ -164,7 +165,7 @@ def _clamped(graph: Graph, value: Any) -> View | None:
 
 
 def _number(graph: Graph, value: Any) -> float | None:
-    """The number that a literal or a uniform constant holds, or None."""
+    """The number in a literal or a uniform constant, or None."""
     for _ in range(4):
         if isinstance(value, jex.Literal):
             array = np.ravel(np.asarray(value.val))

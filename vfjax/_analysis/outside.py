@@ -1,4 +1,4 @@
-"""Leaves that act outside of layers, norms and biases, and weights that were not passed at all."""
+"""Leaves that act outside of layers, norms and biases, and weights that were closed over."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from vfjax._jaxpr.primitives import (
 def leaves_outside(
     graph: Graph, layers: Iterable[LinearSite], norms: Iterable[NormSite]
 ) -> list[tuple[int, str, str]]:
-    """Leaves that meet the input elsewhere than in a kernel, a bias or a normalisation.
+    """Leaves that meet the input outside of kernels, biases and normalisations.
 
-    Positional and token embeddings, layer scales and gates are such: permutations follow them, yet
-    no correction, and no removal of biases, reaches them.
+    Examples are positional and token embeddings, layer scales and gates: permutations follow them,
+    but corrections and the removal of biases do not reach them.
 
     Args:
         graph: The graph.
         layers: Its layers.
-        norms: Its normalisations with stored statistics. Those by moments of the input itself,
-            such as LayerNorm, are recognised here.
+        norms: Its normalisations with stored statistics. Those by moments of the input, such as
+            LayerNorm, are recognised here.
 
     Returns:
         `(index of the leaf, primitive, file:line)`, once each, in the order of the equations.
@@ -47,7 +47,7 @@ def leaves_outside(
     means = {site.index for site in norms}
     normalised: set[int] = set()
     moments = _moments(graph)
-    found: dict[tuple[int, str, str], None] = {}
+    uses: dict[tuple[int, str, str], None] = {}
     for index, equation in enumerate(graph.equations):
         if not equation.depends & INPUT:
             continue
@@ -62,11 +62,11 @@ def leaves_outside(
             if not isinstance(value, int) or graph.depends[value] != PARAM:
                 continue
             if kernels.get(index) != k:
-                found |= {(leaf, name, equation.where): None for leaf in _leaves(graph, value)}
+                uses |= {(leaf, name, equation.where): None for leaf in _leaves(graph, value)}
     for value in graph.output_ids:
         if graph.depends[value] == PARAM:
-            found |= {(leaf, "output", "unknown"): None for leaf in _leaves(graph, value)}
-    return list(found)
+            uses |= {(leaf, "output", "unknown"): None for leaf in _leaves(graph, value)}
+    return list(uses)
 
 
 def _leaves(graph: Graph, value: int) -> list[int]:
@@ -75,7 +75,7 @@ def _leaves(graph: Graph, value: int) -> list[int]:
 
 
 def _moments(graph: Graph) -> set[int]:
-    """Values made of reductions of input-dependent ones, position by position."""
+    """Values computed from reductions of input-dependent values, entry by entry."""
     moments: set[int] = set()
     for equation in graph.equations:
         if not equation.depends & INPUT:
@@ -89,7 +89,7 @@ def _moments(graph: Graph) -> set[int]:
 
 
 def closed_over(graph: Graph) -> Iterator[tuple[tuple[int, ...], str, str]]:
-    """Linear equations of the input and a constant array that was not computed but closed over.
+    """Linear equations of the input and a constant array that was closed over, not computed.
 
     Yields:
         `(shape of the constant, primitive, file:line)`.
@@ -106,7 +106,7 @@ def closed_over(graph: Graph) -> Iterator[tuple[tuple[int, ...], str, str]]:
 
 
 def _given(graph: Graph, value: int | jex.Literal) -> bool:
-    """Whether an array of numbers went into a constant, rather than an iota or a fill."""
+    """Whether an array of numbers went into a constant, not only an iota or a fill."""
     if not isinstance(value, int):
         return np.ndim(value.val) > 0
     read = {v for i in graph.needed([value], ()) for v in graph.equations[i].values} | {value}
@@ -114,7 +114,7 @@ def _given(graph: Graph, value: int | jex.Literal) -> bool:
 
 
 def report_missing_layers(traced: Any) -> None:
-    """Raises or warns where parameters meet the input in no layer, or constants do in their place.
+    """Raises or warns if the network has no layers, or multiplies by constants instead.
 
     Args:
         traced: A `Traced`.

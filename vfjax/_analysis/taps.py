@@ -10,10 +10,10 @@ from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD, TRANSPOSE
 def tap_of(graph: Graph, value: int) -> int:
     """The tap after a pre-activation: the last value of the elementwise region that follows it.
 
-    A reduction whose result comes back to the region, as a LayerNorm's moments do, belongs to it;
+    A reduction whose result returns to the region, such as a LayerNorm's moments, belongs to it;
     the region ends at the first value that a layer, a pool, a reshape or another reduction reads.
-    A transpose between the pre-activation and the region, as `vmap` leaves it behind a layer
-    without bias, is passed over.
+    Transposes between the pre-activation and the region, which `vmap` leaves after a layer without
+    bias, are skipped.
     """
     value, _ = _transposed(graph, value, ())
     shape = graph.avals[value].shape
@@ -40,12 +40,12 @@ def tap_of(graph: Graph, value: int) -> int:
 
 
 def axes_at_tap(graph: Graph, value: int, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Where axes of a pre-activation are at its tap."""
+    """The axes at a tap that axes of its pre-activation become."""
     return _transposed(graph, value, axes)[1]
 
 
 def _transposed(graph: Graph, value: int, axes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """The value behind transposes that alone read it, and where axes are there."""
+    """The value after transposes that are its only readers, and its axes there."""
     while value not in graph.output_ids:
         users = graph.users.get(value, ())
         if len(users) != 1 or graph.equations[users[0]].primitive != TRANSPOSE:
@@ -59,8 +59,9 @@ def _transposed(graph: Graph, value: int, axes: tuple[int, ...]) -> tuple[int, t
 def _returns(graph: Graph, index: int, region: set[int], shape: tuple[int, ...]) -> bool:
     """Whether an equation starts a statistic of the region that comes back to it elementwise.
 
-    A statistic is made by reductions and by what maps positions to positions: layout, broadcasts
-    and elementwise equations. A pool, a layer or an attention on the way makes it something else.
+    A statistic is computed by reductions and by equations that map positions to positions: layout,
+    broadcasts and elementwise equations. With a pool, a layer or an attention on the way it is not
+    a statistic.
     """
     todo, seen = [(index, False)], set()
     while todo:

@@ -1,4 +1,4 @@
-"""One tracing of a network at one abstract input: its graph, named sites, and its cuts."""
+"""One trace of a network at one abstract input: its graph, named sites and cuts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Cut:
 
     Attributes:
         stem: Indices of the stem's equations that depend on the input.
-        crossing: Ids of the input-dependent values made in the stem and used in the trunk.
-        averaged: For each of them, whether it depends on parameters, so that models differ in it.
+        crossing: Ids of the input-dependent values computed in the stem and used in the trunk.
+        averaged: For each of them, whether it depends on parameters, so that it differs by model.
     """
 
     stem: frozenset[int]
@@ -45,10 +45,10 @@ class Cut:
 
 
 class Traced:
-    """The analysis of one flattened jaxpr; everything is found lazily and kept."""
+    """The analysis of one flattened jaxpr; everything is computed on first use and kept."""
 
     def __init__(self, graph: Graph, paths: Sequence[str], x_tree: Any, out_tree: Any) -> None:
-        """Names the sites of a graph.
+        """Takes a graph and the names of its leaves.
 
         Args:
             graph: The flattened jaxpr; its first `num_leaves` inputs are the variables' leaves.
@@ -60,7 +60,7 @@ class Traced:
         self.x_tree, self.out_tree = x_tree, out_tree
 
     def output(self, values: Mapping[int, Any]) -> Any:
-        """The network's output, of the values of `graph.output_ids`."""
+        """The network's output, given the values of `graph.output_ids`."""
         return jax.tree.unflatten(self.out_tree, self.graph.output_values(values))
 
     @functools.cached_property
@@ -107,27 +107,29 @@ class Traced:
 
     @functools.cached_property
     def joins(self) -> bool:
-        """Whether values behind different layers are added somewhere, as in residual networks."""
+        """Whether values that follow different layers are added, as in residual networks."""
         layers = {site.index for site in self.layers.values()}
         behind: dict[int, frozenset[int]] = {}
         for index, equation in enumerate(self.graph.equations):
             before = [behind.get(v, frozenset()) for v in equation.values]
             if equation.primitive in SUMS and index not in layers:
-                alike = [
+                summands = [
                     b
                     for v, b in zip(equation.values, before, strict=True)
                     if self.graph.depends[v] & INPUT
                     and self.graph.avals[v].shape == self.graph.avals[equation.result].shape
                 ]
-                if len(set(alike)) > 1:
+                if len(set(summands)) > 1:
                     return True
-            found = frozenset().union(*before) | ({index} if index in layers else frozenset())
-            behind.update((v, found) for v in equation.results)
+            layers_before = frozenset().union(*before) | (
+                {index} if index in layers else frozenset()
+            )
+            behind.update((v, layers_before) for v in equation.results)
         return False
 
     @functools.cached_property
     def opaque(self) -> tuple[tuple[str, str], ...]:
-        """Primitives that were kept whole though a layer lies inside: (name, file:line)."""
+        """Primitives that were kept whole although a layer lies inside: (name, file:line)."""
         depends = self.graph.depends
         return tuple(
             (e.primitive, e.where)
@@ -140,24 +142,24 @@ class Traced:
     @functools.cached_property
     def others(self) -> tuple[tuple[str, str, str], ...]:
         """Leaves that act outside of layers, norms and biases: (path, primitive, file:line)."""
-        found = outside.leaves_outside(self.graph, self.layers.values(), self.norms.values())
-        return tuple((self.paths[leaf], primitive, where) for leaf, primitive, where in found)
+        uses = outside.leaves_outside(self.graph, self.layers.values(), self.norms.values())
+        return tuple((self.paths[leaf], primitive, where) for leaf, primitive, where in uses)
 
     @functools.cached_property
     def widest(self) -> int:
         """Bytes of the largest value that depends on the input."""
-        found = (v for v, bits in self.graph.depends.items() if bits & INPUT)
-        avals = (self.graph.avals[v] for v in found)
+        values = (v for v, bits in self.graph.depends.items() if bits & INPUT)
+        avals = (self.graph.avals[v] for v in values)
         return max((a.size * a.dtype.itemsize for a in avals), default=0)
 
     @functools.cached_property
     def propagation(self) -> Propagation:
-        """Which axes of all values carry which group."""
+        """The groups along the axes of all values."""
         return propagate(self.graph)
 
     @functools.cached_property
     def effects(self) -> dict[int, dict[str, Effect]]:
-        """By index of a leaf, how it acts on what depends on the input."""
+        """By index of a leaf, how it acts on values that depend on the input."""
         return leaf_effects(self.graph, self.norms.values())
 
     @functools.cached_property
@@ -166,30 +168,30 @@ class Traced:
         return named_groups(self.propagation, self.paths)[2]
 
     def places(self, value: int) -> tuple[Place, ...]:
-        """Groups that the axes of a value carry, those within others last."""
-        found: dict[int, list[Axis]] = {}
+        """The groups along the axes of a value, those within others last."""
+        by_group: dict[int, list[Axis]] = {}
         for axis, atoms in enumerate(self.propagation.axes.get(value, ())):
             for atom in atoms:
                 if atom.group is not None and atom.group in self.groups:
                     where = atom.outer, atom.inner, atom.windows
                     place = Axis("", axis, "elementwise", *where)
-                    found.setdefault(atom.group, []).append(place)
+                    by_group.setdefault(atom.group, []).append(place)
         within, places = self.propagation.within, []
-        for group in sorted(found, key=within.__contains__):
-            for place in found[group]:
-                around = owners(place, found.get(within.get(group, -1), ()))
+        for group in sorted(by_group, key=within.__contains__):
+            for place in by_group[group]:
+                around = owners(place, by_group.get(within.get(group, -1), ()))
                 owner = around[0] if len(around) == 1 else None
                 places.append(Place(self.groups[group], place, owner))
         return tuple(places)
 
     def norm_after(self, site: LinearSite) -> str | None:
-        """The norm that alone reads a layer's pre-activation, casts and layout aside, or None."""
+        """The norm that is the only reader of a pre-activation up to layout, or None."""
         link = self.norm_link(site)
         return None if link is None else link[0]
 
     @functools.cache  # noqa: B019 - lives and dies with the network that owns it
     def norm_link(self, site: LinearSite) -> tuple[str, tuple[int, ...]] | None:
-        """The norm that alone reads a layer, and the layer's channel axes in the norm's input."""
+        """The norm of `norm_after`, and the layer's channel axes in the norm's input."""
         graph = self.graph
         shape = graph.avals[site.preactivation].shape
         sizes = [n if a in site.channel_axes else 1 for a, n in enumerate(shape)]
@@ -197,14 +199,15 @@ class Traced:
         index, value, axes, labels = follow(graph, site.preactivation, site.channel_axes, labels)
         for name, norm in self.norms.items():
             if norm.index == index and graph.equations[index].inputs[0] == value:
-                # Channels in another order would need maps between the two.
+                # If the norm saw the channels in another order, corrections would have to be
+                # reordered.
                 ordered = bool((np.diff(labels.reshape(-1)) > 0).all())
                 return (name, axes) if ordered else None
         return None
 
     @functools.cache  # noqa: B019 - lives and dies with the network that owns it
     def cut(self, depth: int) -> Cut:
-        """The cut at a depth: the stem is what the pre-activations up to there depend on."""
+        """The cut at a depth: the stem computes the pre-activations up to that depth."""
         graph = self.graph
         seeds = [
             s.preactivation
@@ -227,7 +230,7 @@ class Traced:
         return bool(self.graph.equations[index].depends & INPUT)
 
     def part(self, start: int | None, stop: int | None) -> list[int]:
-        """Equations that run from one cut to another, parameter-only ones included.
+        """Equations that run from one cut to another, including parameter-only ones.
 
         Args:
             start: Depth of the first cut; None for the input.
@@ -237,11 +240,11 @@ class Traced:
         return self.graph.needed(self.ends(stop), have)
 
     def ends(self, stop: int | None) -> tuple[int, ...]:
-        """Ids of the values at which a part ends: those that cross, or the outputs."""
+        """Ids of the values at which a part ends: those that cross the cut, or the outputs."""
         return self.graph.output_ids if stop is None else self.cut(stop).crossing
 
     def leaves_of(self, equations: Sequence[int], outputs: Sequence[int] = ()) -> frozenset[str]:
-        """Paths of the leaves that equations read (and that are outputs themselves)."""
+        """Paths of the leaves that equations read, and of those among `outputs`."""
         leaves = set(self.graph.inputs[: self.graph.num_leaves])
         read = {v for i in equations for v in self.graph.equations[i].values} | set(outputs)
         return frozenset(self.paths[self.graph.inputs.index(v)] for v in read & leaves)
@@ -264,7 +267,7 @@ class Traced:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What must not change between traces: sites, depths, and which leaves they use."""
+        """The facts that must agree between traces: sites, depths, and the leaves they use."""
         layers = tuple(
             (
                 name,
@@ -284,7 +287,7 @@ def _slotted(path: str, slot: int | None) -> str:
 
 
 def _unused(base: str, named: Mapping[str, Any]) -> str:
-    """A name not taken yet: the n-th use of a leaf is `leaf#n`."""
+    """A name that is not taken: the n-th use of a leaf is `leaf#n`."""
     name, n = base, 1
     while name in named:
         n += 1

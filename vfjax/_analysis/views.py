@@ -1,4 +1,4 @@
-"""Parameter leaves seen through casts and layout, and what primitives do to positions."""
+"""Parameter leaves seen through casts and layout, and axes along which values vary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class View:
 
     Attributes:
         leaf: Index of the leaf among the variables' leaves.
-        slot: Which slice of the leaf, where a scan over stacked layers was unrolled, else None.
+        slot: Index of a slice of the leaf, if a scan over stacked layers was unrolled, else None.
         steps: `("reshape", shape)`, `("transpose", permutation)` or `("broadcast_in_dim", (shape,
             dims))`, applied in this order to the leaf (or to its slice).
     """
@@ -42,7 +42,7 @@ class View:
         return all(kind != BROADCAST for kind, _ in self.steps)
 
     def forward(self, array: np.ndarray) -> np.ndarray:
-        """Shows an array of the leaf's (or slice's) shape as the operand shows the leaf."""
+        """Transforms an array of the leaf's (or slice's) shape to the operand's shape."""
         for kind, how in self.steps:
             if kind == RESHAPE:
                 array = array.reshape(how)
@@ -57,7 +57,7 @@ class View:
         return array
 
     def backward(self, array: Any, shape: tuple[int, ...]) -> Any:
-        """Carries an array of the operand's shape back to the leaf's; needs a rigid view."""
+        """Transforms an array of the operand's shape back to the leaf's; needs a rigid view."""
         shapes = [shape]
         for kind, how in self.steps:
             last = shapes[-1]
@@ -68,7 +68,7 @@ class View:
 
 
 def view_of(graph: Graph, value: Any) -> View | None:
-    """The leaf that a value is, seen through casts and layout only, or None."""
+    """A value as a leaf seen through casts and layout, or None if it is more than that."""
     steps: list[tuple[str, Any]] = []
     slot, squeezed = None, False
     while isinstance(value, int) and value in graph.producer:
@@ -81,7 +81,8 @@ def view_of(graph: Graph, value: Any) -> View | None:
         if name in CAST:
             pass
         elif name == SLICE and squeezed and slot_of(graph, equation) is not None:
-            # One step of an unrolled scan over stacked layers, or `stacked[3]` written out.
+            # One step of an unrolled scan over stacked layers, or a `stacked[3]` in the user's
+            # code.
             slot = slot_of(graph, equation)
             steps.pop()
         elif name == TRANSPOSE:
@@ -101,7 +102,7 @@ def view_of(graph: Graph, value: Any) -> View | None:
 
 
 def slot_of(graph: Graph, equation: Equation) -> int | None:
-    """The index along axis 0 that a slice takes out, if it takes one, whole."""
+    """The index along axis 0 of a slice that takes one whole entry, else None."""
     if equation.primitive != SLICE:
         return None
     shape = graph.avals[equation.values[0]].shape
@@ -145,7 +146,7 @@ def varying_axes(graph: Graph, value: Any) -> frozenset[int]:
     equation = graph.equations[graph.producer[value]]
     name, params = equation.primitive, equation.params
     if name in ELEMENTWISE:
-        # Under jax 0.12 operands of size one are stretched inside; they do not vary there.
+        # jax 0.12 broadcasts dimensions of size one inside the primitive; they do not vary there.
         parts = [varying_axes(graph, v) for v in equation.inputs if np.ndim(_aval(graph, v))]
         return frozenset().union(*parts)
     if name == BROADCAST:

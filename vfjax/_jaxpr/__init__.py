@@ -1,8 +1,9 @@
-"""A jaxpr made flat, and run.
+"""A jaxpr flattened into a graph of equations, and the graph evaluated.
 
-Here belongs what holds of any jaxpr: inlining calls, unrolling scans, dependency sets, evaluation
-with values read or replaced, the table of primitives, and faster equivalents of single primitives.
-What a layer, a norm or a symmetry is does not: that is `vfjax._analysis` and `vfjax._propagate`.
+Whatever holds of any jaxpr belongs here: inlining calls, unrolling scans, dependency sets,
+evaluation with values read or replaced, the table of primitives, and faster equivalents of single
+primitives. Layers, norms and symmetries do not: they belong in `vfjax._analysis` and
+`vfjax._propagate`.
 
-Read `graph` first, then `flatten`. A new primitive starts in `primitives`.
+Read `graph` first, then `flattening`. A new primitive starts in `primitives`.
 """

@@ -11,9 +11,9 @@ from jax.extend import core as jex
 from vfjax._jaxpr.primitives import CAST, COND, CUSTOM, INLINE, LINEAR, SCAN, WHILE
 
 PARAM, INPUT = 1, 2
-"""Dependency bits of a value: on the parameters, on the network's input."""
+"""Dependency bits: the value depends on the parameters, or on the network's input."""
 
-# A third bit, used only here: on a leaf that a scan hands out step by step.
+# A third bit, used only here: the value depends on a leaf that a scan slices, one entry a step.
 _STACKED = 4
 
 
@@ -24,7 +24,8 @@ def subjaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
         eqn: A `JaxprEqn`.
 
     Returns:
-        `(jaxpr, consts)` of a `jit`, `remat`, `custom_jvp` and the like; None of loops, branches.
+        `(jaxpr, consts)` for `jit`, `remat`, `custom_jvp` and the like; None for loops and
+        branches.
     """
     if eqn.primitive.name not in INLINE | CUSTOM:
         return None
@@ -33,20 +34,20 @@ def subjaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Separates a (closed) jaxpr from its constants, for jax 0.10 and 0.12 alike."""
+    """Separates a (closed) jaxpr from its constants, in jax 0.10 and in 0.12."""
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
 def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers of constants and of carries of a `scan` equation."""
+    """The numbers of constants and of carried values of a `scan` equation."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 keeps the user's trees here
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 keeps the user's pytrees here
     return len(list(consts)), len(list(carry))
 
 
 def holds_layer(eqn: Any, depends: Sequence[int]) -> bool:
-    """Whether a linear equation of parameters and input lies inside an equation, at any depth.
+    """Whether a layer, a linear equation of parameters and input, lies inside at any depth.
 
     Args:
         eqn: A `JaxprEqn`.
@@ -82,7 +83,8 @@ def _follow_bits(eqn: Any, bits: Sequence[int]) -> tuple[list[int], int]:
         kernel, value = sorted(bits[:2], key=lambda b: b & INPUT)
         layer = value & INPUT and kernel & PARAM and not kernel & INPUT
         return [union(bits)], kernel if layer else 0
-    # Whatever else holds a jaxpr with these operands (`shard_map`, `custom_vmap_call`) calls it.
+    # Any other equation that holds a jaxpr of as many operands (`shard_map`, `custom_vmap_call`)
+    # is taken to call it.
     bodies = [open_jaxpr(p)[0] for p in params.values() if hasattr(open_jaxpr(p)[0], "eqns")]
     inside = [_bits_inside(b, bits)[1] for b in bodies if len(b.invars) == len(bits)]
     return [union(bits)] * len(eqn.outvars), union(inside)
@@ -103,7 +105,7 @@ def _bits_inside(jaxpr: Any, bits: Sequence[int]) -> tuple[list[int], int]:
 
 
 def _fixed_point(body: Any, bits: Sequence[int], start: int, count: int) -> tuple[list[int], int]:
-    """Bits that leave a loop whose carry is `bits[start:start + count]`."""
+    """Dependency bits after a loop whose carry is `bits[start:start + count]`."""
     bits = list(bits)
     while True:
         result, kernels = _bits_inside(body, bits)

@@ -1,4 +1,4 @@
-"""Which equations are elementwise, custom derivatives such as relu's looked into."""
+"""Which equations are elementwise, also where a custom derivative such as relu's hides it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _elementwise_jaxpr(jaxpr: Any, consts: Sequence[Any]) -> bool:
     literals = [v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, jex.Literal)]
     shapes = [v.aval.shape for v in jaxpr.constvars] + [np.shape(v.val) for v in literals]
     if any(shapes) or any(map(np.ndim, consts)):
-        return False  # an array that is not an operand: nobody could tell where it varies
+        return False  # a constant array inside may vary from position to position
     for eqn in jaxpr.eqns:
         inner = subjaxpr(eqn)
         if inner is not None and _elementwise_jaxpr(*inner):

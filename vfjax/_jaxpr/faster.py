@@ -1,19 +1,21 @@
-"""Equivalents of what a backend is slow at, for evaluation, `Network.run` and training alike.
+"""Faster equivalents of primitives that a backend is slow at.
+
+Evaluation, `Network.run` and training all use them.
 
 XLA on CPU is pathologically slow at convolutions on maps of 2x2 and less (300 times slower than the
 same linear map as a matrix product), at depthwise convolutions (up to 100 times slower than the
 matrix products or the sum over their taps) and at the gradient of max-pooling by `reduce_window`.
-All have equivalents that are exact up to the order of summation:
+Each has an equivalent that is exact up to the order of summation:
 
 * a convolution on such a map is a dense layer from all input to all output positions, its matrix
   made of copies of the kernel's taps;
-* a depthwise one on a small map is a product with such a matrix for each channel, where the batch
-  outweighs the making of it; on others a sum of shifted maps, each times one tap, which XLA makes
-  one loop of, if not of its gradient;
-* pooling over windows that tile the map is a reshape followed by a maximum (or a sum). Of equal
-  entries the first is the maximum, as in `reduce_window`, so that gradients agree too.
+* a depthwise convolution on a small map is a product with one such matrix for each channel, if the
+  batch is large enough to pay for building them; on larger maps it is a sum of shifted maps, each
+  times one tap, which XLA fuses into one loop (though not its gradient);
+* pooling over windows that tile the map is a reshape followed by a maximum (or a sum). The first of
+  several equal entries counts as the maximum, as in `reduce_window`, so gradients agree too.
 
-Models stay plain, and so does the traced network: only the evaluation takes the other road. The
+Models and the traced network stay as written; only evaluation takes the faster route. The
 measurements are in `experiments/benchmarks`.
 """
 
@@ -35,19 +37,19 @@ from vfjax._types import Array
 
 # Up to this many (input position, output position) pairs a dense layer beats a convolution on CPU.
 _MAX_PAIRS = 16
-# A depthwise convolution is a matrix for each channel up to so many pairs, with no more input
-# positions than this many times the batch.
+# A depthwise convolution becomes a matrix for each channel up to this many pairs, if the input has
+# no more positions than this many times the batch.
 _MAX_PAIRS_DEPTHWISE = 2**16
 _MAX_POSITIONS = 2
-# Elsewhere a kernel of more taps stays a convolution: every tap is an operation to compile.
+# Otherwise a kernel of more taps stays a convolution: every tap is one more operation to compile.
 _MAX_TAPS = 64
 
 
 def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, by the fastest equivalent equations that the default backend has.
+    """The same function, evaluated by the equations that are fastest on the default backend.
 
-    Meant to be called under `jit`: every call traces `fn` anew. Differentiation, `vmap` and `jit`
-    go through; results differ from `fn`'s by float rounding at most.
+    Call it under `jit`: every call traces `fn` anew. It can be differentiated, vmapped and jitted;
+    its results differ from those of `fn` by float rounding at most.
 
     Args:
         fn: A pure function of pytrees of arrays.
@@ -79,7 +81,7 @@ def routed(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rules() -> Callable[[Equation, Sequence[Any]], Callable[..., Any] | None] | None:
-    """The rules for the default backend, in the form that `_graph.evaluate` takes, or None."""
+    """The rules for the default backend, as `evaluate` takes them, or None if it needs none."""
     return _cpu_rule if jax.default_backend() == "cpu" else None
 
 
@@ -91,7 +93,7 @@ def _cpu_rule(equation: Equation, args: Sequence[Any]) -> Callable[..., Any] | N
 def _convolution(
     params: Any, x_shape: tuple[int, ...], kernel_shape: tuple[int, ...]
 ) -> Callable[..., Array] | None:
-    """A convolution on a tiny map, or a depthwise one; None where a convolution is better."""
+    """An equivalent for a tiny map or a depthwise kernel; None where the convolution is faster."""
     if params["batch_group_count"] != 1 or params.get("preferred_element_type"):
         return None
     if any(d != 1 for d in params["lhs_dilation"]):
@@ -127,7 +129,7 @@ def _convolution(
 def _as_dense(
     params: Any, size_in: Sequence[int], taps: Sequence[int], size_out: Sequence[int]
 ) -> Callable[..., Array]:
-    """A convolution as a dense layer from all positions to all."""
+    """A convolution as a dense layer from all input to all output positions."""
     dims, rank = params["dimension_numbers"], len(taps)
 
     def tap(source: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -165,7 +167,7 @@ def _as_dense(
 def _as_matrices(
     params: Any, size_in: Sequence[int], taps: Sequence[int], size_out: Sequence[int]
 ) -> Callable[..., Array]:
-    """A convolution of every channel by itself, as a matrix for each."""
+    """A depthwise convolution as one matrix for each channel."""
     dims, rank = params["dimension_numbers"], len(taps)
 
     def places(axis: int) -> np.ndarray:
@@ -183,7 +185,7 @@ def _as_matrices(
         for axis in range(rank):
             one_hot = jnp.asarray(places(axis), kernel.dtype)
             matrices = jnp.tensordot(matrices, one_hot, (0, 0), precision="highest")
-        # Of the channel, and each axis' input and output.
+        # From (channel, in, out, in, out, ...) to (channel, every in, every out).
         order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
         matrices = matrices.transpose(order).reshape(c, int(np.prod(size_in)), -1)
         x = x.reshape(n, matrices.shape[1], c)
@@ -194,7 +196,7 @@ def _as_matrices(
 
 
 def _as_sum(params: Any, taps: Sequence[int], size_out: Sequence[int]) -> Callable[..., Array]:
-    """A convolution of every channel by itself, as a sum over the taps of its kernel."""
+    """A depthwise convolution as a sum over the taps of its kernel."""
     dims, strides = params["dimension_numbers"], params["window_strides"]
 
     def summed(x: Array, kernel: Array) -> Array:
@@ -219,7 +221,7 @@ def _as_sum(params: Any, taps: Sequence[int], size_out: Sequence[int]) -> Callab
 
 
 def _widened(x: Array) -> Array:
-    """Floats in float32 or better, in which a convolution sums."""
+    """Floats in float32 or better: XLA, too, accumulates a bfloat16 convolution in float32."""
     wide = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if wide else x
 
@@ -250,7 +252,7 @@ def _tiled_pool(
         return None
 
     def pool(x: Array) -> Array:
-        # Last axis first: the first of equal entries then comes first in the window's own order.
+        # Last axis first, so that among equal entries the first in the window's own order wins.
         for axis, w in reversed(list(enumerate(window))):
             if w == 1:
                 continue
@@ -265,7 +267,7 @@ def _tiled_pool(
 
 
 def _first_max(a: Array, b: Array) -> Array:
-    """The greater of two values, the first of equal ones; NaN if one of them is."""
+    """The greater of two values, the first if they are equal, and NaN if either is NaN."""
     return lax.select((a >= b) | (a != a), a, b)
 
 

@@ -1,12 +1,6 @@
-"""A network as a flat list of equations: flattening, dependency sets, evaluation with edits.
+"""A network as a flat list of equations, and its evaluation with values read or replaced.
 
-A jaxpr nests: `jit`, rematerialisation, custom derivatives and loops hold jaxprs of their own.
-Here it is made flat, so that a layer is one equation and a value one integer, whatever wrapped it:
-
-* calls that only delimit (`jit`, `closed_call`, `remat`) are inlined;
-* `custom_jvp` and `custom_vjp` stay whole, since inlining them would change derivatives (that of
-  `relu` at 0, for one), unless a layer hides inside;
-* a `scan` over stacked layers is unrolled up to `MAX_UNROLL` steps; any other loop stays whole.
+`flattening` makes a `Graph` of a jaxpr: a layer is one equation there and a value one integer.
 
 Evaluation goes through `jax.core.eval_jaxpr`, one equation at a time: it enters each equation's
 context and name stack exactly as evaluating the original jaxpr would.
@@ -27,7 +21,7 @@ from jax.extend import core as jex
 
 from vfjax._types import Array
 
-# Frames of installed packages, JAX and this core are never where a user wrote a layer.
+# A user's layer is never written in a frame of an installed package, of JAX or of this package.
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 _LIBRARIES = (_JAX, *(os.sep + name + os.sep for name in ("site-packages", "dist-packages")))
@@ -35,7 +29,7 @@ _LIBRARIES = (_JAX, *(os.sep + name + os.sep for name in ("site-packages", "dist
 
 @functools.cache
 def _debug_info() -> Any:
-    """The debug information of a jaxpr of one equation, which must be given and says nothing."""
+    """Empty debug information: `Jaxpr` demands some."""
     return jax.make_jaxpr(lambda: ())().jaxpr.debug_info
 
 
@@ -46,7 +40,7 @@ class Equation:
     Attributes:
         eqn: The equation as JAX traced it.
         inputs: One entry per operand: the id of a value, or a literal.
-        outputs: The ids of its results; None for one that nobody reads.
+        outputs: The ids of its results; None for a result that nothing reads.
         depends: Bits `PARAM` and `INPUT`: what the results depend on.
         scope: Name stack of the calls that it was inlined from.
     """
@@ -69,22 +63,22 @@ class Equation:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Ids of the operands that are values, literals left out."""
+        """Ids of the operands, leaving out literals."""
         return tuple(v for v in self.inputs if isinstance(v, int))
 
     @property
     def results(self) -> tuple[int, ...]:
-        """Ids of the results, those that nobody reads left out."""
+        """Ids of the results, leaving out those that nothing reads."""
         return tuple(v for v in self.outputs if v is not None)
 
     @property
     def result(self) -> int:
-        """Id of the first result; of most primitives the only one."""
+        """Id of the first result; most primitives have only one."""
         return self.results[0]
 
     @functools.cached_property
     def where(self) -> str:
-        """The user's source line, as `file:line`; a library's where the user's is too far up."""
+        """The user's source line, as `file:line`; a library's if no user frame is recorded."""
         traceback = self.eqn.source_info.traceback
         frames = list(traceback.frames) if traceback is not None else []
         outside = [f for f in frames if not f.file_name.startswith((_PACKAGE, _JAX))]
@@ -111,7 +105,7 @@ class Equation:
             return eval_jaxpr(self._jaxpr, (), *operands.values())
 
     def replace(self, rule: Callable[..., Any], *args: Any) -> list[Any]:
-        """Applies another function in the equation's place, within its name stack and context."""
+        """Applies another function in the equation's place, in its name stack and context."""
         stack = str(self.eqn.source_info.name_stack)
         with _scoped("/".join(s for s in (self.scope, stack) if s)), self.eqn.ctx.manager:
             results = rule(*args)
@@ -133,15 +127,15 @@ class Graph:
     """A flattened jaxpr in static single assignment form.
 
     Attributes:
-        equations: In an order in which they can be evaluated; none is dead.
+        equations: In an order in which they can be evaluated; every one is needed for an output.
         inputs: Ids of the inputs: first the leaves of the variables, then those of x.
         num_leaves: How many of the inputs are leaves of the variables.
         outputs: Ids of the outputs (or literals).
         consts: Values closed over, by id.
-        avals: Abstract value of every id.
-        depends: Dependency bits of every id.
+        avals: The abstract value of each id.
+        depends: The dependency bits of each id.
         users: Indices of the equations that read an id, in order.
-        producer: Index of the equation that makes an id; inputs and consts have none.
+        producer: Index of the equation that computes an id; inputs and consts have none.
     """
 
     equations: tuple[Equation, ...]
@@ -156,7 +150,7 @@ class Graph:
 
     @property
     def output_ids(self) -> tuple[int, ...]:
-        """Ids of the outputs, literals left out."""
+        """Ids of the outputs, leaving out literals."""
         return tuple(v for v in self.outputs if isinstance(v, int))
 
     def output_values(self, values: Mapping[int, Any]) -> list[Any]:
@@ -165,15 +159,15 @@ class Graph:
 
     def needed(self, wanted: Iterable[int], have: Iterable[int]) -> list[int]:
         """Indices of the equations that compute `wanted` from `have`, in order."""
-        have, todo, found = set(have), list(wanted), set()
+        have, todo, chosen = set(have), list(wanted), set()
         while todo:
             value = todo.pop()
             index = self.producer.get(value)
-            if value in have or index is None or index in found:
+            if value in have or index is None or index in chosen:
                 continue
-            found.add(index)
+            chosen.add(index)
             todo.extend(self.equations[index].values)
-        return sorted(found)
+        return sorted(chosen)
 
 
 def _array(literal: Any) -> Array:
@@ -193,9 +187,9 @@ def evaluate(
 
     Args:
         graph: The graph.
-        env: Values given, by id: leaves, inputs, or anything further down. Not modified.
+        env: Known values by id: leaves, inputs, or values further down. Not modified.
         wanted: Ids to compute.
-        edits: By id, a function that replaces the value as soon as it is there, for every reader.
+        edits: By id, a function that replaces the value once computed, for every reader.
         operand_edits: By (equation index, operand index), a function that replaces the operand for
             that one equation.
         rules: `rules(equation, args)` may return a function of the operands to use in place of the
@@ -211,7 +205,7 @@ def evaluate(
     edits, operand_edits = edits or {}, operand_edits or {}
     env = {**graph.consts, **env}
     order = graph.needed(wanted, env)
-    # Values are dropped after their last use: an eager run then holds no more than a jitted one.
+    # Drop each value after its last use, so that an eager run holds no more than a jitted one.
     last_use = {v: i for i in order for v in graph.equations[i].values}
     keep = set(wanted)
     for index in order:

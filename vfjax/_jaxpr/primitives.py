@@ -1,10 +1,10 @@
-"""The one table of what each primitive is, which every other module asks.
+"""The one table of what each primitive does, which every other module looks up.
 
-A primitive that is missing here is unknown: it fixes the axes that it touches, mixes examples, and
-is not affine as far as anyone can tell. Symmetries may then be missed, never invented.
+A primitive that is missing here is unknown: it is assumed to fix the axes that it touches, to mix
+examples, and not to be affine. Symmetries may then be missed, never invented.
 
-Two rooms keep names of their own: the rules of `vfjax._propagate`, one function for each primitive,
-and `faster`, whose equivalents are of single primitives.
+Two other places name primitives themselves: the rules of `vfjax._propagate`, one function for each,
+and `faster`, which replaces single ones.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import NamedTuple
 class Kind(enum.Enum):
     """What a primitive does to the entries of its operands."""
 
-    CAST = "hands each operand on, at another precision, place, layout in memory or name at most"
-    LAYOUT = "lays the entries of one operand out differently, each of them once"
+    CAST = (
+        "passes each operand through; at most its precision, device, memory layout or name changes"
+    )
+    LAYOUT = "rearranges the entries of one operand, each of them once"
     BROADCAST = "repeats one operand along new dimensions, or along those of size one"
     ELEMENTWISE = "maps each position of its operands to the same position of one result"
     REDUCTION = "combines the entries along `axes`, in any order"
-    CHOICE = "tells where along `axes` an entry is"
+    CHOICE = "returns where along `axes` an entry is"
     CUMULATIVE = "combines each entry with those before it along `axis`"
     WINDOW = "combines the entries of windows: a pool"
     LAYER = "contracts an operand with another one, which may be a kernel"
     INDEXING = "picks, places, joins, repeats or reorders entries"
     INLINE = "calls a jaxpr, and only delimits it"
-    CUSTOM = "calls a jaxpr with derivatives of its own"
+    CUSTOM = "calls a jaxpr that has custom derivatives"
     LOOP = "runs a jaxpr several times, or one of several"
     OTHER = "none of these"
 
@@ -42,7 +44,7 @@ class Linear(enum.Enum):
     BUT_FIRST = "in all but the first, which is given"
     BUT_SECOND = "in all but the second, which is given"
     NEVER = "in none"
-    UNKNOWN = "nobody has said"
+    UNKNOWN = "not known"
 
 
 class Primitive(NamedTuple):
@@ -50,8 +52,8 @@ class Primitive(NamedTuple):
 
     Attributes:
         kind: What it does to entries.
-        linear: In which operands it is affine. Of a cast that holds between floats; one to integers
-            rounds.
+        linear: In which operands it is affine. For a cast this holds between floats; a cast to
+            integers rounds.
     """
 
     kind: Kind
@@ -117,11 +119,11 @@ def _of(*kinds: Kind) -> frozenset[str]:
 
 
 CAST = _of(Kind.CAST)
-"""Primitives that hand each operand on as a result of its own."""
+"""Primitives that pass each operand through as a separate result."""
 
 LAYOUT = _of(Kind.LAYOUT)
 SPREAD = _of(Kind.CAST, Kind.LAYOUT, Kind.BROADCAST)
-"""Primitives that only lay values out."""
+"""Primitives that only rearrange or repeat entries."""
 
 ELEMENTWISE = _of(Kind.CAST, Kind.ELEMENTWISE)
 """Primitives that map each position of their operands to the same position of the result."""
@@ -137,13 +139,13 @@ INLINE = _of(Kind.INLINE)
 """Calls that only delimit."""
 
 CUSTOM = _of(Kind.CUSTOM)
-"""Calls with derivatives of their own."""
+"""Calls with custom derivatives."""
 
 _NOT_ADDITIVE = Linear.EACH, Linear.NEVER, Linear.UNKNOWN
 ADDITIVE = frozenset(name for name, p in TABLE.items() if p.linear not in _NOT_ADDITIVE) - {"div"}
-"""Primitives whose results are sums of entries of their operands, signs aside."""
+"""Primitives whose results are sums of entries of their operands, up to signs."""
 
-# Primitives that are asked for one by one.
+# Primitives that are compared with by name.
 BROADCAST, RESHAPE, SQUEEZE, TRANSPOSE = "broadcast_in_dim", "reshape", "squeeze", "transpose"
 CONCATENATE, PAD, REV, SLICE, SPLIT = "concatenate", "pad", "rev", "slice", "split"
 STACK, TILE, UNSTACK, SORT = "stack", "tile", "unstack", "sort"
@@ -157,10 +159,10 @@ SUMS = ADD | {SUB}
 PRODUCTS = frozenset({MUL, DIV})
 ROOTS = frozenset({SQRT, RSQRT, POW})
 MOMENTS = frozenset({MAX, SQUARE, INTEGER_POW, "abs", "select_n"})
-"""What moments are made with, besides sums, products and roots."""
+"""Primitives that moments are computed with, besides sums, products and roots."""
 
 ACTIVATIONS = frozenset({MAX, "cos", "erf", "erfc", "exp", "logistic", "sin", "tanh"})
-"""Nonlinear primitives that stand for one activation each."""
+"""Nonlinear primitives that each count as one activation."""
 
 POOLS = WINDOWS | {"reduce_max", "reduce_sum"}
-"""Primitives of which a pool over windows, or over all positions, is made."""
+"""Primitives that make up a pool over windows or over all positions."""

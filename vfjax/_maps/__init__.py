@@ -1,9 +1,10 @@
-"""A linear map per model and group: what matchers return and merging applies.
+"""A linear map per model and group, which matchers return and merging applies.
 
-Here belongs what a map is and what it does to trees and moments, whoever found it. How maps are
-found belongs to `vfjax.align`, whose face offers `Maps`; how one group's axes are permuted or
-multiplied belongs to `vfjax.symmetry`.
+Maps, and what they do to trees and moments, belong here, whichever matcher they come from. Matchers
+belong in `vfjax.align`, which exports `Maps`; permuting and multiplying the axes of one group
+belongs in `vfjax.symmetry`.
 
-Read `maps` first. `labels` makes maps of features that are merged, `norm_units` puts layers into
-the units of the norm behind them before they are mixed.
+Read `maps` first. `labels` turns labels of merged features into maps, `norm_units` puts layers into
+the units of the norm after them before they are mixed, and `parts` splits groups into what is
+matched together.
 """

@@ -1,4 +1,4 @@
-"""Linear maps of every model's groups: what matchers beyond permutations return."""
+"""`Maps`: linear maps of every model's groups, which matchers beyond permutations return."""
 
 from __future__ import annotations
 
@@ -24,25 +24,49 @@ from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permuta
 class Maps:
     """Merge and unmerge matrices of K models; the mean of the mapped models is their merge.
 
-    Maps that merge features within a model (`of_labels`) divide by all that are merged and hold
-    the factor K, so that the plain mean is the merge. Weighted otherwise they make none: even the
-    weights (1, 0) give no model back, only one with features of its own merged and scaled.
+    Maps that merge features within a model (`of_labels`) divide by the number of all merged
+    features and include the factor K, so that the plain mean is the merge. Other weights do not
+    give a merge: even the weights (1, 0) do not return a model, but one with its features merged
+    and scaled.
 
     Attributes:
-        maps: Per model and group, `(M [m, n], U [n, m])`: what writes the group takes M, what reads
-            it takes U. A group that a model's mapping lacks is left as it is. One that moves within
-            another of h entries (`net.spec.within`) may have `(M [h, m, n], U [h, n, m])`.
+        maps: Per model and group, `(M [m, n], U [n, m])`: leaves that write the group take M,
+            leaves that read it take U. A group that a model's mapping lacks is left unchanged. A
+            group that moves within another of h entries (`net.spec.within`) may have `(M [h, m, n],
+            U [h, n, m])`.
         sizes: By group, how many features of all models each merged feature is made of, int `[m]`
-            (or `[h, m]`); empty where merged features are no plain means of others.
-        spreads: Per model and group, the standard deviation of what M makes of the features,
-            relative to `|M|` of theirs, `[m]`, for the scales of norms; 1 where it is not known.
+            (or `[h, m]`); empty if merged features are not plain means of features.
+        spreads: Per model and group, the standard deviation of the mixed features M h, relative to
+            `|M|` times that of h, `[m]`, for the scales of norms; 1 where unknown.
 
     Example:
-        >>> maps = Maps.of_permutations([{}, {"h": np.array([1, 0])}])
+        >>> import vfjax
+        >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
         >>> maps
         Maps(2 models, 1 group, of which 1 only permutes)
-        >>> maps.maps[1]["h"][0].tolist()
-        [[0.0, 1.0], [1.0, 0.0]]
+        >>> maps.maps[1]["w"][0].tolist(), maps.permutations[1]["w"].tolist()
+        ([[0.0, 1.0], [1.0, 0.0]], [1, 0])
+
+        Applied to the models that were matched:
+
+        >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
+        >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
+        >>> maps.check([net, net], 2)
+        >>> [mapped["v"].tolist() for mapped in maps.apply(net, [tree, tree])]
+        [[[3.0], [4.0]], [[4.0], [3.0]]]
+        >>> maps.map_tree(net, tree, 1)["v"].tolist(), maps.prepare(net, tree, 1)["w"].tolist()
+        ([[4.0], [3.0]], [[2.0, 1.0]])
+        >>> maps.unknown(net)
+        frozenset()
+        >>> half = np.full((2, 2), 0.5, np.float32)
+        >>> Maps(({}, {"w": (half, half)})).mix(net, tree, 1)["w"].tolist()
+        [[1.5, 1.5]]
+
+        And to their moments:
+
+        >>> moments = vfjax.stats.moments(net, [tree, tree], [np.ones((2, 1), np.float32)])
+        >>> maps.carry(moments).mean["w"].tolist()
+        [[1.0, 2.0], [2.0, 1.0]]
     """
 
     maps: tuple[Mapping[str, tuple[np.ndarray, np.ndarray]], ...]
@@ -54,35 +78,36 @@ class Maps:
         """Maps that merge features of equal label to their mean.
 
         Args:
-            labels: By group, int `[models * n]`: of the features of all models, one model after
-                another, which merged feature they go to. For a group within another of h entries,
-                `[h, models * n]`: inside each of these in their merged order.
+            labels: By group, int `[models * n]`: the merged feature that each feature goes to, for
+                one model after another. For a group within another of h entries, `[h, models * n]`:
+                for each of these in their merged order.
             models: K.
 
         Returns:
             Maps with `M = K U^T / sizes`, where `U` is one at the label of each feature.
 
         Raises:
-            TypeError: If labels are not of integers, or `models` is not a whole number.
-            ValueError: If they are not as many for each model, are negative, or leave out a number.
+            TypeError: If labels are not integers, or `models` is not a whole number.
+            ValueError: If the number of labels differs by model, or labels are negative or leave
+                out a number.
 
         Example:
-            >>> found = Maps.of_labels({"h": np.array([0, 0, 1, 1])}, 2)
-            >>> found
+            >>> maps = Maps.of_labels({"h": np.array([0, 0, 1, 1])}, 2)
+            >>> maps
             Maps(2 models, 1 groups, 2 features of 4, at most 2 in one)
-            >>> found.maps[0]["h"][0].tolist()
+            >>> maps.maps[0]["h"][0].tolist()
             [[1.0, 1.0], [0.0, 0.0]]
         """
         if whole(models) < 1:
             raise TypeError(f"models must be a whole number of 1 or more, got {models!r}")
-        found = {group: check_labels(group, of, models) for group, of in labels.items()}
-        pairs = {group: pairs_of(of, models) for group, of in found.items()}
+        checked = {group: check_labels(group, of, models) for group, of in labels.items()}
+        pairs = {group: pairs_of(of, models) for group, of in checked.items()}
         maps = tuple({group: of[k] for group, of in pairs.items()} for k in range(models))
-        return cls(maps, {group: sizes_of(of) for group, of in found.items()})
+        return cls(maps, {group: sizes_of(of) for group, of in checked.items()})
 
     @classmethod
     def of_permutations(cls, permutations: Sequence[Mapping[str, Any] | None]) -> Maps:
-        """Maps that permute: what a matcher of permutations found, as maps.
+        """The permutations of a matcher as maps.
 
         Args:
             permutations: One per model: by group an integer array `[n]`, new axis =
@@ -93,13 +118,8 @@ class Maps:
             Maps with `M[i, p[i]] = 1` and `U = M^T`; they are applied by indexing.
 
         Raises:
-            TypeError: If a permutation is not of integers, or `permutations` is one mapping.
+            TypeError: If a permutation does not hold integers, or `permutations` is one mapping.
             ValueError: If one is not a permutation, or two models' differ in size.
-
-        Example:
-            >>> found = Maps.of_permutations([None, {"h": [2, 0, 1]}])
-            >>> found.permutations[1]["h"].tolist()
-            [2, 0, 1]
         """
         if isinstance(permutations, Mapping):
             raise TypeError(
@@ -115,7 +135,7 @@ class Maps:
 
     @property
     def models(self) -> int:
-        """K."""
+        """The number of models, K."""
         return len(self.maps)
 
     @functools.cached_property
@@ -128,7 +148,7 @@ class Maps:
 
     @functools.cached_property
     def mixing(self) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], ...]:
-        """Per model, the groups whose maps are no permutations, with their maps."""
+        """Per model, the maps that are not permutations, by group."""
         return tuple(
             {group: pair for group, pair in of.items() if group not in permuted}
             for of, permuted in zip(self.maps, self.permutations, strict=True)
@@ -136,9 +156,9 @@ class Maps:
 
     @property
     def merging(self) -> tuple[dict[str, np.ndarray], ...]:
-        """Per model and group, what maps its features into the basis of the merge.
+        """Per model and group, the map of its features into the basis of the merge.
 
-        A permutation `int[n]` or `int[h, n]` where it is one, else M `[m, n]` or `[h, m, n]`.
+        A permutation `int[n]` or `int[h, n]` if it is one, else M `[m, n]` or `[h, m, n]`.
         """
         return tuple(
             permuted | {group: pair[0] for group, pair in mixed.items()}
@@ -147,40 +167,32 @@ class Maps:
 
     @property
     def mixed(self) -> frozenset[str]:
-        """Groups that any model's map mixes, so that variances along them are unknown."""
+        """Groups that the map of some model mixes, so that variances along them are unknown."""
         return frozenset().union(*self.mixing)
 
     def check(self, nets: Sequence[Network], models: int) -> None:
-        """Checks that the maps are of so many models and of groups of their networks.
+        """Checks that the maps fit a number of models and the groups of their networks.
 
         Args:
             nets: One network per model.
-            models: How many trees there are.
+            models: The number of trees.
 
         Raises:
             TypeError: If a map is not a pair.
             ValueError: If the number of models, a group, or the size of a matrix does not fit, or
                 a matrix holds NaN or infinity.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
-            >>> maps.check([net, net], 2)
         """
         if models != self.models:
             raise ValueError(f"trees must be the {self.models} models matched, got {models}")
         check_maps([net.spec for net in nets], self.maps)
 
     def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
-        """The mapped models, of which the merge is the mean.
+        """The mapped models, whose mean is the merge.
 
-        Groups that are only permuted are indexed. Where a model's features are mixed, layers are
-        put into the units of the norm that follows (see `in_units`), whose scale becomes the
-        standard deviation of the mixed features; and the stored variances of norms are unknown:
-        None stands in their place in all models, and `vfjax.renorm.reset` measures those of the
-        merge.
+        Groups that are only permuted are indexed. If a model's features are mixed, layers are put
+        into the units of the norm that follows (see `in_units`), whose scale becomes the standard
+        deviation of the mixed features. The stored variances of such norms are then unknown: None
+        replaces them in all models, and `vfjax.renorm.reset` measures those of the merge.
 
         Args:
             net: The traced network, or one per model.
@@ -193,14 +205,6 @@ class Maps:
             TypeError: If a mapped leaf holds integers.
             ValueError: If there are not K trees, they do not fit the network, or maps hold NaN or
                 infinity.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
-            >>> [mapped["v"].tolist() for mapped in maps.apply(net, [tree, tree])]
-            [[[3.0], [4.0]], [[4.0], [3.0]]]
         """
         nets = networks(net, len(trees))
         self.check(nets, len(trees))
@@ -212,25 +216,18 @@ class Maps:
         Args:
             net: The model's network.
             tree: The model as it was matched.
-            model: Its number.
+            model: Its index.
 
         Returns:
-            A tree, with None in place of variances that are unknown.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> Maps.of_permutations([None, {"w": [1, 0]}]).map_tree(net, tree, 1)["v"].tolist()
-            [[4.0], [3.0]]
+            A tree, with None in place of unknown variances.
         """
         return self.mix(net, self.prepare(net, tree, model), model)
 
     def in_units(self, net: Network, tree: PyTree) -> PyTree:
         """The same function, with layers in the units in which the maps mix their features.
 
-        Before a norm with stored statistics the channels of a layer have units of their own, in
-        which mixing them means nothing. Along the groups that the maps mix, the layer is rescaled
+        Before a norm with stored statistics each channel of a layer has different units, in which
+        mixing them has no meaning. Along the groups that the maps mix, the layer is rescaled
         to the units of the norm's output, and the norm to the identity but for its shift.
 
         Args:
@@ -252,92 +249,68 @@ class Maps:
             ...     return abs(z * v["s"][None] / jnp.sqrt(v["v"][None])).sum(1)
             >>> net = vfjax.trace(apply_fn, tree, jnp.ones((2, 1)))
             >>> maps = Maps(({}, {"w": (np.full((2, 2), 0.5), np.full((2, 2), 0.5))}))
-            >>> found = maps.in_units(net, tree)
-            >>> [found[name].tolist() for name in "wvs"]
+            >>> rescaled = maps.in_units(net, tree)
+            >>> [rescaled[name].tolist() for name in "wvs"]
             [[0.5, 2.0], [1.0, 36.0], [1.0, 6.0]]
 
-        Source: maps are found on features behind the norm. The reference code of "Vanishing
-        Feature" and of ZipIt! mixes kernels, scales and variances apart.
+        Source: matchers see features after the norm. The reference code of "Vanishing Feature" and
+        of ZipIt! instead mixes kernels, scales and variances separately.
         """
         return in_output_units(net, tree, self.unknown(net))
 
     def prepare(self, net: Network, tree: PyTree, model: int) -> PyTree:
-        """One model permuted, in units to be mixed, but not mixed: the first half of `map_tree`.
+        """One model permuted and in the units for mixing, but not mixed: half of `map_tree`.
 
         Args:
             net: The model's network.
             tree: The model as it was matched.
-            model: Its number.
+            model: Its index.
 
         Returns:
             A tree of the same function.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> Maps.of_permutations([None, {"w": [1, 0]}]).prepare(net, tree, 1)["w"].tolist()
-            [[2.0, 1.0]]
         """
         moves = self.permutations[model]
         return self.in_units(net, net.spec.permute(tree, moves) if moves else tree)
 
     def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
-        """One model mapped, of which all is done that `prepare` does: the rest of `map_tree`.
+        """Mixes the features of a model that `prepare` returned: the other half of `map_tree`.
 
         Args:
             net: The model's network.
-            tree: What `prepare` returned, or some leaves of it, with None in place of the others.
-            model: Its number.
+            tree: The result of `prepare`, or some leaves of it, with None in place of the others.
+            model: Its index.
 
         Returns:
-            A tree, with None in place of variances that are unknown.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> half = np.full((2, 2), 0.5, np.float32)
-            >>> Maps(({}, {"w": (half, half)})).mix(net, tree, 1)["w"].tolist()
-            [[1.5, 1.5]]
+            A tree, with None in place of unknown variances.
         """
-        unknown, found = self.unknown(net), self.mixing[model]
+        unknown, mixing = self.unknown(net), self.mixing[model]
         tree = without(tree, unknown) if unknown else tree
-        if not found:
+        if not mixing:
             return tree
         spreads = self.spreads[model] if self.spreads else {}
-        scales = mixed_scales(net, tree, unknown, found, spreads)
-        return with_leaves(net.spec.apply(tree, found), scales)
+        scales = mixed_scales(net, tree, unknown, mixing, spreads)
+        return with_leaves(net.spec.apply(tree, mixing), scales)
 
     def carry(self, moments: Any) -> Any:
-        """The moments of the models in the basis of the merge: goals of REPAIR and RESCALE.
+        """The moments of the models in the basis of the merge, the goals of REPAIR and RESCALE.
 
         Args:
             moments: `vfjax.stats.moments(net, trees, data, ...)` of the original models (before
-                norms with stored statistics, of what `in_units` makes of them), with `covariance`
-                at the sites where features are mixed; those of one model each, as of networks that
-                differ, one by one: `Maps.carry` of a sequence of them.
+                norms with stored statistics, of the models after `in_units`), with `covariance` at
+                the sites where features are mixed. Or, for networks that lay out their values
+                differently, a sequence of the moments of one model each.
 
         Returns:
-            Moments of the same kind; see `vfjax.stats.Moments.carried`.
+            Moments of the same kind, see `vfjax.stats.Moments.carried`, or a list of them.
 
         Raises:
             ValueError: If they are not of K models, or lack a covariance.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> found = vfjax.stats.moments(net, [tree, tree], [np.ones((2, 1), np.float32)])
-            >>> maps = Maps.of_permutations([None, {"w": [1, 0]}])
-            >>> maps.carry(found).mean["w"].tolist()
-            [[1.0, 2.0], [2.0, 1.0]]
         """
         each = self.merging
         if isinstance(moments, (list, tuple)):
             if len(moments) != self.models:
                 raise ValueError(f"moments must be of {self.models} models, got {len(moments)}")
-            return [found.carried([of]) for found, of in zip(moments, each, strict=True)]
+            return [one.carried([of]) for one, of in zip(moments, each, strict=True)]
         return moments.carried(each)
 
     def unknown(self, net: Network) -> frozenset[str]:
@@ -347,21 +320,14 @@ class Maps:
             net: The traced network.
 
         Returns:
-            Those that `apply` leaves unknown.
-
-        Example:
-            >>> import vfjax
-            >>> tree = {"w": np.float32([[1, 2]]), "v": np.float32([[3], [4]])}
-            >>> net = vfjax.trace(lambda v, x: abs(x @ v["w"]) @ v["v"], tree, np.ones((2, 1)))
-            >>> Maps.of_permutations([None, {"w": [1, 0]}]).unknown(net)
-            frozenset()
+            The paths of the variances that `apply` leaves unknown.
         """
         variances = {norm.var for norm in net.norms}
         paths = {axis.path for group in self.mixed for axis in net.spec.groups[group]}
         return frozenset(variances & paths)
 
     def __repr__(self) -> str:
-        """How many features are merges of how many, in one line."""
+        """How many features merge into how many, or how many groups are only permuted."""
         if not self.sizes:
             groups = {group for of in self.maps for group in of}
             permuted = len(groups - self.mixed)

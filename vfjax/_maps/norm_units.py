@@ -1,14 +1,15 @@
 """Norms in the units of their output, in which maps that mix features are right.
 
-A map is found from features behind a norm, and applied to the layer before it. Where it permutes,
-it is right there too. Where it mixes channels it is not: before a norm each channel has a unit of
-its own, which the norm takes away. So a layer is put into the units of its norm's output first,
-which changes no function: `kernel * a`, `mean * a` with `a = scale / sqrt(var + eps)`, and in the
-norm the scale `|scale|` and the variance to it. (A norm without scale has one of 1. One that no
-layer comes before alone, as in pre-activation networks, stays as it is.)
+Matchers compute a map from features after a norm, and the map is applied to the layer before it. A
+permutation is right there too. A map that mixes channels is not: before a norm each channel has
+different units, which the norm removes. So the layer is first put into the units of its norm's
+output, which does not change the function: `kernel * a` and `mean * a` with
+`a = scale / sqrt(var + eps)`, and in the norm the scale `|scale|` with the variance
+`scale^2 - eps`. (A norm without a scale has scale 1. A norm that does not directly follow a single
+layer, as in pre-activation networks, stays unchanged.)
 
-What the mixed norm's scale has to be is the standard deviation of the mixed features: at most
-`|M| |scale|`, where all parts rise and fall together, and less by how much these correlate.
+The scale of the mixed norm must be the standard deviation of the mixed features: `|M| |scale|` if
+all parts are perfectly correlated, and less otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
         var = jnp.asarray(leaves[norm.var], jnp.float32)
         scale = jnp.ones_like(var) if path is None else jnp.asarray(leaves[path], jnp.float32)
         factor = scale * jax.lax.rsqrt(var + norm.eps)
-        # A variance is not negative: a channel that the norm all but silences keeps some.
+        # spread^2 - eps is the new variance and must stay positive, even if the scale is almost 0.
         spread = jnp.maximum(jnp.abs(scale), np.sqrt(2 * norm.eps))
         layer = net.layer(norm.layer)
         tree = net.fold(tree, layer.name, factor.reshape(layer.channel_shape), None)
@@ -68,7 +69,7 @@ def mixed_scales(
     maps: Mapping[str, tuple[Any, Any]],
     spreads: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """By path, the scales of norms in output units after their features are mixed."""
+    """The scales of norms in output units after their features are mixed, by path."""
     paths = {norm.scale for norm in norms_in_units(net, unknown) if norm.scale is not None}
     paths &= (leaves := flatten_named(tree)[0]).keys()
     alone = without(tree, leaves.keys() - paths)
@@ -76,20 +77,20 @@ def mixed_scales(
         group: (np.abs(pair[0]) * np.asarray(spreads.get(group, 1.0))[..., None], pair[1])
         for group, pair in maps.items()
     }
-    # Here scales stand for standard deviations, which sum as values do.
+    # Without `scaling`, `apply` maps these scales by |M|, as standard deviations require.
     plain = dataclasses.replace(net.spec, scaling=())
     return flatten_named(plain.apply(alone, sizes))[0] if paths else {}
 
 
 def spread_of(merge: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """The standard deviation of mixed features, relative to that of parts that rise and fall alike.
+    """The standard deviation of mixed features, relative to perfectly correlated parts.
 
     Args:
         merge: `[m, n]`, or one for each entry of another group, `[h, m, n]`.
-        covariance: `[n, n]` of the features, likewise.
+        covariance: `[n, n]` of the features, or `[h, n, n]`.
 
     Returns:
-        `[m]` or `[h, m]`, from 0 to 1; 1 for one part alone, and where nothing varies.
+        `[m]` or `[h, m]`, from 0 to 1; 1 for a single part, and if nothing varies.
 
     Example:
         >>> both = np.array([[1.0, 1.0]])

@@ -1,4 +1,4 @@
-"""The entries of groups that a map takes together."""
+"""Parts of groups that are matched together, and the maps of their permutations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 
 class Part(NamedTuple):
-    """What is matched by itself: a group, or what a group has inside one entry of another.
+    """What is matched as a unit: a group, or its features inside one entry of another group.
 
     Attributes:
         group: Name of the group.
-        entry: Number of the entry of the group that it is within, in the order that these are
-            matched in; None for a group within no other.
+        entry: Index of the entry of the owner, in the order in which these are matched; None for a
+            group that is not within another.
     """
 
     group: str
@@ -25,12 +25,12 @@ class Part(NamedTuple):
         return self.group if self.entry is None else f"{self.group}[{self.entry}]"
 
 
-def gather(found: Mapping[Part, Any], axis: int = 0) -> dict[str, Any]:
-    """What was found for every part, by group: stacked for one with several entries.
+def gather(results: Mapping[Part, Any], axis: int = 0) -> dict[str, Any]:
+    """The results of all parts by group, stacked for a group with several entries.
 
     Args:
-        found: By part, an array or a tree of arrays; parts of one group in order.
-        axis: Where the entries are counted.
+        results: By part, an array or a tree of arrays; parts of one group in order.
+        axis: The new axis, along which entries are stacked.
 
     Example:
         >>> parts = {Part("g"): np.ones(3), Part("d", 0): np.ones(2), Part("d", 1): np.ones(2)}
@@ -38,9 +38,9 @@ def gather(found: Mapping[Part, Any], axis: int = 0) -> dict[str, Any]:
         {'g': (3,), 'd': (2, 2)}
     """
     entries: dict[str, list[Any]] = {}
-    for part, value in found.items():
+    for part, value in results.items():
         entries.setdefault(part.group, []).append(value)
-    alone = {part.group for part in found if part.entry is None}
+    alone = {part.group for part in results if part.entry is None}
     return {
         group: values[0]
         if group in alone

@@ -1,8 +1,8 @@
-"""The rules of `data`: what a pass over batches may be given, and what it says otherwise.
+"""Checking `data`: what a pass over batches accepts, and the errors for anything else.
 
-Statistics and renormalisation go through `batches`, evaluation goes through `labelled`, so that all
-accept the same things and fail with the same words. `data` is a re-iterable of what `apply_fn`
-takes as `x`, or of pairs `(x, label)`, of which `batches` drops the labels.
+Statistics and renormalisation go through `batches` and evaluation through `labelled`, so all of
+them accept the same things and fail with the same messages. `data` is a re-iterable of what
+`apply_fn` takes as `x`, or of pairs `(x, label)`, from which `batches` drops the labels.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from vfjax._types import Array, PyTree
 __all__ = ["batch_size", "batches", "check_finite_means", "keep", "labelled"]
 
 
-# What is kept, at most, in bytes: 10,000 images of CIFAR take an eighth of it.
+# The most that `keep` keeps, in bytes: 10,000 images of CIFAR take an eighth of it.
 _KEEP_BYTES = 1 << 30
 
 
 def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterator[PyTree]:
     """Iterates over the inputs in `data`, checked against the traced input.
 
-    A batch is `x` where its tree structure is that of `like`, else the first of a pair
-    `(x, label)`. Batches may differ in size, and one batch is enough; a batch without samples is
-    skipped. Everything is checked on the host, batch by batch, before any of it is computed with.
+    A batch is `x` if it has the tree structure of `like`, else it is a pair `(x, label)`. Batches
+    may differ in size, and one batch is enough; a batch without samples is skipped. Each batch is
+    checked on the host before anything is computed with it.
 
     Args:
         data: Iterable of batches. It is iterated over once per call; a caller that needs several
-            passes calls again, and gets an error where `data` cannot start over.
+            passes calls again, and gets an error if `data` cannot start over.
         like: The traced input: a pytree of arrays or `jax.ShapeDtypeStruct`, batch axis first.
-        name: The caller's name for the argument, for the messages.
+        name: The caller's name for the argument, for error messages.
 
     Yields:
-        One `x` per batch, as it came (NumPy or JAX arrays).
+        One `x` per batch, unchanged (NumPy or JAX arrays).
 
     Raises:
         TypeError: If `data` is not an iterable, or a batch has another structure or dtype.
-        ValueError: If a batch has another shape than `[batch, *traced]`, its leaves disagree on
-            the batch size or one was traced without a batch axis, or there are no batches: `data`
-            was empty or exhausted before.
+        ValueError: If a batch does not have shape `[batch, *traced]`, its leaves disagree on the
+            batch size, one was traced without a batch axis, or there are no batches: `data` is
+            empty or already exhausted.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -69,18 +69,18 @@ def labelled(
     Args:
         data: Iterable of pairs of `x`, any pytree, and integer labels `[n]`. Batches without
             samples are skipped.
-        name: The caller's name for the argument, for the messages.
-        like: The traced input, which every `x` must fit, as in `batches`; None not to look.
-        reader: What needs the labels, for the messages.
+        name: The caller's name for the argument, for error messages.
+        like: The traced input, which every `x` must fit, as in `batches`; None skips this check.
+        reader: What needs the labels, for error messages.
 
     Yields:
-        Number of the batch, `x` and labels.
+        The number of the batch, `x` and the labels.
 
     Raises:
         TypeError: If `data` is not an iterable, a batch is not a pair, its labels are not integers,
             or its `x` has another structure or dtype than was traced.
-        ValueError: If a batch has not one label per input, its `x` another shape than was traced,
-            or there are no batches.
+        ValueError: If a batch does not have one label per input, its `x` has another shape than was
+            traced, or there are no batches.
 
     Example:
         >>> data = [(np.zeros((4, 3)), np.arange(4)), (np.zeros((0, 3)), np.arange(0))]
@@ -99,9 +99,9 @@ def labelled(
 def _each(
     data: Iterable[Any], name: str, read: Callable[[Any, str, Any], PyTree], *, form: str, one: str
 ) -> Iterator[tuple[int, PyTree]]:
-    """Number and `read(item, where, whole)` of each batch with samples; raises if there is none.
+    """Yields number and `read(item, where, whole)` of batches with samples; raises if none has.
 
-    For the messages, `form` is what a batch may be, and `one` a list of a single one.
+    For error messages, `form` is what a batch may be, and `one` a list of a single batch.
     """
     if isinstance(data, str | bytes | dict) or not isinstance(data, Iterable):
         raise TypeError(
@@ -110,13 +110,13 @@ def _each(
         )
     closed = inspect.isgenerator(data) and inspect.getgeneratorstate(data) == inspect.GEN_CLOSED
     one_shot = isinstance(data, Iterator)
-    found = False
+    any_samples = False
     for index, item in enumerate(data):
         batch = read(item, f"`{name}`, batch {index}", data if index == 0 else None)
         if batch_size(batch):
-            found = True
+            any_samples = True
             yield index, batch
-    if found:
+    if any_samples:
         return
     if closed or one_shot:
         raise ValueError(
@@ -205,16 +205,16 @@ def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, np.nd
         )
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
     if sizes != {label.shape}:
-        found = ", ".join(str(size[0]) if size else "a scalar" for size in sorted(sizes))
+        lengths = ", ".join(str(size[0]) if size else "a scalar" for size in sorted(sizes))
         raise ValueError(
             f"{where}: x and label must be equally many, got {len(label)} labels for "
-            f"{found or 'nothing'}"
+            f"{lengths or 'nothing'}"
         )
     return x, label
 
 
 def _as_array(values: Any) -> np.ndarray | Array:
-    """What NumPy makes of it; arrays of NumPy and JAX as they are."""
+    """Returns arrays of NumPy and JAX unchanged, anything else as a NumPy array."""
     return values if isinstance(values, np.ndarray | jax.Array) else np.asarray(values)
 
 
@@ -225,16 +225,16 @@ def _is_pair(x: Any, label: Any) -> bool:
         if label.ndim == 1 and jnp.issubdtype(label.dtype, jnp.integer):
             return True
         return _as_array(x).ndim != label.ndim
-    except (TypeError, ValueError):  # no arrays
+    except (TypeError, ValueError):  # not arrays
         return False
 
 
 def keep(items: Iterable[Any], again: Iterable[Any]) -> Iterable[Any]:
-    """Reads items once and keeps their arrays on the device, unless they are too large for that.
+    """Reads items once and keeps their arrays on the device, unless they are too large.
 
     Args:
-        items: Pytrees of arrays, checked already.
-        again: What to read from next time if they are too large.
+        items: Pytrees of arrays, already checked.
+        again: The iterable to return if they are too large, from which they can be read again.
 
     Returns:
         A list of the items, or `again`.
@@ -259,7 +259,7 @@ def check_finite_means(means: Mapping[str, Any], *, name: str = "data") -> None:
 
     Args:
         means: Means by site, whatever their shapes; on the host or on a device.
-        name: The caller's name for the data, for the message.
+        name: The caller's name for the data, for the error message.
     """
     for site, mean in means.items():
         bad = int(np.size(mean) - np.count_nonzero(np.isfinite(np.asarray(mean))))

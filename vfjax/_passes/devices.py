@@ -1,4 +1,4 @@
-"""Meshes over which batches are sharded: what goes with a batch, and what comes of it."""
+"""Meshes over which batches are sharded: placing models beside them, and gathering results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vfjax._types import PyTree
 
 
 def replicate(tree: PyTree, mesh: Any) -> PyTree:
-    """Places every leaf that is not on the mesh yet on all of its devices."""
+    """Places every leaf that is not yet on the mesh on all of its devices."""
     if mesh is None:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -26,28 +26,28 @@ def replicate(tree: PyTree, mesh: Any) -> PyTree:
 
 
 def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree, PyTree]]:
-    """The mesh of every batch, what is given placed on it, and the batch."""
+    """For every batch: its mesh, the given tree placed on that mesh, and the batch."""
     mesh, placed = None, given
     for x in xs:
-        found = mesh_of(x)
-        if found is not None and found != mesh:
-            mesh, placed = found, replicate(given, found)
-        elif found is None and mesh is not None:
-            # A ragged last batch need not divide by the devices.
+        its_mesh = mesh_of(x)
+        if its_mesh is not None and its_mesh != mesh:
+            mesh, placed = its_mesh, replicate(given, its_mesh)
+        elif its_mesh is None and mesh is not None:
+            # A ragged last batch may not divide by the number of devices, so every device gets it.
             x = replicate(x, mesh)
         yield mesh, placed, x
 
 
 def on_mesh(fn: Any, mesh: Any) -> Any:
-    """Makes a function's results whole on every device of a mesh, whatever the mode of its axes."""
+    """Wraps a function so that its results are replicated over a mesh, in any axis mode."""
     if mesh is None:
         return fn
     everywhere = NamedSharding(mesh, PartitionSpec())
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
     if explicit:
-        # Under explicit axes every contraction over samples, the network's own included, would
-        # have to say how its result is sharded.
+        # Under explicit axes every contraction over samples, including those inside the network,
+        # would have to specify the sharding of its result.
         return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=everywhere)
     return lambda *args: jax.lax.with_sharding_constraint(fn(*args), everywhere)
 

@@ -1,4 +1,4 @@
-"""Moments per channel: of a batch, pooled over batches, and the correction that changes them."""
+"""Moments per channel: of a batch, pooled over batches, and corrections that change them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vfjax._types import Array, PyTree
 
 # A channel below this fraction of its layer's largest variance counts as constant.
 _DEAD = 1e-12
-# So does one whose standard deviation is within this many roundings of its mean.
+# So does one whose standard deviation is within this many rounding errors of its mean.
 ROUNDINGS = 8
-# Examples whose mean values are shifted by.
+# Values are shifted by the mean of this many examples.
 _FEW = 4
 
 
 class Pooled(NamedTuple):
-    """Moments of a value per channel.
+    """The moments of each channel of a value.
 
     Attributes:
         count: Number of samples.
         mean: Shaped like the channels; float32 or better.
-        m2: Sum of squared deviations from the mean, likewise.
+        m2: Sum of squared deviations from the mean; same shape and dtype.
     """
 
     count: Any
@@ -50,17 +50,17 @@ def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
 def shifted_moments(
     value: Array, sample_axes: tuple[int, ...]
 ) -> tuple[Array, Array, Array, Array]:
-    """Mean and variance over some axes, in one read of the values.
+    """Mean and variance over some axes, reading the values once.
 
-    The difference of a mean square and a squared mean loses its digits where the mean is large
-    against the standard deviation, and centring values on their mean reads them once more. Instead
-    they are shifted by the mean of a few of them, which is known before they are read. Since the
-    few count too, the variance is at least their share of the squared distance to the mean: little
-    is lost even if they are odd.
+    Subtracting a squared mean from a mean square loses digits if the mean is large compared to the
+    standard deviation, and centring values on their mean takes a second read. Instead, values are
+    shifted by the mean of a few of them, which is known before the rest is read. Since these few
+    count too, the variance is at least their share of the squared distance to the mean: little is
+    lost even if they are outliers.
 
     Args:
         value: Float array, float32 or better.
-        sample_axes: The axes to reduce; the first of them is cut to get at the few.
+        sample_axes: The axes to reduce; the few are a slice along the first of them.
 
     Returns:
         The shifted values, the mean, the variance, and the mean of the shifted values.
@@ -75,7 +75,7 @@ def shifted_moments(
 
 
 def pool(a: Pooled, b: Pooled) -> Pooled:
-    """Moments of the union of two sets of samples, on the host as on the device."""
+    """Moments of the union of two sets of samples, on host or device."""
     count = a.count + b.count
     mean, step = union_means(a.mean, b.mean, b.count / count)
     second = union_second(a.var, b.var, step * step, b.count / count)
@@ -83,14 +83,14 @@ def pool(a: Pooled, b: Pooled) -> Pooled:
 
 
 def alive(mean: Any, var: Any) -> Any:
-    """Which channels of a layer vary: neither constant to rounding nor far below the others.
+    """Which channels of a layer vary: not constant up to rounding, nor far below the others.
 
     Args:
         mean: Means of the channels, a JAX or NumPy array of float32 or better.
         var: Their variances.
 
     Returns:
-        Booleans, shaped likewise.
+        Booleans of the same shape.
     """
     floor = ROUNDINGS * jnp.finfo(mean.dtype).eps * abs(mean)
     return (var > _DEAD * var.max()) & (var > floor * floor)
@@ -99,10 +99,10 @@ def alive(mean: Any, var: Any) -> Any:
 def coefficients(
     now: Pooled, goal: tuple[Array, Array], centre: bool | Array
 ) -> tuple[Array, Array]:
-    """Scale and shift that give a value its goal moments.
+    """The scale and shift that give a value its goal moments.
 
-    A channel keeps scale 1 if its variance is zero to rounding or below 1e-12 of the largest in the
-    layer, since no scale makes a constant vary. REPAIR still moves its mean to the goal.
+    A channel keeps scale 1 if its variance is zero up to rounding or below 1e-12 of the layer's
+    largest, since no scale makes a constant vary. REPAIR still moves its mean to the goal.
 
     Args:
         now: Moments of the value.
@@ -120,14 +120,14 @@ def coefficients(
 
 
 def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
-    """Covariances `[n, m]` of what `read` gave: shifted values `[samples, n]` and their means."""
+    """Covariances `[n, m]` of two sites, each given as shifted values `[samples, n]` and means."""
     exact = jax.lax.Precision.HIGHEST
-    found = jnp.matmul(first[0].T, second[0], precision=exact) / len(first[0])
-    return found - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
+    shifted = jnp.matmul(first[0].T, second[0], precision=exact) / len(first[0])
+    return shifted - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
 
 
 def union_means(old: PyTree, new: PyTree, share: float | Array) -> tuple[PyTree, PyTree]:
-    """Means of the union of two sets of samples, and the steps that lead from the first set's.
+    """Means of the union of two sets of samples, and the second set's means less the first's.
 
     Args:
         old: Means of the first set, a tree of arrays.
@@ -153,7 +153,7 @@ def union_second(old: Array, new: Array, between: Array, share: float | Array) -
 
 
 def union_deviation(old: Array, new: Array, step: Array, share: float | Array) -> Array:
-    """The square root of `union_second`, of square roots, whose squares need not be finite.
+    """As `union_second`, from and to square roots, whose squares need not be finite.
 
     Args:
         old: Standard deviations of the first set.
@@ -167,7 +167,7 @@ def union_deviation(old: Array, new: Array, step: Array, share: float | Array) -
 
 
 def _part(share: Any, like: Any) -> Any:
-    """A share in the precision of what it multiplies; a plain number takes it on anyway."""
+    """A share cast to the dtype that it multiplies; a Python float is weakly typed and adapts."""
     return share if isinstance(share, float) else share.astype(like.dtype)
 
 
@@ -193,23 +193,23 @@ def merge_moments(
 
 
 def without_rounding(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """Variances, zero where they are no larger than the rounding of the values themselves."""
+    """Variances, with zero in place of those within the rounding errors of the values."""
     floor = ROUNDINGS * np.finfo(var.dtype).eps * np.abs(mean)
     return np.where(var <= np.square(floor), 0, var)
 
 
-# The largest exponent of two by which values are scaled: float32 holds its inverse too.
+# The largest exponent of two to scale by: float32 can represent the inverse as well.
 _EXPONENT = 120
 
 
 def scale_of(*arrays: Array) -> Array:
-    """A power of two that brings the largest entry near one, so that it scales without rounding."""
+    """The power of two that brings the largest entry near one; scaling by it does not round."""
     largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
     exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
     return jnp.ldexp(jnp.ones((), largest.dtype), -exponent)
 
 
 def length(a: Array, axes: tuple[int, ...]) -> Array:
-    """L2 norms over some axes, also where the squares are not finite."""
+    """L2 norms over some axes, even if the squares would overflow or underflow."""
     scale = scale_of(a)
     return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale

@@ -1,4 +1,4 @@
-"""One pass over data, batch by batch, for several models."""
+"""One pass over data for several models, batch by batch."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from vfjax._types import Array, PyTree
 
 
 def vmapped() -> bool:
-    """Whether models are vmapped; on CPU that makes their convolutions slow, so it loops."""
+    """Whether models are vmapped; not on CPU, where batched kernels make convolutions slow."""
     return jax.default_backend() != "cpu"
 
 
 def each(fn: Callable[[Any, PyTree], Any], models: Sequence[Any], x: PyTree) -> tuple[Any, ...]:
-    """`fn(model, x)` of every model; vmapped over those that are alike where that is fast."""
+    """`fn(model, x)` for every model, vmapped over models of equal types where that is fast."""
     if not vmapped():
         return tuple(fn(model, x) for model in models)
-    alike: dict[Any, list[int]] = {}
+    same_types: dict[Any, list[int]] = {}
     for k, model in enumerate(models):
         leaves, structure = jax.tree.flatten(model)
         types = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        alike.setdefault((structure, types), []).append(k)
-    found: list[Any] = [None] * len(models)
-    for members in alike.values():
-        if len(members) == 1:  # under vmap, `cond` would take both of its branches
-            found[members[0]] = fn(models[members[0]], x)
+        same_types.setdefault((structure, types), []).append(k)
+    outputs: list[Any] = [None] * len(models)
+    for members in same_types.values():
+        if len(members) == 1:  # under vmap, `cond` would run both branches
+            outputs[members[0]] = fn(models[members[0]], x)
             continue
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[models[k] for k in members])
         results = jax.vmap(fn, (0, None))(stacked, x)
         for place, k in enumerate(members):
-            found[k] = jax.tree.map(lambda a, place=place: a[place], results)
-    return tuple(found)
+            outputs[k] = jax.tree.map(lambda a, place=place: a[place], results)
+    return tuple(outputs)
 
 
 def by_pieces(
@@ -46,16 +46,16 @@ def by_pieces(
     parts: int,
     x: PyTree,
 ) -> tuple[Any, list[Array]]:
-    """Reduces a batch piece by piece, one after the other in one loop.
+    """Reduces a batch piece by piece, in one compiled loop.
 
     Args:
-        fn: From a batch to what it is reduced to, and the number of samples at each site.
-        merge: Merges what was pooled and a piece, given the piece's share of both together.
-        parts: Number of pieces, which divides the batch.
+        fn: Reduces a batch; also returns the number of samples at each site.
+        merge: Merges the pooled result and a piece, given the piece's share of both together.
+        parts: Number of pieces, which must divide the batch.
         x: The batch.
 
     Returns:
-        What `fn` returns, of the whole batch.
+        What `fn` would return for the whole batch.
     """
     if parts == 1:
         return fn(x)
@@ -66,7 +66,8 @@ def by_pieces(
     def step(pooled: Any, nth: tuple[Array, PyTree]) -> tuple[Any, list[Array]]:
         piece, counts = fn(nth[1])
         merged = merge(pooled, piece, 1 / nth[0])
-        # Not merged with nothing: the square of a large mean may overflow.
+        # The first piece is taken as it is: merged with zeros, the square of a large mean might
+        # overflow, and 0 * inf is NaN.
         first = functools.partial(jnp.where, nth[0] == 1)
         return jax.tree.map(first, piece, merged), counts
 
@@ -82,19 +83,20 @@ def stream(
     *,
     like: PyTree,
 ) -> tuple[Any, list[float]]:
-    """Pools what a measurement gives over all batches of `data`, wherever they lie.
+    """Pools a measurement over all batches of `data`, on whichever devices they lie.
 
     Args:
-        measure: `(mesh, state, x)` to what `pool` takes and the number of samples at each site; the
-            mesh is the one that the batches are sharded over, or None.
-        pool: `(pooled, batch, share)` to what is pooled then; `share` is the batch's part of all
-            examples so far.
-        state: What `measure` needs, placed on the mesh before it gets it.
+        measure: `(mesh, state, x) -> (batch, samples)`: the measurement that `pool` takes, and the
+            number of samples at each site. The mesh is the one over which the batches are sharded,
+            or None.
+        pool: `(pooled, batch, share) -> pooled`; `share` is the batch's part of all examples so
+            far.
+        state: Whatever `measure` needs; placed on the mesh before `measure` receives it.
         data: As `batches` takes it.
         like: The traced input.
 
     Returns:
-        What was pooled over all batches, and the number of samples at each site.
+        The pooled measurement of all batches, and the number of samples at each site.
 
     Raises:
         TypeError: As `batches`.
@@ -110,5 +112,5 @@ def stream(
             continue
         # Every batch has the same number of positions per example.
         pooled, counts = batch, [int(n) / size for n in each]
-    assert pooled is not None  # `batches` gives one or raises
+    assert pooled is not None  # `batches` yields at least one batch or raises
     return pooled, [n * samples for n in counts]

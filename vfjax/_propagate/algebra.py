@@ -1,17 +1,17 @@
 """The algebra of axes: products and sums of atoms, which can be tied, refined and fixed.
 
-An axis is a row-major product of atoms, and an atom may be a sum of segments (see `atoms`). Four
-operations are all that the rules of the primitives need:
+An axis is a row-major product of atoms, and an atom may be a sum of segments (see `atoms`). The
+rules of the primitives need only four operations:
 
-* `unify` ties two axes, since an equation pairs their entries one with one; where they are made up
-  differently it refines both to what they have in common;
-* `divide` and `reshape` refine an axis into segments or factors, since an equation looks inside;
-* `fix` gives up an axis, since an equation treats its entries differently.
+* `unify` ties two axes whose entries an equation pairs one to one; if their atoms differ, it
+  refines both to a common refinement;
+* `divide` and `reshape` refine an axis into segments or factors because an equation looks inside;
+* `fix` gives up an axis because an equation treats its entries differently.
 
-Each only ever removes symmetries: tying identifies two permutations, refining keeps those that
-respect the product or the sum, fixing keeps the identity. A rule that was right for the atoms as it
-found them therefore stays right whatever later equations do, and one pass over the equations
-suffices, loops included.
+Each of them only removes symmetries: tying identifies two permutations, refining keeps those that
+respect the product or the sum, fixing keeps the identity. A rule that was right for the atoms that
+it met therefore stays right whatever later equations do, and one pass over the equations suffices,
+loops included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Algebra(Atoms):
     """Atoms, and the operations on axes of them."""
 
     def unify(self, left: Iterable[int], right: Iterable[int], cause: Cause) -> None:
-        """Ties two axes of equal length, refining atoms where they are made up differently.
+        """Ties two axes of equal length, refining their atoms where they differ.
 
         Args:
             left: An axis.
@@ -54,8 +54,8 @@ class Algebra(Atoms):
     def divide(self, axis: Iterable[int], points: Sequence[int], cause: Cause) -> list[Axis]:
         """Cuts an axis at increasing positions inside it.
 
-        A product is cut through its first factor; a cut that no entry of that factor begins fixes
-        the product.
+        A product is cut through its first factor; a cut that falls inside an entry of that factor
+        fixes the product.
 
         Args:
             axis: An axis.
@@ -82,7 +82,7 @@ class Algebra(Atoms):
     def reshape(self, axes: Sequence[Axis], shape: Sequence[int], cause: Cause) -> list[Axis]:
         """The axes after a row-major reshape to `shape`.
 
-        Boundaries that no refinement of the atoms can express fix what lies left of them.
+        A boundary that no refinement of the atoms can express fixes all that lies to its left.
         """
         if not math.prod(shape):
             return [[self.atom(n, cause)] for n in shape]
@@ -149,7 +149,7 @@ class Algebra(Atoms):
         self.fix([*left, *right], cause)
 
     def _factor(self, atom: int, low: int, cause: Cause) -> tuple[Axis, Axis] | None:
-        """An atom or a sum as a product with `low` entries inside, or None if it is no such one."""
+        """An atom or a sum as a product with `low` inner entries, or None if it cannot be one."""
         size = self.size(atom)
         if size % low:
             return None

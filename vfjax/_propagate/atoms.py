@@ -1,15 +1,15 @@
 """Atoms: what axes are made of, which of them are tied, and how they are refined.
 
-An *axis* of an array is a list of atoms, its row-major factors: the axis of length 320 that comes
-out of flattening a 4x4 map of 20 channels is `[4, 4, 20]`. An *atom* is a factor that moves as one:
-to permute it permutes every axis in which it occurs. It may be refined, once, in one of two ways:
+An *axis* of an array is a list of atoms, its row-major factors: flattening a 4x4 map of 20 channels
+gives an axis of length 320, `[4, 4, 20]`. An *atom* is a factor that moves as one: permuting it
+permutes every axis in which it occurs. It may be refined, once, in one of two ways:
 
-* into a *product*, row-major factors that move by themselves: 12 channels into 3 heads of 4;
-* into a *sum*, consecutive segments that move by themselves: what a concatenation joined.
+* into a *product*, row-major factors that move independently: 12 channels into 3 heads of 4;
+* into a *sum*, consecutive segments that move independently: the parts of a concatenation.
 
 Atoms are integers. Tied atoms form a class (union-find), and size, refinement and fixedness are
-facts about the class, while each atom keeps its own identity: layout operations pass atoms on
-untouched, which lets `Propagation` trace an operand of a layer back to the axis of the leaf that it
+facts about the class, while each atom keeps its identity: layout operations pass atoms on
+untouched, so `Propagation` can trace an operand of a layer back to the axis of the leaf that it
 came from.
 """
 
@@ -23,7 +23,7 @@ Axis = list[int]
 """Atoms of one axis, in row-major order. Atoms of size 1 may be left out."""
 
 Window = tuple[int, int, int, int]
-"""(outer, start, size, inner): of a row-major (outer, n, inner) view, a part of the n entries."""
+"""(outer, start, size, inner): `size` of the n entries of a row-major (outer, n, inner) view."""
 
 
 class Cause(NamedTuple):
@@ -106,7 +106,7 @@ class Atoms:
         return math.prod(self._size[atom] for atom in axis)
 
     def parts(self, atom: int) -> Parts | None:
-        """The atom's own factors or segments, each tied to that of its class; None if whole."""
+        """The atom's factors or segments, each tied to its class's; None if it is whole."""
         if atom in self._parts:
             return self._parts[atom]
         shared = self._parts.get(self.find(atom))
@@ -128,13 +128,15 @@ class Atoms:
         return own.atoms
 
     def tie(self, a: int, b: int, cause: Cause) -> None:
-        """Makes the classes of two whole atoms of equal size one."""
+        """Merges the classes of two whole atoms of equal size."""
         a, b = self.find(a), self.find(b)
         if a == b:
             return
         why = self._cause[a] or self._cause[b]
         if why is not None and why.equation is None:
-            why = Cause(why.primitive, cause.equation)  # where the fixed axis met the free one
+            why = Cause(
+                why.primitive, cause.equation
+            )  # blame the equation where the fixed axis met the free one
         self._parent[b] = a
         self._cause[a] = why
 
@@ -171,22 +173,22 @@ class Atoms:
         return expanded
 
     def segments(self, axis: Iterable[int]) -> list[Axis]:
-        """The consecutive segments of an axis: of each the first factor is a whole atom."""
+        """The consecutive segments of an axis; the first factor of each is a whole atom."""
         axis = self.expand(axis)
         parts = self.parts(axis[0]) if axis else None
         if parts is None:
             return [axis]
-        return [found for part in parts.atoms for found in self.segments([part, *axis[1:]])]
+        return [segment for part in parts.atoms for segment in self.segments([part, *axis[1:]])]
 
     def places(self, axis: Iterable[int], windows: tuple[Window, ...] = ()) -> list[Place]:
-        """The whole atoms of an axis, with what they are the middle of."""
-        found: list[Place] = []
+        """The whole atoms of an axis, and where each lies."""
+        places: list[Place] = []
         factors = self.expand(axis)
         for k, atom in enumerate(factors):
             outer, inner = self.length(factors[:k]), self.length(factors[k + 1 :])
             parts = self.parts(atom)
             if parts is None:
-                found.append(Place(atom, outer, inner, windows))
+                places.append(Place(atom, outer, inner, windows))
                 continue
             start, within = 0, windows
             if windows and outer == inner == 1:  # a segment that is a sum itself
@@ -194,18 +196,18 @@ class Atoms:
                 within = tuple(before)
             for part in parts.atoms:
                 window = outer, start, self._size[part], inner
-                found += self.places([part], (*within, window))
+                places += self.places([part], (*within, window))
                 start += self._size[part]
-        return found
+        return places
 
     def fix(self, axis: Iterable[int], cause: Cause) -> None:
-        """Takes every symmetry from an axis. The first cause is remembered."""
+        """Removes every symmetry of an axis. The first cause is remembered."""
         for place in self.places(axis):
             root = self.find(place.atom)
             self._cause[root] = self._cause[root] or cause
 
     def causes(self, axis: Axis) -> list[Cause]:
         """Why parts of an axis are fixed, or why it was cut into single entries."""
-        found = [self.cause(place.atom) for place in self.places(axis)]
-        found += [parts.cause for parts in map(self.parts, self.expand(axis)) if parts is not None]
-        return [cause for cause in found if cause is not None]
+        causes = [self.cause(place.atom) for place in self.places(axis)]
+        causes += [parts.cause for parts in map(self.parts, self.expand(axis)) if parts is not None]
+        return [cause for cause in causes if cause is not None]

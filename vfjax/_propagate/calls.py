@@ -1,4 +1,4 @@
-"""Primitives that hold jaxprs: calls are followed, loops to a fixed point, branches together."""
+"""Rules of primitives that hold jaxprs: calls, loops and branches."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def call(step: Step) -> list[Axes]:
 
 @rule("scan")
 def scan(step: Step) -> list[Axes]:
-    """Steps over a leading dimension, which is fixed; what goes into the carry comes out of it.
+    """Steps over a leading dimension, which is fixed, and ties the carry to itself.
 
-    The rules hold for whichever atoms they find, so a single pass over the body is one step of the
-    loop for every step, provided that the carry that it returns is tied to the one that it took.
+    A rule holds whichever atoms it meets, so a single pass over the body stands for every step of
+    the loop, provided that the carry that it returns is tied to the one that it took.
     """
     num_consts, num_carry = scan_arity(step.params)
     jaxpr, closed = open_jaxpr(step.params["jaxpr"])
@@ -97,7 +97,7 @@ def cond(step: Step) -> list[Axes]:
 
 
 def _widen(values: Sequence[Value], but: Sequence[int], all_values: Sequence[Value]) -> list[Value]:
-    """Lets values depend on whatever enters the loop, as a carry may after one turn."""
+    """Makes values depend on everything that enters the loop, as a carry may after one step."""
     depends = 0
     for value in all_values:
         depends |= value.depends

@@ -1,4 +1,4 @@
-"""Elementwise primitives: operands are paired entry by entry."""
+"""Rules of elementwise primitives, which pair their operands entry by entry."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def tied(step: Step) -> list[Axes]:
 
 @rule(*CAST, lazy=True)
 def cast(step: Step) -> list[Axes]:
-    """Hands every operand on: where or at what precision it is held moves no entry."""
+    """Passes every operand through: a change of precision or place moves no entry."""
     return [value.axes for value in step.inputs]
 
 
 @rule("bitcast_convert_type")
 def bitcast(step: Step) -> list[Axes]:
-    """Elementwise between types of equal width; else the last dimension comes, goes or changes."""
+    """Elementwise between types of equal width; else the last dimension appears or disappears."""
     (value,), (shape,) = step.inputs, step.shapes
     if value.shape == shape:
         return [value.axes]

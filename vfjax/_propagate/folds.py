@@ -1,13 +1,13 @@
-"""Folded axes: one axis that a reshape sees in several dimensions, and does not split yet.
+"""Folded axes: one axis that a reshape shows as several dimensions without splitting it yet.
 
-What decides is the first equation that looks at these dimensions. Most look at them as factors: 12
-channels become 3 heads of 4. A slice of one of them looks at them as segments instead, as in
-`qkv.reshape(..., 3, heads, dims)[..., 0, :, :]`, and segments need nothing in common: the values'
-dims are then not tied to those of queries and keys, as factors would be.
+The first equation that looks at these dimensions decides how it is split. Most treat them as
+factors: 12 channels become 3 heads of 4. A slice of one of them treats them as segments instead, as
+in `qkv.reshape(..., 3, heads, dims)[..., 0, :, :]`, and segments need not have anything in common:
+the values' dims are then not tied to those of queries and keys, as they would be as factors.
 
-An equation that may leave an axis folded treats its dimensions alike whatever the order of all
-their entries together, and keeps them together. The rules of such equations are marked `lazy`;
-before any other rule, all folded axes of the operands are factored.
+An equation may leave an axis folded if it keeps the axis's dimensions together and does the same
+whatever the order of all their entries. The rules of such equations are marked `lazy`; before any
+other rule, all folded axes of the operands are factored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vfjax._propagate.atoms import Axis, Cause, Parts
 
 @dataclasses.dataclass
 class _Fold:
-    """An axis, one atom for each dimension that shows it, and the reshape."""
+    """An axis, one atom for each dimension that shows it, and the reshape that did."""
 
     source: Axis
     atoms: tuple[int, ...]
@@ -38,14 +38,14 @@ class Folds(Algebra):
         self._folds: dict[int, _Fold] = {}
 
     def parts(self, atom: int) -> Parts | None:
-        """As in `Atoms`; a folded axis is factored now."""
+        """As in `Atoms`; factors a folded axis first."""
         if atom in self._folds:
             fold = self._folds[atom]
             self._factors(fold.source, fold.atoms, fold.cause)
         return super().parts(atom)
 
     def fold(self, axis: Axis, shape: Sequence[int], cause: Cause) -> list[Axis]:
-        """Shows an axis in dimensions of which none is of size 1."""
+        """Shows an axis as dimensions, none of which has size 1."""
         if len(shape) < 2:
             return [axis] * len(shape)
         atoms = tuple(map(self.atom, shape))
@@ -74,25 +74,25 @@ class Folds(Algebra):
         inner = [self.size(atom) for atom in atoms[1:]]
         pieces = self.divide(source, [p * math.prod(inner) for p in points], cause)
         lengths = [b - a for a, b in pairwise([0, *points, self.size(atoms[0])])]
-        found = []
+        cut = []
         for piece, n in zip(pieces, lengths, strict=True):
             single = n == 1
             new = self.fold(piece, inner if single else [n, *inner], cause)
             became = dict(zip(atoms, [[], *new] if single else new, strict=True))
-            found.append([[x for atom in axis for x in became.get(atom, [atom])] for axis in axes])
-        return found
+            cut.append([[x for atom in axis for x in became.get(atom, [atom])] for axis in axes])
+        return cut
 
     def settle(self, axes: Iterable[Axis]) -> None:
-        """Factors what is folded in some axes."""
+        """Factors the folded parts of some axes."""
         for axis in axes:
             self.expand(axis)
 
     def close(self) -> None:
-        """Leaves what is folded to the end as it is: atoms that nothing is tied to."""
+        """Leaves axes that are still folded at the end as they are: atoms tied to nothing."""
         self._folds.clear()
 
     def _from(self, fold: _Fold, first: int) -> tuple[tuple[int, ...], Axis]:
-        """The dimensions from one on, still folded, and their axis; those before are factored."""
+        """The dimensions from `first` on, still folded, and their axis; factors those before."""
         k = fold.atoms.index(first)
         if k == 0:
             return fold.atoms, fold.source

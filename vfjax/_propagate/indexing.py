@@ -1,7 +1,7 @@
-"""Primitives that pick, place, join or reorder entries.
+"""Rules of primitives that pick, place, join or reorder entries.
 
-Consecutive entries are segments of an axis, and may be picked, joined and padded. Whatever else is
-done to the entries of an axis fixes it; the other axes pass.
+Consecutive entries are segments of an axis, which may be picked, joined and padded. Anything else
+done to the entries of an axis fixes it; the other axes pass through.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def slice_(step: Step) -> list[Axes]:
 
 
 def segment(step: Step, axes: Axes, dim: int, start: int, stop: int) -> Axes:
-    """The axes of what lies between two positions of a dimension."""
+    """The axes of the part between two positions of a dimension."""
     n = step.algebra.length(axes[dim])
     if start == stop:
         return [*axes[:dim], step.free(0), *axes[dim + 1 :]]
@@ -65,7 +65,7 @@ def segment(step: Step, axes: Axes, dim: int, start: int, stop: int) -> Axes:
 
 @rule("dynamic_slice")
 def dynamic_slice(step: Step) -> list[Axes]:
-    """As `slice`; where the whole dimension is taken, the start can only be 0."""
+    """Like `slice`; if the whole dimension is taken, the start can only be 0."""
     sizes = step.params["slice_sizes"]
     return touch(step, [k for k, n in enumerate(step.inputs[0].shape) if sizes[k] != n])
 
@@ -82,7 +82,7 @@ def dynamic_update_slice(step: Step) -> list[Axes]:
 
 @rule("pad")
 def pad(step: Step) -> list[Axes]:
-    """Adds segments of entries that are all alike, or crops; dilated dimensions are touched."""
+    """Adds segments of equal entries, or crops; dilated dimensions are touched."""
     axes, (shape,) = list(step.inputs[0].axes), step.shapes
     for k, (low, high, interior) in enumerate(step.params["padding_config"]):
         n = step.inputs[0].shape[k]
@@ -118,7 +118,7 @@ def stack(step: Step) -> list[Axes]:
 
 @rule("split", lazy=True)
 def split(step: Step) -> list[Axes]:
-    """Takes a dimension apart into segments."""
+    """Splits a dimension into segments."""
     dim, sizes = step.params["axis"], step.params["sizes"]
     if not all(sizes):
         step.algebra.settle(step.inputs[0].axes)
@@ -128,7 +128,7 @@ def split(step: Step) -> list[Axes]:
 
 @rule("unstack", lazy=True)
 def unstack(step: Step) -> list[Axes]:
-    """Takes a dimension apart into single entries, which no result has."""
+    """Splits a dimension into single entries, and drops it."""
     dim = step.params["axis"]
     pieces = step.cut(step.inputs[0].axes, dim, range(1, len(step.shapes)))
     return [[*axes[:dim], *axes[dim + 1 :]] for axes in pieces]
@@ -136,9 +136,9 @@ def unstack(step: Step) -> list[Axes]:
 
 @rule("gather")
 def gather(step: Step) -> list[Axes]:
-    """Looks slices up (an embedding): indexed dimensions are fixed, whole ones pass.
+    """Looks up slices (an embedding): indexed dimensions are fixed, whole ones pass through.
 
-    Dimensions of the result that are not offsets run over the indices, in order.
+    Dimensions of the result other than the offset ones run over the indices, in order.
     """
     operand, indices = step.inputs
     (shape,) = step.shapes

@@ -1,4 +1,4 @@
-"""Primitives that lay the same entries out differently, or repeat them."""
+"""Rules of primitives that rearrange or repeat entries."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def reshape(step: Step) -> list[Axes]:
         return opaque(step)
     if not math.prod(shape):
         return [[step.free(n) for n in shape]]
-    axes: Axes = [[] for _ in shape]  # what is left so is of size 1
+    axes: Axes = [[] for _ in shape]  # dimensions that stay empty have size 1
     for before, after in _blocks(value.shape, shape):
         operands, sizes = [value.axes[k] for k in before], [shape[k] for k in after]
         if len(before) == 1:
-            found = step.algebra.fold(operands[0], sizes, step.cause)
+            regrouped = step.algebra.fold(operands[0], sizes, step.cause)
         elif len(after) == 1:
-            found = [[atom for axis in operands for atom in axis]]
+            regrouped = [[atom for axis in operands for atom in axis]]
         else:
-            found = step.reshape(operands, sizes)
-        for k, axis in zip(after, found, strict=True):
+            regrouped = step.reshape(operands, sizes)
+        for k, axis in zip(after, regrouped, strict=True):
             axes[k] = axis
     return [axes]
 
@@ -51,7 +51,7 @@ def transpose(step: Step) -> list[Axes]:
 
 @rule("broadcast_in_dim", lazy=True)
 def broadcast_in_dim(step: Step) -> list[Axes]:
-    """Places the operand's axes; along the new ones all entries are alike."""
+    """Places the operand's axes; along the new ones all entries are equal."""
     operand, (shape,) = step.inputs[0], step.shapes
     axes = [step.free(n) for n in shape]
     for source, target in enumerate(step.params["broadcast_dimensions"]):
@@ -74,7 +74,7 @@ def broadcast_to(step: Step) -> list[Axes]:
 
 @rule("tile")
 def tile(step: Step) -> list[Axes]:
-    """Repeats each axis as a whole: a new outer factor along which all entries are alike."""
+    """Repeats each axis as a whole: adds an outer factor along which all entries are equal."""
     operand = step.inputs[0]
     return [
         [

@@ -1,4 +1,4 @@
-"""Contractions and convolutions: where groups meet, and where roles are decided."""
+"""Rules of contractions and convolutions, which tie groups and decide their roles."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from vfjax._propagate.registry import Axes, Step, opaque, rule
 def dot_general(step: Step) -> list[Axes]:
     """Ties contracted and batch dimensions pairwise and keeps the others.
 
-    Two operands that depend on x (attention scores) are treated no differently: the dimension that
-    queries and keys share is contracted, so it is tied, and a permutation of both changes nothing.
+    This also holds if both operands depend on x (attention scores): the dimension that queries and
+    keys share is contracted, so it is tied, and permuting both changes nothing.
     """
     (contract, batch) = step.params["dimension_numbers"]
     left, right = step.inputs[:2]
@@ -33,9 +33,9 @@ def dot_general(step: Step) -> list[Axes]:
 def conv_general_dilated(step: Step) -> list[Axes]:
     """Ties input channels, keeps output channels and examples, fixes positions.
 
-    With feature groups, input channels are `(group, in)` and output channels `(group, out)`, the
-    kernel is `(in, group * out)`: groups can be exchanged, and channels within all groups alike. A
-    depthwise convolution is the case of `in` 1.
+    With feature groups, input channels are `(group, in)`, output channels `(group, out)` and the
+    kernel `(in, group * out)`: groups can be permuted, and channels in the same way within every
+    group. A depthwise convolution has `in` 1.
     """
     dims = step.params["dimension_numbers"]
     groups = step.params["feature_group_count"]
@@ -56,7 +56,8 @@ def conv_general_dilated(step: Step) -> list[Axes]:
         step.unify(channels, shared + incoming)
         within = step.free(right.shape[dims.rhs_spec[0]] // groups)
         step.unify(outgoing, shared + within)
-        # The kernel's own atoms, which can be traced back to its leaf: groups may be in segments.
+        # The kernel's own atoms, since only these can be traced back to its leaf. Groups may be in
+        # segments.
         count = len(step.algebra.expand(within))
         segments = step.algebra.segments(outgoing)
         kept = [segment[max(0, len(segment) - count) :] for segment in segments]

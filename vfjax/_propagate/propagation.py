@@ -1,4 +1,4 @@
-"""Propagation through a whole graph: forward until nothing changes, then read off the atoms."""
+"""Propagation through a whole graph: one pass over its equations, then the atoms are read off."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Atom(NamedTuple):
     Attributes:
         size: Number of entries.
         group: Which atoms it moves with; None if it is fixed or touches no leaf.
-        outer: In its last window (or the axis) its entries are in the middle of a row-major
-            (outer, size, inner) view.
+        outer: Its entries are the middle of a row-major (outer, size, inner) view of its last
+            window (or of the axis).
         inner: See `outer`.
         windows: Nested segments of the axis to look into first, as (outer, start, size, inner).
     """
@@ -43,7 +43,8 @@ class Fixed(NamedTuple):
     Attributes:
         leaf: Id of the leaf's value.
         axis: The axis.
-        primitive: What fixed it: a primitive, "input" or "output" (it is tied to an axis of these),
+        primitive: What fixed it: a primitive, "input" or "output" (it is tied to one of their
+            axes),
             "constant" (it meets constants that differ), or "unused" (nothing reads the leaf).
         where: "file:line" of the equation, or "".
     """
@@ -74,14 +75,15 @@ class Tie(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Propagation:
-    """What is known of all axes of a graph.
+    """The symmetries of all axes of a graph.
 
     Attributes:
-        axes: By value id, for each dimension the atoms of its axis (those of size 1 are left out).
+        axes: By value id, the atoms of each dimension's axis, leaving out those of size 1.
         leaves: Ids of the variables' leaves, in their order.
         fixed: Axes of leaves that no group touches.
         ties: What layers do with the leaves, in graph order.
-        within: By group, another inside each entry of which it moves by itself (see `within`).
+        within: By group, another inside each of whose entries it moves independently (see
+            `within`).
     """
 
     axes: dict[int, tuple[tuple[Atom, ...], ...]]
@@ -94,7 +96,7 @@ class Propagation:
 def propagate(graph: Graph) -> Propagation:
     """Finds which axes of the leaves can be permuted together.
 
-    It never fails: what it cannot follow is fixed, and reported in `Propagation.fixed`.
+    It never fails: axes that it cannot follow are fixed, and reported in `Propagation.fixed`.
 
     Args:
         graph: A flattened network.

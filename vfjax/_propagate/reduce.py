@@ -1,4 +1,4 @@
-"""Primitives that combine the entries along dimensions."""
+"""Rules of primitives that combine the entries along dimensions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reduction(step: Step) -> list[Axes]:
 
 @rule(*CHOICES)
 def arg_reduction(step: Step) -> list[Axes]:
-    """Drops dimensions whose order is what the result tells."""
+    """Drops dimensions and fixes them: the result is a position along them."""
     axes, dropped = step.inputs[0].axes, step.params["axes"]
     step.fix(*(axes[k] for k in dropped))
     return [[axis for k, axis in enumerate(axes) if k not in dropped]]
@@ -27,7 +27,7 @@ def arg_reduction(step: Step) -> list[Axes]:
 def general_reduction(step: Step) -> list[Axes]:
     """A reduction by the user's function, which need not be commutative."""
     dropped = step.params["dimensions"]
-    values = step.inputs[: len(step.shapes)]  # then come the initial values, which are scalars
+    values = step.inputs[: len(step.shapes)]  # the scalar initial values follow
     kept = [k for k in range(len(values[0].shape)) if k not in dropped]
     for value in values:
         step.fix(*(value.axes[k] for k in dropped))
@@ -66,7 +66,7 @@ def top_k(step: Step) -> list[Axes]:
 def reduce_window(step: Step) -> list[Axes]:
     """Pools: positions that share windows, or are padded or strided over, are fixed."""
     get = step.params.get
-    values = step.inputs[: len(step.shapes)]  # then come the initial values, which are scalars
+    values = step.inputs[: len(step.shapes)]  # the scalar initial values follow
     rank = len(values[0].shape)
     plain = (
         (get("window_dimensions"), 1),
@@ -92,7 +92,7 @@ def _entry(setting: int | Sequence[int]) -> int | tuple[int, ...]:
 
 
 def _fixed_along(step: Step, axes: Axes, dims: Sequence[int]) -> list[Axes]:
-    """Results whose dimensions `dims` are new and fixed, and whose others are the operand's."""
+    """Axes of results whose dimensions `dims` are new and fixed; the others are the operand's."""
     step.fix(*(axes[k] for k in dims))
     return [
         [step.fixed(n) if k in dims else axes[k] for k, n in enumerate(shape)]

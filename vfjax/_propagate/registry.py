@@ -1,4 +1,4 @@
-"""The registry of rules, and what a rule gets to see and do.
+"""The registry of rules, and the `Step` through which a rule sees and changes axes.
 
 A rule says how the axes of a primitive's results follow from those of its operands. It receives a
 `Step` and returns, for each result, one axis per dimension:
@@ -8,12 +8,12 @@ A rule says how the axes of a primitive's results follow from those of its opera
         return [[step.inputs[0].axes[k] for k in step.params["permutation"]]]
 
 Where entries are paired, a rule calls `step.unify`; where they are treated differently, `step.fix`,
-and the result gets a fixed axis too (`step.fixed(n)`). Every permutation of the operands' free
-atoms must then permute the results as their axes say, and change nothing else. That is the whole
-contract of a rule.
+and gives the result a fixed axis too (`step.fixed(n)`). The whole contract of a rule: every
+permutation of the operands' free atoms must permute the results as their axes say, and change
+nothing else.
 
-A rule that does not treat all dimensions of an operand alike, but ties some and keeps others, also
-says so by `step.record.keep` (see `within`). A rule is `lazy` if it may meet axes that are folded
+A rule that ties some dimensions of an operand and keeps others also says so by `step.record.keep`
+(see `within`). A rule is `lazy` if it may meet axes that are folded
 (see `folds`).
 """
 
@@ -39,7 +39,7 @@ Axes = list[Axis]
 
 
 class Value(NamedTuple):
-    """What is known of an array.
+    """The axes of an array, and what it depends on.
 
     Attributes:
         axes: One axis per dimension.
@@ -60,7 +60,7 @@ class Step:
         algebra: The atoms.
         eqn: The `JaxprEqn`.
         inputs: Its operands.
-        equation: The `Equation` of the graph that it is, or lies inside.
+        equation: The `Equation` of the graph that it is or that contains it.
         record: Where layers and values are recorded.
     """
 
@@ -87,11 +87,11 @@ class Step:
 
     @property
     def cause(self) -> Cause:
-        """This equation, as the reason for which an axis is fixed."""
+        """This equation, as the reason why an axis is fixed."""
         return Cause(self.primitive, self.equation)
 
     def free(self, size: int) -> Axis:
-        """A new axis whose entries are all alike."""
+        """A new axis whose entries are all equal."""
         return [self.algebra.atom(size)]
 
     def fixed(self, size: int) -> Axis:
@@ -99,7 +99,7 @@ class Step:
         return [self.algebra.atom(size, self.cause)]
 
     def fix(self, *axes: Axis) -> None:
-        """Takes every symmetry from axes."""
+        """Removes every symmetry of some axes."""
         for axis in axes:
             self.algebra.fix(axis, self.cause)
 
@@ -151,14 +151,14 @@ def rule(*primitives: str, lazy: bool = False) -> Callable[[Rule], Rule]:
 
 
 def opaque(step: Step) -> list[Axes]:
-    """The rule of every primitive that has none: whatever it touches is fixed."""
+    """The rule of every primitive without one: fixes everything that it touches."""
     for value in step.inputs:
         step.fix(*value.axes)
     return [[step.fixed(n) for n in shape] for shape in step.shapes]
 
 
 def apply(step: Step) -> list[Value]:
-    """Applies the primitive's rule; whatever goes wrong in it costs symmetries, not the trace."""
+    """Applies the primitive's rule; a rule that fails costs symmetries, not the trace."""
     function = RULES.get(step.primitive, opaque)
     if step.primitive not in LAZY:
         for value in step.inputs:
@@ -166,13 +166,13 @@ def apply(step: Step) -> list[Value]:
     try:
         results = function(step)
     except (LookupError, AttributeError, TypeError, ValueError):
-        # A parameter that another version of jax renamed, say. What the rule tied before it
-        # stumbled only removes symmetries, so the opaque rule can follow it.
+        # Another version of jax may have renamed a parameter, say. The ties made before the error
+        # only remove symmetries, so the opaque rule can still be applied.
         results = opaque(step)
     if not _consistent(step, results):
         results = opaque(step)
     bits = [value.depends for value in step.inputs]
-    if step.primitive not in CAST:  # which hands each operand on as a result of its own
+    if step.primitive not in CAST:  # a cast passes each operand through as a separate result
         bits = [union(bits)] * len(results)
     for axes, depends in zip(results, bits, strict=True):
         if depends:  # a constant does not vary along what is free in it
@@ -181,12 +181,12 @@ def apply(step: Step) -> list[Value]:
 
 
 def shape_of(aval: Any) -> tuple[int, ...]:
-    """The shape of an abstract value; tokens and the like have none."""
+    """The shape of an abstract value; `()` for one without a shape, such as a token."""
     return tuple(getattr(aval, "shape", ()))
 
 
 def constant(algebra: Folds, array: Any, shape: tuple[int, ...]) -> Value:
-    """What is known of a constant: an axis along which it does not vary breaks no symmetry."""
+    """A constant as a `Value`: an axis along which it does not vary breaks no symmetry."""
     cause = Cause("constant")
     try:
         if isinstance(array, Tracer):

@@ -1,14 +1,14 @@
-"""Groups that move by themselves inside each entry of another: the dims of each attention head.
+"""Groups that move independently inside each entry of another: the dims of each attention head.
 
-A group of dims found by tying axes is one permutation for all heads. It may be another one in each
-head if nothing ever looks at a dim without its head: wherever the dims occur, so do the heads,
-once, and an equation that pairs two arrays' dims, or sums over them, does so head by head. Then
-`(head, dim) -> (head, p[head][dim])` is a symmetry too: rules tie dimensions position by position,
-so that what holds for dims of all heads alike holds for those of each.
+Tying axes gives a group of dims one permutation for all heads. The permutation may differ from head
+to head if nothing ever looks at a dim without its head: wherever the dims occur, the heads occur
+too, exactly once, and an equation that pairs two arrays' dims, or sums over them, does so head by
+head. Then `(head, dim) -> (head, p[head][dim])` is a symmetry too: rules tie dimensions position by
+position, so a rule that holds for one permutation of the dims holds for one in each head.
 
-That is checked for all values and equations that were followed, those inside loops included. Rules
-that pair some dimensions of an array and keep others (`dot_general`, say) tell so: a dim must be
-where its head is.
+This is checked for all values and equations that were followed, including those inside loops. Rules
+that pair some dimensions of an array and keep others (`dot_general`, say) record this: a dim must
+be on the same side as its head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vfjax._propagate.atoms import Atoms, Axis, Window
 
 
 class Use(NamedTuple):
-    """A parameter-only operand of a layer, and which of its axes the layer contracts or keeps."""
+    """A parameter-only operand of a layer, and the axes that the layer contracts and keeps."""
 
     primitive: str
     contracted: list[Axis]
@@ -29,7 +29,7 @@ class Use(NamedTuple):
 
 
 class Together(NamedTuple):
-    """An operand's dimensions, and where the others are that must be treated as they are."""
+    """Dimensions `these` of an operand, whose atoms' owners must lie in `others`."""
 
     axes: tuple[tuple[int, ...], ...]
     these: frozenset[int]
@@ -38,12 +38,12 @@ class Together(NamedTuple):
 
 @dataclasses.dataclass
 class Record:
-    """What was seen on the way: layers, the axes of all values, and how rules treat dimensions.
+    """What propagation saw: layers, the axes of all values, and how rules treat dimensions.
 
     Attributes:
         uses: Parameter-only operands of layers, in order.
         values: The axes of every value that depends on anything.
-        together: What rules say that do not treat all dimensions of an operand alike.
+        together: What rules say that treat some dimensions of an operand differently from others.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
@@ -55,10 +55,10 @@ class Record:
         self.values[tuple(map(tuple, axes))] = None
 
     def keep(self, axes: Sequence[Axis], these: Iterable[int], others: Iterable[int] = ()) -> None:
-        """Records that some dimensions are treated alike, and apart from all but some others."""
+        """Records that `these` dimensions are treated together, apart from all but `others`."""
         these = frozenset(these)
-        found = Together(tuple(map(tuple, axes)), these, these | frozenset(others))
-        self.together[found] = None
+        entry = Together(tuple(map(tuple, axes)), these, these | frozenset(others))
+        self.together[entry] = None
 
 
 class _Spot(NamedTuple):
@@ -72,24 +72,24 @@ class _Spot(NamedTuple):
 def independent(
     algebra: Atoms, record: Record, group_of: Callable[[int], int | None], sizes: dict[int, int]
 ) -> dict[int, int]:
-    """Which groups may move by themselves inside each entry of which others.
+    """Finds which groups may move independently inside each entry of which others.
 
     Args:
-        algebra: The atoms, when all equations have been followed.
+        algebra: The atoms, after all equations have been followed.
         record: What was seen.
         group_of: The group of an atom, or None.
         sizes: Number of entries by group.
 
     Returns:
-        By group the other, of several the largest; none of the others is in the mapping itself.
+        By group the other, the largest if there are several; no other is a key of the mapping.
     """
     possible: dict[int, set[int]] = {}
     for axes in record.values:
         spots = _spots(algebra, axes, group_of)
         for spot in spots:
             if possible.get(spot.group) != set():
-                found = set(_around(spot, spots))
-                possible[spot.group] = possible.get(spot.group, found) & found
+                candidates = set(_around(spot, spots))
+                possible[spot.group] = possible.get(spot.group, candidates) & candidates
     for axes, these, others in record.together:
         spots = _spots(algebra, axes, group_of) if any(possible.values()) else []
         for spot in spots:
@@ -117,8 +117,8 @@ def _spots(
 
 
 def _around(spot: _Spot, spots: Sequence[_Spot]) -> dict[int, int]:
-    """Groups that occur exactly once along with each entry of a spot, and in which dimension."""
-    found: dict[int, int] = {}
+    """By group, the dimension of those that occur exactly once with each entry of a spot."""
+    dims: dict[int, int] = {}
     never = set()
     for other in spots:
         if other is spot:
@@ -132,7 +132,7 @@ def _around(spot: _Spot, spots: Sequence[_Spot]) -> dict[int, int]:
             whole = fork is None and len(other.windows) <= len(spot.windows)
         if other.group == spot.group:
             return {}
-        if not whole or other.group in found:
+        if not whole or other.group in dims:
             never.add(other.group)
-        found[other.group] = other.dim
-    return {group: dim for group, dim in found.items() if group not in never}
+        dims[other.group] = other.dim
+    return {group: dim for group, dim in dims.items() if group not in never}

@@ -1,4 +1,4 @@
-"""Weights of an average over models."""
+"""Weighted means of trees, and checks of the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.core import Tracer
 from vfjax._trees import paths
 from vfjax._types import Array, PyTree
 
-# Weights given in float32 still sum to one.
+# Loose enough that weights given in float32 still sum to one.
 _TOLERANCE = 1e-5
 
 
@@ -27,14 +27,15 @@ def resolve_weights(
         weights: One number per model, summing to one; None for `1 / count` each. Numbers outside
             `[0, 1]` extrapolate, which is allowed.
         count: The number of models; None for as many as there are weights.
-        of: What is weighted, for error messages.
+        of: The noun for what is weighted, in error messages.
 
     Returns:
-        One Python float per model (for traced weights: one traced scalar, unchecked but in number).
+        One Python float per model. Traced weights come back as traced scalars; of those only the
+        number is checked.
 
     Raises:
         TypeError: If `weights` is not a flat sequence.
-        ValueError: If there are not `count` of them, one is not finite, or they do not sum to one.
+        ValueError: If there are not `count` weights, one is not finite, or they do not sum to one.
 
     Example:
         >>> resolve_weights(None, 4)
@@ -42,7 +43,7 @@ def resolve_weights(
     """
     if weights is None:
         if count is None:
-            raise TypeError("weights is None, and nothing tells how many there would be")
+            raise TypeError("weights is None and the number of models is unknown")
         return (1.0 / count,) * count
     if not isinstance(weights, (list, tuple)) and np.ndim(weights) != 1:
         raise TypeError(
@@ -68,15 +69,34 @@ def resolve_weights(
     return given
 
 
+def resolve_mix(
+    weights: Sequence[float] | None, alpha: float | None, count: int
+) -> tuple[float, ...]:
+    """The weights of `count` trees, given directly or, for two trees, by an alpha.
+
+    Raises:
+        TypeError: If `weights` is not a flat sequence.
+        ValueError: If both are given, `alpha` is given for other than two trees, or the weights are
+            invalid.
+    """
+    if alpha is not None:
+        if weights is not None:
+            raise ValueError("give either weights or alpha, not both")
+        if count != 2:
+            raise ValueError(f"alpha is for two trees, got {count}; give weights")
+        weights = (1 - alpha, alpha)
+    return resolve_weights(weights, count)
+
+
 def weighted_mean(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
     """Averages arrays of one floating-point dtype in float32 or better, and casts back.
 
-    An array of weight 0 is left out, whatever it holds, and one of weight 1 not multiplied: with
-    such weights that very array comes back.
+    An array of weight 0 is left out, even if it holds NaN, and one of weight 1 is not multiplied:
+    weights of zeros and a single one return that array's values exactly.
 
     Args:
         arrays: K arrays of equal shape and dtype.
-        weights: K weights, as `resolve_weights` gives them.
+        weights: K weights, as returned by `resolve_weights`.
 
     Returns:
         An array of that shape and dtype.
@@ -95,43 +115,25 @@ def weighted_mean(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
         if not (isinstance(weight, float) and weight == 1.0):
             term = term * jnp.asarray(weight, accumulator)
         total = term if total is None else total + term
-    assert total is not None  # for the weights sum to one
+    assert total is not None  # since the weights sum to one
     return total.astype(dtype)
 
 
-def resolve_mix(
-    weights: Sequence[float] | None, alpha: float | None, count: int
-) -> tuple[float, ...]:
-    """The weights of `count` trees, given as such or, of two, as an alpha.
-
-    Raises:
-        TypeError: If `weights` is not a flat sequence.
-        ValueError: If both are given, `alpha` for other than two trees, or weights do not fit.
-    """
-    if alpha is not None:
-        if weights is not None:
-            raise ValueError("give either weights or alpha, not both")
-        if count != 2:
-            raise ValueError(f"alpha is for two trees, got {count}; give weights")
-        weights = (1 - alpha, alpha)
-    return resolve_weights(weights, count)
-
-
 def average_flats(flats: Sequence[paths.Flat], weights: Sequence[float]) -> PyTree:
-    """The average of alike trees that are taken apart; integer leaves must agree.
+    """The average of flattened trees of one structure; integer leaves must agree.
 
     Args:
-        flats: The trees.
+        flats: The flattened trees.
         weights: One per tree, summing to one.
 
     Returns:
-        A tree of the structure of the first.
+        A tree with the structure of the first.
     """
-    found = {
+    means = {
         path: _average_leaf(path, [flat.leaves[path] for flat in flats], weights)
         for path in flats[0].leaves
     }
-    return paths.Flat(found, flats[0].treedef).tree()
+    return paths.Flat(means, flats[0].treedef).tree()
 
 
 def _average_leaf(path: str, leaves: Sequence[Array], weights: Sequence[float]) -> Array:
@@ -141,6 +143,7 @@ def _average_leaf(path: str, leaves: Sequence[Array], weights: Sequence[float]) 
 
 
 def _agreed(path: str, leaves: Sequence[Array]) -> Array:
+    """The leaf that all trees share (traced leaves are taken to agree)."""
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         return leaves[0]
 

@@ -1,4 +1,4 @@
-"""Options of matchers: numbers, of which a check of range is one of type, and random keys."""
+"""Checks of options: numbers, whose range check also catches a wrong type, and random keys."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vfjax._types import PyTree
 
 
 class Flat(NamedTuple):
-    """A tree taken apart: what `flatten_named` returns.
+    """A tree flattened by path, as returned by `flatten_named`.
 
     Attributes:
         leaves: The leaves by path, in the tree's own order.
@@ -25,7 +25,7 @@ class Flat(NamedTuple):
     treedef: Any
 
     def tree(self) -> PyTree:
-        """The tree, put together."""
+        """Rebuilds the tree."""
         return jax.tree.unflatten(self.treedef, list(self.leaves.values()))
 
     def only(self, paths: Collection[str]) -> PyTree:
@@ -34,7 +34,7 @@ class Flat(NamedTuple):
         return jax.tree.unflatten(self.treedef, kept)
 
     def part(self, paths: Collection[str]) -> Flat:
-        """What `only` makes, taken apart."""
+        """The same as `only`, flattened."""
         kept = {path: leaf for path, leaf in self.leaves.items() if path in paths}
         return Flat(kept, jax.tree.structure(self.only(paths)))
 
@@ -44,8 +44,8 @@ class Flat(NamedTuple):
         Args:
             leaves: New leaves by path; those at other paths are ignored.
         """
-        found = {path: leaves.get(path, leaf) for path, leaf in self.leaves.items()}
-        return Flat(found, self.treedef)
+        replaced = {path: leaves.get(path, leaf) for path, leaf in self.leaves.items()}
+        return Flat(replaced, self.treedef)
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -56,8 +56,8 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> Flat:
     """Flattens a tree into a dict from leaf path to leaf.
 
     Paths read like `params/Conv_0/kernel`. The `/value` that Flax NNX appends is left out, so that
-    names agree between APIs. Where keys hold a slash themselves and paths would coincide, those
-    read like `['a/b']` instead.
+    names agree between APIs. If keys contain slashes and paths would coincide, those paths read
+    like `['a/b']` instead.
 
     Args:
         tree: A pytree of arrays. None counts as an absent subtree, as everywhere in JAX.
@@ -79,7 +79,7 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> Flat:
 def _named(paths: Sequence[tuple[Any, ...]]) -> list[str]:
     """Names of leaves by their paths; see `flatten_named`."""
     names = [_name(path) for path in paths]
-    attribute = jax.tree_util.GetAttrKey("value")  # as against a key of a dict
+    attribute = jax.tree_util.GetAttrKey("value")  # of NNX, unlike a dict's key "value"
     whole = all(n.endswith("/value") for n in names)
     short = [
         n.removesuffix("/value") if whole or path[-1:] == (attribute,) else n
@@ -119,7 +119,7 @@ def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
         leaves: New leaves by path.
 
     Returns:
-        A new tree, its containers as they were.
+        A new tree with the same containers.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
     names = _named([path for path, _ in flat])
@@ -144,11 +144,11 @@ def check_trees(
         finite: Whether to look for NaN and infinity too (never in tracers or abstract values).
 
     Returns:
-        The trees, taken apart.
+        The flattened trees.
 
     Raises:
         TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
-        ValueError: If there are none, or they differ, or one holds NaN or infinity.
+        ValueError: If there are none, they differ, or one holds NaN or infinity.
     """
     check_sequence(trees, name=name)
     flats = tuple(flatten_named(tree, name=f"{name}[{k}]") for k, tree in enumerate(trees))
@@ -159,7 +159,7 @@ def check_trees(
 def check_alike(
     flats: Sequence[Mapping[str, Any]], *, name: str = "trees", finite: bool = True
 ) -> None:
-    """The same of trees that are leaves by path already; see `check_trees`."""
+    """Does the checks of `check_trees` on trees that are already leaves by path."""
     for k, flat in enumerate(flats):
         if k:
             check_like(flat, flats[0], name=f"{name}[{k}]", other=f"{name}[0]")
@@ -222,7 +222,7 @@ def check_finite(flat: Mapping[str, Any], *, name: str) -> None:
         dtype = jax.numpy.result_type(leaf)
         if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
             continue
-        # A concrete leaf is looked at even where the caller is being traced.
+        # Under a trace, operations on a concrete leaf would be staged out; evaluate them now.
         with jax.ensure_compile_time_eval():
             bad = int(np.size(leaf) - np.count_nonzero(jax.numpy.isfinite(leaf)))
         if bad:

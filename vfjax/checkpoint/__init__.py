@@ -1,15 +1,15 @@
 """Trees and models on disk.
 
-`save(path, tree, meta)` keeps a parameter tree or a `vfjax.merge.Merged`. `load(path)` reads a tree
-back, `load(path, net)` a `Merged`, and `card(path)` what its author had to say. A
-checkpoint is a folder with
+`save(path, tree, meta)` writes a parameter tree or a `vfjax.merge.Merged`. `load(path)` reads a
+tree back, `load(path, net)` a `Merged`, and `card(path)` the metadata. A checkpoint is a folder
+with
 
     tree/            the arrays, an ordinary orbax checkpoint of nested dictionaries
     structure.json   which containers were lists, tuples or None; shapes, dtypes and a checksum
     card.json        recipe, seed, accuracy, command ...
 
-It is written under a temporary name beside its place and renamed when complete, so that a reader
-never sees half of one, and a save that is killed leaves the previous checkpoint readable.
+It is written next to its destination under a temporary name and renamed when complete, so a reader
+never sees half a checkpoint, and a save that is killed leaves the previous one readable.
 
     >>> import tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -17,7 +17,7 @@ never sees half of one, and a save that is killed leaves the previous checkpoint
     ...     load(f"{folder}/a")["w"].tolist(), card(f"{folder}/a")["seed"]
     ([0.0, 1.0, 2.0], 0)
 
-`from_torch(file, model)` reads weights that others published for PyTorch (`.npz`, or `.safetensors`
+`from_torch(file, model)` reads weights published for PyTorch (`.npz`, or `.safetensors`
 with the extra `torch-io`) into the networks of `vfjax.models`.
 """
 

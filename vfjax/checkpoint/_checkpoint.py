@@ -38,7 +38,7 @@ def save(
     *,
     storage: Any = None,
 ) -> Path:
-    """Saves a tree of arrays, replacing what was at `path` only when all is written.
+    """Saves a tree of arrays, replacing what was at `path` only once everything is written.
 
     Args:
         path: Folder of the checkpoint.  Missing parents are created.
@@ -46,16 +46,17 @@ def save(
             leaves; or an object with a method ``__checkpoint__() -> (kind, tree, meta)``, such as
             `vfjax.merge.Merged`.
         meta: JSON values for ``card.json``.
-        storage: A floating dtype, such as ``"float16"``, to store wider floating leaves in.  They
-            come back in their own dtype, rounded; by default all are stored as they are.
+        storage: A floating dtype, such as ``"float16"``, in which to store wider floating leaves.
+            They are loaded in their original dtype, rounded; by default nothing is rounded.
 
     Returns:
         The absolute path.
 
     Raises:
-        TypeError: If a leaf is not an array, a key no string, or `meta` holds what JSON does not.
-        ValueError: If there is something at `path` that is not a checkpoint, if `storage` is no
-            floating dtype, or if a finite value is too large for it.
+        TypeError: If a leaf is not an array, a key is not a string, or `meta` holds values that
+            JSON does not support.
+        ValueError: If there is something at `path` that is not a checkpoint, `storage` is not a
+            floating dtype, or a finite value is too large for it.
 
     Example:
         >>> import tempfile
@@ -85,7 +86,7 @@ def save(
         "sha256": checksum_of(leaves),
         "tree": description,
     }
-    # Everything that can fail for what it was given has failed by now, before anything is written.
+    # Serialise first, so that invalid arguments raise before anything is written.
     texts = {
         _STRUCTURE: json.dumps(structure),
         _CARD: json.dumps(dict(meta or {}), indent=2) + "\n",
@@ -111,16 +112,16 @@ def load(path: str | os.PathLike[str], net: Any = None) -> Any:
 
     Args:
         path: Folder of the checkpoint.
-        net: The traced `Network` that a saved `Merged` belongs to, or those of its models where
-            they have one each; not needed for trees.
+        net: The traced `Network` that a saved `Merged` belongs to, or those of its models if each
+            has one; not needed for trees.
 
     Returns:
-        The tree, its containers as they were and its leaves as `jax.Array` (as `numpy.ndarray`
-        where JAX does not take the dtype, as with float64 by default); or the saved object.
+        The tree, with its original containers and its leaves as `jax.Array` (as `numpy.ndarray`
+        for a dtype that JAX would change, such as float64 by default); or the saved object.
 
     Raises:
         CheckpointError: If there is no checkpoint at `path`, or it is incomplete or damaged.
-        ValueError: If an object was saved that needs `net`, and none is given.
+        ValueError: If the saved object needs `net` and none is given.
 
     Example:
         >>> import tempfile
@@ -133,9 +134,9 @@ def load(path: str | os.PathLike[str], net: Any = None) -> Any:
     structure = _read_json(folder / _STRUCTURE)
     damaged = f"the checkpoint {folder} is damaged:"
     if not isinstance(structure, dict) or structure.get("format") != _FORMAT:
-        found = structure.get("format") if isinstance(structure, dict) else None
+        version = structure.get("format") if isinstance(structure, dict) else None
         raise CheckpointError(
-            f"{damaged} {_STRUCTURE} has format {found!r}, this version reads {_FORMAT}. {_AGAIN}"
+            f"{damaged} {_STRUCTURE} has format {version!r}, this version reads {_FORMAT}. {_AGAIN}"
         )
     leaves: list[np.ndarray] = []
     try:
@@ -146,7 +147,7 @@ def load(path: str | os.PathLike[str], net: Any = None) -> Any:
         elif target is not None:
             arrays = _read_arrays(folder / _TREE, {"": target})[""]
         tree = unpack(arrays, description, leaves)
-    # Orbax raises whatever its storage layer does: any failure to read these bytes is damage.
+    # Orbax passes on any exception of its storage layer; whatever fails here is damage.
     except Exception as error:
         summary = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(f"{damaged} {type(error).__name__}: {summary}. {_AGAIN}") from error
@@ -171,7 +172,7 @@ def card(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: Folder of the checkpoint.
 
     Returns:
-        What `save` was given as `meta`.
+        The `meta` that `save` was given.
 
     Raises:
         CheckpointError: If there is no checkpoint, or its card cannot be read.
@@ -193,8 +194,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         value: What `json.dumps` takes.
 
     Raises:
-        TypeError: If `value` holds what JSON does not.
-        OSError: If nothing can be written there; what was at `path` stays.
+        TypeError: If `value` holds values that JSON does not support.
+        OSError: If the file cannot be written; whatever was at `path` stays.
 
     Example:
         >>> import tempfile, pathlib
@@ -217,7 +218,7 @@ def _previous(path: Path) -> Path:
 
 
 def _replace(path: Path, complete: Path) -> None:
-    """Renames a complete checkpoint into place; killed in between, `_folder` finds the old one."""
+    """Renames a complete checkpoint into place; if killed halfway, `_folder` finds the old one."""
     previous = _previous(path)
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -227,7 +228,7 @@ def _replace(path: Path, complete: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what saves to the same place that were killed left behind."""
+    """Removes the temporary folders of killed saves to the same path."""
     for folder in path.parent.glob(f".{path.name}.*.tmp"):
         pid = folder.name.split(".")[-2]
         if pid == str(os.getpid()) or not _is_running(pid):
@@ -235,18 +236,18 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _is_running(pid: str) -> bool:
-    """Whether a process of this machine has that id."""
+    """Whether a process on this machine has this id."""
     try:
         os.kill(int(pid), 0)
     except (ValueError, ProcessLookupError):
         return False
     except OSError:
-        pass  # It runs, as another user.
+        pass  # it runs, as another user
     return True
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
-    """Returns the folder to read, or says that there is none."""
+    """Returns the folder to read, or raises if there is none."""
     path = _absolute(path)
     if path.is_dir():
         return path
@@ -275,7 +276,7 @@ def _read_json(path: Path) -> Any:
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
-    # Orbax's mark of completion names the temporary folder; here the rename is the mark.
+    # Orbax's completion marker names the temporary folder; here the rename marks completion.
     (path / "commit_success.txt").unlink(missing_ok=True)
 
 

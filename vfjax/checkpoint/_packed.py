@@ -1,4 +1,4 @@
-"""Trees as checkpoints hold them: dictionaries of arrays, and JSON that says what they were."""
+"""Trees as checkpoints store them: nested dictionaries of arrays, and JSON that describes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pack(
     if tree is None:
         return None, {"none": True}
     if isinstance(tree, Mapping):
-        # NNX numbers the entries of lists: integer keys are told apart from strings by the kind.
+        # NNX numbers the entries of lists; the kind records that the keys were integers.
         kind = "intdict" if tree and all(type(key) is int for key in tree) else "dict"
         for key in tree:
             if not isinstance(key, str) and kind == "dict":
@@ -48,7 +48,7 @@ def pack(
                 leaf = _narrowed(leaf, where, storage)
                 description["stored"] = storage.name
         leaves.append(leaf)
-        # Orbax stores no empty arrays; their description says all about them.
+        # Orbax cannot store empty arrays; their description is enough to restore them.
         return leaf if leaf.size else None, description
     packed, described = {}, {}
     for key, value in items.items():
@@ -59,7 +59,7 @@ def pack(
 
 
 def _leaf(value: Any, where: str) -> np.ndarray:
-    """Returns a leaf as a NumPy array, or says why it is none."""
+    """Returns a leaf as a NumPy array, or raises if it is not an array."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float)):
         raise TypeError(
             f"tree has a {type(value).__name__} at {where or 'its root'!r}; leaves must be arrays: "
@@ -74,7 +74,7 @@ def _leaf(value: Any, where: str) -> np.ndarray:
 
 
 def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
-    """Rounds a leaf to fewer bits, or says that it does not go."""
+    """Rounds a leaf to a narrower dtype, or raises if a finite value overflows."""
     with np.errstate(over="ignore"):
         rounded = leaf.astype(storage)
     if not np.array_equal(np.isfinite(rounded), np.isfinite(leaf)):
@@ -86,7 +86,7 @@ def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
 
 
 def target_of(description: Mapping[str, Any]) -> Any:
-    """Returns the nested dictionaries of arrays that orbax restores into, or None without any."""
+    """Returns the nested dictionaries of arrays that orbax restores into, or None if empty."""
     if "none" in description:
         return None
     if "shape" in description:
@@ -98,13 +98,13 @@ def target_of(description: Mapping[str, Any]) -> Any:
 
 
 def _stored(description: Mapping[str, Any]) -> np.ndarray:
-    """Returns an array of the shape and dtype that a described leaf has in the files."""
+    """Returns an empty array of the shape and dtype in which a described leaf is stored."""
     dtype = description.get("stored", description["dtype"])
     return np.empty(description["shape"], jnp.dtype(dtype))
 
 
 def unpack(tree: Any, description: Mapping[str, Any], leaves: list[np.ndarray]) -> PyTree:
-    """Inverts `pack`, appending the leaves in the order in which they were packed."""
+    """Inverts `pack`, appending to `leaves` in the same order."""
     if "none" in description:
         return None
     if "shape" in description:

@@ -1,4 +1,4 @@
-"""PyTorch weights, named as torchvision and timm name them, as variables of the models."""
+"""Reading PyTorch weights, named as by torchvision or timm, into variables of the models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vfjax.models._vgg import STAGES, ImageNetVGG
 __all__ = ["from_torch"]
 
 
-# A normalisation's scale is what PyTorch calls its weight.
+# PyTorch calls the scale of a normalisation its weight.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -34,7 +34,7 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# BatchNorm's count of training steps, which no evaluation reads.
+# BatchNorm's count of training steps, which evaluation does not read.
 _IGNORED = "num_batches_tracked"
 _LISTED = 20
 
@@ -47,8 +47,8 @@ class _Tensor:
         name: Name of the tensor.
         path: Path of the leaf in the variables.
         leaf: Shape and dtype of the leaf.
-        channels: Of a dense kernel, the inputs that one pixel has; PyTorch flattens a map channel
-            by channel, Flax pixel by pixel.
+        channels: For a dense kernel after a flattened map, the number of inputs per pixel: PyTorch
+            flattens a map channel by channel, Flax pixel by pixel. None for other leaves.
     """
 
     name: str
@@ -63,9 +63,9 @@ class _Tensor:
         return (*shape[:-3:-1], *shape[:-2])
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape holds the leaf."""
+        """Whether a tensor of this shape holds the leaf."""
         if len(self.shape) == 2 and len(shape) == 4:
-            # A dense layer as a convolution over its whole map, as timm has them.
+            # timm stores such a dense layer as a convolution over the whole map.
             outputs, inputs = self.shape
             rest = (outputs, self.channels or inputs)
             return shape[:2] == rest and math.prod(shape) == outputs * inputs
@@ -74,7 +74,7 @@ class _Tensor:
         return shape == self.shape
 
     def converted(self, value: np.ndarray) -> jax.Array:
-        """The leaf's values, in its own layout and dtype."""
+        """The leaf's values in Flax's layout and the leaf's dtype."""
         shape = self.leaf.shape
         if len(shape) == 4:
             value = value.transpose(2, 3, 1, 0)
@@ -91,8 +91,8 @@ def from_torch(
 ) -> PyTree:
     """Loads a file of PyTorch weights into the variables of an ImageNet model.
 
-    The file has the tensors of a PyTorch `state_dict` under their names, as torchvision or timm
-    publish them: a `.safetensors` file, or what `numpy.savez` makes of them,
+    The file holds the tensors of a PyTorch `state_dict` by name, as torchvision or timm publish
+    them: a `.safetensors` file, or an `.npz` file written by
 
         np.savez("weights.npz", **{k: v.numpy() for k, v in net.state_dict().items()})
 
@@ -101,20 +101,20 @@ def from_torch(
 
     Args:
         path: The file, `.safetensors` (needs safetensors: extra `torch-io`) or `.npz`.
-        model: What to load into: a `ConvNeXt`, `BottleneckResNet` or `ImageNetVGG`, such as
+        model: The model to load into, a `ConvNeXt`, `BottleneckResNet` or `ImageNetVGG`, such as
             `vfjax.models.create("resnet50", classes=1000)`.
         image: Height, width and channels of its images. Only the first dense kernel of a VGG
             depends on height and width.
 
     Returns:
-        The variables, `{"params": ...}` and with BatchNorm `"batch_stats"`, arrays in the model's
-        dtype, float32: convolution kernels `[H, W, I, O]`, dense ones `[I, O]`.
+        The variables, `{"params": ...}` and with BatchNorm also `"batch_stats"`, as arrays of the
+        model's dtype, float32: convolution kernels `[H, W, I, O]`, dense ones `[I, O]`.
 
     Raises:
-        TypeError: If `model` is none of these classes.
+        TypeError: If `model` is not an instance of one of these classes.
         ModuleNotFoundError: If safetensors is needed and not installed.
-        CheckpointError: If there is no such file, or it is damaged or of neither kind.
-        ValueError: If tensors are missing, unknown, of another shape or not floating.
+        CheckpointError: If the file does not exist, is damaged or has another suffix.
+        ValueError: If tensors are missing or unknown, have another shape or are not floating.
 
     Example:
         >>> import tempfile
@@ -141,11 +141,11 @@ def from_torch(
     """
     layouts = _layouts(model, image)
     values = _read(path)
-    found = {name for name in values if name.rpartition(".")[2] != _IGNORED}
-    # A file in no layout is compared with the one that it shares most names with.
-    tensors = max(layouts, key=lambda layout: len(found & {tensor.name for tensor in layout}))
+    given = {name for name in values if name.rpartition(".")[2] != _IGNORED}
+    # A file that fits neither layout is compared with the one that shares most names with it.
+    tensors = max(layouts, key=lambda layout: len(given & {tensor.name for tensor in layout}))
     names = {tensor.name for tensor in tensors}
-    _check_names(path, names, found)
+    _check_names(path, names, given)
     wrong = [
         f"{tensor.name} {values[tensor.name].shape} in place of {tensor.shape}"
         for tensor in tensors
@@ -166,13 +166,13 @@ def from_torch(
         raise ValueError(
             f"path: {path} has weights that are not floating: {_list(wrong)}. Save them as float32."
         )
-    # Taken out one by one, so that no more than one tensor is held twice.
+    # Popped one by one, so that at most one tensor is in memory twice.
     leaves = {tensor.path: tensor.converted(values.pop(tensor.name)) for tensor in tensors}
     return traverse_util.unflatten_dict(leaves)
 
 
 def _layouts(model: nn.Module, image: Sequence[int]) -> list[list[_Tensor]]:
-    """The tensors of a model, by every way of naming them."""
+    """The tensors of a model, once for each way of naming them."""
     family = next((kind for kind in _FAMILIES if isinstance(model, kind)), None)
     if family is None:
         known = ", ".join(kind.__name__ for kind in _FAMILIES)
@@ -196,7 +196,7 @@ def _layouts(model: nn.Module, image: Sequence[int]) -> list[list[_Tensor]]:
 
 
 def _name(path: tuple[str, ...], names: Mapping[str, str]) -> str:
-    """The tensor of a leaf; a name is given for the leaf itself or for its module."""
+    """The tensor's name for a leaf; `names` has an entry for the leaf itself or for its module."""
     _, *module, leaf = path
     if "/".join([*module, leaf]) in names:
         return names["/".join([*module, leaf])]
@@ -212,7 +212,7 @@ def _convnext(model: ConvNeXt) -> tuple[dict[str, str], ...]:
     }
     timm = {"stem": "stem.0", "stem_norm": "stem.1", "head_norm": "head.norm", "head": "head.fc"}
     for stage, blocks in enumerate(model.depths):
-        # In torchvision, what reduces the map is a stage of its own.
+        # torchvision counts the downsampling layers as a separate stage.
         for part, name in enumerate((f"down{stage + 1}_norm", f"down{stage + 1}")):
             torchvision[name] = f"features.{2 * stage}.{part}"
             timm[name] = f"stages.{stage}.downsample.{part}"
@@ -252,7 +252,7 @@ def _vgg(model: ImageNetVGG) -> tuple[dict[str, str], ...]:
             names[f"conv{index}"] = f"features.{place}"
             names[f"norm{index}"] = f"features.{place + 1}"
             place += 2 if model.norm is None else 3
-        place += 1  # The max-pool.
+        place += 1  # the max-pool
     torchvision = {"dense1": "classifier.0", "dense2": "classifier.3", "head": "classifier.6"}
     timm = {"dense1": "pre_logits.fc1", "dense2": "pre_logits.fc2", "head": "head.fc"}
     return {**names, **torchvision}, {**names, **timm}
@@ -270,7 +270,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     path = Path(path).expanduser()
     if path.suffix not in (".npz", ".safetensors"):
         raise CheckpointError(
-            f"path must end in .safetensors or .npz, got {path}. Where there is PyTorch, write it: "
+            f"path must end in .safetensors or .npz, got {path}. With PyTorch, write it: "
             "np.savez('net.npz', **{k: v.numpy() for k, v in torch.load(path).items()})"
         )
     if not path.is_file():
@@ -282,13 +282,13 @@ def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         )
     try:
         if path.suffix == ".npz":
-            # Opened here: given a name, NumPy leaves a damaged file open.
+            # Opened here because NumPy, given a name, leaves a damaged file open.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         from safetensors.numpy import load_file  # pyright: ignore[reportMissingImports]
 
         return dict(load_file(path))
-    # Zip, zlib, NumPy and safetensors each have exceptions of their own for damage.
+    # Zip, zlib, NumPy and safetensors each raise different exceptions for damage.
     except Exception as error:
         summary = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(
@@ -296,17 +296,17 @@ def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _check_names(path: str | os.PathLike[str], wanted: set[str], found: set[str]) -> None:
-    sides = (("it lacks", wanted - found), ("the model has no", found - wanted))
+def _check_names(path: str | os.PathLike[str], wanted: set[str], given: set[str]) -> None:
+    sides = (("it lacks", wanted - given), ("the model has no", given - wanted))
     parts = [f"{what} {_list(sorted(names))}" for what, names in sides if names]
     if not parts:
         return
     hint = "Create the model with the depth and norm of the file, and save its state_dict by the "
     hint += "names that torchvision or timm give."
-    begins = {name.partition(".")[0] for name in found}
+    begins = {name.partition(".")[0] for name in given}
     if len(begins) == 1 and not begins & {name.partition(".")[0] for name in wanted}:
-        # As wrappers of modules leave it.
-        hint = f"All that it holds begins with '{begins.pop()}.': save it without."
+        # Wrappers of modules (DataParallel, say) prefix every name.
+        hint = f"Every name in it begins with '{begins.pop()}.': save it without this prefix."
     raise ValueError(
         f"path: {path} does not hold the tensors of the model: {'; '.join(parts)}. {hint}"
     )

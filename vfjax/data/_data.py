@@ -23,16 +23,16 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known of a data set before it is read; mean and std of images in [0, 1]."""
+    """Facts about a data set, known before it is read; mean and std are of images in [0, 1]."""
 
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-# The statistics of CIFAR are the ones of "Vanishing Feature" and of most CIFAR code, CIFAR-100
-# included: the standard deviations are means of those within single images, a little below those
-# of all pixels.
+# The CIFAR statistics are those of "Vanishing Feature" and of most CIFAR code, also for CIFAR-100:
+# the standard deviations are means of those within single images, slightly below those of all
+# pixels.
 _CIFAR_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _FACTS = {
     "cifar10": _Facts(10, *_CIFAR_STATISTICS),
@@ -50,14 +50,18 @@ class DatasetError(ValueError):
     """A data set is not prepared, or cannot be read."""
 
 
+class _NotPrepared(DatasetError):
+    """The data set was not found and could not be prepared."""
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Maps uint8 images to float32 ones of about zero mean and unit deviation by channel.
+    """Maps uint8 images to float32 with about zero mean and unit deviation in each channel.
 
     Args:
         images: uint8 ``[N, H, W, C]``.
         mean: C means, for images in [0, 1].
-        std: C standard deviations, likewise.
+        std: C standard deviations, for images in [0, 1].
 
     Returns:
         float32 ``[N, H, W, C]``.
@@ -74,7 +78,7 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 class Batches:
-    """Re-iterable batches ``(x, label)`` of images in their order, the last one ragged.
+    """Re-iterable batches ``(x, label)`` of images in order; the last one may be smaller.
 
     Each is a float32 ``[n, H, W, C]`` on the device and an int32 ``[n]``.
 
@@ -86,7 +90,7 @@ class Batches:
         batch_size: Images per batch.
 
     Raises:
-        ValueError: If `batch_size` is below one, or images and labels are not equally many.
+        ValueError: If `batch_size` is below one, or the numbers of images and labels differ.
 
     Example:
         >>> batches = load("digits").batches("test", batch_size=200)
@@ -157,7 +161,7 @@ class Dataset:
         std: C standard deviations.
         classes: Number of classes.
         source: Where it was read from.
-        fallback: Whether ``"auto"`` fell back to it because what it looked for was not found.
+        fallback: Whether ``"auto"`` fell back to it because its first choice was not available.
     """
 
     name: str
@@ -172,12 +176,12 @@ class Dataset:
     fallback: bool = False
 
     def batches(self, split: str, *, batch_size: int = 500, samples: int | None = None) -> Batches:
-        """Batches of a split, in the order of its records, not augmented.
+        """Batches of a split, in the order of its records and without augmentation.
 
         Args:
             split: ``"train"`` or ``"test"``.
             batch_size: Images per batch.
-            samples: Only the first so many images.
+            samples: How many images to use, from the first; None for all.
 
         Returns:
             Re-iterable batches ``(x, label)``, normalised.
@@ -208,20 +212,20 @@ def load(
 
     Args:
         name: ``"cifar10"``, ``"cifar100"``, ``"mnist"``, ``"digits"``, or ``"auto"``: `prefer`
-            where it can be had, else the digits, with a warning in the log and ``fallback=True``.
-        data_dir: Folder in which TFDS data sets are looked for first; then come the folder that
-            the environment variable ``TFDS_DATA_DIR`` names and TFDS's default one.  Where the data
-            is in none of them and TensorFlow is installed, TFDS downloads and prepares it.
-        train: Read only the first so many training images.  TFDS stores records in random order,
-            so they are a fair sample.
-        test: Likewise for the test split.
-        prefer: What ``"auto"`` looks for.
+            if it is available, else the digits, with a warning in the log and ``fallback=True``.
+        data_dir: Folder to search first for TFDS data sets, before the one that the environment
+            variable ``TFDS_DATA_DIR`` names and TFDS's default.  If the data is in none of them and
+            TensorFlow is installed, TFDS downloads and prepares it.
+        train: How many training images to read, from the first; None for all.  TFDS stores records
+            in random order, so they are a fair sample.
+        test: The same for the test split.
+        prefer: The first choice of ``"auto"``.
 
     Returns:
         The `Dataset`.
 
     Raises:
-        DatasetError: If the data set is not prepared and cannot be, or cannot be read.
+        DatasetError: If the data set is not prepared and cannot be prepared, or cannot be read.
         ValueError: If a name is unknown or a count is below one.
 
     Example:
@@ -259,16 +263,16 @@ def load(
 
 
 def grey(dataset: Dataset, *, size: int) -> Dataset:
-    """A data set in grey and at another size, so that it fits networks of other data sets.
+    """Converts a data set to grey and another size, so that it fits networks of other data sets.
 
     Args:
         dataset: A data set of grey or RGB images.
         size: Pixels along each side.
 
     Returns:
-        Images uint8 ``[N, size, size, 1]``: the luma of ITU-R BT.601, resampled bilinearly (over
-        all pixels that a new one covers). Mean and standard deviation are those of the training
-        images.
+        Images uint8 ``[N, size, size, 1]``: the luma of ITU-R BT.601, resampled bilinearly with
+        antialiasing (over all pixels that a new one covers). Mean and standard deviation are those
+        of the training images.
 
     Raises:
         ValueError: If `size` is below one, or images are neither grey nor RGB.
@@ -286,11 +290,11 @@ def grey(dataset: Dataset, *, size: int) -> Dataset:
         raise ValueError(f"dataset must have 1 or 3 channels, it has {channels}.")
 
     def convert(images: np.ndarray) -> np.ndarray:
-        found = np.empty((len(images), size, size, 1), np.uint8)
+        resized = np.empty((len(images), size, size, 1), np.uint8)
         for row, image in enumerate(images):
             picture = Image.fromarray(image if channels == 3 else image[..., 0]).convert("L")
-            found[row, ..., 0] = picture.resize((size, size), Image.Resampling.BILINEAR)
-        return found
+            resized[row, ..., 0] = picture.resize((size, size), Image.Resampling.BILINEAR)
+        return resized
 
     train = convert(dataset.train_images)
     return dataclasses.replace(
@@ -303,11 +307,11 @@ def grey(dataset: Dataset, *, size: int) -> Dataset:
 
 
 def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns scikit-learn's 1,797 digits, split at random once and for all."""
+    """Returns scikit-learn's 1,797 digits in a fixed random split."""
     from sklearn.datasets import load_digits
 
     bunch = cast(Any, load_digits())
-    # Its pixels count from 0 to 16.
+    # Pixels range from 0 to 16.
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
     order = np.random.RandomState(0).permutation(len(labels))  # noqa: NPY002 (frozen by NumPy)
@@ -315,12 +319,8 @@ def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
 
 
-class _NotPrepared(DatasetError):
-    """The data set is nowhere, and could not be prepared."""
-
-
 def _places(data_dir: str | os.PathLike[str] | None) -> list[tuple[str, str]]:
-    """Returns (what names it, folder) in the order of the search."""
+    """Returns (label for messages, folder) in the order of the search."""
     places = [
         ("--data-dir", data_dir),
         ("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR")),
@@ -333,7 +333,7 @@ def find(name: str, data_dir: str | os.PathLike[str] | None) -> str | None:
     """The first folder in which TFDS has prepared a data set.
 
     Args:
-        name: As TFDS names it.
+        name: The data set's name in TFDS.
         data_dir: Folder to search first; None for `TFDS_DATA_DIR`, then TFDS's default.
 
     Returns:
@@ -347,12 +347,12 @@ def find(name: str, data_dir: str | os.PathLike[str] | None) -> str | None:
 
 
 def _can_prepare() -> bool:
-    """Whether the packages of the extra `prepare` are there."""
+    """Whether the packages of the extra `prepare` are installed."""
     return all(importlib.util.find_spec(name) for name in ("tensorflow", "importlib_resources"))
 
 
 def _prepare(name: str, data_dir: str | os.PathLike[str] | None) -> str:
-    """Lets TFDS download and prepare the data set, or says what is missing to do so."""
+    """Lets TFDS download and prepare the data set, or raises with what is missing."""
     places = _places(data_dir)
     searched = ", ".join(f"{folder} ({label})" for label, folder in places)
     missing = f"the data set {name!r} is not prepared; searched {searched}."
@@ -367,10 +367,10 @@ def _prepare(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     folder = places[0][1]
     _log.warning("%s Downloading and preparing it in %s.", missing, folder)
     try:
-        # The file format must be asked for: TFDS's default is one that data_source cannot read.
+        # The format must be requested: data_source cannot read TFDS's default.
         builder = tfds.builder(name, data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
-    # Anything from a missing network to a full disk.
+    # Anything can fail here, from the network to a full disk.
     except Exception as error:
         raise _NotPrepared(
             f"{missing} TFDS could not download and prepare it: {type(error).__name__}: {error}"
@@ -385,7 +385,7 @@ def _not_about_opencv(record: logging.LogRecord) -> bool:
 
 def _read(name: str, split: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
     """Reads a split, or a slice of one, into uint8 images and int32 labels."""
-    # Imported here: it takes half a second, and the digits do without.
+    # Imported here because it takes half a second and the digits do not need it.
     import tensorflow_datasets as tfds
 
     logging.getLogger("absl").addFilter(_not_about_opencv)
@@ -403,7 +403,7 @@ def _read(name: str, split: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
                 for row, example in zip(rows, examples, strict=True):
                     images[row], labels[row] = example["image"], example["label"]
                 bar.update(len(rows))
-    # TFDS, array_record and the decoder raise all kinds of things on damaged files.
+    # TFDS, array_record and the decoder raise many kinds of exceptions on damaged files.
     except Exception as error:
         summary = str(error).strip().split("\n")[0]
         raise DatasetError(

@@ -1,7 +1,7 @@
 """ImageNet as published networks take it: streamed, resized, cropped at the centre, normalised.
 
-A split of 1.2 million photographs does not fit into memory, and they differ in size, so batches are
-decoded as they are asked for, by some threads, one batch ahead. `vfjax.data` is for what fits.
+The 1.2 million photographs of the training split do not fit into memory and differ in size, so
+several threads decode batches on demand, one batch ahead. `vfjax.data` is for data sets that fit.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from vfjax._types import Array
 from vfjax.data._data import Batches, DatasetError, find, normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of images in [0, 1], by channel: those of torchvision's and timm's networks."""
+"""By channel, of images in [0, 1]: the statistics that torchvision's and timm's networks use."""
 
 _NAME = "imagenet2012"
 _THREADS = min(16, os.cpu_count() or 1)
 
 
 def centre(image: np.ndarray, *, resize: int = 256, crop: int = 224) -> np.ndarray:
-    """The centre of an image whose shorter side is brought to one length.
+    """Resizes an image to a given length of its shorter side and crops its centre.
 
     Args:
-        image: uint8 `[H, W, 3]`, or `[H, W]` and `[H, W, 1]` in grey, which is repeated.
+        image: uint8 `[H, W, 3]`, or grey `[H, W]` or `[H, W, 1]`, which is repeated to 3 channels.
         resize: Pixels of the shorter side, by bilinear interpolation with antialiasing.
-        crop: Pixels of both sides of what is returned; at most `resize`.
+        crop: Pixels along each side of the crop; at most `resize`.
 
     Returns:
         uint8 `[crop, crop, 3]`.
@@ -50,7 +50,7 @@ def centre(image: np.ndarray, *, resize: int = 256, crop: int = 224) -> np.ndarr
     shown = Image.fromarray(np.squeeze(image, -1) if image.shape[-1:] == (1,) else image)
     shown = shown.convert("RGB")
     width, height = shown.size
-    # As torchvision rounds: the longer side down, the place of the crop to the nearest even.
+    # Rounded as in torchvision: the longer side down, the crop's corner half to even.
     if width <= height:
         size = resize, int(resize * height / width)
     else:
@@ -61,15 +61,15 @@ def centre(image: np.ndarray, *, resize: int = 256, crop: int = 224) -> np.ndarr
 
 
 class Streamed:
-    """Re-iterable batches `(x, label)`, decoded as they are asked for, the last one ragged.
+    """Re-iterable batches `(x, label)`, decoded on demand; the last one may be smaller.
 
     Each is a float32 `[n, crop, crop, 3]` on the device and an int32 `[n]`.
 
     Args:
-        source: Examples by their number, dictionaries with `image` (uint8 `[H, W, C]`) and `label`:
-            what `tfds.data_source` returns, or a list.
+        source: A sequence of examples, dictionaries with `image` (uint8 `[H, W, C]`) and `label`:
+            the result of `tfds.data_source`, or a list.
         batch_size: Images per batch.
-        samples: How many of the examples, the first ones; None for all.
+        samples: How many examples to use, from the first; None for all.
         resize: See `centre`.
         crop: See `centre`.
 
@@ -129,7 +129,7 @@ class Streamed:
         """Batches of the first examples only.
 
         Args:
-            count: How many; None, or more than there are, for all.
+            count: How many; None, or more than there are, means all.
 
         Returns:
             New batches of the same size.
@@ -138,10 +138,10 @@ class Streamed:
         return Streamed(self.source, samples=count, **options)
 
     def held(self) -> Batches:
-        """The same batches, decoded once and held in memory, a byte for each value.
+        """The same batches, decoded once and held in memory as uint8.
 
         Returns:
-            Batches `(x, label)` as of this; 5,000 images of 224 x 224 take 0.75 GB.
+            Batches `(x, label)` equal to these; 5,000 images of 224 x 224 take 0.75 GB.
 
         Example:
             >>> source = [{"image": np.zeros((20, 30, 3), np.uint8), "label": k} for k in range(5)]
@@ -156,7 +156,7 @@ class Streamed:
         return Batches(images, labels, MEAN, STD, self.batch_size)
 
     def __repr__(self) -> str:
-        """Says how many there are."""
+        """The numbers of images and of images per batch."""
         return f"Streamed({self.count} images in batches of {self.batch_size})"
 
 
@@ -172,9 +172,10 @@ def load(
     """Streams a split of ImageNet (`imagenet2012`) that TFDS has prepared.
 
     Args:
-        split: As TFDS names it: `"validation"`, `"train"`, `"train[:1%]"` ...
+        split: A split in TFDS's notation: `"validation"`, `"train"`, `"train[:1%]"` ...
         batch_size: Images per batch.
-        samples: How many, the first ones; None for all. TFDS has shuffled the training split.
+        samples: How many examples to use, from the first; None for all. TFDS has shuffled the
+            training split.
         resize: See `centre`.
         crop: See `centre`.
         data_dir: Folder that TFDS wrote to; None for `TFDS_DATA_DIR`, then TFDS's default.
@@ -183,8 +184,8 @@ def load(
         The batches.
 
     Raises:
-        DatasetError: If the data set is not there: its archives must be fetched from
-            image-net.org, and TFDS prepares them.
+        DatasetError: If the data set is not prepared: its archives must be fetched from
+            image-net.org and prepared by TFDS.
         ValueError: As `Streamed`.
 
     Example:

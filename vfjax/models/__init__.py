@@ -1,11 +1,11 @@
 """Flax Linen models of the experiments: VGG, ResNet, ConvNeXt, ViT, MLPs, linear networks, digits.
 
-All are called as `model.apply(variables, x, train=False)`, take images `[N, H, W, C]` and return
-logits `[N, classes]`. Only training and the experiments depend on them; the rest of the library
-works on any pure function over a pytree.
+Call them as `model.apply(variables, x, train=False)` on images `[N, H, W, C]`; they return logits
+`[N, classes]`. Only training and the experiments depend on them; the rest of the library works on
+any pure function over a pytree.
 
-`create(name, width=..., classes=...)` makes one of `NAMES`; `apply_fn(model)` is what
-`vfjax.trace` takes. `vfjax.checkpoint.from_torch` fills `"resnet50"`, `"imagenet-vgg16"`,
+`create(name, width=..., classes=...)` creates one of `NAMES`; `apply_fn(model)` is the function
+for `vfjax.trace`. `vfjax.checkpoint.from_torch` fills `"resnet50"`, `"imagenet-vgg16"`,
 `"imagenet-vgg16-bn"`, `"convnext-tiny"` and `"convnext-base"` with published weights.
 
     >>> import jax, jax.numpy as jnp, vfjax

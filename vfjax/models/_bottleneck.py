@@ -21,7 +21,7 @@ _EXPANSION = 4
 
 
 class Block(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution, and a shortcut, a 1x1 where the shape changes."""
+    """A 1x1, a 3x3 and a 1x1 convolution, and a shortcut: 1x1 if the shape changes."""
 
     features: int
     stride: int
@@ -34,7 +34,7 @@ class Block(nn.Module):
         options = {"init": self.initialiser, "use_bias": self.norm is None}
         y = conv(x, self.features, name="conv1", size=1, **options)
         y = nn.relu(normalise(y, self.norm, name="norm1", train=train))
-        # The stride is here and not in the first convolution: the "v1.5" of published weights.
+        # The stride is here, not in the first convolution: published weights are of this "v1.5".
         y = conv(y, self.features, name="conv2", stride=self.stride, **options)
         y = nn.relu(normalise(y, self.norm, name="norm2", train=train))
         features = _EXPANSION * self.features
@@ -51,7 +51,7 @@ class BottleneckResNet(nn.Module):
 
     ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
     are called ``stem``, ``stage1_block1/conv1``, ... and ``head``.  Convolutions have biases only
-    where there is no normalisation.
+    if there is no normalisation.
 
     Attributes:
         depth: 26, 50, 101 or 152.
@@ -92,7 +92,7 @@ class BottleneckResNet(nn.Module):
             use_bias=self.norm is None,
         )
         x = nn.relu(normalise(x, self.norm, name="stem_norm", train=train))
-        # Flax takes pairs too, and says in its annotation that it does not.
+        # Flax accepts pairs, though its annotation does not.
         x = nn.max_pool(x, (3, 3), (2, 2), padding=cast(Any, ((1, 1), (1, 1))))
         for stage, blocks in enumerate(BLOCKS[self.depth], start=1):
             for block in range(1, blocks + 1):

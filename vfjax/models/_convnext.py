@@ -9,8 +9,8 @@ from vfjax.models._layers import scaled
 
 __all__ = ["ConvNeXt"]
 
-# As in the published code: the standard deviation of all kernels, eps of all LayerNorms, and the
-# hidden units of a block per channel.
+# From the published code: the standard deviation of all kernels, eps of all LayerNorms, and hidden
+# units per channel of a block.
 _STD = 0.02
 _EPSILON = 1e-6
 _EXPANSION = 4
@@ -35,7 +35,7 @@ def _norm(x: jax.Array, *, name: str) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Depthwise 7x7, LayerNorm and a perceptron of each pixel, scaled, beside a skip."""
+    """Depthwise 7x7, LayerNorm and a perceptron on each pixel, scaled, with a skip."""
 
     layer_scale: float
 
@@ -65,15 +65,15 @@ class ConvNeXt(nn.Module):
     ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
     are called ``stem``, ``stage1_block1/depthwise``, ``stage1_block1/mlp1``, ``.../mlp2``,
     ``down2`` (the strided convolution before the second stage), ... and ``head``; norms
-    ``stem_norm``, ``stage1_block1/norm``, ``down2_norm``, ``head_norm``.  The factor of each
-    channel of a block's output is the leaf ``stage1_block1/layer_scale``.  There is no stochastic
-    depth.
+    ``stem_norm``, ``stage1_block1/norm``, ``down2_norm``, ``head_norm``.  The factors of
+    the channels of a block's output are the leaf ``stage1_block1/layer_scale``.  There is no
+    stochastic depth.
 
     Attributes:
         depths: Blocks of each stage.
         dims: Channels of each stage.
         patch: Side of the stem's patches, 4 on ImageNet.  The map is halved before each further
-            stage; what does not fill a patch is left out.
+            stage; pixels that do not fill a patch are dropped.
         width: Multiplier of all channel counts.
         classes: Number of classes.
         layer_scale: Initial factor of the blocks' outputs.
@@ -101,7 +101,7 @@ class ConvNeXt(nn.Module):
         """Returns the logits ``[N, classes]`` of images ``[N, H, W, C]``."""
         if not self.depths or len(self.depths) != len(self.dims):
             raise ValueError(
-                f"depths and dims must have one entry a stage, got {self.depths} and {self.dims}."
+                f"depths and dims must have one entry per stage, got {self.depths} and {self.dims}."
             )
         smallest = self.patch * 2 ** (len(self.dims) - 1)
         if min(x.shape[1:3]) < smallest:

@@ -1,10 +1,10 @@
 """Initialisers of the edge models: Kaiming normal and the uniform default of PyTorch.
 
-The two are used in "Vanishing Feature" (section 4 of its appendix on settings): the normal one for
-the VGG family, the uniform one for the ResNets.  They differ in what they do to the biases, which
-start the offset ``f(0)`` that a merged network falls back to, so the names are part of an
+"Vanishing Feature" uses both (section 4 of its appendix on settings): the normal one for the VGG
+family, the uniform one for the ResNets.  They treat biases differently, and the biases determine
+the initial offset ``f(0)`` that a merged network falls back to, so the choice is part of an
 experiment.  The normal one is torchvision's, whose dense kernels are too small for networks of
-dense layers alone; for those there is that of He et al. (2015).
+dense layers only; those use the one of He et al. (2015).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The few building blocks that all families share: convolution, dense layer, normalisation.
+"""The building blocks that all families share: convolution, dense layer, normalisation.
 
 Each function is called inside a compact Linen method and registers its submodule there, under the
-name that it is given.
+given name.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def dense(x: jax.Array, features: int, *, name: str, init: str) -> jax.Array:
 def normalise(x: jax.Array, norm: str | None, *, name: str, train: bool) -> jax.Array:
     """Applies BatchNorm, LayerNorm over the channels of each pixel, or nothing.
 
-    Both use eps 1e-5.  BatchNorm keeps nine tenths of its running statistics at each step, which is
-    what PyTorch calls a momentum of 0.1.
+    Both use eps 1e-5.  BatchNorm keeps nine tenths of its running statistics at each step; PyTorch
+    calls this a momentum of 0.1.
     """
     if norm is None:
         return x
-    # The two-pass variance: E[x^2] - E[x]^2 loses its digits exactly where features vanish.
+    # The two-pass variance, since E[x^2] - E[x]^2 loses its digits just where features vanish.
     if norm == "batch":
         return nn.BatchNorm(
             use_running_average=not train,

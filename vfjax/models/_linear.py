@@ -1,4 +1,4 @@
-"""Linear networks, on which the vanishing of features can be followed by hand."""
+"""Linear networks, in which vanishing features can be followed by hand."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class LinearNetwork(nn.Module):
 
     Attributes:
         width: Units of the hidden layers.
-        depth: Number of dense layers, the last included.
+        depth: Number of dense layers, including the last.
         residual: Whether the layers between the first and the last have skips.
         classes: Number of classes.
         std: Standard deviation of the initial weights.  It is unusually small, and the phenomenon
-            depends on it: 0.002 for the 8-layer study of the paper, 0.005 for its residual one of
+            depends on it: 0.002 for the paper's study of 8 layers, 0.005 for its residual study of
             5 layers.
 
     Example:

@@ -1,4 +1,4 @@
-"""Models by name, as the experiments and their checkpoints have them."""
+"""Models by name, as the experiments and their checkpoints use them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def _families() -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
         table[f"vgg{depth}-bn"] = (VGG, {"depth": depth, "norm": "batch"})
         table[f"vgg{depth}-ln"] = (VGG, {"depth": depth, "norm": "layer"})
     for depth in (20, 32, 56):
-        # The one normalisation that a ResNet is published with needs no suffix; it may have one.
+        # BatchNorm, with which ResNets were published, needs no suffix but may have one.
         table[f"resnet{depth}"] = (ResNet, {"depth": depth, "norm": "batch"})
         table[f"resnet{depth}-bn"] = (ResNet, {"depth": depth, "norm": "batch"})
         table[f"resnet{depth}-ln"] = (ResNet, {"depth": depth, "norm": "layer"})
         table[f"resnet{depth}-plain"] = (ResNet, {"depth": depth, "norm": None})
-    # The one of transformer fusion, and DeiT-tiny's shape.
+    # The vision transformer of the transformer fusion paper, and one with DeiT-tiny's shape.
     table["vit"] = (ViT, {})
     table["deit-tiny"] = (ViT, {"blocks": 12, "patch": 16, "features": 192, "heads": 3})
-    # The shapes of ImageNet, at any number of classes. A small ConvNeXt for 32x32 images is with
-    # them: it is none of the published ones.
+    # The published shapes for ImageNet, at any number of classes; "convnext-pico", for 32x32
+    # images, is not a published one.
     table["convnext-tiny"] = (ConvNeXt, {})
     base = {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)}
     table["convnext-base"] = (ConvNeXt, base)
@@ -92,7 +92,7 @@ def create(name: str, **options: Any) -> nn.Module:
 class ApplyFn:
     """The pure function ``(variables, x) -> logits`` of a Linen model in evaluation mode.
 
-    Two of equal models are equal, so that functions compiled for one serve the other.
+    Equal models give equal functions, so that a function compiled for one serves the other.
 
     Attributes:
         model: The Linen module.
@@ -106,10 +106,10 @@ class ApplyFn:
 
 
 def apply_fn(model: nn.Module) -> ApplyFn:
-    """What `vfjax.trace` takes for a model: its function in evaluation mode.
+    """The function of a model in evaluation mode, for `vfjax.trace`.
 
     Args:
-        model: A model of this module, or any that is called as ``model.apply(variables, x,
+        model: A model of this package, or any other that is called as ``model.apply(variables, x,
             train=False)``.
 
     Returns:

@@ -16,7 +16,7 @@ __all__ = ["ResNet"]
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, a 1x1 convolution with norm where the shape changes."""
+    """Two 3x3 convolutions and a shortcut: a 1x1 convolution with norm if the shape changes."""
 
     features: int
     stride: int
@@ -42,7 +42,7 @@ class ResNet(nn.Module):
 
     ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
     are called ``stem``, ``stage1_block1/conv1``, ... and ``head``.  Convolutions have biases only
-    where there is no normalisation.
+    if there is no normalisation.
 
     Attributes:
         depth: ``6 n + 2`` with n blocks in each stage; 1x1 shortcuts are not counted.

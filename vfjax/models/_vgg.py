@@ -15,9 +15,9 @@ from vfjax.models._layers import (
 __all__ = ["STAGES", "VGG", "ImageNetVGG"]
 
 # Channels of the convolutions between two max-pools.  For 32x32 images the last pool of the
-# ImageNet network is left out, so that they end as a 2x2 map, of which the mean is taken.  Seven
-# layers are none of the published networks: one convolution for each map size down to 4x4, trained
-# in minutes at a width that is still large.
+# ImageNet network is left out, so that they end as a 2x2 map, which is averaged.  The one of seven
+# layers is not a published network: it has one convolution for each map size down to 4x4, and
+# trains in minutes at a width that is still large.
 STAGES = {
     7: ((64,), (128,), (256,), (256,)),
     11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
@@ -34,8 +34,8 @@ class VGG(nn.Module):
     are called ``conv1``, ``conv2``, ... and ``head``; the norm after ``conv3`` is ``norm3``.
 
     Attributes:
-        depth: 7, 11, 13, 16 or 19, the layers of the original network; this one has two fewer, one
-            dense layer in place of three.
+        depth: 7, 11, 13, 16 or 19, the layers of the original network; this one has two fewer,
+            since one dense layer replaces three.
         width: Multiplier of all channel counts.
         norm: None, ``"batch"`` or ``"layer"`` (over the channels of each pixel).
         classes: Number of classes.
@@ -69,13 +69,13 @@ class ImageNetVGG(nn.Module):
 
     ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
     are called ``conv1``, ``conv2``, ..., ``dense1``, ``dense2`` and ``head``.  ``dense1`` reads the
-    last map flattened as ``[H, W, C]``: 7x7 pixels of 224x224 images, the size that the network
-    is bound to from then on.  There is no dropout.
+    last map flattened as ``[H, W, C]``: 7x7 pixels for images of 224x224; initialisation fixes
+    this size.  There is no dropout.
 
     Attributes:
         depth: 11, 13, 16 or 19.
         width: Multiplier of all channel counts and of the hidden units.
-        norm: None, ``"batch"`` or ``"layer"`` (over the channels of each pixel), behind
+        norm: None, ``"batch"`` or ``"layer"`` (over the channels of each pixel), after
             convolutions only.
         hidden: Units of ``dense1`` and ``dense2``.
         classes: Number of classes.
@@ -113,7 +113,7 @@ class ImageNetVGG(nn.Module):
 def _convolutions(
     model: VGG | ImageNetVGG, x: jax.Array, train: bool, use_bias: bool = True
 ) -> jax.Array:
-    """Applies the convolutions with the max-pools between them, up to the last activation."""
+    """Applies the convolutions and the max-pools between them, up to the last activation."""
     if model.depth not in STAGES:
         raise ValueError(f"depth must be one of {sorted(STAGES)}, got {model.depth!r}.")
     index = 0

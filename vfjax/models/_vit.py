@@ -10,13 +10,13 @@ from vfjax.models._layers import scaled
 
 __all__ = ["ViT"]
 
-# Both as in timm, whose DeiT weights are the published ones.
+# Both from timm, which publishes the DeiT weights.
 _EPSILON = 1e-6
 _STD = 0.02
 
 
 class Block(nn.Module):
-    """Self-attention and a two-layer perceptron, each behind a LayerNorm and beside a skip."""
+    """Self-attention and a two-layer perceptron, each after a LayerNorm and with a skip."""
 
     heads: int
     hidden: int
@@ -32,11 +32,11 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer; by default that of transformer fusion on CIFAR: 7 blocks, patch 4.
+    """A vision transformer; by default the one of transformer fusion on CIFAR: 7 blocks, patch 4.
 
     ``__call__(x, train=False)`` maps images ``[N, H, W, C]`` to logits ``[N, classes]``.  Layers
     are called ``patches``, ``block1/attention/query``, ``block1/mlp1``, ... and ``head``; the class
-    token ``token`` and the positions ``positions`` are leaves of their own.  There is no dropout.
+    token ``token`` and the positions ``positions`` are separate leaves.  There is no dropout.
 
     Attributes:
         blocks: Number of blocks.

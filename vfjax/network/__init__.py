@@ -1,8 +1,8 @@
-"""A traced network: how to run, cut, edit and fold it, and the records of what is in it.
+"""A traced network: running, cutting, editing and folding it, and records of its parts.
 
 `trace(apply_fn, variables, x)` takes any pure function with dense layers or convolutions: Flax
-Linen, NNX (split state), Equinox (partitioned) or plain JAX, in evaluation mode, as random numbers
-break symmetries. Axis 0 of every input leaf is the batch, of any size. Shapes alone
+Linen, NNX (split state), Equinox (partitioned) or plain JAX, in evaluation mode, since random
+numbers break symmetries. Axis 0 of every input leaf is the batch, of any size. Shapes
 (`jax.ShapeDtypeStruct`) are enough. A `Network` holds no parameters.
 
     >>> import jax, numpy as np
@@ -11,11 +11,11 @@ break symmetries. Axis 0 of every input leaf is the batch, of any size. Shapes a
     >>> [(layer.name, layer.depth) for layer in net.layers], net.flops, list(net.spec.groups)
     ([('w', 1), ('v', 2)], 48, ['w'])
 
-- `net.summary()`: layers, depths, norms, costs, symmetries. `net.layers`, `net.norms`, `net.taps`
-  and `net.spec` hold the same as values.
-- `net.run(v, x, ...)`: the network with values read or replaced (`Edit`) at named sites, or a part
-  of it between cuts; what passes a cut is a `Crossing`.
-- `net.sites`: every `Site` by its name; what the names mean stands in `vfjax.stats.resolve_sites`.
+- `net.summary()`: a table of layers, depths, costs and groups. `net.layers`, `net.norms`,
+  `net.taps` and `net.spec` hold the same as values.
+- `net.run(v, x, ...)`: runs the network with values read or replaced (`Edit`) at named sites, or a
+  part of it between cuts; the values that pass a cut are a `Crossing`.
+- `net.sites`: every `Site` by its name; `vfjax.stats.resolve_sites` explains the names.
 - `net.fold` writes a correction of a layer into its parameters, or raises a `FoldError`.
 
 A `scan` over stacked layers is unrolled up to 64 layers. Layers in other loops and in branches

@@ -1,7 +1,7 @@
 """Networks and trees that a public function takes, checked once: `Models`.
 
-What is public turns its `net` and `trees` into `Models` first. What it calls takes these, and
-neither checks nor flattens a tree again.
+A public function first turns its `net` and `trees` into `Models`. The functions that it calls take
+these, and neither check nor flatten a tree again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vfjax.network._sites import locate, source_of
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Models:
-    """Trees that fit their networks, taken apart.
+    """Trees that fit their networks, flattened.
 
     Attributes:
-        nets: The network of each tree; that of the first stands for all.
+        nets: The network of each tree; the first one represents all.
         trees: The trees.
-        flats: Their leaves by path, and their structures.
+        flats: The trees, flattened by path.
     """
 
     nets: tuple[Network, ...]
@@ -36,7 +36,7 @@ class Models:
     flats: tuple[Flat, ...]
 
     def __len__(self) -> int:
-        """How many models there are."""
+        """The number of models."""
         return len(self.trees)
 
     @property
@@ -46,17 +46,17 @@ class Models:
 
     @property
     def leaves(self) -> tuple[dict[str, Any], ...]:
-        """Of each tree, its leaves by path."""
+        """The leaves of each tree by path."""
         return tuple(flat.leaves for flat in self.flats)
 
     @property
     def alike(self) -> bool:
-        """Whether all are of one network, and of the same shapes."""
+        """Whether all trees have the same network and the same shapes."""
         shapes = [_shapes(leaves) for leaves in self.leaves]
         return all(net is self.net for net in self.nets) and all(s == shapes[0] for s in shapes)
 
     def pick(self, order: Sequence[int]) -> Models:
-        """The models of some numbers, in that order."""
+        """The models with some indices, in that order."""
         nets, trees, flats = self.nets, self.trees, self.flats
         return Models(
             tuple(nets[k] for k in order),
@@ -65,14 +65,14 @@ class Models:
         )
 
     def one_by_one(self) -> list[Models]:
-        """Every model by itself."""
+        """Each model as `Models` of one."""
         return [self.pick([k]) for k in range(len(self))]
 
     def become(self, trees: Sequence[PyTree]) -> Models:
-        """Models of the same networks whose trees are others, such as mapped ones.
+        """Models of the same networks with other trees, such as mapped ones.
 
         Args:
-            trees: One for each; those that are the same objects are not taken apart again.
+            trees: One per model; trees that are the same objects are not flattened again.
         """
         flats = tuple(
             old if new is tree else paths.flatten_named(new)
@@ -85,16 +85,16 @@ def model_of(net: Network, tree: PyTree, name: str, *, variances: bool = True) -
     """One model, checked.
 
     Args:
-        net: What the caller gave as its network.
+        net: The `net` that the caller gave.
         tree: Its tree.
-        name: What to call the tree.
+        name: What to call the tree in errors.
         variances: Whether it must have the stored variances, which merging may leave unknown.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: If `net` is not a traced network, or a leaf not an array.
+        TypeError: If `net` is not a traced network, or a leaf is not an array.
         ValueError: If the tree does not fit the network, or holds NaN or infinite values.
     """
     check_net(net)
@@ -102,7 +102,7 @@ def model_of(net: Network, tree: PyTree, name: str, *, variances: bool = True) -
 
 
 def fitting(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> Models:
-    """The same of what is known to be a network; see `model_of`."""
+    """Like `model_of`, for a `net` that is known to be a network."""
     flat = paths.flatten_named(tree, name=name)
     check_fits(net, flat.leaves, name, variances=variances)
     paths.check_finite(flat.leaves, name=name)
@@ -117,20 +117,20 @@ def models_of(
     name: str = "trees",
     variances: bool = True,
 ) -> Models:
-    """Several models, checked: that they fit their networks and, but for some leaves, each other.
+    """Several models, checked to fit their networks and, except for some leaves, each other.
 
     Args:
         net: The traced network, or one per tree, as `networks` returns them.
         trees: The trees.
         free: Paths of leaves that may differ in shape between trees of one network.
-        name: What to call the trees.
+        name: What to call the trees in errors.
         variances: As in `model_of`.
 
     Returns:
         The models.
 
     Raises:
-        TypeError: If there is no sequence of trees, or a leaf is not an array.
+        TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
     paths.check_sequence(trees, name=name)
@@ -153,8 +153,8 @@ def models_of(
 def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collection[str]) -> Models:
     """Several models whose values at some sites can be compared, channel by channel.
 
-    What these depend on must be alike. Other leaves, such as those of heads with classes of their
-    own, may differ in shape, and with networks of their own in all.
+    The leaves that these values depend on must agree in shape and dtype. Other leaves, such as
+    those of heads with different classes, may differ in shape; if the networks differ, in anything.
 
     Args:
         nets: One network per tree, as `networks` returns them.
@@ -168,18 +168,18 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
         TypeError: If a leaf is not an array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
-    found = Models(tuple(nets), tuple(trees), _flats(trees, "trees"))
-    if found.alike:
-        paths.check_alike(found.leaves)
-        return found
-    apart = any(own is not found.net for own in nets)
-    read = leaves_before(found.net, sites)
-    first = found.leaves[0]
+    models = Models(tuple(nets), tuple(trees), _flats(trees, "trees"))
+    if models.alike:
+        paths.check_alike(models.leaves)
+        return models
+    apart = any(own is not models.net for own in nets)
+    read = leaves_before(models.net, sites)
+    first = models.leaves[0]
     like = {path: leaf for path, leaf in first.items() if path in read}
-    for k, (own, flat) in enumerate(zip(nets, found.leaves, strict=True)):
+    for k, (own, flat) in enumerate(zip(nets, models.leaves, strict=True)):
         label = f"trees[{k}]"
         paths.check_finite(flat, name=label)
-        seen = read if own is found.net else leaves_before(own, sites)
+        seen = read if own is models.net else leaves_before(own, sites)
         mine = {path: leaf for path, leaf in flat.items() if path in seen}
         paths.check_like(mine, like, name=label, other="trees[0]")
         if apart:
@@ -188,7 +188,7 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
             rest = {path: leaf for path, leaf in flat.items() if path not in read}
             paths.check_like(flat, {**first, **rest}, name=label, other="trees[0]")
             _check_run(own, flat, label)
-    return found
+    return models
 
 
 def check_fits(
@@ -204,7 +204,7 @@ def check_fits(
     Args:
         net: The traced network.
         leaves: The leaves of a tree.
-        name: What to call the tree.
+        name: What to call the tree in errors.
         variances: As in `model_of`.
         free: Paths of leaves that may have any shape.
 
@@ -250,7 +250,7 @@ def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:
-    """Checks that the traced function takes leaves of other shapes than it was traced with."""
+    """Checks that the traced function accepts leaves of shapes other than those traced."""
     try:
         net._traces.at(leaves, net.x)
     except Exception as error:
@@ -266,8 +266,8 @@ def check_net(net: Any, *, other: str = "") -> None:
     """Raises a TypeError unless `net` is a `Network`.
 
     Args:
-        net: What the caller gave.
-        other: What else it may be, for the message: "or a PermutationSpec".
+        net: The argument that the caller gave.
+        other: What else it may be, for the error message: "or a PermutationSpec".
     """
     if not isinstance(net, Network):
         raise TypeError(
@@ -277,33 +277,33 @@ def check_net(net: Any, *, other: str = "") -> None:
 
 
 def check_count(nets: Sequence[Network], models: int) -> None:
-    """Raises a ValueError unless there are as many networks as models."""
+    """Raises a ValueError unless there is one network per model."""
     if len(nets) != models:
         raise ValueError(f"net has {len(nets)} networks for {models} trees; give one per tree")
 
 
 def networks(net: Any, models: int) -> tuple[Network, ...]:
-    """One network per model, of a `net` argument that may be one for all of them.
+    """One network per model, from a `net` argument that may be a single one for all.
 
     Args:
         net: A `Network`, or a sequence of one per model: networks of one architecture that differ
             in widths or numbers of classes.
-        models: How many models there are.
+        models: The number of models.
 
     Returns:
-        As many networks.
+        One network per model.
 
     Raises:
         TypeError: If one is not a `Network`.
-        ValueError: If there are not as many, or their layers, norms, groups or inputs differ.
+        ValueError: If their number is wrong, or their layers, norms, groups or inputs differ.
     """
     if isinstance(net, Network):
         return (net,) * models
     if not isinstance(net, (list, tuple)):
         check_net(net, other="or a sequence of one per model")
     nets = tuple(net)
-    for found in nets:
-        check_net(found, other="or a sequence of one per model")
+    for each in nets:
+        check_net(each, other="or a sequence of one per model")
     check_count(nets, models)
 
     def facts(net: Network) -> dict[str, Any]:
@@ -320,6 +320,7 @@ def networks(net: Any, models: int) -> tuple[Network, ...]:
             if other is not nets[0] and value != first[what]:
                 raise ValueError(
                     f"net[{k}] has other {what} than net[0]: merged models must share one "
-                    f"architecture, but for widths and classes. They are {value} and {first[what]}."
+                    "architecture, except for widths and classes. They are "
+                    f"{value} and {first[what]}."
                 )
     return nets

@@ -1,4 +1,4 @@
-"""What `Network` asks of its own arguments, and the errors that say what is wrong."""
+"""Checks of the arguments of `Network`'s methods, and their error messages."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_depth(net: Network, depth: Any, argument: str) -> None:
 
     Args:
         net: The network.
-        depth: What the caller gave.
-        argument: The caller's name for it, for the message.
+        depth: The argument that the caller gave.
+        argument: The caller's name for it, for the error message.
 
     Raises:
         TypeError: If it is not a whole number.
@@ -53,26 +53,26 @@ def check_part(net: Network, start: Any, stop: Any) -> None:
 
 
 def check_crossing(x: Any, start: int | None) -> None:
-    """Checks that `x` is what a part of the network that starts at a depth takes."""
+    """Checks that `x` is an input, or with `start` a `Crossing` of a cut at that depth."""
     if start is None:
         if isinstance(x, Crossing):
             raise ValueError(f"x is a Crossing of a cut at {x.depth}; run it with start={x.depth}.")
     elif not isinstance(x, Crossing) or x.depth != start:
-        found = f"a cut at {x.depth}" if isinstance(x, Crossing) else type(x).__name__
+        given = f"a cut at {x.depth}" if isinstance(x, Crossing) else type(x).__name__
         raise ValueError(
             f"start={start} takes the Crossing that run(..., stop={start}) returns in place of x; "
-            f"it was {found}."
+            f"it was {given}."
         )
 
 
 def named_leaves(net: Network, variables: PyTree) -> dict[str, Any]:
-    """The leaves of variables by path; a ValueError if some were not traced."""
+    """The leaves of variables by path; raises a ValueError if some were not traced."""
     named, _ = paths.flatten_named(variables)
     unknown = [path for path in named if path not in net._avals]
     if unknown:
         raise ValueError(
-            f"variables has leaves {unknown[:3]} that the traced network has not; pass a tree "
-            "of the structure that was traced."
+            f"variables has leaves {unknown[:3]} that the traced network does not have; pass "
+            "a tree of the structure that was traced."
         )
     return named
 
@@ -80,7 +80,7 @@ def named_leaves(net: Network, variables: PyTree) -> dict[str, Any]:
 def check_present(
     net: Network, traced: Traced, wanted: Sequence[int], env: Mapping[int, Any], name: str
 ) -> None:
-    """Checks that all leaves are there that computing values reads."""
+    """Checks that all leaves that are read to compute some values are present."""
     graph = traced.graph
     read = {v for i in graph.needed(wanted, env) for v in graph.equations[i].values}
     given = graph.inputs[: len(net._avals)]
@@ -95,12 +95,12 @@ def check_present(
 
 
 def check_variances(net: Network, missing: Iterable[str], name: str) -> None:
-    """Raises a ValueError if what is missing are variances alone, which merging left unknown.
+    """Raises a ValueError if only variances are missing, since merging left them unknown.
 
     Args:
         net: The network.
         missing: Paths of the leaves that a tree lacks.
-        name: What to call it.
+        name: What to call the tree in errors.
     """
     missing = list(missing)
     if missing and set(missing) <= {norm.var for norm in net.norms}:
@@ -113,7 +113,7 @@ def check_variances(net: Network, missing: Iterable[str], name: str) -> None:
 
 
 def opaque_hint(net: Network) -> str:
-    """A sentence for messages about layers: what hides some of them, or an empty string."""
+    """A sentence for messages about layers hidden in an opaque primitive, or an empty string."""
     if not net.opaque:
         return ""
     primitive, where = net.opaque[0]

@@ -1,4 +1,4 @@
-"""What a network costs: parameters and operations, of all of it or of a part."""
+"""The cost of a network or a part of it, in parameters and operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def count(net: Network, leaves: Mapping[str, Any]) -> int:
     """Number of parameters among leaves by path.
 
-    Stored statistics, integers and random keys are none.
+    Stored statistics, integers and random keys do not count.
     """
     counted = [np.shape(a) for p, a in leaves.items() if _counts(net, p, a)]
     return sum(int(np.prod(shape)) for shape in counted)
@@ -26,7 +26,7 @@ def _counts(net: Network, path: str, leaf: Any) -> bool:
 
 
 def params_of(net: Network, paths: Iterable[str]) -> int:
-    """Number of parameters among the leaves of some paths, as traced."""
+    """Number of parameters among the leaves at some paths, as traced."""
     return count(net, {path: net._avals[path] for path in paths})
 
 
@@ -40,7 +40,7 @@ def part_flops(net: Network, leaves: Mapping[str, Any], start: int | None, stop:
 
     Args:
         net: The network.
-        leaves: Leaves by path; those that are missing count as traced.
+        leaves: Leaves by path; missing ones count as traced.
         start: Depth of the first cut; None for the input.
         stop: Depth of the second; None for the output.
     """
@@ -49,12 +49,12 @@ def part_flops(net: Network, leaves: Mapping[str, Any], start: int | None, stop:
 
 
 def map_flops(net: Network, depth: int, widths: Mapping[str, int]) -> int:
-    """Operations per example of mapping what crosses a cut by matrices.
+    """Operations per example of mapping the values that cross a cut by matrices.
 
     Args:
         net: The network.
         depth: Depth of the cut.
-        widths: By group, how many entries its matrix makes.
+        widths: By group, the number of entries after its matrix.
     """
     total, traced = 0, net._reference
     for value in traced.cut(depth).crossing:

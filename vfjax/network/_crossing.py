@@ -1,4 +1,4 @@
-"""What crosses a cut, from stem to trunk."""
+"""The values that cross a cut from stem to trunk, averaged and mapped."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Crossing:
     """The values that cross a cut, from stem to trunk.
 
     Attributes:
-        values: Arrays, in the network's own order.
+        values: Arrays, in the order in which the network computes them.
         depth: Depth of the cut.
-        origin: What the network's input was, apart from its batch size.
+        origin: Structure, shapes and dtypes of the network's input, apart from its batch size.
     """
 
     values: tuple[Array, ...]
@@ -35,7 +35,7 @@ class Crossing:
 def average(
     crossings: Sequence[Crossing], averaged: Sequence[bool], weights: Sequence[Any] | None
 ) -> Crossing:
-    """See `Network.average_crossings`; `averaged` tells which values depend on parameters."""
+    """See `Network.average_crossings`; `averaged` says which values depend on parameters."""
     first = crossings[0]
     if len({c.depth for c in crossings}) > 1:
         raise ValueError(f"crossings are of different cuts: {[c.depth for c in crossings]}.")
@@ -63,8 +63,7 @@ def mapped(
 ) -> Crossing:
     """See `Network.map_crossing`; `places` are the groups of each value, with their places."""
     values = [
-        mapped_value(value, found, maps)
-        for value, found in zip(crossing.values, places, strict=True)
+        mapped_value(value, at, maps) for value, at in zip(crossing.values, places, strict=True)
     ]
     return Crossing(tuple(values), crossing.depth, crossing.origin)
 
@@ -75,23 +74,23 @@ def mapped_value(value: Array, places: Sequence[Place], maps: Mapping[str, Any])
     while todo:
         place, *todo = todo
         length, at = value.shape[place.at.axis], place.at
-        found = maps[place.group]
-        value = _mapped(value, place, found)
+        given = maps[place.group]
+        value = _mapped(value, place, given)
         if value.shape[at.axis] != length:
-            todo = [other.after(at, length, np.shape(found)[-2]) for other in todo]
+            todo = [other.after(at, length, np.shape(given)[-2]) for other in todo]
     return value
 
 
-def _mapped(value: Array, place: Place, found: Any) -> Array:
+def _mapped(value: Array, place: Place, given: Any) -> Array:
     group, at, owner = place
-    if np.issubdtype(found.dtype, np.integer):
-        return permute_at(value, at, owner, found)
+    if np.issubdtype(given.dtype, np.integer):
+        return permute_at(value, at, owner, given)
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         raise ValueError(
             f"A value of dtype {value.dtype} that carries the group {group!r} crosses the cut, and "
             "a matrix cannot map it. Cut elsewhere."
         )
-    if owner is not None and np.ndim(found) == 3:
-        return map_within(value, at, owner, lambda view, axis, i: contract(found[i], view, axis))
-    check_matrix(group, found, size_at(group, at, value.shape))
-    return map_axis(value, at, lambda view, axis: contract(found, view, axis))
+    if owner is not None and np.ndim(given) == 3:
+        return map_within(value, at, owner, lambda view, axis, i: contract(given[i], view, axis))
+    check_matrix(group, given, size_at(group, at, value.shape))
+    return map_axis(value, at, lambda view, axis: contract(given, view, axis))

@@ -16,7 +16,7 @@ from vfjax._types import Array
 
 
 class FoldError(ValueError):
-    """A correction has no leaf to go into and has to stay explicit."""
+    """A correction cannot be folded into leaves and has to stay explicit."""
 
 
 def obstacle(traced: Traced, name: str, *, shift: bool) -> str | None:
@@ -56,14 +56,14 @@ def obstacle(traced: Traced, name: str, *, shift: bool) -> str | None:
 def fold(
     traced: Traced, leaves: Mapping[str, Any], name: str, scale: Any, shift: Any
 ) -> dict[str, Any]:
-    """Leaves after folding `z' = scale * z + shift` into the layer that makes z.
+    """Leaves after folding `z' = scale * z + shift` into the layer that computes z.
 
     Args:
         traced: The trace.
-        leaves: Leaves by path; those that are not changed may be missing.
+        leaves: Leaves by path; those that folding does not change may be missing.
         name: The layer.
-        scale: Shape of the pre-activation's channel axes, float.
-        shift: Alike, or None for no shift at all.
+        scale: Float, of the shape of the pre-activation's channel axes.
+        shift: The same, or None for no shift at all.
 
     Returns:
         A new dict with the kernel, and the bias or the mean of the norm that follows, replaced.
@@ -76,7 +76,7 @@ def fold(
         raise FoldError(f"The correction of layer '{name}' cannot be folded: {reason}.")
     site, graph = traced.layers[name], traced.graph
     kernel = site.kernel
-    assert kernel is not None  # which would be an obstacle
+    assert kernel is not None  # otherwise there is an obstacle
     scale = _vector(graph, site, scale, "scale")
     shift = None if shift is None else _vector(graph, site, shift, "shift")
     new = dict(leaves)
@@ -92,7 +92,7 @@ def fold(
     by_kernel = _pick(scale, np.argsort(site.channels))
     operand = graph.avals[graph.equations[site.index].values[site.side]].shape
     sizes = [n if a in site.out_axes else 1 for a, n in enumerate(operand)]
-    # `channels` counts along out_axes in their own order, which need not be ascending.
+    # `channels` counts along out_axes in that order, which need not be ascending.
     factor = by_kernel.reshape([operand[a] for a in site.out_axes])
     factor = factor.transpose(np.argsort(site.out_axes)).reshape(sizes)
     full = jnp.broadcast_to(factor, operand)
@@ -122,7 +122,7 @@ def fold(
 
 
 def _pick(values: Array, index: np.ndarray) -> Array:
-    """`values[index]`; mostly the channels are in order, and a gather is slow to dispatch."""
+    """`values[index]`, without a gather (slow to dispatch) if the channels are in order."""
     return values if np.array_equal(index, np.arange(values.size)) else values[index]
 
 
@@ -145,7 +145,7 @@ def _update(leaf: Any, slot: int | None, change: Callable[[Array], Array]) -> Ar
 
 
 def _unfit(graph: Graph, view: View, reader: int, what: str) -> str | None:
-    """Why a leaf cannot take a correction meant for the one equation that reads it, or None."""
+    """Why a leaf cannot absorb a correction meant for one equation that reads it, or None."""
     if not jnp.issubdtype(graph.avals[graph.inputs[view.leaf]].dtype, jnp.inexact):
         return f"its {what} holds integers"
     if not _sole_use(graph, view, reader):
@@ -154,7 +154,7 @@ def _unfit(graph: Graph, view: View, reader: int, what: str) -> str | None:
 
 
 def _sole_use(graph: Graph, view: View, reader: int) -> bool:
-    """Whether a leaf, or its slice, serves one equation only."""
+    """Whether only one equation uses a leaf, or its slice."""
     value, whole = graph.inputs[view.leaf], view.slot is not None
     while True:
         users = graph.users.get(value, ())
@@ -172,7 +172,7 @@ def _sole_use(graph: Graph, view: View, reader: int) -> bool:
 
 
 def _bias_index(graph: Graph, site: LinearSite) -> np.ndarray | None:
-    """For each channel of the pre-activation, the entry of the bias leaf that it adds."""
+    """For each channel of the pre-activation, the entry of the bias leaf that is added to it."""
     if site.bias is None:
         return None
     shape = graph.avals[site.preactivation].shape
@@ -180,7 +180,7 @@ def _bias_index(graph: Graph, site: LinearSite) -> np.ndarray | None:
 
 
 def _mean_index(traced: Traced, site: LinearSite) -> np.ndarray | None:
-    """For each channel of the pre-activation, the entry of the norm's mean that it loses."""
+    """For each channel of the pre-activation, the entry of the norm's mean subtracted from it."""
     link = traced.norm_link(site)
     if link is None:
         return None

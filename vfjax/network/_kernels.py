@@ -1,4 +1,4 @@
-"""The weights of a layer, row by row, and the squares of what multiplies each of them."""
+"""The weights of a layer, row by row, and sums of squares of the inputs of each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def kernel_rows(net: Network, layer: str) -> np.ndarray:
 
     Args:
         net: The traced network.
-        layer: Name of a layer with a kernel of its own.
+        layer: Name of a layer whose kernel is a leaf.
 
     Returns:
-        int `[outputs, inputs]`: a row for each output channel; along it, the kernel's other axes as
-        the layer uses them, row-major.
+        int `[outputs, inputs]`: a row for each output channel, with the kernel's other axes as the
+        layer uses them, row-major.
     """
     traced = net._reference
     site = traced.layers[layer]
@@ -40,10 +40,10 @@ def kernel_rows(net: Network, layer: str) -> np.ndarray:
 
 
 def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[str]) -> list[Array]:
-    """For each weight the sum, over examples and positions, of the squares of what it multiplies.
+    """For each weight the sum of its squared inputs, over examples and positions.
 
-    That is the gradient, by the kernel, of the sum of what the layer makes of its squared input. It
-    is the same for all outputs (of a feature group), so it is computed for one.
+    This is the gradient with respect to the kernel of the summed output of the layer on its squared
+    input. It is the same for all outputs (of a feature group), so it is computed for one.
 
     Args:
         net: The traced network.
@@ -52,29 +52,30 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
         layers: Names of layers.
 
     Returns:
-        By layer, an array like the kernel operand, with one entry along what `spread` repeats.
+        For each layer an array like the kernel operand, of size one along axes that `spread`
+        repeats.
     """
     sites = [f"{name}:in" for name in layers]
-    _, found = net.run(variables, x, capture=sites)
+    _, inputs = net.run(variables, x, capture=sites)
     traced = net._traces.at(named_leaves(net, variables), x)
     squares = []
     for name, at in zip(layers, sites, strict=True):
         site = traced.layers[name]
         equation = traced.graph.equations[site.index]
-        squares.append(_squares(equation, site, traced.graph.avals, found[at]))
+        squares.append(_squares(equation, site, traced.graph.avals, inputs[at]))
     return squares
 
 
 def spread(net: Network, layer: str, squares: Any) -> np.ndarray:
-    """What `input_squares` found of a layer, for each of its weights.
+    """The result of `input_squares` for a layer, repeated for each of its weights.
 
     Args:
         net: The traced network.
         layer: Name of the layer.
-        squares: As it came.
+        squares: That layer's entry in the result of `input_squares`.
 
     Returns:
-        float64 `[outputs, inputs]`, as `kernel_rows` has them.
+        float64 `[outputs, inputs]`, in the order of `kernel_rows`.
     """
     traced = net._reference
     site = traced.layers[layer]
@@ -112,7 +113,7 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
         numbers = params["dimension_numbers"]
         if site.side == 1:
             shape[numbers.rhs_spec[0]] = params["feature_group_count"]
-        else:  # what the input is convolved with
+        else:  # the kernel is the left operand
             shape[numbers.lhs_spec[0]] = 1
     if params.get("preferred_element_type") is not None:
         params["preferred_element_type"] = dtype
@@ -126,11 +127,11 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
 
 
 def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> list[np.ndarray]:
-    """The entries of layers' kernels as the layers use them, masks and sums included: `[n]` each.
+    """The kernels of layers as the layers use them, including masks and sums: `[n]` each.
 
     Args:
         net: The traced network.
-        leaves: Leaves of its variables by path; those that these layers do not read may lack.
+        leaves: Leaves of its variables by path; those that these layers do not read may be missing.
         names: Names of the layers.
     """
     traced = net._reference
@@ -138,5 +139,5 @@ def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> li
     operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
     ids = zip(traced.graph.inputs, traced.paths, strict=False)
     env = {value: jnp.asarray(leaves[path]) for value, path in ids if path in leaves}
-    found = graph.evaluate(traced.graph, env, operands)
-    return [np.ravel(np.asarray(found[operand], np.float64)) for operand in operands]
+    values = graph.evaluate(traced.graph, env, operands)
+    return [np.ravel(np.asarray(values[operand], np.float64)) for operand in operands]

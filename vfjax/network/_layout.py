@@ -1,4 +1,4 @@
-"""How the value of a site is laid out: channels apart from samples, examples on an axis."""
+"""How the value of a site is laid out: which axes hold channels, samples and examples."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 class Layout(NamedTuple):
     """How a site is read: what to capture, and which of its axes are channels.
 
-    Hashable, so that it is part of the key of a compilation, and equal for networks that lay out
-    their values alike.
+    Hashable, so that it can be a static argument of `jit`, and equal for networks that lay out
+    their values in the same way.
     """
 
     name: str
     source: str
-    # Where the channels are, of a value that becomes `[before, n, after]` before `keep` counts its
-    # axes; None to leave it as it is.
+    # Where the channels lie, if the value is first viewed as `[before, n, after]`, whose axes
+    # `keep` then counts; None leaves the value as it is.
     split: Axis | None
     # Channel axes; None for all but the first.
     keep: tuple[int, ...] | None
-    # Which group lies along which of the channel axes; an axis counts among these alone.
+    # Which group lies along which channel axis, counted among the channel axes only.
     groups: tuple[Place, ...]
-    # Where the owners lie, of a value that becomes `[owners * n, rest]`; None for one without.
+    # Where the owners lie, if the value is first viewed as `[owners * n, rest]`; else None.
     around: Axis | None = None
 
 
 def layout_of(net: Network, name: str) -> Layout:
-    """How a site is read, by its name: at a tap of one group, or of a part of one, by the group.
+    """The layout of a site by its name; a tap of one group, or part of a tap, is read by group.
 
     Raises:
         ValueError: If the network has no such site.
@@ -59,23 +59,24 @@ def layout_of(net: Network, name: str) -> Layout:
 
 
 def whole_layout(net: Network, name: str) -> Layout:
-    """How a whole value is read by its channel axes, whichever groups show in it."""
+    """The layout of a whole value by its channel axes, whichever groups it shows."""
     return Layout(name, name, None, _sites.channel_axes(net, name), ())
 
 
 def _groups(net: Network, name: str, keep: tuple[int, ...]) -> tuple[Place, ...]:
     """Which of a site's channel axes carry which group.
 
-    Groups within others come last: what they do inside the others' entries counts them anew.
+    Groups within others come last, since maps inside the others' entries count these in their new
+    order.
     """
-    found = []
+    places = []
     for group, at, owner in net.places(name):
         if at.axis not in keep:
             continue
         if owner is not None:
             owner = owner._replace(axis=keep.index(owner.axis)) if owner.axis in keep else None
-        found.append(Place(group, at._replace(axis=keep.index(at.axis)), owner))
-    return tuple(found)
+        places.append(Place(group, at._replace(axis=keep.index(at.axis)), owner))
+    return tuple(places)
 
 
 def as_float(value: Any, name: str) -> Array:
@@ -92,7 +93,7 @@ def as_float(value: Any, name: str) -> Array:
 
 
 def arrange(value: Any, layout: Layout) -> tuple[Array, tuple[int, ...]]:
-    """A site's value in float32 or better, channels as axes of their own, and its sample axes."""
+    """A site's value in float32 or better, with separate channel axes, and its sample axes."""
     value = as_float(value, layout.name)
     if layout.split is not None and layout.around is not None:
         value = grid(value, layout.split, layout.around)
@@ -111,10 +112,10 @@ def by_channel(value: Array, samples: tuple[int, ...]) -> Array:
 
 
 def by_example(name: str, value: Array, single: tuple[int, ...], size: int) -> tuple[Array, int]:
-    """A value of `size` examples, with an axis of examples alone, and that axis.
+    """A value of `size` examples with a separate axis of examples, and that axis.
 
-    It is the one along which the value of one example is shorter, whatever the network did to
-    layouts.
+    Whatever the network did to layouts, it is the axis along which the value of one example is
+    shorter.
 
     Args:
         name: Name of the site.
@@ -136,15 +137,16 @@ def by_example(name: str, value: Array, single: tuple[int, ...], size: int) -> t
         )
     (axis,) = axes
     if single[axis] > 1:
-        # Examples were merged with positions, as by x.reshape(-1, features): they are outermost.
+        # Examples and positions share an axis, as after x.reshape(-1, features); examples are
+        # outermost.
         value = value.reshape(*many[:axis], size, *single[axis:])
     return value, axis
 
 
 def check_operand(net: Network, name: str) -> None:
-    """Checks that what a layer reads has samples to pool: that examples lie along a sample axis.
+    """Checks that the array that a layer reads has its examples along a sample axis.
 
-    A function that takes batches of one size only passes, since nothing tells.
+    A function that takes batches of one size only passes unchecked.
 
     Raises:
         ValueError: If the layer contracts the examples, or none of its axes holds them.
@@ -161,7 +163,7 @@ def check_operand(net: Network, name: str) -> None:
     )
     try:
         other = shape(net._traces.at(net._avals, longer))
-    except Exception:  # whatever a function raises that only takes batches of one size
+    except Exception:  # the function may take batches of one size only, and raise anything
         return
     keep = _sites.channel_axes(net, name) or ()
     varying = [a for a, (n, m) in enumerate(zip(shape(traced), other, strict=True)) if n != m]

@@ -1,4 +1,4 @@
-"""`trace`, and the network that it makes."""
+"""`trace`, and the `Network` that it returns."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
     Args:
         apply_fn: A pure function `(variables, x) -> output`, in evaluation mode (no dropout).
         variables: Its parameters and stored statistics: a pytree of arrays, or of
-            `jax.ShapeDtypeStruct`s, since only shapes and dtypes are looked at.
-        x: An example input, likewise; axis 0 of every leaf is the batch.
+            `jax.ShapeDtypeStruct`s, since only shapes and dtypes matter.
+        x: An example input, of the same kinds of leaves; axis 0 of every leaf is the batch.
 
     Returns:
         The network. It holds no parameters.
@@ -56,39 +56,53 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
         TypeError: If `apply_fn` cannot be called, or a leaf is not an array (an unpartitioned
             Equinox module).
         ValueError: If the weights are closed over instead of passed in `variables`, `apply_fn`
-            raises a KeyError, as where it looks up a key that the trees have not, or a kernel's
-            path is `input` or `output`, the names of the network's ends.
+            raises a KeyError (if it looks up a key that the trees do not have, say), or a kernel's
+            path is `input` or `output`, which name the network's ends.
 
     Warns:
         UserWarning: If the network has no layers, or some weights are closed over.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
-        >>> def mlp(p, x):
-        ...     return jax.nn.relu(x @ p["w0"] + p["b0"]) @ p["w1"]
-        >>> p = {"w0": jnp.ones((3, 8)), "b0": jnp.ones(8), "w1": jnp.ones((8, 2))}
-        >>> net = vfjax.trace(mlp, p, jnp.ones((5, 3)))
-        >>> [(layer.name, layer.depth) for layer in net.layers]
-        [('w0', 1), ('w1', 2)]
-        >>> list(net.spec.groups)
-        ['w0']
+        >>> model = vfjax.models.MLP((8,), classes=2)
+        >>> x = jax.ShapeDtypeStruct((5, 3), jnp.float32)
+        >>> v = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> [(layer.bias, layer.shape) for layer in vfjax.trace(model.apply, v, x).layers]
+        [('params/dense1/bias', (3, 8)), ('params/head/bias', (8, 2))]
     """
     return Network(apply_fn, variables, x)
 
 
 class Network:
-    """A traced network, made by `trace`: what is known of it, and how to run, cut and fold it.
+    """A traced network, made by `trace`: its records, and methods to run, cut and fold it.
 
-    It is hashable by identity, static in pytrees, and not saved.
+    It is hashable by identity, static in pytrees, and not saved in checkpoints.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
-        >>> p = {"w0": jnp.ones((3, 8)), "w1": jnp.ones((8, 2))}
-        >>> net = vfjax.trace(lambda p, x: jax.nn.relu(x @ p["w0"]) @ p["w1"], p, jnp.ones((5, 3)))
+        >>> p, x = {"w0": jnp.ones((3, 8)), "w1": jnp.ones((8, 2))}, jnp.ones((5, 3))
+        >>> net = vfjax.trace(lambda p, x: jax.nn.relu(x @ p["w0"]) @ p["w1"], p, x)
         >>> net
         Network(2 layers, depth 2, 40 parameters, 1 groups)
         >>> net.layer("w1").depth, net.flops, net.paths
         (2, 48, ('w0', 'w1'))
+
+        Cut at depth 1, the stem hands the pre-activation of `w0` to the trunk:
+
+        >>> sorted(net.stem_leaves(1)), net.stem_params(1), net.trunk_flops(1)
+        (['w0'], 24, 24)
+        >>> [(aval.shape, set(groups)) for aval, groups in net.crossing(1)]
+        [((5, 8), {'w0'})]
+        >>> [(net.in_stem(site, 1), net.crosses(site, 1)) for site in ("input", "w0", "w1")]
+        [(True, False), (True, True), (False, False)]
+        >>> crossing = net.run(p, x, stop=1)
+        >>> bool((net.run(p, crossing, start=1) == net.run(p, x)).all())
+        True
+
+        Without a bias, a layer cannot absorb a shift:
+
+        >>> net.can_fold("w0"), net.can_fold("w0", shift=False)
+        (False, True)
     """
 
     def __init__(self, apply_fn: Callable[..., Any], variables: PyTree, x: PyTree) -> None:
@@ -116,7 +130,7 @@ class Network:
             f"parameters, {len(self.spec.groups)} groups)"
         )
 
-    # -------------------------------------------------------------------------------- what is known
+    # -------------------------------------------------------------------------------------- records
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -157,7 +171,7 @@ class Network:
 
     @functools.cached_property
     def taps(self) -> tuple[Tap, ...]:
-        """Where each group shows: one per tap of a layer and group, each value once."""
+        """Where each group shows: one record per tap and group, each value once."""
         return describe_taps(self._reference, axes=self._propagation.axes, groups=self._symmetry[1])
 
     @functools.cached_property
@@ -167,7 +181,7 @@ class Network:
 
     @functools.cached_property
     def sites(self) -> Mapping[str, _sites.Site]:
-        """Every site by its name; `vfjax.stats.resolve_sites` says what the names mean."""
+        """Every site by its name; `vfjax.stats.resolve_sites` explains the names."""
         return _sites.sites_of(self)
 
     @property
@@ -177,12 +191,12 @@ class Network:
 
     @functools.cached_property
     def statistics(self) -> frozenset[str]:
-        """Paths of the stored statistics of norms, which are no parameters."""
+        """Paths of the stored statistics of norms, which do not count as parameters."""
         return frozenset(p for norm in self.norms for p in (norm.mean, norm.var))
 
     @property
     def params(self) -> int:
-        """Number of parameters, stored statistics not counted."""
+        """Number of parameters, not counting stored statistics."""
         return _cost.params_of(self, self.paths)
 
     parameters = OldName("params")
@@ -204,7 +218,7 @@ class Network:
 
     @functools.cached_property
     def residual(self) -> bool:
-        """Whether the network has a residual join: a sum of values behind different layers."""
+        """Whether the network has a residual join: a sum of values that follow different layers."""
         return self._reference.joins
 
     @property
@@ -216,8 +230,8 @@ class Network:
     def others(self) -> tuple[tuple[str, str, str], ...]:
         """Leaves that act outside of layers, norms and biases: (path, primitive, file:line).
 
-        Embeddings, layer scales and gates are such. Permutations follow them, corrections and the
-        removal of biases do not. A leaf that is an output by itself is listed under `output`.
+        Examples are embeddings, layer scales and gates. Permutations follow them, corrections and
+        the removal of biases do not. A leaf that is itself an output is listed under `output`.
         """
         return self._reference.others
 
@@ -225,12 +239,12 @@ class Network:
         """A table of layer, depth, shapes, parameters, FLOPs and group.
 
         Returns:
-            Text of several lines; below the table stands what could not be followed.
+            Text of several lines; notes below the table list what could not be followed.
         """
         return _summary.summary(self)
 
     def layer(self, name: str) -> Layer:
-        """The layer of a name.
+        """The layer with a given name.
 
         Args:
             name: As in `Layer.name`.
@@ -247,7 +261,7 @@ class Network:
         raise ValueError(_sites.no_layer(self, name))
 
     def norm(self, name: str) -> Norm:
-        """The norm of a name.
+        """The norm with a given name.
 
         Args:
             name: As in `Norm.name`: the path of its leaf of means.
@@ -277,41 +291,38 @@ class Network:
     ) -> Any:
         """Evaluates the network, or one side of a cut, with values read or replaced at named sites.
 
-        Sites are named as in `vfjax.stats.resolve_sites`; whole values are read, no parts of taps.
-        An edit at `<layer>:in` or `<norm>:in` is for that layer or norm alone, any other for all
-        that read the value. `jit`, `vmap` and `grad` go through.
+        Sites are named as in `vfjax.stats.resolve_sites`; whole values are read, not parts of taps.
+        An edit at `<layer>:in` or `<norm>:in` affects that layer or norm only; any other affects
+        everything that reads the value. `jit`, `vmap` and `grad` work.
 
         Args:
             variables: Parameters; leaves that the requested side does not read may be None.
             x: The input, or with `start` a `Crossing`.
-            capture: Sites to return; each value is as it is after its edit.
-            edit: By site, a function from the value to one of equal shape and dtype. It may close
-                over a list to hand statistics out.
+            capture: Sites whose values to return, after their edits.
+            edit: By site, a function from the value to one of equal shape and dtype. It may append
+                statistics to a list that it closes over.
             stop: Depth to stop at: returns the `Crossing` there.
-            start: Depth to start from; with `stop`, what lies between runs.
+            start: Depth to start from; with `stop`, only the part between runs.
 
         Returns:
             The output (or the `Crossing`); with `capture`, a pair of it and a dict by site.
 
         Raises:
-            TypeError: If `stop` or `start` is not a whole number, `capture` not a sequence of
-                names, `edit` not a mapping to functions, or a leaf not an array.
+            TypeError: If `stop` or `start` is not a whole number, `capture` is not a sequence of
+                names, `edit` is not a mapping to functions, or a leaf is not an array.
             ValueError: If a site does not exist or lies on the other side, a depth is out of
                 range, `stop` is less than `start`, `x` is not the `Crossing` that `start` takes,
-                the tree has leaves that were not traced or lacks one that is read, `apply_fn` is
-                another network at this input, or an edit changes shape or dtype.
+                the tree has leaves that were not traced or lacks one that is read, `apply_fn` has
+                other layers at this input, or an edit changes shape or dtype.
 
         Example:
             >>> import jax, jax.numpy as jnp, vfjax
             >>> p = {"w0": jnp.eye(2), "w1": jnp.ones((2, 1))}
             >>> x = jnp.array([[1.0, -2.0]])
             >>> net = vfjax.trace(lambda p, x: jax.nn.relu(x @ p["w0"]) @ p["w1"], p, x)
-            >>> out, found = net.run(p, x, capture=["w0:act"], edit={"w0": jnp.negative})
-            >>> out.tolist(), found["w0:act"].tolist()
+            >>> out, values = net.run(p, x, capture=["w0:act"], edit={"w0": jnp.negative})
+            >>> out.tolist(), values["w0:act"].tolist()
             ([[2.0]], [[0.0, 2.0]])
-            >>> crossing = net.run(p, x, stop=1)
-            >>> net.run(p, crossing, start=1).tolist() == net.run(p, x).tolist() == [[1.0]]
-            True
         """
         check_part(self, start, stop)
         check_crossing(x, start)
@@ -351,10 +362,10 @@ class Network:
     def average_crossings(
         self, crossings: Iterable[Crossing], weights: Sequence[Any] | None = None
     ) -> Crossing:
-        """Averages what several stems hand to one trunk.
+        """Averages the values that several stems hand to one trunk.
 
-        Values that depend on parameters are averaged (in float32 or better, cast back); values of
-        the input alone are equal in all stems and passed on.
+        Values that depend on parameters are averaged (in float32 or better, then cast back); values
+        of the input alone are equal in all stems and passed on.
 
         Args:
             crossings: One per model, all of one cut and one input.
@@ -365,9 +376,9 @@ class Network:
 
         Raises:
             TypeError: If `weights` is not a flat sequence.
-            ValueError: If there are none, they are of different cuts or inputs, the weights do not
-                fit or do not sum to one, or a value that would have to be averaged is an integer
-                or boolean.
+            ValueError: If there are no crossings, they are of different cuts or inputs, the weights
+                do not fit or do not sum to one, or a value that would have to be averaged is an
+                integer or boolean.
 
         Example:
             >>> import jax.numpy as jnp, vfjax
@@ -385,14 +396,14 @@ class Network:
     def map_crossing(
         self, variables: PyTree, crossing: Crossing, maps: Mapping[str, Any]
     ) -> Crossing:
-        """Maps the axes of what crosses a cut that carry groups.
+        """Maps the values that cross a cut, along the axes that carry groups.
 
-        Through a merge matrix a model's features come into the basis of the merge; through an
-        unmerge matrix what was merged comes back into the model's own.
+        A merge matrix takes a model's features to the basis of the merge; an unmerge matrix takes
+        merged features back to the model's basis.
 
         Args:
-            variables: The leaves that the crossing was made with; only their types matter.
-            crossing: What crosses.
+            variables: The leaves that the crossing was computed with; only their types matter.
+            crossing: The crossing.
             maps: By group a matrix `[m, n]`, applied in float32 or better, or a permutation
                 `int[n]`, by indexing (`take(old, p)`). Other groups stay as they are.
 
@@ -400,7 +411,7 @@ class Network:
             A crossing with m entries in place of n.
 
         Raises:
-            ValueError: If a matrix does not fit its group, or meets a value of integers.
+            ValueError: If a matrix does not fit its group, or would map a value of integers.
 
         Example:
             >>> import jax.numpy as jnp, vfjax
@@ -419,10 +430,10 @@ class Network:
     def map_site(
         self, variables: PyTree, x: PyTree, site: str, value: Array, maps: Mapping[str, Any]
     ) -> Array:
-        """Maps the axes of a site's value that carry groups, as `map_crossing` those of a crossing.
+        """Maps the value of a site along the axes that carry groups, as `map_crossing` does.
 
         Args:
-            variables: The leaves that the value was made with; only their types matter.
+            variables: The leaves that the value was computed with; only their types matter.
             x: The input; only its type matters.
             site: Name of the site, as in `run`; `output` and an `input` of several arrays carry no
                 groups.
@@ -470,11 +481,11 @@ class Network:
         return self._leaves(depth, stop)
 
     def head_leaves(self, start: int, end: int | None) -> frozenset[str]:
-        """Paths of the leaves that heads alone read, and neither stems nor the trunk between.
+        """Paths of the leaves that only heads read, and neither stems nor the trunk.
 
         Args:
             start: Depth at which the trunk begins, from 0 to `net.depth`.
-            end: Depth at which heads begin; None where there are none.
+            end: Depth at which heads begin; None if there are no heads.
         """
         if end is None:
             return frozenset()
@@ -482,7 +493,7 @@ class Network:
         return self.trunk_leaves(end) - shared
 
     def leaves(self, paths: Iterable[str]) -> dict[str, Any]:
-        """Types of leaves of the variables, by path."""
+        """Abstract values of leaves of the variables, by path."""
         return {path: self._avals[path] for path in paths}
 
     def stem_params(self, depth: int) -> int:
@@ -510,7 +521,7 @@ class Network:
         return traced.leaves_of(traced.part(start, stop), traced.ends(stop))
 
     def crossing(self, depth: int) -> tuple[tuple[Any, frozenset[str]], ...]:
-        """What crosses a cut: of each value its type, and the groups that its axes carry.
+        """For each value that crosses a cut, its abstract value and the groups along its axes.
 
         Args:
             depth: Depth of the cut, from 0 to `net.depth`.
@@ -518,13 +529,6 @@ class Network:
         Raises:
             TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
-            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
-            >>> [(aval.shape, set(groups)) for aval, groups in net.crossing(1)]
-            [((5, 4), {'w0'})]
         """
         check_depth(self, depth, "depth")
         traced = self._reference
@@ -534,10 +538,10 @@ class Network:
         )
 
     def places(self, site: str) -> tuple[Place, ...]:
-        """Groups that the axes of a site's value carry, each with its place there.
+        """The groups along the axes of a site's value, each with its place there.
 
         Args:
-            site: Name of a site, as in `run`, of one array.
+            site: Name of a site that holds one array, as in `run`.
 
         Raises:
             ValueError: If the network has no such site, or it holds several arrays.
@@ -546,7 +550,7 @@ class Network:
         return traced.places(_sites.locate(self, traced, site)[0])
 
     def in_stem(self, site: str, depth: int) -> bool:
-        """Whether the value at a site is made in the stem of a cut.
+        """Whether the value at a site is computed in the stem of a cut.
 
         Args:
             site: Name of a site, as in `run`.
@@ -555,15 +559,6 @@ class Network:
         Raises:
             TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range, or the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
-            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
-            >>> [net.in_stem(layer.name, 1) for layer in net.layers]
-            [True, False]
-            >>> sorted(net.stem_leaves(1)), net.stem_params(1), net.trunk_flops(1)
-            (['w0'], 12, 8)
         """
         check_depth(self, depth, "depth")
         return _sites.in_stem(self, self._reference, site, depth)
@@ -578,13 +573,6 @@ class Network:
         Raises:
             TypeError: If `depth` is not a whole number.
             ValueError: If it is out of range, or the network has no such site.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> p = {"w0": jnp.ones((3, 4)), "w1": jnp.ones((4, 2))}
-            >>> net = vfjax.trace(lambda p, x: x @ p["w0"] @ p["w1"], p, jnp.ones((5, 3)))
-            >>> [net.crosses(site, 1) for site in ("input", "w0", "w1")]
-            [False, True, False]
         """
         check_depth(self, depth, "depth")
         return _sites.crosses(self, self._reference, site, depth)
@@ -592,7 +580,7 @@ class Network:
     # -------------------------------------------------------------------------------------- folding
 
     def can_fold(self, layer: str, *, shift: bool = True) -> bool:
-        """Whether a correction of a layer's pre-activation can go into its leaves.
+        """Whether a correction of a layer's pre-activation can be folded into leaves.
 
         Args:
             layer: Name of the layer.
@@ -603,13 +591,6 @@ class Network:
 
         Raises:
             ValueError: If there is no such layer.
-
-        Example:
-            >>> import jax.numpy as jnp, vfjax
-            >>> p, x = {"w": jnp.eye(2)}, jnp.ones((1, 2))
-            >>> net = vfjax.trace(lambda p, x: x @ p["w"], p, x)
-            >>> net.can_fold("w"), net.can_fold("w", shift=False)
-            (False, True)
         """
         self.layer(layer)
         return _fold.obstacle(self._reference, layer, shift=shift) is None
@@ -623,16 +604,16 @@ class Network:
         Args:
             variables: Parameters.
             layer: Name of the layer.
-            scale: Float array of shape `channel_shape`.
-            shift: Alike, or None.
+            scale: Float array of shape `Layer.channel_shape`.
+            shift: The same, or None for no shift.
 
         Returns:
             A new tree.
 
         Raises:
-            FoldError: If there is nowhere to fold it, or the leaf to fold it into is missing.
+            FoldError: If the correction cannot be folded, or the leaf to fold it into is missing.
             TypeError: If a leaf is not an array.
-            ValueError: If there is no such layer, or `scale` or `shift` has another shape.
+            ValueError: If there is no such layer, or `scale` or `shift` has the wrong shape.
 
         Example:
             >>> import jax.numpy as jnp, vfjax

@@ -1,4 +1,4 @@
-"""The records of a traced network: layers, norms, taps, and what crosses a cut."""
+"""The records of a traced network: layers, norms and taps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vfjax.symmetry._places import (
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A linear or convolution layer: one operand made of parameters only, the other of the input.
+    """A linear or convolution layer, of a parameter-only kernel and a value that depends on x.
 
     Attributes:
         name: Path of the leaf that is its kernel, such as `params/Conv_0/kernel`; `name#2` for the
@@ -82,8 +82,8 @@ class Layer:
         """The function `z -> scale * z + shift` on the pre-activation.
 
         Args:
-            scale: Shaped like the channels.
-            shift: Likewise.
+            scale: Array of shape `channel_shape`.
+            shift: The same.
 
         Returns:
             A function that computes in float32 or better and casts back.
@@ -107,7 +107,7 @@ class Norm:
         var: Path of the leaf of variances.
         scale: Path of the leaf of scales, or None.
         bias: Path of the leaf of shifts, or None.
-        eps: What is added to the variance.
+        eps: The number added to the variance.
         input_shape: Shape of its input.
         channel_axes: Axes of its input that the statistics vary along.
         sample_axes: The other axes.
@@ -159,7 +159,7 @@ class Tap:
 
 @dataclasses.dataclass(frozen=True)
 class JointTap:
-    """Where a group shows in the activations together with the one that it moves within.
+    """Where a group shows in the activations together with the group that it moves within.
 
     Attributes:
         name: Site name, `<layer>:act[<group> in <owner>]`.
@@ -189,7 +189,7 @@ def describe_layer(
     Args:
         traced: The trace.
         name: The layer.
-        batch: Number of examples of its input.
+        batch: Number of examples of the traced input.
         axes: Atoms of every axis, by value id.
         groups: Names of groups, by their id in `axes`.
     """
@@ -241,24 +241,24 @@ def describe_norm(traced: Traced, name: str) -> Norm:
 
 def describe_taps(traced: Traced, *, axes: Axes, groups: Mapping[int, str]) -> tuple[Tap, ...]:
     """Where each group shows: one record per value and group."""
-    found: dict[tuple[int, str], Tap] = {}
+    taps: dict[tuple[int, str], Tap] = {}
     for name, value in traced.taps.items():
         for axis, atoms in enumerate(axes.get(value, ())):
             for atom in atoms:
                 group = groups.get(atom.group)
-                if group is not None and (value, group) not in found:
+                if group is not None and (value, group) not in taps:
                     where = atom.outer, atom.inner, atom.windows
-                    found[value, group] = Tap(f"{name}:act", group, axis, *where)
-    return tuple(found.values())
+                    taps[value, group] = Tap(f"{name}:act", group, axis, *where)
+    return tuple(taps.values())
 
 
 def describe_joint_taps(traced: Traced, within: Mapping[str, str]) -> tuple[JointTap, ...]:
-    """Where groups show inside the entries of those that they are within."""
-    found: dict[tuple[int, Axis], JointTap] = {}
+    """Where groups show inside the entries of the groups that they are within."""
+    taps: dict[tuple[int, Axis], JointTap] = {}
     names: set[str] = set()
     for layer, value in traced.taps.items():
         for group, place, around in traced.places(value):
-            if around is None or (value, place) in found:
+            if around is None or (value, place) in taps:
                 continue
             owner = within[group]
             base = name = f"{layer}:act[{group} in {owner}]"
@@ -267,8 +267,8 @@ def describe_joint_taps(traced: Traced, within: Mapping[str, str]) -> tuple[Join
                 count += 1
                 name = f"{base}#{count}"
             names.add(name)
-            found[value, place] = JointTap(name, layer, group, owner, place, around)
-    return tuple(found.values())
+            taps[value, place] = JointTap(name, layer, group, owner, place, around)
+    return tuple(taps.values())
 
 
 def _path(traced: Traced, view: View | None) -> str | None:

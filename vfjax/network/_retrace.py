@@ -1,4 +1,4 @@
-"""Tracing a network anew for every abstract value of its arguments, each once."""
+"""Retracing a network, once for each abstract value of its arguments."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vfjax.network._crossing import Crossing
 class Retracer:
     """The traces of one function.
 
-    Batch sizes sit in literals of a jaxpr, so that evaluating it at another one would be silently
-    wrong. A trace therefore serves the shapes, dtypes, weak types and shardings that it was made
-    with, and the settings of JAX that tracing looks at.
+    A jaxpr contains batch sizes as literals, so evaluating it at another batch size would be
+    silently wrong. A trace therefore serves only the shapes, dtypes, weak types and shardings that
+    it was made with, under the settings of JAX that affect tracing.
 
     Attributes:
         avals: Abstract value of each leaf of the variables, by path, as first traced.
         treedef: Structure of the variables.
         x: The abstract input first traced.
-        reference: The first trace, which names everything.
+        reference: The first trace, which names all sites.
     """
 
     def __init__(self, apply_fn: Callable[..., Any], variables: PyTree, x: PyTree) -> None:
@@ -36,7 +36,7 @@ class Retracer:
         Args:
             apply_fn: A function `(variables, x) -> output`.
             variables: A tree of arrays or `jax.ShapeDtypeStruct`s.
-            x: Likewise.
+            x: A tree of the same kinds of leaves.
         """
         self._apply = apply_fn
         named, self.treedef = flatten_named(variables)
@@ -57,30 +57,30 @@ class Retracer:
         """The trace for these leaves and this input.
 
         Args:
-            named: Leaves by path; those that are missing count as they were first traced.
+            named: Leaves by path; missing ones count as first traced.
             x: The input.
 
         Returns:
             The trace, from the cache or made now.
 
         Raises:
-            ValueError: If its layers or norms differ from those of the first trace, or the
-                function raises a KeyError, as where it looks up a key that the trees have not.
+            ValueError: If its layers or norms differ from those of the first trace, or the function
+                raises a KeyError, for example for a key that the trees do not have.
         """
         avals = [
             abstract(named[path]) if path in named else aval for path, aval in self.avals.items()
         ]
         leaves, x_tree = jax.tree.flatten(jax.tree.map(abstract, x))
         key = (x_tree, *map(_key, avals), *map(_key, leaves), _settings())
-        found = self._cache.get(key)
-        if found is not None:
-            return found
+        cached = self._cache.get(key)
+        if cached is not None:
+            return cached
 
         def flat(variables: Sequence[Any], inputs: Sequence[Any]) -> PyTree:
             variables = jax.tree.unflatten(self.treedef, variables)
             return self._apply(variables, jax.tree.unflatten(x_tree, inputs))
 
-        # A network is what it is outside of any transformation: shapes alone decide the trace.
+        # Traced from abstract values only, so the trace is the same inside jit, vmap or grad.
         try:
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(avals, leaves)
         except KeyError as error:
@@ -104,10 +104,10 @@ class Retracer:
             return self._cache.setdefault(key, traced)
 
     def at_crossing(self, named: Mapping[str, Any], crossing: Crossing) -> Traced:
-        """The trace of which a crossing comes, at the crossing's own batch size.
+        """The trace that a crossing comes from, at the crossing's batch size.
 
-        A crossing tells what input it came of, all but the batch size, so that its arrays can be
-        sliced and joined along the batch. That size follows from their shapes.
+        A crossing records its input apart from the batch size, so that its arrays can be sliced and
+        joined along the batch. The batch size follows from their shapes.
 
         Args:
             named: Leaves by path.
@@ -137,7 +137,7 @@ class Retracer:
 
 
 def _input_of(origin: Any, batch: int) -> PyTree:
-    """An input of some origin."""
+    """An abstract input of some origin."""
     tree, leaves = origin
     return jax.tree.unflatten(
         tree, [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in leaves]
@@ -145,7 +145,7 @@ def _input_of(origin: Any, batch: int) -> PyTree:
 
 
 def origin_of(x: PyTree) -> Hashable:
-    """What an input is apart from its batch size."""
+    """Structure, shapes and dtypes of an input apart from its batch size; hashable."""
     leaves, tree = jax.tree.flatten(jax.tree.map(abstract, x))
     return tree, tuple((tuple(a.shape[1:]), a.dtype) for a in leaves)
 
@@ -159,7 +159,7 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and not sharding.mesh.empty:
         how["sharding"] = sharding
-        if getattr(aval, "manual_axis_type", None) is not None:  # inside of a shard_map
+        if getattr(aval, "manual_axis_type", None) is not None:  # inside a shard_map
             how["manual_axis_type"] = aval.manual_axis_type
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **how)
 

@@ -1,4 +1,4 @@
-"""One run of a network: named sites, resolved to values and equations of one trace."""
+"""One run of a network: its captures and edits, resolved to values and equations of one trace."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Edit = Callable[[Array], Array]
 
 
 class Changes:
-    """What one run reads and replaces at sites, and where.
+    """The captures and edits of one run, by value and equation.
 
     Attributes:
         edits: By value id, the function that replaces the value for all its readers.
         operand_edits: By (equation, operand), the function that replaces it for one reader.
-        values: Ids of the values that have to be computed for the captures.
+        values: Ids of the values to compute for the captures.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Changes:
         self.edits: dict[int, Edit] = {}
         self.operand_edits: dict[tuple[int, int], Edit] = {}
         self.values: list[int] = []
-        # A layer's value may be its tap too: then the pre-activation is edited first.
+        # A pre-activation may be its own tap; then the layer's edit comes before the tap's.
         names = sorted(dict.fromkeys([*edit, *self._capture]), key=lambda s: s.endswith(":act"))
         for site in names:
             self._check_side(site)
@@ -64,7 +64,7 @@ class Changes:
             self._ids[site] = value
             if change is not None and use is not None:
                 self.operand_edits[use] = functools.partial(self._record, site, change)
-                value = traced.graph.equations[use[0]].result  # so that the edit is made
+                value = traced.graph.equations[use[0]].result  # computing this runs the edit
             elif change is not None:
                 before = self.edits.get(value)
                 self.edits[value] = change if before is None else _after(before, change)
@@ -72,7 +72,7 @@ class Changes:
                 self.values.append(value)
 
     def enter(self, env: Mapping[int, Any]) -> dict[int, Any]:
-        """The given values after the edits that concern them."""
+        """The given values after their edits."""
         env = dict(env)
         if "input" in self._whole:
             leaves = [env[v] for v in inputs_of(self._traced)]
@@ -86,24 +86,24 @@ class Changes:
         return self._whole["output"](out) if "output" in self._whole else out
 
     def captured(self, values: Mapping[int, Any], env: Mapping[int, Any], out: Any) -> dict:
-        """The captured values by site, given what was computed, what was given, and the output."""
-        found = {}
+        """The captured values by site, from the computed values, the given ones and the output."""
+        captured = {}
         for site in self._capture:
             if site == "output":
-                found[site] = out
+                captured[site] = out
             elif site == "input":
                 leaves = [env[v] for v in inputs_of(self._traced)]
-                found[site] = jax.tree.unflatten(self._traced.x_tree, leaves)
+                captured[site] = jax.tree.unflatten(self._traced.x_tree, leaves)
             else:
-                found[site] = self._seen.get(site, values.get(self._ids[site]))
-        return found
+                captured[site] = self._seen.get(site, values.get(self._ids[site]))
+        return captured
 
     def _check_side(self, site: str) -> None:
-        """Checks that a site lies in the part that runs; what crosses lies in both."""
-        start, stop, found = self._start, self._stop, (self._net, self._traced, site)
-        if stop is not None and not in_stem(*found, stop):
+        """Checks that a site lies in the part that runs; values that cross a cut lie in both."""
+        start, stop, where = self._start, self._stop, (self._net, self._traced, site)
+        if stop is not None and not in_stem(*where, stop):
             raise ValueError(f"Site '{site}' lies in the trunk; stop={stop} ends before it.")
-        if start is not None and in_stem(*found, start) and not crosses(*found, start):
+        if start is not None and in_stem(*where, start) and not crosses(*where, start):
             raise ValueError(f"Site '{site}' lies in the stem; start={start} begins after it.")
 
     def _record(self, site: str, change: Edit, value: Array) -> Array:
@@ -116,7 +116,7 @@ def check_capture(capture: Any) -> tuple[Any, ...]:
     capture = () if capture is None else capture
     if isinstance(capture, str) or not isinstance(capture, Iterable):
         raise TypeError(f"capture must be a sequence of site names; it was {capture!r}.")
-    return tuple(capture)  # once: an iterator is read only once
+    return tuple(capture)  # a tuple, since an iterator can be read only once
 
 
 def check_edit(edit: Any) -> None:

@@ -1,7 +1,7 @@
-"""The registry of sites: which names a network has, and what each of them stands for.
+"""The registry of sites: the names that a network has, and what each of them stands for.
 
-`Network.run`, `stats`, `renorm`, `diagnose` and `prune` all ask here. The names and the words that
-stand for several of them are documented once, in `vfjax.stats.resolve_sites`.
+`Network.run`, `stats`, `renorm`, `diagnose` and `prune` all look names up here. The names, and the
+words that stand for several of them, are documented once, in `vfjax.stats.resolve_sites`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Site(NamedTuple):
     Attributes:
         name: The name.
         kind: `"input"` and `"output"` of the network; `"layer"`, a pre-activation; `"tap"`, the
-            value behind a layer; `"operand"` and `"norm"`, what a layer or a norm reads; `"group"`
-            and `"joint"`, the part of a tap that one group, or one within another, shows in.
+            value after a layer; `"operand"` and `"norm"`, the value that a layer or a norm reads;
+            `"group"` and `"joint"`, the part of a tap that shows one group, or one group within
+            another.
         of: Name of the layer or the norm; None for the network's ends.
-        source: Name of the site that holds the whole value; the name itself but for parts.
-        tap: Where in the value a group shows, of parts and of taps that show a single group.
+        source: Name of the site that holds the whole value; the name itself unless it is a part.
+        tap: Where in the value the group shows, for parts and for taps of a single group.
     """
 
     name: str
@@ -46,22 +47,22 @@ class Site(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether it is a value of the network, and not a part of one."""
+        """Whether it is a whole value of the network, not a part of one."""
         return self.source == self.name
 
     @property
     def layer(self) -> str | None:
-        """The layer that it belongs to, or that reads it."""
+        """The layer that it belongs to or that reads it; None for norms and the network's ends."""
         return None if self.kind == "norm" else self.of
 
     @property
     def meaning(self) -> str:
-        """What it is, for messages."""
+        """A description for messages."""
         return {
             "input": "the network's input",
             "output": "the network's output",
             "layer": f"the pre-activation of the layer '{self.of}'",
-            "tap": f"the value behind the layer '{self.of}'",
+            "tap": f"the value after the layer '{self.of}'",
             "operand": f"what the layer '{self.of}' reads",
             "norm": f"what the norm '{self.of}' reads",
             "group": f"a part of '{self.source}'",
@@ -77,19 +78,19 @@ def sites_of(net: Network) -> dict[str, Site]:
     names = ["input", *layers, *(f"{name}:act" for name in layers)]
     names += [f"{name}:in" for name in (*norms, *layers)]
     whole = (whole_site(net._reference, name) for name in (*names, "output"))
-    found = {site.name: site for site in whole if site is not None}
-    found |= {name: found[name]._replace(tap=tap) for name, tap in only.items()}
+    by_name = {site.name: site for site in whole if site is not None}
+    by_name |= {name: by_name[name]._replace(tap=tap) for name, tap in only.items()}
     for tap in net.taps:
         if tap.name not in only:
             name = f"{tap.name}[{tap.group}]"
-            found[name] = Site(name, "group", tap.name.removesuffix(":act"), tap.name, tap)
+            by_name[name] = Site(name, "group", tap.name.removesuffix(":act"), tap.name, tap)
     for tap in net.joint_taps:
-        found[tap.name] = Site(tap.name, "joint", tap.layer, f"{tap.layer}:act", tap)
-    return found
+        by_name[tap.name] = Site(tap.name, "joint", tap.layer, f"{tap.layer}:act", tap)
+    return by_name
 
 
 def whole_site(traced: Traced, name: str) -> Site | None:
-    """The site of a name that stands for a whole value, as far as a trace alone tells, or None."""
+    """The site with a name, if a trace shows that it is a whole value; else None."""
     base, _, what = name.rpartition(":")
     if name in traced.layers:
         return Site(name, "layer", name, name)
@@ -105,10 +106,10 @@ def whole_site(traced: Traced, name: str) -> Site | None:
 
 
 def taps_by_site(net: Network) -> dict[str, Tap]:
-    """Taps by the name of their site: `<layer>:act`, with `[group]` added where groups share it."""
+    """Taps by the name of their site: `<layer>:act`, with `[group]` if several groups share it."""
     sites = net.sites.values()
-    found = {id(site.tap): site.name for site in sites if isinstance(site.tap, Tap)}
-    return {found[id(tap)]: tap for tap in net.taps}
+    site_of = {id(site.tap): site.name for site in sites if isinstance(site.tap, Tap)}
+    return {site_of[id(tap)]: tap for tap in net.taps}
 
 
 def joint_taps(net: Network) -> dict[str, JointTap]:
@@ -116,19 +117,20 @@ def joint_taps(net: Network) -> dict[str, JointTap]:
     return {tap.name: tap for tap in net.joint_taps}
 
 
-# ------------------------------------------------------------------------------- where values are
+# ------------------------------------------------------------------------------- places of values
 
 
 def locate(net: Network, traced: Traced, name: str) -> tuple[int, tuple[int, int] | None]:
-    """Where the value of a site is in a trace.
+    """Finds the value of a site in a trace.
 
     Args:
         net: The network.
         traced: The trace.
-        name: Name of a site of one array, that is a whole value.
+        name: Name of a site that is a whole value of one array.
 
     Returns:
-        Id of the value; and, where the site is one use of it, which equation's operand.
+        Id of the value; and, if the site is one use of it, (equation index, operand index), else
+        None.
 
     Raises:
         ValueError: If there is no such site, or it is a part of a value.
@@ -161,7 +163,7 @@ def inputs_of(traced: Traced) -> tuple[int, ...]:
 
 
 def in_stem(net: Network, traced: Traced, name: str, depth: int) -> bool:
-    """Whether the value at a site is made in the stem of a cut."""
+    """Whether the value at a site is computed in the stem of a cut."""
     source = source_of(net, traced, name)
     if source in ("input", "output"):
         return source == "input"
@@ -180,7 +182,7 @@ def crosses(net: Network, traced: Traced, name: str, depth: int) -> bool:
 
 
 def source_of(net: Network, traced: Traced, name: str) -> str:
-    """Name of the site that holds the value that a site is, or is a part of."""
+    """Name of the site of the whole value: a site itself, or the one that it is a part of."""
     site = whole_site(traced, name) or net.sites.get(name)
     if site is None:
         raise ValueError(unknown(net, "site", name, list(net.sites)))
@@ -188,10 +190,10 @@ def source_of(net: Network, traced: Traced, name: str) -> str:
 
 
 def depth_of(net: Network, name: str) -> tuple[str | None, int, bool]:
-    """What layer a whole value is of, at what depth it is, and whether on the main path.
+    """The layer of a whole value or None, its depth, and whether it is on the main path.
 
-    A norm counts to the layer that it follows directly. Else, and for what a layer reads, the depth
-    is that of the deepest layer before.
+    The input of a norm belongs to the layer that the norm follows directly. Otherwise, and for the
+    input of a layer, the depth is that of the deepest layer before.
     """
     site = _whole(net, name)
     if site.kind in ("input", "output"):
@@ -209,8 +211,8 @@ def depth_of(net: Network, name: str) -> tuple[str | None, int, bool]:
 def channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
     """Axes of a whole value that hold channels; None for all but the first.
 
-    Of what a layer reads these are the axes that the kernel has too, which are mostly those that
-    it contracts.
+    In the input of a layer these are the axes that it shares with the kernel, usually those that
+    are contracted.
     """
     site, traced = _whole(net, name), net._reference
     if site.kind in ("input", "output"):
@@ -242,20 +244,20 @@ def _base(site: Site) -> str:
     return site.of
 
 
-# ------------------------------------------------------------------------------- what callers name
+# ------------------------------------------------------------------------------- names from callers
 
 
 def select(net: Network, sites: Any, *, whole: bool = False) -> tuple[str, ...]:
-    """Names of the sites that a `sites=` argument stands for; `vfjax.stats.resolve_sites` says how.
+    """Names of the sites that a `sites=` argument stands for; see `vfjax.stats.resolve_sites`.
 
     Args:
         net: The network.
-        sites: What the caller gave.
-        whole: Whether the caller reads whole values alone, and no parts.
+        sites: The argument that the caller gave.
+        whole: Whether the caller reads only whole values, not parts.
 
     Raises:
-        ValueError: If a name is none of the network's, or one of a part where `whole`.
-        TypeError: If `sites` is not a string and no sequence of strings.
+        ValueError: If the network does not have such a site, or with `whole` one is a part.
+        TypeError: If `sites` is neither a string nor a sequence of strings.
     """
     if isinstance(sites, str):
         if sites == "paper":
@@ -285,7 +287,7 @@ def select(net: Network, sites: Any, *, whole: bool = False) -> tuple[str, ...]:
 
 
 def no_value(net: Network, name: str) -> str:
-    """The message about a name that stands for no whole value."""
+    """The error message for a name that does not stand for a whole value."""
     site = net.sites.get(name)
     if site is None:
         return unknown(net, "site", name, [s.name for s in net.sites.values() if s.whole])
@@ -296,16 +298,16 @@ def no_value(net: Network, name: str) -> str:
 
 
 def no_layer(net: Network, name: str) -> str:
-    """The message about a name that stands for no layer, where one is wanted."""
+    """The error message for a name that is not a layer's."""
     site = net.sites.get(name) if isinstance(name, str) else None
     if site is None:
         return unknown(net, "layer", name, [layer.name for layer in net.layers])
     hint = f": name '{site.of}'" if site.of in net._reference.layers else ""
-    return f"'{name}' is {site.meaning}, a site and no layer{hint}."
+    return f"'{name}' is {site.meaning}, a site, not a layer{hint}."
 
 
 def unknown(net: Network, kind: str, name: Any, known: Sequence[str]) -> str:
-    """The message about a name that the network does not have, with the nearest that it has."""
+    """The error message for an unknown name, with the nearest ones that the network has."""
     close = difflib.get_close_matches(str(name), known, 3, 0.5)
     parts = {part for part in str(name).split("/") if part}
     near = close or sorted(known, key=lambda k: -len(parts & set(k.split("/"))))[:6]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def summary(net: Any) -> str:
-    """Layers of a network as a text table, with what could not be followed below it.
+    """The layers of a network as a text table; notes below it list what could not be followed.
 
     Args:
         net: A `Network`.

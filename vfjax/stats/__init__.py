@@ -1,22 +1,23 @@
 """Moments at sites, of several models, in one pass over data.
 
-`moments(net, trees, data, sites=..., covariance=...)` gives, at every site and for every model,
-the mean and variance of each channel, and between models the covariances of their channels. They
-are pooled over examples and positions, and do not depend on how the data was cut into batches.
+`moments(net, trees, data, sites=..., covariance=...)` returns the mean and variance of each channel
+at every site of every model, and the covariances of channels between models. They are pooled over
+examples and positions, and do not depend on how the data is cut into batches.
 
-- For matching: `sites="taps", covariance="cross"`, of two models; `covariance=True` for matchers
-  that look within a model too. Sites are `resolve_sites(net, "taps")`, in groups `net.spec.groups`.
+- For matching: `sites="taps", covariance="cross"` with two models; `covariance=True` for matchers
+  that look within a model too. The sites are `resolve_sites(net, "taps")`, the groups
+  `net.spec.groups`.
 - For REPAIR and RESCALE: `sites="paper"`, the pre-activations that the paper corrects.
 - `Moments.mixed` averages over models; `Moments.carried` maps through permutations or matrices.
 
     >>> import jax, numpy as np, vfjax
     >>> v, x = {"w": np.eye(2), "v": np.ones((2, 1))}, np.float32([[0, 1], [2, 5]])
     >>> net = vfjax.trace(lambda v, x: jax.nn.relu(x @ v["w"]) @ v["v"], v, x)
-    >>> found = moments(net, [v, v], [x[:1], x[1:]], sites="taps", covariance=True)
-    >>> found.mean["w:act"][0].tolist(), found.covariance["w:act"][0, 1].tolist()
+    >>> taps = moments(net, [v, v], [x[:1], x[1:]], sites="taps", covariance=True)
+    >>> taps.mean["w:act"][0].tolist(), taps.covariance["w:act"][0, 1].tolist()
     ([1.0, 3.0], [[1.0, 2.0], [2.0, 4.0]])
 
-Give it images that are not augmented. Batches are merged by the update of Chan, Golub and LeVeque
+Pass images without augmentation. Batches are merged by the update of Chan, Golub and LeVeque
 (1979), and values are shifted close to zero before they are squared, to keep float32 accuracy.
 """
 

@@ -1,4 +1,4 @@
-"""Moments of values after linear maps of their channels, from the moments before."""
+"""Moments after linear maps of channels, computed from the moments before."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from vfjax.symmetry._places import (
 )
 
 
-def single(found: Any) -> np.ndarray | Array:
-    """The merge map of a group: a permutation (for each entry of another, maybe) or a matrix."""
-    found = found[0] if isinstance(found, tuple) else found
-    if np.ndim(found) not in (1, 2, 3):
+def single(given: Any) -> np.ndarray | Array:
+    """The merge map of a group: a permutation or a matrix, or a stack of either."""
+    given = given[0] if isinstance(given, tuple) else given
+    if np.ndim(given) not in (1, 2, 3):
         raise ValueError(
             "a group's map must be a permutation [n] or [h, n], a matrix [m, n] or [h, m, n] or a "
-            f"pair of matrices, got an array of shape {np.shape(found)}"
+            f"pair of matrices, got an array of shape {np.shape(given)}"
         )
-    return found
+    return given
 
 
-def _is_matrix(found: Any) -> bool:
-    integer = found is not None and np.issubdtype(np.asarray(found).dtype, np.integer)
-    return np.ndim(found) == 3 or (np.ndim(found) == 2 and not integer)
+def _is_matrix(given: Any) -> bool:
+    integer = given is not None and np.issubdtype(np.asarray(given).dtype, np.integer)
+    return np.ndim(given) == 3 or (np.ndim(given) == 2 and not integer)
 
 
 def _check(axis: Place, maps: Sequence[Any], n: int, heads: int | None, site: str) -> None:
-    """Checks the models' maps of a group with n entries; None is the identity."""
-    for found in maps:
-        if found is None:
+    """Checks the models' maps of a group with n entries; None means the identity."""
+    for given in maps:
+        if given is None:
             continue
-        each = np.ndim(found) == (3 if _is_matrix(found) else 2)
+        each = np.ndim(given) == (3 if _is_matrix(given) else 2)
         if each and heads is None:
             raise ValueError(
                 f"maps[{axis.group!r}] holds a map for each entry of another group, and "
                 f'the moments at "{site}" are pooled over these; carry those of other sites'
             )
-        if _is_matrix(found):
-            shape = np.shape(found)
+        if _is_matrix(given):
+            shape = np.shape(given)
             if shape[-1] != n or (each and shape[0] != heads):
                 wanted = f"[m, {n}]" + (f" or [{heads}, m, {n}]" if heads is not None else "")
                 raise ValueError(
@@ -57,8 +57,8 @@ def _check(axis: Place, maps: Sequence[Any], n: int, heads: int | None, site: st
                     f"{n} entries"
                 )
             continue
-        check_permutation(axis.group, found, n, heads, within=heads is not None)
-    rows = [np.shape(found)[-2] if _is_matrix(found) else n for found in maps]
+        check_permutation(axis.group, given, n, heads, within=heads is not None)
+    rows = [np.shape(given)[-2] if _is_matrix(given) else n for given in maps]
     if len(set(rows)) > 1:
         raise ValueError(
             f"maps[{axis.group!r}]: matrices [m, {n}] of all models must agree in m, got {rows}"
@@ -66,13 +66,13 @@ def _check(axis: Place, maps: Sequence[Any], n: int, heads: int | None, site: st
 
 
 def _flat(axis: Place, shape: tuple[int, ...]) -> Place:
-    """The same along all channel axes of moments `[K, *channels]`, laid out as one."""
+    """A place along the flattened channel axes of moments `[K, *channels]`."""
     at, owner = (_laid_out(place, shape) for place in (axis.at, axis.owner))
     return Place(axis.group, at, owner)
 
 
 def _laid_out(place: Axis | None, shape: tuple[int, ...]) -> Any:
-    """A place along one of the channel axes as it lies where all are one."""
+    """A place along one channel axis, as a place along all of them flattened."""
     if place is None:
         return None
     before, after = math.prod(shape[1 : 1 + place.axis]), math.prod(shape[2 + place.axis :])
@@ -89,9 +89,9 @@ def _product(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
 def carry(
     mean: Any, var: Any, covariance: Any, axis: Place, maps: Sequence[Any], site: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """One group's maps applied to the moments of one site, on the host."""
+    """Applies one group's maps to the moments of one site, on the host."""
     mean, var = np.asarray(mean), np.asarray(var)
-    if mean.ndim > 2:  # covariances run over all channel axes as one
+    if mean.ndim > 2:  # covariances are over the flattened channel axes
         before, after = mean.shape[: 1 + axis.at.axis], mean.shape[2 + axis.at.axis :]
         flat = _flat(axis, mean.shape)
         mean, var = (value.reshape(len(mean), -1) for value in (mean, var))
@@ -143,5 +143,5 @@ def carry(
     stacked = np.stack(matrices)
     covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
     mean = (stacked @ mean[..., None])[..., 0]
-    # A variance of zero may come out below it by rounding.
+    # Rounding may make a variance of zero negative.
     return mean, np.maximum(np.einsum("kkpp->kp", covariance), 0), covariance

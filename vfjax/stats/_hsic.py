@@ -1,9 +1,9 @@
 """Inner products between the features of sites: the compiled part of linear CKA.
 
-With centred features `X_i` `[n, p_i]` of site i, linear CKA is made of `H_ij = ||X_i^T X_j||_F^2`.
-That is the squared norm of a covariance, `p_i x p_j`, which is pooled over batches in one pass, and
-also the inner product of the Gram matrices `X_i X_i^T` and `X_j X_j^T`, `n x n`, for which all of a
-site's features are held at once. Which of the two is smaller depends on the network.
+With centred features `X_i` `[n, p_i]` of site i, linear CKA follows from `H_ij = ||X_i^T
+X_j||_F^2`. This is the squared norm of a covariance, `p_i x p_j`, which can be pooled over batches
+in one pass. It is also the inner product of the Gram matrices `X_i X_i^T` and `X_j X_j^T`, `n x n`,
+which need all of a site's features at once. Which of the two is smaller depends on the network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 class Runs(Protocol):
-    """A model with its network, as `vfjax.merge.Merged`: a pytree that can be run."""
+    """A model with its network, such as `vfjax.merge.Merged`: a pytree that can be run."""
 
     @property
     def net(self) -> Any:
@@ -39,19 +39,19 @@ class Runs(Protocol):
         """The output; with `capture` also the values at sites, by name."""
 
 
-# Models, and the scales of their features, the sites of all models in one row.
+# Models, and the scales of their features, one per site of all models in turn.
 _State = tuple[tuple[Runs, ...], list[Array]]
 
-# Entries of a Gram matrix that are multiplied at a time, in float64 on the host.
+# Entries of a Gram matrix to multiply at a time, in float64 on the host.
 _BLOCK = 1 << 18
 
 
 class Job(NamedTuple):
-    """What is read of each model: hashable, so that it is part of the key of a compilation.
+    """The sites to read of each model; hashable, so that it can be a static argument of `jit`.
 
     Attributes:
-        sites: By model, names of sites.
-        shapes: By model and site, the shape of the value of one example.
+        sites: Names of sites, by model.
+        shapes: Shapes of the values of one example, by model and site.
     """
 
     sites: tuple[tuple[str, ...], ...]
@@ -59,59 +59,59 @@ class Job(NamedTuple):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Number of features of each site, the sites of all models in one row."""
+        """Number of features of each site, of all models in turn."""
         return tuple(math.prod(shape) for shapes in self.shapes for shape in shapes)
 
     def only(self, chosen: Sequence[int]) -> Job:
-        """The job of some of the sites, given by their place in that row."""
+        """The job of some of the sites, given by their index in `widths`."""
         sites, shapes, place = [], [], 0
-        for names, alike in zip(self.sites, self.shapes, strict=True):
+        for names, of_model in zip(self.sites, self.shapes, strict=True):
             kept = [k for k in range(len(names)) if place + k in chosen]
             sites.append(tuple(names[k] for k in kept))
-            shapes.append(tuple(alike[k] for k in kept))
+            shapes.append(tuple(of_model[k] for k in kept))
             place += len(names)
         return Job(tuple(sites), tuple(shapes))
 
 
 def job_of(models: Sequence[Runs], sites: Sequence[Sequence[str]]) -> Job:
-    """Finds the shapes of the values of one example.
+    """The job for some sites of each model, with the shapes of the values of one example.
 
     Raises:
-        TypeError: If a site holds no array of real numbers.
+        TypeError: If a site does not hold an array of real numbers.
     """
     shapes = []
     for model, names in zip(models, sites, strict=True):
         x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), model.net.x)
-        found = jax.eval_shape(lambda m, x, names=names: m.run(x, capture=names)[1], model, x)
+        values = jax.eval_shape(lambda m, x, names=names: m.run(x, capture=names)[1], model, x)
         for name in names:
-            dtype = getattr(found[name], "dtype", None)
+            dtype = getattr(values[name], "dtype", None)
             if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-                what = type(found[name]).__name__ if dtype is None else str(dtype)
+                what = type(values[name]).__name__ if dtype is None else str(dtype)
                 raise TypeError(f'site "{name}" must hold an array of real numbers, got {what}')
-        shapes.append(tuple(found[name].shape for name in names))
+        shapes.append(tuple(values[name].shape for name in names))
     return Job(tuple(map(tuple, sites)), tuple(shapes))
 
 
 def itemsize() -> int:
-    """Bytes of a number, at most: features are taken in float32 or better."""
+    """The most bytes of a feature: features are float32, or float64 if that is enabled."""
     return 8 if jax.config.jax_enable_x64 else 4
 
 
 def _features(job: Job, models: Sequence[Runs], x: PyTree) -> list[Array]:
-    """`[batch, p]` of every site, float32 or better."""
-    found = []
+    """The features `[batch, p]` of every site, float32 or better."""
+    features = []
     for model, names, shapes in zip(models, job.sites, job.shapes, strict=True):
         if names:
             _, values = model.run(x, capture=names)
             for name, shape in zip(names, shapes, strict=True):
                 value = as_float(values[name], name)
                 value, axis = by_example(name, value, shape, batch_size(x))
-                found.append(jnp.moveaxis(value, axis, 0).reshape(batch_size(x), -1))
-    return found
+                features.append(jnp.moveaxis(value, axis, 0).reshape(batch_size(x), -1))
+    return features
 
 
 def _scaled(job: Job, state: _State, x: PyTree) -> list[Array]:
-    """Features in units in which their products do not leave float32."""
+    """The features, scaled so that their products stay in the range of float32."""
     models, scales = state
     return [f * scale for f, scale in zip(_features(job, models, x), scales, strict=True)]
 
@@ -119,9 +119,9 @@ def _scaled(job: Job, state: _State, x: PyTree) -> list[Array]:
 def _with_scales(
     job: Job, models: tuple[Runs, ...], data: Iterable[PyTree]
 ) -> tuple[_State, Iterable[PyTree]]:
-    """Scales of all sites beside the models, and the data again, from its first batch on.
+    """The models with scales of all their sites, and the data, again from its first batch.
 
-    Batches must share their scales, and CKA does not depend on them.
+    The first batch sets the scales, since all batches must share them. CKA does not depend on them.
     """
     data = iter(data)
     first = next(data)
@@ -131,18 +131,18 @@ def _with_scales(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scales(job: Job, mesh: Any, models: Any, x: PyTree) -> list[Array]:
-    def found(models: Any, x: PyTree) -> list[Array]:
+    def scales(models: Any, x: PyTree) -> list[Array]:
         return [scale_of(f) for f in _features(job, models, x)]
 
-    return on_mesh(found, mesh)(models, x)
+    return on_mesh(scales, mesh)(models, x)
 
 
 def _centred(x: Array) -> tuple[Array, Array]:
-    """Features less their means, exactly 0 where they vary by rounding alone; and the means."""
+    """Features less their means, exactly 0 where they vary only by rounding; and the means."""
     mean = x.mean(0, keepdims=True)
     x = x - mean
     floor = ROUNDINGS * jnp.finfo(x.dtype).eps * jnp.abs(mean)
-    constant = jnp.abs(x).max(0, keepdims=True) <= floor  # NaN is not, so it shows further on
+    constant = jnp.abs(x).max(0, keepdims=True) <= floor  # NaN compares false and so is kept
     return jnp.where(constant, 0, x), mean[0]
 
 
@@ -154,7 +154,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def covariance_bytes(widths: Sequence[int], pairs: Sequence[tuple[int, int]]) -> int:
-    """What `by_covariances` holds: those of a batch, and what was pooled before."""
+    """Bytes that `by_covariances` needs: covariances of one batch, and the pooled ones."""
     return 2 * itemsize() * sum(widths[i] * widths[j] for i, j in pairs)
 
 
@@ -163,31 +163,31 @@ def by_covariances(
 ) -> np.ndarray:
     """`H / n^2` `[sites, sites]` from the covariances of pairs of sites, in one pass.
 
-    In units of its own for every site.
+    Each site has an arbitrary scale.
 
     Args:
-        job: What is read.
-        models: Of whom.
+        job: The sites to read.
+        models: The models.
         data: Batches.
-        pairs: Pairs `(i, j)`, those of each site with itself among them.
+        pairs: Pairs `(i, j)` of sites, including each site with itself.
 
     Returns:
-        float64, 0 where a pair was not asked for.
+        float64, 0 for pairs that were not requested.
     """
     state, data = _with_scales(job, models, data)
-    found, _ = stream(
+    pooled, _ = stream(
         functools.partial(_covariances, job, pairs),
         functools.partial(_pool, pairs),
         state,
         data,
         like=models[0].net.x,
     )
-    means, covariances = jax.tree.map(np.asarray, found)
+    means, covariances = jax.tree.map(np.asarray, pooled)
     varies = {}
     for (i, j), block in zip(pairs, covariances, strict=True):
         if i == j:
             floor = ROUNDINGS * np.finfo(block.dtype).eps * np.abs(means[i])
-            varies[i] = ~(np.diagonal(block) <= np.square(floor))  # NaN counts
+            varies[i] = ~(np.diagonal(block) <= np.square(floor))  # NaN counts as varying
     out = np.zeros((len(job.widths),) * 2)
     for (i, j), block in zip(pairs, covariances, strict=True):
         kept = block[varies[i]][:, varies[j]].astype(np.float64)
@@ -199,19 +199,19 @@ def by_covariances(
 def _covariances(
     job: Job, pairs: tuple[tuple[int, int], ...], mesh: Any, state: Any, x: PyTree
 ) -> tuple[Any, list[Array]]:
-    """Means of the sites of one batch, and covariances of the pairs."""
+    """Means of the sites in one batch, and covariances of the pairs."""
 
     def batch(state: Any, x: PyTree) -> tuple[list[Array], list[Array]]:
-        found = [_centred(f) for f in _scaled(job, state, x)]
-        blocks = [_product(found[i][0].T, found[j][0]) / batch_size(x) for i, j in pairs]
-        return [mean for _, mean in found], blocks
+        centred = [_centred(f) for f in _scaled(job, state, x)]
+        blocks = [_product(centred[i][0].T, centred[j][0]) / batch_size(x) for i, j in pairs]
+        return [mean for _, mean in centred], blocks
 
     return on_mesh(batch, mesh)(state, x), []
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _pool(pairs: tuple[tuple[int, int], ...], pooled: Any, batch: Any, share: Any) -> Any:
-    """Those of the union of two sets of examples."""
+    """Means and covariances of the union of two sets of examples; the first is donated."""
     means, steps = union_means(pooled[0], batch[0], share)
     blocks = [
         union_second(old, new, jnp.outer(steps[i], steps[j]), share)
@@ -224,7 +224,7 @@ def _pool(pairs: tuple[tuple[int, int], ...], pooled: Any, batch: Any, share: An
 
 
 def gram_bytes(widths: Sequence[int], count: int) -> int:
-    """What `by_grams` holds at least: all Gram matrices, and the features of one site twice."""
+    """The fewest bytes that `by_grams` needs: all Gram matrices, and one site's features twice."""
     return itemsize() * (len(widths) * count**2 + 2 * count * max(widths))
 
 
@@ -235,16 +235,16 @@ def by_grams(
     count: int,
     memory: int,
 ) -> np.ndarray:
-    """`H` `[sites, sites]` from the Gram matrices of all sites, in units of its own for every site.
+    """`H` `[sites, sites]` from the Gram matrices of all sites; each site has an arbitrary scale.
 
-    One pass serves as many sites as have their features fit into what memory is left.
+    One pass reads as many sites as have features that fit into the remaining memory.
 
     Args:
-        job: What is read.
-        models: Of whom.
-        read: Returns the batches, anew each time.
+        job: The sites to read.
+        models: The models.
+        read: Returns the batches, from the first one on each call.
         count: Number of examples.
-        memory: Bytes to take at most, no less than `gram_bytes`.
+        memory: The most bytes to use; not less than `gram_bytes`.
 
     Returns:
         float64.
@@ -253,9 +253,9 @@ def by_grams(
     grams: list[np.ndarray] = []
     for group in _groups(job.widths, free // (itemsize() * count)):
         measure = functools.partial(_rows, job.only(group))
-        found, _ = stream(measure, _append, models, read(), like=models[0].net.x)
-        while found:
-            grams.append(np.asarray(_gram(found.pop(0))))
+        features, _ = stream(measure, _append, models, read(), like=models[0].net.x)
+        while features:
+            grams.append(np.asarray(_gram(features.pop(0))))
     out = np.zeros((len(grams),) * 2)
     rows = max(_BLOCK // count, 1)
     for start in range(0, count, rows):
@@ -265,7 +265,7 @@ def by_grams(
 
 
 def _groups(widths: Sequence[int], most: int) -> list[list[int]]:
-    """Sites in order, in groups of at most `most` features beside those of a group's largest."""
+    """Sites in order, in groups of at most `most` features not counting the group's largest."""
     groups: list[list[int]] = []
     for k in range(len(widths)):
         group = [*groups[-1], k] if groups else []
@@ -279,9 +279,9 @@ def _groups(widths: Sequence[int], most: int) -> list[list[int]]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _rows(job: Job, mesh: Any, models: Any, x: PyTree) -> tuple[list[list[Array]], list[Array]]:
-    """By site, a list of the features of this one batch."""
-    found = on_mesh(functools.partial(_features, job), mesh)(models, x)
-    return [[rows] for rows in found], []
+    """For each site a list of one array, its features in this batch."""
+    features = on_mesh(functools.partial(_features, job), mesh)(models, x)
+    return [[rows] for rows in features], []
 
 
 def _append(pooled: list[list[Array]], batch: list[list[Array]], share: float) -> list[list[Array]]:
@@ -301,13 +301,13 @@ def _gram(parts: list[Array]) -> Array:
 def by_minibatches(
     job: Job, models: tuple[Runs, ...], data: Iterable[Any]
 ) -> tuple[np.ndarray, int]:
-    """Unbiased estimates of HSIC `[sites, sites]`, averaged over batches by their examples.
+    """Unbiased estimates of HSIC `[sites, sites]`, averaged over batches by number of examples.
 
-    In units of its own for every site. Batches of fewer than four examples, for which there is no
+    Each site has an arbitrary scale. Batches of fewer than four examples, for which there is no
     such estimate, are left out.
 
     Returns:
-        float64, and the number of examples that count.
+        float64, and the number of examples used.
     """
     like, count = models[0].net.x, 0
 
@@ -321,8 +321,8 @@ def by_minibatches(
             raise ValueError('estimator="minibatch" needs batches of 4 examples or more')
 
     state, counted_data = _with_scales(job, models, counted())
-    found, _ = stream(functools.partial(_inner_product, job), _mean, state, counted_data, like=like)
-    return np.asarray(found, np.float64), count
+    hsic, _ = stream(functools.partial(_inner_product, job), _mean, state, counted_data, like=like)
+    return np.asarray(hsic, np.float64), count
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -332,19 +332,19 @@ def _mean(pooled: Array, batch: Array, share: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _inner_product(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, list[Array]]:
-    """The estimate of one batch, of all pairs of sites (Song et al. 2012)."""
+    """The estimate from one batch for all pairs of sites (Song et al. 2012)."""
     n = batch_size(x)
 
     def batch(state: Any, x: PyTree) -> Array:
         grams = []
-        for found in _scaled(job, state, x):
-            centred, _ = _centred(found)  # which changes nothing but the rounding
-            grams.append(_product(centred, centred.T) * (1 - jnp.eye(n, dtype=found.dtype)))
+        for x_i in _scaled(job, state, x):
+            centred, _ = _centred(x_i)  # the estimate is invariant; centring reduces rounding
+            grams.append(_product(centred, centred.T) * (1 - jnp.eye(n, dtype=x_i.dtype)))
         stack = jnp.stack(grams)
         flat, rows, sums = stack.reshape(len(grams), -1), stack.sum(1), stack.sum((1, 2))
-        found = _product(flat, flat.T)
-        found += jnp.outer(sums, sums) / ((n - 1) * (n - 2))
-        found -= _product(rows, rows.T) * (2 / (n - 2))
-        return found / (n * (n - 3))
+        total = _product(flat, flat.T)
+        total += jnp.outer(sums, sums) / ((n - 1) * (n - 2))
+        total -= _product(rows, rows.T) * (2 / (n - 2))
+        return total / (n * (n - 3))
 
     return on_mesh(batch, mesh)(state, x), []

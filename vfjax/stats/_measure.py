@@ -1,8 +1,7 @@
 """The compiled part of `vfjax.stats`: moments of a batch, and merging batches.
 
-A batch is reduced on the device in one compiled call for all models; what comes out is small, and a
-second, tiny call merges it into what was pooled before, in place. `stream` and `by_pieces` serve
-every pass that works like this.
+One compiled call reduces a batch on the device for all models. A second, tiny one merges the small
+result into the pooled moments, which it donates. `vfjax._passes.streaming` runs the pass.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from vfjax.stats._pieces import pieces
 
 
 class Job(NamedTuple):
-    """What a pass measures: hashable, so that it is part of the key of a compilation."""
+    """What a pass measures; hashable, so that it can be a static argument of `jit`."""
 
     sites: tuple[Layout, ...]
     covariance: tuple[str, ...]
@@ -65,14 +64,14 @@ def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, An
 
     def one(model: Model, x: PyTree) -> tuple[dict[str, Array], ...]:
         own: dict[str, int] = {}
-        found = read(model.net, job.sites, job.covariance, own, x, model.tree)
+        results = read(model.net, job.sites, job.covariance, own, x, model.tree)
         if own != (counts or own):
             raise ValueError(
                 "net has networks with other numbers of samples at the sites of one and of "
-                f"another, {own} and {counts}; networks may differ behind the sites only"
+                f"another, {own} and {counts}; networks may differ only after the sites"
             )
         counts.update(own)
-        return found
+        return results
 
     parts = each(one, models, x)
     mean, var, rest = (
@@ -89,11 +88,12 @@ def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, An
         for name in job.covariance
         if job.pairs
     }
-    for name, found in products.items():
+    for name, blocks in products.items():
         own = [k for k, (i, j) in enumerate(job.pairs) if i == j]
         if own:
-            # What the products give already costs no pass of its own.
-            squares = jnp.stack([jnp.diagonal(found[k]) for k in own])
+            # The diagonals of the products are these variances; XLA need not reduce the values
+            # again.
+            squares = jnp.stack([jnp.diagonal(blocks[k]) for k in own])
             var[name] = jnp.maximum(squares, 0).reshape(var[name].shape)
     batch = {"mean": mean, "var": var, "covariance": products}
     return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in job.sites]
@@ -111,9 +111,10 @@ def read(
 
     Args:
         net: The traced network.
-        sites: What to read.
-        covariance: Names of those whose values are wanted too.
-        counts: Filled with the number of samples, by name: no result, so that `vmap` leaves it.
+        sites: The sites to read.
+        covariance: Names of the sites whose values to return too.
+        counts: Filled with the number of samples by name. It is not returned, since `vmap` would
+            turn the Python numbers into arrays.
         x: The batch.
         tree: The model.
 
@@ -136,7 +137,7 @@ def read(
 def pool(
     job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
-    """The moments of the union of two sets of samples; `share` is the second's part."""
+    """Moments of the union of two sets of samples; donates the first. `share` is the second's."""
     return _merge(job, pooled, batch, share)
 
 
@@ -155,9 +156,9 @@ def _merge(
 
 
 def finish(job: Job, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
-    """Mean, variance and covariance `[K, K, n, n]` by site, rounding taken off the variances.
+    """Mean, variance and covariance `[K, K, n, n]` by site; variances within rounding become 0.
 
-    On the host: it is little, and there it needs no compilation.
+    Computed on the host: the arrays are small, and nothing needs to be compiled.
     """
     pooled = jax.tree.map(np.asarray, pooled)
     mean, var, blocks = pooled["mean"], {}, {}

@@ -1,4 +1,4 @@
-"""Means, variances and covariances of several models in one pass."""
+"""`Moments`: means, variances and covariances of several models, measured in one pass."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from vfjax.symmetry._places import Place
 class Moments:
     """Moments of the values at sites, for K models.
 
-    A pytree, so it goes through `jax.tree.map`, `jit` and checkpoints. `var` and `covariance` are
-    those of the population (divided by the number of samples).
+    A pytree, so `jax.tree.map`, `jit` and checkpoints work on it. `var` and `covariance` are
+    population moments (divided by the number of samples).
 
     Attributes:
         count: Samples per channel (examples times positions), by site.
         mean: `[K, *channels]` by site, float32 or better.
         var: `[K, *channels]` by site, float32 or better.
         covariance: `[K, K, n, n]` by site, entry `[i, j, a, b]` between channel a of model i and b
-            of model j, or None where none was asked for. Blocks that were not asked for are NaN.
-        axes: Which channel axes carry which group, by site; what `carried` goes by.
+            of model j, or None if none was requested. Blocks that were not requested are NaN.
+        axes: By site, the places of groups along the channel axes, which `carried` uses.
     """
 
     count: dict[str, float]
@@ -64,10 +64,10 @@ class Moments:
         """Number of models, K.
 
         Raises:
-            ValueError: If there are no sites, which would tell.
+            ValueError: If there are no sites, so that K is unknown.
         """
         if not self.mean:
-            raise ValueError("these moments are of no site, so they do not tell of how many models")
+            raise ValueError("these moments have no sites, so the number of models is unknown")
         return next(iter(self.mean.values())).shape[0]
 
     @property
@@ -83,10 +83,10 @@ class Moments:
     def mixed(
         self, weights: Sequence[float] | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Weighted means over the models of the means and of the standard deviations.
+        """Means and standard deviations, averaged over the models.
 
-        The goal statistics of REPAIR and RESCALE ("Vanishing Feature", section on normalisation):
-        standard deviations are averaged, not variances.
+        These are the goal statistics of REPAIR and RESCALE ("Vanishing Feature", section on
+        normalisation): standard deviations are averaged, not variances.
 
         Args:
             weights: One weight per model, summing to one; None for equal ones.
@@ -100,8 +100,8 @@ class Moments:
         Example:
             >>> import jax.numpy as jnp
             >>> mean, var = jnp.array([[0.0], [4.0]]), jnp.array([[1.0], [9.0]])
-            >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": var}).mixed((0.5, 0.5))
-            >>> [float(value["a"][0]) for value in found]
+            >>> goal = Moments({"a": 8.0}, {"a": mean}, {"a": var}).mixed((0.5, 0.5))
+            >>> [float(value["a"][0]) for value in goal]
             [2.0, 2.0]
         """
         share = jnp.asarray(resolve_weights(weights, self.models, of="models"), jnp.float32)
@@ -113,31 +113,31 @@ class Moments:
     def carried(self, maps: Sequence[Mapping[str, Any] | None]) -> Moments:
         """The moments of the models after linear maps of their groups, without another pass.
 
-        Through a matrix `M`, means become `M mu` and covariances `M C M^T`; variances are their
-        diagonals. Permutations are indexed.
+        A matrix `M` turns means into `M mu` and covariances into `M C M^T`; variances are their
+        diagonals. Permutations are applied by indexing.
 
         Args:
             maps: One per model, None for the identity: by group a permutation `int[n]` (new axis =
                 `take(old, p)`), or `int[h, n]` for a group within another; a matrix `[m, n]`, or
-                `[h, m, n]` likewise; or a pair of merge and unmerge matrix `(M, U)` of which the
-                first is used. Groups left out stay. At one site, the models' matrices must agree
-                in m.
+                `[h, m, n]` for a group within another; or a pair of merge and unmerge matrices
+                `(M, U)`, of which the first is used. Groups left out stay. At one site, the models'
+                matrices must agree in m.
 
         Returns:
             Moments at the same sites.
 
         Raises:
-            TypeError: If a permutation is not of integers.
-            ValueError: If there are not K maps, one is not a permutation of its group or no matrix
-                that fits it, or a matrix meets a site whose covariance within each model was not
-                measured.
+            TypeError: If a permutation does not hold integers.
+            ValueError: If there are not K maps, one is neither a permutation of its group nor a
+                matrix that fits it, or a matrix meets a site where the covariance within each model
+                was not measured.
 
         Example:
             >>> import jax.numpy as jnp, vfjax
             >>> mean = jnp.array([[1.0, 2.0, 3.0]])
             >>> axes = (("a", (Place("g", vfjax.symmetry.Axis("", 0)),)),)
-            >>> found = Moments({"a": 8.0}, {"a": mean}, {"a": mean}, axes=axes)
-            >>> found.carried([{"g": jnp.array([2, 0, 1])}]).mean["a"].tolist()
+            >>> measured = Moments({"a": 8.0}, {"a": mean}, {"a": mean}, axes=axes)
+            >>> measured.carried([{"g": jnp.array([2, 0, 1])}]).mean["a"].tolist()
             [[3.0, 1.0, 2.0]]
         """
         if isinstance(maps, Mapping) or len(maps) != self.models:
@@ -162,12 +162,12 @@ class Moments:
                     mean[site], var[site], block, axes[k], chosen, site
                 )
                 if mean[site].shape[1 + axis.at.axis] != length:
-                    m = next(np.shape(found)[-2] for found in chosen if found is not None)
+                    m = next(np.shape(given)[-2] for given in chosen if given is not None)
                     axes[:] = [other.after(axes[k].at, length, m) for other in axes]
                 if covariance is not None and block is not None:
                     covariance[site] = block
         mean, var, covariance = jax.tree.map(jnp.asarray, (mean, var, covariance))
-        axes = tuple((site, tuple(found)) for site, found in places.items())
+        axes = tuple((site, tuple(after)) for site, after in places.items())
         return dataclasses.replace(self, mean=mean, var=var, covariance=covariance, axes=axes)
 
 
@@ -182,42 +182,40 @@ def moments(
     """Measures means, variances and covariances of K models in one pass over data.
 
     Moments are pooled over all samples (examples and positions), whatever the batches. Statistics
-    are float32, or float64 at float64 values; a channel that is constant to float32 rounding has
+    are float32, or float64 for float64 values; a channel that is constant up to rounding has
     variance 0. Batches that are sharded over devices give the same numbers.
 
     Args:
         net: The traced network, or one per tree.
-        trees: One parameter tree per model. Leaves that no site depends on, as those of heads with
-            classes of their own behind the taps, may differ in shape where `apply_fn` takes that;
-            models whose `apply_fn` differ have a network each.
+        trees: One parameter tree per model. Leaves that no site depends on, such as those of heads
+            with different classes, may differ in shape if `apply_fn` accepts that; models with
+            different `apply_fn`s need one network each.
         data: Re-iterable of `x` or `(x, label)`.
-        sites: Any, as in `resolve_sites`. At a tap the channels are the `n` features of its group
-            (at a joint tap those of all entries of the group that it is within, `h * n`), at a
-            layer or norm its channel axes, at `"input"` and `"output"` all axes but the first.
-        covariance: True for the covariances between all pairs of models (each with itself too) at
-            the requested taps, or at all taps if none is among the sites; `"cross"` for pairs of
-            different models only, what matching needs; a list of site names for all pairs at those.
+        sites: As in `resolve_sites`. At a tap the channels are the `n` features of its group (at a
+            joint tap those inside all entries of the owner, `h * n`), at a layer or norm its
+            channel axes, at `"input"` and `"output"` all axes but the first.
+        covariance: True for the covariances between all pairs of models (also each with itself) at
+            the requested taps, or at all taps if `sites` has none; `"cross"` for pairs of different
+            models only, which is all that matching needs; a list of site names for all pairs at
+            those sites.
 
     Returns:
         Moments by site.
 
     Raises:
-        TypeError: If `net` is not a traced network, `trees` not a sequence of trees, or data has
+        TypeError: If `net` is not a traced network, `trees` is not a sequence of trees, or data has
             another structure or dtype.
         ValueError: If networks or trees differ before a site, a site does not exist, data is empty
-            or exhausted, or makes a site NaN or infinite; or `covariance` is `"cross"` with a
-            single model.
+            or exhausted or makes a site NaN or infinite, or `covariance` is `"cross"` with a single
+            model.
 
     Example:
-        >>> import jax, jax.numpy as jnp, vfjax
-        >>> def apply_fn(v, x):
-        ...     return jax.nn.relu(x @ v["a"]) @ v["b"]
-        >>> v = {"a": jnp.eye(3), "b": jnp.ones((3, 2))}
+        >>> import jax.numpy as jnp, vfjax
         >>> x = jnp.arange(12.0).reshape(4, 3)
-        >>> net = vfjax.trace(apply_fn, v, x)
-        >>> found = moments(net, [v, v], [x[:3], x[3:]], sites=["a"])
-        >>> found.mean["a"].tolist()
-        [[4.5, 5.5, 6.5], [4.5, 5.5, 6.5]]
+        >>> net = vfjax.trace(lambda v, x: x @ v["a"], {"a": jnp.eye(3)}, x)
+        >>> trees = [{"a": jnp.eye(3)}, {"a": 2 * jnp.eye(3)}]
+        >>> moments(net, trees, [x[:3], x[3:]], sites=["a"]).mean["a"].tolist()
+        [[4.5, 5.5, 6.5], [9.0, 11.0, 13.0]]
     """
     check_sequence(trees, name="trees")
     nets = networks(net, len(trees))
@@ -226,8 +224,8 @@ def moments(
     models = comparable(nets, trees, [site.source for site in job.sites])
     if any(planned(own) != job for own in dict.fromkeys(nets) if own is not nets[0]):
         raise ValueError(
-            "net has networks that lay out the values at the sites differently; measure each by "
-            "itself, stats.moments(net[k], [trees[k]], data, ...)"
+            "net has networks that lay out the values at the sites differently; measure each "
+            "separately, stats.moments(net[k], [trees[k]], data, ...)"
         )
     return _measured(models, data, job)
 
@@ -240,14 +238,14 @@ def measured(
     *,
     cross: bool = False,
 ) -> Moments:
-    """The same of models that can be compared at some sites, and have been checked; see `moments`.
+    """Like `moments`, for models that are known to be comparable at the sites.
 
     Args:
-        models: The models, of one network or of several that lay out the sites alike.
+        models: The models, of one network or of several that lay out the sites in the same way.
         data: Re-iterable of `x` or `(x, label)`.
         names: Names of sites.
-        covariance: Those of which covariances are wanted.
-        cross: Whether of different models only.
+        covariance: Names of the sites where covariances are wanted.
+        cross: Whether to measure covariances of different models only.
     """
     job = _planned(models.net, tuple(names), tuple(covariance), len(models), cross=cross)
     return _measured(models, data, job)
@@ -265,7 +263,7 @@ def _measured(models: Models, data: Iterable[Any], job: Job) -> Moments:
     mean, var, blocks = finish(job, pooled)
     return Moments(
         count={s.name: n for s, n in zip(job.sites, counts, strict=True)},
-        # In the order asked for: what comes out of a compiled call is sorted by name.
+        # In the requested order: dicts that pass through jit come back sorted by name.
         mean={site.name: mean[site.name] for site in job.sites},
         var={site.name: var[site.name] for site in job.sites},
         covariance={name: blocks[name] for name in job.covariance} or None,
@@ -277,7 +275,7 @@ def _job(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mod
     if isinstance(covariance, str) and covariance == "cross" and models < 2:
         raise ValueError(
             f'`covariance`: "cross" needs two models or more, for pairs of different ones; `trees` '
-            f"got {models}. Pass True for the covariances within a model"
+            f"has {models}. Pass True for the covariances within a model"
         )
     names = resolve_sites(net, sites)
     if isinstance(covariance, bool) or covariance == "cross":
@@ -297,7 +295,7 @@ def _job(net: Network, sites: Sites, covariance: bool | str | Sequence[str], mod
 def _planned(
     net: Network, names: tuple[str, ...], chosen: tuple[str, ...], models: int, *, cross: bool
 ) -> Job:
-    """What to measure at sites by their names, with the covariances of the chosen ones."""
+    """The job that measures named sites, with covariances at the chosen ones."""
     names = tuple(dict.fromkeys((*names, *chosen)))
     pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
     for name in names:

@@ -1,4 +1,4 @@
-"""Into how many pieces a batch is cut, where that saves time."""
+"""How many pieces to cut a batch into, if that saves time."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from vfjax._trees.paths import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 
-# On CPU the largest value of a piece of a batch, and the fewest examples in a piece.
+# On CPU, the largest value of a piece in bytes, and the fewest examples in a piece.
 _PIECE_BYTES = 4 << 20
-
 _PIECE_MIN = 16
 
 
 def pieces(models: Mapping[Network, PyTree], x: PyTree) -> int:
-    """Into how many equal pieces a batch is cut, where that only saves time.
+    """The number of equal pieces to cut a batch into; 1 if that gains nothing or might differ.
 
-    The numbers are those of as many small batches. On CPU what a layer makes of a large batch is
-    out of the caches before its statistics read it.
+    Pieces pay on CPU: the output of a layer on a large batch has left the caches by the time its
+    statistics read it.
 
     Args:
-        models: By network, a tree that it runs; leaves that it lacks count as traced.
+        models: By network, a tree that it runs; missing leaves count as traced.
         x: The batch.
     """
-    found = {_pieces_of(net, tree, x) for net, tree in models.items()}
-    return found.pop() if len(found) == 1 else 1
+    counts = {_pieces_of(net, tree, x) for net, tree in models.items()}
+    return counts.pop() if len(counts) == 1 else 1
 
 
 def _pieces_of(net: Network, tree: PyTree, x: PyTree) -> int:
@@ -38,7 +37,7 @@ def _pieces_of(net: Network, tree: PyTree, x: PyTree) -> int:
     if jax.default_backend() != "cpu" or size < 2 * _PIECE_MIN:
         return 1
     if any(AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in leaves):
-        return 1  # even over one device, a loop would have to be told how its slices lie
+        return 1  # even on one device, the loop would have to specify the sharding of its slices
     named, _ = flatten_named(tree)
     whole = net._traces.at(named, x)
     most = max(_PIECE_BYTES * size // max(whole.widest, 1), _PIECE_MIN)
@@ -48,6 +47,6 @@ def _pieces_of(net: Network, tree: PyTree, x: PyTree) -> int:
     try:
         part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((piece, *a.shape[1:]), a.dtype), x)
         traced = net._traces.at(named, part)
-    except Exception:  # whatever a function raises that only takes batches of this size
+    except Exception:  # the function may take batches of this size only, and raise anything
         return 1
     return size // piece if separable(whole.graph, traced.graph) else 1

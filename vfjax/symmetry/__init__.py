@@ -1,8 +1,8 @@
-"""Which axes move together, as values: permutation symmetries of a network's parameters.
+"""Permutation symmetries of a network's parameters: which axes of which leaves move together.
 
 Permuting the output channels of one layer, and the input channels of whatever reads them, leaves
-the network's function unchanged. A `PermutationSpec` lists which axes of which leaves move
-together. `vfjax.trace` reads it off the network (`net.spec`); it can also be written by hand, and
+the network's function unchanged. A `PermutationSpec` lists the axes that move together in such a
+group. `vfjax.trace` reads it off the network (`net.spec`); it can also be written by hand, and
 `check_spec` tests it: it permutes at random and returns the largest change of the output.
 
     >>> import numpy as np
@@ -12,12 +12,12 @@ together. `vfjax.trace` reads it off the network (`net.spec`); it can also be wr
     [[6], [5]]
 
 - `spec.fixed`: axes that could not be followed, each with the primitive and the source line. A
-  symmetry may be missed, never invented. Scalings of ReLU units and rotations are not looked for.
-- `spec.within`: a group that may move inside each entry of another, as the dims of attention heads
-  do. Its permutation is `[n]`, or `[h, n]` where the owners count in their new order.
+  symmetry may be missed, never invented. Scalings of ReLU units and rotations are not considered.
+- `spec.within`: groups that may move independently inside each entry of another, as the dims of
+  attention heads do. Such a permutation is `[n]`, or `[h, n]` with the owners in their new order.
 - `spec.rigid`: groups that only permutations can map, and the leaf that forbids other maps.
-- `spec.apply` takes other maps, as the merge and unmerge matrices of ZipIt!; `compose` and `invert`
-  are of permutations.
+- `spec.apply` takes other maps, such as the merge and unmerge matrices of ZipIt!; `compose` and
+  `invert` take permutations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a spec's groups are symmetries of a network: permuting them must not change it."""
+"""Testing that a spec's groups are symmetries: permuting them must not change the output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
         net: A `Network`, or anything with `spec` and `run(variables, x)`.
         variables: A parameter tree.
         x: An input.
-        key: A random key; by default a fixed one.
+        key: A random key; a fixed one by default.
 
     Returns:
         The largest absolute change of an entry of the output. Compare it with the size of the
@@ -44,7 +44,7 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
             "net = vfjax.trace(apply_fn, variables, x)."
         )
     key = jax.random.key(0) if key is None else key
-    # Infinities that stay infinite would hide any change.
+    # An infinite leaf could make the output infinite before and after, hiding any change.
     check_finite(flatten_named(variables)[0], name="variables")
     permutations = net.spec.random(key, variables)
     before = jax.tree.leaves(net.run(variables, x))

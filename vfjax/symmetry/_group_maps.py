@@ -1,4 +1,4 @@
-"""Maps of a group, permutations and matrices: checking, applying, inverting, composing them."""
+"""Permutations and matrices of a group: checking, applying, inverting and composing them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vfjax._types import Array
 def check_permutation(
     name: str, permutation: Any, n: int | None, heads: int | None = None, *, within: bool = False
 ) -> None:
-    """Checks the permutation of a group with n entries; of a tracer, shape and dtype only.
+    """Checks the permutation of a group with n entries; of a tracer only shape and dtype.
 
-    If it moves `within` another group, of `heads` entries, it may be one for each of these.
+    If the group moves `within` another of `heads` entries, there may be one for each of these.
     """
     if not isinstance(permutation, jax.Array):
         permutation = np.asarray(permutation)
@@ -51,7 +51,7 @@ def check_permutation(
 
 
 def check_matrices(name: str, pair: Any, n: int | None, *, within: bool = False) -> None:
-    """Checks the merge and unmerge matrix of a group with n entries, or those of each head."""
+    """Checks the merge and unmerge matrices of a group with n entries, or those for each head."""
     try:
         merge, unmerge = (np.shape(matrix) for matrix in pair)
     except (TypeError, ValueError):
@@ -68,10 +68,10 @@ def check_matrices(name: str, pair: Any, n: int | None, *, within: bool = False)
 
 
 def check_maps(specs: Sequence[Any], maps: Sequence[Mapping[str, Any]]) -> None:
-    """Checks the pairs of matrices of several models by group: sizes, and that all are finite.
+    """Checks the sizes and finiteness of several models' pairs of matrices by group.
 
     Args:
-        specs: Per model, what its network's groups are.
+        specs: The spec of each model's network.
         maps: Per model and group, `(M, U)`.
 
     Raises:
@@ -89,13 +89,13 @@ def check_maps(specs: Sequence[Any], maps: Sequence[Mapping[str, Any]]) -> None:
                     f"maps[{group!r}] of model {k} hold {bad} NaN or infinite entries: look for "
                     "diverged models, or data with such values"
                 )
-        for group, found in widths.items():
-            found.add(np.shape(of[group][0])[-2] if group in of else spec.sizes.get(group))
-    for group, found in widths.items():
-        if len(found) > 1:
+        for group, counts in widths.items():
+            counts.add(np.shape(of[group][0])[-2] if group in of else spec.sizes.get(group))
+    for group, counts in widths.items():
+        if len(counts) > 1:
             raise ValueError(
                 f"maps[{group!r}] merges the models to different numbers of features, "
-                f"{sorted(found, key=str)}; a merged group has one size"
+                f"{sorted(counts, key=str)}; a merged group has one size"
             )
 
 
@@ -109,7 +109,7 @@ def check_matrix(name: str, matrix: Any, n: int) -> None:
 
 
 def as_permutation(merge: Any, unmerge: Any) -> np.ndarray | None:
-    """The permutation that a pair of matrices is, one for each of a stack, or None."""
+    """The permutation that a pair of matrices represents (stacked for a stack), or None."""
     if isinstance(merge, Tracer) or isinstance(unmerge, Tracer):
         return None
     merge, unmerge = np.asarray(merge), np.asarray(unmerge)
@@ -137,7 +137,7 @@ def take(array: Any, permutation: Any, axis: int) -> Any:
     array, permutation = jnp.asarray(array), jnp.asarray(permutation)
     sharding = jax.typeof(array).sharding
     if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-        # On an explicit mesh, how an indexed array is laid out has to be said.
+        # On an explicit mesh JAX requires the sharding of an indexed array.
         index = (slice(None),) * axis + (permutation,)
         return array.at[index].get(out_sharding=sharding, mode="clip")
     return jnp.take(array, permutation, axis=axis, mode="clip")
@@ -156,17 +156,17 @@ def contract(matrix: Any, array: Any, axis: int) -> Array:
 def invert(
     permutations: Mapping[str, Any], *, within: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The permutations that undo others.
+    """The inverses of permutations.
 
     Args:
         permutations: By group, an integer array `[n]`, or `[h, n]` for a group in `within`.
         within: `spec.within`; needed if a group has a permutation for each entry of another.
 
     Returns:
-        By group, the inverse, of the same shape.
+        By group, the inverse permutation, of the same shape.
 
     Raises:
-        TypeError: If one is not of integers.
+        TypeError: If one does not hold integers.
         ValueError: If one is not a permutation.
 
     Example:
@@ -177,7 +177,7 @@ def invert(
     check_permutations(permutations, {}, within)
     inverse = {name: as_array(p).argsort(axis=-1) for name, p in permutations.items()}
     for name, permutation in inverse.items():
-        # What is undone inside a head is what was done inside the head that it goes back to.
+        # Head j lay at place inverse[j], so the inverse for that place undoes what moved inside it.
         if permutation.ndim == 2 and within[name] in inverse:
             inverse[name] = take(permutation, inverse[within[name]], 0)
     return inverse
@@ -186,22 +186,23 @@ def invert(
 def compose(
     first: Mapping[str, Any], second: Mapping[str, Any], *, within: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """One permutation for two, applied one after the other.
+    """The permutation equal to two, applied one after the other.
 
     `spec.permute(v, compose(p, q))` equals `spec.permute(spec.permute(v, p), q)`.
 
     Args:
-        first: By group, an integer array `[n]`, or `[h, n]` for a group in `within`; the one
-            applied first.
-        second: The same. A group that only one of them has keeps that one.
+        first: By group, an integer array `[n]`, or `[h, n]` for a group in `within`; applied
+            first.
+        second: The same, applied second. If only one of the two has a group, its permutation is
+            kept.
         within: `spec.within`; needed if a group has a permutation for each entry of another.
 
     Returns:
         By group, an integer array `[n]` or `[h, n]`.
 
     Raises:
-        TypeError: If one is not of integers.
-        ValueError: If one is not a permutation, or two of a group differ in size.
+        TypeError: If one does not hold integers.
+        ValueError: If one is not a permutation, or two of the same group differ in size.
 
     Example:
         >>> compose({"h": np.array([2, 0, 1])}, {"h": np.array([1, 0, 2])})["h"]
@@ -216,7 +217,7 @@ def compose(
         one, other = as_array(first[name]), second.get(name)
         heads = second.get(within.get(name, ""))
         if one.ndim == 2 and heads is not None:
-            one = take(one, as_array(heads), 0)  # by the heads' new order
+            one = take(one, as_array(heads), 0)  # in the heads' new order
         if other is None:
             composed[name] = one if one.ndim == 2 else first[name]
             continue
@@ -233,7 +234,7 @@ def compose(
 def check_permutations(
     permutations: Mapping[str, Any], sizes: Mapping[str, int | None], within: Mapping[str, str]
 ) -> None:
-    """Checks permutations by group, and those for each entry of another group against it."""
+    """Checks permutations by group; those for each entry of another group also against it."""
     for name, permutation in permutations.items():
         owner = within.get(name)
         heads = None
@@ -244,5 +245,5 @@ def check_permutations(
 
 
 def as_array(array: Any) -> Any:
-    """A JAX array as it is, anything else as a numpy array."""
+    """Returns a JAX array unchanged, anything else as a numpy array."""
     return array if isinstance(array, jax.Array) else np.asarray(array)

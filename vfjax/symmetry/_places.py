@@ -1,9 +1,9 @@
 """Places of a group in a parameter tree: naming them, checking them, and mapping along them.
 
-A group's entries lie along an axis of a leaf, and not always alone: after a flattened 4x4 map, each
-channel owns 16 rows of a dense kernel. Its place is then the middle of a row-major
-(outer, n, inner) view of the axis. Where features were concatenated it is a segment of the axis:
-windows, each a part of the middle of such a view, are looked into first.
+A group's entries lie along an axis of a leaf, but may share it: after a flattened 4x4 map, each
+channel owns 16 rows of a dense kernel. The group's place is then the middle of a row-major
+(outer, n, inner) view of the axis. Where features were concatenated the place is a segment of the
+axis, given by windows: each selects a part of the middle of such a view.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vfjax.symmetry._group_maps import take
 ROLES = ("out", "in", "elementwise")
 
 Window = tuple[int, int, int, int]
-"""(outer, start, size, inner): of a row-major (outer, n, inner) view, a part of the n entries."""
+"""(outer, start, size, inner): `size` of the n entries of a row-major (outer, n, inner) view."""
 
 
 class Axis(NamedTuple):
@@ -38,10 +38,9 @@ class Axis(NamedTuple):
         outer: The group's n entries sit in the middle of a row-major (outer, n, inner) view of the
             axis. A dense layer after a flattened 4x4 map has outer 16 and inner 1.
         inner: See `outer`. An axis of heads, each of size 8, has inner 8.
-        windows: Segments to look into first, one inside the other, as (outer, start, size, inner):
-            what has been looked into so far is viewed as (outer, n, inner), and of the n entries
-            those from start on are kept, size of them. The last 4 of 12 concatenated features are
-            `((1, 8, 4, 1),)`.
+        windows: Nested segments to select first, outermost first, as (outer, start, size, inner):
+            each views the current segment as (outer, n, inner) and keeps `size` of the n entries
+            from `start` on. The last 4 of 12 concatenated features are `((1, 8, 4, 1),)`.
     """
 
     path: str
@@ -57,7 +56,7 @@ class Axis(NamedTuple):
 
     @property
     def block(self) -> str:
-        """How the group lies along the axis, as text: empty if it fills it."""
+        """How the group lies along the axis, as text; empty if the group fills the axis."""
         parts = [(o, f"{start}:{start + size}", i) for o, start, size, i in self.windows]
         parts += [] if self.outer == self.inner == 1 else [(self.outer, "n", self.inner)]
         return "".join(f"[{n}]" if o == i == 1 else f"({o},{n},{i})" for o, n, i in parts)
@@ -69,7 +68,7 @@ class Place(NamedTuple):
     Attributes:
         group: Name of the group.
         at: The place; its path is empty.
-        owner: Where the group lies that this one moves within, if both are told apart there.
+        owner: Where the group lies that this one moves within, if the value shows both.
     """
 
     group: str
@@ -77,7 +76,7 @@ class Place(NamedTuple):
     owner: Axis | None = None
 
     def after(self, mapped: Axis, length: int, m: int) -> Place:
-        """Where it lies after the group at a place of an axis of some length has got m entries."""
+        """The place after the group at `mapped`, on an axis of `length`, has become m entries."""
         move = functools.partial(moved, mapped=mapped, length=length, m=m)
         return Place(self.group, move(self.at), self.owner and move(self.owner))
 
@@ -101,19 +100,19 @@ class FixedAxis(NamedTuple):
 
 
 def as_axis(group: str, place: Any) -> Axis:
-    """Checks a place written by hand and makes it an `Axis`.
+    """Checks a place written by hand and turns it into an `Axis`.
 
     Args:
         group: Name of its group, for messages.
-        place: `(path, axis)`, `(path, axis, role)`, `(path, axis, role, outer, inner)` or that and
-            windows.
+        place: `(path, axis)`, `(path, axis, role)`, `(path, axis, role, outer, inner)` or the last
+            with windows.
 
     Returns:
         The place.
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If the role is unknown or a number out of range.
+        ValueError: If the role is unknown or a number is out of range.
     """
     try:
         a = Axis(*place)
@@ -128,7 +127,7 @@ def as_axis(group: str, place: Any) -> Axis:
     ):
         raise TypeError(
             f"group {group!r} lists {place!r}; a place is (path, axis), (path, axis, role), "
-            "(path, axis, role, outer, inner) or that and a tuple of windows "
+            "(path, axis, role, outer, inner) or the last with a tuple of windows "
             "(outer, start, size, inner)."
         )
     if a.role not in ROLES:
@@ -148,7 +147,7 @@ def as_axis(group: str, place: Any) -> Axis:
 
 
 def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
-    """Number of entries that a group has at a place of a leaf of some shape."""
+    """The number of entries of a group at a place of a leaf of some shape."""
     if a.axis >= len(shape):
         raise ValueError(
             f"group {group!r}: axis {a.axis} of '{a.path}' is out of range; the leaf has shape "
@@ -185,13 +184,13 @@ def overlap(places: tuple[Axis, ...], length: int) -> tuple[int, int] | None:
 
 
 def resized(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
-    """Where a place lies after the group at a place of its axis has got m entries.
+    """Where a place lies after the group at `mapped` on its axis has become m entries.
 
     Args:
         a: A place.
         mapped: A place along the same axis.
         length: Length of the axis before.
-        m: Number of entries of the group at `mapped` after.
+        m: Number of entries of the group at `mapped` afterwards.
 
     Raises:
         ValueError: If the two share entries without being each other's blocks.
@@ -202,17 +201,17 @@ def resized(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
 
 
 def moved(a: Axis, mapped: Axis, length: int, m: int) -> Axis:
-    """As `resized`, of a place along any axis."""
+    """As `resized`, but for a place along any axis."""
     return resized(a, mapped, length, m) if a.axis == mapped.axis else a
 
 
 def _levels(a: Axis) -> list[Window]:
-    """The windows, and the group itself as one without end."""
+    """The windows, then the group itself as a window of size 0, which stands for all."""
     return [*a.windows, (a.outer, 0, 0, a.inner)]
 
 
 def _grown(levels: Sequence[Window], length: int, m: int) -> int:
-    """How long an axis becomes as the group inside some windows gets m entries."""
+    """The length of an axis after the group inside some windows has become m entries."""
     (outer, _, size, inner), *rest = levels
     n = length // (outer * inner)
     return outer * inner * (n - size + _grown(rest, size, m) if rest else m)
@@ -251,7 +250,7 @@ def absent_paths(variables: Any) -> list[str]:
 
 
 def owners(a: Axis, others: Iterable[Axis]) -> list[Axis]:
-    """Those of other places in its leaf that each entry at a place belongs to one entry of."""
+    """The places in the same leaf that surround a place, or lie on another axis."""
     return [
         b
         for b in others
@@ -261,7 +260,7 @@ def owners(a: Axis, others: Iterable[Axis]) -> list[Axis]:
 
 
 def rows(leaf: Any, a: Axis) -> Any:
-    """A leaf as `[before, n, after]`, where a place's n entries are in the middle."""
+    """A leaf as `[before, n, after]`, with the n entries of a place in the middle."""
     before, length = math.prod(leaf.shape[: a.axis]), leaf.shape[a.axis]
     after = math.prod(leaf.shape[a.axis + 1 :])
     for outer, start, size, inner in a.windows:
@@ -271,7 +270,7 @@ def rows(leaf: Any, a: Axis) -> Any:
 
 
 def permute_at(leaf: Any, a: Axis, owner: Axis | None, permutation: Any) -> Any:
-    """Permutes a place; with one permutation for each entry of an owner, inside each of these."""
+    """Permutes a place, or with `[h, n]` inside each of the h entries of its owner's place."""
     if owner is None or permutation.ndim == 1:
         return permute_axis(leaf, a, permutation)
     return map_within(leaf, a, owner, lambda view, k, i: take(view, permutation[i], k))
@@ -293,7 +292,7 @@ def grid(leaf: Any, a: Axis, owner: Axis) -> Any:
 
 
 def map_within(leaf: Any, a: Axis, owner: Axis, fn: Callable[[Any, int, int], Any]) -> Any:
-    """As `map_axis`, by `fn(view, dimension, i)` inside the i-th entry of an owner's place."""
+    """Like `map_axis`, with `fn(view, dimension, i)` inside the i-th entry of an owner's place."""
     parts, views = [], []
     alone = resized(owner, owner, leaf.shape[owner.axis], 1)
     for i, (part, inner) in enumerate(_entries(leaf, a, owner)):
@@ -315,7 +314,7 @@ def map_within(leaf: Any, a: Axis, owner: Axis, fn: Callable[[Any, int, int], An
 
 
 def _entries(leaf: Any, a: Axis, owner: Axis) -> Iterator[tuple[Any, Axis]]:
-    """The leaf with one entry at the owner's place, each in turn, and where the place is then."""
+    """For each entry of the owner, the leaf with that entry alone, and the place in it."""
     inner = resized(a, owner, leaf.shape[a.axis], 1) if a.axis == owner.axis else a
     for i in range(size_at("", owner, leaf.shape)):
         index = slice(i, i + 1)
@@ -323,7 +322,7 @@ def _entries(leaf: Any, a: Axis, owner: Axis) -> Iterator[tuple[Any, Axis]]:
 
 
 def map_axis(leaf: Any, a: Axis, fn: Callable[[Any, int], Any]) -> Any:
-    """Applies `fn(view, dimension)` to the view in which a place is a dimension of its own.
+    """Applies `fn(view, dimension)` to the view in which a place is a whole dimension.
 
     Args:
         leaf: An array.
@@ -331,7 +330,7 @@ def map_axis(leaf: Any, a: Axis, fn: Callable[[Any, int], Any]) -> Any:
         fn: A function that may change the length of that dimension.
 
     Returns:
-        The array, with the axis put together again.
+        The array, with the axis reassembled.
     """
     if a.windows:
         (outer, start, size, inner), *deeper = a.windows

@@ -1,4 +1,4 @@
-"""Permutation specs: which axes of which leaves move together, and maps applied to them."""
+"""Permutation specs: which axes of which leaves move together, and applying maps to them."""
 
 from __future__ import annotations
 
@@ -41,35 +41,35 @@ class PermutationSpec:
     """Which axes of a parameter tree can be permuted together.
 
     Two specs are equal if they partition the same places (path, axis, block) with the same roles
-    into the same groups. Names of groups, their order, and all other attributes do not count, so
-    that a spec written by hand equals an inferred one.
+    into the same groups. The names and order of groups and all other attributes do not count, so a
+    spec written by hand can equal an inferred one.
 
     Attributes:
-        groups: Places by name of the group, in order. Tuples of the first fields of an `Axis`,
-            `(path, axis)` at least, are turned into one.
-        sizes: Number of entries by group; empty in a spec written by hand, whose sizes are found
-            on use (`validate` returns them).
+        groups: Places by name of the group, in order. A tuple of the first fields of an `Axis`, at
+            least `(path, axis)`, is converted to an `Axis`.
+        sizes: Number of entries by group; empty in a spec written by hand, whose sizes are read off
+            the tree on use (`validate` returns them).
         fixed: Axes without symmetry, and why.
-        within: By group, the group inside each entry of which it may move by itself. Wherever it
-            has a place, the other has one in the same leaf, around it or on another axis.
+        within: By group, its owner: the group inside each entry of which it may move independently.
+            Wherever it has a place, the owner has one in the same leaf, around it or on another
+            axis.
         scaling: Paths of leaves with "elementwise" places that multiply features, as the scale of
-            a norm does; others are added to them.
-        rigid: By group that permutations alone can map, the leaf that forbids other maps, and why:
-            a kernel that one layer writes with and another reads with, or a leaf under a root.
+            a norm does; other such leaves are added to features.
+        rigid: For groups that can only be permuted, the leaf that forbids other maps, and why: a
+            kernel that one layer writes with and another reads with, or a leaf under a root.
 
     Raises:
-        TypeError: If a place is no such tuple.
-        ValueError: If a role is unknown, an axis negative, a place listed twice, or `within` names
-            groups that are not there, or one inside another that is itself inside one.
+        TypeError: If a place is not such a tuple.
+        ValueError: If a role is unknown, an axis is negative, a place is listed twice, or `within`
+            names unknown groups or an owner that itself has an owner.
 
     Example:
         >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("b", 0), ("v", 0, "in")]})
         >>> spec
         PermutationSpec(1 group)
           h: w[1] out, b[0], v[0] in
-        >>> tree = {"w": np.array([[1, 2]]), "b": np.array([3, 4]), "v": np.array([[5], [6]])}
-        >>> spec.permute(tree, {"h": [1, 0]})["b"]
-        array([4, 3])
+        >>> spec == PermutationSpec({"hidden": [("v", 0, "in"), ("w", 1, "out"), ("b", 0)]})
+        True
     """
 
     groups: Mapping[str, Sequence[Axis]]
@@ -132,23 +132,23 @@ class PermutationSpec:
     def validate(
         self, variables: PyTree, permutations: Mapping[str, Any] | None = None
     ) -> dict[str, int]:
-        """Checks that the spec fits a parameter tree, and permutations the spec.
+        """Checks that the spec fits a parameter tree, and that permutations fit the spec.
 
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.
-            permutations: Permutations by group, to check too.
+            permutations: Permutations by group to check as well.
 
         Returns:
-            Sizes of the groups of which a leaf is present.
+            The sizes of the groups that have a leaf in the tree.
 
         Raises:
-            ValueError: If a path is unknown, an axis out of range, the sizes of a group differ
-                between its leaves, blocks overlap, a group is unknown, or a permutation is not one.
-            TypeError: If a permutation is not of integers.
+            ValueError: If a path or a group is unknown, an axis is out of range, the sizes of a
+                group differ between its leaves, blocks overlap, or an array of integers is not a
+                permutation.
+            TypeError: If a permutation does not hold integers.
 
         Example:
-            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
-            >>> spec.validate({"w": np.ones((2, 3)), "v": np.ones((3, 1))})
+            >>> PermutationSpec({"h": [("w", 1, "out")]}).validate({"w": np.ones((2, 3))})
             {'h': 3}
         """
         flat = flatten_named(variables).leaves
@@ -160,11 +160,11 @@ class PermutationSpec:
         absent: Collection[str],
         permutations: Mapping[str, Any] | None = None,
     ) -> dict[str, int]:
-        """The same of a tree that is taken apart; see `validate`.
+        """Does the checks of `validate` on a flattened tree.
 
         Args:
             flat: Its leaves by path.
-            absent: Paths at which it has None.
+            absent: Paths at which the tree has None.
             permutations: As in `validate`.
         """
         sizes: dict[str, int] = {}
@@ -182,9 +182,9 @@ class PermutationSpec:
                         f"lists; it has {some(flat)}."
                     )
         for (path, axis), places in along.items():
-            found = overlap(tuple(a for a, _ in places), np.shape(flat[path])[axis])
-            if found is not None:
-                one, other = (places[k][1] for k in found)
+            pair = overlap(tuple(a for a, _ in places), np.shape(flat[path])[axis])
+            if pair is not None:
+                one, other = (places[k][1] for k in pair)
                 raise ValueError(
                     f"groups {one!r} and {other!r} overlap on axis {axis} of '{path}'; check "
                     "their outer, inner and windows."
@@ -194,14 +194,14 @@ class PermutationSpec:
         return sizes
 
     def permute(self, variables: PyTree, permutations: Mapping[str, Any]) -> PyTree:
-        """Permutes the axes of every group: along them, `new = take(old, permutation)`.
+        """Permutes the axes of every group by `new = take(old, permutation)`.
 
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.
             permutations: By group, an integer array `[n]`, or `[h, n]` for a group within one of h
-                entries: along it then, inside the i-th of these as they lie afterwards, `new =
-                take(old, permutation[i])`. Groups left out keep their order. May be traced (under
-                `jit` or `vmap`).
+                entries: inside the i-th of these, in their new order, `new = take(old,
+                permutation[i])`. Groups left out keep their order. May be traced (under `jit` or
+                `vmap`).
 
         Returns:
             A tree like `variables`, of the same dtypes; numpy leaves stay numpy unless a
@@ -210,13 +210,6 @@ class PermutationSpec:
         Raises:
             TypeError: As `validate`.
             ValueError: As `validate`.
-
-        Example:
-            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
-            >>> tree = {"w": np.array([[1, 2, 3]]), "v": np.array([[4], [5], [6]])}
-            >>> new = spec.permute(tree, {"h": [2, 0, 1]})
-            >>> new["w"].tolist(), new["v"].tolist()
-            ([[3, 1, 2]], [[6], [4], [5]])
         """
         self.validate(variables, permutations)
         indices = {name: as_array(p) for name, p in permutations.items()}
@@ -226,19 +219,21 @@ class PermutationSpec:
     def apply(self, variables: PyTree, maps: Mapping[str, tuple[Any, Any]]) -> PyTree:
         """Maps the axes of every group linearly, in float32 or better.
 
-        With features `h' = M h` and `h = U h'`, what writes the group takes `M` and what reads it
-        takes `U`: along "out" and "elementwise" axes `new[i] = sum_j M[i, j] old[j]`, along "in"
-        axes `new[i] = sum_j old[j] U[j, i]`. A permutation `p` is `M[i, p[i]] = 1, U = M^T`.
+        With features `h' = M h` and `h = U h'`, leaves that write the group take `M` and leaves
+        that read it take `U`: along "out" and "elementwise" axes `new[i] = sum_j M[i, j] old[j]`,
+        along "in" axes `new[i] = sum_j old[j] U[j, i]`. A permutation `p` is `M[i, p[i]] = 1, U =
+        M^T`.
 
-        What multiplies features entry by entry (`scaling`) would have to become `M diag(old) U`.
-        Where a row of M averages, its entries not negative and their sum one, the average stands
-        for it; elsewhere its diagonal: in another basis a scale of ones is one still.
+        A leaf that multiplies features entry by entry (`scaling`) would have to become the matrix
+        `M diag(old) U`. Where a row of M averages (no entry is negative and they sum to one), the
+        average `M old` replaces it; elsewhere the diagonal of that matrix does, which keeps a
+        scale of ones in any basis.
 
         Args:
             variables: A parameter tree; None may stand in place of absent leaves.
             maps: By group, a pair of a merge matrix `M [m, n]` and an unmerge matrix `U [n, m]`;
                 for a group within one of h entries also `[h, m, n]` and `[h, n, m]`, a map for each
-                of these as they lie afterwards. Groups left out stay as they are.
+                of these in their new order. Groups left out stay as they are.
 
         Returns:
             A tree like `variables`, of the same dtypes, with m entries in place of n.
@@ -289,7 +284,7 @@ class PermutationSpec:
 
         Args:
             key: A random key.
-            variables: A parameter tree, needed where the spec was written by hand.
+            variables: A parameter tree, needed if the spec was written by hand.
 
         Returns:
             By group, a permutation, int32 `[n]`, or `[h, n]` for a group within one of h entries.
@@ -321,27 +316,27 @@ class PermutationSpec:
         return drawn
 
     def owner(self, name: str, a: Axis) -> Axis | None:
-        """Where the group that another is `within` has its place around one of the latter's.
+        """The place of a group's owner around one of the group's places.
 
         Args:
             name: A group.
             a: One of its places.
 
         Returns:
-            The place in the same leaf, or None if the group is within no other.
+            The owner's place in the same leaf, or None if the group is not within another.
 
         Raises:
-            ValueError: If there is none, or more than one.
+            ValueError: If the owner has no such place, or more than one.
         """
         if name not in self.within:
             return None
-        found = owners(a, self.groups[self.within[name]])
-        if len(found) != 1:
+        around = owners(a, self.groups[self.within[name]])
+        if len(around) != 1:
             raise ValueError(
                 f"within: at {a}, {name!r} must be inside one place of {self.within[name]!r}, "
-                f"which has {len(found)} in that leaf around it or on another axis."
+                f"which has {len(around)} in that leaf around it or on another axis."
             )
-        return found[0]
+        return around[0]
 
     def _partition(self) -> frozenset[frozenset[Axis]]:
         return frozenset(frozenset(axes) for axes in self.groups.values() if axes)
@@ -353,13 +348,13 @@ class PermutationSpec:
         fn: Callable,
         sizes: Mapping[str, int] | None = None,
     ) -> PyTree:
-        """Replaces a leaf by `fn(leaf, axis, owner's, by_group[name])` at each place of each group.
+        """Replaces a leaf by `fn(leaf, a, owner, by_group[name])` at each place of each group.
 
-        `sizes` tells how many entries groups have afterwards, where `fn` changes that.
+        `sizes` is the number of entries of each group afterwards, if `fn` changes it.
         """
         flat, treedef = flatten_named(variables)
         places: dict[str, list[tuple[str, Axis, Axis | None]]] = {}
-        # Owners first: what is within them counts them in their new order.
+        # Owners first: maps within them are given in the owners' new order.
         for name in sorted(self.groups, key=self.within.__contains__):
             for a in self.groups[name] if name in by_group else ():
                 if a.path in flat:
@@ -384,11 +379,11 @@ class PermutationSpec:
             )
 
     def check_known(self, argument: str, given: Iterable[str]) -> None:
-        """Checks that maps by group are of groups of this spec.
+        """Checks that names are groups of this spec.
 
         Args:
             argument: The caller's name for them.
-            given: Names of groups, or anything by them.
+            given: Names of groups, or a mapping from them.
 
         Raises:
             ValueError: If a group is unknown.
@@ -405,7 +400,7 @@ class PermutationSpec:
         check_permutations(given, sizes, self.within)
 
     def _check_owners(self, maps: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-        """Checks that there is a map for each entry of the group that one is within."""
+        """Checks that a stack of maps has one for each entry of the group's owner."""
         for name, owner in self.within.items():
             heads = np.shape(maps[owner][0])[0] if owner in maps else sizes.get(owner)
             shape = np.shape(maps[name][0]) if name in maps else ()
@@ -416,7 +411,7 @@ class PermutationSpec:
                 )
 
     def _check_rigid(self, maps: Mapping[str, Any]) -> None:
-        """Checks that the maps of groups that can only be permuted permute."""
+        """Checks that groups that can only be permuted are mapped by permutations."""
         for name in maps.keys() & self.rigid.keys():
             if as_permutation(*maps[name]) is None:
                 raise ValueError(

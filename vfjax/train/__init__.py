@@ -1,11 +1,11 @@
-"""Recipes and the loop that trains by them.
+"""Training recipes, and the loop that follows them.
 
-It trains what the experiments merge; the rest of the library does not need it.
+The experiments merge the networks that it trains; the rest of the library does not need it.
 
-- `recipe_for(model, dataset, preset="cpu")` gives a `Recipe`, a value to print, store or change.
+- `recipe_for(model, dataset, preset="cpu")` returns a `Recipe`, a value to print, store or change.
 - `fit(model, recipe, dataset, seed=0)` trains; `fit_seeds` trains one network for each seed.
-- `evaluate(forward, variables, batches)` counts accuracy and loss of anything that can be run, a
-  `vfjax.merge.Merged` too, with `forward(variables, x)`.
+- `evaluate(forward, variables, batches)` measures accuracy and loss of any `forward(variables, x)`,
+  also that of a `vfjax.merge.Merged`.
 
     >>> import numpy as np
     >>> x, label = np.eye(2, dtype=np.float32), np.array([0, 1])
@@ -13,8 +13,8 @@ It trains what the experiments merge; the rest of the library does not need it.
     1.0
 
 The state of a run is a pytree whose only clock is its step counter: the order of the images and
-their augmentation follow from the seed and the step, so that a run that was killed and resumed ends
-with the very numbers of one that was not.
+their augmentation follow from the seed and the step, so a run that was killed and resumed ends with
+exactly the numbers of one that was not.
 """
 
 from __future__ import annotations

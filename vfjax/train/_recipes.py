@@ -1,4 +1,4 @@
-"""Recipes: how a network is trained, as values."""
+"""Recipes: values that say how a network is trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vfjax._types import Array
 __all__ = ["PRESETS", "RECIPES", "Recipe", "recipe_for"]
 
 
-# The first learning rate of a warm-up; that of the paper's code at its peak of 0.1.
+# The learning rate at the start of a warm-up, as in the paper's code at its peak of 0.1.
 _WARMUP_START = 1e-6
 
 
@@ -24,17 +24,17 @@ class Recipe:
 
     Attributes:
         optimizer: ``"sgd"`` (with momentum, not Nesterov's), ``"adam"`` or ``"adamw"``.
-        learning_rate: Its peak.
+        learning_rate: Peak of the learning rate.
         schedule: ``"constant"``, ``"cosine"`` or ``"linear"`` (both to zero after the last step) or
             ``"step"`` (times `factor` from each of `milestones` on).
         milestones: Iterations counted from the first one, warm-up included.
-        factor: What the learning rate is multiplied with at a milestone.
+        factor: The learning rate is multiplied by this at each milestone.
         warmup_epochs: Epochs over which the rate rises linearly from 1e-6 to its peak.
         epochs: Passes over the training split.
         batch_size: Images per step.
         weight_decay: L2 penalty of all parameters, added to the gradient before the optimizer, as
-            PyTorch's SGD and Adam do; ``"adamw"`` decays apart from the gradient.
-        momentum: Of SGD.
+            in PyTorch's SGD and Adam; ``"adamw"`` decays independently of the gradient.
+        momentum: Momentum of SGD.
         crop: Pixels of zero padding before a random crop; 0 for none.
         flip: Whether images are mirrored at random.
 
@@ -75,7 +75,7 @@ class Recipe:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
 
     def rate(self, steps_per_epoch: int) -> Callable[[Any], Array]:
-        """The learning rate over the steps.
+        """The learning rate as a function of the step.
 
         Args:
             steps_per_epoch: Steps that one pass over the training split takes.
@@ -86,7 +86,7 @@ class Recipe:
         warmup = round(self.warmup_epochs * steps_per_epoch)
         total = self.epochs * steps_per_epoch
         if self.schedule == "step":
-            # Milestones are absolute: a warm-up delays nothing.
+            # Milestones are absolute: a warm-up does not delay them.
             after = optax.piecewise_constant_schedule(
                 self.learning_rate, {step: self.factor for step in self.milestones}
             )
@@ -140,7 +140,7 @@ _PAPER_CIFAR = Recipe(
     flip=True,
 )
 _PAPER_LINEAR = Recipe(optimizer="adam", learning_rate=0.01, epochs=20, weight_decay=1e-4)
-# What two cores finish: a fraction of the epochs, hence a cosine.
+# For two CPU cores: a fraction of the epochs, hence a cosine.
 _CPU_VGG = Recipe(
     learning_rate=0.05,
     schedule="cosine",
@@ -165,7 +165,7 @@ RECIPES: dict[str, Recipe] = {
         batch_size=100,
         weight_decay=5e-4,
     ),
-    # The networks on disjoint classes of "ZipIt!" and of its code; neither tells the weight decay.
+    # The networks on disjoint classes of "ZipIt!" and its code; neither states the weight decay.
     "paper-zipit": Recipe(
         learning_rate=0.4,
         schedule="linear",
@@ -178,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cpu-vgg": _CPU_VGG,
     "cpu-resnet": dataclasses.replace(_CPU_VGG, learning_rate=0.1, epochs=15),
-    # The published weights of transformer fusion came without a recipe; these are ours.
+    # The published weights of transformer fusion come without a recipe; these values are ours.
     "paper-vit": Recipe(
         optimizer="adamw",
         learning_rate=1e-3,
@@ -199,7 +199,7 @@ RECIPES: dict[str, Recipe] = {
         flip=True,
     ),
     "cpu-mlp": Recipe(learning_rate=0.05, schedule="cosine", epochs=10, weight_decay=1e-4),
-    # Rate and decay were chosen on 300 training digits, held out for that.
+    # Rate and decay were chosen on 300 held-out training digits.
     "cpu-digits": Recipe(
         learning_rate=0.1,
         schedule="cosine",
@@ -215,13 +215,13 @@ PRESETS = ("cpu", "paper")
 def recipe_for(model: str, dataset: str, *, preset: str = "cpu") -> Recipe:
     """The recipe of a preset for a named model on a data set.
 
-    Where the paper has none (multi-layer perceptrons, the digits) both presets mean the same; the
-    long one of the vision transformers is ours, since they came as published weights.
+    Where the paper has no recipe (multi-layer perceptrons, the digits) both presets are the same.
+    The long one for vision transformers is ours, since only their weights were published.
 
     Args:
         model: A name of `vfjax.models.create`.
         dataset: ``"cifar10"``, ``"cifar100"``, ``"mnist"`` or ``"digits"``.
-        preset: ``"cpu"``, what two cores finish in minutes, or ``"paper"``, Table 2 of "Vanishing
+        preset: ``"cpu"``, which two cores finish in minutes, or ``"paper"``, Table 2 of "Vanishing
             Feature".
 
     Returns:
@@ -240,7 +240,7 @@ def recipe_for(model: str, dataset: str, *, preset: str = "cpu") -> Recipe:
         return RECIPES["paper-linear-8" if model == "linear" else "paper-linear"]
     if dataset == "digits":
         return RECIPES["cpu-digits"]
-    # Made for AdamW too: by SGD, the scale of a ConvNeXt's blocks hardly leaves its 1e-6.
+    # ConvNeXt needs AdamW too: with SGD its layer scales hardly leave their initial 1e-6.
     if model in ("vit", "deit-tiny") or model.startswith("convnext"):
         return RECIPES[f"{preset}-vit"]
     if model.endswith("mlp"):

@@ -1,4 +1,4 @@
-"""The state of a training run on disk, from which a killed run goes on."""
+"""The state of a training run on disk, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def checksum(tree: PyTree) -> str:
-    """A digest of the leaves of a tree, by which runs that start from them are told apart."""
+    """A digest of a tree's leaves, which distinguishes runs by what they start from."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -30,22 +30,22 @@ def checksum(tree: PyTree) -> str:
 
 
 class Saved:
-    """The saved states of one run: folders ``epoch-0001``, ... of which the newest is kept.
+    """The saved states of one run: folders ``epoch-0001``, ..., of which the newest is kept.
 
     Args:
-        folder: Where they are; of this run alone.
-        identity: JSON values that tell this run from others.
+        folder: The folder of this run only.
+        identity: JSON values that distinguish this run from others.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
         self.folder = Path(folder).expanduser().absolute()
-        # As it comes back from JSON, so that it can be compared.
+        # JSON turns tuples into lists; after this round trip it can be compared with a stored one.
         self.identity = json.loads(json.dumps(identity))
 
     def _epochs(self) -> list[Path]:
-        found = {path.name.removeprefix("epoch-"): path for path in self.folder.glob("epoch-*")}
-        # By number: by name, 10000 would come before 9999.
-        return [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
+        folders = {path.name.removeprefix("epoch-"): path for path in self.folder.glob("epoch-*")}
+        # Sorted by number: as strings, "10000" would come before "9999".
+        return [folders[number] for number in sorted(filter(str.isdecimal, folders), key=int)]
 
     def clear(self) -> None:
         """Removes all saved states."""
