@@ -305,7 +305,7 @@ def test_errors(net, data):
     with pytest.raises(TypeError, match="net"):
         align.cca(apply_fn, trees, data)
     cross = stats.moments(net, trees, data, sites="taps", covariance="cross")
-    with pytest.raises(ValueError, match="has not all covariances at the tap"):
+    with pytest.raises(ValueError, match="lacks some covariances at the tap"):
         align.cca_moments(net, cross)
     one = stats.moments(net, trees[:1], data, sites="taps", covariance=True)
     with pytest.raises(ValueError, match="moments must be of two models or more, got 1"):

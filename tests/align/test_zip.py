@@ -162,7 +162,7 @@ def test_errors(net, data):
     with pytest.raises(ValueError, match="alpha must be positive for 3 models"):
         align.zip_features(net, [*trees, tree(2)], data, alpha=0)
     cross = stats.moments(net, trees, data, sites="taps", covariance="cross")
-    with pytest.raises(ValueError, match="has not all covariances at the tap"):
+    with pytest.raises(ValueError, match="lacks some covariances at the tap"):
         align.zip_moments(net, cross)
     found = align.zip_features(net, trees, data)
     with pytest.raises(ValueError, match="must be the 2 models matched, got 1"):
