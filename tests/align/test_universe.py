@@ -289,7 +289,7 @@ def test_gradients_and_polynomials_are_those_of_the_objective(apply_fn):
     else:
         net = _net(apply_fn)
         sizes, trees = net.spec.sizes, [_tree(apply_fn, seed) for seed in range(3)]
-        counted = _universe._counted(net.spec, trees[0], net.statistics)
+        counted = _universe.counted_axes(net.spec, trees[0], net.statistics)
         leaves = [{p: np.float64(v[p]) for p in counted} for v in trees]
         objective = _cycles.Weights(net.spec, leaves, counted, 0)
     ends = [

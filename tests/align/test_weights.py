@@ -14,7 +14,7 @@ import vfjax
 from helpers import random_permutations, same_permutations
 from vfjax import PermutationSpec
 from vfjax.align import _assignment, match_weights
-from vfjax.align._ascent import _inner
+from vfjax.align._ascent import products
 from vfjax.symmetry import Axis, compose, invert
 
 KEY = jax.random.key(0)
@@ -175,7 +175,7 @@ def _unit(leaf, axis, i):
 def test_gain_matrices_are_inner_products_of_units(shape, axis):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=shape), rng.normal(size=shape)
-    found = _inner(a, b, axis)
+    found = products(a, b, axis)
     wanted = [[np.vdot(_unit(a, axis, i), _unit(b, axis, j)) for j in range(5)] for i in range(5)]
     np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
 

@@ -21,13 +21,13 @@ from vfjax.symmetry._places import Axis, grid, permute_at, rows
 from vfjax.symmetry._spec import PermutationSpec
 
 
-def _generator(key: Array) -> np.random.Generator:
+def generator_of(key: Array) -> np.random.Generator:
     """A NumPy generator seeded from a JAX key: the search runs on the host."""
     check_key(key)
     return np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
 
 
-def _counted(
+def counted_axes(
     spec: PermutationSpec, named: Mapping[str, Any], ignored: frozenset[str]
 ) -> dict[str, dict[str, tuple[Axis, ...]]]:
     """Which axes carry which group, by the path of every leaf that counts."""
@@ -45,13 +45,13 @@ def _counted(
     return counted
 
 
-def _host(leaf: Any) -> np.ndarray:
+def on_host(leaf: Any) -> np.ndarray:
     """A leaf on the host, in float32 or better."""
     leaf = np.asarray(leaf)
     return np.ascontiguousarray(leaf, np.float64 if leaf.dtype == np.float64 else np.float32)
 
 
-def _start(
+def start_of(
     spec: PermutationSpec,
     sizes: Mapping[str, int],
     group: str,
@@ -77,7 +77,7 @@ def _blocks(
     }
 
 
-def _search(
+def search_blocks(
     spec: PermutationSpec,
     left: Mapping[str, np.ndarray],
     right: Mapping[str, np.ndarray],
@@ -94,9 +94,9 @@ def _search(
     # identity means that nothing changes.
     moved = dict(right)
     for block in blocks.values():
-        moved = {path: _permute(spec, v, counted[path], block, start) for path, v in moved.items()}
-    objective = sum(_dot(left[path], moved[path]) for path in counted)
-    norms = {path: np.sqrt(_dot(left[path], left[path]) * _dot(b, b)) for path, b in moved.items()}
+        moved = {path: permuted(spec, v, counted[path], block, start) for path, v in moved.items()}
+    objective = sum(dot(left[path], moved[path]) for path in counted)
+    norms = {path: np.sqrt(dot(left[path], left[path]) * dot(b, b)) for path, b in moved.items()}
     # Blocks whose gains may have changed since they were last assigned. The others are at their
     # optimum, so assigning them again would move nothing.
     stale, order = set(blocks), list(blocks)
@@ -111,7 +111,7 @@ def _search(
             step = _assign(spec, left, moved, held, block)
             if all((p == np.arange(p.shape[-1])).all() for p in step.values()):
                 continue
-            new = {path: _permute(spec, moved[path], held[path], block, step) for path in held}
+            new = {path: permuted(spec, moved[path], held[path], block, step) for path in held}
             # Summed again in float64: a gain in float32 may be mere rounding, and for a leaf with
             # the group on two axes it is only the linear part of the rise.
             places = {path: [a for g in block for a in held[path].get(g, ())] for path in held}
@@ -142,7 +142,7 @@ def _assign(
     """The best permutations of a block's groups, the others held fixed."""
     group, *inside = block
     places = [(path, a) for path, axes in held.items() for a in axes.get(group, ())]
-    gain = cast(np.ndarray, sum(_inner(left[path], moved[path], a) for path, a in places))
+    gain = cast(np.ndarray, sum(products(left[path], moved[path], a) for path, a in places))
     inner = {}
     for name in inside:
         gains = 0
@@ -161,7 +161,7 @@ def _assign(
     return {group: outer, **within}
 
 
-def _permute(
+def permuted(
     spec: PermutationSpec,
     leaf: np.ndarray,
     axes: Mapping[str, tuple[Axis, ...]],
@@ -175,7 +175,7 @@ def _permute(
     return leaf
 
 
-def _inner(a: np.ndarray, b: np.ndarray, axis: Axis) -> np.ndarray:
+def products(a: np.ndarray, b: np.ndarray, axis: Axis) -> np.ndarray:
     """Inner products `[n, n]` of the slices of two leaves along one group's axis."""
     a, b = rows(a, axis), rows(b, axis)
     before, _, after = a.shape
@@ -189,7 +189,7 @@ def _inner(a: np.ndarray, b: np.ndarray, axis: Axis) -> np.ndarray:
     return np.tensordot(a, b, axes=((0, 2), (0, 2)))
 
 
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
+def dot(a: np.ndarray, b: np.ndarray) -> float:
     """Inner product of two leaves, summed in float64."""
     return float(np.vdot(a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)))
 

@@ -19,10 +19,10 @@ import numpy as np
 import scipy.linalg
 
 from vfjax.align._ascent import (
-    _dot,
-    _inner,
-    _permute,
-    _search,
+    dot,
+    permuted,
+    products,
+    search_blocks,
 )
 from vfjax.align._assignment import PLACE, assign, assign_within
 from vfjax.symmetry._places import Axis, map_axis, permute_axis
@@ -175,7 +175,7 @@ class Weights:
             path: [(group, axis) for group, axes in held.items() for axis in axes]
             for path, held in counted.items()
         }
-        norms = np.sqrt([[_dot(leaf, leaf) for leaf in held.values()] for held in leaves])
+        norms = np.sqrt([[dot(leaf, leaf) for leaf in held.values()] for held in leaves])
         self.scale = float((norms.sum(0) ** 2 - (norms**2).sum(0)).sum()) / 2
 
     def value(self, permutations: Mapping[str, np.ndarray]) -> float:
@@ -183,7 +183,7 @@ class Weights:
         for path in self.counted:
             moved = [self._moved(path, k, permutations) for k in range(self.models)]
             for k in range(1, self.models):
-                total += _dot(moved[k], np.sum(moved[:k], 0, np.float64))
+                total += dot(moved[k], np.sum(moved[:k], 0, np.float64))
         return total
 
     def respond(
@@ -195,7 +195,7 @@ class Weights:
         }
         start = {group: p[model] for group, p in permutations.items()}
         random = np.random.default_rng(self.seed)
-        return _search(
+        return search_blocks(
             self.spec, rest, self.leaves[model], self.counted, start, random, 100, 1e-12
         ).permutations
 
@@ -211,7 +211,7 @@ class Weights:
             total = np.sum(mapped, 0)
             for k in range(self.models):
                 for (group, axis), leaf in zip(places, but[k], strict=True):
-                    slopes[group][k] += _inner(total - mapped[k], leaf, axis)
+                    slopes[group][k] += products(total - mapped[k], leaf, axis)
         return slopes
 
     def along(self, at: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -230,7 +230,7 @@ class Weights:
                     powers = [still[0], *both, steps[-1]]
                 for i, a in enumerate(before):
                     for j, b in enumerate(powers):
-                        coefficients[i + j] += _dot(a, b)
+                        coefficients[i + j] += dot(a, b)
                 before = [a + b for a, b in zip(before, powers, strict=True)] if before else powers
         return coefficients
 
@@ -238,7 +238,7 @@ class Weights:
         """A leaf of a model, permuted."""
         own = {group: p[model] for group, p in permutations.items()}
         order = tuple(group for group in self.order if group in own)
-        return _permute(self.spec, self.leaves[model][path], self.counted[path], order, own)
+        return permuted(self.spec, self.leaves[model][path], self.counted[path], order, own)
 
     def loosened(self, start: Mapping[str, np.ndarray]) -> tuple[Relaxed, frozenset[str]]:
         nested = {*self.spec.within, *self.spec.within.values()}

@@ -20,7 +20,7 @@ import numpy as np
 from vfjax._trees.paths import check_alike
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
-from vfjax.align._ascent import _counted, _generator, _host
+from vfjax.align._ascent import counted_axes, generator_of, on_host
 from vfjax.align._assignment import assign_in_place, assign_pairs
 from vfjax.align._taps import (
     correlation_between,
@@ -321,16 +321,16 @@ def _of_nested(owner: str, inner: Mapping[str, np.ndarray], max_steps: int) -> _
 def _of_weights(given: Models, key: Array, max_steps: int) -> Universe:
     """The permutations of all groups, from the weights of models in canonical order."""
     net = given.net
-    counted = _counted(net.spec, given.leaves[0], net.statistics)
-    leaves = [{path: _host(held[path]) for path in counted} for held in given.leaves]
-    seed = int(_generator(key).integers(2**63))
+    counted = counted_axes(net.spec, given.leaves[0], net.statistics)
+    leaves = [{path: on_host(held[path]) for path in counted} for held in given.leaves]
+    seed = int(generator_of(key).integers(2**63))
     objective = _cycles.Weights(net.spec, leaves, counted, seed)
     models, spec, still = len(given), net.spec, in_place(net)
     sizes, restarts = spec.check_leaves(given.leaves[0], ()), _RESTARTS if spec.within else 0
 
     def match(a: Any, b: Any) -> Mapping[str, np.ndarray]:
         # A generator per pair, so that each draws what `match_weights` would draw from the key.
-        random = _generator(key)
+        random = generator_of(key)
         return best_match(spec, sizes, a, b, counted, random, restarts).permutations
 
     pairs = [

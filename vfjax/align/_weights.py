@@ -18,7 +18,7 @@ from typing import Any
 
 from vfjax._trees.paths import check_finite, check_like, flatten_named
 from vfjax._types import Array, PyTree
-from vfjax.align._ascent import _counted, _generator, _host, _search, _start
+from vfjax.align._ascent import counted_axes, generator_of, on_host, search_blocks, start_of
 from vfjax.align._assignment import Alignment
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
@@ -88,15 +88,15 @@ def match_weights(
             raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}")
     if not tol >= 0:
         raise ValueError(f"`tol` must be a number >= 0, got {tol!r}")
-    random = _generator(key)
+    random = generator_of(key)
     flat, other = flatten_named(a, name="a"), flatten_named(b, name="b")
     check_like(other.leaves, flat.leaves, name="b", other="a")
     check_finite(flat.leaves, name="a")
     check_finite(other.leaves, name="b")
     sizes = spec.check_leaves(flat.leaves, absent_paths(a))
-    counted = _counted(spec, flat.leaves, ignored)
-    left = {path: _host(flat.leaves[path]) for path in counted}
-    right = {path: _host(other.leaves[path]) for path in counted}
+    counted = counted_axes(spec, flat.leaves, ignored)
+    left = {path: on_host(flat.leaves[path]) for path in counted}
+    right = {path: on_host(other.leaves[path]) for path in counted}
     return best_match(spec, sizes, left, right, counted, random, restarts, max_sweeps, tol)
 
 
@@ -118,7 +118,7 @@ def best_match(
         sizes: Their sizes.
         left: The leaves that count of the model to align to, on the host.
         right: The leaves that count of the model to permute, on the host.
-        counted: Which leaves count, by path, as `_counted` returns them.
+        counted: Which leaves count, by path, as `counted_axes` returns them.
         random: Generator that decides the order of groups and where further searches start.
         restarts: As in `match_weights`.
         max_sweeps: As in `match_weights`.
@@ -126,8 +126,8 @@ def best_match(
     """
     best: Alignment | None = None
     for attempt in range(restarts + 1):
-        start = {group: _start(spec, sizes, group, random, attempt) for group in sizes}
-        alignment = _search(spec, left, right, counted, start, random, max_sweeps, tol)
+        start = {group: start_of(spec, sizes, group, random, attempt) for group in sizes}
+        alignment = search_blocks(spec, left, right, counted, start, random, max_sweeps, tol)
         if best is None or alignment.objective[-1] > best.objective[-1]:
             best = alignment
     assert best is not None  # range(restarts + 1) is not empty
