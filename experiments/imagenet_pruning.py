@@ -190,9 +190,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 yield cell | {"sparsity": sparsity, "remedy": how, "accuracy": next(values)}
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def title_of(record: Record) -> str:
     """Images and network."""
     what = {True: "random weights and images", False: "ImageNet"}[record["config"]["stand_in"]]

@@ -137,9 +137,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             yield cell | (pair().edge(name) if name else measured(match, remedy, *merged))
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def matches_of(record: Record) -> dict[str, str]:
     """The matchings with their titles."""
     return {match: pairs.title_of(match, record["config"]) for match in record["config"]["match"]}

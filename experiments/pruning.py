@@ -164,9 +164,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 yield row | {"accuracy": float(better.mean())}
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def title_of(record: Record) -> str:
     """Data, models, images, seeds."""
     seeds, images = len(record["seeds"]["edge_models"]), record["data"]["test_images"]

@@ -152,9 +152,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         yield from pairs[k].measure(cell, key)
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def title_of(record: Record) -> str:
     """Data, networks, number of pairs."""
     own = {"cpu": ("MLPs, 3 x 128", "mnist"), "paper": (record["model"]["name"], "cifar10")}

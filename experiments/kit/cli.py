@@ -36,14 +36,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
     def error(self, message: str) -> Any:
-        """Exits with status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-# ---------------------------------------------------------------------------------------- types
 
 
 def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str) -> Any:
@@ -70,7 +64,6 @@ def _whole(text: str) -> int:
 
 
 def count_of(what: str) -> Callable[[str], int]:
-    """The type of an option that is a number of things, from 1 on."""
     return typed(_whole, lambda count: count >= 1, f"is no number of {what}, from 1 on")
 
 
@@ -139,9 +132,6 @@ def output_folder(text: str) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------- options
-
-
 def option(
     default: Any = None,
     help: str = "",
@@ -196,7 +186,6 @@ class Options:
 
 
 def parser(options: type, prog: str, doc: str | None) -> Parser:
-    """The parser of a command line."""
     p = Parser(prog=prog, usage=f"{prog} [options]", description=doc, formatter_class=Help)
     # Own options first.
     fields = {field.name: field for field in dataclasses.fields(options)}
@@ -233,6 +222,5 @@ def defaults(options: type[Options], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(script: str, argv: Sequence[str] | None) -> str:
-    """The command line that is running, for the record."""
     words = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", f"experiments/{script}", *words])

@@ -97,12 +97,7 @@ def completed(config: Any, probe: data.Dataset) -> tuple[Any, heads.Head]:
 
 
 def tasks_of(classes: int, pair: int) -> tuple[tuple[int, ...], ...]:
-    """The two halves of the classes: in their order for the first pair, else at random.
-
-    Example:
-      >>> tasks_of(4, 0)
-      ((0, 1), (2, 3))
-    """
+    """The two halves of the classes: in their order for the first pair, else at random."""
     order = np.arange(classes)
     if pair:
         order = np.random.default_rng(pair).permutation(classes)
@@ -140,13 +135,6 @@ def network_of(config: Any, head: heads.Head, dataset: str, task: Sequence[int],
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is merged.
-
-    Attributes:
-      edges: The networks of all pairs, one after the other, and images.
-      heads: How the classes are told, by pair.
-    """
-
     edges: edges.Edges
     heads: Sequence[heads.Heads]
 
@@ -177,9 +165,6 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     record = found.record() | {"head": described, "tasks": tasks, "seeds": seeds}
     setting = Setting(found, [heads.Heads(head, halves) for halves in tasks])
     return Setup(config, setting, record, tuple(map(edges.digest, trees)))
-
-
-# -------------------------------------------------------------------------------------- merging
 
 
 def stops_of(depth: int) -> list[int]:

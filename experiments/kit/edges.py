@@ -69,12 +69,10 @@ class Architecture:
 
     @property
     def stem(self) -> str:
-        """Names of checkpoints, up to the seed."""
         return training.checkpoint_name(self.dataset, self.name, self.width, 0).removesuffix("0")
 
 
 def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16") -> Architecture:
-    """Decides which networks, from the options and the data that was found."""
     default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
     name, width = args.model or (default, None)
     if name.startswith("digits") != (dataset.name == "digits"):
@@ -116,7 +114,6 @@ def traced(model: Any, dataset: data.Dataset) -> vfjax.Network:
 
 
 def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
-    """Traces the network of an architecture."""
     options = {} if arch.width == 1 else {"width": arch.width}
     try:
         model = models.create(arch.name, classes=dataset.classes, **options)
@@ -186,7 +183,6 @@ class Edges:
 
     @property
     def seeds(self) -> list[int]:
-        """Their seeds."""
         return [card["seed"] for card in self.cards]
 
     def record(self) -> dict[str, Any]:

@@ -106,7 +106,6 @@ class Run:
             found.append(values)
 
     def watched(self, batches: Iterable[Any], description: str) -> timing.Watched:
-        """Batches with a progress bar."""
         return timing.Watched(batches, description)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -117,7 +116,6 @@ class Run:
 
     @property
     def count(self) -> int:
-        """How many cells are measured."""
         return len(self._done)
 
     @property
@@ -127,7 +125,6 @@ class Run:
         return records.Rows(row for name in names for row in self._done.get(name, ()))
 
     def cell_done(self) -> None:
-        """Called after each cell."""
         if time.monotonic() - self._saved > EVERY:
             self.save()
 
@@ -179,18 +176,15 @@ class Experiment:
 
     @property
     def question(self) -> str:
-        """What is asked: the first paragraph of the head."""
         return " ".join((self.doc or "").split("\n\n")[0].split())
 
     def parser(self) -> cli.Parser:
-        """The parser of the command line."""
         p = cli.parser(self.options, f"{self.name}.py", self.doc)
         text = "measure nothing: write tables, claims, figures and page of these records anew"
         p.add_argument("--redraw", nargs="+", metavar="RECORD", help=text)
         return p
 
     def file_name(self, record: Mapping[str, Any]) -> str:
-        """Name of record and figure, without suffix."""
         return records.file_name(record, self.options, self.stem and self.stem(record))
 
     def main(self, argv: Sequence[str] | None = None) -> Path:
@@ -245,7 +239,6 @@ class Experiment:
         return record
 
     def write(self, path: Path, record: Mapping[str, Any]) -> Path:
-        """Writes a record with all that follows from its rows."""
         return records.write(path, self.derived(record))
 
     def present(self, path: Path) -> None:
@@ -260,7 +253,6 @@ class Experiment:
         print(f"{record['seconds']['total']:.0f} s; wrote {path}, {figure} and {page}")
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Prints what was found."""
         record = records.Record(record)
         for table in record["tables"]:
             tables.show(tables.Table(**table))

@@ -27,11 +27,7 @@ def samples() -> Any:
 
 
 def main_layers(net: vfjax.Network) -> list[vfjax.Layer]:
-    """The layers of the main path, by depth."""
     return sorted((layer for layer in net.layers if layer.main), key=lambda layer: layer.depth)
-
-
-# ------------------------------------------------------------------------------------- measuring
 
 
 def rows_of(
@@ -67,9 +63,6 @@ def rows_of(
             yield {"network": name, "class": place, **of_class}
 
 
-# ---------------------------------------------------------------------------- numbers of a record
-
-
 def by_layer(rows: records.Rows, key: str = "relative", **where: Any) -> np.ndarray:
     """A number by layer, `[L]`; the mean over repetitions."""
     return np.array(rows.where(**where).curve("layer", key)[1])
@@ -89,16 +82,8 @@ def shares(rows: records.Rows, **where: Any) -> np.ndarray:
 
 
 def over_layers(relative: np.ndarray) -> float:
-    """Geometric mean over layers.
-
-    Example:
-      >>> round(over_layers(np.array([1.0, 0.25])), 6)
-      0.5
-    """
+    """Geometric mean over layers."""
     return float(np.exp(np.log(np.maximum(relative, np.finfo(float).tiny)).mean()))
-
-
-# ---------------------------------------------------------------------------------------- shown
 
 
 def table(record: records.Record, networks: Mapping[str, str]) -> tables.Table:

@@ -70,7 +70,6 @@ class Line:
 
     @property
     def style(self) -> tuple[str, str]:
-        """Colour and marker."""
         if isinstance(self.method, str):
             return METHODS[self.method][1:]
         return COLOURS[self.method % len(COLOURS)], MARKERS[self.method % len(MARKERS)]
@@ -180,7 +179,6 @@ def draw(
 
 
 def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
-    """Draws a panel; returns by name what stands in the legend."""
     from matplotlib.ticker import MaxNLocator
 
     drawn = {one.name: _draw_line(axes, one) for one in panel.lines}

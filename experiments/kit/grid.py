@@ -52,8 +52,6 @@ class PairOptions(cli.Options):
 
 @dataclasses.dataclass(frozen=True)
 class LinearOptions(PairOptions):
-    """The options of experiments on linear networks."""
-
     epochs: int | None = cli.option(
         None, "passes over the training images (default: the paper's; for the digits as many as "
         "make equally many steps)", type=cli.count_of("epochs"), part="epochs{}")
@@ -78,7 +76,6 @@ def pairs_of(config: Any) -> list[tuple[int, int]]:
 
 
 def load(config: Any, prefer: str = "mnist") -> data.Dataset:
-    """The images, as the options have it."""
     count = QUICK_IMAGES if config.quick else None
     return data.load(config.dataset, config.data_dir, train=count, test=count, prefer=prefer)
 
@@ -95,7 +92,6 @@ def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train
 
 
 def linear_record(model: models.LinearNetwork, net: vfjax.Network) -> dict[str, Any]:
-    """What a record says of a linear network."""
     found = {key: getattr(model, key) for key in ("width", "depth", "residual")}
     found |= {"initial_std": model.std, "parameters": net.params}
     return {"name": "linear", **found, "groups": dict(net.spec.sizes)}
@@ -117,7 +113,6 @@ class Linear:
         return self.dataset.batches(split, batch_size=BATCH, samples=samples)
 
     def record(self) -> dict[str, Any]:
-        """What records say of images, recipe and networks."""
         counts = {"train": len(self.dataset.train_images)}
         counts |= {"test": len(self.dataset.test_images)}
         counts["statistics"] = len(self.batches("train").images)
@@ -148,7 +143,6 @@ def linear(
 
 
 def titled(record: Mapping[str, Any], what: str, count: int, wanted: str = "mnist") -> str:
-    """A title: data, networks, number of pairs."""
     parts = [f"{records.dataset_label(record['data'], wanted)}: {what}"]
     parts += [f"mean of {count} pairs"] if count > 1 else []
     parts += ["QUICK, MEANS NOTHING"] if record["config"]["quick"] else []
@@ -186,7 +180,6 @@ class Cell:
     then: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        """Its name in records and tables."""
         text = f"{self.initialiser}, rate {self.rate:g}, decay {self.decay:g}"
         return text if self.then is None else f"{text}, then {self.then[0]:g}, {self.then[1]:g}"
 
@@ -217,7 +210,6 @@ class Plan:
         return list(dict.fromkeys(found))
 
     def tracked(self, cell: Cell) -> bool:
-        """Whether distances are followed while the networks of a cell are trained."""
         grid, sweep = self.grid, cell.then is None and cell.decay == self.grid.decay
         return sweep and len(grid.initialisers) > 1 and cell.rate in (grid.low, grid.rates[-1])
 
@@ -291,12 +283,10 @@ class Pair:
             yield {**key, **row}
 
     def matched(self, trees: Sequence[PyTree]) -> tuple[PyTree, align.Alignment]:
-        """The second network with its units permuted."""
         found = align.match_weights(self.net, *trees, key=self.key)
         return self.net.spec.permute(trees[1], found.permutations), found
 
     def between(self, *ends: PyTree) -> float:
-        """The distance of two networks."""
         return diagnose.distance(*ends, net=self.net).total
 
     def train(self, cell: Cell) -> tuple[list[train.Trained], dict[str, list[Any]] | None]:
@@ -341,12 +331,10 @@ class Pair:
         return runs, distances if tracked else None
 
     def initial(self, model: Any, seed: int) -> PyTree:
-        """The variables that training with a seed begins with."""
         x = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
         return jax.jit(model.init)(jax.random.key(seed), x)
 
     def folder(self, cell: Cell, seed: int) -> Path | None:
-        """Where the states of a run are kept."""
         if self.work_dir is None:
             return None
         return Path(self.work_dir) / self.plan.name / str(cell).replace(", ", "-") / f"seed{seed}"

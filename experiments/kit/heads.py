@@ -45,11 +45,9 @@ class Head:
 
     @property
     def dimensions(self) -> int:
-        """How long embeddings are."""
         return len(self.embeddings[0])
 
     def __call__(self, outputs: Array) -> Array:
-        """The logits `[n, classes]` of outputs `[n, dimensions]`."""
         rows = jnp.asarray(self.embeddings, jnp.float32)
         if self.scale is None:
             return outputs @ rows.T
@@ -58,7 +56,6 @@ class Head:
         return self.scale * (outputs / length) @ rows.T
 
     def of(self, classes: Sequence[int]) -> Head:
-        """The head of some of the classes, in the order given."""
         return Head(tuple(self.embeddings[label] for label in classes), self.scale)
 
 
@@ -70,7 +67,6 @@ class Headed:
     head: Head
 
     def __call__(self, variables: PyTree, x: Array) -> Array:
-        """The logits `[n, classes]`."""
         return self.head(self.fn(variables, x))
 
 
@@ -119,17 +115,8 @@ def accuracy(
     return {"joint": joint, "tasks": tasks, "average": float(np.mean(tasks))}
 
 
-# ----------------------------------------------------------------------------------- embeddings
-
-
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
-    """Class embeddings that stand in for those of a text encoder: orthonormal, at random.
-
-    Example:
-      >>> rows = orthonormal(3, 5)
-      >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
-      True
-    """
+    """Class embeddings that stand in for those of a text encoder: orthonormal, at random."""
     if dimensions < classes:
         raise ValueError(f"{classes} orthonormal rows need as many dimensions, got {dimensions}")
     gaussian = np.random.default_rng(seed).normal(size=(dimensions, classes))
@@ -168,7 +155,6 @@ def read(path: str, classes: int) -> np.ndarray:
 
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
-    """The head of class embeddings, one row each."""
     return Head(tuple(map(tuple, np.asarray(rows, float).tolist())), scale)
 
 
@@ -182,9 +168,6 @@ def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
         arrays[f"{split}_images"] = getattr(dataset, f"{split}_images")[labels >= 0]
         arrays[f"{split}_labels"] = labels[labels >= 0]
     return dataclasses.replace(dataset, **arrays, classes=len(classes))
-
-
-# -------------------------------------------------------------------------------------- options
 
 
 # fmt: off
@@ -226,7 +209,6 @@ def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
 
 
 def head_of(args: EmbeddingOptions, classes: int) -> Head:
-    """The head of all classes that the options ask for."""
     if args.loss == "cross-entropy":
         return of_embeddings(np.eye(classes), None)
     if args.embeddings:
@@ -271,9 +253,6 @@ def named(classes: Sequence[int]) -> str:
     if list(classes) == list(range(first, last + 1)) and first < last:
         return f"{first}to{last}"
     return "-".join(map(str, classes))
-
-
-# --------------------------------------------------------------------------------------- cards
 
 
 def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dict[str, Any]:

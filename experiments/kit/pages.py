@@ -37,7 +37,6 @@ def found(folder: Path) -> dict[str, list[tuple[str, records.Record]]]:
 
 
 def section(name: str, record: records.Record) -> str:
-    """What a page says of a record."""
     parts = [f"## {name}", f"{record['title']}.", f"**{record['finding']}.**"]
     parts.append(f"![{record['finding']}]({name}.png)")
     for shown in record["tables"]:
@@ -59,7 +58,6 @@ def section(name: str, record: records.Record) -> str:
 
 
 def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
-    """The page of an experiment."""
     plainest = runs[0][1]
     head = [f"# {experiment}", f"*{plainest['question']}*"]
     head += [plainest["legend"]] if plainest.get("legend") else []
@@ -80,7 +78,6 @@ def anchor(heading: str) -> str:
 
 
 def write_page(folder: Path, experiment: str) -> Path:
-    """Writes the page of an experiment from all of its records in a folder."""
     path = folder / f"{experiment}.md"
     path.write_text(page(experiment, found(folder)[experiment]), encoding="utf-8")
     return path
@@ -96,7 +93,6 @@ def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
 
 
 def index(folder: Path) -> str:
-    """The index: experiments, and every claim once."""
     by_claim: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
     lines = []
     for experiment, runs in found(folder).items():
@@ -131,12 +127,10 @@ def index(folder: Path) -> str:
 
 
 def benchmarks(folder: Path) -> list[tuple[str, records.Record]]:
-    """Names and records of the benchmarks."""
     return [(path.stem, records.read(path)) for path in sorted(folder.glob(f"{BENCHMARKS}/*.json"))]
 
 
 def aims(runs: Sequence[records.Record]) -> str:
-    """How many aims are met, and how many missed."""
     met = [row["met"] for record in runs for row in record["rows"] if row.get("target")]
     return f"{sum(met)} of {len(met)} aims met, {len(met) - sum(met)} missed"
 
@@ -164,7 +158,6 @@ def benchmarks_page(folder: Path) -> str:
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """All that is written, by name of file."""
     written = {f"{name}.md": page(name, runs) for name, runs in found(folder).items()}
     if benchmarks(folder):
         written[f"{BENCHMARKS}.md"] = benchmarks_page(folder)
@@ -172,7 +165,6 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Writes all pages, or checks them."""
     p = argparse.ArgumentParser(prog="pages.py", description=__doc__, formatter_class=cli.Help)
     p.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = p.parse_args(argv)

@@ -223,7 +223,6 @@ class Pair:
         return Matching(maps, references, maps.apply(net, self.trees), record)
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
-        """The two models merged in a range of layers, before any renormalisation."""
         options = {"span": layers, "weights": self.weights}
         return merge.partial(self.net, self.trees, matching.maps, **options)
 
@@ -268,16 +267,13 @@ class Cut:
 
     @functools.cached_property
     def test(self) -> Any:
-        """The test images as they cross the cut."""
         return at_cut(self.merged, self.pair.test)
 
     @functools.cached_property
     def statistics(self) -> Any:
-        """The statistics images as they cross the cut."""
         return at_cut(self.merged, self.pair.statistics, labelled=False)
 
     def cost(self) -> dict[str, float]:
-        """Parameters and FLOPs, and relative to one model's."""
         return cost_of(self.pair.net, self.merged.params, self.merged.flops)
 
     def measured(self, remedy: str | None, description: str) -> dict[str, float | None]:

@@ -34,8 +34,6 @@ CHUNK = 5_000
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class RemedyOptions(edges.EdgeOptions):
-    """The options of how pruned networks are renormalised."""
-
     plain: bool = cli.option(
         False, "take statistics of training images as they are, not cropped and mirrored at random "
         "as in training", part=lambda record: "plain" if record["config"]["plain"] else None)
@@ -68,7 +66,6 @@ def remedy_of(config: RemedyOptions, net: vfjax.Network, name: str) -> str:
 def check_memory(
     net: vfjax.Network, layers: Sequence[str], gradients: int, gigabytes: float
 ) -> None:
-    """Raises a `UserError` if WoodFisher would take more than that."""
     needed = prune.memory(net, count=gradients, names=layers) / 1e9
     if needed > gigabytes:
         raise cli.UserError(
@@ -98,7 +95,6 @@ def statistics_of(config: RemedyOptions, models: edges.Edges) -> data.Batches:
 
 
 def layers_of(net: vfjax.Network, name: str) -> tuple[str, ...]:
-    """The layers that are pruned of a network of that name."""
     return prune.prunable(net, **LAYERS.get(name.partition("-")[0], {"shortcuts": False}))
 
 
@@ -144,13 +140,11 @@ class Renormaliser:
             self.goals["references"] = stats.moments(net, [tree], statistics, sites="paper")
 
     def __call__(self, pruned: PyTree) -> merge.Merged:
-        """The pruned network, renormalised."""
         remedy = getattr(renorm, self.remedy)
         return as_network(self.net, remedy(self.net, pruned, self.statistics, **self.goals))
 
 
 def as_network(net: vfjax.Network, tree: Any) -> merge.Merged:
-    """A network of one tree, whatever a renormalisation gave."""
     return tree if isinstance(tree, merge.Merged) else merge.as_merged(net, tree)
 
 

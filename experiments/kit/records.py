@@ -54,7 +54,6 @@ class Rows(list[Row]):
         return [row[key] for row in self.where(**wanted) if row.get(key) is not None]
 
     def mean(self, key: str = "accuracy", **wanted: Any) -> float:
-        """Their mean, NaN where there are none."""
         return mean_std(self.values(key, **wanted))[0]
 
     def distinct(self, key: str, **wanted: Any) -> list[Any]:
@@ -83,7 +82,6 @@ class Record(dict[str, Any]):
 
     @property
     def rows(self) -> Rows:
-        """What was measured."""
         return Rows(self["rows"])
 
     def notes(self, name: str) -> Rows:
@@ -92,19 +90,13 @@ class Record(dict[str, Any]):
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess."""
         data = self["data"]
         known = {"cifar100": 100, "imagenet": 1000}
         return 1 / data.get("classes", known.get(data.get("name"), 10))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value, NaN for none).
-
-    Example:
-      >>> mean_std([1.0, 3.0])
-      (2.0, 1.4142135623730951)
-    """
+    """Mean and sample standard deviation (0 for one value, NaN for none)."""
     if not values:
         return float("nan"), float("nan")
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -132,7 +124,6 @@ def finite(value: Any) -> Any:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> Path:
-    """Writes a JSON record, whole or not at all."""
     checkpoint.write_json(path, finite(record))
     return path
 
@@ -156,7 +147,6 @@ def versions() -> dict[str, str]:
 
 
 def device() -> dict[str, Any]:
-    """What the numbers were computed on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind, machine = jax.devices()[0].device_kind, platform.machine()
     found = {"platform": jax.default_backend(), "kind": kind, "count": jax.device_count()}
@@ -164,7 +154,6 @@ def device() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """The parts of a record that say where and when it was made."""
     return {"versions": versions(), "device": device(), "date": time.strftime("%Y-%m-%d")}
 
 
@@ -195,19 +184,13 @@ def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
 
 
 def made_on(record: Mapping[str, Any]) -> str:
-    """How long a record took, and on what."""
     device = record["device"]
     where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
     return f"{record['seconds']['total']:.0f} s on {where}"
 
 
 def joined(words: Iterable[Any]) -> str:
-    """Words as in a sentence.
-
-    Example:
-      >>> joined(["a", "b", "c"])
-      'a, b and c'
-    """
+    """Words as in a sentence."""
     words = list(map(str, words))
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 

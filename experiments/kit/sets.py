@@ -77,7 +77,6 @@ class Trained:
 
 
 def load(name: str, preset: Preset, data_dir: str | None) -> data.Dataset:
-    """A data set in grey, at the size of all."""
     base = "digits" if name in DISGUISES else name
     dataset = data.load(base, data_dir, train=preset.images, test=preset.test)
     if name in DISGUISES:
@@ -89,7 +88,6 @@ def load(name: str, preset: Preset, data_dir: str | None) -> data.Dataset:
 
 
 def recipe_of(preset: Preset, dataset: data.Dataset) -> train.Recipe:
-    """The recipe of one network: as many steps for all."""
     recipe = train.Recipe(learning_rate=0.05, schedule="cosine", weight_decay=5e-4)
     steps = math.ceil(len(dataset.train_images) / recipe.batch_size)
     return dataclasses.replace(recipe, epochs=max(1, round(preset.steps / steps)))
@@ -144,9 +142,6 @@ class Tests:
 @jax.jit
 def _outputs(model: Any, x: jax.Array) -> Any:
     return model(x)
-
-
-# ------------------------------------------------------------------------------- one combination
 
 
 def combinations(count: int) -> list[tuple[int, ...]]:

@@ -44,7 +44,6 @@ class Stopwatch:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + before[stage]
 
     def record(self) -> dict[str, float]:
-        """Seconds of every stage so far, and since the start."""
         total = time.perf_counter() - self._start
         return {k: round(v, 2) for k, v in (*self.seconds.items(), ("total", total))}
 

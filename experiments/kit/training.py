@@ -108,7 +108,6 @@ def command(args: Training, seed: int, head: heads.Head | None = None) -> str:
 
 
 def options_of(card: dict[str, Any]) -> dict[str, Any]:
-    """The options of `models.create` that rebuild the model of a card."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in card["options"].items()}
 
 

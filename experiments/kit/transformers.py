@@ -52,7 +52,6 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
 
 
 def trained(config: Any, watch: timing.Stopwatch, probe: data.Dataset) -> Setup:
-    """Two small networks for the digits."""
     with watch("data"):
         dataset = edges.whole(probe, config.data_dir, test=config.test)
     with watch("trace"):
@@ -110,5 +109,4 @@ def maps_of(
 def merged_of(
     net: vfjax.Network, trees: Sequence[PyTree], maps: align.Maps, blocks: int
 ) -> merge.Merged:
-    """PFM with so many blocks kept apart."""
     return merge.partial(net, trees, maps, span=slice(layers_of(blocks), None))
