@@ -79,10 +79,7 @@ class Run:
                 self._done, self.notes = found["cells"], found["notes"]
 
     def cells(self, plan: Iterable[Mapping[str, Any]]) -> Iterator[records.Row]:
-        """Gives each cell of a plan that is not measured yet, with a progress bar over all.
-
-        A cell is what identifies it, plain values by name; its rows begin with them.
-        """
+        """Gives each cell of a plan, plain values by name, that is not measured yet."""
         cells = [dict(cell) for cell in plan]
         names = [json.dumps(records.finite(cell), sort_keys=True) for cell in cells]
         self._order += names
@@ -138,40 +135,26 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What is asked, what is measured, and how it is shown.
+    """What is asked, what is measured, and how it is shown."""
 
-    Attributes:
-      name: Of the script, without suffix.
-      doc: The head of the script: the question in its first paragraph, what the paper found, and
-        commands; `--help` begins with it.
-      options: A frozen dataclass, see `kit.cli.Options`.
-      prepare: From options and clock to what `measure` works on; `kit.edges.loaded` for edge
-        models. Whatever speaks against the options is raised here, before anything is trained.
-      measure: Yields rows, see `Run`.
-      title: Data, networks, what was done.
-      finding: What came out, one sentence; the figure's title.
-      figure: Made with `kit.figures.draw`.
-      tables: Those of the page.
-      claims: The papers' claims.
-      summary: Numbers derived from rows that what is above needs, if any.
-      legend: How the words of its tables and figures are to be read; a paragraph of its page.
-      stem: What names of files begin with after the experiment's; None for data set and network.
-      untold: Whether the numbers mean nothing, so that claims are left out.
-    """
-
-    name: str
-    doc: str | None
+    name: str  # Of the script, without suffix.
+    doc: str | None  # Its head: first the question; `--help` begins with it.
     options: type[cli.Options]
+    # From options and clock to what `measure` works on; `kit.edges.loaded` for edge models.
+    # Whatever speaks against the options is raised here, before anything is trained.
     prepare: Callable[[Any, timing.Stopwatch], Setup]
     measure: Callable[[Any, Run], Iterator[Mapping[str, Any]]]
-    title: Callable[[records.Record], str]
-    finding: Callable[[records.Record], str]
-    figure: Callable[[records.Record], Any]
+    title: Callable[[records.Record], str]  # Data, networks, what was done.
+    finding: Callable[[records.Record], str]  # What came out, one sentence; the figure's title.
+    figure: Callable[[records.Record], Any]  # Made with `kit.figures.draw`.
     tables: Callable[[records.Record], Sequence[tables.Table]]
     claims: Sequence[claims.Claim] = ()
+    # Numbers derived from rows that what is above needs, if any.
     summary: Callable[[records.Record], Mapping[str, Any]] | None = None
-    legend: str = ""
+    legend: str = ""  # How the words of tables and figures are to be read.
+    # What names of files begin with after the experiment's; None for data set and network.
     stem: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+    # Whether the numbers mean nothing, so that claims are left out.
     untold: Callable[[Mapping[str, Any]], bool] = lambda record: False
 
     @property
@@ -195,7 +178,7 @@ class Experiment:
         with reported(p.prog), timing.logs_above_bars():
             if redraw:
                 for path in map(Path, redraw):
-                    self.present(self.write(path, records.read(path)))
+                    self.present(records.write(path, self.derived(records.read(path))))
                 return path
             config = cli.settled(self.options, values)
             path = self.run(config, cli.command(f"{self.name}.py", argv))
@@ -221,7 +204,7 @@ class Experiment:
                 raise Stopped(run.count) from None
             raise
         measured = {"rows": run.rows, "notes": run.notes, "seconds": watch.record()}
-        self.write(path, head | measured | records.environment())
+        records.write(path, self.derived(head | measured | records.environment()))
         run.path.unlink(missing_ok=True)
         return path
 
@@ -234,12 +217,8 @@ class Experiment:
         record["title"] = self.title(record)
         record["finding"] = self.finding(record)
         record["tables"] = [dataclasses.asdict(table) for table in self.tables(record)]
-        told = () if self.untold(record) else self.claims
-        record["claims"] = claims.decided(told, record)
+        record["claims"] = claims.decided(() if self.untold(record) else self.claims, record)
         return record
-
-    def write(self, path: Path, record: Mapping[str, Any]) -> Path:
-        return records.write(path, self.derived(record))
 
     def present(self, path: Path) -> None:
         """Draws a record, writes its page, and prints it.
@@ -253,7 +232,6 @@ class Experiment:
         print(f"{record['seconds']['total']:.0f} s; wrote {path}, {figure} and {page}")
 
     def show(self, record: Mapping[str, Any]) -> None:
-        record = records.Record(record)
         for table in record["tables"]:
             tables.show(tables.Table(**table))
         print(f"{record['finding']}.")

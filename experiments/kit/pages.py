@@ -27,13 +27,12 @@ BENCHMARKS = "benchmarks"
 
 def found(folder: Path) -> dict[str, list[tuple[str, records.Record]]]:
     """Names and contents of the records in a folder, by experiment; the plainest run first."""
-    read = {path.stem: records.read(path) for path in folder.glob("*.json")}
-    told = [(name, record) for name, record in read.items() if "claims" in record]
-    told.sort(key=lambda run: (run[1]["experiment"], len(run[1]["command"]), run[0]))
+    read = [(path.stem, records.read(path)) for path in folder.glob("*.json")]
     by_experiment: dict[str, list[tuple[str, records.Record]]] = {}
-    for run in told:
-        by_experiment.setdefault(run[1]["experiment"], []).append(run)
-    return by_experiment
+    for run in sorted(read, key=lambda run: (len(run[1]["command"]), run[0])):
+        if "claims" in run[1]:
+            by_experiment.setdefault(run[1]["experiment"], []).append(run)
+    return dict(sorted(by_experiment.items()))
 
 
 def section(name: str, record: records.Record) -> str:
@@ -48,12 +47,10 @@ def section(name: str, record: records.Record) -> str:
         parts.append(tables.markdown(claims.table(record["claims"], "*")))
         parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
         parts.append("</details>")
-    versions = record["versions"]
-    parts.append(
-        f"Made by `{record['command']}` in {records.made_on(record)}, on {record['date']}, with "
-        f"Python {versions['python']} and jax {versions['jax']}. All numbers: [{name}.json]"
-        f"({name}.json)."
-    )
+    versions, seconds = record["versions"], record["seconds"]["total"]
+    parts.append(f"Made by `{record['command']}` in {seconds:.0f} s on {records.made_on(record)}, "
+                 f"on {record['date']}, with Python {versions['python']} and jax {versions['jax']}."
+                 f" All numbers: [{name}.json]({name}.json).")  # fmt: skip
     return "\n\n".join(parts)
 
 
@@ -62,8 +59,7 @@ def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
     head = [f"# {experiment}", f"*{plainest['question']}*"]
     head += [plainest["legend"]] if plainest.get("legend") else []
     if len(runs) > 1:
-        lines = [f"- [{name}](#{anchor(name)}): {record['title']}" for name, record in runs]
-        head.append("\n".join(lines))
+        head.append("\n".join(f"- [{n}](#{anchor(n)}): {record['title']}" for n, record in runs))
     return "\n\n".join([*head, *(section(*run) for run in runs)]) + "\n"
 
 
@@ -94,7 +90,7 @@ def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
 
 def index(folder: Path) -> str:
     by_claim: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
-    lines = []
+    lines, listed = [], []
     for experiment, runs in found(folder).items():
         rows = [(experiment, name, row) for name, record in runs for row in record["claims"]]
         for run in rows:
@@ -103,7 +99,6 @@ def index(folder: Path) -> str:
         question = runs[0][1]["question"]
         lines.append([f"[{experiment}]({experiment}.md)", question, str(len(runs)), count])
     table = tables.Table("", ["experiment", "question", "records", "claims"], lines, texts=4)
-    listed = []
     for name, runs in sorted(by_claim.items()):
         said = next((row["paper"] for *_, row in runs if row["paper"]), "-")
         listed.append([f"`{name}`", runs[0][2]["claim"], said, verdicts_of(runs)])
@@ -150,10 +145,8 @@ def benchmarks_page(folder: Path) -> str:
         parts += [f"**Missed: {records.joined(missed)}.**"] if missed else []
         shown = (folder / BENCHMARKS / figure).exists()
         parts += [f"![{name}]({BENCHMARKS}/{figure})"] if shown else []
-        where = f"{record['device']['cores']} CPU cores"
-        where = where if record["device"]["platform"] == "cpu" else record["device"]["kind"]
-        parts.append(f"Made by `{record['command']}` on {where}, on {record['date']}, with jax "
-                     f"{record['versions']['jax']}.")  # fmt: skip
+        parts.append(f"Made by `{record['command']}` on {records.made_on(record)}, on "
+                     f"{record['date']}, with jax {record['versions']['jax']}.")  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,8 +23,7 @@ from vfjax import checkpoint
 
 ROOT = cli.ROOT
 RESULTS = ROOT / "experiments" / "results"
-PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-PACKAGES += ("scikit-learn", "tensorflow-datasets")
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy scipy scikit-learn tensorflow-datasets"
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
 DATASETS["digits"] = "scikit-learn's 8x8 digits"
 Row = dict[str, Any]
@@ -67,9 +66,7 @@ class Rows(list[Row]):
             raise LookupError(f"{len(found)} rows with {wanted}, not one.")
         return found[0]
 
-    def curve(
-        self, x: str, y: str = "accuracy", **wanted: Any
-    ) -> tuple[list[Any], list[float], list[float]]:
+    def curve(self, x: str, y: str = "accuracy", **wanted: Any) -> tuple[list, list, list]:
         """Values of x in their order, and mean and standard deviation of y over all else."""
         rows = self.where(**wanted)
         xs = sorted(rows.distinct(x))
@@ -118,8 +115,7 @@ def finite(value: Any) -> Any:
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -138,31 +134,27 @@ def read(path: Path) -> Record:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    found = {"python": platform.python_version(), "vfjax": vfjax.__version__}
+    for package in ("vfjax", *PACKAGES.split()):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    found.setdefault("vfjax", vfjax.__version__)
     return found
 
 
-def device() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Where and when something was measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind, machine = jax.devices()[0].device_kind, platform.machine()
-    found = {"platform": jax.default_backend(), "kind": kind, "count": jax.device_count()}
-    return found | {"cores": cores, "machine": machine}
-
-
-def environment() -> dict[str, Any]:
-    return {"versions": versions(), "device": device(), "date": time.strftime("%Y-%m-%d")}
+    device = {"platform": jax.default_backend(), "kind": kind, "count": jax.device_count()}
+    device |= {"cores": cores, "machine": machine}
+    return {"versions": versions(), "device": device, "date": time.strftime("%Y-%m-%d")}
 
 
 def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
     """What records say of a `vfjax.data.Dataset`, with numbers of images that are not None."""
-    source = dataset.source.split(" in ")[0]
-    found = {"name": dataset.name, "source": source, "fallback": dataset.fallback}
+    found = {key: getattr(dataset, key) for key in ("name", "fallback", "classes")}
     images = {f"{key}_images": count for key, count in counts.items() if count is not None}
-    return found | {"classes": dataset.classes} | images
+    return found | {"source": dataset.source.split(" in ")[0]} | images
 
 
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
@@ -185,8 +177,7 @@ def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
 
 def made_on(record: Mapping[str, Any]) -> str:
     device = record["device"]
-    where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
-    return f"{record['seconds']['total']:.0f} s on {where}"
+    return f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
 
 
 def joined(words: Iterable[Any]) -> str:
@@ -211,15 +202,12 @@ def file_name(
     parts, last = [record["experiment"], *stem], []
     usual = cli.defaults(options, config)
     for field in dataclasses.fields(options):
-        part, value = field.metadata["part"], config.get(field.name)
+        part, value, text = field.metadata["part"], config.get(field.name), None
         if callable(part):
             text = part(record)
-        elif part is None or finite(value) == finite(usual[field.name]):
-            continue
-        else:
-            text = part.format(
-                "+".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            )
+        elif part is not None and finite(value) != finite(usual[field.name]):
+            several = isinstance(value, (list, tuple))
+            text = part.format("+".join(map(str, value)) if several else value)
         # How the networks were made comes after what was done with them.
         (last if field.name in ("preset", "retrain") else parts).extend([text] if text else [])
     return "-".join(parts + last)
