@@ -70,9 +70,7 @@ class Config(grid.PairOptions):
     preset: str = cli.option(
         "cpu", "cpu is MLPs on MNIST and a small grid; paper the networks, the grid and the 160 "
         "epochs of the paper, meant for a GPU", choices=("cpu", "paper"), part="{}")
-    seeds: tuple[int, ...] = cli.option(
-        tuple(range(6)), "seeds of the networks; the first and the second make a pair, the third "
-        "and the fourth another, and so on", type=cli.seed_of, metavar="S", part="seeds{}")
+    seeds: tuple[int, ...] = grid.seeds(range(6), "networks")
     work_dir: str | None = cli.option(
         None, "folder in which the states of runs are kept, so that those of a call that was "
         "stopped go on; not of the runs during which distances are measured")
@@ -91,9 +89,7 @@ def plan_of(config: Config, dataset: data.Dataset) -> Plan:
     if config.quick:
         recipe = dataclasses.replace(plan.recipe, epochs=grid.QUICK_EPOCHS)
         return dataclasses.replace(plan, recipe=recipe)
-    size = plan.recipe.batch_size
-    steps, wanted = -(-len(dataset.train_images) // size), -(-grid.MNIST_IMAGES // size)
-    return dataclasses.replace(plan, factor=wanted / steps if dataset.name == "digits" else 1.0)
+    return dataclasses.replace(plan, factor=grid.steps_factor(dataset, plan.recipe))
 
 
 def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:

@@ -55,10 +55,8 @@ sparsity_of = cli.typed(
 def remedy_of(config: RemedyOptions, net: vfjax.Network, name: str) -> str:
     """What `--renorm` comes to for a network of that name; refuses to reset what has no norms."""
     if config.renorm == "reset" and not net.norms:
-        raise cli.UserError(
-            f"--renorm reset is for networks with BatchNorm, which {name} has not; take repair or "
-            "rescale."
-        )
+        wrong = f"is for networks with BatchNorm, which {name} has not; take repair or rescale."
+        raise cli.UserError(f"--renorm reset {wrong}")
     plain = "rescale" if name.startswith("vgg") and not name.endswith("-ln") else "repair"
     return ("reset" if net.norms else plain) if config.renorm == "auto" else config.renorm
 
@@ -104,15 +102,11 @@ def pruner(
     tree: PyTree,
     layers: Sequence[str],
     *,
-    statistics: Any = (),
-    gradients: Any = (),
-    gigabytes: float = 2,
+    statistics: Any = (),  # Batches for Wanda.
+    gradients: Any = (),  # Images, each of which gives a gradient for Fisher matrices.
+    gigabytes: float = 2,  # Of WoodFisher, which updates what stays.
 ) -> Callable[[float], PyTree]:
-    """Scores a network's weights once; what is returned prunes it to any sparsity, 0 to 1.
-
-    `statistics` are batches for Wanda; each image of `gradients` gives a gradient for Fisher
-    matrices, of which WoodFisher, which updates what stays, may take so many gigabytes.
-    """
+    """Scores a network's weights once; what is returned prunes it to any sparsity, 0 to 1."""
     if method == "woodfisher":
         options = {"count": len(gradients.images), "max_memory": round(1e9 * gigabytes)}
         inverse = prune.inverse_fisher(net, tree, gradients, names=layers, **options)
@@ -128,10 +122,7 @@ def pruner(
 
 
 class Renormaliser:
-    """Renormalises what a network is pruned to; before pruning it is the only reference.
-
-    The same images serve both, those of the reference once; the remedy is one of `REMEDIES`.
-    """
+    """Renormalises what a network is pruned to, by images that serve its reference once, too."""
 
     def __init__(self, net: vfjax.Network, tree: PyTree, remedy: str, statistics: Any) -> None:
         self.net, self.remedy, self.statistics = net, remedy, statistics
