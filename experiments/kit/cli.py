@@ -93,17 +93,13 @@ def model_of(text: str) -> tuple[str, float | None]:
     """The type of `--model`: a name, and the width if it has one."""
     name, _, width = text.partition("-w")
     if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
-        known = ", ".join(models.NAMES)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no model; take one of {known}, with -wFRACTION after it for another width"
-        )
+        known = f"{', '.join(models.NAMES)}, with -wFRACTION after it for another width"
+        raise argparse.ArgumentTypeError(f"{text!r} is no model; take one of {known}")
     return name, float(width) if width else None
 
 
 def output_folder(text: str) -> str:
-    """The type of `--out`: a folder that files can be written to, now or once it is made.
-
-    This is tried, and what was made to try it is removed again.
+    """The type of `--out`: a folder that files can be written to; what is made to try it goes.
 
     Example:
       >>> output_folder("/dev/null/x")
@@ -133,22 +129,17 @@ def output_folder(text: str) -> str:
 
 
 def option(
-    default: Any = None,
-    help: str = "",
+    default: Any = None,  # A tuple makes an option of several values, False one without a value.
+    help: str = "",  # The default is said after it.
     *,
+    # Instead of `default`, one for each `--preset`; None stands for all there are.
     presets: dict[str, Any] | None = None,
+    # How names of files show what is not the default: a format, or a function of the record that
+    # gives the text, or None for none.
     part: str | Callable[[Any], str | None] | None = None,
-    **argument: Any,
+    **argument: Any,  # As of `argparse`: type, choices, metavar, nargs.
 ) -> Any:
     """A field of an `Options` class: one option of the command line.
-
-    Args:
-      default: Its default. A tuple makes an option of several values, False one without a value.
-      help: What it does. The default is said after it.
-      presets: Instead of `default`, one for each `--preset`; None stands for all there are.
-      part: How names of files show what is not the default: a format, or a function of the record
-        that gives the text, or None for none.
-      **argument: As of `argparse`: type, choices, metavar, nargs.
 
     Example:
       >>> @dataclasses.dataclass(frozen=True)
@@ -166,10 +157,10 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def images(name: str, help: str, cpu: int) -> Any:
-    """An option of how many images there are: so many, and all with the preset `paper`."""
+def images(name: str, help: str, cpu: int, paper: int | None = None) -> Any:
+    """An option of how many images there are, by preset; None for all."""
     options = {"type": count_of("images"), "metavar": "N", "part": name + "{}"}
-    return option(None, help, presets={"cpu": cpu, "paper": None}, **options)
+    return option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
 
 
 # fmt: off

@@ -77,18 +77,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One of the axes of a figure; `log` and `log_x` are whether y and x are logarithmic.
-
-    None as limits or ticks stands for what suits the lines.
-    """
+    """One of the axes of a figure."""
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
-    log: bool = False
+    log: bool = False  # Whether y is logarithmic.
     log_x: bool = False
-    y_limits: tuple[float, float] | None = None
+    y_limits: tuple[float, float] | None = None  # None for what suits the lines, as of ticks.
     ticks: Sequence[float] | None = None
 
 
@@ -121,28 +118,19 @@ def line(
 
 def levels(found: Mapping[str, float]) -> list[Line]:
     """Edge models and ensemble as levels: accuracies by name; the last one, the goal, is solid."""
-    *others, last = [Line(name, None, 100 * y, method="edges") for name, y in found.items()]
-    return [*(dataclasses.replace(line, dashed=True) for line in others), last]
+    goal = list(found)[-1]
+    return [Line(n, None, 100 * y, None, "edges", n != goal) for n, y in found.items()]
 
 
 def draw(
     panels: Sequence[Panel],
     *,
-    finding: str,
-    subtitle: str = "",
-    bars: str = "",
-    columns: int | None = None,
+    finding: str,  # The title: what the figure shows, a sentence made from the record.
+    subtitle: str = "",  # Data, networks, images.
+    bars: str = "",  # What error bars are; said where there are some.
+    columns: int | None = None,  # How many panels stand side by side; None for all.
 ) -> Any:
-    """Draws panels with one legend below them; `vfjax.plot.save` writes the figure.
-
-    Args:
-      panels: From left to right.
-      finding: The title: what the figure shows, a sentence made from the record.
-      subtitle: Data, networks, images.
-      bars: What error bars are, such as "standard deviation over 3 pairs"; said where there are
-        some.
-      columns: How many panels stand side by side; None for all.
-    """
+    """Draws panels with one legend below them; `vfjax.plot.save` writes the figure."""
     from matplotlib.figure import Figure
 
     columns = min(len(panels), columns or len(panels))
