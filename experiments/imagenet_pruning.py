@@ -71,8 +71,6 @@ def _unlike_preset(key: str, text: str = "") -> Any:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Options):
-    """The options."""
-
     model: str = cli.option(NAMES[0], "the network", choices=NAMES)
     weights: str | None = cli.option(
         None, "its PyTorch weights, .safetensors or .npz", metavar="FILE")
@@ -132,7 +130,6 @@ def images_of(config: Config, split: str, count: int | None, size: int) -> image
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    """The network and its images."""
     preset = preset_of(config.model)
     methods = tuple(dict.fromkeys(config.methods or preset["methods"]))
     sparsities = tuple(sorted(set(config.sparsities or preset["sparsities"])))
@@ -191,7 +188,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 
 def title_of(record: Record) -> str:
-    """Images and network."""
     what = {True: "random weights and images", False: "ImageNet"}[record["config"]["stand_in"]]
     name, images = record["config"]["model"], record["data"]["test_images"]
     return f"{what}: {name}, pruned, {images:,} test images"

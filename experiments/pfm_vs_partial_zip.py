@@ -39,7 +39,6 @@ import vfjax
 MATCHES = ("zipit", "activation")
 COSTS = {"params": "parameters", "flops": "FLOPs"}
 EDGES = ("model 1", "model 2", "ensemble")
-COUNT = {"presets": {"cpu": 5_000, "paper": None}, "type": cli.count_of("images"), "metavar": "N"}
 
 
 def default_layers(depth: int) -> list[int]:
@@ -61,8 +60,6 @@ def _match_part(record: Record) -> str | None:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pairs.MatchingOptions):
-    """The options."""
-
     match: tuple[str, ...] = cli.option(
         MATCHES, f"how units are matched, a panel each: {joined(pairs.MATCHES)} (default: "
         f"{joined(MATCHES)})", choices=tuple(pairs.MATCHES), metavar="M", part=_match_part)
@@ -70,11 +67,10 @@ class Config(pairs.MatchingOptions):
         None, "numbers of layers that are kept apart (default: 0, 2, 4 ... and L - 1)",
         type=int, nargs="+", metavar="l",
         part=lambda record: pairs.layers_part(record, default_layers))
-    samples: int | None = cli.option(
-        None, "test images, the first N", part="samples{}", **COUNT)
-    statistics: int | None = cli.option(
-        None, "training images, the first N, not augmented, for matching and renormalisation",
-        part="statistics{}", **COUNT)
+    samples: int | None = cli.images("samples", "test images, the first N", 5_000)
+    statistics: int | None = cli.images(
+        "statistics", "training images, the first N, not augmented, for matching and "
+        "renormalisation", 5_000)
 # fmt: on
 
 
@@ -138,7 +134,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 
 def matches_of(record: Record) -> dict[str, str]:
-    """The matchings with their titles."""
     return {match: pairs.title_of(match, record["config"]) for match in record["config"]["match"]}
 
 
@@ -160,7 +155,6 @@ def summary_of(record: Record) -> dict[str, Any]:
 
 
 def title_of(record: Record) -> str:
-    """Data, models, what is compared, images."""
     images = record["data"]["test_images"]
     return f"{networks(record)}, midpoints with l layers apart, {images:,} test images"
 

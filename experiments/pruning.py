@@ -50,8 +50,6 @@ def _samples_part(record: Record) -> str | None:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pruned.RemedyOptions):
-    """The options."""
-
     methods: tuple[str, ...] = cli.option(
         METHODS, f"what is pruned by: {joined(pruned.METHODS)} (default: all but the last)",
         choices=pruned.METHODS, metavar="M", part="{}")
@@ -65,13 +63,9 @@ class Config(pruned.RemedyOptions):
     runs: int | None = cli.option(
         None, "networks, of different seeds (default: all that are shipped; two with --retrain)",
         type=cli.count_of("networks"), metavar="N", part="runs{}")
-    test: int | None = cli.option(
-        None, "test images, the first N", presets={"cpu": 3_000, "paper": None},
-        type=cli.count_of("images"), metavar="N", part="test{}")
-    statistics: int | None = cli.option(
-        None, "training images, the first N, for renormalisation and Wanda",
-        presets={"cpu": 2_000, "paper": None}, type=cli.count_of("images"), metavar="N",
-        part="statistics{}")
+    test: int | None = cli.images("test", "test images, the first N", 3_000)
+    statistics: int | None = cli.images(
+        "statistics", "training images, the first N, for renormalisation and Wanda", 2_000)
     gradients: int = cli.option(
         400, "images, the first N, whose gradients Fisher and WoodFisher take, one by one",
         type=cli.count_of("gradients"), metavar="N", part="gradients{}")
@@ -85,10 +79,9 @@ def tidied(config: Config) -> Config:
     """The same with everything once and in order; no numbers of images where none are tried."""
     methods = tuple(method for method in pruned.METHODS if method in config.methods)
     samples = sorted(set(config.samples), key=lambda n: float("inf" if n == "all" else n))
-    samples = samples if {*methods} & {*BY_SAMPLES} else []
+    samples = tuple(samples) if {*methods} & {*BY_SAMPLES} else ()
     sparsities = tuple(sorted(set(config.sparsities)))
-    found = {"methods": methods, "samples": tuple(samples), "sparsities": sparsities}
-    return dataclasses.replace(config, **found)
+    return dataclasses.replace(config, methods=methods, samples=samples, sparsities=sparsities)
 
 
 def needed(config: Config) -> dict[str, int]:
@@ -108,7 +101,6 @@ def settled(config: Config, net: vfjax.Network, name: str) -> Config:
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    """Networks and images; the record says how what is pruned is renormalised."""
     config = tidied(config)
     counts = [config.statistics, *needed(config).values()]
     whole = config.statistics is None or "all" in config.samples
@@ -165,7 +157,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 
 def title_of(record: Record) -> str:
-    """Data, models, images, seeds."""
     seeds, images = len(record["seeds"]["edge_models"]), record["data"]["test_images"]
     several = f", mean of {seeds} seeds" if seeds > 1 else ""
     return f"{networks(record)}, pruned, {images:,} test images{several}"

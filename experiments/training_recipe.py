@@ -57,8 +57,6 @@ OTHER, ABLATED, BESIDE, RATES = 2, {"rate": 1, "decay": 3}, {"rate": 6, "decay":
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(grid.PairOptions):
-    """The options."""
-
     dataset: str = cli.option(
         "auto", "images to train and test on; auto is MNIST, with --preset paper CIFAR-10, where "
         "it is found, else, with a warning and in the figure's title, the digits that come with "
@@ -112,7 +110,6 @@ def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    """Images, and what is trained on them."""
     seeds = grid.pairs_of(config)
     with watch("data"):
         dataset = grid.load(config, "cifar10" if config.preset == "paper" else "mnist")
@@ -149,7 +146,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 
 def title_of(record: Record) -> str:
-    """Data, networks, number of pairs."""
     own = {"cpu": ("MLPs, 3 x 128", "mnist"), "paper": (record["model"]["name"], "cifar10")}
     name, wanted = own[record["config"]["preset"]]
     return grid.titled(record, name, len(record["seeds"]["pairs"]), wanted)
@@ -184,7 +180,6 @@ def tables_of(record: Record) -> list[tables.Table]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
     mean, error = records.mean_std(values)
     return f"{mean:.2f}" + (f" ± {error:.2f}" if error else "")
 
