@@ -22,7 +22,7 @@ measured here yet, for want of ImageNet and of weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -60,12 +60,8 @@ def preset_of(name: str) -> dict[str, Any]:
     return PRESETS[name.partition("-")[0]]
 
 
-def _unlike_preset(key: str, text: str = "") -> Any:
-    def part(record: Mapping[str, Any]) -> str | None:
-        value, usual = record["config"][key], preset_of(record["config"]["model"])[key]
-        return None if list(value) == list(usual) else text + "+".join(map(str, value))
-
-    return part
+def _usual(key: str) -> Any:
+    return lambda record: preset_of(record["config"]["model"])[key]
 
 
 # fmt: off
@@ -78,10 +74,10 @@ class Config(cli.Options):
         False, "a narrow network with random weights on random images: to see that it runs")
     methods: tuple[str, ...] | None = cli.option(
         None, f"{', '.join(METHODS)} (default: the paper's for the network)", choices=METHODS,
-        nargs="+", metavar="M", part=_unlike_preset("methods"))
+        nargs="+", metavar="M", part="{}", usual=_usual("methods"))
     sparsities: tuple[float, ...] | None = cli.option(
         None, "per cent of the weights that go (default: the paper's for the network)",
-        type=pruned.sparsity_of, nargs="+", metavar="S", part=_unlike_preset("sparsities", "at"))
+        type=pruned.sparsity_of, nargs="+", metavar="S", part="at{}", usual=_usual("sparsities"))
     test: int | None = cli.option(
         None, "validation images, the first N (default: all 50,000)",
         type=cli.count_of("images"), metavar="N", part="test{}")

@@ -65,8 +65,8 @@ class Config(pairs.MatchingOptions):
         f"{joined(MATCHES)})", choices=tuple(pairs.MATCHES), metavar="M", part=_match_part)
     layers: tuple[int, ...] | None = cli.option(
         None, "numbers of layers that are kept apart (default: 0, 2, 4 ... and L - 1)",
-        type=int, nargs="+", metavar="l",
-        part=lambda record: pairs.layers_part(record, default_layers))
+        type=int, nargs="+", metavar="l", part="layers{}",
+        usual=lambda record: default_layers(record["model"]["depth"]))
     samples: int | None = cli.images("samples", "test images, the first N", 5_000)
     statistics: int | None = cli.images(
         "statistics", "training images, the first N, not augmented, for matching and "

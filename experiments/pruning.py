@@ -42,11 +42,6 @@ SAMPLED = (70, 80, 90)
 FREE = 6
 
 
-def _samples_part(record: Record) -> str | None:
-    found = list(record["config"]["samples"])
-    return None if found in ([], [*SAMPLES]) else f"samples{'+'.join(map(str, found))}"
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pruned.RemedyOptions):
@@ -59,7 +54,7 @@ class Config(pruned.RemedyOptions):
     samples: tuple[int | str, ...] = cli.option(
         SAMPLES, "training images, the first N or all, by which what magnitude pruned is "
         "renormalised in the last panels (default: 64 128 256 all)", type=cli.count_or_all,
-        metavar="N", part=_samples_part)
+        metavar="N", part="samples{}", usual=lambda record: record["config"]["samples"] and SAMPLES)
     runs: int | None = cli.option(
         None, "networks, of different seeds (default: all that are shipped; two with --retrain)",
         type=cli.count_of("networks"), metavar="N", part="runs{}")

@@ -134,9 +134,10 @@ def option(
     *,
     # Instead of `default`, one for each `--preset`; None stands for all there are.
     presets: dict[str, Any] | None = None,
-    # How names of files show what is not the default: a format, or a function of the record that
-    # gives the text, or None for none.
+    # How names of files show what is not the default (or `usual`, where that depends on the
+    # record): a format, or a function of the record that gives the text, or None for none.
     part: str | Callable[[Any], str | None] | None = None,
+    usual: Callable[[Any], Any] | None = None,
     **argument: Any,  # As of `argparse`: type, choices, metavar, nargs.
 ) -> Any:
     """A field of an `Options` class: one option of the command line.
@@ -153,8 +154,8 @@ def option(
         first, *others = shown
         rest = "".join(f"; {shown[name]} with --preset {name}" for name in others)
         help += f" (default: {shown[first]}{rest})"
-    metadata = {"help": help, "presets": presets, "part": part, "argument": argument}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"help": help, "presets": presets, "part": part, "usual": usual}
+    return dataclasses.field(default=default, metadata=metadata | {"argument": argument})
 
 
 def images(name: str, help: str, cpu: int, paper: int | None = None) -> Any:

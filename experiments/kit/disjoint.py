@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,14 @@ NETWORKS = {
 }
 
 
-def _part(option: str, text: str) -> Callable[[Mapping[str, Any]], str | None]:
-    """Shows an option in names of files where it is not the default of data and preset."""
+def _network(record: Mapping[str, Any]) -> tuple[str, float, int, int]:
+    return NETWORKS[record["config"]["preset"], record["data"]["name"]]
 
-    def part(record: Mapping[str, Any]) -> str | None:
-        config, name = record["config"], record["data"]["name"]
-        *_, dimensions, epochs = NETWORKS[config["preset"], name]
-        usual = {"dimensions": dimensions, "epochs": epochs, "retrain": name == "digits"}
-        if option == "dimensions" and (config["embeddings"] or config["loss"] != "cosine"):
-            return None
-        return None if config[option] == usual[option] else text.format(config[option])
 
-    return part
+def _dimensions(record: Mapping[str, Any]) -> int:
+    config = record["config"]
+    own = config["embeddings"] or config["loss"] != "cosine"
+    return config["dimensions"] if own else _network(record)[2]
 
 
 # fmt: off
@@ -60,14 +56,14 @@ class HalvesOptions(heads.EmbeddingOptions, edges.EdgeOptions):
     retrain: bool = cli.option(
         False, "train the networks instead of loading shipped ones, as is always done on the "
         "digits; they are kept in OUT/checkpoints-PRESET, where finished ones are reused",
-        part=_part("retrain", "retrained"))
+        part="retrained", usual=lambda record: record["data"]["name"] == "digits")
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings, at least as many as classes (default: 32 for "
         "CIFAR-10, 128 for CIFAR-100, 16 for the digits; with --preset paper 512)", type=int,
-        metavar="N", part=_part("dimensions", "{}dimensions"))
+        metavar="N", part="{}dimensions", usual=_dimensions)
     epochs: int | None = cli.option(
         None, "instead of the recipe's", type=cli.count_of("epochs"),
-        part=_part("epochs", "epochs{}"))
+        part="epochs{}", usual=lambda record: _network(record)[3])
     pairs: int = cli.option(
         1, "number of pairs; the first splits the classes in their order, others at random, and "
         "all have networks of their own; with more than one, numbers are means",

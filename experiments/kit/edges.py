@@ -55,7 +55,7 @@ class EdgeOptions(cli.Options):
     retrain: bool = cli.option(
         False, "train the networks instead of loading shipped ones; they, and what a run that was "
         "stopped goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
-        part=lambda record: "retrained" if record["config"]["retrain"] else None)
+        part="retrained")
 # fmt: on
 
 

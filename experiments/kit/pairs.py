@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,15 +98,6 @@ def default_layers(depth: int) -> list[int]:
     """The numbers of preserved layers that a table has a row for."""
     nearest = {min(int(layers / 14 * depth + 0.5), depth - 1) for layers in LAYERS[14]}
     return list(LAYERS.get(depth, sorted(nearest)))
-
-
-def layers_part(
-    record: Mapping[str, Any], default: Callable[[int], list[int]] = default_layers
-) -> str | None:
-    """Numbers of preserved layers in names of files, where they are not the default."""
-    layers = list(record["config"]["layers"])
-    usual = layers == default(record["model"]["depth"])
-    return None if usual else "layers" + "+".join(map(str, layers))
 
 
 def remedies_of(net: vfjax.Network) -> list[str]:

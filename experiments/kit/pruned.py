@@ -36,7 +36,7 @@ CHUNK = 5_000
 class RemedyOptions(edges.EdgeOptions):
     plain: bool = cli.option(
         False, "take statistics of training images as they are, not cropped and mirrored at random "
-        "as in training", part=lambda record: "plain" if record["config"]["plain"] else None)
+        "as in training", part="plain")
     renorm: str = cli.option(
         "auto", "how pruned networks are renormalised; auto is RESET where there is BatchNorm, "
         "RESCALE for VGGs without any norm, as in the paper's code, and REPAIR for all others",

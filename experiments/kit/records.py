@@ -200,12 +200,14 @@ def file_name(
         width = config.get("width", 1)
         stem = [record["data"]["name"], config["model"] + ("" if width == 1 else f"-w{width:g}")]
     parts, last = [record["experiment"], *stem], []
-    usual = cli.defaults(options, config)
+    defaults = cli.defaults(options, config)
     for field in dataclasses.fields(options):
         part, value, text = field.metadata["part"], config.get(field.name), None
+        usual = field.metadata["usual"]
+        default = usual(record) if usual else defaults[field.name]
         if callable(part):
             text = part(record)
-        elif part is not None and finite(value) != finite(usual[field.name]):
+        elif part is not None and finite(value) != finite(default):
             several = isinstance(value, (list, tuple))
             text = part.format("+".join(map(str, value)) if several else value)
         # How the networks were made comes after what was done with them.
