@@ -19,8 +19,6 @@ weights of a layer or, as Wanda's authors do, of an output it does not say: both
 measured here yet, for want of ImageNet and of weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -19,8 +19,6 @@ The paper ("Vanishing Feature", VGG16 on CIFAR-10, before and after RESCALE): Pr
 is better than partial zipping for all numbers of unmerged layers except two.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

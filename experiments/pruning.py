@@ -17,8 +17,6 @@ for ConvNeXt alone, on ImageNet (`imagenet_pruning.py`); its networks are wider 
 weights; its code takes 1,000 gradients, and the diagonal Fisher compares the weights of a layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator

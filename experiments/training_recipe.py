@@ -19,8 +19,6 @@ for weight decay. The normal initialisation gives a larger barrier and distance 
 at the low rate alone. VGG16-LN on MNIST cannot be merged if trained at 0.001, but can from 0.01 on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import operator

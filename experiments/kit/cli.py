@@ -1,7 +1,5 @@
 """Command lines as frozen dataclasses: an option is a field, its help the field's metadata."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

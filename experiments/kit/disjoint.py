@@ -1,7 +1,5 @@
 """Pairs of networks that were trained on disjoint classes: found or trained, merged in any way."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

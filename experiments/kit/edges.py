@@ -1,7 +1,5 @@
 """Edge models of the experiments: options, where they are found, and what records say of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -135,13 +133,11 @@ def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Pa
         words += ["--dataset", arch.dataset]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
         words += ["--seeds", *seeds]
-        other = (
-            "--model, --dataset or --pairs" if hasattr(args, "pairs") else "--model or --dataset"
-        )
+        either = ", --dataset or --pairs" if hasattr(args, "pairs") else " or --dataset"
         raise cli.UserError(
             f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
             f"train what is missing: {shlex.join(words)} (--retrain trains all {count} into --out)."
-            f" Or choose another {other}: {folder.name}/ has {', '.join(kinds) or 'none'}."
+            f" Or choose another --model{either}: {folder.name}/ has {', '.join(kinds) or 'none'}."
         )
     return [found[seed] for seed in sorted(found)[:count]]
 
@@ -149,13 +145,9 @@ def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Pa
 def trained(args: EdgeOptions, arch: Architecture, **options: Any) -> list[Path]:
     """Trains models as `train_edges.py` does, or finds them trained by an earlier run."""
     folder = Path(args.out) / f"checkpoints-{args.preset}"
+    options |= {"out": str(folder), "work_dir": str(folder / ".training")}
     options |= {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
-    options |= {
-        "data_dir": args.data_dir,
-        "out": str(folder),
-        "work_dir": str(folder / ".training"),
-    }
-    return training.run(training.Training(**options))
+    return training.run(training.Training(data_dir=args.data_dir, **options))
 
 
 @dataclasses.dataclass(frozen=True)

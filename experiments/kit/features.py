@@ -1,7 +1,5 @@
 """What the input adds to the output of every layer: measured, bounded, and shown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

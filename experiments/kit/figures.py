@@ -1,7 +1,5 @@
 """Figures: a title that says the finding, one colour for one method everywhere, one legend."""
 
-from __future__ import annotations
-
 import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Pairs of networks that an experiment trains itself: options, data, recipes, grids of cells."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

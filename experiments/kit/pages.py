@@ -7,8 +7,6 @@ A page holds a section for each record of an experiment. No script is imported: 
 claims say is in the records, which `--redraw` of a script brings up to date.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

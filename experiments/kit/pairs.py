@@ -1,7 +1,5 @@
 """Two edge models: measured once, matched in any way, merged in part, renormalised, tested."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the experiments on pruning share: networks before, pruned, and renormalised."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

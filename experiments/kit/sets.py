@@ -1,7 +1,5 @@
 """Networks of several data sets: grey images of one size, mixed batches, tests by head."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

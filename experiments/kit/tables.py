@@ -1,7 +1,5 @@
 """Tables, printed and in Markdown; most are rows of a record, spread over lines and columns."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence

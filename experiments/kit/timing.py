@@ -1,7 +1,5 @@
 """Clocks, and progress bars with logs above them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

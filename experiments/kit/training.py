@@ -1,7 +1,5 @@
 """How edge models are trained: names, cards, and runs that go on where they were stopped."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

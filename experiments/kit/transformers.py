@@ -1,7 +1,5 @@
 """Vision transformers: pairs of them, what their units are, and what becomes of these."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
