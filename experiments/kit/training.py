@@ -148,10 +148,7 @@ def card(
 
 
 def run(args: Training) -> list[Path]:
-    """Trains what the options ask for and saves it; returns the folders of the checkpoints.
-
-    A run that was stopped goes on from the state in `work_dir`.
-    """
+    """Trains what the options ask for, or goes on with it; returns the folders of checkpoints."""
     if args.dataset == "auto":
         name = "digits" if args.model.startswith("digits") else "cifar10"
         args = dataclasses.replace(args, dataset=name)
@@ -200,8 +197,8 @@ def run(args: Training) -> list[Path]:
         kept = {"work_dir": work_dir, "resume": not args.restart}
         trained = train.fit(model, recipe, dataset, seed=seed, logits=head, **kept)
         found, storage = card(args, model, dataset, trained, head)
-        meta = described | {"seed": seed, "command": command(args, seed, whole)} | found
-        meta["recipe"] = dataclasses.asdict(recipe)
+        made = {"command": command(args, seed, whole), "recipe": dataclasses.asdict(recipe)}
+        meta = {"seed": seed, **described, **made, **found}
         # The variables alone: momentum is of no use to who merges, and as large as the model.
         checkpoint.save(folders[seed], trained.variables, meta, storage=storage)
         log.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])
