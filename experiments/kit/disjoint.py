@@ -112,10 +112,8 @@ def network_of(config: Any, head: heads.Head, dataset: str, task: Sequence[int],
         )
     other = heads.different(checkpoint.card(found), heads.described(config, head, task))
     if other:
-        raise cli.UserError(
-            f"checkpoints/{found.name} was trained with {', '.join(other)}: --retrain trains "
-            "others."
-        )
+        why = f"checkpoints/{name} was trained with {', '.join(other)}"
+        raise cli.UserError(f"{why}: --retrain trains others.")
     return found
 
 
