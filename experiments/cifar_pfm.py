@@ -48,8 +48,6 @@ def _match_part(record: Record) -> str | None:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pairs.MatchingOptions):
-    """The options."""
-
     match: str = cli.option(
         "activation", "how units of the second network are matched with those of the first: "
         "permuted, by the correlation of their activations or by their weights, or not at all; or "
