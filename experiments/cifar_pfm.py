@@ -48,8 +48,6 @@ def _match_part(record: Record) -> str | None:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pairs.MatchingOptions):
-    """The options."""
-
     match: str = cli.option(
         "activation", "how units of the second network are matched with those of the first: "
         "permuted, by the correlation of their activations or by their weights, or not at all; or "
@@ -58,7 +56,8 @@ class Config(pairs.MatchingOptions):
     layers: tuple[int, ...] | None = cli.option(
         None, "numbers of leading layers that are kept apart, one row each (default: the paper's: "
         "0 3 6 8 12 of 14, 0 6 10 13 19 of 20; for other depths 0 and the nearest to those "
-        "fractions of 14)", type=int, nargs="+", metavar="l", part=pairs.layers_part)
+        "fractions of 14)", type=int, nargs="+", metavar="l", part="layers{}",
+        usual=lambda record: pairs.default_layers(record["model"]["depth"]))
     alpha: float = cli.option(
         0.5, "weight of the second network in all averages, the ensemble's too; the first has "
         "1 - ALPHA", type=cli.number_of(0, 1), part="alpha{:g}")

@@ -19,10 +19,8 @@ weights of a layer or, as Wanda's authors do, of an output it does not say: both
 measured here yet, for want of ImageNet and of weights.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -60,19 +58,13 @@ def preset_of(name: str) -> dict[str, Any]:
     return PRESETS[name.partition("-")[0]]
 
 
-def _unlike_preset(key: str, text: str = "") -> Any:
-    def part(record: Mapping[str, Any]) -> str | None:
-        value, usual = record["config"][key], preset_of(record["config"]["model"])[key]
-        return None if list(value) == list(usual) else text + "+".join(map(str, value))
-
-    return part
+def _usual(key: str) -> Any:
+    return lambda record: preset_of(record["config"]["model"])[key]
 
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Options):
-    """The options."""
-
     model: str = cli.option(NAMES[0], "the network", choices=NAMES)
     weights: str | None = cli.option(
         None, "its PyTorch weights, .safetensors or .npz", metavar="FILE")
@@ -80,10 +72,10 @@ class Config(cli.Options):
         False, "a narrow network with random weights on random images: to see that it runs")
     methods: tuple[str, ...] | None = cli.option(
         None, f"{', '.join(METHODS)} (default: the paper's for the network)", choices=METHODS,
-        nargs="+", metavar="M", part=_unlike_preset("methods"))
+        nargs="+", metavar="M", part="{}", usual=_usual("methods"))
     sparsities: tuple[float, ...] | None = cli.option(
         None, "per cent of the weights that go (default: the paper's for the network)",
-        type=pruned.sparsity_of, nargs="+", metavar="S", part=_unlike_preset("sparsities", "at"))
+        type=pruned.sparsity_of, nargs="+", metavar="S", part="at{}", usual=_usual("sparsities"))
     test: int | None = cli.option(
         None, "validation images, the first N (default: all 50,000)",
         type=cli.count_of("images"), metavar="N", part="test{}")
@@ -132,7 +124,6 @@ def images_of(config: Config, split: str, count: int | None, size: int) -> image
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    """The network and its images."""
     preset = preset_of(config.model)
     methods = tuple(dict.fromkeys(config.methods or preset["methods"]))
     sparsities = tuple(sorted(set(config.sparsities or preset["sparsities"])))
@@ -190,11 +181,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 yield cell | {"sparsity": sparsity, "remedy": how, "accuracy": next(values)}
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def title_of(record: Record) -> str:
-    """Images and network."""
     what = {True: "random weights and images", False: "ImageNet"}[record["config"]["stand_in"]]
     name, images = record["config"]["model"], record["data"]["test_images"]
     return f"{what}: {name}, pruned, {images:,} test images"

@@ -19,8 +19,6 @@ The paper ("Vanishing Feature", VGG16 on CIFAR-10, before and after RESCALE): Pr
 is better than partial zipping for all numbers of unmerged layers except two.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -39,7 +37,6 @@ import vfjax
 MATCHES = ("zipit", "activation")
 COSTS = {"params": "parameters", "flops": "FLOPs"}
 EDGES = ("model 1", "model 2", "ensemble")
-COUNT = {"presets": {"cpu": 5_000, "paper": None}, "type": cli.count_of("images"), "metavar": "N"}
 
 
 def default_layers(depth: int) -> list[int]:
@@ -61,20 +58,17 @@ def _match_part(record: Record) -> str | None:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pairs.MatchingOptions):
-    """The options."""
-
     match: tuple[str, ...] = cli.option(
         MATCHES, f"how units are matched, a panel each: {joined(pairs.MATCHES)} (default: "
         f"{joined(MATCHES)})", choices=tuple(pairs.MATCHES), metavar="M", part=_match_part)
     layers: tuple[int, ...] | None = cli.option(
         None, "numbers of layers that are kept apart (default: 0, 2, 4 ... and L - 1)",
-        type=int, nargs="+", metavar="l",
-        part=lambda record: pairs.layers_part(record, default_layers))
-    samples: int | None = cli.option(
-        None, "test images, the first N", part="samples{}", **COUNT)
-    statistics: int | None = cli.option(
-        None, "training images, the first N, not augmented, for matching and renormalisation",
-        part="statistics{}", **COUNT)
+        type=int, nargs="+", metavar="l", part="layers{}",
+        usual=lambda record: default_layers(record["model"]["depth"]))
+    samples: int | None = cli.images("samples", "test images, the first N", 5_000)
+    statistics: int | None = cli.images(
+        "statistics", "training images, the first N, not augmented, for matching and "
+        "renormalisation", 5_000)
 # fmt: on
 
 
@@ -137,11 +131,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             yield cell | (pair().edge(name) if name else measured(match, remedy, *merged))
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def matches_of(record: Record) -> dict[str, str]:
-    """The matchings with their titles."""
     return {match: pairs.title_of(match, record["config"]) for match in record["config"]["match"]}
 
 
@@ -163,7 +153,6 @@ def summary_of(record: Record) -> dict[str, Any]:
 
 
 def title_of(record: Record) -> str:
-    """Data, models, what is compared, images."""
     images = record["data"]["test_images"]
     return f"{networks(record)}, midpoints with l layers apart, {images:,} test images"
 

@@ -17,8 +17,6 @@ for ConvNeXt alone, on ImageNet (`imagenet_pruning.py`); its networks are wider 
 weights; its code takes 1,000 gradients, and the diagonal Fisher compares the weights of a layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -42,16 +40,9 @@ SAMPLED = (70, 80, 90)
 FREE = 6
 
 
-def _samples_part(record: Record) -> str | None:
-    found = list(record["config"]["samples"])
-    return None if found in ([], [*SAMPLES]) else f"samples{'+'.join(map(str, found))}"
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pruned.RemedyOptions):
-    """The options."""
-
     methods: tuple[str, ...] = cli.option(
         METHODS, f"what is pruned by: {joined(pruned.METHODS)} (default: all but the last)",
         choices=pruned.METHODS, metavar="M", part="{}")
@@ -61,17 +52,13 @@ class Config(pruned.RemedyOptions):
     samples: tuple[int | str, ...] = cli.option(
         SAMPLES, "training images, the first N or all, by which what magnitude pruned is "
         "renormalised in the last panels (default: 64 128 256 all)", type=cli.count_or_all,
-        metavar="N", part=_samples_part)
+        metavar="N", part="samples{}", usual=lambda record: record["config"]["samples"] and SAMPLES)
     runs: int | None = cli.option(
         None, "networks, of different seeds (default: all that are shipped; two with --retrain)",
         type=cli.count_of("networks"), metavar="N", part="runs{}")
-    test: int | None = cli.option(
-        None, "test images, the first N", presets={"cpu": 3_000, "paper": None},
-        type=cli.count_of("images"), metavar="N", part="test{}")
-    statistics: int | None = cli.option(
-        None, "training images, the first N, for renormalisation and Wanda",
-        presets={"cpu": 2_000, "paper": None}, type=cli.count_of("images"), metavar="N",
-        part="statistics{}")
+    test: int | None = cli.images("test", "test images, the first N", 3_000)
+    statistics: int | None = cli.images(
+        "statistics", "training images, the first N, for renormalisation and Wanda", 2_000)
     gradients: int = cli.option(
         400, "images, the first N, whose gradients Fisher and WoodFisher take, one by one",
         type=cli.count_of("gradients"), metavar="N", part="gradients{}")
@@ -85,10 +72,9 @@ def tidied(config: Config) -> Config:
     """The same with everything once and in order; no numbers of images where none are tried."""
     methods = tuple(method for method in pruned.METHODS if method in config.methods)
     samples = sorted(set(config.samples), key=lambda n: float("inf" if n == "all" else n))
-    samples = samples if {*methods} & {*BY_SAMPLES} else []
+    samples = tuple(samples) if {*methods} & {*BY_SAMPLES} else ()
     sparsities = tuple(sorted(set(config.sparsities)))
-    found = {"methods": methods, "samples": tuple(samples), "sparsities": sparsities}
-    return dataclasses.replace(config, **found)
+    return dataclasses.replace(config, methods=methods, samples=samples, sparsities=sparsities)
 
 
 def needed(config: Config) -> dict[str, int]:
@@ -108,7 +94,6 @@ def settled(config: Config, net: vfjax.Network, name: str) -> Config:
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    """Networks and images; the record says how what is pruned is renormalised."""
     config = tidied(config)
     counts = [config.statistics, *needed(config).values()]
     whole = config.statistics is None or "all" in config.samples
@@ -164,11 +149,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 yield row | {"accuracy": float(better.mean())}
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def title_of(record: Record) -> str:
-    """Data, models, images, seeds."""
     seeds, images = len(record["seeds"]["edge_models"]), record["data"]["test_images"]
     several = f", mean of {seeds} seeds" if seeds > 1 else ""
     return f"{networks(record)}, pruned, {images:,} test images{several}"

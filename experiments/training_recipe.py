@@ -19,8 +19,6 @@ for weight decay. The normal initialisation gives a larger barrier and distance 
 at the low rate alone. VGG16-LN on MNIST cannot be merged if trained at 0.001, but can from 0.01 on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import operator
@@ -57,8 +55,6 @@ OTHER, ABLATED, BESIDE, RATES = 2, {"rate": 1, "decay": 3}, {"rate": 6, "decay":
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(grid.PairOptions):
-    """The options."""
-
     dataset: str = cli.option(
         "auto", "images to train and test on; auto is MNIST, with --preset paper CIFAR-10, where "
         "it is found, else, with a warning and in the figure's title, the digits that come with "
@@ -70,9 +66,7 @@ class Config(grid.PairOptions):
     preset: str = cli.option(
         "cpu", "cpu is MLPs on MNIST and a small grid; paper the networks, the grid and the 160 "
         "epochs of the paper, meant for a GPU", choices=("cpu", "paper"), part="{}")
-    seeds: tuple[int, ...] = cli.option(
-        tuple(range(6)), "seeds of the networks; the first and the second make a pair, the third "
-        "and the fourth another, and so on", type=cli.seed_of, metavar="S", part="seeds{}")
+    seeds: tuple[int, ...] = grid.seeds(range(6), "networks")
     work_dir: str | None = cli.option(
         None, "folder in which the states of runs are kept, so that those of a call that was "
         "stopped go on; not of the runs during which distances are measured")
@@ -91,9 +85,7 @@ def plan_of(config: Config, dataset: data.Dataset) -> Plan:
     if config.quick:
         recipe = dataclasses.replace(plan.recipe, epochs=grid.QUICK_EPOCHS)
         return dataclasses.replace(plan, recipe=recipe)
-    size = plan.recipe.batch_size
-    steps, wanted = -(-len(dataset.train_images) // size), -(-grid.MNIST_IMAGES // size)
-    return dataclasses.replace(plan, factor=wanted / steps if dataset.name == "digits" else 1.0)
+    return dataclasses.replace(plan, factor=grid.steps_factor(dataset, plan.recipe))
 
 
 def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
@@ -116,7 +108,6 @@ def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    """Images, and what is trained on them."""
     seeds = grid.pairs_of(config)
     with watch("data"):
         dataset = grid.load(config, "cifar10" if config.preset == "paper" else "mnist")
@@ -152,11 +143,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         yield from pairs[k].measure(cell, key)
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def title_of(record: Record) -> str:
-    """Data, networks, number of pairs."""
     own = {"cpu": ("MLPs, 3 x 128", "mnist"), "paper": (record["model"]["name"], "cifar10")}
     name, wanted = own[record["config"]["preset"]]
     return grid.titled(record, name, len(record["seeds"]["pairs"]), wanted)
@@ -191,7 +178,6 @@ def tables_of(record: Record) -> list[tables.Table]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
     mean, error = records.mean_std(values)
     return f"{mean:.2f}" + (f" ± {error:.2f}" if error else "")
 

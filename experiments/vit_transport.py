@@ -46,12 +46,6 @@ def _images(help: str, part: str, cpu: int, paper: int) -> Any:
     return cli.option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
 
 
-def _blocks_part(record: Record) -> str | None:
-    blocks = list(record["config"]["blocks"])
-    usual = blocks == list(range(record["model"]["blocks"] + 1))
-    return None if usual else "blocks" + "+".join(map(str, blocks))
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(edges.EdgeOptions):
@@ -63,7 +57,8 @@ class Config(edges.EdgeOptions):
         type=cli.model_of, metavar="NAME[-wWIDTH]")
     blocks: tuple[int, ...] | None = cli.option(
         None, "numbers of leading blocks that are kept apart, one row each (default: all)",
-        type=int, nargs="+", metavar="k", part=_blocks_part)
+        type=int, nargs="+", metavar="k", part="blocks{}",
+        usual=lambda record: [*range(record["model"]["blocks"] + 1)])
     regularization: float | None = cli.option(
         None, "weight of the entropy in soft plans, in parts of the mean distance (default: that "
         f"of {', '.join(map(str, REGULARIZATIONS))} which is best on held-out images)",

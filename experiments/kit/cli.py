@@ -1,7 +1,5 @@
 """Command lines as frozen dataclasses: an option is a field, its help the field's metadata."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -36,14 +34,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
     def error(self, message: str) -> Any:
-        """Exits with status 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-# ---------------------------------------------------------------------------------------- types
 
 
 def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str) -> Any:
@@ -70,7 +62,6 @@ def _whole(text: str) -> int:
 
 
 def count_of(what: str) -> Callable[[str], int]:
-    """The type of an option that is a number of things, from 1 on."""
     return typed(_whole, lambda count: count >= 1, f"is no number of {what}, from 1 on")
 
 
@@ -100,17 +91,13 @@ def model_of(text: str) -> tuple[str, float | None]:
     """The type of `--model`: a name, and the width if it has one."""
     name, _, width = text.partition("-w")
     if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
-        known = ", ".join(models.NAMES)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no model; take one of {known}, with -wFRACTION after it for another width"
-        )
+        known = f"{', '.join(models.NAMES)}, with -wFRACTION after it for another width"
+        raise argparse.ArgumentTypeError(f"{text!r} is no model; take one of {known}")
     return name, float(width) if width else None
 
 
 def output_folder(text: str) -> str:
-    """The type of `--out`: a folder that files can be written to, now or once it is made.
-
-    This is tried, and what was made to try it is removed again.
+    """The type of `--out`: a folder that files can be written to; what is made to try it goes.
 
     Example:
       >>> output_folder("/dev/null/x")
@@ -139,26 +126,19 @@ def output_folder(text: str) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------- options
-
-
 def option(
-    default: Any = None,
-    help: str = "",
+    default: Any = None,  # A tuple makes an option of several values, False one without a value.
+    help: str = "",  # The default is said after it.
     *,
+    # Instead of `default`, one for each `--preset`; None stands for all there are.
     presets: dict[str, Any] | None = None,
+    # How names of files show what is not the default (or `usual`, where that depends on the
+    # record): a format, or a function of the record that gives the text, or None for none.
     part: str | Callable[[Any], str | None] | None = None,
-    **argument: Any,
+    usual: Callable[[Any], Any] | None = None,
+    **argument: Any,  # As of `argparse`: type, choices, metavar, nargs.
 ) -> Any:
     """A field of an `Options` class: one option of the command line.
-
-    Args:
-      default: Its default. A tuple makes an option of several values, False one without a value.
-      help: What it does. The default is said after it.
-      presets: Instead of `default`, one for each `--preset`; None stands for all there are.
-      part: How names of files show what is not the default: a format, or a function of the record
-        that gives the text, or None for none.
-      **argument: As of `argparse`: type, choices, metavar, nargs.
 
     Example:
       >>> @dataclasses.dataclass(frozen=True)
@@ -172,14 +152,14 @@ def option(
         first, *others = shown
         rest = "".join(f"; {shown[name]} with --preset {name}" for name in others)
         help += f" (default: {shown[first]}{rest})"
-    metadata = {"help": help, "presets": presets, "part": part, "argument": argument}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"help": help, "presets": presets, "part": part, "usual": usual}
+    return dataclasses.field(default=default, metadata=metadata | {"argument": argument})
 
 
-def images(name: str, help: str, cpu: int) -> Any:
-    """An option of how many images there are: so many, and all with the preset `paper`."""
+def images(name: str, help: str, cpu: int, paper: int | None = None) -> Any:
+    """An option of how many images there are, by preset; None for all."""
     options = {"type": count_of("images"), "metavar": "N", "part": name + "{}"}
-    return option(None, help, presets={"cpu": cpu, "paper": None}, **options)
+    return option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
 
 
 # fmt: off
@@ -196,7 +176,6 @@ class Options:
 
 
 def parser(options: type, prog: str, doc: str | None) -> Parser:
-    """The parser of a command line."""
     p = Parser(prog=prog, usage=f"{prog} [options]", description=doc, formatter_class=Help)
     # Own options first.
     fields = {field.name: field for field in dataclasses.fields(options)}
@@ -233,6 +212,5 @@ def defaults(options: type[Options], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(script: str, argv: Sequence[str] | None) -> str:
-    """The command line that is running, for the record."""
     words = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", f"experiments/{script}", *words])

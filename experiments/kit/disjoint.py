@@ -1,7 +1,5 @@
 """Pairs of networks that were trained on disjoint classes: found or trained, merged in any way."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -31,21 +29,14 @@ NETWORKS = {
 }
 
 
-def _other(option: str, place: int, text: str) -> Any:
-    """Shows an option in names of files where it is not the default of data and preset."""
-
-    def part(record: Mapping[str, Any]) -> str | None:
-        config = record["config"]
-        usual = NETWORKS[config["preset"], record["data"]["name"]][place]
-        own = option == "dimensions" and (config["embeddings"] or config["loss"] != "cosine")
-        return None if own or config[option] == usual else text.format(config[option])
-
-    return part
+def _network(record: Mapping[str, Any]) -> tuple[str, float, int, int]:
+    return NETWORKS[record["config"]["preset"], record["data"]["name"]]
 
 
-def _retrained(record: Mapping[str, Any]) -> str | None:
-    always = record["data"]["name"] == "digits"
-    return "retrained" if record["config"]["retrain"] and not always else None
+def _dimensions(record: Mapping[str, Any]) -> int:
+    config = record["config"]
+    own = config["embeddings"] or config["loss"] != "cosine"
+    return config["dimensions"] if own else _network(record)[2]
 
 
 # fmt: off
@@ -63,14 +54,14 @@ class HalvesOptions(heads.EmbeddingOptions, edges.EdgeOptions):
     retrain: bool = cli.option(
         False, "train the networks instead of loading shipped ones, as is always done on the "
         "digits; they are kept in OUT/checkpoints-PRESET, where finished ones are reused",
-        part=_retrained)
+        part="retrained", usual=lambda record: record["data"]["name"] == "digits")
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings, at least as many as classes (default: 32 for "
         "CIFAR-10, 128 for CIFAR-100, 16 for the digits; with --preset paper 512)", type=int,
-        metavar="N", part=_other("dimensions", 2, "{}dimensions"))
+        metavar="N", part="{}dimensions", usual=_dimensions)
     epochs: int | None = cli.option(
         None, "instead of the recipe's", type=cli.count_of("epochs"),
-        part=_other("epochs", 3, "epochs{}"))
+        part="epochs{}", usual=lambda record: _network(record)[3])
     pairs: int = cli.option(
         1, "number of pairs; the first splits the classes in their order, others at random, and "
         "all have networks of their own; with more than one, numbers are means",
@@ -97,15 +88,8 @@ def completed(config: Any, probe: data.Dataset) -> tuple[Any, heads.Head]:
 
 
 def tasks_of(classes: int, pair: int) -> tuple[tuple[int, ...], ...]:
-    """The two halves of the classes: in their order for the first pair, else at random.
-
-    Example:
-      >>> tasks_of(4, 0)
-      ((0, 1), (2, 3))
-    """
-    order = np.arange(classes)
-    if pair:
-        order = np.random.default_rng(pair).permutation(classes)
+    """The two halves of the classes: in their order for the first pair, else at random."""
+    order = np.random.default_rng(pair).permutation(classes) if pair else np.arange(classes)
     return tuple(tuple(sorted(map(int, part))) for part in np.array_split(order, 2))
 
 
@@ -113,17 +97,14 @@ def network_of(config: Any, head: heads.Head, dataset: str, task: Sequence[int],
     """The checkpoint of one network, trained where that was asked for."""
     model, width = config.model
     if config.retrain:
-        folder = Path(config.out) / f"checkpoints-{config.preset}"
-        own = config.loss == "cosine" and not config.embeddings
-        (found,) = training.run(training.Training(
-            model=model, width=width, dataset=dataset, data_dir=config.data_dir, seeds=(seed,),
-            recipe="paper-zipit" if config.preset == "paper" else None, epochs=config.epochs,
-            classes=tuple(task), loss=config.loss, embeddings=config.embeddings,
-            dimensions=config.dimensions if own else None, scale=config.scale, out=str(folder),
-            work_dir=str(folder / ".training")))  # fmt: skip
-        return found
-    folder = records.ROOT / "checkpoints"
-    found = folder / training.checkpoint_name(dataset, model, width, seed, task)
+        options = {key: getattr(config, key) for key in ("loss", "embeddings", "scale", "epochs")}
+        options |= {"seeds": (seed,), "classes": tuple(task)}
+        options["recipe"] = "paper-zipit" if config.preset == "paper" else None
+        if config.loss == "cosine" and not config.embeddings:
+            options["dimensions"] = config.dimensions
+        return edges.trained(config, edges.Architecture(model, width, dataset), **options)[0]
+    name = training.checkpoint_name(dataset, model, width, seed, task)
+    found = records.ROOT / "checkpoints" / name
     if not found.exists():
         raise cli.UserError(
             f"{found.name} is needed in checkpoints/ and not there: --retrain trains all networks "
@@ -131,30 +112,20 @@ def network_of(config: Any, head: heads.Head, dataset: str, task: Sequence[int],
         )
     other = heads.different(checkpoint.card(found), heads.described(config, head, task))
     if other:
-        raise cli.UserError(
-            f"checkpoints/{found.name} was trained with {', '.join(other)}: --retrain trains "
-            "others."
-        )
+        why = f"checkpoints/{name} was trained with {', '.join(other)}"
+        raise cli.UserError(f"{why}: --retrain trains others.")
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is merged.
-
-    Attributes:
-      edges: The networks of all pairs, one after the other, and images.
-      heads: How the classes are told, by pair.
-    """
-
-    edges: edges.Edges
-    heads: Sequence[heads.Heads]
+    edges: edges.Edges  # The networks of all pairs, one after the other, and images.
+    heads: Sequence[heads.Heads]  # How the classes are told, by pair.
 
 
 def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     """Checks options, finds or trains all networks, reads images."""
-    if config.preset == "paper" and not config.retrain:
-        raise cli.UserError("no networks of --preset paper are shipped: give --retrain, too.")
+    edges.check_shipped(config, "networks")
     with watch("data"):
         probe = edges.probed(config.dataset, config.data_dir)
     config, head = completed(config, probe)
@@ -166,20 +137,16 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     with watch("training" if config.retrain else "checkpoints"):
         each = enumerate(task for halves in tasks for task in halves)
         folders = [network_of(config, head, probe.name, task, seed) for seed, task in each]
-        cards = [checkpoint.card(folder) for folder in folders]
         trees = [checkpoint.load(folder) for folder in folders]
     with watch("data"):
         dataset = edges.whole(probe, config.data_dir)
     parts = edges.images_of(dataset, config.statistics, config.held_out, config.samples)
-    found = edges.Edges(arch, dataset, net, folders, cards, trees, parts)
+    found = edges.Edges(arch, dataset, net, folders, trees, parts)
     described = {k: v for k, v in heads.described(config, head, ()).items() if k != "classes"}
     seeds = {"networks": found.seeds, "embeddings": 0, "splits": list(range(config.pairs))}
-    record = found.record() | {"head": described, "tasks": tasks, "seeds": seeds}
+    setup = found.setup(config, head=described, tasks=tasks, seeds=seeds)
     setting = Setting(found, [heads.Heads(head, halves) for halves in tasks])
-    return Setup(config, setting, record, tuple(map(edges.digest, trees)))
-
-
-# -------------------------------------------------------------------------------------- merging
+    return dataclasses.replace(setup, value=setting)
 
 
 def stops_of(depth: int) -> list[int]:
@@ -189,19 +156,12 @@ def stops_of(depth: int) -> list[int]:
       >>> stops_of(5), stops_of(14)
       ([1, 2, 3, 4, 5], [5, 9, 13, 14])
     """
-    if depth in STOPS or depth <= 8:
-        return list(STOPS.get(depth, range(1, depth + 1)))
-    return sorted({math.ceil(depth / 3), round(0.65 * depth), depth - 1, depth})
+    thirds = sorted({math.ceil(depth / 3), round(0.65 * depth), depth - 1, depth})
+    return list(STOPS.get(depth, range(1, depth + 1) if depth <= 8 else thirds))
 
 
 class Pair:
-    """Two networks; merges them in any way and measures what comes out.
-
-    Args:
-      setting: Networks and images.
-      place: Which of the pairs.
-      watch: The clock.
-    """
+    """Two networks, by the place of the pair; merges them in any way, measures what comes out."""
 
     def __init__(self, setting: Setting, place: int, watch: timing.Stopwatch) -> None:
         self.net, self.images, self.watch = setting.edges.net, setting.edges.images, watch
@@ -229,17 +189,13 @@ class Pair:
     def merged(self, way: str, layers: int, how: Mapping[str, Any]) -> Any:
         """What networks are merged to: a tree, a partial merge, or a tuple of trees.
 
-        Args:
-          way: `network A`, `ensemble`, `average`, `weights`, `permutation`, or `zip`.
-          layers: How many are merged.
-          how: With `zip`, what `zip` takes.
+        Ways are `network A` or `B`, `ensemble`, `average`, `weights`, `permutation`, or `zip`,
+        which takes `how`.
         """
-        if way.startswith("network"):
+        if way in ("network A", "network B"):
             return self.trees["AB".index(way[-1])]
-        if way == "ensemble":
-            return tuple(self.trees)
-        if way == "average":
-            return merge.interpolate(self.trees)
+        if way in ("ensemble", "average"):
+            return tuple(self.trees) if way == "ensemble" else merge.interpolate(self.trees)
         if way == "weights":
             maps = _permuted(align.match_weights(self.net, *self.trees, key=jax.random.key(0)))
         else:
@@ -255,9 +211,7 @@ class Pair:
     def accuracy(self, model: Any, what: str) -> records.Row:
         """Over all classes and on each half, on test images, and cost relative to one network's.
 
-        Args:
-          model: As of `merged`. Statistics of norms are measured first.
-          what: For the progress bar.
+        The model is as of `merged`; statistics of norms are measured first.
         """
         with self.watch("RESET"):
             model = self.reset(model, what)
@@ -265,14 +219,12 @@ class Pair:
         with self.watch("test"):
             found = heads.accuracy(self.heads, model, self.images.test)
             held_out = heads.accuracy(self.heads, model, self.images.held_out)
-        return {
-            "accuracy": found["joint"],
-            **dict(zip(("task_a", "task_b"), found["tasks"], strict=True)),
-            "average": found["average"],
-            "held_out": held_out["joint"],
-            "params_ratio": sum(part.params for part in parts) / self.net.params,
-            "flops_ratio": sum(part.flops for part in parts) / self.net.flops,
-        }
+        row = {"accuracy": found["joint"], "average": found["average"]}
+        row |= zip(("task_a", "task_b"), found["tasks"], strict=True)
+        row |= {"held_out": held_out["joint"]}
+        for cost in ("params", "flops"):
+            row[f"{cost}_ratio"] = sum(getattr(p, cost) for p in parts) / getattr(self.net, cost)
+        return row
 
     def reset(self, model: Any, what: str) -> Any:
         """What can be called, with the statistics of its norms measured."""
@@ -294,24 +246,16 @@ class Pair:
         """By group, what was merged: mean correlation, and the share of it within a network."""
         zipped = self.zip(**how)
         maps = {"correlation": zipped, "permuted_correlation": self.permutation}
-        totals = {
-            name: align.merged_correlation(self.net, self.moments(), found)
-            for name, found in maps.items()
-        }
+        totals = {k: align.merged_correlation(self.net, self.moments(), v) for k, v in maps.items()}
         depths = {layer.group: layer.depth for layer in reversed(self.net.layers)}
         for group in sorted(zipped.sizes, key=lambda group: depths[group]):
             sizes = zipped.sizes[group]
             # By merged feature, how many of each network's features it is made of.
             parts = np.stack([of[group][1].sum(0) for of in zipped.maps])
             pairs, within = (n * (n - 1) / 2 for n in (parts.sum(0), parts))
-            yield {
-                "group": group,
-                "depth": depths[group],
-                "features": len(sizes),
-                "largest": int(sizes.max()),
-                "within": float(within.sum() / pairs.sum()),
-                **{name: float(total[group] / len(sizes)) for name, total in totals.items()},
-            }
+            row = {"group": group, "depth": depths[group], "features": len(sizes)}
+            row |= {"largest": int(sizes.max()), "within": float(within.sum() / pairs.sum())}
+            yield row | {name: float(of[group] / len(sizes)) for name, of in totals.items()}
 
 
 def _permuted(found: align.Alignment) -> align.Maps:

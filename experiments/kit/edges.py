@@ -1,10 +1,8 @@
 """Edge models of the experiments: options, where they are found, and what records say of them."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import hashlib
-import itertools
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +53,7 @@ class EdgeOptions(cli.Options):
     retrain: bool = cli.option(
         False, "train the networks instead of loading shipped ones; they, and what a run that was "
         "stopped goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
-        part=lambda record: "retrained" if record["config"]["retrain"] else None)
+        part="retrained")
 # fmt: on
 
 
@@ -69,19 +67,16 @@ class Architecture:
 
     @property
     def stem(self) -> str:
-        """Names of checkpoints, up to the seed."""
         return training.checkpoint_name(self.dataset, self.name, self.width, 0).removesuffix("0")
 
 
 def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16") -> Architecture:
-    """Decides which networks, from the options and the data that was found."""
     default = cifar if dataset.name.startswith("cifar") else DEFAULT_MODEL[dataset.name]
     name, width = args.model or (default, None)
     if name.startswith("digits") != (dataset.name == "digits"):
-        hint = "give --dataset cifar10"
-        if dataset.fallback:
-            hint = "CIFAR-10 was not found, give --data-dir"
-        hint += ", or --model digits-conv"
+        found = "give --data-dir" if dataset.fallback else "give --dataset cifar10"
+        missing = "CIFAR-10 was not found, " * dataset.fallback
+        hint = f"{missing}{found}, or --model digits-conv"
         hint = hint if dataset.name == "digits" else "give --dataset digits"
         raise cli.UserError(f"--model {name} is not for {records.DATASETS[dataset.name]}; {hint}.")
     if width is None:
@@ -116,7 +111,6 @@ def traced(model: Any, dataset: data.Dataset) -> vfjax.Network:
 
 
 def trace(arch: Architecture, dataset: data.Dataset) -> vfjax.Network:
-    """Traces the network of an architecture."""
     options = {} if arch.width == 1 else {"width": arch.width}
     try:
         model = models.create(arch.name, classes=dataset.classes, **options)
@@ -133,30 +127,27 @@ def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Pa
     count = max(len(found), 1) if count is None else count
     if len(found) < count:
         kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
-        seeds = (seed for seed in itertools.count() if seed not in found)
+        seeds = [str(seed) for seed in range(count) if seed not in found][: count - len(found)]
         words = ["python", "experiments/train_edges.py", "--model", arch.name]
         words += ["--width", f"{arch.width:g}"] if arch.width != 1 else []
         words += ["--dataset", arch.dataset]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
-        words += ["--seeds", *map(str, itertools.islice(seeds, count - len(found)))]
-        other = (
-            "--model, --dataset or --pairs" if hasattr(args, "pairs") else "--model or --dataset"
-        )
+        words += ["--seeds", *seeds]
+        either = ", --dataset or --pairs" if hasattr(args, "pairs") else " or --dataset"
         raise cli.UserError(
             f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
             f"train what is missing: {shlex.join(words)} (--retrain trains all {count} into --out)."
-            f" Or choose another {other}: {folder.name}/ has {', '.join(kinds) or 'none'}."
+            f" Or choose another --model{either}: {folder.name}/ has {', '.join(kinds) or 'none'}."
         )
     return [found[seed] for seed in sorted(found)[:count]]
 
 
-def trained(args: EdgeOptions, arch: Architecture, count: int) -> list[Path]:
-    """Trains `count` models as `train_edges.py` does, or finds them trained by an earlier run."""
+def trained(args: EdgeOptions, arch: Architecture, **options: Any) -> list[Path]:
+    """Trains models as `train_edges.py` does, or finds them trained by an earlier run."""
     folder = Path(args.out) / f"checkpoints-{args.preset}"
-    options = {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
-    options |= {"data_dir": args.data_dir, "preset": args.preset, "seeds": tuple(range(count))}
     options |= {"out": str(folder), "work_dir": str(folder / ".training")}
-    return training.run(training.Training(**options))
+    options |= {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
+    return training.run(training.Training(data_dir=args.data_dir, **options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,15 +161,18 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """The edge models of a run: checkpoints, what their cards say, variables; and its images."""
+    """The edge models of a run: checkpoints, variables, what their cards say; and its images."""
 
     arch: Architecture
     dataset: data.Dataset
     net: vfjax.Network
     folders: Sequence[Path]
-    cards: Sequence[Mapping[str, Any]]
     trees: Sequence[PyTree]
     images: Images
+
+    @functools.cached_property
+    def cards(self) -> list[dict[str, Any]]:
+        return [checkpoint.card(folder) for folder in self.folders]
 
     def batches(self, split: str, samples: int | None) -> data.Batches:
         """The first images of a split, not augmented."""
@@ -186,7 +180,6 @@ class Edges:
 
     @property
     def seeds(self) -> list[int]:
-        """Their seeds."""
         return [card["seed"] for card in self.cards]
 
     def record(self) -> dict[str, Any]:
@@ -204,12 +197,13 @@ class Edges:
             found["edge_models"].append(told)
         return found | {"seeds": {"edge_models": self.seeds}}
 
+    def setup(self, config: Any, **record: Any) -> Setup:
+        """For experiments whose records say more, or something else."""
+        return Setup(config, self, self.record() | record, tuple(map(digest, self.trees)))
+
 
 def images_of(
-    dataset: data.Dataset,
-    statistics: int | None,
-    held_out: int | None = None,
-    test: int | None = None,
+    dataset: data.Dataset, statistics: int | None, held_out: int | None, test: int | None
 ) -> Images:
     """The images, none in two of the three; None for all there are, and for none held out."""
     tested = dataset.batches("test", batch_size=BATCH, samples=test)
@@ -221,9 +215,13 @@ def images_of(
     if len(images) < statistics + held_out:
         held_out = min(held_out, int(SHARE * len(images)))
     last = len(images) - held_out
-    parts = (slice(min(statistics, last)), slice(last, None))
-    mean, std = dataset.mean, dataset.std
-    return Images(*(data.Batches(images[p], labels[p], mean, std, BATCH) for p in parts), tested)
+    parts, norm = (slice(min(statistics, last)), slice(last, None)), (dataset.mean, dataset.std)
+    return Images(*(data.Batches(images[p], labels[p], *norm, BATCH) for p in parts), tested)
+
+
+def check_shipped(config: EdgeOptions, what: str = "models") -> None:
+    if config.preset == "paper" and not config.retrain:
+        raise cli.UserError(f"no {what} of --preset paper are shipped: give --retrain, too.")
 
 
 def digest(tree: PyTree) -> str:
@@ -236,39 +234,30 @@ def digest(tree: PyTree) -> str:
 
 def loaded(
     *,
+    # How many models; None for all shipped ones, or two with `--retrain`.
     count: Callable[[Any], int | None] = lambda config: 2,
+    # Names of the options of how many images there are, without which there are all, or none held
+    # out; and how many training images are read, where these do not say.
     statistics: str | None = None,
     held_out: str | None = None,
     test: str | None = None,
     read: Callable[[Any], int | None] | None = None,
-    cifar: str = "vgg16",
-    checked: Callable[[Any], Any] | None = None,
-    settled: Callable[[Any, vfjax.Network, str], Any] | None = None,
+    cifar: str = "vgg16",  # The model for CIFAR where `--model` has none.
+    # Called before anything is read, to raise what is wrong.
+    checked: Callable[[Any], Any] = lambda config: None,
+    # From options, traced network and its name to options with what depends on these, such as
+    # default layers; called before anything is trained, to raise what is wrong, too.
+    settled: Callable[[Any, vfjax.Network, str], Any] = lambda config, net, name: config,
+    # How many training images there must be, by the option that says so.
     needs: Callable[[Any], Mapping[str, int]] = lambda config: {},
+    # Those that the record holds beside those of the models.
     seeds: Callable[[Any], Mapping[str, Any]] = lambda config: {},
 ) -> Callable[[Any, timing.Stopwatch], Setup]:
-    """The `prepare` of experiments on edge models; the value of its `Setup` is `Edges`.
-
-    Args:
-      count: From options to how many models; None for all shipped ones, or two with `--retrain`.
-      statistics: Name of the option of how many training images moments are measured on; without
-        one, all.
-      held_out: Name of the option of how many more are held out.
-      test: Name of the option of how many test images there are.
-      read: From options to how many training images are read, where those above do not say.
-      cifar: The model for CIFAR where `--model` has none.
-      checked: Called with the options before anything is read, to raise what is wrong.
-      settled: From options, traced network and its name to options with what depends on these,
-        such as default layers; called before anything is trained, to raise what is wrong, too.
-      needs: From options to how many training images there must be, by the option that says so.
-      seeds: From options to the seeds that the record holds beside those of the models.
-    """
+    """The `prepare` of experiments on edge models; the value of its `Setup` is `Edges`."""
 
     def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
-        if checked is not None:
-            checked(config)
-        if config.preset == "paper" and not config.retrain:
-            raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
+        checked(config)
+        check_shipped(config)
         options = (statistics, held_out, test)
         parts = [None if name is None else cli.counted(getattr(config, name)) for name in options]
         train = None if parts[0] is None else parts[0] + (parts[1] or 0)
@@ -284,20 +273,15 @@ def loaded(
         arch = architecture(config, dataset, cifar)
         with watch("trace"):
             net = trace(arch, dataset)
-        if settled is not None:
-            config = settled(config, net, arch.name)
+        config = settled(config, net, arch.name)
         with watch("training" if config.retrain else "checkpoints"):
             wanted = count(config)
-            if config.retrain:
-                folders = trained(config, arch, wanted or 2)
-            else:
-                folders = shipped(config, arch, wanted)
-            cards = [checkpoint.card(folder) for folder in folders]
+            options = {"preset": config.preset, "seeds": tuple(range(wanted or 2))}
+            made = config.retrain
+            folders = trained(config, arch, **options) if made else shipped(config, arch, wanted)
             trees = [checkpoint.load(folder) for folder in folders]
-        found = Edges(arch, dataset, net, folders, cards, trees, images_of(dataset, *parts))
-        record = found.record()
-        record["seeds"] |= seeds(config)
-        return Setup(config, found, record, tuple(digest(tree) for tree in trees))
+        found = Edges(arch, dataset, net, folders, trees, images_of(dataset, *parts))
+        return found.setup(config, seeds={"edge_models": found.seeds} | seeds(config))
 
     return prepare
 

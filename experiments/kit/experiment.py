@@ -79,10 +79,7 @@ class Run:
                 self._done, self.notes = found["cells"], found["notes"]
 
     def cells(self, plan: Iterable[Mapping[str, Any]]) -> Iterator[records.Row]:
-        """Gives each cell of a plan that is not measured yet, with a progress bar over all.
-
-        A cell is what identifies it, plain values by name; its rows begin with them.
-        """
+        """Gives each cell of a plan, plain values by name, that is not measured yet."""
         cells = [dict(cell) for cell in plan]
         names = [json.dumps(records.finite(cell), sort_keys=True) for cell in cells]
         self._order += names
@@ -106,7 +103,6 @@ class Run:
             found.append(values)
 
     def watched(self, batches: Iterable[Any], description: str) -> timing.Watched:
-        """Batches with a progress bar."""
         return timing.Watched(batches, description)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -117,7 +113,6 @@ class Run:
 
     @property
     def count(self) -> int:
-        """How many cells are measured."""
         return len(self._done)
 
     @property
@@ -127,7 +122,6 @@ class Run:
         return records.Rows(row for name in names for row in self._done.get(name, ()))
 
     def cell_done(self) -> None:
-        """Called after each cell."""
         if time.monotonic() - self._saved > EVERY:
             self.save()
 
@@ -141,56 +135,39 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What is asked, what is measured, and how it is shown.
+    """What is asked, what is measured, and how it is shown."""
 
-    Attributes:
-      name: Of the script, without suffix.
-      doc: The head of the script: the question in its first paragraph, what the paper found, and
-        commands; `--help` begins with it.
-      options: A frozen dataclass, see `kit.cli.Options`.
-      prepare: From options and clock to what `measure` works on; `kit.edges.loaded` for edge
-        models. Whatever speaks against the options is raised here, before anything is trained.
-      measure: Yields rows, see `Run`.
-      title: Data, networks, what was done.
-      finding: What came out, one sentence; the figure's title.
-      figure: Made with `kit.figures.draw`.
-      tables: Those of the page.
-      claims: The papers' claims.
-      summary: Numbers derived from rows that what is above needs, if any.
-      legend: How the words of its tables and figures are to be read; a paragraph of its page.
-      stem: What names of files begin with after the experiment's; None for data set and network.
-      untold: Whether the numbers mean nothing, so that claims are left out.
-    """
-
-    name: str
-    doc: str | None
+    name: str  # Of the script, without suffix.
+    doc: str | None  # Its head: first the question; `--help` begins with it.
     options: type[cli.Options]
+    # From options and clock to what `measure` works on; `kit.edges.loaded` for edge models.
+    # Whatever speaks against the options is raised here, before anything is trained.
     prepare: Callable[[Any, timing.Stopwatch], Setup]
     measure: Callable[[Any, Run], Iterator[Mapping[str, Any]]]
-    title: Callable[[records.Record], str]
-    finding: Callable[[records.Record], str]
-    figure: Callable[[records.Record], Any]
+    title: Callable[[records.Record], str]  # Data, networks, what was done.
+    finding: Callable[[records.Record], str]  # What came out, one sentence; the figure's title.
+    figure: Callable[[records.Record], Any]  # Made with `kit.figures.draw`.
     tables: Callable[[records.Record], Sequence[tables.Table]]
     claims: Sequence[claims.Claim] = ()
+    # Numbers derived from rows that what is above needs, if any.
     summary: Callable[[records.Record], Mapping[str, Any]] | None = None
-    legend: str = ""
+    legend: str = ""  # How the words of tables and figures are to be read.
+    # What names of files begin with after the experiment's; None for data set and network.
     stem: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+    # Whether the numbers mean nothing, so that claims are left out.
     untold: Callable[[Mapping[str, Any]], bool] = lambda record: False
 
     @property
     def question(self) -> str:
-        """What is asked: the first paragraph of the head."""
         return " ".join((self.doc or "").split("\n\n")[0].split())
 
     def parser(self) -> cli.Parser:
-        """The parser of the command line."""
         p = cli.parser(self.options, f"{self.name}.py", self.doc)
         text = "measure nothing: write tables, claims, figures and page of these records anew"
         p.add_argument("--redraw", nargs="+", metavar="RECORD", help=text)
         return p
 
     def file_name(self, record: Mapping[str, Any]) -> str:
-        """Name of record and figure, without suffix."""
         return records.file_name(record, self.options, self.stem and self.stem(record))
 
     def main(self, argv: Sequence[str] | None = None) -> Path:
@@ -201,7 +178,7 @@ class Experiment:
         with reported(p.prog), timing.logs_above_bars():
             if redraw:
                 for path in map(Path, redraw):
-                    self.present(self.write(path, records.read(path)))
+                    self.present(records.write(path, self.derived(records.read(path))))
                 return path
             config = cli.settled(self.options, values)
             path = self.run(config, cli.command(f"{self.name}.py", argv))
@@ -227,7 +204,7 @@ class Experiment:
                 raise Stopped(run.count) from None
             raise
         measured = {"rows": run.rows, "notes": run.notes, "seconds": watch.record()}
-        self.write(path, head | measured | records.environment())
+        records.write(path, self.derived(head | measured | records.environment()))
         run.path.unlink(missing_ok=True)
         return path
 
@@ -240,13 +217,8 @@ class Experiment:
         record["title"] = self.title(record)
         record["finding"] = self.finding(record)
         record["tables"] = [dataclasses.asdict(table) for table in self.tables(record)]
-        told = () if self.untold(record) else self.claims
-        record["claims"] = claims.decided(told, record)
+        record["claims"] = claims.decided(() if self.untold(record) else self.claims, record)
         return record
-
-    def write(self, path: Path, record: Mapping[str, Any]) -> Path:
-        """Writes a record with all that follows from its rows."""
-        return records.write(path, self.derived(record))
 
     def present(self, path: Path) -> None:
         """Draws a record, writes its page, and prints it.
@@ -260,8 +232,6 @@ class Experiment:
         print(f"{record['seconds']['total']:.0f} s; wrote {path}, {figure} and {page}")
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Prints what was found."""
-        record = records.Record(record)
         for table in record["tables"]:
             tables.show(tables.Table(**table))
         print(f"{record['finding']}.")

@@ -1,7 +1,5 @@
 """What the input adds to the output of every layer: measured, bounded, and shown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,11 +25,7 @@ def samples() -> Any:
 
 
 def main_layers(net: vfjax.Network) -> list[vfjax.Layer]:
-    """The layers of the main path, by depth."""
     return sorted((layer for layer in net.layers if layer.main), key=lambda layer: layer.depth)
-
-
-# ------------------------------------------------------------------------------------- measuring
 
 
 def rows_of(
@@ -49,10 +43,8 @@ def rows_of(
     sites = [layer.name for layer in layers]
     found = diagnose.features(net, list(networks.values()), test, sites=sites)
     zero = jnp.zeros((1, *net.x.shape[1:]), net.x.dtype)
-    every = {
-        key: np.array([getattr(found, key)[site] for site in sites], np.float64).T
-        for key in ("feature", "feature_std", "offset")
-    }
+    by_key = {key: getattr(found, key) for key in ("feature", "feature_std", "offset")}
+    every = {k: np.array([of[site] for site in sites], np.float64).T for k, of in by_key.items()}
     relative = every["feature"] / (every["feature"].mean(0) if whole is None else np.array(whole))
     every["relative"], every["bound"] = relative, diagnose.upper_bound(relative)
     every["smoothed"] = diagnose.upper_bound(relative, gamma=GAMMA)
@@ -61,13 +53,9 @@ def rows_of(
             numbers = {key: float(values[k, place]) for key, values in every.items()}
             yield {"network": name, "layer": layer.depth, "site": layer.name, **numbers}
         logits = found.mean[sites[-1]][k], found.std[sites[-1]][k], network.run(zero)[0]
-        for place, numbers in enumerate(zip(*map(np.asarray, logits), strict=True)):
-            keys = ("logit", "logit_std", "logit_at_zero")
-            of_class = dict(zip(keys, map(float, numbers), strict=True))
-            yield {"network": name, "class": place, **of_class}
-
-
-# ---------------------------------------------------------------------------- numbers of a record
+        for place, (mean, std, at_zero) in enumerate(np.transpose(logits).tolist()):
+            row = {"network": name, "class": place, "logit": mean, "logit_std": std}
+            yield row | {"logit_at_zero": at_zero}
 
 
 def by_layer(rows: records.Rows, key: str = "relative", **where: Any) -> np.ndarray:
@@ -89,16 +77,8 @@ def shares(rows: records.Rows, **where: Any) -> np.ndarray:
 
 
 def over_layers(relative: np.ndarray) -> float:
-    """Geometric mean over layers.
-
-    Example:
-      >>> round(over_layers(np.array([1.0, 0.25])), 6)
-      0.5
-    """
+    """Geometric mean over layers."""
     return float(np.exp(np.log(np.maximum(relative, np.finfo(float).tiny)).mean()))
-
-
-# ---------------------------------------------------------------------------------------- shown
 
 
 def table(record: records.Record, networks: Mapping[str, str]) -> tables.Table:
@@ -145,8 +125,7 @@ def logits_panel(record: records.Record, networks: Mapping[str, Mapping[str, Any
         zero = style.pop("at_zero", None)
         rows = record.rows.where(network=zero or name, seed=seed)
         x = [place + 0.12 * (k - 1.5) for place in rows.distinct("class")]
-        y, error = rows.values("logit"), rows.values("logit_std")
-        y, error = (rows.values("logit_at_zero"), None) if zero else (y, error)
-        lines.append(figures.Line(x=x, y=y, error=error, **style))
+        y, error = rows.values("logit_at_zero" if zero else "logit"), rows.values("logit_std")
+        lines.append(figures.Line(x=x, y=y, error=None if zero else error, **style))
     ticks = record.rows.distinct("class")
     return figures.Panel("logits", "class", "logit (mean over images)", lines, ticks=ticks)

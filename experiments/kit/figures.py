@@ -1,7 +1,5 @@
 """Figures: a title that says the finding, one colour for one method everywhere, one legend."""
 
-from __future__ import annotations
-
 import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -70,7 +68,6 @@ class Line:
 
     @property
     def style(self) -> tuple[str, str]:
-        """Colour and marker."""
         if isinstance(self.method, str):
             return METHODS[self.method][1:]
         return COLOURS[self.method % len(COLOURS)], MARKERS[self.method % len(MARKERS)]
@@ -78,18 +75,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One of the axes of a figure; `log` and `log_x` are whether y and x are logarithmic.
-
-    None as limits or ticks stands for what suits the lines.
-    """
+    """One of the axes of a figure."""
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
-    log: bool = False
+    log: bool = False  # Whether y is logarithmic.
     log_x: bool = False
-    y_limits: tuple[float, float] | None = None
+    y_limits: tuple[float, float] | None = None  # None for what suits the lines, as of ticks.
     ticks: Sequence[float] | None = None
 
 
@@ -122,28 +116,19 @@ def line(
 
 def levels(found: Mapping[str, float]) -> list[Line]:
     """Edge models and ensemble as levels: accuracies by name; the last one, the goal, is solid."""
-    *others, last = [Line(name, None, 100 * y, method="edges") for name, y in found.items()]
-    return [*(dataclasses.replace(line, dashed=True) for line in others), last]
+    goal = list(found)[-1]
+    return [Line(n, None, 100 * y, None, "edges", n != goal) for n, y in found.items()]
 
 
 def draw(
     panels: Sequence[Panel],
     *,
-    finding: str,
-    subtitle: str = "",
-    bars: str = "",
-    columns: int | None = None,
+    finding: str,  # The title: what the figure shows, a sentence made from the record.
+    subtitle: str = "",  # Data, networks, images.
+    bars: str = "",  # What error bars are; said where there are some.
+    columns: int | None = None,  # How many panels stand side by side; None for all.
 ) -> Any:
-    """Draws panels with one legend below them; `vfjax.plot.save` writes the figure.
-
-    Args:
-      panels: From left to right.
-      finding: The title: what the figure shows, a sentence made from the record.
-      subtitle: Data, networks, images.
-      bars: What error bars are, such as "standard deviation over 3 pairs"; said where there are
-        some.
-      columns: How many panels stand side by side; None for all.
-    """
+    """Draws panels with one legend below them; `vfjax.plot.save` writes the figure."""
     from matplotlib.figure import Figure
 
     columns = min(len(panels), columns or len(panels))
@@ -180,7 +165,6 @@ def draw(
 
 
 def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
-    """Draws a panel; returns by name what stands in the legend."""
     from matplotlib.ticker import MaxNLocator
 
     drawn = {one.name: _draw_line(axes, one) for one in panel.lines}

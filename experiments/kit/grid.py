@@ -1,7 +1,5 @@
 """Pairs of networks that an experiment trains itself: options, data, recipes, grids of cells."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,10 +26,10 @@ ALPHAS = 11
 POINTS = 20
 
 
-def seeds(default: Iterable[int]) -> Any:
+def seeds(default: Iterable[int], what: str = "edge models") -> Any:
     """The option of which models there are."""
-    text = "seeds of the edge models; the first and the second make a pair, the third and the "
-    text += "fourth another, and so on"
+    text = f"seeds of the {what}; the first and the second make a pair, the third and the fourth "
+    text += "another, and so on"
     return cli.option(tuple(default), text, type=cli.seed_of, metavar="S", part="seeds{}")
 
 
@@ -52,8 +50,6 @@ class PairOptions(cli.Options):
 
 @dataclasses.dataclass(frozen=True)
 class LinearOptions(PairOptions):
-    """The options of experiments on linear networks."""
-
     epochs: int | None = cli.option(
         None, "passes over the training images (default: the paper's; for the digits as many as "
         "make equally many steps)", type=cli.count_of("epochs"), part="epochs{}")
@@ -78,27 +74,21 @@ def pairs_of(config: Any) -> list[tuple[int, int]]:
 
 
 def load(config: Any, prefer: str = "mnist") -> data.Dataset:
-    """The images, as the options have it."""
     count = QUICK_IMAGES if config.quick else None
     return data.load(config.dataset, config.data_dir, train=count, test=count, prefer=prefer)
 
 
 def recipe_of(config: Any, recipe: train.Recipe, dataset: data.Dataset) -> train.Recipe:
     """The paper's recipe, with the epochs that the options or the number of images ask for."""
-    epochs = config.epochs
-    if epochs is None and dataset.name == "digits":
-        steps = math.ceil(len(dataset.train_images) / recipe.batch_size)
-        epochs = round(recipe.epochs * math.ceil(MNIST_IMAGES / recipe.batch_size) / steps)
-    if config.quick:
-        epochs = QUICK_EPOCHS
-    return recipe if epochs is None else dataclasses.replace(recipe, epochs=epochs)
+    epochs = config.epochs or round(recipe.epochs * steps_factor(dataset, recipe))
+    return dataclasses.replace(recipe, epochs=QUICK_EPOCHS if config.quick else epochs)
 
 
-def linear_record(model: models.LinearNetwork, net: vfjax.Network) -> dict[str, Any]:
-    """What a record says of a linear network."""
-    found = {key: getattr(model, key) for key in ("width", "depth", "residual")}
-    found |= {"initial_std": model.std, "parameters": net.params}
-    return {"name": "linear", **found, "groups": dict(net.spec.sizes)}
+def steps_factor(dataset: data.Dataset, recipe: train.Recipe) -> float:
+    """For one epoch on MNIST there are as many on the digits: as many steps."""
+    counts = MNIST_IMAGES, len(dataset.train_images)
+    wanted, steps = (math.ceil(count / recipe.batch_size) for count in counts)
+    return wanted / steps if dataset.name == "digits" else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +107,18 @@ class Linear:
         return self.dataset.batches(split, batch_size=BATCH, samples=samples)
 
     def record(self) -> dict[str, Any]:
-        """What records say of images, recipe and networks."""
-        counts = {"train": len(self.dataset.train_images)}
-        counts |= {"test": len(self.dataset.test_images)}
-        counts["statistics"] = len(self.batches("train").images)
-        about = records.about(self.dataset, **counts)
+        counts = {key: len(getattr(self.dataset, f"{key}_images")) for key in ("train", "test")}
+        about = records.about(self.dataset, **counts, statistics=len(self.batches("train").images))
+        models = {}
+        for name, net in self.nets.items():
+            model = self.models[name]
+            models[name] = {"name": "linear", "initial_std": model.std, "parameters": net.params}
+            models[name] |= {key: getattr(model, key) for key in ("width", "depth", "residual")}
+            models[name]["groups"] = dict(net.spec.sizes)
         return {
             "data": about | {"batch_size": BATCH, "augmented": False},
             "recipe": dataclasses.asdict(self.recipe),
-            "models": {k: linear_record(self.models[k], net) for k, net in self.nets.items()},
+            "models": models,
             "seeds": {"edge_models": [seed for pair in self.pairs for seed in pair]},
         }
 
@@ -148,7 +141,6 @@ def linear(
 
 
 def titled(record: Mapping[str, Any], what: str, count: int, wanted: str = "mnist") -> str:
-    """A title: data, networks, number of pairs."""
     parts = [f"{records.dataset_label(record['data'], wanted)}: {what}"]
     parts += [f"mean of {count} pairs"] if count > 1 else []
     parts += ["QUICK, MEANS NOTHING"] if record["config"]["quick"] else []
@@ -162,18 +154,14 @@ def stem(record: Mapping[str, Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What is trained: learning rates, all with `decay`, and weight decays, all at `rate`.
-
-    `low` is the learning rate that is compared with `rates[-1]`, and that of ablations. The first
-    initialiser is that of the sweeps; the second, if any, is compared with it.
-    """
+    """What is trained: learning rates, all with `decay`, and weight decays, all at `rate`."""
 
     rates: tuple[float, ...]
     decays: tuple[float, ...]
     rate: float
     decay: float
-    low: float
-    initialisers: tuple[str, ...]
+    low: float  # The learning rate that is compared with `rates[-1]`, and that of ablations.
+    initialisers: tuple[str, ...]  # Of the sweeps; and, if any, what is compared with it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,23 +174,19 @@ class Cell:
     then: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        """Its name in records and tables."""
         text = f"{self.initialiser}, rate {self.rate:g}, decay {self.decay:g}"
         return text if self.then is None else f"{text}, then {self.then[0]:g}, {self.then[1]:g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A grid with its networks, whose initialiser cells replace, and recipe.
-
-    For one epoch on the data that the recipe is for there are `factor` on these: as many steps.
-    """
+    """A grid with its networks, whose initialiser cells replace, and recipe."""
 
     name: str
     model: Any
     recipe: train.Recipe
     grid: Grid
-    factor: float = 1.0
+    factor: float = 1.0  # For one epoch of the recipe there are so many.
 
     def cells(self) -> list[Cell]:
         """All cells; those that start from others after them."""
@@ -217,7 +201,6 @@ class Plan:
         return list(dict.fromkeys(found))
 
     def tracked(self, cell: Cell) -> bool:
-        """Whether distances are followed while the networks of a cell are trained."""
         grid, sweep = self.grid, cell.then is None and cell.decay == self.grid.decay
         return sweep and len(grid.initialisers) > 1 and cell.rate in (grid.low, grid.rates[-1])
 
@@ -239,28 +222,22 @@ class Diverged(Exception):
     """A pair of networks has no finite parameters to merge."""
 
 
+@dataclasses.dataclass(eq=False)
 class Pair:
     """Trains the two networks of a pair for one cell after another, and merges them."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        net: vfjax.Network,
-        dataset: data.Dataset,
-        seeds: Sequence[int],
-        work_dir: str | None,
-        watch: timing.Stopwatch,
-    ) -> None:
-        self.plan, self.net, self.dataset, self.seeds = plan, net, dataset, seeds
-        self.work_dir, self.watch = work_dir, watch
-        self.key = jax.random.key(seeds[0])
-        self.trained: dict[Cell, list[PyTree] | None] = {}
+    plan: Plan
+    net: vfjax.Network
+    dataset: data.Dataset
+    seeds: Sequence[int]
+    work_dir: str | None
+    watch: timing.Stopwatch
+    trained: dict[Cell, list[PyTree] | None] = dataclasses.field(default_factory=dict)
 
     def measure(self, cell: Cell, key: Mapping[str, Any]) -> Iterator[records.Row]:
-        """Trains and merges; the rows of a cell and a pair, which begin with `key`.
+        """The rows of a cell and a pair, which begin with `key`: of networks, distances, paths.
 
-        Where training diverges that is the only row. Others are of the networks' accuracies, of
-        distances in training, and of the way from one to the other, direct and matched.
+        Where training diverges that is the only row.
         """
         try:
             with self.watch("training"):
@@ -286,17 +263,14 @@ class Pair:
             yield from records.curve_rows({**key, "merged": name}, curve)
             yield {**key, "merged": name, "epoch": None, "distance": self.between(*ends)}
         for k, run in enumerate(runs):
-            trained, tested = run.history[-1]["accuracy"], float(curve.edge_accuracy[k])
-            row = {"network": f"model {k + 1}", "train_accuracy": trained, "accuracy": tested}
-            yield {**key, **row}
+            row = {**key, "network": f"model {k + 1}", "accuracy": float(curve.edge_accuracy[k])}
+            yield row | {"train_accuracy": run.history[-1]["accuracy"]}
 
     def matched(self, trees: Sequence[PyTree]) -> tuple[PyTree, align.Alignment]:
-        """The second network with its units permuted."""
-        found = align.match_weights(self.net, *trees, key=self.key)
+        found = align.match_weights(self.net, *trees, key=jax.random.key(self.seeds[0]))
         return self.net.spec.permute(trees[1], found.permutations), found
 
     def between(self, *ends: PyTree) -> float:
-        """The distance of two networks."""
         return diagnose.distance(*ends, net=self.net).total
 
     def train(self, cell: Cell) -> tuple[list[train.Trained], dict[str, list[Any]] | None]:
@@ -331,22 +305,14 @@ class Pair:
         runs = []
         for seed, start, follow in zip(self.seeds, starts, (keep, compare), strict=True):
             if tracked:
-                start = self.initial(model, seed)
+                x = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
+                start = jax.jit(model.init)(jax.random.key(seed), x)
                 follow(0, start)
-            options = {"on_epoch": follow} if tracked else {"work_dir": self.folder(cell, seed)}
+            folder = Path(self.work_dir or "", self.plan.name, str(cell).replace(", ", "-"))
+            kept_in = folder / f"seed{seed}" if self.work_dir else None
+            options = {"on_epoch": follow} if tracked else {"work_dir": kept_in}
             run = train.fit(model, recipe, self.dataset, seed=seed, start=start, **options)
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.variables)):
                 raise Diverged(f"training with {cell} left parameters that are not finite.")
             runs.append(run)
         return runs, distances if tracked else None
-
-    def initial(self, model: Any, seed: int) -> PyTree:
-        """The variables that training with a seed begins with."""
-        x = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
-        return jax.jit(model.init)(jax.random.key(seed), x)
-
-    def folder(self, cell: Cell, seed: int) -> Path | None:
-        """Where the states of a run are kept."""
-        if self.work_dir is None:
-            return None
-        return Path(self.work_dir) / self.plan.name / str(cell).replace(", ", "-") / f"seed{seed}"

@@ -45,11 +45,9 @@ class Head:
 
     @property
     def dimensions(self) -> int:
-        """How long embeddings are."""
         return len(self.embeddings[0])
 
     def __call__(self, outputs: Array) -> Array:
-        """The logits `[n, classes]` of outputs `[n, dimensions]`."""
         rows = jnp.asarray(self.embeddings, jnp.float32)
         if self.scale is None:
             return outputs @ rows.T
@@ -58,7 +56,6 @@ class Head:
         return self.scale * (outputs / length) @ rows.T
 
     def of(self, classes: Sequence[int]) -> Head:
-        """The head of some of the classes, in the order given."""
         return Head(tuple(self.embeddings[label] for label in classes), self.scale)
 
 
@@ -70,7 +67,6 @@ class Headed:
     head: Head
 
     def __call__(self, variables: PyTree, x: Array) -> Array:
-        """The logits `[n, classes]`."""
         return self.head(self.fn(variables, x))
 
 
@@ -119,17 +115,8 @@ def accuracy(
     return {"joint": joint, "tasks": tasks, "average": float(np.mean(tasks))}
 
 
-# ----------------------------------------------------------------------------------- embeddings
-
-
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
-    """Class embeddings that stand in for those of a text encoder: orthonormal, at random.
-
-    Example:
-      >>> rows = orthonormal(3, 5)
-      >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
-      True
-    """
+    """Class embeddings that stand in for those of a text encoder: orthonormal, at random."""
     if dimensions < classes:
         raise ValueError(f"{classes} orthonormal rows need as many dimensions, got {dimensions}")
     gaussian = np.random.default_rng(seed).normal(size=(dimensions, classes))
@@ -139,9 +126,8 @@ def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
 def read(path: str, classes: int) -> np.ndarray:
     """Class embeddings from a file, made to have length one.
 
-    It is a `.npy` file, or an `.npz` one with one array, of shape `[classes, dimensions]` and real
-    numbers: a row for each class, in the order of the labels. If it cannot be read or holds
-    something else a `UserError` is raised.
+    It is a `.npy` file, or an `.npz` one with one array of real numbers: a row for each class, in
+    the order of the labels.
     """
     try:
         # Opened here: NumPy leaves damaged archives open.
@@ -168,7 +154,6 @@ def read(path: str, classes: int) -> np.ndarray:
 
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
-    """The head of class embeddings, one row each."""
     return Head(tuple(map(tuple, np.asarray(rows, float).tolist())), scale)
 
 
@@ -182,9 +167,6 @@ def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
         arrays[f"{split}_images"] = getattr(dataset, f"{split}_images")[labels >= 0]
         arrays[f"{split}_labels"] = labels[labels >= 0]
     return dataclasses.replace(dataset, **arrays, classes=len(classes))
-
-
-# -------------------------------------------------------------------------------------- options
 
 
 # fmt: off
@@ -208,10 +190,7 @@ class EmbeddingOptions:
 
 
 def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
-    """Refuses options of the embeddings that would do nothing.
-
-    `parts` is whether networks are trained on some of the classes.
-    """
+    """Refuses options that would do nothing; `parts`: networks are trained on some classes."""
     usual = {"embeddings": None, "dimensions": None, "scale": SCALE}
     usual |= {} if parts else {"loss": "cosine"}
     given = [f"--{name}" for name, value in usual.items() if getattr(args, name) != value]
@@ -220,31 +199,26 @@ def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
     if given and (not parts or args.loss == "cross-entropy"):
         raise cli.UserError(f"{records.joined(given)}: {why}")
     if {"--embeddings", "--dimensions"} <= set(given):
-        raise cli.UserError(
-            "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
-        )
+        why = "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
+        raise cli.UserError(why)
 
 
 def head_of(args: EmbeddingOptions, classes: int) -> Head:
-    """The head of all classes that the options ask for."""
     if args.loss == "cross-entropy":
         return of_embeddings(np.eye(classes), None)
     if args.embeddings:
         return of_embeddings(read(args.embeddings, classes), args.scale)
     try:
-        rows = orthonormal(classes, args.dimensions or classes)
+        return of_embeddings(orthonormal(classes, args.dimensions or classes), args.scale)
     except ValueError as error:
         raise cli.UserError(f"--dimensions: {error}") from error
-    return of_embeddings(rows, args.scale)
 
 
 def checked(found: Sequence[int], classes: int) -> Sequence[int]:
     """The classes to train on, once they are found to be different ones of the data set."""
     if len(set(found)) < max(2, len(found)) or not set(found) <= set(range(classes)):
-        raise cli.UserError(
-            f"--classes must be two or more different ones from 0 to {classes - 1}, got "
-            f"{' '.join(map(str, found))}"
-        )
+        wanted = f"--classes must be two or more different ones from 0 to {classes - 1}"
+        raise cli.UserError(f"{wanted}, got {' '.join(map(str, found))}")
     return found
 
 
@@ -268,12 +242,8 @@ def named(classes: Sequence[int]) -> str:
       ('0to4', '0-3-4')
     """
     first, last = classes[0], classes[-1]
-    if list(classes) == list(range(first, last + 1)) and first < last:
-        return f"{first}to{last}"
-    return "-".join(map(str, classes))
-
-
-# --------------------------------------------------------------------------------------- cards
+    run = list(classes) == list(range(first, last + 1)) and first < last
+    return f"{first}to{last}" if run else "-".join(map(str, classes))
 
 
 def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dict[str, Any]:
@@ -285,10 +255,10 @@ def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dic
     found: dict[str, Any] = {"classes": list(classes), "loss": args.loss}
     if args.loss == "cross-entropy":
         return found
-    kind = Path(args.embeddings).name if args.embeddings else "orthonormal, seed 0"
-    told = {"kind": kind, "dimensions": head.dimensions, "scale": args.scale}
+    told = {"kind": "orthonormal, seed 0", "dimensions": head.dimensions, "scale": args.scale}
     if args.embeddings:
         rows = np.asarray(head.embeddings, np.float32)
+        told["kind"] = Path(args.embeddings).name
         told["sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
     return {**found, "embeddings": told}
 
@@ -301,25 +271,25 @@ def different(
     Its card is held against what it should say of the head, as of `described`, and of the recipe,
     where None stands for any.
     """
-    has, wants = _parts(card), _parts({**asked, "recipe": recipe or {}})
+    digest = "embeddings' sha256"
+
+    def parts(card: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: card.get(name) for name in ("classes", "loss")} | {digest: None}
+        found |= {f"embeddings' {key}": value for key, value in card.get("embeddings", {}).items()}
+        found |= {key.replace("_", " "): value for key, value in card.get("recipe", {}).items()}
+        # With lists for the tuples that cards do not have.
+        return json.loads(json.dumps(found))
+
+    def told(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    has, wants = parts(card), parts({**asked, "recipe": recipe or {}})
     # What only one of two knows belongs to another loss, or to another version's recipe.
     others = [name for name in wants if name in has and has[name] != wants[name]]
-    values = {name: f"{name} {_told(has[name])}, not {_told(wants[name])}" for name in others}
     # Digests tell that rows are others, not in what.
-    values |= {name: "other rows of embeddings" for name in others if name == _DIGEST}
-    return list(values.values())
-
-
-_DIGEST = "embeddings' sha256"
-
-
-def _parts(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What networks may differ in, with lists for the tuples that cards do not have."""
-    found = {name: card.get(name) for name in ("classes", "loss")} | {_DIGEST: None}
-    found |= {f"embeddings' {key}": value for key, value in card.get("embeddings", {}).items()}
-    found |= {key.replace("_", " "): value for key, value in card.get("recipe", {}).items()}
-    return json.loads(json.dumps(found))
-
-
-def _told(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [
+        "other rows of embeddings"
+        if name == digest
+        else f"{name} {told(has[name])}, not {told(wants[name])}"
+        for name in others
+    ]

@@ -7,8 +7,6 @@ A page holds a section for each record of an experiment. No script is imported: 
 claims say is in the records, which `--redraw` of a script brings up to date.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
@@ -27,17 +25,15 @@ BENCHMARKS = "benchmarks"
 
 def found(folder: Path) -> dict[str, list[tuple[str, records.Record]]]:
     """Names and contents of the records in a folder, by experiment; the plainest run first."""
-    read = {path.stem: records.read(path) for path in folder.glob("*.json")}
-    told = [(name, record) for name, record in read.items() if "claims" in record]
-    told.sort(key=lambda run: (run[1]["experiment"], len(run[1]["command"]), run[0]))
+    read = [(path.stem, records.read(path)) for path in folder.glob("*.json")]
     by_experiment: dict[str, list[tuple[str, records.Record]]] = {}
-    for run in told:
-        by_experiment.setdefault(run[1]["experiment"], []).append(run)
-    return by_experiment
+    for run in sorted(read, key=lambda run: (len(run[1]["command"]), run[0])):
+        if "claims" in run[1]:
+            by_experiment.setdefault(run[1]["experiment"], []).append(run)
+    return dict(sorted(by_experiment.items()))
 
 
 def section(name: str, record: records.Record) -> str:
-    """What a page says of a record."""
     parts = [f"## {name}", f"{record['title']}.", f"**{record['finding']}.**"]
     parts.append(f"![{record['finding']}]({name}.png)")
     for shown in record["tables"]:
@@ -49,23 +45,19 @@ def section(name: str, record: records.Record) -> str:
         parts.append(tables.markdown(claims.table(record["claims"], "*")))
         parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
         parts.append("</details>")
-    versions = record["versions"]
-    parts.append(
-        f"Made by `{record['command']}` in {records.made_on(record)}, on {record['date']}, with "
-        f"Python {versions['python']} and jax {versions['jax']}. All numbers: [{name}.json]"
-        f"({name}.json)."
-    )
+    versions, seconds = record["versions"], record["seconds"]["total"]
+    parts.append(f"Made by `{record['command']}` in {seconds:.0f} s on {records.made_on(record)}, "
+                 f"on {record['date']}, with Python {versions['python']} and jax {versions['jax']}."
+                 f" All numbers: [{name}.json]({name}.json).")  # fmt: skip
     return "\n\n".join(parts)
 
 
 def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
-    """The page of an experiment."""
     plainest = runs[0][1]
     head = [f"# {experiment}", f"*{plainest['question']}*"]
     head += [plainest["legend"]] if plainest.get("legend") else []
     if len(runs) > 1:
-        lines = [f"- [{name}](#{anchor(name)}): {record['title']}" for name, record in runs]
-        head.append("\n".join(lines))
+        head.append("\n".join(f"- [{n}](#{anchor(n)}): {record['title']}" for n, record in runs))
     return "\n\n".join([*head, *(section(*run) for run in runs)]) + "\n"
 
 
@@ -80,7 +72,6 @@ def anchor(heading: str) -> str:
 
 
 def write_page(folder: Path, experiment: str) -> Path:
-    """Writes the page of an experiment from all of its records in a folder."""
     path = folder / f"{experiment}.md"
     path.write_text(page(experiment, found(folder)[experiment]), encoding="utf-8")
     return path
@@ -96,9 +87,8 @@ def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
 
 
 def index(folder: Path) -> str:
-    """The index: experiments, and every claim once."""
     by_claim: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
-    lines = []
+    lines, listed = [], []
     for experiment, runs in found(folder).items():
         rows = [(experiment, name, row) for name, record in runs for row in record["claims"]]
         for run in rows:
@@ -107,7 +97,6 @@ def index(folder: Path) -> str:
         question = runs[0][1]["question"]
         lines.append([f"[{experiment}]({experiment}.md)", question, str(len(runs)), count])
     table = tables.Table("", ["experiment", "question", "records", "claims"], lines, texts=4)
-    listed = []
     for name, runs in sorted(by_claim.items()):
         said = next((row["paper"] for *_, row in runs if row["paper"]), "-")
         listed.append([f"`{name}`", runs[0][2]["claim"], said, verdicts_of(runs)])
@@ -131,12 +120,10 @@ def index(folder: Path) -> str:
 
 
 def benchmarks(folder: Path) -> list[tuple[str, records.Record]]:
-    """Names and records of the benchmarks."""
     return [(path.stem, records.read(path)) for path in sorted(folder.glob(f"{BENCHMARKS}/*.json"))]
 
 
 def aims(runs: Sequence[records.Record]) -> str:
-    """How many aims are met, and how many missed."""
     met = [row["met"] for record in runs for row in record["rows"] if row.get("target")]
     return f"{sum(met)} of {len(met)} aims met, {len(met) - sum(met)} missed"
 
@@ -156,15 +143,12 @@ def benchmarks_page(folder: Path) -> str:
         parts += [f"**Missed: {records.joined(missed)}.**"] if missed else []
         shown = (folder / BENCHMARKS / figure).exists()
         parts += [f"![{name}]({BENCHMARKS}/{figure})"] if shown else []
-        where = f"{record['device']['cores']} CPU cores"
-        where = where if record["device"]["platform"] == "cpu" else record["device"]["kind"]
-        parts.append(f"Made by `{record['command']}` on {where}, on {record['date']}, with jax "
-                     f"{record['versions']['jax']}.")  # fmt: skip
+        parts.append(f"Made by `{record['command']}` on {records.made_on(record)}, on "
+                     f"{record['date']}, with jax {record['versions']['jax']}.")  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """All that is written, by name of file."""
     written = {f"{name}.md": page(name, runs) for name, runs in found(folder).items()}
     if benchmarks(folder):
         written[f"{BENCHMARKS}.md"] = benchmarks_page(folder)
@@ -172,7 +156,6 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Writes all pages, or checks them."""
     p = argparse.ArgumentParser(prog="pages.py", description=__doc__, formatter_class=cli.Help)
     p.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = p.parse_args(argv)

@@ -1,10 +1,8 @@
 """Two edge models: measured once, matched in any way, merged in part, renormalised, tested."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,30 +15,18 @@ from vfjax.align import Maps
 
 PyTree = Any
 
-# Matchings, and what titles call them.
-MATCHES = {
-    "activation": "activation matching",
-    "weight": "weight matching",
-    "none": "no matching",
-    "zipit": "ZipIt!",
-    "cca": "CCA",
-    "transport": "optimal transport",
-}
-# Those that go by activations, and of them those that may mix units.
-MIXING = {
-    "zipit": align.zip_moments,
-    "cca": align.cca_moments,
-    "transport": align.transport_moments,
-}
-FROM_DATA = ("activation", *MIXING)
+# Matchings that may mix units.
+MIXING = {"zipit": align.zip_moments, "cca": align.cca_moments}
+MIXING["transport"] = align.transport_moments
+# All matchings, and what titles call them.
+MATCHES = {name: figures.label(name) for name in ("activation", "weight", "none", *MIXING)}
+MATCHES["none"] = "no matching"
 # Settings, as options and but for "zip_" arguments; what titles and names of files call them.
 SETTINGS = {
     "zipit": {"zip_alpha": ("alpha {:g}", "a{:g}"), "zip_beta": ("beta {:g}", "b{:g}")},
-    "cca": {
-        "regularization": ("ridge {:g}", "r{:g}"),
-        "relative": ("times the mean variance", "relative"),
-    },
-}
+    "cca": {"regularization": ("ridge {:g}", "r{:g}"),
+            "relative": ("times the mean variance", "relative")},
+}  # fmt: skip
 # Those of the paper's code.
 DEFAULTS = {"zip_alpha": 0.3, "zip_beta": 0.125, "regularization": 0.1, "relative": False}
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
@@ -71,12 +57,11 @@ class MatchingOptions(edges.EdgeOptions):
 
 def check(config: MatchingOptions, matches: Iterable[str]) -> None:
     """Refuses settings of matchings that are not asked for: they would do nothing."""
-    for match, settings in SETTINGS.items():
-        for option in settings:
-            if match not in matches and getattr(config, option) != DEFAULTS[option]:
-                raise cli.UserError(
-                    f"--{option.replace('_', '-')} does nothing here: it is for --match {match}."
-                )
+    others = {match: settings for match, settings in SETTINGS.items() if match not in matches}
+    for match, option in [(name, option) for name, of in others.items() for option in of]:
+        if getattr(config, option) != DEFAULTS[option]:
+            name = option.replace("_", "-")
+            raise cli.UserError(f"--{name} does nothing here: it is for --match {match}.")
 
 
 def title_of(match: str, config: Mapping[str, Any]) -> str:
@@ -113,15 +98,6 @@ def default_layers(depth: int) -> list[int]:
     return list(LAYERS.get(depth, sorted(nearest)))
 
 
-def layers_part(
-    record: Mapping[str, Any], default: Callable[[int], list[int]] = default_layers
-) -> str | None:
-    """Numbers of preserved layers in names of files, where they are not the default."""
-    layers = list(record["config"]["layers"])
-    usual = layers == default(record["model"]["depth"])
-    return None if usual else "layers" + "+".join(map(str, layers))
-
-
 def remedies_of(net: vfjax.Network) -> list[str]:
     """What merged networks of a kind are renormalised with, in the paper's tables."""
     return ["reset"] if net.norms else ["repair", "rescale", "bias_calibration"]
@@ -129,13 +105,11 @@ def remedies_of(net: vfjax.Network) -> list[str]:
 
 def methods_of(net: vfjax.Network, match: str) -> list[tuple[str, str]]:
     """Matchings and remedies: the columns of the paper's table 1, or 7 and 8 with BatchNorm."""
-    remedies = remedies_of(net)
-    found = [("none", "none"), *([(match, "none")] if match != "none" else [])]
-    found += [(match, remedy) for remedy in remedies]
+    remedies = ["none", *remedies_of(net)]
+    found = [("none", "none"), *((match, remedy) for remedy in remedies)]
     if match in MIXING:
-        beside = [remedy for remedy in remedies if remedy != "bias_calibration"]
-        found += [("activation", remedy) for remedy in ("none", *beside)]
-    return found
+        found += [("activation", how) for how in remedies if how != "bias_calibration"]
+    return list(dict.fromkeys(found))
 
 
 def columns_of(own: str, methods: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
@@ -167,6 +141,7 @@ class Matching:
     record: Mapping[str, Any]
 
 
+@dataclasses.dataclass(eq=False)
 class Pair:
     """Two edge models, with their weights in averages, on statistics and test images.
 
@@ -174,44 +149,36 @@ class Pair:
     goals of every REPAIR and RESCALE.
     """
 
-    def __init__(
-        self,
-        net: vfjax.Network,
-        trees: Sequence[PyTree],
-        weights: tuple[float, float],
-        statistics: data.Batches,
-        test: data.Batches,
-        matches: Sequence[str],
-    ) -> None:
-        self.net, self.trees, self.weights = net, tuple(trees), weights
-        self.statistics, self.test = statistics, test
-        covariance: bool | str | Sequence[str] = False
-        if any(match in MIXING for match in matches):
+    net: vfjax.Network
+    trees: Sequence[PyTree]
+    weights: tuple[float, float]
+    statistics: data.Batches
+    test: data.Batches
+    matches: Sequence[str]
+    # With BatchNorm only matchings need any.
+    moments: stats.Moments | None = dataclasses.field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        net = self.net
+        covariance: bool | str | Sequence[str] = "cross" if "activation" in self.matches else False
+        if MIXING.keys() & {*self.matches}:
             # Moments go through matrices by the covariances within each network.
             corrected = () if net.norms else stats.resolve_sites(net, "paper")
             covariance = [*stats.resolve_sites(net, "taps"), *corrected]
-        elif any(match in FROM_DATA for match in matches):
-            covariance = "cross"
-        # With BatchNorm only matchings need any.
-        self.moments: stats.Moments | None = None
         if covariance or not net.norms:
-            watched = timing.Watched(statistics, "statistics of edge models")
+            watched = timing.Watched(self.statistics, "statistics of edge models")
             wanted = {"sites": "taps" if net.norms else "paper", "covariance": covariance}
-            self.moments = stats.moments(net, trees, watched, **wanted)
+            self.moments = stats.moments(net, self.trees, watched, **wanted)
 
     def matching(self, match: str, config: Mapping[str, Any] = DEFAULTS) -> Matching:
         """Matches the second network to the first, or both to each other; with their settings."""
-        net, record = self.net, {"method": match}
+        net, record, maps = self.net, {"method": match}, Maps.of_permutations([None, None])
         # There are some wherever the matching was asked for.
         moments: Any = self.moments
         if match in MIXING:
-            options = SETTINGS.get(match, ())
-            settings = {option.removeprefix("zip_"): config[option] for option in options}
-            maps = MIXING[match](net, moments, **settings)
-            record |= settings
-        elif match == "none":
-            maps = Maps.of_permutations([None, None])
-        else:
+            settings = {key.removeprefix("zip_"): config[key] for key in SETTINGS.get(match, ())}
+            maps, record = MIXING[match](net, moments, **settings), record | settings
+        elif match != "none":
             if match == "activation":
                 found = align.match_moments(net, moments)
             else:
@@ -223,14 +190,8 @@ class Pair:
         return Matching(maps, references, maps.apply(net, self.trees), record)
 
     def merged(self, matching: Matching, layers: slice) -> merge.Merged:
-        """The two models merged in a range of layers, before any renormalisation."""
         options = {"span": layers, "weights": self.weights}
         return merge.partial(self.net, self.trees, matching.maps, **options)
-
-    def lacks_variances(self, matching: Matching, merged: merge.Merged) -> bool:
-        """Whether merging left variances unknown that the merged layers need."""
-        read = self.net.trunk_leaves(merged.cut, merged.end)
-        return bool(matching.maps.unknown(self.net) & read)
 
     def renormalised(
         self, remedy: str | None, matching: Matching, merged: merge.Merged, statistics: Any
@@ -268,23 +229,22 @@ class Cut:
 
     @functools.cached_property
     def test(self) -> Any:
-        """The test images as they cross the cut."""
         return at_cut(self.merged, self.pair.test)
 
     @functools.cached_property
     def statistics(self) -> Any:
-        """The statistics images as they cross the cut."""
         return at_cut(self.merged, self.pair.statistics, labelled=False)
 
     def cost(self) -> dict[str, float]:
-        """Parameters and FLOPs, and relative to one model's."""
         return cost_of(self.pair.net, self.merged.params, self.merged.flops)
 
     def measured(self, remedy: str | None, description: str) -> dict[str, float | None]:
         """Accuracy and loss; None of a network that lacks statistics it needs."""
         pair, merged = self.pair, self.merged
         remedy = None if remedy == "none" else remedy
-        if remedy is None and pair.lacks_variances(self.matching, merged):
+        # Of mixed units a BatchNorm does not know the variances.
+        read = pair.net.trunk_leaves(merged.cut, merged.end)
+        if remedy is None and self.matching.maps.unknown(pair.net) & read:
             return {"accuracy": None, "loss": None}
         statistics = self.statistics if remedy in ("repair", "rescale") else pair.statistics
         found = pair.renormalised(remedy, self.matching, merged, statistics)

@@ -1,7 +1,5 @@
 """What the experiments on pruning share: networks before, pruned, and renormalised."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,11 +32,9 @@ CHUNK = 5_000
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class RemedyOptions(edges.EdgeOptions):
-    """The options of how pruned networks are renormalised."""
-
     plain: bool = cli.option(
         False, "take statistics of training images as they are, not cropped and mirrored at random "
-        "as in training", part=lambda record: "plain" if record["config"]["plain"] else None)
+        "as in training", part="plain")
     renorm: str = cli.option(
         "auto", "how pruned networks are renormalised; auto is RESET where there is BatchNorm, "
         "RESCALE for VGGs without any norm, as in the paper's code, and REPAIR for all others",
@@ -57,10 +53,8 @@ sparsity_of = cli.typed(
 def remedy_of(config: RemedyOptions, net: vfjax.Network, name: str) -> str:
     """What `--renorm` comes to for a network of that name; refuses to reset what has no norms."""
     if config.renorm == "reset" and not net.norms:
-        raise cli.UserError(
-            f"--renorm reset is for networks with BatchNorm, which {name} has not; take repair or "
-            "rescale."
-        )
+        wrong = f"is for networks with BatchNorm, which {name} has not; take repair or rescale."
+        raise cli.UserError(f"--renorm reset {wrong}")
     plain = "rescale" if name.startswith("vgg") and not name.endswith("-ln") else "repair"
     return ("reset" if net.norms else plain) if config.renorm == "auto" else config.renorm
 
@@ -68,7 +62,6 @@ def remedy_of(config: RemedyOptions, net: vfjax.Network, name: str) -> str:
 def check_memory(
     net: vfjax.Network, layers: Sequence[str], gradients: int, gigabytes: float
 ) -> None:
-    """Raises a `UserError` if WoodFisher would take more than that."""
     needed = prune.memory(net, count=gradients, names=layers) / 1e9
     if needed > gigabytes:
         raise cli.UserError(
@@ -98,7 +91,6 @@ def statistics_of(config: RemedyOptions, models: edges.Edges) -> data.Batches:
 
 
 def layers_of(net: vfjax.Network, name: str) -> tuple[str, ...]:
-    """The layers that are pruned of a network of that name."""
     return prune.prunable(net, **LAYERS.get(name.partition("-")[0], {"shortcuts": False}))
 
 
@@ -108,15 +100,11 @@ def pruner(
     tree: PyTree,
     layers: Sequence[str],
     *,
-    statistics: Any = (),
-    gradients: Any = (),
-    gigabytes: float = 2,
+    statistics: Any = (),  # Batches for Wanda.
+    gradients: Any = (),  # Images, each of which gives a gradient for Fisher matrices.
+    gigabytes: float = 2,  # Of WoodFisher, which updates what stays.
 ) -> Callable[[float], PyTree]:
-    """Scores a network's weights once; what is returned prunes it to any sparsity, 0 to 1.
-
-    `statistics` are batches for Wanda; each image of `gradients` gives a gradient for Fisher
-    matrices, of which WoodFisher, which updates what stays, may take so many gigabytes.
-    """
+    """Scores a network's weights once; what is returned prunes it to any sparsity, 0 to 1."""
     if method == "woodfisher":
         options = {"count": len(gradients.images), "max_memory": round(1e9 * gigabytes)}
         inverse = prune.inverse_fisher(net, tree, gradients, names=layers, **options)
@@ -132,10 +120,7 @@ def pruner(
 
 
 class Renormaliser:
-    """Renormalises what a network is pruned to; before pruning it is the only reference.
-
-    The same images serve both, those of the reference once; the remedy is one of `REMEDIES`.
-    """
+    """Renormalises what a network is pruned to, by images that serve its reference once, too."""
 
     def __init__(self, net: vfjax.Network, tree: PyTree, remedy: str, statistics: Any) -> None:
         self.net, self.remedy, self.statistics = net, remedy, statistics
@@ -144,13 +129,11 @@ class Renormaliser:
             self.goals["references"] = stats.moments(net, [tree], statistics, sites="paper")
 
     def __call__(self, pruned: PyTree) -> merge.Merged:
-        """The pruned network, renormalised."""
         remedy = getattr(renorm, self.remedy)
         return as_network(self.net, remedy(self.net, pruned, self.statistics, **self.goals))
 
 
 def as_network(net: vfjax.Network, tree: Any) -> merge.Merged:
-    """A network of one tree, whatever a renormalisation gave."""
     return tree if isinstance(tree, merge.Merged) else merge.as_merged(net, tree)
 
 

@@ -23,8 +23,7 @@ from vfjax import checkpoint
 
 ROOT = cli.ROOT
 RESULTS = ROOT / "experiments" / "results"
-PACKAGES = ("vfjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
-PACKAGES += ("scikit-learn", "tensorflow-datasets")
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy scipy scikit-learn tensorflow-datasets"
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
 DATASETS["digits"] = "scikit-learn's 8x8 digits"
 Row = dict[str, Any]
@@ -54,7 +53,6 @@ class Rows(list[Row]):
         return [row[key] for row in self.where(**wanted) if row.get(key) is not None]
 
     def mean(self, key: str = "accuracy", **wanted: Any) -> float:
-        """Their mean, NaN where there are none."""
         return mean_std(self.values(key, **wanted))[0]
 
     def distinct(self, key: str, **wanted: Any) -> list[Any]:
@@ -68,9 +66,7 @@ class Rows(list[Row]):
             raise LookupError(f"{len(found)} rows with {wanted}, not one.")
         return found[0]
 
-    def curve(
-        self, x: str, y: str = "accuracy", **wanted: Any
-    ) -> tuple[list[Any], list[float], list[float]]:
+    def curve(self, x: str, y: str = "accuracy", **wanted: Any) -> tuple[list, list, list]:
         """Values of x in their order, and mean and standard deviation of y over all else."""
         rows = self.where(**wanted)
         xs = sorted(rows.distinct(x))
@@ -83,7 +79,6 @@ class Record(dict[str, Any]):
 
     @property
     def rows(self) -> Rows:
-        """What was measured."""
         return Rows(self["rows"])
 
     def notes(self, name: str) -> Rows:
@@ -92,19 +87,13 @@ class Record(dict[str, Any]):
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess."""
         data = self["data"]
         known = {"cifar100": 100, "imagenet": 1000}
         return 1 / data.get("classes", known.get(data.get("name"), 10))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for one value, NaN for none).
-
-    Example:
-      >>> mean_std([1.0, 3.0])
-      (2.0, 1.4142135623730951)
-    """
+    """Mean and sample standard deviation (0 for one value, NaN for none)."""
     if not values:
         return float("nan"), float("nan")
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -126,13 +115,11 @@ def finite(value: Any) -> Any:
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(path: Path, record: Mapping[str, Any]) -> Path:
-    """Writes a JSON record, whole or not at all."""
     checkpoint.write_json(path, finite(record))
     return path
 
@@ -147,33 +134,27 @@ def read(path: Path) -> Record:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    found = {"python": platform.python_version(), "vfjax": vfjax.__version__}
+    for package in ("vfjax", *PACKAGES.split()):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    found.setdefault("vfjax", vfjax.__version__)
     return found
 
 
-def device() -> dict[str, Any]:
-    """What the numbers were computed on."""
+def environment() -> dict[str, Any]:
+    """Where and when something was measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind, machine = jax.devices()[0].device_kind, platform.machine()
-    found = {"platform": jax.default_backend(), "kind": kind, "count": jax.device_count()}
-    return found | {"cores": cores, "machine": machine}
-
-
-def environment() -> dict[str, Any]:
-    """The parts of a record that say where and when it was made."""
-    return {"versions": versions(), "device": device(), "date": time.strftime("%Y-%m-%d")}
+    device = {"platform": jax.default_backend(), "kind": kind, "count": jax.device_count()}
+    device |= {"cores": cores, "machine": machine}
+    return {"versions": versions(), "device": device, "date": time.strftime("%Y-%m-%d")}
 
 
 def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
     """What records say of a `vfjax.data.Dataset`, with numbers of images that are not None."""
-    source = dataset.source.split(" in ")[0]
-    found = {"name": dataset.name, "source": source, "fallback": dataset.fallback}
+    found = {key: getattr(dataset, key) for key in ("name", "fallback", "classes")}
     images = {f"{key}_images": count for key, count in counts.items() if count is not None}
-    return found | {"classes": dataset.classes} | images
+    return found | {"source": dataset.source.split(" in ")[0]} | images
 
 
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
@@ -195,19 +176,12 @@ def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
 
 
 def made_on(record: Mapping[str, Any]) -> str:
-    """How long a record took, and on what."""
     device = record["device"]
-    where = f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
-    return f"{record['seconds']['total']:.0f} s on {where}"
+    return f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]
 
 
 def joined(words: Iterable[Any]) -> str:
-    """Words as in a sentence.
-
-    Example:
-      >>> joined(["a", "b", "c"])
-      'a, b and c'
-    """
+    """Words as in a sentence."""
     words = list(map(str, words))
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
@@ -226,17 +200,16 @@ def file_name(
         width = config.get("width", 1)
         stem = [record["data"]["name"], config["model"] + ("" if width == 1 else f"-w{width:g}")]
     parts, last = [record["experiment"], *stem], []
-    usual = cli.defaults(options, config)
+    defaults = cli.defaults(options, config)
     for field in dataclasses.fields(options):
-        part, value = field.metadata["part"], config.get(field.name)
+        part, value, text = field.metadata["part"], config.get(field.name), None
+        usual = field.metadata["usual"]
+        default = usual(record) if usual else defaults[field.name]
         if callable(part):
             text = part(record)
-        elif part is None or finite(value) == finite(usual[field.name]):
-            continue
-        else:
-            text = part.format(
-                "+".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            )
+        elif part is not None and finite(value) != finite(default):
+            several = isinstance(value, (list, tuple))
+            text = part.format("+".join(map(str, value)) if several else value)
         # How the networks were made comes after what was done with them.
         (last if field.name in ("preset", "retrain") else parts).extend([text] if text else [])
     return "-".join(parts + last)

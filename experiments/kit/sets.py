@@ -1,7 +1,5 @@
 """Networks of several data sets: grey images of one size, mixed batches, tests by head."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -40,23 +38,14 @@ LABELS = records.DATASETS | {
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How large everything is.
+    """How large everything is."""
 
-    Attributes:
-      width: Multiplier of all channel counts.
-      size: Pixels along each side of an image.
-      images: Training images of a data set, at most; None for all.
-      test: Test images of a data set, at most; None for all.
-      steps: Training steps, of 128 images, for every network alike.
-      layers: Numbers of layers merged.
-    """
-
-    width: float
-    size: int
-    images: int | None
-    test: int | None
-    steps: int
-    layers: tuple[int, ...] = LAYERS
+    width: float  # Multiplier of all channel counts.
+    size: int  # Pixels along each side of an image.
+    images: int | None  # Training images of a data set, at most; None for all.
+    test: int | None  # Test images of a data set, at most; None for all.
+    steps: int  # Training steps, of 128 images, for every network alike.
+    layers: tuple[int, ...] = LAYERS  # How many are merged.
 
 
 PRESETS = {
@@ -77,22 +66,23 @@ class Trained:
 
 
 def load(name: str, preset: Preset, data_dir: str | None) -> data.Dataset:
-    """A data set in grey, at the size of all."""
     base = "digits" if name in DISGUISES else name
     dataset = data.load(base, data_dir, train=preset.images, test=preset.test)
     if name in DISGUISES:
-        change = DISGUISES[name]
-        images = {f"{k}_images": getattr(dataset, f"{k}_images") for k in ("train", "test")}
-        changed = {k: np.ascontiguousarray(change(v)) for k, v in images.items()}
+        images = {key: getattr(dataset, key) for key in ("train_images", "test_images")}
+        changed = {k: np.ascontiguousarray(DISGUISES[name](v)) for k, v in images.items()}
         dataset = dataclasses.replace(dataset, name=name, **changed)
     return data.grey(dataset, size=preset.size)
 
 
 def recipe_of(preset: Preset, dataset: data.Dataset) -> train.Recipe:
-    """The recipe of one network: as many steps for all."""
     recipe = train.Recipe(learning_rate=0.05, schedule="cosine", weight_decay=5e-4)
     steps = math.ceil(len(dataset.train_images) / recipe.batch_size)
     return dataclasses.replace(recipe, epochs=max(1, round(preset.steps / steps)))
+
+
+def normalised(images: np.ndarray, dataset: data.Dataset) -> np.ndarray:
+    return np.asarray(data.normalise(jnp.asarray(images), dataset.mean, dataset.std))
 
 
 def mixed(datasets: Sequence[data.Dataset]) -> list[jax.Array]:
@@ -100,10 +90,7 @@ def mixed(datasets: Sequence[data.Dataset]) -> list[jax.Array]:
     count = min(len(d.train_images) for d in datasets)
     batches = max(1, count * len(datasets) // BATCH)
     each = count // batches
-    images = [
-        np.asarray(data.normalise(jnp.asarray(d.train_images[: each * batches]), d.mean, d.std))
-        for d in datasets
-    ]
+    images = [normalised(d.train_images[: each * batches], d) for d in datasets]
     whole = np.stack(images, 1).reshape(batches, each * len(datasets), *images[0].shape[1:])
     return list(jnp.asarray(whole))
 
@@ -113,40 +100,29 @@ class Tests:
 
     def __init__(self, datasets: Sequence[data.Dataset]) -> None:
         self.datasets = datasets
-        images = [
-            np.asarray(data.normalise(jnp.asarray(d.test_images), d.mean, d.std)) for d in datasets
-        ]
+        images = [normalised(d.test_images, d) for d in datasets]
         self.counts = [len(x) for x in images]
-        total = sum(self.counts)
-        spare = np.zeros((-total % BATCH, *images[0].shape[1:]), np.float32)
+        spare = np.zeros((-sum(self.counts) % BATCH, *images[0].shape[1:]), np.float32)
         self.batches = np.concatenate([*images, spare]).reshape(-1, BATCH, *images[0].shape[1:])
 
     def accuracies(self, model: Any) -> list[Accuracies]:
-        """By head, accuracies on all data sets with as many classes as its own.
-
-        Args:
-          model: A pytree that maps a batch to logits, or to a tuple of them.
-        """
+        """By head, accuracies on all data sets; the model maps a batch to logits, or to several."""
         outputs = [jax.device_get(_outputs(model, x)) for x in self.batches]
         heads = zip(*outputs, strict=True) if isinstance(outputs[0], tuple) else [outputs]
         return [self._of_head(np.concatenate(list(parts))) for parts in heads]
 
     def _of_head(self, logits: np.ndarray) -> Accuracies:
-        found, start = {}, 0
-        for dataset, count in zip(self.datasets, self.counts, strict=True):
+        found, parts = {}, np.split(logits, np.cumsum(self.counts))
+        for dataset, own in zip(self.datasets, parts[:-1], strict=True):
             # A network may have more outputs than a data set has classes.
-            own = logits[start : start + count, : dataset.classes]
-            found[dataset.name] = float(np.mean(own.argmax(1) == dataset.test_labels))
-            start += count
+            right = own[:, : dataset.classes].argmax(1) == dataset.test_labels
+            found[dataset.name] = float(np.mean(right))
         return found
 
 
 @jax.jit
 def _outputs(model: Any, x: jax.Array) -> Any:
     return model(x)
-
-
-# ------------------------------------------------------------------------------- one combination
 
 
 def combinations(count: int) -> list[tuple[int, ...]]:
@@ -160,26 +136,24 @@ def combinations(count: int) -> list[tuple[int, ...]]:
     return pairs if count == 2 else [*pairs, tuple(range(count))]
 
 
+@dataclasses.dataclass(eq=False)
 class Combination:
     """Some of the networks, merged in all ways."""
 
-    def __init__(
-        self,
-        net: vfjax.Network,
-        datasets: Sequence[data.Dataset],
-        trees: Sequence[PyTree],
-        watch: timing.Stopwatch,
-    ) -> None:
-        self.net, self.datasets, self.trees, self.watch = net, datasets, trees, watch
-        self.tests, self.statistics = Tests(datasets), mixed(datasets)
+    net: vfjax.Network
+    datasets: Sequence[data.Dataset]
+    trees: Sequence[PyTree]
+    watch: timing.Stopwatch
+
+    def __post_init__(self) -> None:
+        self.tests, self.statistics = Tests(self.datasets), mixed(self.datasets)
 
     @functools.cached_property
     def maps(self) -> dict[str, align.Maps | None]:
         """What is applied to the networks before they are averaged, by method."""
         with self.watch("statistics"):
-            known = stats.moments(
-                self.net, self.trees, self.statistics, sites="taps", covariance=True
-            )
+            how = {"sites": "taps", "covariance": True}
+            known = stats.moments(self.net, self.trees, self.statistics, **how)
         with self.watch("matching"):
             universe = align.match_universe_moments(self.net, known)
             permuted = align.Maps.of_permutations(universe.permutations)

@@ -1,7 +1,5 @@
 """Tables, printed and in Markdown; most are rows of a record, spread over lines and columns."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -86,12 +84,7 @@ def pivot(
 
 
 def percent(values: Sequence[float]) -> str:
-    """Accuracies in [0, 1] as a percentage, with their spread if there are several.
-
-    Example:
-      >>> percent([0.5]), percent([0.5, 0.52])
-      ('50.00', '51.00 ± 1.41')
-    """
+    """Accuracies in [0, 1] as a percentage, with their spread if there are several."""
     mean, spread = records.mean_std(values)
     text = f"{100 * mean:.2f}"
     return text if len(values) == 1 else f"{text} ± {100 * spread:.2f}"
@@ -150,7 +143,6 @@ def _marked(cell: str, mark: tuple[str, str]) -> str:
 
 
 def benchmark(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of a benchmark: what, seconds, ratio, target, met."""
     lines = []
     for row in rows:
         numbers = ["" if row.get(k) is None else f"{row[k]:.3g}" for k in ("seconds", "ratio")]

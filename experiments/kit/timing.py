@@ -1,7 +1,6 @@
 """Clocks, and progress bars with logs above them."""
 
-from __future__ import annotations
-
+import collections
 import contextlib
 import logging
 import sys
@@ -25,7 +24,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = collections.defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -34,17 +33,15 @@ class Stopwatch:
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+            self.seconds[stage] += time.perf_counter() - start
 
     def go_on(self, before: Mapping[str, float]) -> None:
         """Adds what `record` gave in an earlier call that was stopped."""
         self._start -= before.get("total", 0.0)
         for stage in before.keys() - {"total"}:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + before[stage]
+            self.seconds[stage] += before[stage]
 
     def record(self) -> dict[str, float]:
-        """Seconds of every stage so far, and since the start."""
         total = time.perf_counter() - self._start
         return {k: round(v, 2) for k, v in (*self.seconds.items(), ("total", total))}
 

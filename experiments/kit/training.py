@@ -1,12 +1,10 @@
 """How edge models are trained: names, cards, and runs that go on where they were stopped."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +88,9 @@ def checkpoint_name(
       'cifar10-vgg7-bn-w0.5-classes5to9-seed1'
     """
     model = model.removeprefix("digits-") if dataset == "digits" else model
-    width_part = "" if width == 1.0 else f"-w{width:g}"
-    classes_part = "" if classes is None else f"-classes{heads.named(classes)}"
-    return f"{dataset}-{model}{width_part}{classes_part}-seed{seed}"
+    parts = [dataset, model] + ([] if width == 1.0 else [f"w{width:g}"])
+    parts += [] if classes is None else [f"classes{heads.named(classes)}"]
+    return "-".join([*parts, f"seed{seed}"])
 
 
 def command(args: Training, seed: int, head: heads.Head | None = None) -> str:
@@ -108,25 +106,15 @@ def command(args: Training, seed: int, head: heads.Head | None = None) -> str:
 
 
 def options_of(card: dict[str, Any]) -> dict[str, Any]:
-    """The options of `models.create` that rebuild the model of a card."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in card["options"].items()}
 
 
 def card(
-    args: Training,
-    model: Any,
-    recipe: train.Recipe,
-    dataset: data.Dataset,
-    seed: int,
-    trained: train.Trained,
-    head: heads.Head | None,
-    command: str,
-    described: Mapping[str, Any],
+    args: Training, model: Any, dataset: data.Dataset, trained: train.Trained, head: Any
 ) -> tuple[dict[str, Any], str]:
-    """Measures the model; returns all that its card says, and the dtype to store it in."""
+    """Measures the model; returns what its card says of it, and the dtype to store it in."""
     fn, variables = models.apply_fn(model), trained.variables
-    if head is not None:
-        fn = heads.Headed(fn, head)
+    fn = fn if head is None else heads.Headed(fn, head)
 
     def measure(split: str) -> train.Evaluation:
         samples = TRAIN_SUBSET if split == "train" else None
@@ -150,11 +138,7 @@ def card(
         "dataset": dataset.name,
         "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
-        "seed": seed,
-        **described,
         **{split: result._asdict() for split, result in measured.items()},
-        "recipe": dataclasses.asdict(recipe),
-        "command": command,
         "seconds": round(trained.seconds, 1),
         "storage": {"dtype": storage, "train_accuracy_change": rounding},
         **records.environment(),
@@ -164,10 +148,7 @@ def card(
 
 
 def run(args: Training) -> list[Path]:
-    """Trains what the options ask for and saves it; returns the folders of the checkpoints.
-
-    A run that was stopped goes on from the state in `work_dir`.
-    """
+    """Trains what the options ask for, or goes on with it; returns the folders of checkpoints."""
     if args.dataset == "auto":
         name = "digits" if args.model.startswith("digits") else "cifar10"
         args = dataclasses.replace(args, dataset=name)
@@ -215,8 +196,9 @@ def run(args: Training) -> list[Path]:
         work_dir = Path(args.work_dir).expanduser() / folders[seed].name
         kept = {"work_dir": work_dir, "resume": not args.restart}
         trained = train.fit(model, recipe, dataset, seed=seed, logits=head, **kept)
-        words = command(args, seed, whole)
-        meta, storage = card(args, model, recipe, dataset, seed, trained, head, words, described)
+        found, storage = card(args, model, dataset, trained, head)
+        made = {"command": command(args, seed, whole), "recipe": dataclasses.asdict(recipe)}
+        meta = {"seed": seed, **described, **made, **found}
         # The variables alone: momentum is of no use to who merges, and as large as the model.
         checkpoint.save(folders[seed], trained.variables, meta, storage=storage)
         log.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])

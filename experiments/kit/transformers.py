@@ -1,7 +1,5 @@
 """Vision transformers: pairs of them, what their units are, and what becomes of these."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,8 +26,8 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     """The two networks: small ones trained here for the digits, else as the options have it."""
     if config.model is not None and config.model[0] not in MODELS:
         raise cli.UserError(f"--model must be a vision transformer: {' or '.join(MODELS)}.")
-    if config.preset == "paper" and config.dataset != "digits" and not config.retrain:
-        raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
+    if config.dataset != "digits":
+        edges.check_shipped(config)
     with watch("data"):
         probe = edges.probed(config.dataset, config.data_dir)
     own = probe.name == "digits"
@@ -52,7 +50,6 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
 
 
 def trained(config: Any, watch: timing.Stopwatch, probe: data.Dataset) -> Setup:
-    """Two small networks for the digits."""
     with watch("data"):
         dataset = edges.whole(probe, config.data_dir, test=config.test)
     with watch("trace"):
@@ -60,13 +57,12 @@ def trained(config: Any, watch: timing.Stopwatch, probe: data.Dataset) -> Setup:
     with watch("training"):
         trees = [train.fit(DIGITS, DIGITS_RECIPE, dataset, seed=s).variables for s in (0, 1)]
     count = config.samples + config.held_out
-    parts = ("train_images", "train_labels")
-    first = dataclasses.replace(dataset, **{key: getattr(dataset, key)[:count] for key in parts})
+    first = {key: getattr(dataset, key)[:count] for key in ("train_images", "train_labels")}
+    first = dataclasses.replace(dataset, **first)
     images = edges.images_of(first, config.samples, config.held_out, config.test)
     arch = edges.Architecture("vit", 1.0, "digits")
-    found = edges.Edges(arch, dataset, net, (), (), trees, images)
-    record = found.record() | {"seeds": {"edge_models": [0, 1]}}
-    return Setup(config, found, record, tuple(map(edges.digest, trees)))
+    found = edges.Edges(arch, dataset, net, (), trees, images)
+    return found.setup(config, seeds={"edge_models": [0, 1]})
 
 
 def layers_of(blocks: int) -> int:
@@ -110,5 +106,4 @@ def maps_of(
 def merged_of(
     net: vfjax.Network, trees: Sequence[PyTree], maps: align.Maps, blocks: int
 ) -> merge.Merged:
-    """PFM with so many blocks kept apart."""
     return merge.partial(net, trees, maps, span=slice(layers_of(blocks), None))

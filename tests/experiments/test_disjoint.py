@@ -335,7 +335,7 @@ def test_statistics_of_norms_are_measured():
     net = vfjax.trace(models.apply_fn(model), variables[0], x)
     head = heads.of_embeddings(heads.orthonormal(10, 12), 10.0)
     images = edges.images_of(dataset, 40, 20, 20)
-    found = edges.Edges(None, dataset, net, (), (), variables, images)
+    found = edges.Edges(None, dataset, net, (), variables, images)
     setting = disjoint.Setting(found, [heads.Heads(head, TASKS)])
     pair = disjoint.Pair(setting, 0, timing.Stopwatch())
     first, second = pair.reset(tuple(variables), "both")

@@ -93,7 +93,7 @@ def copies():
     test = dataset.batches("test", batch_size=100)
     net = vfjax.trace(normed, tree, next(iter(test))[0])
     other = net.spec.permute(tree, net.spec.random(jax.random.key(1)))
-    return edges.Edges(None, None, net, [], [], [tree, other], edges.Images(statistics, None, test))
+    return edges.Edges(None, None, net, [], [tree, other], edges.Images(statistics, None, test))
 
 
 @pytest.fixture
