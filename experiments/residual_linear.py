@@ -80,7 +80,6 @@ def middle(record: Record, network: str, merged: str) -> list[float]:
 
 
 def less_is_lost(record: Record, merged: str) -> Decision:
-    """Whether barriers are lower with skips."""
     plain, skips = (middle(record, name, merged) for name in NETWORKS)
     barriers = [record.rows.mean("barrier", network=name, merged=merged) for name in NETWORKS]
     means = [records.mean_std(values)[0] for values in (plain, skips)]
@@ -88,9 +87,9 @@ def less_is_lost(record: Record, merged: str) -> Decision:
     here = f"midpoint {tables.percent(skips)} with skips and {tables.percent(plain)} without "
     here += f"(better with them in {better} of {len(plain)} pairs; mean barriers "
     here += f"{100 * barriers[1]:.1f} and {100 * barriers[0]:.1f} points)"
-    gap, free = barriers[0] - barriers[1], claims.noise(means[0], record["data"]["test_images"])
+    gap, free = barriers[0] - barriers[1], claims.free(record, means[0])
     near = claims.near_chance(record, *means) or abs(gap) <= free
-    return Decision(None if near else gap > 0, here)
+    return None if near else gap > 0, here
 
 
 CLAIMS = [

@@ -42,7 +42,6 @@ def by_layers(record: Record) -> dict[int, tuple[float, float]]:
 
 
 def against(sign: int) -> claims.Rule:
-    """Whether it is ahead of activation matching (1), behind it (-1) or level (0) at all l."""
 
     def rule(record: Record) -> Decision:
         found = by_layers(record)
@@ -50,16 +49,15 @@ def against(sign: int) -> claims.Rule:
         here = f"{pairs.MATCHES[own(record)]} {texts[0]}, AM {texts[1]} at l = {joined(found)}"
         if not sign:
             near = (claims.level(record, pair, EQUAL) for pair in found.values())
-            return Decision(claims.all_of(near), here)
+            return claims.all_of(near), here
         first, *more = (claims.compared(record, *pair[::sign]) for pair in found.values())
         # By more than noise at the first l, and never the other way round.
-        return Decision(claims.all_of([first, *(one for one in more if one is False)]), here)
+        return claims.all_of([first, *(one for one in more if one is False)]), here
 
     return rule
 
 
 def reaches(limit: int | None) -> claims.Rule:
-    """Whether the edge models' mean is reached by l = `limit` of 14; None for: at no l."""
 
     def rule(record: Record) -> Decision | None:
         edge, depth = record["summary"]["edge_mean"], record["model"]["depth"]
@@ -68,29 +66,27 @@ def reaches(limit: int | None) -> claims.Rule:
         gaps = [v - edge for at, v in found.items() if late is None or 14 * at <= late * depth]
         if not gaps:
             return None
-        free = claims.noise(edge, record["data"]["test_images"])
+        free = claims.free(record, edge)
         there = True if max(gaps) >= 0 else None if max(gaps) >= -free else False
         at = next((at for at, value in found.items() if value >= edge), None)
         here = f"{100 * edge:.1f} " + ("at none of these l" if at is None else f"first at l = {at}")
-        return Decision(there if limit or there is None else not there, here)
+        return there if limit or there is None else not there, here
 
     return rule
 
 
 def with_ensemble(record: Record) -> Decision:
-    """Whether it is level with the ensemble at the last l."""
     last, (value, _) = list(by_layers(record).items())[-1]
     ensemble = record["summary"]["ensemble"]
     here = f"{100 * value:.1f} at l = {last}, ensemble {100 * ensemble:.1f}"
-    return Decision(claims.level(record, [value, ensemble], 0), here)
+    return claims.level(record, [value, ensemble], 0), here
 
 
 def a_little_below(record: Record) -> Decision | None:
-    """Whether matching alone is below activation matching, by 5 points at most."""
     below, near = Above(AM, MATCHED)(record), Level((MATCHED, AM), LITTLE)(record)
     if below is None or near is None:
         return None
-    return Decision(claims.all_of([below.holds, near.holds]), near.here)
+    return claims.all_of([below.holds, near.holds]), near.here
 
 
 def of(match: str, *, norm: bool | None = None, residual: bool | None = None) -> Any:

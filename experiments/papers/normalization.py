@@ -53,7 +53,6 @@ def early(match: str) -> Quantity:
 
 
 def chosen_by_paper(record: records.Record, match: str) -> Decision | None:
-    """Whether held-out images choose the paper's k; open where that k is as good within noise."""
     rows = record.rows.where(match=match, images="held_out")
     if not rows:
         return None
@@ -62,11 +61,10 @@ def chosen_by_paper(record: records.Record, match: str) -> Decision | None:
     close = best - paper <= claims.noise(best, record["data"]["held_out_images"])
     holds = set(ks) <= set(LAST) or (None if close else False)
     here = f"k = {' or '.join(map(str, ks))}"
-    return Decision(None if claims.near_chance(record, best) else holds, here)
+    return None if claims.near_chance(record, best) else holds, here
 
 
 def few_are_enough(record: records.Record, match: str) -> Decision | None:
-    """Whether the paper's k has most of the best accuracy of all k."""
     found = removal(record, match, "last")
     if not len(found):
         return None
@@ -75,11 +73,10 @@ def few_are_enough(record: records.Record, match: str) -> Decision | None:
     here = f"{k} removed: {100 * found[k]:.1f}, {share:.0f}% of the "
     here += f"{100 * best:.1f} with {int(found.argmax())} removed"
     holds = found[k] >= ENOUGH * best or claims.compared(record, float(found[k]), ENOUGH * best)
-    return Decision(None if claims.near_chance(record, best) else holds, here)
+    return None if claims.near_chance(record, best) else holds, here
 
 
 def helps(remedy: str) -> Claim:
-    """That a remedy does, with weight matching."""
     return Claim(
         f"vf.remedies.weight-{remedy.replace('_', '-')}-helps",
         f"with weight matching {label(remedy)} helps",
@@ -89,7 +86,6 @@ def helps(remedy: str) -> Claim:
 
 
 def removal_claims(match: str) -> list[Claim]:
-    """That forward removal hurts, and that few of the last biases are enough."""
     name, text = f"vf.remedies.{match}", f"with {MATCHES[match]}"
     none = Quantity("none removed", lambda record: [*removal(record, match, "first"), np.nan][0])
     return [

@@ -32,7 +32,6 @@ class Case(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """What renormalisation brings."""
         return self.renormalised - self.plain
 
 
@@ -48,24 +47,20 @@ def cases(record: Record, method: str | None) -> list[Case]:
 
 
 def near(record: Record, case: Case) -> bool:
-    """Whether both networks are near chance."""
     return claims.near_chance(record, case.plain, case.renormalised)
 
 
 def beyond(gap: float, error: float) -> bool | None:
-    """Whether a difference is above 0; None within two standard errors."""
     return None if abs(gap) <= 2 * error else gap > 0
 
 
 def of_the_paper(record: Record, method: str) -> bool:
-    """Whether it has such a method for such networks: Wanda for ConvNeXt, and that layerwise."""
     if record["model"]["name"].startswith("convnext"):
         return method in ("magnitude-layer", "wanda", "wanda-layer")
     return "wanda" not in method
 
 
 def never_behind(record: Record) -> Decision:
-    """Whether renormalisation never hurts beyond chance; open if near chance alone."""
     found = cases(record, None)
     for method in record.rows.distinct("method"):
         found += cases(record, method)
@@ -81,11 +76,10 @@ def never_behind(record: Record) -> Decision:
     lowest = told(min(found, key=lambda case: case.gain))
     here += f": {joined(map(told, behind))} points" if behind else f" (lowest, points: {lowest})"
     counted = [case for case in behind if not near(record, case)]
-    return Decision(False if counted else None if behind else True, here)
+    return False if counted else None if behind else True, here
 
 
 def gains(record: Record, method: str) -> Decision | None:
-    """Whether much comes back at the high sparsities, wherever as much was lost."""
     (unpruned,) = cases(record, None)
     lost = unpruned.plain - GAIN
     high = [
@@ -97,11 +91,10 @@ def gains(record: Record, method: str) -> Decision | None:
         return None
     found = [None if near(record, c) else beyond(c.gain - GAIN, c.error) for c in high]
     told = [f"{100 * c.plain:.1f} to {100 * c.renormalised:.1f} at {c.sparsity}%" for c in high]
-    return Decision(claims.all_of(found), joined(told))
+    return claims.all_of(found), joined(told)
 
 
 def most_at_high(record: Record) -> Decision | None:
-    """Whether most is gained at over half of the weights, by methods that gain enough."""
     found, told = [], []
     for method in record.rows.distinct("method"):
         of = cases(record, method)
@@ -113,11 +106,10 @@ def most_at_high(record: Record) -> Decision | None:
         if best.gain >= GAIN:
             found.append(beyond(high.gain - low.gain, math.hypot(low.error, high.error)))
             told.append(f"{best.sparsity}% ({label(method)}, {100 * best.gain:+.1f})")
-    return Decision(claims.all_of(found), joined(told)) if found else None
+    return (claims.all_of(found), joined(told)) if found else None
 
 
 def few_are_enough(record: Record, method: str) -> Decision | None:
-    """Whether the fewest images bring nearly what all do, where these bring enough."""
     rows = record.rows.where(method=method)
     labels = rows.distinct("samples")
     first, plain = [*labels, "all"][0], {c.sparsity: c.plain for c in cases(record, method)}
@@ -131,11 +123,11 @@ def few_are_enough(record: Record, method: str) -> Decision | None:
         return None
     few = {name: sum(brings(name, s) for s in at) / len(at) for name in labels}
     share, level = few[first] / few["all"], rows.mean(samples="all", sparsity=at)
-    free = claims.noise(level, record["data"]["test_images"])
+    free = claims.free(record, level)
     holds = share >= NEARLY or (None if few[first] >= NEARLY * few["all"] - free else False)
     parts = joined(f"{name} images bring {100 * gain:.1f}" for name, gain in few.items())
     here = f"{parts} points at {joined(f'{s}%' for s in at)}: {100 * share:.0f}%"
-    return Decision(holds, here)
+    return holds, here
 
 
 def by_method(method: str, rule: Callable[..., Decision | None], **claim: str) -> Claim:

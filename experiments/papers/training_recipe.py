@@ -21,12 +21,10 @@ LITTLE, ALIKE, GONE, MERGES = 0.2, 0.005, 0.25, 0.5
 
 
 def grid_of(record: Record) -> Grid:
-    """What was trained."""
     return Grid(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["grid"].items()})
 
 
 def where(cell: Cell) -> dict[str, Any]:
-    """What rows of a cell have."""
     rate, decay = cell.then or (None, None)
     found = {"initialiser": cell.initialiser, "rate": cell.rate, "decay": cell.decay}
     return found | {"then_rate": rate, "then_decay": decay}
@@ -76,13 +74,12 @@ def ablation(record: Record, name: str) -> list[Cell]:
 def free(record: Record, *cells: Cell, match: str = "matched") -> float:
     """Two standard errors of a barrier: of the accuracy that averages fall to."""
     low = min(edges(record, cell) - barrier(record, cell, match) for cell in cells)
-    return claims.noise(low, record["data"]["test_images"])
+    return claims.free(record, low)
 
 
 def decided(margin: float, noise: float, here: str) -> Decision:
-    """Whether a margin is above 0; open within noise, and where networks diverged."""
     unknown = math.isnan(margin) or abs(margin) <= noise
-    return Decision(None if unknown else margin > 0, here)
+    return None if unknown else margin > 0, here
 
 
 def points(value: float, digits: int = 1, unit: str = "", scale: float = 100) -> str:
@@ -94,7 +91,6 @@ def points(value: float, digits: int = 1, unit: str = "", scale: float = 100) ->
 
 
 def falls(record: Record, name: str, match: str) -> Decision | None:
-    """Whether the matched barrier falls much, the direct one hardly."""
     if not sweep(record, name):
         return None
     (low, high), grid = ends(record, name), grid_of(record)
@@ -110,7 +106,6 @@ def falls(record: Record, name: str, match: str) -> Decision | None:
 
 
 def alike(record: Record, name: str) -> Decision | None:
-    """Whether one more epoch brings the accuracy of the other recipe."""
     if not sweep(record, name):
         return None
     own, after, other = ablation(record, name)
@@ -118,11 +113,10 @@ def alike(record: Record, name: str) -> Decision | None:
     to, found = getattr(other, name), [points(value, 2, "%") for value in values]
     here = f"from {found[0]} to {found[1]}, those of {to:g} have {found[2]}"
     known = not any(map(math.isnan, values))
-    return Decision(claims.level(record, values[1:], ALIKE) if known else None, here)
+    return claims.level(record, values[1:], ALIKE) if known else None, here
 
 
 def unlike(record: Record, name: str) -> Decision | None:
-    """Whether one more epoch does not bring its barrier; open at unlike accuracy."""
     accuracy = alike(record, name)
     if accuracy is None:
         return None
@@ -132,11 +126,10 @@ def unlike(record: Record, name: str) -> Decision | None:
     here += points(other)
     found = decided(abs(after - other) - abs(after - own), free(record, *cells), here)
     # At unlike accuracy it says nothing of what accuracy explains.
-    return found if accuracy.holds else Decision(None, here)
+    return found if accuracy.holds else (None, here)
 
 
 def initialised(record: Record, of: Callable[[Record, Cell], float], high: bool) -> Decision | None:
-    """Whether the normal one has more at the low rate; or (`high`) no more at the high one."""
     grid = grid_of(record)
     if len(grid.initialisers) < 2:
         return None
@@ -153,7 +146,6 @@ def initialised(record: Record, of: Callable[[Record, Cell], float], high: bool)
 
 
 def merge_from_low_on(record: Record) -> Decision | None:
-    """Whether networks of the smallest rate cannot be merged, and those from the low one on can."""
     grid = grid_of(record)
     if grid.rates[0] >= grid.low:
         return None
@@ -165,7 +157,7 @@ def merge_from_low_on(record: Record) -> Decision | None:
     lost = [barrier(record, cell) / edges(record, cell) for cell in cells]
     shares = joined(points(share, 0, "%") for share in lost)
     here = f"networks of rates {joined(f'{c.rate:g}' for c in cells)} lose {shares}"
-    return Decision(claims.all_of(found), here)
+    return claims.all_of(found), here
 
 
 # ---------------------------------------------------------------------------------------- claims
@@ -177,7 +169,6 @@ TEXTS = {"barrier": barrier, "distance": distance}
 
 
 def of_sweep(name: str, match: str) -> Claim:
-    """That a barrier falls, or hardly changes."""
     what, paper = VALUES[name]
     text, by = f"the matched barrier falls with the {what}", f"{100 * FALLS[name]:.0f}% or more"
     if match == "direct":
@@ -188,7 +179,6 @@ def of_sweep(name: str, match: str) -> Claim:
 
 
 def of_ablation(name: str) -> Sequence[Claim]:
-    """That accuracy does not explain the barrier."""
     what, more = VALUES[name][0], "one more epoch at the low rate"
     if name == "decay":
         more += " and decay"
@@ -205,7 +195,6 @@ def of_ablation(name: str) -> Sequence[Claim]:
 
 
 def of_initialisers(what: str, high: bool) -> Claim:
-    """That the initialisation matters at the low rate alone."""
     rule = functools.partial(initialised, of=TEXTS[what], high=high)
     text = f"at the low rate the normal initialisation has the larger {what}"
     paper = "larger at the low rate; at the high one the difference is gone"

@@ -96,7 +96,6 @@ def _where(record: Record, plan: str, other: str) -> tuple[list[bool | None], st
 
 
 def above_direct(record: Record, plan: str) -> Decision | None:
-    """Whether transport is above direct averaging wherever that is well below the edge models."""
     found = low(record)
     if not found:
         return None
@@ -104,14 +103,13 @@ def above_direct(record: Record, plan: str) -> Decision | None:
     pair = [listed([column(record, name)[i] for i in found]) for name in (plan, "direct")]
     at = joined(record["config"]["blocks"][i] for i in found)
     here = f"at k = {at} {label_of(record, plan)} {pair[0]}, direct {pair[1]}: {where}"
-    return Decision(claims.all_of(told), here)
+    return claims.all_of(told), here
 
 
 def rises(record: Record, plan: str) -> Decision:
-    """Whether accuracy rises with k, and nowhere falls."""
     values, rows = column(record, plan), record["config"]["blocks"]
     steps = [b - a for a, b in zip(values, values[1:], strict=False)]
-    free = claims.noise(values[-1], record["data"]["test_images"])
+    free = claims.free(record, values[-1])
     here = f"from k = {rows[0]} to {rows[-1]} {label_of(record, plan)} {listed(values[:1])} to "
     here += f"{listed(values[-1:])}, the least step {100 * min(steps, default=0):.1f}"
 
@@ -119,11 +117,10 @@ def rises(record: Record, plan: str) -> Decision:
         return True if value >= least else None if value >= least - free else False
 
     parts = [reached(values[-1] - values[0], LEAST), reached(min(steps, default=0), -MARGIN)]
-    return Decision(None if claims.near_chance(record, *values) else claims.all_of(parts), here)
+    return None if claims.near_chance(record, *values) else claims.all_of(parts), here
 
 
 def near_edges(record: Record, plan: str) -> Decision | None:
-    """Whether transport is near the edge models with all blocks but one kept, unlike averages."""
     count, rows, edge = record["model"]["blocks"], record["config"]["blocks"], edge_mean(record)
     if count - 1 not in rows:
         return None
@@ -132,44 +129,40 @@ def near_edges(record: Record, plan: str) -> Decision | None:
     here += f"direct {listed([direct])}, edge models {listed([edge])}"
     if direct > edge - NEAR:
         # Where averaging alone comes near, transport has nothing to show.
-        return Decision(None, f"{here}: direct averaging is near them, too")
+        return None, f"{here}: direct averaging is near them, too"
     near = value >= edge - NEAR or claims.compared(record, value, edge, -NEAR)
-    return Decision(claims.all_of([near, claims.compared(record, value, direct)]), here)
+    return claims.all_of([near, claims.compared(record, value, direct)]), here
 
 
 def above_uniform(record: Record, plan: str) -> Decision | None:
-    """Where a plan is above the uniform one."""
     told, where = _where(record, plan, "uniform")
-    return Decision(claims.all_of(told), where) if told else None
+    return (claims.all_of(told), where) if told else None
 
 
 def others(record: Record) -> Decision | None:
-    """What the other columns have where direct averages are low."""
     found = low(record)
     names = ("permuted", "weights", "uniform")
     parts = (f"{LABELS[n]} {listed([column(record, n)[i] for i in found])}" for n in names)
     at = joined(record["config"]["blocks"][i] for i in found)
-    return Decision(None, f"at k = {at} {joined(parts)}") if found else None
+    return (None, f"at k = {at} {joined(parts)}") if found else None
 
 
 def kinds(record: Record) -> Decision | None:
-    """What exact plans of one kind of units give there."""
     found = low(record)
     parts = (
         f"{text} {listed([column(record, 'exact', kind)[i] for i in found])}"
         for kind, text in KINDS.items()
     )
     at = joined(record["config"]["blocks"][i] for i in found)
-    return Decision(None, f"at k = {at} {joined(parts)}") if found else None
+    return (None, f"at k = {at} {joined(parts)}") if found else None
 
 
 def by_entropy(record: Record) -> Decision:
-    """What plans from exact to uniform give on held-out images."""
     exact, *between, uniform = softness(record.rows).items()
     weights = joined(f"{weight:g}" for weight, _ in between)
     here = f"mean over k: exact {listed([exact[1]])}, entropy of weight {weights} "
     here += f"{listed(np.array([value for _, value in between]))}, uniform {listed([uniform[1]])}"
-    return Decision(None, here)
+    return None, here
 
 
 ABOVE = "at every k at which direct averages are four standard errors below the edge models, by two"

@@ -31,7 +31,6 @@ def asked(record: Record) -> Rows:
 
 
 def depth_of(record: Record) -> int:
-    """How many layers there are."""
     return record["model"]["depth"]
 
 
@@ -70,28 +69,24 @@ def _better_alone(record: Record) -> float:
 
 
 def enough(record: Record, value: float, other: float, by: float) -> bool | None:
-    """Whether an accuracy is no more than `by` below another; open up to noise below that."""
     there = value >= other - by
     found = claims.compared(record, value, other, -by)
     return None if claims.near_chance(record, value, other) else there or found
 
 
 def partial_is_near(record: Record) -> Decision:
-    """Whether zipping two thirds of the layers comes near the ensemble."""
     holds = enough(record, PART_ZIPPED.of(record), ENSEMBLE.of(record), CLOSE)
-    return Decision(holds, f"{PART_ZIPPED.told(record)}, {ENSEMBLE.told(record)}")
+    return holds, f"{PART_ZIPPED.told(record)}, {ENSEMBLE.told(record)}"
 
 
 def pairs_within_help(record: Record) -> Decision:
-    """Whether the best beta above 0 is better than 0."""
     found = dict(zip(*swept(record, "beta"), strict=True))
     best = max((beta for beta in found if beta > 0), key=lambda beta: found[beta])
     here = f"beta {best:g} {100 * found[best]:.1f}, beta 0 {100 * found[0]:.1f}"
-    return Decision(claims.compared(record, found[best], found[0], MORE), here)
+    return claims.compared(record, found[best], found[0], MORE), here
 
 
 def greedy_is_enough(record: Record) -> Decision | None:
-    """Whether greedy pairs are as good as the optimal ones, and found sooner."""
     ways = ("unbounded", "optimal")
     if not record.rows.where(way="optimal"):
         return None
@@ -102,19 +97,17 @@ def greedy_is_enough(record: Record) -> Decision | None:
     told = zip(ways, values, seconds, strict=True)
     here = ", ".join(f"{MATCHERS[w]} {100 * v:.1f} ({s:.2g} s)" for w, v, s in told)
     near = claims.level(record, values, EQUAL)
-    return Decision(claims.all_of([near, seconds[0] < seconds[1]]), here)
+    return claims.all_of([near, seconds[0] < seconds[1]]), here
 
 
 def few_images(record: Record) -> Decision:
-    """Whether about 100 images for the statistics are as good as all."""
     found = dict(zip(*swept(record, "images"), strict=True))
     few, most = min(found, key=lambda count: abs(count - 100)), max(found)
     here = f"{few} images {100 * found[few]:.1f}, {most:,} images {100 * found[most]:.1f}"
-    return Decision(enough(record, found[few], found[most], EQUAL), here)
+    return enough(record, found[few], found[most], EQUAL), here
 
 
 def spread(record: Record) -> Decision:
-    """How far the number of statistics images moves ZipIt!, against its lead over permutation."""
     counts, joint = swept(record, "images")
     lead = 100 * (ZIP.of(record) - PERMUTED.of(record))
     least, most, pairs = 100 * min(joint), 100 * max(joint), record["config"]["pairs"]
@@ -122,21 +115,19 @@ def spread(record: Record) -> Decision:
     side = "above" if lead >= 0 else "below"
     here = f"with {counts[0]:,} to {counts[-1]:,} images {least:.1f} to {most:.1f}, a range of "
     here += f"{most - least:.1f} points, where it is {abs(lead):.1f} {side} permutation, on {among}"
-    return Decision(None, here)
+    return None, here
 
 
 def tuned(record: Record) -> Decision:
-    """What alpha and beta that held-out images choose give."""
     found = chosen(record)
     here = f"alpha {found['alpha']:g} and beta {found['beta']:g} {100 * found['accuracy']:.1f}"
-    return Decision(None, here)
+    return None, here
 
 
 def falls(record: Record) -> Decision:
-    """Whether the correlation of what is merged falls from layer to layer."""
     values = record.rows.curve("depth", "correlation")[1]
     pairs = itertools.pairwise(values)
-    return Decision(all(a > b for a, b in pairs), joined(f"{value:.2f}" for value in values))
+    return all(a > b for a, b in pairs), joined(f"{value:.2f}" for value in values)
 
 
 ZIP, PERMUTED = of("ZipIt!", "zip"), of("permutation", "permutation")
