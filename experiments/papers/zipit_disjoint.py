@@ -59,23 +59,16 @@ def chosen(record: Record) -> dict[str, float]:
 
 def of(label: str, way: str, layers: Any = depth_of) -> Quantity:
     """Joint accuracy of networks merged in some way."""
-    wanted = {"way": way, "layers": layers}
-    known = accuracy(label, **wanted)
+    known = accuracy(label, way=way, layers=layers)
     return Quantity(label, lambda record: known.of(Record(record | {"rows": asked(record)})))
 
 
-def _better_alone(record: Record) -> float:
+def better_alone(record: Record) -> float:
     return max(record.rows.mean(way=f"network {name}") for name in "AB")
 
 
-def enough(record: Record, value: float, other: float, by: float) -> bool | None:
-    there = value >= other - by
-    found = claims.compared(record, value, other, -by)
-    return None if claims.near_chance(record, value, other) else there or found
-
-
 def partial_is_near(record: Record) -> Decision:
-    holds = enough(record, PART_ZIPPED.of(record), ENSEMBLE.of(record), CLOSE)
+    holds = claims.enough(record, PART_ZIPPED.of(record), ENSEMBLE.of(record), CLOSE)
     return holds, f"{PART_ZIPPED.told(record)}, {ENSEMBLE.told(record)}"
 
 
@@ -87,11 +80,10 @@ def pairs_within_help(record: Record) -> Decision:
 
 
 def greedy_is_enough(record: Record) -> Decision | None:
-    ways = ("unbounded", "optimal")
     if not record.rows.where(way="optimal"):
         return None
     # Records from before pairs without a budget have those with one.
-    ways = ways if record.rows.where(way="unbounded") else ("greedy", "optimal")
+    ways = ["unbounded" if record.rows.where(way="unbounded") else "greedy", "optimal"]
     values = [record.rows.mean(way=way) for way in ways]
     seconds = [record.rows.mean("seconds", way=way) for way in ways]
     told = zip(ways, values, seconds, strict=True)
@@ -104,10 +96,11 @@ def few_images(record: Record) -> Decision:
     found = dict(zip(*swept(record, "images"), strict=True))
     few, most = min(found, key=lambda count: abs(count - 100)), max(found)
     here = f"{few} images {100 * found[few]:.1f}, {most:,} images {100 * found[most]:.1f}"
-    return enough(record, found[few], found[most], EQUAL), here
+    return claims.enough(record, found[few], found[most], EQUAL), here
 
 
 def spread(record: Record) -> Decision:
+    """How far the number of statistics images moves ZipIt!, against its lead over permutation."""
     counts, joint = swept(record, "images")
     lead = 100 * (ZIP.of(record) - PERMUTED.of(record))
     least, most, pairs = 100 * min(joint), 100 * max(joint), record["config"]["pairs"]
@@ -124,10 +117,10 @@ def tuned(record: Record) -> Decision:
     return None, here
 
 
-def falls(record: Record) -> Decision:
+def correlation_falls(record: Record) -> Decision:
     values = record.rows.curve("depth", "correlation")[1]
-    pairs = itertools.pairwise(values)
-    return all(a > b for a, b in pairs), joined(f"{value:.2f}" for value in values)
+    falls = all(a > b for a, b in itertools.pairwise(values))
+    return falls, joined(f"{value:.2f}" for value in values)
 
 
 ZIP, PERMUTED = of("ZipIt!", "zip"), of("permutation", "permutation")
@@ -135,7 +128,7 @@ AVERAGE, WEIGHTS = of("weight average", "average"), of("permuted by weights", "w
 PART_ZIPPED = of("two thirds zipped", "zip", middle_of)
 PART_PERMUTED = of("two thirds permuted", "permutation", middle_of)
 ENSEMBLE = accuracy("ensemble", way="ensemble")
-ALONE = Quantity("better network alone", _better_alone)
+ALONE = Quantity("better network alone", better_alone)
 PERMUTE, IDENTITY, KMEANS = (of(MATCHERS[w], w) for w in ("permute", "identity", "kmeans"))
 # fmt: off
 CLAIMS = [
@@ -172,6 +165,7 @@ CLAIMS = [
           "100 are enough", few_images,
           by="no more than 2 points below all; up to two standard errors more are undecided"),
     Claim("zip.disjoint.correlation-falls", "the correlation of what is merged falls with depth",
-          "0.50, 0.37, 0.27 by stage (CIFAR-100)", falls, by="lower from layer to layer"),
+          "0.50, 0.37, 0.27 by stage (CIFAR-100)",
+          correlation_falls, by="lower from layer to layer"),
 ]
 # fmt: on
