@@ -36,9 +36,6 @@ from papers.cifar_pfm import CLAIMS
 
 import vfjax
 
-COSTS = (("params, M", "params", 1e6), ("ratio", "params_ratio", 1))
-COSTS += (("FLOPs, G", "flops", 1e9), ("ratio", "flops_ratio", 1))
-
 
 def _match_part(record: Record) -> str | None:
     config = record["config"]
@@ -48,8 +45,6 @@ def _match_part(record: Record) -> str | None:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pairs.MatchingOptions):
-    """The options."""
-
     match: str = cli.option(
         "activation", "how units of the second network are matched with those of the first: "
         "permuted, by the correlation of their activations or by their weights, or not at all; or "
@@ -131,9 +126,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             yield cell | pair.edge(name) | cost
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def columns_of(record: Record) -> dict[str, dict[str, str]]:
     """By its name in tables, what the rows of a column have."""
     own, found = record["config"]["match"], record.rows.where(network="PFM")
@@ -154,7 +146,6 @@ def summary_of(record: Record) -> dict[str, Any]:
 
 
 def title_of(record: Record) -> str:
-    """Data, models, matching, statistics."""
     config, images = record["config"], record["data"]["statistics_images"]
     parts = [networks(record), pairs.title_of(config["match"], config)]
     parts += [f"alpha {config['alpha']:g}"] if config["alpha"] != 0.5 else []
@@ -164,7 +155,6 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    """What leads at the first l, and where edge models are reached."""
     rows, summary = record.rows.where(network="PFM"), record["summary"]
     first, edge = min(rows.distinct("layers")), f"{100 * summary['edge_mean']:.1f}%"
     means = {n: rows.mean(layers=first, **w) for n, w in columns_of(record).items()}
@@ -179,7 +169,6 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies by l and column with costs; what has a cost of its own has a table of its own."""
     rows, edge, columns = record.rows, record["summary"]["edge_mean"], columns_of(record)
     depth, layers = record["model"]["depth"], sorted(rows.distinct("layers"))
     lines = {name: {"network": name} for name in ("model 1", "model 2", "ensemble")}
@@ -196,8 +185,7 @@ def tables_of(record: Record) -> list[tables.Table]:
     found = []
     for names in groups if "AM" in columns else [list(columns)]:
         shown = [tables.Column(name, columns[name]) for name in names]
-        last = columns[names[-1]]
-        shown += [tables.Column(text, last, key, tables.number(scale=s)) for text, key, s in COSTS]
+        shown += tables.costs(columns[names[-1]])
         title = record["title"] + (": activation matching beside it" if "AM" in names else "")
         table = tables.pivot(rows, lines, shown, title=title, corner="test accuracy, %",
                              mark=lambda name, mean: name.startswith("PFM") and mean >= edge,
@@ -228,7 +216,7 @@ def figure_of(record: Record) -> Any:
         limits = (0, 101) if min(rows.values()) < 0.5 else None
         row.append(figures.Panel(title, x, figures.ACCURACY, lines, y_limits=limits, ticks=ticks))
     bars = f"standard deviation over {config['pairs']} pairs"
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
+    return figures.of_record(record, row, bars=bars)
 
 
 PREPARE = loaded(count=models_of, statistics="samples", settled=settled,

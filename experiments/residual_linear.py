@@ -38,8 +38,6 @@ ALPHAS = 11
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(grid.LinearOptions):
-    """The options."""
-
     seeds: tuple[int, ...] = grid.seeds(range(10))
 # fmt: on
 
@@ -71,9 +69,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         yield from records.curve_rows(cell, found)
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def middle(record: Record, network: str, merged: str) -> list[float]:
     """Accuracy at the midpoint, by pair."""
     return record.rows.values(network=network, merged=merged, alpha=0.5)
@@ -102,13 +97,11 @@ CLAIMS = [
 
 
 def title_of(record: Record) -> str:
-    """Data, networks, number of pairs."""
     what = f"linear networks of {MODEL.depth} layers, {MODEL.width} wide"
     return grid.titled(record, what, len(record.rows.distinct("pair")))
 
 
 def finding_of(record: Record) -> str:
-    """The midpoints."""
     means = {(n, m): f"{100 * records.mean_std(middle(record, n, m))[0]:.1f}%"
              for n in NETWORKS for m in MATCHES}  # fmt: skip
     text = "With skips midpoints have {}, without {}; matched {} and {}"
@@ -126,7 +119,6 @@ def lines_of() -> dict[str, dict[str, str]]:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Ends, midpoint and barriers."""
     columns = [
         tables.Column("edge models, %", {"alpha": (0.0, 1.0)}),
         tables.Column("midpoint, %", {"alpha": 0.5}),
@@ -151,7 +143,7 @@ def figure_of(record: Record) -> Any:
         x = "alpha, weight of the second network"
         row.append(figures.Panel(f"test {key}", x, y, lines, y_limits=limits))
     bars = f"standard deviation over {len(record.rows.distinct('pair'))} pairs"
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
+    return figures.of_record(record, row, bars=bars)
 
 
 LEGEND = """Here skips stay exact: what is added to a layer's output is its input. So units of all

@@ -43,8 +43,6 @@ REMOVED = 5
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(edges.EdgeOptions):
-    """The options."""
-
     match: str = cli.option(
         "activation", "how units of the second network are matched to those of the first",
         choices=("activation", "weight"), part="{}")
@@ -53,9 +51,6 @@ class Config(edges.EdgeOptions):
         "statistics", "training images, the first N, not augmented, for matching and "
         "renormalisation", features.STATISTICS)
 # fmt: on
-
-
-# ------------------------------------------------------------------------------------- measuring
 
 
 def removed(net: vfjax.Network) -> int:
@@ -141,9 +136,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 yield cell | row
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def names_of(record: Record) -> dict[str, str]:
     """The networks by their names in tables and figures."""
     found = record.rows.distinct("network", layer=1)
@@ -153,13 +145,11 @@ def names_of(record: Record) -> dict[str, str]:
 
 
 def title_of(record: Record) -> str:
-    """Data, models, matching, images."""
     match, images = record["config"]["match"], record["data"]["test_images"]
     return f"{networks(record)}, midpoints, {match} matching, {images:,} test images"
 
 
 def finding_of(record: Record) -> str:
-    """What is left of features at the output."""
     ends = {}
     for text, name in names_of(record).items():
         if name in ("direct", "matched", "repair", "rescale", "reset"):
@@ -172,7 +162,6 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies, features at half depth and at the output, logits."""
     return [features.table(record, names_of(record))]
 
 
@@ -207,8 +196,7 @@ def figure_of(record: Record) -> Any:
         lines = [features.line(record, n, bound=False, **styles[n]) for n in (EDGES[0], *plain)]
         title = "features against offsets"
         row.append(figures.Panel(title, features.DEPTH, features.AGAINST, lines, log=True))
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"],
-                        bars=features.BARS, columns=2)  # fmt: skip
+    return figures.of_record(record, row, bars=features.BARS, columns=2)  # fmt: skip
 
 
 def norms_panel(record: Record) -> figures.Panel:

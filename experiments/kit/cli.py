@@ -236,3 +236,9 @@ def command(script: str, argv: Sequence[str] | None) -> str:
     """The command line that is running, for the record."""
     words = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", f"experiments/{script}", *words])
+
+
+def sized(help: str, part: str, cpu: int, paper: int, what: str = "images") -> Any:
+    """An option that is a number of something, by default that of the preset."""
+    presets = {"cpu": cpu, "paper": paper}
+    return option(None, help, presets=presets, type=count_of(what), metavar="N", part=part)
