@@ -138,9 +138,10 @@ def summary_of(record: Record) -> dict[str, Any]:
     rows, reached = record.rows, {}
     edge = (rows.mean(network="model 1") + rows.mean(network="model 2")) / 2
     for name, where in columns_of(record).items():
-        found = list(zip(*rows.curve("layers", network="PFM", **where)[:2], strict=True))
-        if any(mean == mean for _, mean in found):
-            reached[name] = next((at for at, mean in found if mean >= edge), None)
+        ats, means, _ = rows.curve("layers", network="PFM", **where)
+        if any(mean == mean for mean in means):
+            found = (at for at, mean in zip(ats, means, strict=True) if mean >= edge)
+            reached[name] = next(found, None)
     ensemble = rows.mean(network="ensemble")
     return {"edge_mean": edge, "ensemble": ensemble, "reaches_edges_at": reached}
 
@@ -181,16 +182,12 @@ def tables_of(record: Record) -> list[tables.Table]:
     caption += "; ".join(reached)
     # Permutations cost as little as nothing done.
     beside = [name for name in columns if name == "direct" or name.startswith("AM")]
-    groups = [[name for name in columns if name not in beside], beside]
-    found = []
+    groups, found = [[name for name in columns if name not in beside], beside], []
     for names in groups if "AM" in columns else [list(columns)]:
         shown = [tables.Column(name, columns[name]) for name in names]
         shown += tables.costs(columns[names[-1]])
         title = record["title"] + (": activation matching beside it" if "AM" in names else "")
-        table = tables.pivot(rows, lines, shown, title=title, corner="test accuracy, %",
-                             mark=lambda name, mean: name.startswith("PFM") and mean >= edge,
-                             caption=caption)  # fmt: skip
-        found.append(table)
+        found.append(tables.marked(rows, lines, shown, edge, title=title, caption=caption))
     return found
 
 

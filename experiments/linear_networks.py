@@ -149,8 +149,7 @@ def tables_of(record: Record) -> list[tables.Table]:
         tables.Column("h, last layer", last, "offset", number),
         tables.Column("g rescaled", last, "rescaled_feature", number),
     ]
-    title = record["title"]
-    return [tables.pivot(record.rows, lines, columns, title=title, corner="network")]
+    return [tables.pivot(record.rows, lines, columns, title=record["title"], corner="network")]
 
 
 def figure_of(record: Record) -> Any:

@@ -94,11 +94,9 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
     plan = [
         dict(zip(keys, (match, seed, *cell), strict=True))
         for match, seed in (*(("weight", s) for s in seeds_of(config)), ("activation", None))
-        for cell in (
-            *(("bias_removal", of, side) for of, side in removals),
-            *((remedy, "test", None) for remedy in remedies),
-        )
-    ]
+        for cell in (*(("bias_removal", *one) for one in removals),
+                     *((remedy, "test", None) for remedy in remedies))
+    ]  # fmt: skip
     for cell in run.cells(plan):
         match, seed, remedy = (cell[key] for key in keys[:3])
         aligned, references = matched(match, seed)
@@ -124,14 +122,13 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
 
 
 def remedies_of(record: records.Record) -> list[str]:
-    """What was done, as it is first."""
     return record.rows.where(match="weight", side=None).distinct("remedy")
 
 
 def title_of(record: records.Record) -> str:
     runs, images = record["config"]["runs"], record["data"]["test_images"]
-    parts = [records.networks(record), f"{images:,} test images"]
-    return ", ".join(parts + ([f"mean of {runs} runs of weight matching"] if runs > 1 else []))
+    mean = f", mean of {runs} runs of weight matching" if runs > 1 else ""
+    return f"{records.networks(record)}, {images:,} test images{mean}"
 
 
 def finding_of(record: records.Record) -> str:
@@ -174,10 +171,9 @@ def figure_of(record: records.Record) -> Any:
         rows = record.rows.where(match=match, side=None)
         lines = []
         for remedy in remedies_of(record):
-            style = {"name": label(remedy), "method": remedy}
-            if remedy == "none":
-                style |= {"method": "matched", "dashed": True}
-            lines.append(figures.line(rows, "alpha", remedy=remedy, **style))
+            plain = remedy == "none"
+            style = {"name": label(remedy), "method": "matched" if plain else remedy}
+            lines.append(figures.line(rows, "alpha", remedy=remedy, dashed=plain, **style))
         x = "alpha, weight of the second network"
         row.append(figures.Panel(text, x, y, lines, y_limits=limits))
     if record.rows.where(side="last"):

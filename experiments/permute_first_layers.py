@@ -158,7 +158,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         match, remedy, layers = cell.values()
         merged, matching = average(match, layers)
         with run.watch("averages"):
-            what = {"none": None}.get(remedy, remedy)
+            what = None if remedy == "none" else remedy
             done = pair().renormalised(what, matching, merged, images.statistics)
             found = pair().evaluate(done, images.test, f"l = {layers}")
         groups = sum(depth <= layers for depth in depths.values())
@@ -189,8 +189,7 @@ def title_of(record: Record) -> str:
 
 def finding_of(record: Record) -> str:
     curves, edge = curves_of(record), record["summary"]["edge_mean"]
-    best = max(curves, key=lambda name: curves[name][-1])
-    values = curves[best]
+    best, values = max(curves.items(), key=lambda item: item[1][-1])
     plain = max(found[-1] for (_, remedy), found in curves.items() if remedy == "none")
     text = f"Matching all layers instead of none takes accuracy from {100 * values[0]:.1f}% to "
     text += f"{100 * values[-1]:.1f}% ({short(*best)}), without a remedy to {100 * plain:.1f}% at "
@@ -201,11 +200,10 @@ def tables_of(record: Record) -> list[tables.Table]:
     lines = {str(number): {"layers": number} for number in sorted(record.rows.distinct("layers"))}
     columns = [tables.Column("groups", key="groups", show=lambda values: str(values[0]))]
     columns += [tables.Column(short(m, r), {"match": m, "remedy": r}) for m, r in curves_of(record)]
-    edge = 100 * record["summary"]["edge_mean"]
-    return [tables.pivot(record.rows, lines, columns, title=record["title"],
-                         corner="first layers matched, l",
-                         caption=f"Accuracy, %; groups of units matched; edge models: {edge:.2f}")
-            ]  # fmt: skip
+    caption = "Accuracy, %; groups of units matched; edge models: "
+    about = {"title": record["title"], "corner": "first layers matched, l"}
+    about["caption"] = f"{caption}{100 * record['summary']['edge_mean']:.2f}"
+    return [tables.pivot(record.rows, lines, columns, **about)]
 
 
 def figure_of(record: Record) -> Any:

@@ -125,8 +125,8 @@ def tables_of(record: Record) -> list[tables.Table]:
         tables.Column("barrier, points", key="barrier"),
         tables.Column("loss barrier, nats", key="loss_barrier", show=tables.number()),
     ]
-    title = record["title"]
-    return [tables.pivot(record.rows, lines_of(), columns, title=title, corner="network")]
+    about = {"title": record["title"], "corner": "network"}
+    return [tables.pivot(record.rows, lines_of(), columns, **about)]
 
 
 def figure_of(record: Record) -> Any:

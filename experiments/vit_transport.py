@@ -132,9 +132,8 @@ LOOKS |= {"weights": "weight", "uniform": 5}
 
 
 def title_of(record: Record) -> str:
-    counts = record["data"]["statistics_images"], record["data"]["test_images"]
-    images = f"statistics over {counts[0]:,} images, {counts[1]:,} test images"
-    return f"{networks(record)}, {images}"
+    images = f"statistics over {record['data']['statistics_images']:,} images"
+    return f"{networks(record)}, {images}, {record['data']['test_images']:,} test images"
 
 
 def finding_of(record: Record) -> str:
@@ -146,18 +145,14 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    rows, edge, count = record.rows.where(images="test"), edge_mean(record), "PFM {}/{}"
+    rows, edge = record.rows.where(images="test"), edge_mean(record)
     lines: dict[str, dict[str, Any]] = {name: {"network": name} for name in EDGES}
-    for k in record["config"]["blocks"]:
-        lines[count.format(k, record["model"]["blocks"])] = {"blocks": k}
-    columns = [
-        tables.Column(label_of(record, plan), {"plan": plan, "units": "all"}) for plan in LABELS
-    ]
+    count = record["model"]["blocks"]
+    lines |= {f"PFM {k}/{count}": {"blocks": k} for k in record["config"]["blocks"]}
+    columns = [tables.Column(label_of(record, p), {"plan": p, "units": "all"}) for p in LABELS]
     columns += tables.costs({"plan": "direct"}, digits=4, giga=False)
     caption = f"*: at or above the mean of the edge models, {100 * edge:.2f}"
-    return [tables.pivot(rows, lines, columns, title=record["title"], corner="test accuracy, %",
-                         mark=lambda name, mean: name.startswith("PFM") and mean >= edge,
-                         caption=caption)]  # fmt: skip
+    return [tables.marked(rows, lines, columns, edge, title=record["title"], caption=caption)]
 
 
 def figure_of(record: Record) -> Any:
@@ -170,10 +165,9 @@ def figure_of(record: Record) -> Any:
                             dashed=plan == "uniform", plan=plan, units="all")  # fmt: skip
 
     units = [
-        figures.line(rows, "blocks", name=f"{text} alone", method=place, plan="exact",
-                     units=kind)
-        for place, (kind, text) in enumerate(KINDS.items(), start=1)
-    ]  # fmt: skip
+        figures.line(rows, "blocks", name=f"{text} alone", method=at, plan="exact", units=kind)
+        for at, (kind, text) in enumerate(KINDS.items(), start=1)
+    ]
     named = {0.0: "exact", chosen(record.rows): "soft", UNIFORM: "uniform"}
     others = iter((0, 7, 9))
     soft = [

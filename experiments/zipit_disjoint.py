@@ -118,17 +118,15 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 WAYS = {"average": "weight average", "weights": "permuted by weights"}
 PARTS = {"permutation": "permuted", "zip": "ZipIt!"}
 # Names and looks of the ways to match in the figure.
-POINTS = {"permute": ("permuted", "activation"), "greedy": ("ZipIt!", "zipit")}
-POINTS |= {"identity": ("identity", "direct"), "kmeans": ("k-means", 5), "optimal": ("optimal", 1)}
-POINTS["unbounded"] = "no budget", 0
+POINTS = {"permute": ("permuted", "activation"), "greedy": ("ZipIt!", "zipit"),
+          "identity": ("identity", "direct"), "kmeans": ("k-means", 5), "optimal": ("optimal", 1),
+          "unbounded": ("no budget", 0)}  # fmt: skip
 
 
 def title_of(record: Record) -> str:
     classes, config = record["data"]["classes"], record["config"]
-    parts = [
-        f"{networks(record)}, {classes // 2}+{classes - classes // 2} classes",
-        f"statistics over {record['data']['statistics_images']:,} images",
-    ]
+    parts = [networks(record), f"{classes // 2}+{classes - classes // 2} classes"]
+    parts.append(f"statistics over {record['data']['statistics_images']:,} images")
     parts += ["plain classifiers"] if config["loss"] == "cross-entropy" else []
     return ", ".join(parts + ([f"mean of {config['pairs']} pairs"] if config["pairs"] > 1 else []))
 

@@ -36,26 +36,16 @@ Rule = Callable[[Record], Decision | None]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim of a paper.
+    """A claim of a paper; where its rule gives None it is left out."""
 
-    Attributes:
-      id: The paper and where in it: `vf.t1.rescale-leads`; one id wherever a claim is tested.
-      claim: What is claimed, in some words.
-      paper: What the paper has, with numbers; empty where no paper has it.
-      rule: How it is decided: `Above`, `Level`, `Leads`, `AtChance`, or a function of the record.
-        Where it gives None the claim is left out.
-      when: Which records it is held against.
-      told: Of which of these the paper says it; of others it is measured, and not in the paper.
-      by: How a rule that is a function decides, and by which margin.
-    """
-
-    id: str
-    claim: str
-    paper: str
-    rule: Rule
-    when: Callable[[Record], bool] = lambda record: True
+    id: str  # The paper and where in it: `vf.t1.rescale-leads`; one id wherever it is tested.
+    claim: str  # What is claimed, in some words.
+    paper: str  # What the paper has, with numbers; empty where no paper has it.
+    rule: Rule  # `Above`, `Level`, `Leads`, `AtChance`, or a function of the record.
+    when: Callable[[Record], bool] = lambda record: True  # Which records it is held against.
+    # Of which of these the paper says it; of others it is measured, and not in the paper.
     told: Callable[[Record], bool] = lambda record: True
-    by: str = ""
+    by: str = ""  # How a rule that is a function decides, and by which margin.
 
 
 def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:

@@ -178,3 +178,11 @@ def ratios() -> list[Column]:
         Column(f"{text}, ratio", key=f"{text.lower()}_ratio", show=number())
         for text in ("params", "FLOPs")
     ]
+
+
+def marked(
+    rows: records.Rows, lines: Any, columns: Sequence[Column], edge: float, **about: str
+) -> Table:
+    """Test accuracies of which those of PFM are marked that reach the edge models' mean."""
+    return pivot(rows, lines, columns, corner="test accuracy, %", **about,
+                 mark=lambda name, mean: name.startswith("PFM") and mean >= edge)  # fmt: skip
