@@ -68,16 +68,14 @@ class Config(pairs.MatchingOptions):
 
 
 def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    """The options with the layers of the network."""
     layers = pairs.default_layers(net.depth) if config.layers is None else config.layers
-    wrong = [number for number in layers if not 0 <= number <= net.depth]
-    if wrong:
-        raise cli.UserError(f"--layers must be from 0 to L = {net.depth}, got {wrong[0]}.")
+    for number in layers:
+        if not 0 <= number <= net.depth:
+            raise cli.UserError(f"--layers must be from 0 to L = {net.depth}, got {number}.")
     return dataclasses.replace(config, layers=tuple(sorted(set(layers))))
 
 
 def models_of(config: Config) -> int:
-    """How many models make enough pairs: three make three."""
     return next(k for k in itertools.count(2) if k * (k - 1) // 2 >= config.pairs)
 
 
@@ -134,7 +132,6 @@ def columns_of(record: Record) -> dict[str, dict[str, str]]:
 
 
 def summary_of(record: Record) -> dict[str, Any]:
-    """Where merged models reach the edge models' mean, by column that was measured."""
     rows, reached = record.rows, {}
     edge = (rows.mean(network="model 1") + rows.mean(network="model 2")) / 2
     for name, where in columns_of(record).items():

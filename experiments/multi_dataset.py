@@ -143,7 +143,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 
 def summary_of(record: Record) -> dict[str, Any]:
-    """Mean accuracies over data sets: of the pairs, and of all at once where they are more."""
     keys, found = list(map(str, counts_of(record))), {}
     for group, names in ((group, sets_of(record, group)) for group in GROUPS):
         if names:

@@ -57,7 +57,6 @@ class Config(edges.EdgeOptions):
 
 
 def seeds_of(config: Config) -> list[int]:
-    """The seeds of weight matching."""
     return list(range(config.seed, config.seed + config.runs))
 
 

@@ -168,7 +168,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 
 def summary_of(record: Record) -> dict[str, Any]:
-    """The mean of the edge models, weighted as in the averages."""
     first, second = (record.rows.mean(network=name) for name in ("model 1", "model 2"))
     alpha = record["config"]["alpha"]
     return {"edge_mean": (1 - alpha) * first + alpha * second}

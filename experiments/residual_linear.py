@@ -70,7 +70,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 
 def middle(record: Record, network: str, merged: str) -> list[float]:
-    """Accuracy at the midpoint, by pair."""
     return record.rows.values(network=network, merged=merged, alpha=0.5)
 
 

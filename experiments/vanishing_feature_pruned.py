@@ -68,7 +68,6 @@ def checked(config: Config) -> None:
 
 
 def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    """The options with the sparsity of the network, which the remedy must be one for."""
     pruned.remedy_of(config, net, name)
     return dataclasses.replace(config, sparsity=config.sparsity or default_sparsity(name))
 

@@ -224,3 +224,9 @@ def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
         return reached(by, abs(found - record.chance), free(record, record.chance))
 
     return Comparison((value,), holds, f"{value.label} within {100 * by:g} points of chance")
+
+
+def Enough(value: Quantity, other: Quantity, by: float) -> Comparison:
+    """That one accuracy is no more than `by` below another, see `enough`."""
+    text = f"{value.label} no more than {100 * by:g} points below {other.label}"
+    return Comparison((value, other), functools.partial(enough, by=by), text)

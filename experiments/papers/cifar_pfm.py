@@ -15,12 +15,10 @@ EQUAL, LITTLE, MUCH = 0.02, 0.05, 0.1
 
 
 def own(record: Record) -> str:
-    """The matching of the run."""
     return record["config"]["match"]
 
 
 def at_start(match: Any, remedy: str, name: str | None = None) -> claims.Quantity:
-    """Accuracy at l = 0."""
     where = {"network": "PFM", "layers": 0, "match": match, "remedy": remedy}
     return accuracy(name or label(remedy), **where)
 
@@ -67,7 +65,6 @@ def reaches(record: Record, limit: int | None) -> Decision | None:
 
 
 def with_ensemble(record: Record) -> Decision:
-    """Whether it is level with the ensemble at the last l."""
     last, value = list(by_layers(record).items())[-1]
     ensemble = record["summary"]["ensemble"]
     here = f"{100 * value:.1f} at l = {last}, ensemble {100 * ensemble:.1f}"
@@ -75,7 +72,6 @@ def with_ensemble(record: Record) -> Decision:
 
 
 def a_little_below(record: Record) -> Decision | None:
-    """Whether matching alone is below activation matching, by 5 points at most."""
     below, near = Above(AM, MATCHED)(record), Level((MATCHED, AM), LITTLE)(record)
     return (claims.all_of([below[0], near[0]]), near[1]) if below and near else None
 

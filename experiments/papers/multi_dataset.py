@@ -50,7 +50,6 @@ def decided(record: Record, value: float, other: float, margin: float) -> bool |
 
 
 def counts_of(record: Record) -> list[int]:
-    """The numbers of layers merged."""
     return sorted(record.rows.distinct("layers"))
 
 
@@ -62,7 +61,6 @@ def at(record: Record, values: Iterable[float]) -> str:
 
 
 def zips(record: Record, group: str, method: str = "zip") -> list[float]:
-    """Means by number of layers merged."""
     names = sets_of(record, group)
     return [mean_of(record, names, method, count) for count in counts_of(record)]
 

@@ -23,7 +23,6 @@ def chosen(rows: records.Rows, match: str, seed: int | None) -> int:
 
 
 def middle(match: str, remedy: str) -> Quantity:
-    """Accuracy at the midpoint."""
     return accuracy(label(remedy), match=match, remedy=remedy, alpha=0.5)
 
 

@@ -75,7 +75,6 @@ def never_behind(record: Record) -> Decision:
 
 
 def gains(record: Record, method: str) -> Decision | None:
-    """Whether much comes back at the high sparsities, wherever as much was lost."""
     (unpruned,) = cases(record, None)
     high = [c for c in cases(record, method) if HIGH[0] <= (c.sparsity or 0) <= HIGH[1]]
     high = [c for c in high if c.plain <= unpruned.plain - GAIN]
@@ -85,7 +84,6 @@ def gains(record: Record, method: str) -> Decision | None:
 
 
 def most_at_high(record: Record) -> Decision | None:
-    """Whether most is gained at over half of the weights, by methods that gain enough."""
     found, told = [], []
     for method in record.rows.distinct("method"):
         of = cases(record, method)

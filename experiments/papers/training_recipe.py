@@ -25,7 +25,6 @@ def grid_of(record: Record) -> Grid:
 
 
 def where(cell: Cell) -> dict[str, Any]:
-    """What rows of a cell have."""
     rate, decay = cell.then or (None, None)
     found = {"initialiser": cell.initialiser, "rate": cell.rate, "decay": cell.decay}
     return found | {"then_rate": rate, "then_decay": decay}
@@ -79,12 +78,10 @@ def free(record: Record, *cells: Cell, match: str = "matched") -> float:
 
 
 def points(value: float, digits: int = 1, unit: str = "", scale: float = 100) -> str:
-    """In per cent, or that it diverged."""
     return "diverged" if math.isnan(value) else f"{scale * value:.{digits}f}{unit}"
 
 
 def falls(record: Record, name: str, match: str) -> Decision | None:
-    """Whether the matched barrier falls much, the direct one hardly."""
     if not sweep(record, name):
         return None
     (low, high), rate = ends(record, name), grid_of(record).rate
@@ -100,7 +97,6 @@ def falls(record: Record, name: str, match: str) -> Decision | None:
 
 
 def alike(record: Record, name: str) -> Decision | None:
-    """Whether one more epoch brings the accuracy of the other recipe."""
     if not sweep(record, name):
         return None
     cells = ablation(record, name)
@@ -143,7 +139,6 @@ def initialised(record: Record, of: Callable[[Record, Cell], float], high: bool)
 
 
 def merge_from_low_on(record: Record) -> Decision | None:
-    """Whether networks of the smallest rate cannot be merged, and those from the low one on can."""
     grid = grid_of(record)
     if grid.rates[0] >= grid.low:
         return None

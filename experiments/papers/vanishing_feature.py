@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -26,7 +25,6 @@ def left(record: Record, name: str) -> np.ndarray:
 
 
 def fades(record: Record, least: float, most: float) -> Decision:
-    """Whether what is left of features from the first layer to the last is between the two."""
     first, *_, last = found = left(record, "direct")
     here = f"{first:.2g} times the edge models' at layer 1, {last:.2g} times at {len(found)}"
     return least < last / first < most, here
@@ -44,7 +42,6 @@ def logits(record: Record) -> Decision:
 
 
 def mitigates(record: Record, name: str, than: str) -> Decision | None:
-    """Whether a network has more of its features than another, over all layers."""
     found = {one: left(record, one) for one in (name, than)}
     if not len(found[name]):
         return None
@@ -55,7 +52,6 @@ def mitigates(record: Record, name: str, than: str) -> Decision | None:
 
 
 def against_offsets(record: Record, name: str) -> Decision | None:
-    """Whether features end higher against offsets than in the matched midpoint."""
     if not len(left(record, name)):
         return None
     own, other = (shares(record.rows, network=n)[-1] for n in (name, "matched"))
@@ -66,7 +62,6 @@ def against_offsets(record: Record, name: str) -> Decision | None:
 
 
 def grows(record: Record) -> Decision:
-    """Whether features end higher the more layers are kept apart, and these are whole."""
     found, whole = {0: left(record, "matched")}, True
     for number in sorted(record.rows.distinct("layers")):
         found[number] = by_layer(record.rows, layers=number)
@@ -92,17 +87,11 @@ def changed(record: Record, key: str) -> Decision | None:
     return SAME[0] < median < SAME[1], here
 
 
-def model_in(*names: str) -> Callable[[Record], bool]:
-    """Records of some models."""
-    return lambda record: record["config"]["model"] in names
-
-
 def layernorm(record: Record) -> bool:
     return record["config"]["model"].endswith("-ln")
 
 
 def reset_told(record: Record) -> bool:
-    """What the paper shows the statistics of."""
     return (record["config"]["model"], record["config"]["match"]) == ("vgg16-bn", "weight")
 
 
@@ -118,7 +107,8 @@ CLAIMS = [
           "in ResNet20 with LayerNorm", partial(fades, least=FADED, most=1), layernorm,
           by="they fade, to no less than a tenth from the first layer to the last"),
     Claim("vf.features.direct-logits", "logits of direct midpoints hardly depend on the image",
-          "ResNet20: they are close to f(0)", logits, told=model_in(*LOGITS),
+          "ResNet20: they are close to f(0)", logits,
+          told=lambda record: record["config"]["model"] in LOGITS,
           by="they vary by less than a tenth as much as the edge models', and their mean is less "
           "than a quarter of the norm of f(0) away from f(0)"),
     Claim("vf.features.matching-mitigates", "matching mitigates vanishing features", "it does",
@@ -134,7 +124,7 @@ CLAIMS = [
       for name in ("bias_calibration", "bias_removal")),
     Claim("vf.features.pfm-grows", "the more layers are kept apart the less features vanish",
           "in VGG16, VGG16-BN and ResNet20; the first l - 1 layers are whole", grows,
-          told=model_in(*PRESERVED),
+          told=lambda record: record["config"]["model"] in PRESERVED,
           by="features at the end do not fall with l, and before layer l they are the edge "
           "models' within a thousandth"),
     Claim("vf.features.reset-deviations", "RESET lowers the stored standard deviations",

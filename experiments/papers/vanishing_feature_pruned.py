@@ -17,7 +17,6 @@ VANISHED = 0.3
 
 
 def remedy_of(record: Record) -> str:
-    """How the pruned networks were renormalised."""
     return next(name for name in record.rows.distinct("network") if "pruned" not in name)
 
 

@@ -39,12 +39,10 @@ def label_of(record: Record, plan: str) -> str:
 
 
 def edge_mean(record: Record) -> float:
-    """The mean of the edge models."""
     return record.rows.mean(network=("model 1", "model 2"))
 
 
 def column(record: Record, plan: str, units: str = "all") -> list[float]:
-    """Accuracies by k."""
     return record.rows.curve("blocks", images="test", plan=plan, units=units)[1]
 
 
@@ -77,7 +75,6 @@ def places(at: Sequence[int], all_of: Sequence[int]) -> str:
 
 
 def above(record: Record, plan: str, other: str) -> Decision | None:
-    """Whether a plan is above another wherever averages are low."""
     found = low(record)
     if not found:
         return None
@@ -94,7 +91,6 @@ def above(record: Record, plan: str, other: str) -> Decision | None:
 
 
 def rises(record: Record, plan: str) -> Decision:
-    """Whether accuracy rises with k, and nowhere falls."""
     values, rows = column(record, plan), record["config"]["blocks"]
     least = min((b - a for a, b in itertools.pairwise(values)), default=0)
     free = claims.free(record, values[-1])
@@ -106,7 +102,6 @@ def rises(record: Record, plan: str) -> Decision:
 
 
 def near_edges(record: Record, plan: str) -> Decision | None:
-    """Whether transport is near the edge models with all blocks but one kept, unlike averages."""
     count, rows, edge = record["model"]["blocks"], record["config"]["blocks"], edge_mean(record)
     if count - 1 not in rows:
         return None
