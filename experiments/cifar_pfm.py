@@ -36,9 +36,6 @@ from papers.cifar_pfm import CLAIMS
 
 import vfjax
 
-COSTS = (("params, M", "params", 1e6), ("ratio", "params_ratio", 1))
-COSTS += (("FLOPs, G", "flops", 1e9), ("ratio", "flops_ratio", 1))
-
 
 def _match_part(record: Record) -> str | None:
     config = record["config"]
@@ -72,16 +69,14 @@ class Config(pairs.MatchingOptions):
 
 
 def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    """The options with the layers of the network."""
     layers = pairs.default_layers(net.depth) if config.layers is None else config.layers
-    wrong = [number for number in layers if not 0 <= number <= net.depth]
-    if wrong:
-        raise cli.UserError(f"--layers must be from 0 to L = {net.depth}, got {wrong[0]}.")
+    for number in layers:
+        if not 0 <= number <= net.depth:
+            raise cli.UserError(f"--layers must be from 0 to L = {net.depth}, got {number}.")
     return dataclasses.replace(config, layers=tuple(sorted(set(layers))))
 
 
 def models_of(config: Config) -> int:
-    """How many models make enough pairs: three make three."""
     return next(k for k in itertools.count(2) if k * (k - 1) // 2 >= config.pairs)
 
 
@@ -130,9 +125,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             yield cell | pair.edge(name) | cost
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def columns_of(record: Record) -> dict[str, dict[str, str]]:
     """By its name in tables, what the rows of a column have."""
     own, found = record["config"]["match"], record.rows.where(network="PFM")
@@ -141,19 +133,18 @@ def columns_of(record: Record) -> dict[str, dict[str, str]]:
 
 
 def summary_of(record: Record) -> dict[str, Any]:
-    """Where merged models reach the edge models' mean, by column that was measured."""
     rows, reached = record.rows, {}
     edge = (rows.mean(network="model 1") + rows.mean(network="model 2")) / 2
     for name, where in columns_of(record).items():
-        found = list(zip(*rows.curve("layers", network="PFM", **where)[:2], strict=True))
-        if any(mean == mean for _, mean in found):
-            reached[name] = next((at for at, mean in found if mean >= edge), None)
+        ats, means, _ = rows.curve("layers", network="PFM", **where)
+        if any(mean == mean for mean in means):
+            found = (at for at, mean in zip(ats, means, strict=True) if mean >= edge)
+            reached[name] = next(found, None)
     ensemble = rows.mean(network="ensemble")
     return {"edge_mean": edge, "ensemble": ensemble, "reaches_edges_at": reached}
 
 
 def title_of(record: Record) -> str:
-    """Data, models, matching, statistics."""
     config, images = record["config"], record["data"]["statistics_images"]
     parts = [networks(record), pairs.title_of(config["match"], config)]
     parts += [f"alpha {config['alpha']:g}"] if config["alpha"] != 0.5 else []
@@ -163,7 +154,6 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    """What leads at the first l, and where edge models are reached."""
     rows, summary = record.rows.where(network="PFM"), record["summary"]
     first, edge = min(rows.distinct("layers")), f"{100 * summary['edge_mean']:.1f}%"
     means = {n: rows.mean(layers=first, **w) for n, w in columns_of(record).items()}
@@ -178,7 +168,6 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies by l and column with costs; what has a cost of its own has a table of its own."""
     rows, edge, columns = record.rows, record["summary"]["edge_mean"], columns_of(record)
     depth, layers = record["model"]["depth"], sorted(rows.distinct("layers"))
     lines = {name: {"network": name} for name in ("model 1", "model 2", "ensemble")}
@@ -191,17 +180,12 @@ def tables_of(record: Record) -> list[tables.Table]:
     caption += "; ".join(reached)
     # Permutations cost as little as nothing done.
     beside = [name for name in columns if name == "direct" or name.startswith("AM")]
-    groups = [[name for name in columns if name not in beside], beside]
-    found = []
+    groups, found = [[name for name in columns if name not in beside], beside], []
     for names in groups if "AM" in columns else [list(columns)]:
         shown = [tables.Column(name, columns[name]) for name in names]
-        last = columns[names[-1]]
-        shown += [tables.Column(text, last, key, tables.number(scale=s)) for text, key, s in COSTS]
+        shown += tables.costs(columns[names[-1]])
         title = record["title"] + (": activation matching beside it" if "AM" in names else "")
-        table = tables.pivot(rows, lines, shown, title=title, corner="test accuracy, %",
-                             mark=lambda name, mean: name.startswith("PFM") and mean >= edge,
-                             caption=caption)  # fmt: skip
-        found.append(table)
+        found.append(tables.marked(rows, lines, shown, edge, title=title, caption=caption))
     return found
 
 
@@ -227,7 +211,7 @@ def figure_of(record: Record) -> Any:
         limits = (0, 101) if min(rows.values()) < 0.5 else None
         row.append(figures.Panel(title, x, figures.ACCURACY, lines, y_limits=limits, ticks=ticks))
     bars = f"standard deviation over {config['pairs']} pairs"
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
+    return figures.of_record(record, row, bars=bars)
 
 
 PREPARE = loaded(count=models_of, statistics="samples", settled=settled,

@@ -44,13 +44,8 @@ QUANTITIES = ("feature", "feature_std", "offset")
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(grid.LinearOptions):
-    """The options."""
-
     seeds: tuple[int, ...] = grid.seeds(range(10))
 # fmt: on
-
-
-# ------------------------------------------------------------------------------------- measuring
 
 
 def parameters(net: vfjax.Network, tree: PyTree) -> dict[str, list[float]]:
@@ -130,17 +125,12 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             yield cell | {"network": one, "accuracy": found.accuracy, "loss": found.loss} | more
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def title_of(record: Record) -> str:
-    """Data, networks, number of pairs."""
     what = f"linear networks of {MODEL.depth} layers, {MODEL.width} wide"
     return grid.titled(record, what, len(record.rows.distinct("pair")))
 
 
 def finding_of(record: Record) -> str:
-    """What is left of features at the end, and where the offset is larger."""
     found, rescaled = left(record), left(record, "rescaled_feature")
     first = overtakes_at(record)
     where = f"from layer {first} on" if first <= len(found) else "not in the last layer"
@@ -149,7 +139,6 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies, and what is left of features at the end."""
     last, number = {"layer": max(record.rows.distinct("layer"))}, tables.number()
     lines = {name: {"network": name} for name in ("model 1", "model 2")}
     lines |= {text: {"network": name} for name, text in LABELS.items()}
@@ -160,8 +149,7 @@ def tables_of(record: Record) -> list[tables.Table]:
         tables.Column("h, last layer", last, "offset", number),
         tables.Column("g rescaled", last, "rescaled_feature", number),
     ]
-    title = record["title"]
-    return [tables.pivot(record.rows, lines, columns, title=title, corner="network")]
+    return [tables.pivot(record.rows, lines, columns, title=record["title"], corner="network")]
 
 
 def figure_of(record: Record) -> Any:

@@ -46,8 +46,6 @@ DATASETS = ("digits", "mnist", "cifar10")
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Options):
-    """The options."""
-
     datasets: tuple[str, ...] | None = cli.option(
         None, f"two data sets or more, of {', '.join(sets.NAMES)} (default: {' '.join(DATASETS)}; "
         "with --quick digits digits-turned)", nargs="+", choices=sets.NAMES, metavar="NAME")
@@ -144,11 +142,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         yield from (cell | row for row in of.measured(method, layers))
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def summary_of(record: Record) -> dict[str, Any]:
-    """Mean accuracies over data sets: of the pairs, and of all at once where they are more."""
     keys, found = list(map(str, counts_of(record))), {}
     for group, names in ((group, sets_of(record, group)) for group in GROUPS):
         if names:
@@ -158,7 +152,6 @@ def summary_of(record: Record) -> dict[str, Any]:
 
 
 def title_of(record: Record) -> str:
-    """Data sets and networks."""
     labels = [LABELS[one["name"]] for one in record["data"]]
     what = f"{record['model']['name']}, {record['preset']['width']:g} wide"
     what = "MLPs, QUICK, MEANS NOTHING" if record["config"]["quick"] else what
@@ -166,7 +159,6 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    """What zipping few and nearly all layers gives, against permuting and the ensemble."""
     parts, counts, depth = [], counts_of(record), record["model"]["depth"]
     for group, found in record["summary"].items():
         few, most = ([f"{100 * found[method][str(counts[k])]:.1f}%" for method in METHODS]
@@ -180,7 +172,6 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies by data set and their mean, a table for each combination."""
     rows, depth, found = record.rows, record["model"]["depth"], []
     for joint in rows.distinct("datasets", method="network"):
         names, lines = joint.split("+"), {}
@@ -195,10 +186,8 @@ def tables_of(record: Record) -> list[tables.Table]:
             for row in rows.where(datasets=joint)
         )
         columns = [tables.Column(LABELS[name], {"tested": name}) for name in names]
-        columns.append(tables.Column("mean", key="mean", show=tables.number(4, 0.01)))
-        for text in ("params", "FLOPs"):
-            key = f"{text.lower()}_ratio"
-            columns.append(tables.Column(f"{text}, ratio", key=key, show=tables.number()))
+        columns += [tables.Column("mean", key="mean", show=tables.number(4, 0.01))]
+        columns += tables.ratios()
         about = {"title": joined(LABELS[name] for name in names), "corner": "test accuracy, %"}
         found.append(tables.pivot(known, lines, columns, **about))
     return found
@@ -227,7 +216,7 @@ def figure_of(record: Record) -> Any:
         lines.append(figures.Line(f"{LABELS[name]}, ensemble", None, level, None, place, True))
     title = f"{panels[-1].title}, by data set"
     panels.append(figures.Panel(title, x, figures.ACCURACY, lines, ticks=counts, **limits))
-    return figures.draw(panels, finding=record["finding"], subtitle=record["title"])
+    return figures.of_record(record, panels)
 
 
 LEGEND = """l/L: the first l of L layers merged, a head for each data set behind them; ensemble:

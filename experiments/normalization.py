@@ -37,25 +37,19 @@ ALPHAS = 11
 SIDES = {"first": "forward", "last": "backward"}
 
 
-def _count(help: str, part: str, what: str, cpu: int, paper: int) -> Any:
-    options = {"type": cli.count_of(what), "metavar": "N", "part": part}
-    return cli.option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(edges.EdgeOptions):
-    """The options."""
-
-    samples: int = _count("test images, the first N", "samples{}", "images", 2_000, 10_000)
-    statistics: int = _count(
+    samples: int = cli.sized("test images, the first N", "samples{}", 2_000, 10_000)
+    statistics: int = cli.sized(
         "training images, the first N, not augmented, for activation matching and renormalisation",
-        "statistics{}", "images", 5_000, 48_000)
-    held_out: int = _count(
+        "statistics{}", 5_000, 48_000)
+    held_out: int = cli.sized(
         "training images, those after the statistics images, that choose how many biases are "
         "removed; at most a fifth of a split that is too small for both",
-        "heldout{}", "images", 2_000, 2_000)
-    runs: int = _count("runs of weight matching, with seeds from S on", "runs{}", "runs", 1, 5)
+        "heldout{}", 2_000, 2_000)
+    runs: int = cli.sized(
+        "runs of weight matching, with seeds from S on", "runs{}", 1, 5, "runs")
     seed: int = cli.option(
         0, "seed of the random order in which weight matching visits layers", type=cli.seed_of,
         metavar="S", part="seed{}")
@@ -63,11 +57,7 @@ class Config(edges.EdgeOptions):
 
 
 def seeds_of(config: Config) -> list[int]:
-    """The seeds of weight matching."""
     return list(range(config.seed, config.seed + config.runs))
-
-
-# ------------------------------------------------------------------------------------- measuring
 
 
 def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
@@ -103,11 +93,9 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
     plan = [
         dict(zip(keys, (match, seed, *cell), strict=True))
         for match, seed in (*(("weight", s) for s in seeds_of(config)), ("activation", None))
-        for cell in (
-            *(("bias_removal", of, side) for of, side in removals),
-            *((remedy, "test", None) for remedy in remedies),
-        )
-    ]
+        for cell in (*(("bias_removal", *one) for one in removals),
+                     *((remedy, "test", None) for remedy in remedies))
+    ]  # fmt: skip
     for cell in run.cells(plan):
         match, seed, remedy = (cell[key] for key in keys[:3])
         aligned, references = matched(match, seed)
@@ -132,23 +120,17 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
                 yield {"network": name, "match": match, "seed": seed, "accuracy": float(value)}
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def remedies_of(record: records.Record) -> list[str]:
-    """What was done, as it is first."""
     return record.rows.where(match="weight", side=None).distinct("remedy")
 
 
 def title_of(record: records.Record) -> str:
-    """Data, models, images."""
     runs, images = record["config"]["runs"], record["data"]["test_images"]
-    parts = [records.networks(record), f"{images:,} test images"]
-    return ", ".join(parts + ([f"mean of {runs} runs of weight matching"] if runs > 1 else []))
+    mean = f", mean of {runs} runs of weight matching" if runs > 1 else ""
+    return f"{records.networks(record)}, {images:,} test images{mean}"
 
 
 def finding_of(record: records.Record) -> str:
-    """What leads at the midpoint, by matching."""
     parts = []
     for match, text in MATCHES.items():
         found = {remedy: middle(match, remedy).of(record) for remedy in remedies_of(record)}
@@ -160,7 +142,6 @@ def finding_of(record: records.Record) -> str:
 
 
 def tables_of(record: records.Record) -> list[tables.Table]:
-    """Midpoints, lowest points, and barriers by both definitions."""
     lines = {}
     for match in MATCHES:
         for remedy in remedies_of(record):
@@ -189,10 +170,9 @@ def figure_of(record: records.Record) -> Any:
         rows = record.rows.where(match=match, side=None)
         lines = []
         for remedy in remedies_of(record):
-            style = {"name": label(remedy), "method": remedy}
-            if remedy == "none":
-                style |= {"method": "matched", "dashed": True}
-            lines.append(figures.line(rows, "alpha", remedy=remedy, **style))
+            plain = remedy == "none"
+            style = {"name": label(remedy), "method": "matched" if plain else remedy}
+            lines.append(figures.line(rows, "alpha", remedy=remedy, dashed=plain, **style))
         x = "alpha, weight of the second network"
         row.append(figures.Panel(text, x, y, lines, y_limits=limits))
     if record.rows.where(side="last"):
@@ -206,7 +186,7 @@ def figure_of(record: records.Record) -> Any:
         title = "biases removed at the midpoint"
         row.append(figures.Panel(title, x, y, lines, y_limits=limits))
     bars = f"standard deviation over {record['config']['runs']} runs of weight matching"
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
+    return figures.of_record(record, row, bars=bars)
 
 
 PREPARE = edges.loaded(statistics="statistics", held_out="held_out", test="samples",

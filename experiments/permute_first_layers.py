@@ -39,8 +39,6 @@ SAMPLES = 5_000
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(edges.EdgeOptions):
-    """The options."""
-
     match: str = cli.option(
         "both", "how units of the second network are matched to those of the first",
         choices=(*MATCHES, "both"), part="{}")
@@ -52,9 +50,6 @@ class Config(edges.EdgeOptions):
         "statistics", "training images, the first N, not augmented, for matching and "
         "renormalisation", SAMPLES)
 # fmt: on
-
-
-# ------------------------------------------------------------------------------------- measuring
 
 
 def written_at(net: vfjax.Network) -> dict[str, int]:
@@ -163,7 +158,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         match, remedy, layers = cell.values()
         merged, matching = average(match, layers)
         with run.watch("averages"):
-            what = {"none": None}.get(remedy, remedy)
+            what = None if remedy == "none" else remedy
             done = pair().renormalised(what, matching, merged, images.statistics)
             found = pair().evaluate(done, images.test, f"l = {layers}")
         groups = sum(depth <= layers for depth in depths.values())
@@ -172,11 +167,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 yield cell | {"match": one, "layers": number, "groups": groups} | found
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def summary_of(record: Record) -> dict[str, Any]:
-    """The mean of the edge models, weighted as in the averages."""
     first, second = (record.rows.mean(network=name) for name in ("model 1", "model 2"))
     alpha = record["config"]["alpha"]
     return {"edge_mean": (1 - alpha) * first + alpha * second}
@@ -190,17 +181,14 @@ def curves_of(record: Record) -> dict[tuple[str, str], list[float]]:
 
 
 def title_of(record: Record) -> str:
-    """Data, models, what is averaged, images."""
     alpha, images = record["config"]["alpha"], record["data"]["test_images"]
     what = "midpoints" if alpha == 0.5 else f"averages at alpha {alpha:g}"
     return f"{networks(record)}, {what}, first l layers matched, {images:,} test images"
 
 
 def finding_of(record: Record) -> str:
-    """What matching all layers gives, at best and without a remedy."""
     curves, edge = curves_of(record), record["summary"]["edge_mean"]
-    best = max(curves, key=lambda name: curves[name][-1])
-    values = curves[best]
+    best, values = max(curves.items(), key=lambda item: item[1][-1])
     plain = max(found[-1] for (_, remedy), found in curves.items() if remedy == "none")
     text = f"Matching all layers instead of none takes accuracy from {100 * values[0]:.1f}% to "
     text += f"{100 * values[-1]:.1f}% ({short(*best)}), without a remedy to {100 * plain:.1f}% at "
@@ -208,15 +196,13 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies by l."""
     lines = {str(number): {"layers": number} for number in sorted(record.rows.distinct("layers"))}
     columns = [tables.Column("groups", key="groups", show=lambda values: str(values[0]))]
     columns += [tables.Column(short(m, r), {"match": m, "remedy": r}) for m, r in curves_of(record)]
-    edge = 100 * record["summary"]["edge_mean"]
-    return [tables.pivot(record.rows, lines, columns, title=record["title"],
-                         corner="first layers matched, l",
-                         caption=f"Accuracy, %; groups of units matched; edge models: {edge:.2f}")
-            ]  # fmt: skip
+    caption = "Accuracy, %; groups of units matched; edge models: "
+    about = {"title": record["title"], "corner": "first layers matched, l"}
+    about["caption"] = f"{caption}{100 * record['summary']['edge_mean']:.2f}"
+    return [tables.pivot(record.rows, lines, columns, **about)]
 
 
 def figure_of(record: Record) -> Any:
@@ -229,7 +215,7 @@ def figure_of(record: Record) -> Any:
         ] + figures.levels({"edge models' mean": record["summary"]["edge_mean"]})  # fmt: skip
         x = f"first layers matched, l (of L = {depth})"
         row.append(figures.Panel(MATCHES[match], x, figures.ACCURACY, lines, y_limits=(0, 101)))
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"])
+    return figures.of_record(record, row)
 
 
 LEGEND = """WM: weights matched; AM: activations matched. Permuted or not, the second network

@@ -38,8 +38,6 @@ ALPHAS = 11
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(grid.LinearOptions):
-    """The options."""
-
     seeds: tuple[int, ...] = grid.seeds(range(10))
 # fmt: on
 
@@ -71,16 +69,11 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         yield from records.curve_rows(cell, found)
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def middle(record: Record, network: str, merged: str) -> list[float]:
-    """Accuracy at the midpoint, by pair."""
     return record.rows.values(network=network, merged=merged, alpha=0.5)
 
 
 def less_is_lost(record: Record, merged: str) -> Decision:
-    """Whether barriers are lower with skips."""
     plain, skips = (middle(record, name, merged) for name in NETWORKS)
     barriers = [record.rows.mean("barrier", network=name, merged=merged) for name in NETWORKS]
     means = [records.mean_std(values)[0] for values in (plain, skips)]
@@ -88,9 +81,9 @@ def less_is_lost(record: Record, merged: str) -> Decision:
     here = f"midpoint {tables.percent(skips)} with skips and {tables.percent(plain)} without "
     here += f"(better with them in {better} of {len(plain)} pairs; mean barriers "
     here += f"{100 * barriers[1]:.1f} and {100 * barriers[0]:.1f} points)"
-    gap, free = barriers[0] - barriers[1], claims.noise(means[0], record["data"]["test_images"])
+    gap, free = barriers[0] - barriers[1], claims.free(record, means[0])
     near = claims.near_chance(record, *means) or abs(gap) <= free
-    return Decision(None if near else gap > 0, here)
+    return None if near else gap > 0, here
 
 
 CLAIMS = [
@@ -103,13 +96,11 @@ CLAIMS = [
 
 
 def title_of(record: Record) -> str:
-    """Data, networks, number of pairs."""
     what = f"linear networks of {MODEL.depth} layers, {MODEL.width} wide"
     return grid.titled(record, what, len(record.rows.distinct("pair")))
 
 
 def finding_of(record: Record) -> str:
-    """The midpoints."""
     means = {(n, m): f"{100 * records.mean_std(middle(record, n, m))[0]:.1f}%"
              for n in NETWORKS for m in MATCHES}  # fmt: skip
     text = "With skips midpoints have {}, without {}; matched {} and {}"
@@ -127,15 +118,14 @@ def lines_of() -> dict[str, dict[str, str]]:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Ends, midpoint and barriers."""
     columns = [
         tables.Column("edge models, %", {"alpha": (0.0, 1.0)}),
         tables.Column("midpoint, %", {"alpha": 0.5}),
         tables.Column("barrier, points", key="barrier"),
         tables.Column("loss barrier, nats", key="loss_barrier", show=tables.number()),
     ]
-    title = record["title"]
-    return [tables.pivot(record.rows, lines_of(), columns, title=title, corner="network")]
+    about = {"title": record["title"], "corner": "network"}
+    return [tables.pivot(record.rows, lines_of(), columns, **about)]
 
 
 def figure_of(record: Record) -> Any:
@@ -152,7 +142,7 @@ def figure_of(record: Record) -> Any:
         x = "alpha, weight of the second network"
         row.append(figures.Panel(f"test {key}", x, y, lines, y_limits=limits))
     bars = f"standard deviation over {len(record.rows.distinct('pair'))} pairs"
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
+    return figures.of_record(record, row, bars=bars)
 
 
 LEGEND = """Here skips stay exact: what is added to a layer's output is its input. So units of all

@@ -43,8 +43,6 @@ REMOVED = 5
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(edges.EdgeOptions):
-    """The options."""
-
     match: str = cli.option(
         "activation", "how units of the second network are matched to those of the first",
         choices=("activation", "weight"), part="{}")
@@ -55,12 +53,9 @@ class Config(edges.EdgeOptions):
 # fmt: on
 
 
-# ------------------------------------------------------------------------------------- measuring
-
-
-def removed(net: vfjax.Network) -> int:
+def removed(depth: int) -> int:
     """How many layers lose their biases: the first keeps its own in any network."""
-    return min(REMOVED, net.depth - 1)
+    return min(REMOVED, depth - 1)
 
 
 def plan_of(net: vfjax.Network) -> list[dict[str, Any]]:
@@ -70,8 +65,8 @@ def plan_of(net: vfjax.Network) -> list[dict[str, Any]]:
     found = pairs.remedies_of(net)
     if not net.norms:
         found = [*found, "bias_removal"] if biased else ["repair", "rescale"]
-    plan = [{"network": name, "layers": None} for name in ("edge models", "direct", "matched")]
-    plan += [{"network": name, "layers": None} for name in found]
+    names = ("edge models", "direct", "matched", *found)
+    plan = [{"network": name, "layers": None} for name in names]
     kept = [number for number in pairs.default_layers(net.depth) if number]
     return plan + [{"network": f"PFM {n}/{net.depth}", "layers": n} for n in kept]
 
@@ -118,7 +113,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 return dict(zip(EDGES, both, strict=True))
             whole = pair().merged(found, slice(layers, None))
             if name == "bias_removal":
-                return {name: renorm.remove_bias(net, whole, last=removed(net))}
+                return {name: renorm.remove_bias(net, whole, last=removed(net.depth))}
             remedy = name if name in pairs.remedies_of(net) else None
             return {name: pair().renormalised(remedy, found, whole, images.statistics)}
 
@@ -141,25 +136,18 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 yield cell | row
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def names_of(record: Record) -> dict[str, str]:
     """The networks by their names in tables and figures."""
-    found = record.rows.distinct("network", layer=1)
-    number = min(REMOVED, record["model"]["depth"] - 1)
-    known = {"bias_removal": f"last {number} biases removed"}
-    return {known.get(name, label(name)): name for name in found}
+    known = {"bias_removal": f"last {removed(record['model']['depth'])} biases removed"}
+    return {known.get(n, label(n)): n for n in record.rows.distinct("network", layer=1)}
 
 
 def title_of(record: Record) -> str:
-    """Data, models, matching, images."""
     match, images = record["config"]["match"], record["data"]["test_images"]
     return f"{networks(record)}, midpoints, {match} matching, {images:,} test images"
 
 
 def finding_of(record: Record) -> str:
-    """What is left of features at the output."""
     ends = {}
     for text, name in names_of(record).items():
         if name in ("direct", "matched", "repair", "rescale", "reset"):
@@ -172,43 +160,36 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies, features at half depth and at the output, logits."""
     return [features.table(record, names_of(record))]
 
 
 def figure_of(record: Record) -> Any:
     """Bounds without and with PFM, logits, and what decides them or the norms' statistics."""
     names, depth = names_of(record), record["model"]["depth"]
-    styles: dict[str, dict[str, Any]] = {}
-    for text, name in names.items():
-        if name in EDGES:
-            styles[name] = {"name": "edge model 1", "method": "edges", "dashed": True}
-        else:
-            # Colours that no method of the figure has.
-            kept = 6 + sum(other.startswith("PFM") for other in styles)
-            styles[name] = {"name": text, "method": kept if name.startswith("PFM") else name}
-    plain = [name for name in styles if name not in EDGES and not name.startswith("PFM")]
-    kept = ["matched", *(name for name in styles if name.startswith("PFM"))]
+    edge = {"name": "edge model 1", "method": "edges", "dashed": True}
+    plain, kept = ([name for name in names.values() if name not in EDGES
+                    and name.startswith("PFM") == apart] for apart in (False, True))  # fmt: skip
+    # Colours that no method of the figure has.
+    methods = {name: place for place, name in enumerate(kept, start=6)}
+    styles = {name: edge if name in EDGES else {"name": text, "method": methods.get(name, name)}
+              for text, name in names.items()}  # fmt: skip
     y = "norm of f(x) - f(0), ratio to edge models"
     row = [
         figures.Panel(title, features.DEPTH, y,
                       [features.line(record, n, bound=True, **styles[n]) for n in of], log=True)
         for title, of in (
             (f"upper bounds of features, L = {depth}", plain),
-            ("matched, the first l layers kept apart", kept))
+            ("matched, the first l layers kept apart", ["matched", *kept]))
     ]  # fmt: skip
     last = "reset" if "reset" in styles else "rescale"
     shown = {name: styles[name] for name in (EDGES[0], "direct", "matched", last)}
     at_zero = {"name": "direct, at 0", "method": "none", "dashed": True, "at_zero": "direct"}
     row.append(features.logits_panel(record, shown | {"at zero": at_zero}))
-    if record.rows.distinct("norm"):
-        row.append(norms_panel(record))
-    else:
-        lines = [features.line(record, n, bound=False, **styles[n]) for n in (EDGES[0], *plain)]
-        title = "features against offsets"
-        row.append(figures.Panel(title, features.DEPTH, features.AGAINST, lines, log=True))
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"],
-                        bars=features.BARS, columns=2)  # fmt: skip
+    lines = [features.line(record, n, bound=False, **styles[n]) for n in (EDGES[0], *plain)]
+    offsets = ("features against offsets", features.DEPTH, features.AGAINST, lines, True)
+    normed = record.rows.distinct("norm")
+    row.append(norms_panel(record) if normed else figures.Panel(*offsets))
+    return figures.of_record(record, row, bars=features.BARS, columns=2)  # fmt: skip
 
 
 def norms_panel(record: Record) -> figures.Panel:

@@ -53,8 +53,6 @@ def _sparsity_part(record: Mapping[str, Any]) -> str | None:
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pruned.RemedyOptions):
-    """The options."""
-
     sparsity: int | float | None = cli.option(
         None, f"per cent of the weights that go (default: {SPARSITY}; 85 for resnet20)",
         type=pruned.sparsity_of, metavar="S", part=_sparsity_part)
@@ -65,13 +63,11 @@ class Config(pruned.RemedyOptions):
 
 
 def checked(config: Config) -> None:
-    """Refuses to prune everything."""
     if config.sparsity == 100:
         raise cli.UserError("--sparsity 100 leaves no features to measure; take less.")
 
 
 def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    """The options with the sparsity of the network, which the remedy must be one for."""
     pruned.remedy_of(config, net, name)
     return dataclasses.replace(config, sparsity=config.sparsity or default_sparsity(name))
 
@@ -116,9 +112,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             yield cell | {"accuracy": float(pruned.answers(network, test).mean())}
 
 
-# ------------------------------------------------------------------------------- what came of it
-
-
 def names_of(record: Record) -> dict[str, str]:
     """The networks by their names in tables and figures, the unpruned one first."""
     remedy = remedy_of(record)
@@ -126,7 +119,6 @@ def names_of(record: Record) -> dict[str, str]:
 
 
 def title_of(record: Record) -> str:
-    """Data, models, what was pruned, images, seeds."""
     images, seeds = record["data"]["test_images"], len(record.rows.distinct("seed"))
     what = f"{record['config']['sparsity']}% pruned by global magnitude"
     parts = [networks(record), what, f"{images:,} test images"]
@@ -134,7 +126,6 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    """What is left of features and of what decides the output."""
     remedy = remedy_of(record)
     before, after = (measured(record, name) for name in ("pruned", remedy))
     shares = [f"{measured(record, name)['share']:.2g} ({text})"
@@ -145,7 +136,6 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies, features at half depth and at the output, logits."""
     return [features.table(record, names_of(record))]
 
 
@@ -168,7 +158,7 @@ def figure_of(record: Record) -> Any:
     ]
     bars = features.BARS + (f" (logits, of the first seed), else over {seeds} seeds"
                             if seeds > 1 else "")  # fmt: skip
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars)
+    return figures.of_record(record, row, bars=bars)
 
 
 LEGEND = """Shown are features f(x) - f(0), mean norms over test images, before norm and activation,

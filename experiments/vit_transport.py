@@ -41,16 +41,9 @@ REGULARIZATIONS = (0.02, 0.05, 0.1, 0.2)
 EDGES = ("model 1", "model 2", "ensemble")
 
 
-def _images(help: str, part: str, cpu: int, paper: int) -> Any:
-    options = {"type": cli.count_of("images"), "metavar": "N", "part": part}
-    return cli.option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(edges.EdgeOptions):
-    """The options."""
-
     model: tuple[str, float | None] | None = cli.option(
         None, f"architecture of the networks, {' or '.join(MODELS)}; WIDTH multiplies all channel "
         "counts (default: vit, as wide as the shipped ones; with --preset paper 1)",
@@ -63,13 +56,13 @@ class Config(edges.EdgeOptions):
         None, "weight of the entropy in soft plans, in parts of the mean distance (default: that "
         f"of {', '.join(map(str, REGULARIZATIONS))} which is best on held-out images)",
         type=cli.positive, metavar="R", part="regularization{:g}")
-    samples: int = _images(
+    samples: int = cli.sized(
         "statistics images: the first N of the training split, not augmented", "samples{}",
         2_000, 10_000)
-    held_out: int = _images(
+    held_out: int = cli.sized(
         "training images after these, which the networks have seen, that choose how soft plans "
         "are; at most a fifth of a split that is too small for both", "heldout{}", 1_000, 2_000)
-    test: int = _images("test images, the first N", "test{}", 3_000, 10_000)
+    test: int = cli.sized("test images, the first N", "test{}", 3_000, 10_000)
 # fmt: on
 
 
@@ -128,22 +121,17 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         yield cell | {"accuracy": tested.accuracy, "loss": tested.loss} | more
 
 
-# ------------------------------------------------------------------------------- what came of it
-
 # Of the columns in figures.
 LOOKS = {"direct": "direct", "permuted": "activation", "exact": "transport", "soft": 4}
 LOOKS |= {"weights": "weight", "uniform": 5}
 
 
 def title_of(record: Record) -> str:
-    """Data, models, images."""
-    counts = record["data"]["statistics_images"], record["data"]["test_images"]
-    images = f"statistics over {counts[0]:,} images, {counts[1]:,} test images"
-    return f"{networks(record)}, {images}"
+    images = f"statistics over {record['data']['statistics_images']:,} images"
+    return f"{networks(record)}, {images}, {record['data']['test_images']:,} test images"
 
 
 def finding_of(record: Record) -> str:
-    """What transport gives at the first k, against averages and the control."""
     first = {plan: f"{100 * column(record, plan)[0]:.1f}%" for plan in LABELS}
     text = f"With k = {record['config']['blocks'][0]} blocks kept apart OT-acts has "
     text += f"{first['exact']}, soft {first['soft']}, direct averaging {first['direct']}; the "
@@ -152,21 +140,14 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies by k and column, with costs."""
-    rows, edge, count = record.rows.where(images="test"), edge_mean(record), "PFM {}/{}"
+    rows, edge = record.rows.where(images="test"), edge_mean(record)
     lines: dict[str, dict[str, Any]] = {name: {"network": name} for name in EDGES}
-    for k in record["config"]["blocks"]:
-        lines[count.format(k, record["model"]["blocks"])] = {"blocks": k}
-    columns = [
-        tables.Column(label_of(record, plan), {"plan": plan, "units": "all"}) for plan in LABELS
-    ]
-    costs = (("params, M", "params", 1e6), ("ratio", "params_ratio", 1))
-    for text, key, scale in (*costs, ("FLOPs, M", "flops", 1e6), ("ratio", "flops_ratio", 1)):
-        columns.append(tables.Column(text, {"plan": "direct"}, key, tables.number(4, scale)))
+    count = record["model"]["blocks"]
+    lines |= {f"PFM {k}/{count}": {"blocks": k} for k in record["config"]["blocks"]}
+    columns = [tables.Column(label_of(record, p), {"plan": p, "units": "all"}) for p in LABELS]
+    columns += tables.costs({"plan": "direct"}, digits=4, giga=False)
     caption = f"*: at or above the mean of the edge models, {100 * edge:.2f}"
-    return [tables.pivot(rows, lines, columns, title=record["title"], corner="test accuracy, %",
-                         mark=lambda name, mean: name.startswith("PFM") and mean >= edge,
-                         caption=caption)]  # fmt: skip
+    return [tables.marked(rows, lines, columns, edge, title=record["title"], caption=caption)]
 
 
 def figure_of(record: Record) -> Any:
@@ -179,10 +160,9 @@ def figure_of(record: Record) -> Any:
                             dashed=plan == "uniform", plan=plan, units="all")  # fmt: skip
 
     units = [
-        figures.line(rows, "blocks", name=f"{text} alone", method=place, plan="exact",
-                     units=kind)
-        for place, (kind, text) in enumerate(KINDS.items(), start=1)
-    ]  # fmt: skip
+        figures.line(rows, "blocks", name=f"{text} alone", method=at, plan="exact", units=kind)
+        for at, (kind, text) in enumerate(KINDS.items(), start=1)
+    ]
     named = {0.0: "exact", chosen(record.rows): "soft", UNIFORM: "uniform"}
     others = iter((0, 7, 9))
     soft = [
@@ -200,7 +180,7 @@ def figure_of(record: Record) -> Any:
                       **limits),
         figures.Panel("weight of the plans' entropy", x, y, soft, **limits),
     ]  # fmt: skip
-    return figures.draw(panels, finding=record["finding"], subtitle=record["title"])
+    return figures.of_record(record, panels)
 
 
 LEGEND = """PFM k/B: the first k of B blocks kept apart, the others merged. AM: permuted by

@@ -43,27 +43,20 @@ IMAGES = (10, 30, 100, 300, 1_000)
 MATCHERS = ("identity", "permute", "kmeans", "greedy", "unbounded", "optimal")
 
 
-def _images(help: str, part: str, cpu: int, paper: int) -> Any:
-    options = {"type": cli.count_of("images"), "metavar": "N", "part": part}
-    return cli.option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(disjoint.HalvesOptions):
-    """The options."""
-
     alpha: float = cli.option(
         0.3, "of ZipIt!: how much a merged feature's correlations count", type=cli.number_of(0, 1),
         part="alpha{:g}")
     beta: float = cli.option(
         0.125, "of ZipIt!: share of the merges that may be within a network",
         type=cli.number_of(0, 1), part="beta{:g}")
-    samples: int = _images("test images, the first N", "samples{}", 10_000, 10_000)
-    statistics: int = _images(
+    samples: int = cli.sized("test images, the first N", "samples{}", 10_000, 10_000)
+    statistics: int = cli.sized(
         "statistics images, the first N of the training split, of all classes, not augmented",
         "statistics{}", 5_000, 48_000)
-    held_out: int = _images(
+    held_out: int = cli.sized(
         "training images after those, which the networks have seen, on which alpha and beta are "
         "compared", "heldout{}", 2_000, 2_000)
 # fmt: on
@@ -122,29 +115,23 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
             yield cell | found(place, way, cell["layers"], *how)
 
 
-# ------------------------------------------------------------------------------- what came of it
-
 WAYS = {"average": "weight average", "weights": "permuted by weights"}
 PARTS = {"permutation": "permuted", "zip": "ZipIt!"}
 # Names and looks of the ways to match in the figure.
-POINTS = {"permute": ("permuted", "activation"), "greedy": ("ZipIt!", "zipit")}
-POINTS |= {"identity": ("identity", "direct"), "kmeans": ("k-means", 5), "optimal": ("optimal", 1)}
-POINTS["unbounded"] = "no budget", 0
+POINTS = {"permute": ("permuted", "activation"), "greedy": ("ZipIt!", "zipit"),
+          "identity": ("identity", "direct"), "kmeans": ("k-means", 5), "optimal": ("optimal", 1),
+          "unbounded": ("no budget", 0)}  # fmt: skip
 
 
 def title_of(record: Record) -> str:
-    """Data, networks, images."""
     classes, config = record["data"]["classes"], record["config"]
-    parts = [
-        f"{networks(record)}, {classes // 2}+{classes - classes // 2} classes",
-        f"statistics over {record['data']['statistics_images']:,} images",
-    ]
+    parts = [networks(record), f"{classes // 2}+{classes - classes // 2} classes"]
+    parts.append(f"statistics over {record['data']['statistics_images']:,} images")
     parts += ["plain classifiers"] if config["loss"] == "cross-entropy" else []
     return ", ".join(parts + ([f"mean of {config['pairs']} pairs"] if config["pairs"] > 1 else []))
 
 
 def finding_of(record: Record) -> str:
-    """ZipIt! against permutation, in part and whole, between one network and the ensemble."""
     depth, middle = paper.depth_of(record), paper.middle_of(record)
     known = (paper.ZIP, paper.PERMUTED, paper.PART_ZIPPED, paper.ALONE, paper.ENSEMBLE)
     whole, permuted, part, alone, ensemble = (f"{100 * one.of(record):.1f}%" for one in known)
@@ -154,7 +141,6 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    """Joint accuracy, that on each half, and their mean; and the ways to match."""
     rows, depth = paper.asked(record), paper.depth_of(record)
     lines: dict[str, dict[str, Any]] = {f"network {n}": {"way": f"network {n}"} for n in "AB"}
     lines |= {text: {"way": way} for way, text in WAYS.items()}
@@ -164,9 +150,7 @@ def tables_of(record: Record) -> list[tables.Table]:
     lines["ensemble"] = {"way": "ensemble"}
     keys = {"joint": "accuracy", "task A": "task_a", "task B": "task_b", "mean of tasks": "average"}
     columns = [tables.Column(text, key=key, show=tables.percent) for text, key in keys.items()]
-    for text in ("params", "FLOPs"):
-        key = f"{text.lower()}_ratio"
-        columns.append(tables.Column(f"{text}, ratio", key=key, show=tables.number()))
+    columns += tables.ratios()
     ways = {name: {"way": way} for way, name in paper.MATCHERS.items() if rows.where(way=way)}
     found = [columns[0], tables.Column("seconds", key="seconds", show=tables.number())]
     return [
@@ -221,8 +205,8 @@ def figure_of(record: Record) -> Any:
         figures.Panel("what is merged", "layer", "correlation of features, share", merged,
                       y_limits=(0, 1)),
     ]  # fmt: skip
-    about = {"finding": record["finding"], "subtitle": record["title"], "columns": 3}
-    return figures.draw(panels, bars=f"standard deviation over {config['pairs']} pairs", **about)
+    bars = f"standard deviation over {config['pairs']} pairs"
+    return figures.of_record(record, panels, bars=bars, columns=3)
 
 
 LEGEND = """ZipIt! l/L: the first l of L layers merged, and the two networks finish apart, a head

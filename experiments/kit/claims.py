@@ -15,6 +15,7 @@ chance may be what is claimed: it decides against one that is not, and `AtChance
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -28,39 +29,23 @@ VERDICTS = (AS, UNLIKE, OPEN, NEW)
 NEAR = 0.1
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """Whether a claim holds (None where it cannot be told), and what was measured."""
-
-    holds: bool | None
-    here: str
-
-
+# Whether a claim holds (None where it cannot be told), and what was measured.
+Decision = tuple[bool | None, str]
 Rule = Callable[[Record], Decision | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim of a paper.
+    """A claim of a paper; where its rule gives None it is left out."""
 
-    Attributes:
-      id: The paper and where in it: `vf.t1.rescale-leads`; one id wherever a claim is tested.
-      claim: What is claimed, in some words.
-      paper: What the paper has, with numbers; empty where no paper has it.
-      rule: How it is decided: `Above`, `Level`, `Leads`, `AtChance`, or a function of the record.
-        Where it gives None the claim is left out.
-      when: Which records it is held against.
-      told: Of which of these the paper says it; of others it is measured, and not in the paper.
-      by: How a rule that is a function decides, and by which margin.
-    """
-
-    id: str
-    claim: str
-    paper: str
-    rule: Rule
-    when: Callable[[Record], bool] = lambda record: True
+    id: str  # The paper and where in it: `vf.t1.rescale-leads`; one id wherever it is tested.
+    claim: str  # What is claimed, in some words.
+    paper: str  # What the paper has, with numbers; empty where no paper has it.
+    rule: Rule  # `Above`, `Level`, `Leads`, `AtChance`, or a function of the record.
+    when: Callable[[Record], bool] = lambda record: True  # Which records it is held against.
+    # Of which of these the paper says it; of others it is measured, and not in the paper.
     told: Callable[[Record], bool] = lambda record: True
-    by: str = ""
+    by: str = ""  # How a rule that is a function decides, and by which margin.
 
 
 def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
@@ -69,11 +54,13 @@ def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
     for claim in claims:
         found = claim.rule(record) if claim.when(record) else None
         if found is not None:
-            known = bool(claim.paper) and claim.told(record)
-            row = {"id": claim.id, "claim": claim.claim, "paper": claim.paper if known else ""}
-            verdict = {True: AS, False: UNLIKE, None: OPEN}[found.holds] if known else NEW
-            row |= {"here": found.here, "verdict": verdict, "rule": claim.by or str(claim.rule)}
-            rows.append(row)
+            holds, here = found
+            paper = claim.paper if claim.told(record) else ""
+            verdict = {True: AS, False: UNLIKE, None: OPEN}[holds] if paper else NEW
+            row = {"id": claim.id, "claim": claim.claim, "paper": paper}
+            rows.append(
+                row | {"here": here, "verdict": verdict, "rule": claim.by or f"{claim.rule}"}
+            )
     return rows
 
 
@@ -129,30 +116,44 @@ def noise(value: float, images: int) -> float:
     return 2 * math.sqrt(max(value * (1 - value), 0.0) / images)
 
 
+def free(record: Record, value: float) -> float:
+    """The same on the test images of a record."""
+    return noise(value, record["data"]["test_images"])
+
+
 def near_chance(record: Record, *values: float) -> bool:
     """Whether all of some accuracies are."""
     return all(value <= record.chance + NEAR for value in values)
 
 
+def beyond(gap: float, free: float = 0.0) -> bool | None:
+    """Whether a gap is above 0; None within noise, and where it was not measured."""
+    return None if math.isnan(gap) or abs(gap) <= free else gap > 0
+
+
+def reached(value: float, least: float, free: float) -> bool | None:
+    """Whether a value is `least` or more; open where it is no more than noise below that."""
+    return True if value >= least else None if value >= least - free else False
+
+
 def compared(record: Record, value: float, other: float, by: float = 0.0) -> bool | None:
     """Whether an accuracy is above another by more than `by`; None within noise or near chance."""
-    if math.isnan(value - other) or near_chance(record, value, other):
-        return None
-    gap = value - other - by
-    return None if abs(gap) <= noise(other, record["data"]["test_images"]) else gap > 0
+    near = near_chance(record, value, other)
+    return None if near else beyond(value - other - by, free(record, other))
+
+
+def enough(record: Record, value: float, other: float, by: float = 0.0) -> bool | None:
+    """Whether it is no more than `by` below another; open up to noise below, and near chance."""
+    near = near_chance(record, value, other)
+    return None if near else reached(value, other - by, free(record, other))
 
 
 def level(record: Record, values: Sequence[float], by: float) -> bool | None:
     """Whether accuracies lie within `by` (open up to noise on top), or, by 0, within noise."""
+    gap, noise = max(values) - min(values), free(record, min(values))
     if near_chance(record, *values):
         return None
-    gap, free = max(values) - min(values), noise(min(values), record["data"]["test_images"])
-    return within(gap, by, free) if by else gap <= free
-
-
-def within(gap: float, by: float, free: float) -> bool | None:
-    """Whether a gap is at most `by`; open where it is no more than noise above that."""
-    return True if gap <= by else None if gap <= by + free else False
+    return reached(by, gap, noise) if by else gap <= noise
 
 
 def all_of(found: Iterable[bool | None]) -> bool | None:
@@ -181,14 +182,13 @@ class Comparison:
         if any(map(math.isnan, found.values())):
             return None
         shown = sorted(found, key=lambda q: -found[q]) if self.ranked else found
-        here = ", ".join(quantity.told(record) for quantity in shown)
-        return Decision(self.holds(record, *found.values()), here)
+        return self.holds(record, *found.values()), ", ".join(q.told(record) for q in shown)
 
     def __str__(self) -> str:
         return self.text
 
 
-def _named(*quantities: Quantity) -> str:
+def _named(quantities: Iterable[Quantity]) -> str:
     return ", ".join(quantity.label for quantity in quantities)
 
 
@@ -196,13 +196,13 @@ def Above(value: Quantity, other: Quantity, by: float = 0.0) -> Comparison:
     """That one accuracy is above another, by more than `by`."""
     more = f" by more than {100 * by:g} points" if by else ""
     text = f"{value.label} above {other.label}{more}; two standard errors are level"
-    return Comparison((value, other), lambda record, a, b: compared(record, a, b, by), text)
+    return Comparison((value, other), functools.partial(compared, by=by), text)
 
 
 def Level(values: Sequence[Quantity], by: float) -> Comparison:
     """That accuracies lie within `by` of each other, see `level`."""
     points = f"{100 * by:g} points; unlike from two standard errors more on"
-    text = f"{_named(*values)} within {points if by else 'two standard errors'}"
+    text = f"{_named(values)} within {points if by else 'two standard errors'}"
     return Comparison(tuple(values), lambda record, *found: level(record, found, by), text)
 
 
@@ -213,7 +213,7 @@ def Leads(value: Quantity, others: Sequence[Quantity], last: bool = False) -> Co
         return compared(record, min(rest), a) if last else compared(record, a, max(rest))
 
     side = "below" if last else "above"
-    text = f"{value.label} {side} all of {_named(*others)}; two standard errors are level"
+    text = f"{value.label} {side} all of {_named(others)}; two standard errors are level"
     return Comparison((value, *others), holds, text, ranked=True)
 
 
@@ -221,7 +221,12 @@ def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
     """That an accuracy is no more than `by` from that of a guess."""
 
     def holds(record: Record, found: float) -> bool | None:
-        free = noise(record.chance, record["data"]["test_images"])
-        return within(abs(found - record.chance), by, free)
+        return reached(by, abs(found - record.chance), free(record, record.chance))
 
     return Comparison((value,), holds, f"{value.label} within {100 * by:g} points of chance")
+
+
+def Enough(value: Quantity, other: Quantity, by: float) -> Comparison:
+    """That one accuracy is no more than `by` below another, see `enough`."""
+    text = f"{value.label} no more than {100 * by:g} points below {other.label}"
+    return Comparison((value, other), functools.partial(enough, by=by), text)

@@ -156,10 +156,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata | {"argument": argument})
 
 
+def sized(help: str, part: str, cpu: int, paper: int | None, what: str = "images") -> Any:
+    """An option that is a number of something, by default that of the preset."""
+    presets = {"cpu": cpu, "paper": paper}
+    return option(None, help, presets=presets, type=count_of(what), metavar="N", part=part)
+
+
 def images(name: str, help: str, cpu: int, paper: int | None = None) -> Any:
     """An option of how many images there are, by preset; None for all."""
-    options = {"type": count_of("images"), "metavar": "N", "part": name + "{}"}
-    return option(None, help, presets={"cpu": cpu, "paper": paper}, **options)
+    return sized(help, name + "{}", cpu, paper)
 
 
 # fmt: off

@@ -208,3 +208,8 @@ def _log_scale(axes: Any, which: str) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def of_record(record: Mapping[str, Any], panels: Sequence[Panel], **options: Any) -> Any:
+    """Draws panels with the finding and the title of a record."""
+    return draw(panels, finding=record["finding"], subtitle=record["title"], **options)

@@ -149,3 +149,32 @@ def benchmark(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         met = {True: "yes", False: "NO", None: ""}[row.get("met")]
         lines.append([row["what"], *numbers, row.get("target") or "", met])
     return Table(title, ["measured", "seconds", "ratio", "aim", "met"], lines)
+
+
+def costs(where: Mapping[str, Any], digits: int = 3, giga: bool = True) -> list[Column]:
+    """Columns of parameters (millions) and FLOPs (billions or millions), each with its ratio."""
+    flops = ("FLOPs, G", "flops", 1e9) if giga else ("FLOPs, M", "flops", 1e6)
+    return [
+        column
+        for text, key, scale in (("params, M", "params", 1e6), flops)
+        for column in (
+            Column(text, where, key, number(digits, scale)),
+            Column("ratio", where, f"{key}_ratio", number(digits)),
+        )
+    ]
+
+
+def ratios() -> list[Column]:
+    """Columns of the ratios alone."""
+    return [
+        Column(f"{text}, ratio", key=f"{text.lower()}_ratio", show=number())
+        for text in ("params", "FLOPs")
+    ]
+
+
+def marked(
+    rows: records.Rows, lines: Any, columns: Sequence[Column], edge: float, **about: str
+) -> Table:
+    """Test accuracies of which those of PFM are marked that reach the edge models' mean."""
+    return pivot(rows, lines, columns, corner="test accuracy, %", **about,
+                 mark=lambda name, mean: name.startswith("PFM") and mean >= edge)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from kit import claims, pairs
@@ -14,12 +15,10 @@ EQUAL, LITTLE, MUCH = 0.02, 0.05, 0.1
 
 
 def own(record: Record) -> str:
-    """The matching of the run."""
     return record["config"]["match"]
 
 
 def at_start(match: Any, remedy: str, name: str | None = None) -> claims.Quantity:
-    """Accuracy at l = 0."""
     where = {"network": "PFM", "layers": 0, "match": match, "remedy": remedy}
     return accuracy(name or label(remedy), **where)
 
@@ -33,64 +32,48 @@ AM_REPAIR, AM_RESCALE, AM_RESET = (
 )
 
 
-def by_layers(record: Record) -> dict[int, tuple[float, float]]:
-    """By l, accuracy with RESET or RESCALE, and that of activation matching with it."""
+def by_layers(record: Record, match: str | None = None) -> dict[int, float]:
+    """Accuracy with RESET or RESCALE by l, of the matching of the run."""
     remedy = "reset" if record.rows.values(remedy="reset") else "rescale"
     rows = record.rows.where(network="PFM", remedy=remedy)
-    found = [rows.curve("layers", match=match) for match in (own(record), "activation")]
-    return {at: pair for at, *pair in zip(found[0][0], found[0][1], found[1][1], strict=False)}
+    return dict(zip(*rows.curve("layers", match=match or own(record))[:2], strict=True))
 
 
-def against(sign: int) -> claims.Rule:
+def against(record: Record, sign: int) -> Decision:
     """Whether it is ahead of activation matching (1), behind it (-1) or level (0) at all l."""
-
-    def rule(record: Record) -> Decision:
-        found = by_layers(record)
-        texts = [" ".join(f"{100 * pair[k]:.1f}" for pair in found.values()) for k in (0, 1)]
-        here = f"{pairs.MATCHES[own(record)]} {texts[0]}, AM {texts[1]} at l = {joined(found)}"
-        if not sign:
-            near = (claims.level(record, pair, EQUAL) for pair in found.values())
-            return Decision(claims.all_of(near), here)
-        first, *more = (claims.compared(record, *pair[::sign]) for pair in found.values())
-        # By more than noise at the first l, and never the other way round.
-        return Decision(claims.all_of([first, *(one for one in more if one is False)]), here)
-
-    return rule
+    found, other = by_layers(record), by_layers(record, "activation")
+    both = [(value, other[at]) for at, value in found.items() if at in other]
+    texts = [" ".join(f"{100 * pair[k]:.1f}" for pair in both) for k in (0, 1)]
+    here = f"{pairs.MATCHES[own(record)]} {texts[0]}, AM {texts[1]} at l = {joined(found)}"
+    if not sign:
+        return claims.all_of(claims.level(record, pair, EQUAL) for pair in both), here
+    first, *more = (claims.compared(record, *pair[::sign]) for pair in both)
+    # By more than noise at the first l, and never the other way round.
+    return claims.all_of([first, *(one for one in more if one is False)]), here
 
 
-def reaches(limit: int | None) -> claims.Rule:
+def reaches(record: Record, limit: int | None) -> Decision | None:
     """Whether the edge models' mean is reached by l = `limit` of 14; None for: at no l."""
-
-    def rule(record: Record) -> Decision | None:
-        edge, depth = record["summary"]["edge_mean"], record["model"]["depth"]
-        late = 12 if limit and record["data"]["name"] == "cifar100" else limit
-        found = {at: value for at, (value, _) in by_layers(record).items()}
-        gaps = [v - edge for at, v in found.items() if late is None or 14 * at <= late * depth]
-        if not gaps:
-            return None
-        free = claims.noise(edge, record["data"]["test_images"])
-        there = True if max(gaps) >= 0 else None if max(gaps) >= -free else False
-        at = next((at for at, value in found.items() if value >= edge), None)
-        here = f"{100 * edge:.1f} " + ("at none of these l" if at is None else f"first at l = {at}")
-        return Decision(there if limit or there is None else not there, here)
-
-    return rule
+    edge, depth, found = record["summary"]["edge_mean"], record["model"]["depth"], by_layers(record)
+    late = 12 if limit and record["data"]["name"] == "cifar100" else limit
+    gaps = [v - edge for at, v in found.items() if late is None or 14 * at <= late * depth]
+    if not gaps:
+        return None
+    there = claims.reached(max(gaps), 0, claims.free(record, edge))
+    at = next((f"first at l = {at}" for at, v in found.items() if v >= edge), "at none of these l")
+    return there if limit or there is None else not there, f"{100 * edge:.1f} {at}"
 
 
 def with_ensemble(record: Record) -> Decision:
-    """Whether it is level with the ensemble at the last l."""
-    last, (value, _) = list(by_layers(record).items())[-1]
+    last, value = list(by_layers(record).items())[-1]
     ensemble = record["summary"]["ensemble"]
     here = f"{100 * value:.1f} at l = {last}, ensemble {100 * ensemble:.1f}"
-    return Decision(claims.level(record, [value, ensemble], 0), here)
+    return claims.level(record, [value, ensemble], 0), here
 
 
 def a_little_below(record: Record) -> Decision | None:
-    """Whether matching alone is below activation matching, by 5 points at most."""
     below, near = Above(AM, MATCHED)(record), Level((MATCHED, AM), LITTLE)(record)
-    if below is None or near is None:
-        return None
-    return Decision(claims.all_of([below.holds, near.holds]), near.here)
+    return (claims.all_of([below[0], near[0]]), near[1]) if below and near else None
 
 
 def of(match: str, *, norm: bool | None = None, residual: bool | None = None) -> Any:
@@ -112,6 +95,7 @@ SOON = "reached by l = 8 of 14 (12 on CIFAR-100); up to two standard errors belo
 NEVER = "reached at no l; up to two standard errors below are undecided"
 SAME, LITTLE_BELOW = "within two standard errors", "by more than two standard errors, by 5 at most"
 AHEAD = "by more than two standard errors at the first l, and at no l the other way round"
+AT_8, LEVEL_TO_AM = partial(reaches, limit=8), partial(against, sign=0)
 PLAIN, RES = of("activation", norm=False), of("activation", norm=True, residual=True)
 CCA, ZIP = of("cca", norm=False), of("zipit", norm=False)
 ZIP_VGG, ZIP_RES = of("zipit", residual=False), of("zipit", residual=True)
@@ -128,7 +112,7 @@ CLAIMS = [
     Claim("vf.t1.bias-next-to-rescale", "bias calibration is next to RESCALE",
           "82.9 and 84.7 (table 1)", Level((BIAS, RESCALE), LITTLE), PLAIN),
     Claim("vf.t1.reaches-edges-at-8", "RESCALE passes the edge models at l = 8",
-          "92.4 of 91.8 (table 1)", reaches(8), PLAIN, by=SOON),
+          "92.4 of 91.8 (table 1)", AT_8, PLAIN, by=SOON),
     Claim("vf.t1.ensemble-at-12", "RESCALE equals the ensemble at the last l",
           "92.9 at l = 12 (table 1)", with_ensemble, PLAIN, by=SAME),
     Claim("vf.t7.reset-lifts", "in ResNet20 RESET brings merged networks far above chance",
@@ -152,22 +136,22 @@ CLAIMS = [
     Claim("vf.t4.reset-cca", "with RESET CCA is ahead of activation matching at l = 0",
           "91.2 and 89.9 (table 4)", Above(RESET, AM_RESET), of("cca", norm=True)),
     Claim("vf.t4.cca-ahead", "with RESET CCA is ahead of activation matching at every l", "table 4",
-          against(1), of("cca", norm=True), by=AHEAD),
+          partial(against, sign=1), of("cca", norm=True), by=AHEAD),
     Claim("vf.t6.zipit-level", "with RESCALE or RESET ZipIt! equals activation matching in VGG16",
-          "84.7 and 84.7, 89.6 and 89.9 at l = 0 (tables 6 and 8)", against(0), ZIP_VGG, by=LEVEL),
+          "84.7 and 84.7, 89.6 and 89.9 at l = 0 (tables 6 and 8)", LEVEL_TO_AM, ZIP_VGG, by=LEVEL),
     Claim("vf.t7.zipit-below", "with RESET ZipIt! is below activation matching in ResNet20",
-          "62.2 and 64.1 at l = 0 (table 7)", against(-1), ZIP_RES, by=AHEAD),
+          "62.2 and 64.1 at l = 0 (table 7)", partial(against, sign=-1), ZIP_RES, by=AHEAD),
     Claim("vf.t7.zipit-never", "ZipIt! stays below the edge models in ResNet20",
-          "even at l = 19 (table 7)", reaches(None), ZIP_RES, by=NEVER),
+          "even at l = 19 (table 7)", partial(reaches, limit=None), ZIP_RES, by=NEVER),
     Claim("vf.t3.cca-reaches", "CCA reaches the edge models at l = 8",
-          "tables 3 and 4; at l = 10 or 12 on CIFAR-100", reaches(8), of("cca"), by=SOON),
+          "tables 3 and 4; at l = 10 or 12 on CIFAR-100", AT_8, of("cca"), by=SOON),
     Claim("vf.t6.zipit-reaches", "ZipIt! reaches the edge models at l = 8 in VGG16",
-          "tables 6 and 8; at l = 10 or 12 on CIFAR-100", reaches(8), ZIP_VGG, by=SOON),
+          "tables 6 and 8; at l = 10 or 12 on CIFAR-100", AT_8, ZIP_VGG, by=SOON),
     Claim("vf.t3.cca-ensemble", "CCA equals or passes the ensemble at l = 12", "tables 3 and 4",
           with_ensemble, of("cca"), by=SAME),
     Claim("vf.t6.zipit-ensemble", "ZipIt! equals the ensemble at l = 12 in VGG16",
           "tables 6 and 8", with_ensemble, ZIP_VGG, by=SAME),
     Claim("vf.new.transport", "optimal transport with RESCALE, beside activation matching", "",
-          against(0), of("transport"), by=LEVEL),
+          LEVEL_TO_AM, of("transport"), by=LEVEL),
 ]
 # fmt: on

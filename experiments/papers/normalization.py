@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import math
+from functools import partial
 
 import numpy as np
 from kit import claims, records
@@ -22,7 +23,6 @@ def chosen(rows: records.Rows, match: str, seed: int | None) -> int:
 
 
 def middle(match: str, remedy: str) -> Quantity:
-    """Accuracy at the midpoint."""
     return accuracy(label(remedy), match=match, remedy=remedy, alpha=0.5)
 
 
@@ -42,18 +42,13 @@ def removal(record: records.Record, match: str, side: str) -> np.ndarray:
     return np.array(record.rows.curve("k", match=match, images="test", side=side)[1])
 
 
-def early(match: str) -> Quantity:
-    """The mean with 1 to `few` of the first biases removed."""
-
-    def of(record: records.Record) -> float:
-        found = removal(record, match, "first")
-        return float(found[1 : few(record) + 1].mean()) if len(found) else float("nan")
-
-    return Quantity("1 to 5 of the first biases removed, on average", of)
+def early(record: records.Record, match: str) -> float:
+    """Its mean with 1 to `few` of the first biases removed."""
+    found = removal(record, match, "first")[1 : few(record) + 1]
+    return float(found.mean()) if len(found) else math.nan
 
 
 def chosen_by_paper(record: records.Record, match: str) -> Decision | None:
-    """Whether held-out images choose the paper's k; open where that k is as good within noise."""
     rows = record.rows.where(match=match, images="held_out")
     if not rows:
         return None
@@ -62,57 +57,47 @@ def chosen_by_paper(record: records.Record, match: str) -> Decision | None:
     close = best - paper <= claims.noise(best, record["data"]["held_out_images"])
     holds = set(ks) <= set(LAST) or (None if close else False)
     here = f"k = {' or '.join(map(str, ks))}"
-    return Decision(None if claims.near_chance(record, best) else holds, here)
+    return None if claims.near_chance(record, best) else holds, here
 
 
 def few_are_enough(record: records.Record, match: str) -> Decision | None:
-    """Whether the paper's k has most of the best accuracy of all k."""
-    found = removal(record, match, "last")
-    if not len(found):
+    found, k = removal(record, match, "last").tolist(), few(record)
+    if not found:
         return None
-    k, best = few(record), float(found.max())
-    share = 100 * found[k] / max(best, 1e-9)
-    here = f"{k} removed: {100 * found[k]:.1f}, {share:.0f}% of the "
-    here += f"{100 * best:.1f} with {int(found.argmax())} removed"
-    holds = found[k] >= ENOUGH * best or claims.compared(record, float(found[k]), ENOUGH * best)
-    return Decision(None if claims.near_chance(record, best) else holds, here)
+    best = max(found)
+    here = f"{k} removed: {100 * found[k]:.1f}, {100 * found[k] / max(best, 1e-9):.0f}% of the "
+    here += f"{100 * best:.1f} with {found.index(best)} removed"
+    holds = found[k] >= ENOUGH * best or claims.compared(record, found[k], ENOUGH * best)
+    return None if claims.near_chance(record, best) else holds, here
 
 
-def helps(remedy: str) -> Claim:
-    """That a remedy does, with weight matching."""
-    return Claim(
-        f"vf.remedies.weight-{remedy.replace('_', '-')}-helps",
-        f"with weight matching {label(remedy)} helps",
-        "all four do",
-        Above(middle("weight", remedy), middle("weight", "none")),
-    )
-
-
-def removal_claims(match: str) -> list[Claim]:
+def removal_claims(match: str, text: str) -> list[Claim]:
     """That forward removal hurts, and that few of the last biases are enough."""
-    name, text = f"vf.remedies.{match}", f"with {MATCHES[match]}"
     none = Quantity("none removed", lambda record: [*removal(record, match, "first"), np.nan][0])
+    some = Quantity("1 to 5 of the first biases removed, on average", partial(early, match=match))
     return [
-        Claim(f"{name}-forward-hurts", f"{text}, removing the first biases hurts",
-              "forward removal hurts", Above(none, early(match), MARGIN)),
-        Claim(f"{name}-k", f"{text}, held-out images choose to remove 5 or 6 biases",
-              "5 or 6 (on test images)", functools.partial(chosen_by_paper, match=match),
+        Claim(f"vf.remedies.{match}-forward-hurts", f"{text}, removing the first biases hurts",
+              "forward removal hurts", Above(none, some, MARGIN)),
+        Claim(f"vf.remedies.{match}-k", f"{text}, held-out images choose to remove 5 or 6 biases",
+              "5 or 6 (on test images)", partial(chosen_by_paper, match=match),
               by="k is 5 or 6; open where 5 or 6 are as good within two standard errors"),
-        Claim(f"{name}-enough", f"{text}, removing the last 5 biases is enough",
-              "5 or 6 are enough", functools.partial(few_are_enough, match=match),
+        Claim(f"vf.remedies.{match}-enough", f"{text}, removing the last 5 biases is enough",
+              "5 or 6 are enough", partial(few_are_enough, match=match),
               by="95% of the best accuracy of all k; open up to two standard errors below"),
     ]  # fmt: skip
 
 
-W = {remedy: middle("weight", remedy) for remedy in REMEDIES}
-A = {remedy: middle("activation", remedy) for remedy in (*REMEDIES, "none")}
-OTHERS = [W[remedy] for remedy in REMEDIES[1:]]
+W, A = ({remedy: middle(match, remedy) for remedy in ("none", *REMEDIES, "reset")}
+        for match in MATCHES)  # fmt: skip
 CLAIMS = [
     Claim("vf.remedies.weight-repair-worst", "with weight matching REPAIR is the worst of four",
-          "the worst at the midpoint", Leads(W["repair"], OTHERS, last=True)),
+          "the worst at the midpoint",
+          Leads(W["repair"], [W[r] for r in REMEDIES[1:]], last=True)),
     Claim("vf.remedies.weight-others-level", "with weight matching the other three are about equal",
-          "about equal", Level(OTHERS, EQUAL)),
-    *map(helps, REMEDIES),
+          "about equal", Level([W[r] for r in REMEDIES[1:]], EQUAL)),
+    *(Claim(f"vf.remedies.weight-{remedy.replace('_', '-')}-helps",
+            f"with weight matching {label(remedy)} helps", "all four do",
+            Above(W[remedy], W["none"])) for remedy in REMEDIES),
     Claim("vf.t1.repair-below-matched", "REPAIR is below activation matching alone",
           "39.1 and 46.5 (table 1)", Above(A["none"], A["repair"])),
     Claim("vf.t1.rescale-leads", "RESCALE is the best after activation matching",
@@ -120,9 +105,8 @@ CLAIMS = [
           Leads(A["rescale"], [A[r] for r in REMEDIES if r != "rescale"])),
     Claim("vf.t1.bias-next-to-rescale", "bias calibration is next to RESCALE",
           "82.9 and 84.7 (table 1)", Level((A["bias_calibration"], A["rescale"]), EQUAL)),
-    *removal_claims("weight"),
-    *removal_claims("activation"),
-    *(Claim(f"vf.new.{match}-reset", f"with {text} RESET brings accuracy back at the midpoint", "",
-            Above(middle(match, "reset"), middle(match, "none")))
-      for match, text in MATCHES.items()),
+    *(claim for match, text in MATCHES.items() for claim in removal_claims(match, f"with {text}")),
+    *(Claim(f"vf.new.{match}-reset", f"with {MATCHES[match]} RESET brings accuracy back at the "
+            "midpoint", "", Above(of["reset"], of["none"]))
+      for match, of in zip(MATCHES, (W, A), strict=True)),
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 import numpy as np
 from kit import claims
@@ -43,38 +43,29 @@ def short(match: str, remedy: str) -> str:
 
 def rising(record: Record, values: list[float]) -> bool | None:
     """Whether accuracy rises by enough; open within noise, and where all of it is near chance."""
-    gap = values[-1] - values[0] - LEAST
-    close = abs(gap) <= claims.noise(values[0], record["data"]["test_images"])
-    return None if close or claims.near_chance(record, *values) else gap > 0
+    gap, near = values[-1] - values[0] - LEAST, claims.near_chance(record, *values)
+    return None if near else claims.beyond(gap, claims.free(record, values[0]))
 
 
 def rises(record: Record, values: list[float]) -> Decision:
-    """Whether accuracy rises with l."""
     rank, found = rank_correlation(values), rising(record, values)
     if not claims.near_chance(record, *values):
         found = claims.all_of([found, rank > CORRELATION])
-    here = f"{100 * values[0]:.1f} to {100 * values[-1]:.1f}, rank correlation {rank:.2f}"
-    return Decision(found, here)
+    return found, f"{100 * values[0]:.1f} to {100 * values[-1]:.1f}, rank correlation {rank:.2f}"
 
 
 def saturates(record: Record, values: list[float]) -> Decision:
-    """Whether the last third of the layers adds little."""
-    depth, found = record["model"]["depth"], rising(record, values)
+    depth, free = record["model"]["depth"], claims.free(record, values[-1])
     late = depth - depth // 3
     rise, last = values[-1] - values[0], values[-1] - values[late]
-    if found and last > LAST_PART * rise:
-        free = claims.noise(values[-1], record["data"]["test_images"])
-        found = None if last <= LAST_PART * rise + free else False
-    here = f"l = {late} to {depth} adds {100 * last:.1f} of {100 * rise:.1f} points"
-    return Decision(found, here)
+    found = rising(record, values) and claims.reached(LAST_PART * rise, last, free)
+    return found, f"l = {late} to {depth} adds {100 * last:.1f} of {100 * rise:.1f} points"
 
 
 def stays_below(record: Record, values: list[float]) -> Decision:
-    """Whether accuracy stays below the edge models' mean."""
     edge, best = record["summary"]["edge_mean"], int(np.argmax(values))
-    found = rising(record, values)
-    found = found and claims.compared(record, edge, values[best])
-    return Decision(found, f"{100 * values[best]:.1f} at l = {best}, edge models {100 * edge:.1f}")
+    found = rising(record, values) and claims.compared(record, edge, values[best])
+    return found, f"{100 * values[best]:.1f} at l = {best}, edge models {100 * edge:.1f}"
 
 
 def of_curve(record: Record, match: str, remedy: str, rule: claims.Rule) -> Decision | None:
@@ -83,18 +74,17 @@ def of_curve(record: Record, match: str, remedy: str, rule: claims.Rule) -> Deci
     return rule(record, values) if values else None
 
 
-RULES = {
-    "rises": ("accuracy rises with l", "it rises", rises,
-              "by more than 5 points (two standard errors are level) from l = 0 to L, with a rank "
-              "correlation of accuracy and l above 0.8"),
-    "saturates": ("accuracy saturates", "it saturates", saturates,
-                  "it rises, and the last third of the layers adds at most a sixth of the rise, "
-                  "half of its even share; up to two standard errors more are undecided"),
-    "below": ("accuracy stays below the edge models", "below the edge models", stays_below,
-              "it rises, and no l reaches the edge models' mean; two standard errors are level"),
-}  # fmt: skip
 CLAIMS = [
     Claim(f"vf.first-layers.{name}-{match}-{remedy}", f"{short(match, remedy)}: {text}", paper,
-          functools.partial(of_curve, match=match, remedy=remedy, rule=rule), by=by)
-    for name, (text, paper, rule, by) in RULES.items() for match in MATCHES for remedy in REMEDIES
+          partial(of_curve, match=match, remedy=remedy, rule=rule), by=by)
+    for name, text, paper, rule, by in (
+        ("rises", "accuracy rises with l", "it rises", rises,
+         "by more than 5 points (two standard errors are level) from l = 0 to L, with a rank "
+         "correlation of accuracy and l above 0.8"),
+        ("saturates", "accuracy saturates", "it saturates", saturates,
+         "it rises, and the last third of the layers adds at most a sixth of the rise, half of "
+         "its even share; up to two standard errors more are undecided"),
+        ("below", "accuracy stays below the edge models", "below the edge models", stays_below,
+         "it rises, and no l reaches the edge models' mean; two standard errors are level"))
+    for match in MATCHES for remedy in REMEDIES
 ]  # fmt: skip

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from kit import claims
@@ -32,7 +31,6 @@ class Case(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """What renormalisation brings."""
         return self.renormalised - self.plain
 
 
@@ -48,13 +46,7 @@ def cases(record: Record, method: str | None) -> list[Case]:
 
 
 def near(record: Record, case: Case) -> bool:
-    """Whether both networks are near chance."""
     return claims.near_chance(record, case.plain, case.renormalised)
-
-
-def beyond(gap: float, error: float) -> bool | None:
-    """Whether a difference is above 0; None within two standard errors."""
-    return None if abs(gap) <= 2 * error else gap > 0
 
 
 def of_the_paper(record: Record, method: str) -> bool:
@@ -66,9 +58,7 @@ def of_the_paper(record: Record, method: str) -> bool:
 
 def never_behind(record: Record) -> Decision:
     """Whether renormalisation never hurts beyond chance; open if near chance alone."""
-    found = cases(record, None)
-    for method in record.rows.distinct("method"):
-        found += cases(record, method)
+    found = [c for m in (None, *record.rows.distinct("method")) for c in cases(record, m)]
     limit = statistics.NormalDist().inv_cdf(1 - CHANCE / len(found))
     behind = [case for case in found if case.gain < -limit * case.error]
 
@@ -81,27 +71,19 @@ def never_behind(record: Record) -> Decision:
     lowest = told(min(found, key=lambda case: case.gain))
     here += f": {joined(map(told, behind))} points" if behind else f" (lowest, points: {lowest})"
     counted = [case for case in behind if not near(record, case)]
-    return Decision(False if counted else None if behind else True, here)
+    return False if counted else None if behind else True, here
 
 
 def gains(record: Record, method: str) -> Decision | None:
-    """Whether much comes back at the high sparsities, wherever as much was lost."""
     (unpruned,) = cases(record, None)
-    lost = unpruned.plain - GAIN
-    high = [
-        case
-        for case in cases(record, method)
-        if HIGH[0] <= (case.sparsity or 0) <= HIGH[1] and case.plain <= lost
-    ]
-    if not high:
-        return None
-    found = [None if near(record, c) else beyond(c.gain - GAIN, c.error) for c in high]
+    high = [c for c in cases(record, method) if HIGH[0] <= (c.sparsity or 0) <= HIGH[1]]
+    high = [c for c in high if c.plain <= unpruned.plain - GAIN]
+    found = [None if near(record, c) else claims.beyond(c.gain - GAIN, 2 * c.error) for c in high]
     told = [f"{100 * c.plain:.1f} to {100 * c.renormalised:.1f} at {c.sparsity}%" for c in high]
-    return Decision(claims.all_of(found), joined(told))
+    return (claims.all_of(found), joined(told)) if high else None
 
 
 def most_at_high(record: Record) -> Decision | None:
-    """Whether most is gained at over half of the weights, by methods that gain enough."""
     found, told = [], []
     for method in record.rows.distinct("method"):
         of = cases(record, method)
@@ -111,9 +93,10 @@ def most_at_high(record: Record) -> Decision | None:
         low, high = (max(side, key=lambda case: case.gain) for side in sides)
         best = max(low, high, key=lambda case: case.gain)
         if best.gain >= GAIN:
-            found.append(beyond(high.gain - low.gain, math.hypot(low.error, high.error)))
+            free = 2 * math.hypot(low.error, high.error)
+            found.append(claims.beyond(high.gain - low.gain, free))
             told.append(f"{best.sparsity}% ({label(method)}, {100 * best.gain:+.1f})")
-    return Decision(claims.all_of(found), joined(told)) if found else None
+    return (claims.all_of(found), joined(told)) if found else None
 
 
 def few_are_enough(record: Record, method: str) -> Decision | None:
@@ -125,23 +108,15 @@ def few_are_enough(record: Record, method: str) -> Decision | None:
     def brings(name: str, sparsity: float) -> float:
         return rows.mean(samples=name, sparsity=sparsity) - plain[sparsity]
 
-    at = [s for s in sorted(rows.where(samples="all").distinct("sparsity"))
-          if brings("all", s) >= GAIN]  # fmt: skip
+    sparsities = sorted(rows.where(samples="all").distinct("sparsity"))
+    at = [s for s in sparsities if brings("all", s) >= GAIN]
     if first == "all" or not at:
         return None
     few = {name: sum(brings(name, s) for s in at) / len(at) for name in labels}
-    share, level = few[first] / few["all"], rows.mean(samples="all", sparsity=at)
-    free = claims.noise(level, record["data"]["test_images"])
-    holds = share >= NEARLY or (None if few[first] >= NEARLY * few["all"] - free else False)
+    free = claims.free(record, rows.mean(samples="all", sparsity=at))
     parts = joined(f"{name} images bring {100 * gain:.1f}" for name, gain in few.items())
-    here = f"{parts} points at {joined(f'{s}%' for s in at)}: {100 * share:.0f}%"
-    return Decision(holds, here)
-
-
-def by_method(method: str, rule: Callable[..., Decision | None], **claim: str) -> Claim:
-    """A claim on one method."""
-    told = functools.partial(of_the_paper, method=method)
-    return Claim(rule=functools.partial(rule, method=method), told=told, **claim)  # type: ignore[arg-type]
+    here = f"{parts} points at {joined(f'{s}%' for s in at)}: {100 * few[first] / few['all']:.0f}%"
+    return claims.reached(few[first], NEARLY * few["all"], free), here
 
 
 CLAIMS = [
@@ -150,21 +125,19 @@ CLAIMS = [
           by="in the mean over seeds, no method at any sparsity, nor nothing pruned, loses more "
           "than what chance would exceed at any of them once in twenty times, by the images that "
           "only one of the two networks has right; undecided if those that do are near chance"),
-    *(by_method(
-        method, gains, id=f"vf.pruning.gains-{method}",
-        claim=f"pruned by {label(method)}, 80 to 90%, networks regain tens of points",
-        paper="tens of points; ConvNeXt-B 36 by Wanda and 55 by magnitude at 80%",
-        by="ten points or more at each of these sparsities where pruning costs as many; two "
-        "standard errors of the difference are level") for method in METHODS),
+    *(Claim(f"vf.pruning.gains-{method}",
+            f"pruned by {label(method)}, 80 to 90%, networks regain tens of points",
+            "tens of points; ConvNeXt-B 36 by Wanda and 55 by magnitude at 80%",
+            partial(gains, method=method), told=partial(of_the_paper, method=method),
+            by="ten points or more at each of these sparsities where pruning costs as many; two "
+            "standard errors of the difference are level") for method in METHODS),
     Claim("vf.pruning.most-at-high", "most is gained where much is pruned", "at high sparsity",
-          most_at_high,
-          by="at over half of the weights, for methods that gain ten points anywhere; two standard "
-          "errors of the difference are level"),
-    *(Claim(
-        f"vf.pruning.few-images-{method}",
-        f"64 images bring {label(method)} nearly what all training images do",
-        "one batch of 64 is enough", functools.partial(few_are_enough, method=method),
-        told=lambda record: record["model"]["name"].startswith("resnet20"),
-        by="the fewest bring nine tenths of what all do, over the sparsities where these bring ten "
-        "points; up to two standard errors less are undecided") for method in BY_SAMPLES),
+          most_at_high, by="at over half of the weights, for methods that gain ten points "
+          "anywhere; two standard errors of the difference are level"),
+    *(Claim(f"vf.pruning.few-images-{method}",
+            f"64 images bring {label(method)} nearly what all training images do",
+            "one batch of 64 is enough", partial(few_are_enough, method=method),
+            told=lambda record: record["model"]["name"].startswith("resnet20"),
+            by="the fewest bring nine tenths of what all do, over the sparsities where these bring "
+            "ten points; up to two standard errors less are undecided") for method in BY_SAMPLES),
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ VANISHED = 0.3
 
 
 def remedy_of(record: Record) -> str:
-    """How the pruned networks were renormalised."""
     return next(name for name in record.rows.distinct("network") if "pruned" not in name)
 
 
@@ -45,32 +44,23 @@ def closer(new: float, old: float) -> bool:
 
 
 def vanishes(record: Record) -> Decision:
-    """Whether features of pruned networks do."""
     found = measured(record, "pruned")
     here = f"{found['first']:.2f} times the unpruned one's at layer 1, {found['end']:.2f} times at "
-    holds = found["end"] < min(VANISHED, found["first"])
-    return Decision(holds, f"{here}{record['model']['depth']}")
+    return found["end"] < min(VANISHED, found["first"]), f"{here}{record['model']['depth']}"
 
 
 def hardly_varies(record: Record) -> Decision:
-    """Whether logits of pruned networks hardly do."""
     found = measured(record, "pruned")["varies"]
-    return Decision(found < VANISHED, f"they vary {found:.2f} times as much")
+    return found < VANISHED, f"they vary {found:.2f} times as much"
 
 
 def cured(record: Record, key: str) -> Decision:
-    """Whether a number is closer to the unpruned network's once renormalised."""
     remedy = remedy_of(record)
     after, before = (measured(record, name)[key] for name in (remedy, "pruned"))
-    return Decision(closer(after, before), f"{after:.2f} with {label(remedy)}, {before:.2f} pruned")
+    return closer(after, before), f"{after:.2f} with {label(remedy)}, {before:.2f} pruned"
 
 
 CLOSER = "the ratio to the unpruned network's is closer to 1, in logarithms: {} (means over seeds)"
-CURES = {
-    "end": ("features at the output", "at the last layer"),
-    "layers": ("features over all layers", "the geometric mean over layers"),
-    "varies": ("how much logits vary", "their standard deviation over images"),
-}
 CLAIMS = [
     Claim("vf.pruned.vanishes", "features vanish in pruned networks", "VGG16-BN at 80%, ResNet20 "
           "at 85%", vanishes, by="less than three tenths of the unpruned network's are left at the "
@@ -79,6 +69,9 @@ CLAIMS = [
           "VGG16-BN at 80%, ResNet20 at 85%", hardly_varies,
           by="they vary by less than three tenths of the unpruned network's (mean over seeds)"),
     *(Claim(f"vf.pruned.cured-{key}", f"renormalisation brings back {what}", "RESET cures it",
-            functools.partial(cured, key=key), by=CLOSER.format(text))
-      for key, (what, text) in CURES.items()),
+            partial(cured, key=key), by=CLOSER.format(text))
+      for key, what, text in (
+          ("end", "features at the output", "at the last layer"),
+          ("layers", "features over all layers", "the geometric mean over layers"),
+          ("varies", "how much logits vary", "their standard deviation over images"))),
 ]  # fmt: skip

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Sequence
+from functools import partial
 
-import numpy as np
 from kit import claims
 from kit.claims import Claim, Decision
 from kit.records import Record, Rows, joined
 
 # What claims are decided by: how far accuracy may fall with k, how much it rises, what is near.
 MARGIN, LEAST, NEAR = 0.01, 0.05, 0.03
-LABELS = {
-    "direct": "direct",
-    "permuted": "AM",
-    "exact": "OT-acts",
-    "soft": "OT-acts soft",
-    "weights": "OT-weights",
-    "uniform": "uniform plan",
-}
-KINDS = {
-    "stream": "residual stream",
-    "hidden": "hidden units",
-    "attention": "heads and their dimensions",
-}
+# fmt: off
+LABELS = {"direct": "direct", "permuted": "AM", "exact": "OT-acts", "soft": "OT-acts soft",
+          "weights": "OT-weights", "uniform": "uniform plan"}
+KINDS = {"stream": "residual stream", "hidden": "hidden units",
+         "attention": "heads and their dimensions"}
+# fmt: on
 
 
 def softness(rows: Rows) -> dict[float, float]:
@@ -46,20 +39,17 @@ def label_of(record: Record, plan: str) -> str:
 
 
 def edge_mean(record: Record) -> float:
-    """The mean of the edge models."""
     return record.rows.mean(network=("model 1", "model 2"))
 
 
 def column(record: Record, plan: str, units: str = "all") -> list[float]:
-    """Accuracies by k."""
     return record.rows.curve("blocks", images="test", plan=plan, units=units)[1]
 
 
 def low(record: Record) -> list[int]:
     """The places of k at which averages are below the edge models by twice noise or more."""
-    images, edge = record["data"]["test_images"], edge_mean(record)
-    values = enumerate(column(record, "direct"))
-    return [i for i, value in values if value < edge - 2 * claims.noise(value, images)]
+    edge, values = edge_mean(record), enumerate(column(record, "direct"))
+    return [i for i, value in values if value < edge - 2 * claims.free(record, value)]
 
 
 def listed(values: Sequence[float]) -> str:
@@ -84,46 +74,34 @@ def places(at: Sequence[int], all_of: Sequence[int]) -> str:
     return f"at k = {joined(at)}" if at else "nowhere"
 
 
-def _where(record: Record, plan: str, other: str) -> tuple[list[bool | None], str]:
-    """At each low k whether a plan is above another; and where, in words."""
-    rows, found = record["config"]["blocks"], low(record)
-    values, others = column(record, plan), column(record, other)
-    told = [claims.compared(record, values[i], others[i]) for i in found]
-    ks = [rows[i] for i in found]
-    above, below = ([k for k, one in zip(ks, told, strict=True) if one is s] for s in (True, False))
-    text = f"above by over two standard errors {places(above, ks)}"
-    return told, text + (f", below {places(below, ks)}" if below else "")
-
-
-def above_direct(record: Record, plan: str) -> Decision | None:
-    """Whether transport is above direct averaging wherever that is well below the edge models."""
+def above(record: Record, plan: str, other: str) -> Decision | None:
     found = low(record)
     if not found:
         return None
-    told, where = _where(record, plan, "direct")
-    pair = [listed([column(record, name)[i] for i in found]) for name in (plan, "direct")]
-    at = joined(record["config"]["blocks"][i] for i in found)
-    here = f"at k = {at} {label_of(record, plan)} {pair[0]}, direct {pair[1]}: {where}"
-    return Decision(claims.all_of(told), here)
+    ks = [record["config"]["blocks"][i] for i in found]
+    values, others = ([column(record, name)[i] for i in found] for name in (plan, other))
+    told = [claims.compared(record, *pair) for pair in zip(values, others, strict=True)]
+    over, under = ([k for k, one in zip(ks, told, strict=True) if one is s] for s in (True, False))
+    here = f"above by over two standard errors {places(over, ks)}"
+    here += f", below {places(under, ks)}" if under else ""
+    if other == "direct":
+        shown = f"{label_of(record, plan)} {listed(values)}, direct {listed(others)}"
+        here = f"at k = {joined(ks)} {shown}: {here}"
+    return claims.all_of(told), here
 
 
 def rises(record: Record, plan: str) -> Decision:
-    """Whether accuracy rises with k, and nowhere falls."""
     values, rows = column(record, plan), record["config"]["blocks"]
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
-    free = claims.noise(values[-1], record["data"]["test_images"])
+    least = min((b - a for a, b in itertools.pairwise(values)), default=0)
+    free = claims.free(record, values[-1])
     here = f"from k = {rows[0]} to {rows[-1]} {label_of(record, plan)} {listed(values[:1])} to "
-    here += f"{listed(values[-1:])}, the least step {100 * min(steps, default=0):.1f}"
-
-    def reached(value: float, least: float) -> bool | None:
-        return True if value >= least else None if value >= least - free else False
-
-    parts = [reached(values[-1] - values[0], LEAST), reached(min(steps, default=0), -MARGIN)]
-    return Decision(None if claims.near_chance(record, *values) else claims.all_of(parts), here)
+    here += f"{listed(values[-1:])}, the least step {100 * least:.1f}"
+    parts = ((values[-1] - values[0], LEAST), (least, -MARGIN))
+    found = claims.all_of(claims.reached(*part, free) for part in parts)
+    return None if claims.near_chance(record, *values) else found, here
 
 
 def near_edges(record: Record, plan: str) -> Decision | None:
-    """Whether transport is near the edge models with all blocks but one kept, unlike averages."""
     count, rows, edge = record["model"]["blocks"], record["config"]["blocks"], edge_mean(record)
     if count - 1 not in rows:
         return None
@@ -132,69 +110,49 @@ def near_edges(record: Record, plan: str) -> Decision | None:
     here += f"direct {listed([direct])}, edge models {listed([edge])}"
     if direct > edge - NEAR:
         # Where averaging alone comes near, transport has nothing to show.
-        return Decision(None, f"{here}: direct averaging is near them, too")
+        return None, f"{here}: direct averaging is near them, too"
     near = value >= edge - NEAR or claims.compared(record, value, edge, -NEAR)
-    return Decision(claims.all_of([near, claims.compared(record, value, direct)]), here)
+    return claims.all_of([near, claims.compared(record, value, direct)]), here
 
 
-def above_uniform(record: Record, plan: str) -> Decision | None:
-    """Where a plan is above the uniform one."""
-    told, where = _where(record, plan, "uniform")
-    return Decision(claims.all_of(told), where) if told else None
-
-
-def others(record: Record) -> Decision | None:
-    """What the other columns have where direct averages are low."""
+def shown(record: Record, columns: Sequence[tuple[str, str, str]]) -> Decision | None:
+    """What columns (name, plan, units) have where direct averages are low."""
     found = low(record)
-    names = ("permuted", "weights", "uniform")
-    parts = (f"{LABELS[n]} {listed([column(record, n)[i] for i in found])}" for n in names)
+    parts = (f"{name} {listed([column(record, *of)[i] for i in found])}" for name, *of in columns)
     at = joined(record["config"]["blocks"][i] for i in found)
-    return Decision(None, f"at k = {at} {joined(parts)}") if found else None
-
-
-def kinds(record: Record) -> Decision | None:
-    """What exact plans of one kind of units give there."""
-    found = low(record)
-    parts = (
-        f"{text} {listed([column(record, 'exact', kind)[i] for i in found])}"
-        for kind, text in KINDS.items()
-    )
-    at = joined(record["config"]["blocks"][i] for i in found)
-    return Decision(None, f"at k = {at} {joined(parts)}") if found else None
+    return (None, f"at k = {at} {joined(parts)}") if found else None
 
 
 def by_entropy(record: Record) -> Decision:
     """What plans from exact to uniform give on held-out images."""
-    exact, *between, uniform = softness(record.rows).items()
-    weights = joined(f"{weight:g}" for weight, _ in between)
-    here = f"mean over k: exact {listed([exact[1]])}, entropy of weight {weights} "
-    here += f"{listed(np.array([value for _, value in between]))}, uniform {listed([uniform[1]])}"
-    return Decision(None, here)
+    (_, exact), *between, (_, uniform) = softness(record.rows).items()
+    here = f"mean over k: exact {listed([exact])}, entropy of weight "
+    here += f"{joined(f'{weight:g}' for weight, _ in between)} "
+    return None, f"{here}{listed([v for _, v in between])}, uniform {listed([uniform])}"
 
 
 ABOVE = "at every k at which direct averages are four standard errors below the edge models, by two"
 RISES = "by 5 points or more, and no step is below -1; up to two standard errors less are undecided"
 CLOSE = "within 3 points, and above direct by two standard errors; undecided if direct is, too"
+OTHERS = [(LABELS[plan], plan, "all") for plan in ("permuted", "weights", "uniform")]
 CLAIMS = [
-    claim
-    for plan in ("exact", "soft")
-    for name, key in [(LABELS[plan], f"vf.t5.{plan}")]
-    for claim in (
-        Claim(f"{key}-above-direct", f"{name} is above direct averaging of vision transformers",
+    *(claim for plan, name in list(LABELS.items())[2:4] for claim in (
+        Claim(f"vf.t5.{plan}-above-direct",
+              f"{name} is above direct averaging of vision transformers",
               "61.5 and 7.6 at k = 0; 73.8 to 90.8 and 28.5 to 89.4 at k = 3 to 6 (table 5)",
-              functools.partial(above_direct, plan=plan), by=ABOVE),
-        Claim(f"{key}-rises", f"the accuracy of {name} rises with the blocks kept apart",
+              partial(above, plan=plan, other="direct"), by=ABOVE),
+        Claim(f"vf.t5.{plan}-rises", f"the accuracy of {name} rises with the blocks kept apart",
               "61.5 at k = 0, 73.8, 85.0, 88.5 and 90.8 at k = 3 to 6 (table 5)",
-              functools.partial(rises, plan=plan), by=RISES),
-        Claim(f"{key}-near-edges", f"with all blocks but one kept {name} is near the edge models",
-              "90.8 of 93.3 (table 5)", functools.partial(near_edges, plan=plan), by=CLOSE),
+              partial(rises, plan=plan), by=RISES),
+        Claim(f"vf.t5.{plan}-near-edges",
+              f"with all blocks but one kept {name} is near the edge models",
+              "90.8 of 93.3 (table 5)", partial(near_edges, plan=plan), by=CLOSE),
         Claim(f"vf.new.{plan}-above-uniform", f"{name} against the uniform plan, a control", "",
-              functools.partial(above_uniform, plan=plan), by="by two standard errors at every k"),
-    )
-] + [
-    Claim("vf.new.vit-others", "other ways to match vision transformers", "", others,
-          by="not decided"),
-    Claim("vf.new.vit-kinds", "exact plans of one kind of units alone", "", kinds,
+              partial(above, plan=plan, other="uniform"), by="by two standard errors at every k"))),
+    Claim("vf.new.vit-others", "other ways to match vision transformers", "",
+          partial(shown, columns=OTHERS), by="not decided"),
+    Claim("vf.new.vit-kinds", "exact plans of one kind of units alone", "",
+          partial(shown, columns=[(text, "exact", kind) for kind, text in KINDS.items()]),
           by="not decided"),
     Claim("vf.new.vit-entropy", "from exact plans to the uniform one, on held-out images", "",
           by_entropy, by="not decided"),

@@ -6,32 +6,30 @@ import itertools
 from typing import Any
 
 from kit import claims
-from kit.claims import Above, Claim, Decision, Quantity, accuracy
-from kit.records import Record, Rows, joined
+from kit.claims import Above, Claim, Decision, Enough, Quantity, accuracy
+from kit.records import Record, Row, Rows, joined
 
 # What claims are decided by: what counts as more, as equal, and as close to the ensemble.
 MORE, EQUAL, CLOSE = 0.01, 0.02, 0.05
 # Which share of the layers a partial zip is compared at: 13 of 20.
 PART = 0.65
-MATCHERS = {
-    "identity": "identity",
-    "permute": "permutation",
-    "kmeans": "k-means",
-    "optimal": "optimal pairs",
-    "greedy": "greedy pairs",
-    "unbounded": "greedy pairs, no budget",
-}
+MATCHERS = {"identity": "identity", "permute": "permutation", "kmeans": "k-means",
+            "optimal": "optimal pairs", "greedy": "greedy pairs",
+            "unbounded": "greedy pairs, no budget"}  # fmt: skip
+
+
+def settings(record: Record) -> Row:
+    """The alpha, beta and number of statistics images that were asked for."""
+    config, images = record["config"], record["data"]["statistics_images"]
+    return {"alpha": config["alpha"], "beta": config["beta"], "images": images}
 
 
 def asked(record: Record) -> Rows:
-    """The rows with alpha, beta and the statistics images that were asked for."""
-    config, images = record["config"], record["data"]["statistics_images"]
-    known = {"alpha": config["alpha"], "beta": config["beta"], "images": images}
-    return record.rows.where(**{key: (None, value) for key, value in known.items()})
+    """The rows with these."""
+    return record.rows.where(**{key: (None, value) for key, value in settings(record).items()})
 
 
 def depth_of(record: Record) -> int:
-    """How many layers there are."""
     return record["model"]["depth"]
 
 
@@ -43,9 +41,7 @@ def middle_of(record: Record) -> int:
 
 def swept(record: Record, by: str) -> tuple[list[float], list[float]]:
     """Values of alpha, beta or images, and accuracies, all else being as asked for."""
-    config, images = record["config"], record["data"]["statistics_images"]
-    known = {"alpha": config["alpha"], "beta": config["beta"], "images": images}
-    known = {key: value for key, value in known.items() if key != by}
+    known = {key: value for key, value in settings(record).items() if key != by}
     return record.rows.curve(by, way="zip", layers=depth_of(record), **known)[:2]
 
 
@@ -60,61 +56,42 @@ def chosen(record: Record) -> dict[str, float]:
 
 def of(label: str, way: str, layers: Any = depth_of) -> Quantity:
     """Joint accuracy of networks merged in some way."""
-    wanted = {"way": way, "layers": layers}
-    known = accuracy(label, **wanted)
+    known = accuracy(label, way=way, layers=layers)
     return Quantity(label, lambda record: known.of(Record(record | {"rows": asked(record)})))
 
 
-def _better_alone(record: Record) -> float:
+def better_alone(record: Record) -> float:
     return max(record.rows.mean(way=f"network {name}") for name in "AB")
 
 
-def enough(record: Record, value: float, other: float, by: float) -> bool | None:
-    """Whether an accuracy is no more than `by` below another; open up to noise below that."""
-    there = value >= other - by
-    found = claims.compared(record, value, other, -by)
-    return None if claims.near_chance(record, value, other) else there or found
-
-
-def partial_is_near(record: Record) -> Decision:
-    """Whether zipping two thirds of the layers comes near the ensemble."""
-    holds = enough(record, PART_ZIPPED.of(record), ENSEMBLE.of(record), CLOSE)
-    return Decision(holds, f"{PART_ZIPPED.told(record)}, {ENSEMBLE.told(record)}")
-
-
 def pairs_within_help(record: Record) -> Decision:
-    """Whether the best beta above 0 is better than 0."""
     found = dict(zip(*swept(record, "beta"), strict=True))
     best = max((beta for beta in found if beta > 0), key=lambda beta: found[beta])
     here = f"beta {best:g} {100 * found[best]:.1f}, beta 0 {100 * found[0]:.1f}"
-    return Decision(claims.compared(record, found[best], found[0], MORE), here)
+    return claims.compared(record, found[best], found[0], MORE), here
 
 
 def greedy_is_enough(record: Record) -> Decision | None:
-    """Whether greedy pairs are as good as the optimal ones, and found sooner."""
-    ways = ("unbounded", "optimal")
     if not record.rows.where(way="optimal"):
         return None
     # Records from before pairs without a budget have those with one.
-    ways = ways if record.rows.where(way="unbounded") else ("greedy", "optimal")
+    ways = ["unbounded" if record.rows.where(way="unbounded") else "greedy", "optimal"]
     values = [record.rows.mean(way=way) for way in ways]
     seconds = [record.rows.mean("seconds", way=way) for way in ways]
     told = zip(ways, values, seconds, strict=True)
     here = ", ".join(f"{MATCHERS[w]} {100 * v:.1f} ({s:.2g} s)" for w, v, s in told)
     near = claims.level(record, values, EQUAL)
-    return Decision(claims.all_of([near, seconds[0] < seconds[1]]), here)
+    return claims.all_of([near, seconds[0] < seconds[1]]), here
 
 
 def few_images(record: Record) -> Decision:
-    """Whether about 100 images for the statistics are as good as all."""
     found = dict(zip(*swept(record, "images"), strict=True))
     few, most = min(found, key=lambda count: abs(count - 100)), max(found)
     here = f"{few} images {100 * found[few]:.1f}, {most:,} images {100 * found[most]:.1f}"
-    return Decision(enough(record, found[few], found[most], EQUAL), here)
+    return claims.enough(record, found[few], found[most], EQUAL), here
 
 
 def spread(record: Record) -> Decision:
-    """How far the number of statistics images moves ZipIt!, against its lead over permutation."""
     counts, joint = swept(record, "images")
     lead = 100 * (ZIP.of(record) - PERMUTED.of(record))
     least, most, pairs = 100 * min(joint), 100 * max(joint), record["config"]["pairs"]
@@ -122,21 +99,19 @@ def spread(record: Record) -> Decision:
     side = "above" if lead >= 0 else "below"
     here = f"with {counts[0]:,} to {counts[-1]:,} images {least:.1f} to {most:.1f}, a range of "
     here += f"{most - least:.1f} points, where it is {abs(lead):.1f} {side} permutation, on {among}"
-    return Decision(None, here)
+    return None, here
 
 
 def tuned(record: Record) -> Decision:
-    """What alpha and beta that held-out images choose give."""
     found = chosen(record)
     here = f"alpha {found['alpha']:g} and beta {found['beta']:g} {100 * found['accuracy']:.1f}"
-    return Decision(None, here)
+    return None, here
 
 
-def falls(record: Record) -> Decision:
-    """Whether the correlation of what is merged falls from layer to layer."""
+def correlation_falls(record: Record) -> Decision:
     values = record.rows.curve("depth", "correlation")[1]
-    pairs = itertools.pairwise(values)
-    return Decision(all(a > b for a, b in pairs), joined(f"{value:.2f}" for value in values))
+    falls = all(a > b for a, b in itertools.pairwise(values))
+    return falls, joined(f"{value:.2f}" for value in values)
 
 
 ZIP, PERMUTED = of("ZipIt!", "zip"), of("permutation", "permutation")
@@ -144,7 +119,7 @@ AVERAGE, WEIGHTS = of("weight average", "average"), of("permuted by weights", "w
 PART_ZIPPED = of("two thirds zipped", "zip", middle_of)
 PART_PERMUTED = of("two thirds permuted", "permutation", middle_of)
 ENSEMBLE = accuracy("ensemble", way="ensemble")
-ALONE = Quantity("better network alone", _better_alone)
+ALONE = Quantity("better network alone", better_alone)
 PERMUTE, IDENTITY, KMEANS = (of(MATCHERS[w], w) for w in ("permute", "identity", "kmeans"))
 # fmt: off
 CLAIMS = [
@@ -161,7 +136,7 @@ CLAIMS = [
     Claim("zip.disjoint.partial-above-whole", "zipping two thirds of the layers is above all",
           "83.8 at 13/20, 79.1", Above(PART_ZIPPED, ZIP, MORE)),
     Claim("zip.disjoint.partial-near-ensemble", "zipping two thirds is near the ensemble",
-          "83.8 at 13/20, ensemble 87.4", partial_is_near,
+          "83.8 at 13/20, ensemble 87.4", Enough(PART_ZIPPED, ENSEMBLE, CLOSE),
           by="no more than 5 points below it; up to two standard errors more are undecided"),
     Claim("zip.new.partial-permuted", "zipping two thirds, against permuting them", "",
           Above(PART_ZIPPED, PART_PERMUTED)),
@@ -181,6 +156,7 @@ CLAIMS = [
           "100 are enough", few_images,
           by="no more than 2 points below all; up to two standard errors more are undecided"),
     Claim("zip.disjoint.correlation-falls", "the correlation of what is merged falls with depth",
-          "0.50, 0.37, 0.27 by stage (CIFAR-100)", falls, by="lower from layer to layer"),
+          "0.50, 0.37, 0.27 by stage (CIFAR-100)",
+          correlation_falls, by="lower from layer to layer"),
 ]
 # fmt: on
