@@ -28,7 +28,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from kit import cli, figures, pairs, tables
+from kit import claims, cli, figures, pairs, tables
 from kit.edges import loaded
 from kit.experiment import Experiment, Run
 from kit.records import Record, Row, joined, networks
@@ -154,17 +154,25 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    rows, summary = record.rows.where(network="PFM"), record["summary"]
-    first, edge = min(rows.distinct("layers")), f"{100 * summary['edge_mean']:.1f}%"
-    means = {n: rows.mean(layers=first, **w) for n, w in columns_of(record).items()}
+    rows, summary, match = record.rows, record["summary"], record["config"]["match"]
+    first = min(rows.where(network="PFM").distinct("layers"))
+    means = {name: rows.mean(layers=first, **of) for name, of in columns_of(record).items()}
     means = {name: mean for name, mean in means.items() if mean == mean}
-    best = max((name for name in means if not name.startswith("AM")), key=lambda n: means[n])
-    other = max((n for n in means if n.startswith("AM")), key=lambda n: means[n], default="direct")
-    text = f"With l = {first} layers kept apart {best} leads, {100 * means[best]:.1f}%"
-    text += f" ({other}: {100 * means[other]:.1f}%)" if other != best else ""
-    found = [at for at in summary["reaches_edges_at"].values() if at is not None]
-    where = f"are reached from l = {min(found)} on" if found else "are not reached"
-    return f"{text}; the edge models' {edge} {where}"
+    beside = [name for name in means if name.startswith("AM")]
+    best = max((name for name in means if name not in beside), key=means.__getitem__)
+    shown = {name: f"{100 * mean:.1f}%" for name, mean in means.items()}
+    if beside:
+        other, method = max(beside, key=means.__getitem__), pairs.MATCHES[match]
+        gap = claims.beyond(means[best] - means[other], claims.free(record, means[other]))
+        verb = {True: "is ahead of", None: "is level with", False: "is behind"}[gap]
+        name = {"direct": best, "matched": method}.get(best, f"{method} + {best}")
+        text = f"At l = {first} {name}, {shown[best]}, {verb} {other}, {shown[other]}"
+    else:
+        text = f"With l = {first} layers kept apart {best} leads, {shown[best]}"
+        text += f" (direct: {shown['direct']})" if best != "direct" else ""
+    at, edge = summary["reaches_edges_at"].get(best), f"{100 * summary['edge_mean']:.1f}%"
+    where = f"from l = {at} on" if at is not None else "at none of these l"
+    return f"{text}; it reaches the edge models' {edge} {where}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:

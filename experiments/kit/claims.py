@@ -9,7 +9,7 @@ A claim is one entry of a list::
 
 What is decided by several accuracies is open where all of them are near chance, for networks whose
 features have vanished show nothing, or where they differ by no more than noise. That one is at
-chance may be what is claimed: it decides against one that is not, and `AtChance` by itself.
+chance may be what is claimed: it decides against one that is not, and so does `AtChance` alone.
 """
 
 from __future__ import annotations

@@ -62,18 +62,18 @@ def _whole(text: str) -> int:
 
 
 def count_of(what: str) -> Callable[[str], int]:
-    return typed(_whole, lambda count: count >= 1, f"is no number of {what}, from 1 on")
+    return typed(_whole, lambda count: count >= 1, f"is not a number of {what}, from 1 on")
 
 
 def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
     """The type of an option that is a finite number from `low` to `high`."""
     to = "on" if high == float("inf") else f"to {high:g}"
-    wrong = f"is no number from {low:g} {to}"
+    wrong = f"is not a number from {low:g} {to}"
     return typed(float, lambda value: low <= value <= high and value != float("inf"), wrong)
 
 
-positive = typed(float, lambda value: 0 < value < float("inf"), "is no finite number above 0")
-seed_of = typed(_whole, lambda seed: seed >= 0, "is no seed, from 0 on")
+positive = typed(float, lambda value: 0 < value < float("inf"), "is not a finite number above 0")
+seed_of = typed(_whole, lambda seed: seed >= 0, "is not a seed, from 0 on")
 # A number of images, or `all`; `counted` makes a number or None of it.
 count_or_all = typed(
     lambda text: text if text == "all" else _whole(text),
@@ -92,7 +92,7 @@ def model_of(text: str) -> tuple[str, float | None]:
     name, _, width = text.partition("-w")
     if name not in models.NAMES or (width and not re.fullmatch(r"\d*\.?\d+", width)):
         known = f"{', '.join(models.NAMES)}, with -wFRACTION after it for another width"
-        raise argparse.ArgumentTypeError(f"{text!r} is no model; take one of {known}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a model; take one of {known}")
     return name, float(width) if width else None
 
 
@@ -103,7 +103,7 @@ def output_folder(text: str) -> str:
       >>> output_folder("/dev/null/x")
       Traceback (most recent call last):
         ...
-      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is no folder
+      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is not a folder
     """
     text = os.path.expanduser(text)
     folder = Path(text).absolute()
@@ -117,7 +117,7 @@ def output_folder(text: str) -> str:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         if isinstance(error, FileExistsError):
-            why = f"{error.filename} is no folder"
+            why = f"{error.filename} is not a folder"
         raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {why}") from error
     finally:
         for parent in reversed(made):

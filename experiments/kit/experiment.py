@@ -96,7 +96,7 @@ class Run:
                 bar.update()
 
     def note(self, name: str, **values: Any) -> None:
-        """Keeps what was found on the way and is no cell, such as whether a matching converged."""
+        """Keeps what is found on the way and belongs to no cell: whether a matching converged."""
         values = records.finite(values)
         found = self.notes.setdefault(name, [])
         if values not in found:
@@ -244,8 +244,8 @@ class Stopped(Exception):
     """Ctrl-C was pressed; the message says how to go on."""
 
     def __init__(self, count: int = 0) -> None:
-        kept = f": {count} cells are kept" if count else " before anything was measured"
-        super().__init__(f"stopped{kept}; the same command goes on from there, in training, too.")
+        kept = f"; {count} cells are kept" if count else " before anything was measured"
+        super().__init__(f"stopped{kept}. Run the same command again to go on from there.")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Heads that share a space: classes are fixed embeddings, and a network's output is one, too.
 
-A network trained on some of the classes is told to point at their embeddings; where several such
+A network trained on some of the classes learns to point at their embeddings; where several such
 networks have become one, its output is compared with the embeddings of all classes.
 """
 
@@ -40,7 +40,7 @@ class Head:
     of an identity matrix are a plain classifier.
     """
 
-    embeddings: tuple[tuple[float, ...], ...]  # One row for each class that is told apart.
+    embeddings: tuple[tuple[float, ...], ...]  # One row for each class to tell apart.
     scale: float | None
 
     @property

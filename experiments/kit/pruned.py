@@ -46,7 +46,7 @@ class RemedyOptions(edges.EdgeOptions):
 sparsity_of = cli.typed(
     lambda text: int(value) if (value := float(text)).is_integer() else value,
     lambda percentage: 1 <= percentage <= 100,
-    "is no percentage from 1 to 100: say 90 for 0.9 of the weights",
+    "is not a percentage from 1 to 100: say 90 for 0.9 of the weights",
 )
 
 

@@ -129,7 +129,7 @@ def read(path: Path) -> Record:
     try:
         return Record(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise cli.UserError(f"{path} is no record: {error}") from error
+        raise cli.UserError(f"{path} is not a record: {error}") from error
 
 
 def versions() -> dict[str, str]:

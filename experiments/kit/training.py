@@ -65,7 +65,7 @@ class Training(heads.EmbeddingOptions):
         type=int, nargs="+", metavar="CLASS")
     storage: str = cli.option(
         "float32", "how numbers are stored; in half the bits only if no more than one in 2,000 of "
-        "the train images is told differently", choices=("float32", "float16"))
+        "the train images is classified differently", choices=("float32", "float16"))
     out: str = cli.option(
         str(records.ROOT / "checkpoints"), "folder of the checkpoints (default: checkpoints, "
         "beside the experiments)", metavar="DIR")

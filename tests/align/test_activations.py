@@ -219,7 +219,7 @@ def test_a_network_without_groups_stays_as_it_is():
         measured = stats.moments(net, [v, v], [x], sites="taps")
         for found in (match_activations(net, v, v, [x]), match_moments(net, measured)):
             assert found.permutations == {} and found.moved == 0
-        with pytest.raises(ValueError, match="of no site"):
+        with pytest.raises(ValueError, match="have no sites"):
             _ = measured.models
 
 

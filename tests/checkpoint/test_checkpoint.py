@@ -119,7 +119,7 @@ def test_a_save_that_is_killed_leaves_the_previous_one(saved, monkeypatch, momen
 def test_a_missing_checkpoint_is_told_with_its_neighbours(saved):
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*other.*holds net"):
         checkpoint.load(saved.parent / "other")
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.card(saved / "nowhere" / "deep")
 
 

@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_what_was_measured(name, ran, tmp_path, monkeypatch, capsys
         script.main(options)
     *_, line = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert line.startswith(f"{name}.py: stopped: 2 cells are kept")
-    assert "the same command goes on" in line
+    assert "Run the same command again" in line
     (partial,) = (path for path in out.iterdir() if path.is_file())
     assert partial.suffix == ".partial"
     # The next call measures what is missing, and the record is as of one that was not stopped.

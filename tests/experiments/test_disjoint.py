@@ -554,16 +554,16 @@ def test_file_name_has_what_is_not_default(record):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--samples", "0"], "'0' is no number of images, from 1 on"),
-        (["--alpha", "2"], "'2' is no number from 0 to 1"),
-        (["--model", "vgg99"], "'vgg99' is no model"),
-        (["--pairs", "0"], "'0' is no number of pairs"),
+        (["--samples", "0"], "'0' is not a number of images, from 1 on"),
+        (["--alpha", "2"], "'2' is not a number from 0 to 1"),
+        (["--model", "vgg99"], "'vgg99' is not a model"),
+        (["--pairs", "0"], "'0' is not a number of pairs"),
         (["--preset", "paper", "--dataset", "digits"], "give --retrain, too"),
         (["--preset", "paper", "--dataset", "digits", "--retrain"], "--preset paper is not for"),
         (["--dataset", "digits", "--dimensions", "4"], "10 orthonormal rows need as many"),
         (["--dataset", "digits", "--embeddings", "/nowhere.npy"], "no array could be read"),
-        (["--dataset", "digits", "--scale", "inf"], "'inf' is no finite number above 0"),
-        (["--dataset", "digits", "--scale", "-1"], "'-1' is no finite number above 0"),
+        (["--dataset", "digits", "--scale", "inf"], "'inf' is not a finite number above 0"),
+        (["--dataset", "digits", "--scale", "-1"], "'-1' is not a finite number above 0"),
         (
             ["--dataset", "digits", "--loss", "cross-entropy", "--embeddings", "a.npy"],
             "--embeddings: --loss cross-entropy has no embeddings",

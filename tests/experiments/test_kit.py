@@ -45,7 +45,7 @@ def test_folder_is_tried_and_left_as_it_was(tmp_path):
     assert cli.output_folder(str(tmp_path)) == str(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(argparse.ArgumentTypeError, match="file is no folder"):
+    with pytest.raises(argparse.ArgumentTypeError, match="file is not a folder"):
         cli.output_folder(str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "kept"
 

@@ -220,8 +220,8 @@ def test_claims_on_linear_networks_can_fail():
     [
         (["--seeds", "0"], "--seeds must be different and come in pairs, got [0]"),
         (["--seeds", "1", "1"], "--seeds must be different and come in pairs, got [1, 1]"),
-        (["--seeds", "-1", "0"], "'-1' is no seed, from 0 on"),
-        (["--epochs", "0"], "'0' is no number of epochs"),
+        (["--seeds", "-1", "0"], "'-1' is not a seed, from 0 on"),
+        (["--epochs", "0"], "'0' is not a number of epochs"),
         (["--dataset", "cifar10"], "invalid choice: 'cifar10'"),
         (["--dataset", "mnist", "--data-dir", "/nowhere"], "'mnist' is not prepared"),
     ],

@@ -323,7 +323,7 @@ def test_a_pair_alone_has_fewer_claims(told):
         (["--datasets", "digits"], "--datasets must be two or more different ones"),
         (["--datasets", "digits", "digits"], "--datasets must be two or more different ones"),
         (["--datasets", "birds"], "invalid choice: 'birds'"),
-        (["--seed", "-1"], "'-1' is no seed, from 0 on"),
+        (["--seed", "-1"], "'-1' is not a seed, from 0 on"),
         (["--datasets", "mnist", "digits", "--data-dir", "/nowhere"], "'mnist' is not prepared"),
         (
             ["--data-dir", "/nowhere"],

@@ -370,11 +370,11 @@ def test_file_name_has_what_is_not_default(record):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--samples", "0"], "'0' is no number of images, from 1 on"),
-        (["--held-out", "all"], "'all' is no number of images"),
-        (["--runs", "0"], "'0' is no number of runs"),
-        (["--seed", "-1"], "'-1' is no seed"),
-        (["--model", "vgg99"], "'vgg99' is no model"),
+        (["--samples", "0"], "'0' is not a number of images, from 1 on"),
+        (["--held-out", "all"], "'all' is not a number of images"),
+        (["--runs", "0"], "'0' is not a number of runs"),
+        (["--seed", "-1"], "'-1' is not a seed"),
+        (["--model", "vgg99"], "'vgg99' is not a model"),
         (["--model", "vgg16", "--dataset", "digits"], "--model vgg16 is not for scikit-learn's"),
         (["--preset", "paper", "--dataset", "digits"], "give --retrain, too"),
         (

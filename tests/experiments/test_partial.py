@@ -243,7 +243,7 @@ def test_logits_of_heads_are_averaged():
         (["--layers", "6"], "--layers must be from 0 to L - 1 = 5, got 6"),
         (["--layers", "-1"], "--layers must be from 0 to L - 1 = 5, got -1"),
         (["--match", "both"], "invalid choice: 'both'"),
-        (["--samples", "0"], "'0' is no number of images"),
+        (["--samples", "0"], "'0' is not a number of images"),
         (["--preset", "paper"], "no models of --preset paper are shipped"),
         (["--regularization", "1"], "--regularization does nothing here: it is for --match cca"),
         (["--match", "activation", "--zip-alpha", "1"], "--zip-alpha does nothing here"),

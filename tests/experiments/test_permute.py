@@ -343,11 +343,11 @@ def test_shipped_records(name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--samples", "0"], "'0' is no number of images, from 1 on"),
-        (["--statistics", "all"], "'all' is no number of images"),
-        (["--alpha", "2"], "'2' is no number from 0 to 1"),
+        (["--samples", "0"], "'0' is not a number of images, from 1 on"),
+        (["--statistics", "all"], "'all' is not a number of images"),
+        (["--alpha", "2"], "'2' is not a number from 0 to 1"),
         (["--match", "none"], "invalid choice: 'none'"),
-        (["--model", "vgg99"], "'vgg99' is no model"),
+        (["--model", "vgg99"], "'vgg99' is not a model"),
         (["--model", "vgg16", "--dataset", "digits"], "--model vgg16 is not for scikit-learn's"),
         (["--preset", "paper", "--dataset", "digits"], "give --retrain, too"),
         (

@@ -28,6 +28,7 @@ cli, edges, kit, records, tables, training = (
 )
 claims = importlib.import_module("kit.claims")
 RUN = pfm.EXPERIMENT
+RECORDS = EXPERIMENTS / "results"
 
 PLAIN = ["direct", "matched", "REPAIR", "RESCALE", "bias cal."]
 EDGES = ["model 1", "model 2", "ensemble"]
@@ -642,19 +643,19 @@ def test_help_explains_every_option(capsys):
         (["--preset", "paper"], "no models of --preset paper are shipped: give --retrain"),
         (
             ["--out", "/dev/null/x"],
-            "--out: nothing can be written to '/dev/null/x': /dev/null is no folder",
+            "--out: nothing can be written to '/dev/null/x': /dev/null is not a folder",
         ),
         (["--dataset", "auto", "--model", "vgg16"], "CIFAR-10 was not found, give --data-dir, or"),
-        (["--model", "vgg17"], "'vgg17' is no model; take one of"),
+        (["--model", "vgg17"], "'vgg17' is not a model; take one of"),
         (["--model", "digits-mlp-w0.5"], "has no option 'width'"),
         (["--model", "digits-conv-w0.5"], "2 models digits-conv-w0.5-seed* are needed"),
         (["--pairs", "50"], "are needed in checkpoints/"),
-        (["--pairs", "0"], "'0' is no number of pairs"),
-        (["--alpha", "1.5"], "'1.5' is no number from 0 to 1"),
-        (["--alpha", "half"], "'half' is no number from 0 to 1"),
+        (["--pairs", "0"], "'0' is not a number of pairs"),
+        (["--alpha", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["--alpha", "half"], "'half' is not a number from 0 to 1"),
         (["--samples", "0"], "'0' is neither a number of images nor 'all'"),
         (["--match", "both"], "invalid choice: 'both'"),
-        (["--zip-beta", "2"], "--zip-beta: '2' is no number from 0 to 1"),
+        (["--zip-beta", "2"], "--zip-beta: '2' is not a number from 0 to 1"),
         (["--zip-beta", "0.5"], "--zip-beta does nothing here: it is for --match zipit."),
         (
             ["--match", "transport", "--zip-beta", "1", "--regularization", "2", "--relative"],
@@ -664,8 +665,8 @@ def test_help_explains_every_option(capsys):
             ["--match", "zipit", "--relative"],
             "--relative does nothing here: it is for --match cca.",
         ),
-        (["--regularization", "-1"], "--regularization: '-1' is no number from 0 on"),
-        (["--regularization", "some"], "--regularization: 'some' is no number from 0 on"),
+        (["--regularization", "-1"], "--regularization: '-1' is not a number from 0 on"),
+        (["--regularization", "some"], "--regularization: 'some' is not a number from 0 on"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "is not prepared"),
     ],
 )
@@ -797,3 +798,21 @@ def test_notebook_runs(capsys):
     for source in sources[1:]:
         exec(compile(source.replace("steps=400", "steps=40"), path.name, "exec"), names)
     assert "PFM 4/5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("cifar_pfm-*.json")), ids=lambda p: p.stem)
+def test_the_finding_names_what_is_best(path):
+    """What leads has the largest mean, and what is beside it is level where noise may decide."""
+    record = records.read(path)
+    text, first = record["finding"], min(record["config"]["layers"])
+    columns = pfm.columns_of(record)
+    means = {name: record.rows.mean(layers=first, **of) for name, of in columns.items()}
+    means = {name: mean for name, mean in means.items() if mean == mean}
+    if " leads" in text:
+        assert f" {max(means, key=means.__getitem__)} leads" in text
+        return
+    best = max(mean for name, mean in means.items() if not name.startswith("AM"))
+    other = max(mean for name, mean in means.items() if name.startswith("AM"))
+    noise = claims.noise(other, record["data"]["test_images"])
+    verb = "level with" if abs(best - other) <= noise else "ahead" if best > other else "behind"
+    assert f"is {verb}" in text and f"{100 * best:.1f}%" in text and f"{100 * other:.1f}%" in text

@@ -314,7 +314,7 @@ def test_examples_in_docstrings(module):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--sparsities", "0"], "'0' is no percentage from 1 to 100"),
+        (["--sparsities", "0"], "'0' is not a percentage from 1 to 100"),
         (["--samples", "some"], "'some' is neither a number of images nor 'all'"),
         (["--methods", "random"], "invalid choice: 'random'"),
         (["--model", "vgg16", "--dataset", "digits"], "--model vgg16 is not for"),

@@ -350,8 +350,8 @@ def test_the_digits_get_as_many_steps_as_mnist():
     "arguments, message",
     [
         (["--seeds", "0"], "--seeds must be different and come in pairs, got [0]"),
-        (["--seeds", "x", "0"], "'x' is no seed, from 0 on"),
-        (["--model", "vgg"], "'vgg' is no model"),
+        (["--seeds", "x", "0"], "'x' is not a seed, from 0 on"),
+        (["--model", "vgg"], "'vgg' is not a model"),
         (["--dataset", "digits", "--model", "vgg16"], "--model and --dataset cifar10 need --pres"),
         (["--dataset", "digits", "--preset", "paper"], "--model vgg16 is not for the digits"),
         (

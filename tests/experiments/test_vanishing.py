@@ -376,7 +376,7 @@ def test_shipped_records_of_pruned_networks():
     "arguments, message",
     [
         (["--sparsity", "100", "--dataset", "digits"], "leaves no features"),
-        (["--sparsity", "101"], "'101' is no percentage from 1 to 100"),
+        (["--sparsity", "101"], "'101' is not a percentage from 1 to 100"),
         (["--dataset", "digits", "--renorm", "reset"], "for networks with BatchNorm"),
     ],
 )
@@ -396,9 +396,9 @@ def test_examples_in_docstrings(name):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--samples", "0"], "'0' is no number of images, from 1 on"),
-        (["--statistics", "all"], "'all' is no number of images"),
-        (["--model", "vgg99"], "'vgg99' is no model"),
+        (["--samples", "0"], "'0' is not a number of images, from 1 on"),
+        (["--statistics", "all"], "'all' is not a number of images"),
+        (["--model", "vgg99"], "'vgg99' is not a model"),
         (["--model", "vgg16", "--dataset", "digits"], "--model vgg16 is not for scikit-learn's"),
         (["--preset", "paper", "--dataset", "digits"], "give --retrain, too"),
         (

@@ -295,9 +295,9 @@ def test_without_cifar10_the_digits_have_their_own_networks(monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--samples", "0"], "'0' is no number of images, from 1 on"),
-        (["--regularization", "0"], "'0' is no finite number above 0"),
-        (["--regularization", "much"], "'much' is no finite number above 0"),
+        (["--samples", "0"], "'0' is not a number of images, from 1 on"),
+        (["--regularization", "0"], "'0' is not a finite number above 0"),
+        (["--regularization", "much"], "'much' is not a finite number above 0"),
         (["--model", "vgg16"], "--model must be a vision transformer: vit or deit-tiny"),
         (["--preset", "paper", "--dataset", "digits"], "--dataset digits trains its own small"),
         (["--model", "vit-w0.5", "--dataset", "digits"], "--dataset digits trains its own small"),

@@ -371,3 +371,28 @@ def test_misspelt_names():
         net.layer("heda")
     with pytest.raises(ValueError, match="'c:in' is what the layer 'c' reads, a site, not a layer"):
         prune.magnitude(net, p, names=["c:in"])
+
+
+def test_words_are_taken_wherever_sites_are():
+    """One word for several sites, in `run`, on merged models and in pruning too; alone only."""
+    rng = np.random.default_rng(0)
+    p = {name: np.float32(rng.normal(size=(3, 3))) for name in "abc"}
+    x = np.float32(rng.normal(size=(4, 3)))
+    net = vfjax.trace(lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"], p, x)
+    for word in ("all", "layers", "paper", "taps"):
+        names = stats.resolve_sites(net, word)
+        assert list(net.run(p, x, capture=word)[1]) == (
+            [f"{name}:act" for name in "abc"] if word == "taps" else list(names)
+        )
+    model = merge.preserve_first(net, [p, p], layers=1)
+    assert set(model.run(x, capture="all")[1]) == set("abc")
+    masked = prune.magnitude(net, p, names="paper").values
+    assert sorted(masked) == ["a", "b"]
+    with pytest.raises(ValueError, match="not a layer"):
+        prune.magnitude(net, p, names="taps")
+    for call in (
+        lambda: net.run(p, x, capture=["all"]),
+        lambda: stats.moments(net, [p], [x], sites=["all"]),
+    ):
+        with pytest.raises(ValueError, match="'all' stands for several sites: pass it alone"):
+            call()

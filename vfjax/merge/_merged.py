@@ -237,7 +237,7 @@ class Merged:
             ([[-2.0, -4.0]], [[-2.0, -4.0]])
         """
         check_edit(edit)
-        edit, sites = dict(edit or {}), check_capture(capture)
+        edit, sites = dict(edit or {}), check_capture(self.net, capture)
         inside = [site for site in sites if self.in_heads(site)]
         changes = {site: change for site, change in edit.items() if self.in_heads(site)}
         out, captured = self.run_trunk(
@@ -342,7 +342,7 @@ class Merged:
             >>> [[value.tolist() for value in values[site]] for site in ("w0", "w1")]
             [[[[1.0, 2.0]], [[3.0, 6.0]]], [[[2.0, 4.0]]]]
         """
-        sites = check_capture(sites)
+        sites = check_capture(self.net, sites)
         inside = [site for site in sites if self.in_stems(site)]
         runs = [
             self.net_of(k).run(stem, x, capture=inside, stop=self.cut)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis.traced import Traced
 from vfjax._types import Array
-from vfjax.network._sites import crosses, in_stem, inputs_of, locate
+from vfjax.network._sites import WORDS, crosses, in_stem, inputs_of, locate, select
 
 Edit = Callable[[Array], Array]
 
@@ -35,7 +35,7 @@ class Changes:
         start: int | None,
     ) -> None:
         """Resolves the sites; see `Network.run` for the arguments and errors."""
-        capture, edit = check_capture(capture), edit or {}
+        capture, edit = check_capture(net, capture), edit or {}
         check_edit(edit)
         if not all(isinstance(site, str) for site in (*capture, *edit)):
             raise TypeError(
@@ -111,11 +111,16 @@ class Changes:
         return self._seen[site]
 
 
-def check_capture(capture: Any) -> tuple[Any, ...]:
-    """The sites to capture, as a tuple; raises a TypeError unless they are a sequence."""
+def check_capture(net: Any, capture: Any) -> tuple[Any, ...]:
+    """The sites to capture; raises a TypeError unless they are a sequence, or a word for some."""
     capture = () if capture is None else capture
+    if isinstance(capture, str) and capture in WORDS:
+        return select(net, capture, whole=True)
     if isinstance(capture, str) or not isinstance(capture, Iterable):
-        raise TypeError(f"capture must be a sequence of site names; it was {capture!r}.")
+        raise TypeError(
+            f"capture must be a sequence of site names, or one of {', '.join(WORDS)}; it was "
+            f"{capture!r}."
+        )
     return tuple(capture)  # a tuple, since an iterator can be read only once
 
 

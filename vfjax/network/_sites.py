@@ -311,6 +311,8 @@ def unknown(net: Network, kind: str, name: Any, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(name), known, 3, 0.5)
     parts = {part for part in str(name).split("/") if part}
     near = close or sorted(known, key=lambda k: -len(parts & set(k.split("/"))))[:6]
+    if name in WORDS:
+        return f"'{name}' stands for several sites: pass it alone, \"{name}\", not in a list"
     return (
         f"the network has no {kind} '{name}'; "
         + (

@@ -15,6 +15,7 @@ from vfjax._types import PyTree
 from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._kernels import kernel_rows
 from vfjax.network._network import Network
+from vfjax.network._sites import WORDS, select
 
 KINDS = ("dense", "conv")
 
@@ -128,7 +129,7 @@ def rows_of(
 
     Args:
         net: The traced network.
-        names: Names of layers; None for all that can be pruned.
+        names: Names of layers, or a word for some ("paper"); None for all that can be pruned.
 
     Returns:
         By layer, the places of its weights in the flattened leaf, int `[outputs, inputs]`; and the
@@ -139,6 +140,8 @@ def rows_of(
         ValueError: If `names` is empty, or a layer is unknown or has a kernel that is computed from
             several leaves.
     """
+    if isinstance(names, str) and names in WORDS:
+        names = select(net, names)
     if isinstance(names, str):
         raise TypeError(f"names must be a sequence of layers' names, got the string {names!r}")
     if names is None:
