@@ -42,6 +42,22 @@ def pytest_configure(config):
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Compiles what tests marked `computes` run, fixtures included, as well as XLA can.
+
+    Few optimisations save compilation, and slow down what then runs for seconds.
+    """
+    few = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"].lower() in ("1", "true")
+    if not few or item.get_closest_marker("computes") is None:
+        return (yield)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(autouse=True)
 def _few_compiled_programs(request):
     """Frees compiled programs between tests when there are very many."""

@@ -120,6 +120,7 @@ def test_the_faster_solver_is_taken(monkeypatch, shape, size):
     assert (plan * cost).sum() == pytest.approx((programme * cost).sum(), rel=1e-9)
 
 
+@pytest.mark.computes
 @settings(deadline=None, max_examples=20)
 @given(
     shape=st.sampled_from([(5, 5), (4, 7), (8, 3), (30, 24)]),
