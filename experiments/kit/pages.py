@@ -110,7 +110,8 @@ def index(folder: Path) -> str:
         tables.markdown(table),
         "## Claims of the papers",
         "Each claim once; numbers lead to the records that it was held against. A claim is "
-        "undecided where what it compares is near chance or differs by no more than noise.",
+        "undecided where what it compares is near chance or differs by no more than noise, and not "
+        "in the paper where the paper makes none, or makes it of other networks.",
         tables.markdown(verdicts),
     ]
     if measured := benchmarks(folder):

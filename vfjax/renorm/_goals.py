@@ -15,7 +15,7 @@ from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._arguments import Models, models_of, networks
 from vfjax.network._crossing import Crossing
-from vfjax.network._sites import select
+from vfjax.network._sites import Sites, select
 from vfjax.stats._moments import Moments, measured
 
 
@@ -25,7 +25,7 @@ def goals_of(
     references: Any,
     maps: Maps | None,
     weights: Sequence[float] | None,
-    sites: str | Sequence[str],
+    sites: Sites,
 ) -> tuple[dict[str, tuple[Array, Array]], tuple[float, ...]]:
     """Mean and standard deviation to reach, by layer; checks the references first.
 

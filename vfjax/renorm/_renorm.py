@@ -15,6 +15,7 @@ from vfjax.merge._arguments import merged_of
 from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._network import Network
+from vfjax.network._sites import Sites
 from vfjax.renorm import _passes
 from vfjax.renorm._goals import goals_of
 from vfjax.renorm._write import fold_all
@@ -84,7 +85,7 @@ def repair(
     references: Sequence[PyTree] | Moments | Sequence[Moments],
     maps: Maps | None = None,
     weights: Sequence[float] | None = None,
-    sites: str | Sequence[str] = "paper",
+    sites: Sites = "paper",
     sweeps: str = "batch",
 ) -> PyTree | Merged:
     """REPAIR: gives pre-activations the averaged mean and standard deviation of the edge models.
@@ -151,7 +152,7 @@ def rescale(
     references: Sequence[PyTree] | Moments | Sequence[Moments],
     maps: Maps | None = None,
     weights: Sequence[float] | None = None,
-    sites: str | Sequence[str] = "paper",
+    sites: Sites = "paper",
     sweeps: str = "batch",
 ) -> PyTree | Merged:
     """RESCALE: gives pre-activations the averaged standard deviation of the edge models.
