@@ -184,7 +184,7 @@ def test_ctrl_c_keeps_what_was_measured(name, ran, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit, match="130"):
         script.main(options)
     *_, line = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    assert line.startswith(f"{name}.py: stopped: 2 cells are kept")
+    assert line.startswith(f"{name}.py: stopped; 2 cells are kept")
     assert "Run the same command again" in line
     (partial,) = (path for path in out.iterdir() if path.is_file())
     assert partial.suffix == ".partial"

@@ -126,8 +126,12 @@ def test_sites_may_come_from_an_iterator():
     ("how", "error", "message"),
     [
         ({"capture": ["params/Conv_O/kernel"]}, ValueError, r"no site 'params/Conv_O.*params/Conv"),
-        ({"capture": "input"}, TypeError, "capture must be a sequence of site names; it was 'in"),
-        ({"capture": 5}, TypeError, "capture must be a sequence of site names; it was 5"),
+        (
+            {"capture": "input"},
+            TypeError,
+            "capture must be a sequence of site names, .* it was 'in",
+        ),
+        ({"capture": 5}, TypeError, "capture must be a sequence of site names, .* it was 5"),
         ({"edit": {"nowhere": abs}}, ValueError, "no site 'nowhere'"),
         ({"edit": {"input": 3}}, TypeError, r"edit\['input'\] must be a function"),
         ({"edit": ["input"]}, TypeError, "edit must map"),
