@@ -129,12 +129,14 @@ def test_sites_may_come_from_an_iterator():
         (
             {"capture": "input"},
             TypeError,
-            "capture must be a sequence of site names, or one of paper, layers, all, taps; it was 'in",
+            "capture must be a sequence of site names, or one of paper, layers, all, taps; "
+            "it was 'in",
         ),
         (
             {"capture": 5},
             TypeError,
-            "capture must be a sequence of site names, or one of paper, layers, all, taps; it was 5",
+            "capture must be a sequence of site names, or one of paper, layers, all, taps; "
+            "it was 5",
         ),
         ({"edit": {"nowhere": abs}}, ValueError, "no site 'nowhere'"),
         ({"edit": {"input": 3}}, TypeError, r"edit\['input'\] must be a function"),
