@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import types
-import zlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flattening import flatten
-from vfjax._propagate.propagation import propagate
-from vfjax._trees.paths import leaf_paths
-from vfjax.symmetry import PermutationSpec, check_spec
+from helpers import change, infer, randomised
+from vfjax.symmetry import PermutationSpec
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
 TOKENS = jnp.arange(14).reshape(2, 7)
-
-
-def infer(fn, variables, x):
-    """The spec of `fn(variables, x)`."""
-    (leaves, treedef), (inputs, x_treedef) = map(jax.tree.flatten, (variables, x))
-
-    def flat(*args):
-        split = len(leaves)
-        return fn(
-            jax.tree.unflatten(treedef, args[:split]), jax.tree.unflatten(x_treedef, args[split:])
-        )
-
-    graph = flatten(jax.make_jaxpr(flat)(*leaves, *inputs), len(leaves))
-    return from_propagation(propagate(graph), leaf_paths(variables))[0]
-
-
-def randomised(variables, seed=2):
-    """Random numbers in every leaf: initial biases of 0 would hide what is not permuted."""
-
-    def draw(path, leaf):
-        name = jax.tree_util.keystr(path)
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        noise = rng.standard_normal(leaf.shape) * 0.5
-        noise = np.abs(noise) + 0.5 if "var" in name else noise + (leaf.ndim == 1)
-        return jnp.asarray(noise, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, variables)
-
-
-def change(fn, variables, x, spec, key=0):
-    """Largest change of the output under random permutations, relative to its size."""
-    fn = jax.jit(fn)
-    net = types.SimpleNamespace(spec=spec, run=fn)
-    size = max(float(jnp.abs(out).max()) for out in jax.tree.leaves(fn(variables, x)))
-    return check_spec(net, variables, x, key=jax.random.key(key)) / size
 
 
 def init(model, x):
