@@ -123,3 +123,51 @@ def change(fn, variables, x, spec, key=0):
     net = types.SimpleNamespace(spec=spec, run=fn)
     size = max(float(jnp.abs(out).max()) for out in jax.tree.leaves(fn(variables, x)))
     return check_spec(net, variables, x, key=jax.random.key(key)) / size
+
+
+def draw(tree, seed=0):
+    """Random leaves, variances positive."""
+
+    def leaf(path, a):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            return a if not isinstance(a, jax.ShapeDtypeStruct) else jnp.zeros(a.shape, a.dtype)
+        name = jax.tree_util.keystr(path)
+        rng = np.random.default_rng([seed, sum(name.encode())])
+        noise = rng.standard_normal(a.shape)
+        return jnp.asarray(abs(noise) + 0.5 if "var" in name else noise, a.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def close(a, b, rtol=1e-5):
+    """Equality up to float32 rounding of sums, relative to the largest entry."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * (1e-6 + abs(y).max(initial=0)))
+
+
+def mlp(v, x):
+    for k in range(2):
+        x = jax.nn.relu(x @ v[f"w{k}"] + v[f"b{k}"][None])
+    return x @ v["w2"]
+
+
+def convnet(v, x):
+    """Two convolutions, one with stored statistics, a flattened map, a dense layer and a head."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, v["k0"], (1, 1), "SAME", dimension_numbers=dims)
+    spread = jax.lax.rsqrt(v["var"] + 1e-5)
+    x = jax.nn.relu((x - v["mean"][None, None, None]) * spread[None, None, None])
+    x = jax.nn.relu(
+        jax.lax.conv_general_dilated(x, v["k1"], (2, 2), "SAME", dimension_numbers=dims)
+    )
+    return jax.nn.relu(x.reshape(x.shape[0], -1) @ v["d0"]) @ v["d1"]
+
+
+def resnet(v, x):
+    h = jax.nn.relu(x @ v["stem"])
+    for k in range(2):
+        h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])
+    return h @ v["head"]

@@ -13,37 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vfjax
-from helpers import random_permutations, same_permutations
+from helpers import convnet, mlp, random_permutations, resnet, same_permutations
 from vfjax import align, merge, stats
 from vfjax.align import _cycles, _universe
 from vfjax.symmetry import compose, invert
 
 KEY = jax.random.key(0)
-
-
-def mlp(v, x):
-    for k in range(2):
-        x = jax.nn.relu(x @ v[f"w{k}"] + v[f"b{k}"][None])
-    return x @ v["w2"]
-
-
-def convnet(v, x):
-    """Two convolutions, one with stored statistics, a flattened map, a dense layer and a head."""
-    dims = ("NHWC", "HWIO", "NHWC")
-    x = jax.lax.conv_general_dilated(x, v["k0"], (1, 1), "SAME", dimension_numbers=dims)
-    spread = jax.lax.rsqrt(v["var"] + 1e-5)
-    x = jax.nn.relu((x - v["mean"][None, None, None]) * spread[None, None, None])
-    x = jax.nn.relu(
-        jax.lax.conv_general_dilated(x, v["k1"], (2, 2), "SAME", dimension_numbers=dims)
-    )
-    return jax.nn.relu(x.reshape(x.shape[0], -1) @ v["d0"]) @ v["d1"]
-
-
-def resnet(v, x):
-    h = jax.nn.relu(x @ v["stem"])
-    for k in range(2):
-        h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])
-    return h @ v["head"]
 
 
 def linear_residual(v, x):

@@ -17,33 +17,11 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
+from helpers import close, draw
 from vfjax.network import _retrace
 
 IMAGES = jax.random.normal(jax.random.key(7), (4, 6, 6, 3))
 ROWS = jax.random.normal(jax.random.key(8), (4, 3))
-
-
-def draw(tree, seed=0):
-    """Random leaves, variances positive."""
-
-    def leaf(path, a):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            return a if not isinstance(a, jax.ShapeDtypeStruct) else jnp.zeros(a.shape, a.dtype)
-        name = jax.tree_util.keystr(path)
-        rng = np.random.default_rng([seed, sum(name.encode())])
-        noise = rng.standard_normal(a.shape)
-        return jnp.asarray(abs(noise) + 0.5 if "var" in name else noise, a.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def close(a, b, rtol=1e-5):
-    """Equality up to float32 rounding of sums, relative to the largest entry."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * (1e-6 + abs(y).max(initial=0)))
 
 
 class Pair(NamedTuple):
