@@ -429,9 +429,9 @@ def test_the_input_zero_is_run_once(monkeypatch):
 def test_a_second_pass_compiles_nothing():
     net, trees, x = mlp()
     diagnose.features(net, trees[:2], _cut(x, 8, 8, 4))
-    sizes = [fn._cache_size() for fn in (_rows._offsets, _rows._measure, _rows._pool)]
+    sizes = [fn._cache_size() for fn in (_rows._offsets, _rows._measure)]
     diagnose.features(net, trees[1:], _cut(x, 8, 8, 4))
-    again = [fn._cache_size() for fn in (_rows._offsets, _rows._measure, _rows._pool)]
+    again = [fn._cache_size() for fn in (_rows._offsets, _rows._measure)]
     assert again == sizes
 
 

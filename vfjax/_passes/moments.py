@@ -92,31 +92,29 @@ def alive(mean: Any, var: Any) -> Any:
     Returns:
         Booleans of the same shape.
     """
-    floor = ROUNDINGS * jnp.finfo(mean.dtype).eps * abs(mean)
+    floor = ROUNDINGS * np.finfo(mean.dtype).eps * abs(mean)
     return (var > _DEAD * var.max()) & (var > floor * floor)
 
 
-def coefficients(
-    now: Pooled, goal: tuple[Array, Array], centre: bool | Array
-) -> tuple[Array, Array]:
+def coefficients(now: Pooled, goal: tuple[Any, Any], centre: bool | Array) -> tuple[Any, Any]:
     """The scale and shift that give a value its goal moments.
 
     A channel keeps scale 1 if its variance is zero up to rounding or below 1e-12 of the layer's
     largest, since no scale makes a constant vary. REPAIR still moves its mean to the goal.
 
     Args:
-        now: Moments of the value.
+        now: Moments of the value, JAX or NumPy arrays, as the results are.
         goal: Mean and standard deviation that it should have.
         centre: Whether to correct the mean; the shift is 0 if not.
 
     Returns:
         Scale and shift.
     """
-    mean, var = jnp.asarray(now.mean), jnp.asarray(now.var)
-    goal_mean, goal_std = goal
+    mean, var = now.mean, now.var
+    xp, (goal_mean, goal_std) = mean.__array_namespace__(), goal
     varies = alive(mean, var)
-    scale = jnp.where(varies, goal_std / jnp.sqrt(jnp.where(varies, var, 1)), 1)
-    return scale, jnp.where(centre, goal_mean - scale * mean, 0)
+    scale = xp.where(varies, goal_std / xp.sqrt(xp.where(varies, var, 1)), 1)
+    return scale, xp.where(centre, goal_mean - scale * mean, 0)
 
 
 def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
@@ -152,18 +150,17 @@ def union_second(old: Array, new: Array, between: Array, share: float | Array) -
     return old + (new - old) * part + between * (part * (1 - part))
 
 
-def union_deviation(old: Array, new: Array, step: Array, share: float | Array) -> Array:
+def union_deviation(old: Any, new: Any, step: Any, share: float) -> Any:
     """As `union_second`, from and to square roots, whose squares need not be finite.
 
     Args:
-        old: Standard deviations of the first set.
+        old: Standard deviations of the first set, NumPy arrays.
         new: Those of the second.
         step: Sizes of the steps between the means.
         share: The second set's part of all samples.
     """
-    part = jnp.asarray(share, old.dtype)
-    within, between = jnp.sqrt(jnp.stack([1 - part, part])), jnp.sqrt(part * (1 - part))
-    return length(jnp.stack([old * within[0], new * within[1], step * between]), (0,))
+    within = np.hypot(old * (1 - share) ** 0.5, new * share**0.5)
+    return np.hypot(within, step * (share * (1 - share)) ** 0.5)
 
 
 def _part(share: Any, like: Any) -> Any:
@@ -187,7 +184,7 @@ def merge_moments(
     means, steps = union_means(pooled[0], batch[0], share)
 
     def var(old: Array, new: Array, step: Array) -> Array:
-        return union_second(old, new, jnp.square(step), share)
+        return union_second(old, new, step * step, share)
 
     return means, jax.tree.map(var, pooled[1], batch[1], steps), steps
 
@@ -203,13 +200,14 @@ _EXPONENT = 120
 
 
 def scale_of(*arrays: Array) -> Array:
-    """The power of two that brings the largest entry near one; scaling by it does not round."""
+    """A power of two that brings the largest entry near one; scaling by it does not round."""
     largest = jnp.stack([jnp.abs(a).max(initial=0) for a in arrays]).max()
-    exponent = jnp.clip(jnp.frexp(largest)[1], -_EXPONENT, _EXPONENT)
-    return jnp.ldexp(jnp.ones((), largest.dtype), -exponent)
+    largest = jnp.clip(jnp.where(largest == 0, 1, largest), 2.0**-_EXPONENT, 2.0**_EXPONENT)
+    bits = jnp.finfo(largest.dtype)
+    return 1 / jax.lax.reduce_precision(largest, bits.nexp, 0)
 
 
-def length(a: Array, axes: tuple[int, ...]) -> Array:
-    """L2 norms over some axes, even if the squares would overflow or underflow."""
-    scale = scale_of(a)
-    return jnp.sqrt(jnp.square(a * scale).sum(axes)) / scale
+def length(a: Any) -> Any:
+    """The L2 norm of a NumPy array, even if squares would overflow or underflow."""
+    scale = np.abs(a).max(initial=0) or 1
+    return np.linalg.norm(a / scale) * scale

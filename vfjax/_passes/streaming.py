@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vfjax._passes.batching import batch_size, batches
 from vfjax._passes.devices import on_meshes, replicate
@@ -20,9 +21,7 @@ def vmapped() -> bool:
 
 
 def each(fn: Callable[[Any, PyTree], Any], models: Sequence[Any], x: PyTree) -> tuple[Any, ...]:
-    """`fn(model, x)` for every model, vmapped over models of equal types where that is fast."""
-    if not vmapped():
-        return tuple(fn(model, x) for model in models)
+    """`fn(model, x)` for every model, compiled once for models of equal types."""
     same_types: dict[Any, list[int]] = {}
     for k, model in enumerate(models):
         leaves, structure = jax.tree.flatten(model)
@@ -34,7 +33,10 @@ def each(fn: Callable[[Any, PyTree], Any], models: Sequence[Any], x: PyTree) -> 
             outputs[members[0]] = fn(models[members[0]], x)
             continue
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[models[k] for k in members])
-        results = jax.vmap(fn, (0, None))(stacked, x)
+        if vmapped():
+            results = jax.vmap(fn, (0, None))(stacked, x)
+        else:
+            results = jax.lax.map(lambda model: fn(model, x), stacked)
         for place, k in enumerate(members):
             outputs[k] = jax.tree.map(lambda a, place=place: a[place], results)
     return tuple(outputs)
@@ -59,7 +61,7 @@ def by_pieces(
     """
     if parts == 1:
         return fn(x)
-    xs = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), x)
+    xs = _split(x, parts)
     empty, _ = jax.eval_shape(fn, jax.tree.map(lambda a: a[0], xs))
     empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty)
 
@@ -75,6 +77,17 @@ def by_pieces(
     return pooled, [n.sum(dtype=n.dtype) for n in counts]
 
 
+def each_piece(fn: Callable[[PyTree], Any], parts: int, x: PyTree) -> Any:
+    """`fn` of every piece of a batch, as many as divide it, stacked along a new first axis."""
+    return (
+        jax.lax.map(fn, _split(x, parts)) if parts > 1 else jax.tree.map(lambda a: a[None], fn(x))
+    )
+
+
+def _split(x: PyTree, parts: int) -> PyTree:
+    return jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), x)
+
+
 def stream(
     measure: Callable[[Any, Any, PyTree], tuple[Any, list[Array]]],
     pool: Callable[[Any, Any, float], Any],
@@ -82,6 +95,7 @@ def stream(
     data: Iterable[Any],
     *,
     like: PyTree,
+    host: bool = False,
 ) -> tuple[Any, list[float]]:
     """Pools a measurement over all batches of `data`, on whichever devices they lie.
 
@@ -94,6 +108,10 @@ def stream(
         state: Whatever `measure` needs; placed on the mesh before `measure` receives it.
         data: As `batches` takes it.
         like: The traced input.
+        host: Whether `measure` returns the measurements of equal pieces of the batch, stacked, and
+            `pool` is given NumPy arrays in float64 or better, which are rounded in the end. Where
+            measurements are small, as means of channels are, a program that pools them takes longer
+            to compile than this takes for all batches.
 
     Returns:
         The pooled measurement of all batches, and the number of samples at each site.
@@ -102,15 +120,43 @@ def stream(
         TypeError: As `batches`.
         ValueError: As `batches`.
     """
-    pooled, samples, counts = None, 0, []
-    for mesh, placed, x in on_meshes(batches(data, like=like), state):
-        size = batch_size(x)
-        batch, each = measure(mesh, placed, x)
-        samples += size
-        if pooled is not None:
-            pooled = pool(replicate(pooled, mesh), batch, size / samples)
-            continue
+    pooled, samples, counts, dtypes = None, 0, [], None
+
+    def measured() -> Iterator[tuple[Any, Any, list[Array], int]]:
+        for mesh, placed, x in on_meshes(batches(data, like=like), state):
+            yield mesh, *measure(mesh, placed, x), batch_size(x)
+
+    for mesh, batch, each, size in _late(measured()) if host else measured():
         # Every batch has the same number of positions per example.
-        pooled, counts = batch, [int(n) / size for n in each]
-    assert pooled is not None  # `batches` yields at least one batch or raises
+        counts = counts or [int(n) / size for n in each]
+        if host:
+            dtypes = jax.tree.map(lambda a: a.dtype, batch)
+            pieces = _unstacked(batch)
+        else:
+            pieces = [batch]
+            pooled = replicate(pooled, mesh)
+        for piece in pieces:
+            samples += size // len(pieces)
+            # What is not finite is told by those who know what it is of.
+            with np.errstate(all="ignore"):
+                share = size / len(pieces) / samples
+                pooled = piece if pooled is None else pool(pooled, piece, share)
+    if host:
+        pooled = jax.tree.map(lambda a, dtype: a.astype(dtype), pooled, dtypes)
     return pooled, [n * samples for n in counts]
+
+
+def _late(items: Iterable[Any]) -> Iterator[Any]:
+    """Each item once the next has been begun: a device works on that while this one is taken."""
+    waiting: list[Any] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
+
+
+def _unstacked(batch: PyTree) -> list[PyTree]:
+    """The pieces of a measurement, in float64 or better."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, batch))
+    wide = [a.astype(np.promote_types(a.dtype, np.float64)) for a in leaves]
+    return [structure.unflatten([a[k] for a in wide]) for k in range(len(wide[0]) if wide else 1)]

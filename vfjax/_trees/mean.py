@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,18 +107,22 @@ def weighted_mean(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
         >>> float(weighted_mean([jnp.float32(0), jnp.float32(4)], (0.75, 0.25)))
         1.0
     """
-    dtype = jnp.result_type(arrays[0])
-    accumulator = jnp.promote_types(dtype, jnp.float32)
-    total = None
-    for array, weight in zip(arrays, weights, strict=True):
-        if isinstance(weight, float) and weight == 0.0:
-            continue
-        term = jnp.asarray(array, accumulator)
-        if not (isinstance(weight, float) and weight == 1.0):
-            term = term * jnp.asarray(weight, accumulator)
-        total = term if total is None else total + term
-    assert total is not None  # since the weights sum to one
-    return total.astype(dtype)
+    pairs = zip(arrays, weights, strict=True)
+    kept = [(a, w) for a, w in pairs if not (isinstance(w, float) and w == 0.0)]
+    if len(kept) == 1 and isinstance(kept[0][1], float) and kept[0][1] == 1.0:
+        return jnp.asarray(kept[0][0])
+    return _weighted_sum(*map(list, zip(*kept, strict=True)))
+
+
+@jax.jit
+def _weighted_sum(arrays: list[Array], weights: list[Any]) -> Array:
+    """Compiled once for a shape, whatever the weights, where each operation would be otherwise."""
+    accumulator = jnp.promote_types(arrays[0].dtype, jnp.float32)
+    terms = (
+        array.astype(accumulator) * jnp.asarray(weight, accumulator)
+        for array, weight in zip(arrays, weights, strict=True)
+    )
+    return functools.reduce(operator.add, terms).astype(arrays[0].dtype)
 
 
 def average_flats(flats: Sequence[paths.Flat], weights: Sequence[float]) -> PyTree:

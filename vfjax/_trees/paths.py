@@ -222,9 +222,14 @@ def check_finite(flat: Mapping[str, Any], *, name: str) -> None:
         dtype = jax.numpy.result_type(leaf)
         if not jax.numpy.issubdtype(dtype, jax.numpy.inexact):
             continue
-        # Under a trace, operations on a concrete leaf would be staged out; evaluate them now.
-        with jax.ensure_compile_time_eval():
-            bad = int(np.size(leaf) - np.count_nonzero(jax.numpy.isfinite(leaf)))
+        if isinstance(leaf, jax.Array) and any(d.platform != "cpu" for d in leaf.devices()):
+            # Under a trace, operations on a concrete leaf would be staged out; evaluate them now.
+            with jax.ensure_compile_time_eval():
+                finite = np.asarray(jax.numpy.isfinite(leaf))
+        else:
+            # In the host's memory: nothing to copy, and nothing to compile for each shape.
+            finite = np.isfinite(np.asarray(leaf))
+        bad = finite.size - np.count_nonzero(finite)
         if bad:
             raise ValueError(
                 f"{name} holds {bad} NaN or infinite value{'s' if bad > 1 else ''} at '{path}' (of "

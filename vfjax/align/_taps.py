@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from vfjax._maps.maps import Maps
@@ -265,12 +264,12 @@ def correlation_between(moments: Moments, site: str, to: int, model: int) -> np.
         ValueError: If their covariances were not measured.
     """
     block = None if moments.covariance is None else moments.covariance.get(site)
-    if block is None or np.isnan(block := np.asarray(block[to, model])).any():
+    if block is None or np.isnan(block := np.asarray(block)[to, model]).any():
         raise ValueError(
             f'`moments` has no covariance between models {to} and {model} at the tap "{site}"; '
             'measure with sites="taps", covariance="cross"'
         )
-    std = jnp.sqrt(moments.var[site])
+    std = np.sqrt(np.asarray(moments.var[site]))
     return correlation(block, std[to], std[model])
 
 

@@ -20,16 +20,13 @@ import numpy as np
 from vfjax._passes.batching import batch_size
 from vfjax._passes.devices import mesh_of, on_mesh, replicate
 from vfjax._passes.moments import ROUNDINGS, alive, length, scale_of, union_deviation, union_means
-from vfjax._passes.streaming import by_pieces, each, stream
+from vfjax._passes.streaming import each, each_piece, stream
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._layout import Layout, arrange, by_example
 from vfjax.network._network import Network
 from vfjax.stats._pieces import pieces
 
-# A variance above this share of the mean square of f(x) - f(0) is computed by subtraction from it.
-# Below, the difference would lose more than two of seven digits, so values are centred first.
-_LEAST = 0.02
 # The numbers that are per channel.
 CHANNELS = ("mean", "std")
 
@@ -114,10 +111,11 @@ def measure(
     job: Job, networks: tuple[Carried, ...], shifts: Offsets, data: Iterable[Any]
 ) -> tuple[Rows, ...]:
     """One pass over data: the rows of every network, pooled over all batches."""
+    state = (networks, shifts)
     pooled, _ = stream(
-        functools.partial(_measure, job), _pool, (networks, shifts), data, like=job.net.x
+        functools.partial(_measure, job), _merge, state, data, like=job.net.x, host=True
     )
-    return jax.tree.map(np.asarray, pooled)
+    return pooled
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -125,14 +123,9 @@ def _measure(
     job: Job, mesh: Any, state: tuple[tuple[Carried, ...], Offsets], x: PyTree
 ) -> tuple[tuple[Rows, ...], list[Array]]:
     if mesh is not None:
-        return on_mesh(functools.partial(_batch, job), mesh)(state, x), []
-    parts = pieces(_runs(state[0]), x)
-    return by_pieces(lambda x: (_batch(job, state, x), []), _merge, parts, x)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _pool(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tuple[Rows, ...]:
-    return _merge(pooled, batch, share)
+        rows = on_mesh(functools.partial(_batch, job), mesh)(state, x)
+        return jax.tree.map(lambda a: a[None], rows), []
+    return each_piece(functools.partial(_batch, job, state), pieces(_runs(state[0]), x), x), []
 
 
 def _merge(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tuple[Rows, ...]:
@@ -144,7 +137,7 @@ def _union(old: Rows, new: Rows, share: Any) -> Rows:
     means, steps = union_means(
         (old.mean, old.norm, old.centre), (new.mean, new.norm, new.centre), share
     )
-    sizes = (*steps[:2], jax.tree.map(lambda step: length(step, tuple(range(step.ndim))), steps[2]))
+    sizes = (*steps[:2], jax.tree.map(length, steps[2]))
     std, norm_std, spread = jax.tree.map(
         lambda a, b, step: union_deviation(a, b, step, share),
         (old.std, old.norm_std, old.spread),
@@ -211,48 +204,28 @@ def _values(job: Job, network: Carried, x: PyTree) -> dict[str, tuple[Array, ...
 def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, Array]:
     """One row: the moments of a value per channel, and of its distance to the value at zero.
 
-    The value is read only twice: for its mean over examples, by unit; and for the squares of its
-    distance, summed over positions, by example and channel. The distance is used only once, so that
-    XLA need not store it.
+    Variances are about the mean of every unit, which takes a second read of the value, and are
+    exact for that, however small they are beside the distance.
     """
     _, samples = arrange(value, site)
     parts, axis = by_example(site.name, value, at_zero.shape, size)
     single = at_zero.reshape(*parts.shape[:axis], 1, *parts.shape[axis + 1 :])
-    example = parts.mean(axis).reshape(at_zero.shape)
-    mean = example.mean(samples, keepdims=True)
-    centre = example - at_zero
-    scale = scale_of(centre, example - mean)
+    example = parts.mean(axis, keepdims=True)
+    units = example.reshape(at_zero.shape)
+    mean = units.mean(samples, keepdims=True)
+    centre, apart = units - at_zero, units - mean
+    scale = scale_of(centre, apart)
 
-    # Where an axis of examples was split off, the axes after it have moved by one.
-    moved = parts.ndim - value.ndim
-    channels = [a + moved * (a >= axis) for a in range(value.ndim) if a not in samples]
-    positions = tuple(a for a in range(parts.ndim) if a != axis and a not in channels)
-    # The barrier keeps XLA from recomputing the sums further on, which would read the values again.
-    squares = jax.lax.optimization_barrier(jnp.square((parts - single) * scale).sum(positions))
-    behind = axis - sum(a < axis for a in positions)
-    others = tuple(a for a in range(squares.ndim) if a != behind)
-    norm = jnp.sqrt(squares.sum(others))
-
-    total = squares.sum() / size
-    square = squares.sum(behind) * (squares.size // squares.shape[behind] / value.size)
-    drift = jnp.square(centre * scale)
-    spread = total - drift.sum()
-    # In two parts: the variance of every unit about its mean, and that of the units' means.
-    var = square - drift.mean(samples) + jnp.square((example - mean) * scale).mean(samples)
-
-    def centred() -> tuple[Array, Array]:
-        about = jnp.square((parts - example.reshape(single.shape)) * scale)
-        return jnp.square((value - mean) * scale).mean(samples), about.sum() / size
-
-    enough = (var >= _LEAST * square).all() & (spread >= _LEAST * total)
-    var, spread = jax.lax.cond(enough, lambda: (var, spread), centred)
+    within = jnp.square((parts - example) * scale).mean(axis).reshape(at_zero.shape)
+    others = tuple(a for a in range(parts.ndim) if a != axis)
+    norm = jnp.sqrt(jnp.square((parts - single) * scale).sum(others))
     return {
         "mean": jnp.squeeze(mean, samples),
-        "std": jnp.sqrt(var) / scale,
+        "std": jnp.sqrt((within + jnp.square(apart * scale)).mean(samples)) / scale,
         "norm": norm.mean() / scale,
         "norm_std": norm.std() / scale,
         "centre": centre,
-        "spread": jnp.sqrt(spread) / scale,
+        "spread": jnp.sqrt(within.sum()) / scale,
     }
 
 

@@ -60,7 +60,7 @@ def wanda(
     leaves, rows, paths = weights_of(net, tree, names)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
     measure = functools.partial(_means, net, tuple(uses))
-    means, _ = stream(measure, _pool, tree, data, like=net.x)
+    means, _ = stream(measure, _pool, tree, data, like=net.x, host=True)
     squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
     for (name, path), mean in zip(uses.items(), means, strict=True):
         squares[path][kernel_rows(net, name)] += spread(net, name, mean)
@@ -80,9 +80,8 @@ def _means(
     def means(tree: PyTree, x: PyTree) -> list[jax.Array]:
         return [squares / batch_size(x) for squares in input_squares(net, tree, x, layers)]
 
-    return on_mesh(means, mesh)(tree, x), []
+    return [mean[None] for mean in on_mesh(means, mesh)(tree, x)], []
 
 
-@jax.jit
-def _pool(pooled: list[jax.Array], batch: list[jax.Array], share: float) -> list[jax.Array]:
+def _pool(pooled: list[np.ndarray], batch: list[np.ndarray], share: float) -> list[np.ndarray]:
     return [a + (b - a) * share for a, b in zip(pooled, batch, strict=True)]

@@ -242,7 +242,15 @@ def label(model: int, norm: str) -> str:
     return f"{norm} (head {model})"
 
 
-_coefficients = jax.jit(coefficients)
+def _coefficients(
+    now: Pooled, goal: tuple[Any, Any], centre: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `coefficients`, on the host: channels are few, and nothing is compiled for each layer."""
+    goal_mean, goal_std = (np.asarray(a) for a in goal)
+    dtype = goal_mean.dtype
+    now = Pooled(*(np.asarray(v, dtype) for v in now))
+    scale, shift = coefficients(now, (goal_mean, goal_std), centre)
+    return scale.astype(dtype), shift.astype(dtype)
 
 
 def _write(leaf: Any, slot: int | None, value: Any) -> Array:

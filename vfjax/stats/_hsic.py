@@ -321,13 +321,14 @@ def by_minibatches(
             raise ValueError('estimator="minibatch" needs batches of 4 examples or more')
 
     state, counted_data = _with_scales(job, models, counted())
-    hsic, _ = stream(functools.partial(_inner_product, job), _mean, state, counted_data, like=like)
+    hsic, _ = stream(
+        functools.partial(_inner_product, job), _mean, state, counted_data, like=like, host=True
+    )
     return np.asarray(hsic, np.float64), count
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _mean(pooled: Array, batch: Array, share: Any) -> Array:
-    return pooled + (batch - pooled) * jnp.asarray(share, pooled.dtype)
+def _mean(pooled: np.ndarray, batch: np.ndarray, share: float) -> np.ndarray:
+    return pooled + (batch - pooled) * share
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -347,4 +348,4 @@ def _inner_product(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, l
         total -= _product(rows, rows.T) * (2 / (n - 2))
         return total / (n * (n - 3))
 
-    return on_mesh(batch, mesh)(state, x), []
+    return on_mesh(batch, mesh)(state, x)[None], []

@@ -23,7 +23,7 @@ from vfjax._passes.moments import (
     union_second,
     without_rounding,
 )
-from vfjax._passes.streaming import by_pieces, each
+from vfjax._passes.streaming import by_pieces, each, each_piece
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import Layout, arrange, by_channel
 from vfjax.network._network import Network
@@ -51,12 +51,20 @@ class Model:
 def measure(
     job: Job, mesh: Any, models: tuple[Model, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:
-    """Moments of one batch, and the number of samples at each site."""
+    """Moments of one batch, and the number of samples at each site.
+
+    Without covariances they are those of the pieces of the batch, stacked.
+    """
+    batch = functools.partial(_batch, job)
     if mesh is not None:
-        return on_mesh(functools.partial(_batch, job), mesh)(models, x)
-    batch = functools.partial(_batch, job, models)
+        moments, counts = on_mesh(batch, mesh)(models, x)
+        return moments if job.covariance else jax.tree.map(lambda a: a[None], moments), counts
+    batch = functools.partial(batch, models)
     parts = pieces({model.net: model.tree for model in models}, x)
-    return by_pieces(batch, functools.partial(_merge, job), parts, x)
+    if job.covariance:
+        return by_pieces(batch, functools.partial(merge, job), parts, x)
+    moments, counts = each_piece(batch, parts, x)
+    return moments, [n.sum(dtype=n.dtype) for n in counts]
 
 
 def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
@@ -138,12 +146,13 @@ def pool(
     job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
     """Moments of the union of two sets of samples; donates the first. `share` is the second's."""
-    return _merge(job, pooled, batch, share)
+    return merge(job, pooled, batch, share)
 
 
-def _merge(
+def merge(
     job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
 ) -> dict[str, Any]:
+    """As `pool`, not compiled; without covariances also of NumPy arrays."""
     out: dict[str, Any] = {"covariance": {}}
     out["mean"], out["var"], steps = merge_moments(
         (pooled["mean"], pooled["var"]), (batch["mean"], batch["var"]), share

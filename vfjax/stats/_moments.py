@@ -26,6 +26,7 @@ from vfjax.stats._measure import (
     Model,
     finish,
     measure,
+    merge,
     pool,
 )
 from vfjax.stats._sites import resolve_sites
@@ -254,10 +255,11 @@ def measured(
 def _measured(models: Models, data: Iterable[Any], job: Job) -> Moments:
     pooled, counts = stream(
         functools.partial(measure, job),
-        functools.partial(pool, job),
+        functools.partial(pool if job.covariance else merge, job),
         tuple(map(Model, models.nets, models.trees)),
         data,
         like=models.net.x,
+        host=not job.covariance,
     )
     check_finite_means(pooled["mean"])
     mean, var, blocks = finish(job, pooled)

@@ -276,8 +276,8 @@ def _moments(features: Features, site: str) -> dict[str, float]:
     assert features.references is not None
     if site not in features.mean or site not in features.references.mean or _other(features, site):
         return dict.fromkeys(("std_ratio", "mean_shift", "rescaled_shift"), float("nan"))
-    mean, std = features.mean[site][0], features.std[site][0]
-    varies = np.asarray(alive(mean, std**2)).ravel()
+    mean, std = (np.asarray(of[site])[0] for of in (features.mean, features.std))
+    varies = alive(mean, std**2).ravel()
     mean, std = (np.asarray(a, np.float64).ravel() for a in (mean, std))
     goal_mean, goal_std = (_goal(features, what, site).ravel() for what in ("mean", "std"))
     scale = np.ones_like(std)
