@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flattening import flatten
-from vfjax._propagate.propagation import propagate
-from vfjax._trees.paths import leaf_paths
+from vfjax._analysis import from_propagation
+from vfjax._jaxpr import flatten
+from vfjax._propagate import propagate
+from vfjax._trees import leaf_paths
 from vfjax.symmetry import check_spec
 
 # ------------------------------------------------------------------------------------ comparisons
@@ -171,3 +171,29 @@ def resnet(v, x):
     for k in range(2):
         h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])
     return h @ v["head"]
+
+
+# ----------------------------------------------------------------------------------------- programs
+
+
+class Compilations:
+    """Counts compilations in a `with` block."""
+
+    def __enter__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event, *_, **__):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def take_road(monkeypatch, backend):
+    """Chooses between ways to compute as on another backend, and computes on this one.
+
+    A network that was traced before may have programs that were compiled for the other way.
+    """
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 import vfjax
 from vfjax import align, merge, stats
-from vfjax._maps.parts import Part
+from vfjax._maps import Part
 from vfjax.align import _zip
 from vfjax.align._grouping import greedy_groups
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from vfjax import models
 from vfjax._analysis import batch_axis
-from vfjax._jaxpr.flattening import flatten
+from vfjax._jaxpr import flatten
 
 
 def _graph_of(fn, v, x, size):

@@ -17,7 +17,7 @@ from flax import nnx
 import vfjax
 from helpers import initial
 from vfjax import diagnose, merge, models
-from vfjax._trees.paths import flatten_named
+from vfjax._trees import flatten_named
 from vfjax.diagnose import _decomposition
 
 # Sums of a few dozen products in float32, relative to the largest part of the sum.

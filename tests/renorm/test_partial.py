@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import along, assert_close, conv, norm
+from helpers import along, assert_close, conv, norm, take_road
 from vfjax import (
     diagnose,
     merge,
     renorm,
     stats,
 )
-from vfjax._passes import streaming
 from vfjax.align import Maps
 
 ROUNDING = 1e-4
@@ -404,10 +403,10 @@ def own_networks(name):
     return nets[0], nets
 
 
-@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("apart", [False, True])
-def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
-    monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
+def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, backend):
+    take_road(monkeypatch, backend)
     _, trees, x = case("heads", classes=7)
     nets = own_networks("heads")[apart]
     maps = random_zip(case("heads")[0], 2)

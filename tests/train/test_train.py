@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from helpers import Compilations
 from vfjax import checkpoint, data, models, train
 from vfjax.checkpoint import _checkpoint
 from vfjax.train import _fit
@@ -399,9 +400,9 @@ def test_too_few_classes_are_told(digits):
 def test_no_compilation_on_the_second_run(digits):
     # The first run is here, under this test's own settings: they are part of the cache's key.
     train.fit(SmallBatchNorm(), TINY, digits, seed=7, progress=False)
-    compiled = _fit._step._cache_size()
-    train.fit(SmallBatchNorm(), TINY, digits, seed=8, progress=False)
-    assert _fit._step._cache_size() == compiled
+    with Compilations() as compiled:
+        train.fit(SmallBatchNorm(), TINY, digits, seed=8, progress=False)
+    assert compiled.count == 0
 
 
 # ---- evaluation
@@ -461,9 +462,10 @@ def test_evaluation_compiles_once_per_shape(labelled):
     params, x, label = labelled
     batches = [(x[:8], label[:8]), (x[8:16], label[8:16])]
     train.evaluate(linear, params, batches)
-    compiled = train.evaluate.__globals__["_add_batch"]._cache_size()
-    train.evaluate(linear, jax.tree.map(lambda leaf: 2 * leaf, params), batches)
-    assert train.evaluate.__globals__["_add_batch"]._cache_size() == compiled
+    twice = jax.tree.map(lambda leaf: 2 * leaf, params)
+    with Compilations() as compiled:
+        train.evaluate(linear, twice, batches)
+    assert compiled.count == 0
 
 
 def test_evaluation_of_routed_models_agrees_with_the_plain_one(digits):

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._maps.parts import Part, gather, permuting
-from vfjax._trees.options import number
+from vfjax._maps import Maps, Part, gather, permuting
+from vfjax._trees import number
 from vfjax._types import PyTree
 from vfjax.align._assignment import PLACE, assign
 from vfjax.align._taps import (

@@ -23,9 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._trees.options import whole
-from vfjax._trees.paths import Flat, check_finite, check_trees, flatten_named
+from vfjax._maps import Maps
+from vfjax._trees import Flat, check_finite, check_trees, flatten_named, whole
 from vfjax._types import PyTree
 from vfjax.align._by_activations import Pair, measure, pair_of
 from vfjax.align._by_weights import match_incoming

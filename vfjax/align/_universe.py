@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees.paths import check_alike
+from vfjax._trees import check_alike
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
 from vfjax.align._ascent import counted_axes, generator_of, on_host

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vfjax._analysis.affine import culprit
-from vfjax._analysis.views import view_of
-from vfjax._jaxpr.calls import INPUT
+from vfjax._analysis import culprit, view_of
+from vfjax._jaxpr import INPUT
 from vfjax._jaxpr.primitives import SUMS
-from vfjax._passes.batching import batches
-from vfjax._trees.paths import flatten_named
+from vfjax._passes import batches
+from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._rows import zero_example
 from vfjax.diagnose._sites import resolve_sites, value_of

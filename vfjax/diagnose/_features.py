@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._passes.batching import check_finite_means
+from vfjax._maps import Maps
+from vfjax._passes import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import Compared, carry, compared

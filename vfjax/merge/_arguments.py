@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from vfjax._trees import paths
-from vfjax._trees.mean import resolve_weights
+from vfjax._trees import flatten_named, resolve_weights
 from vfjax._types import PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
@@ -52,7 +51,7 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
         Merged(cut=0 of 1, models=1, weights=(1.0,), params=6, flops=6, corrections=[])
     """
     check_net(net)
-    check_fits(net, paths.flatten_named(tree, name="tree").leaves, "tree", variances=False)
+    check_fits(net, flatten_named(tree, name="tree").leaves, "tree", variances=False)
     weights = (1.0,) if weights is None else resolve_weights(weights, None)
     return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
 

@@ -12,9 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._deprecated import renames
-from vfjax._maps.maps import Maps
-from vfjax._trees.mean import average_flats, resolve_mix
-from vfjax._trees.paths import Flat, check_like, check_sequence, flatten_named
+from vfjax._maps import Maps
+from vfjax._trees import Flat, average_flats, check_like, check_sequence, flatten_named, resolve_mix
 from vfjax._types import PyTree
 from vfjax.merge._merged import Matrices, Merged
 from vfjax.network._arguments import check_net, models_of, networks

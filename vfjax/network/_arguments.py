@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees import paths
-from vfjax._trees.paths import Flat
+from vfjax._trees import Flat, check_alike, check_finite, check_like, check_sequence, flatten_named
 from vfjax._types import PyTree
 from vfjax.network import _retrace
 from vfjax.network._checks import check_variances
@@ -75,7 +74,7 @@ class Models:
             trees: One per model; trees that are the same objects are not flattened again.
         """
         flats = tuple(
-            old if new is tree else paths.flatten_named(new)
+            old if new is tree else flatten_named(new)
             for new, tree, old in zip(trees, self.trees, self.flats, strict=True)
         )
         return Models(self.nets, tuple(trees), flats)
@@ -103,9 +102,9 @@ def model_of(net: Network, tree: PyTree, name: str, *, variances: bool = True) -
 
 def fitting(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> Models:
     """Like `model_of`, for a `net` that is known to be a network."""
-    flat = paths.flatten_named(tree, name=name)
+    flat = flatten_named(tree, name=name)
     check_fits(net, flat.leaves, name, variances=variances)
-    paths.check_finite(flat.leaves, name=name)
+    check_finite(flat.leaves, name=name)
     return Models((net,), (tree,), (flat,))
 
 
@@ -133,17 +132,17 @@ def models_of(
         TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
-    paths.check_sequence(trees, name=name)
+    check_sequence(trees, name=name)
     nets = (net,) * len(trees) if isinstance(net, Network) else tuple(net)
     flats = _flats(trees, name)
     if all(own is nets[0] for own in nets) and not free:
-        paths.check_alike([flat.leaves for flat in flats], name=name)
+        check_alike([flat.leaves for flat in flats], name=name)
         check_fits(nets[0], flats[0].leaves, f"{name}[0]", variances=variances)
         return Models(nets, tuple(trees), flats)
     apart = len(set(nets)) > 1
     for k, (own, flat) in enumerate(zip(nets, flats, strict=True)):
         label = f"{name}[{k}]"
-        paths.check_finite(flat.leaves, name=label)
+        check_finite(flat.leaves, name=label)
         check_fits(own, flat.leaves, label, variances=variances, free=() if apart else free)
         if not apart:
             _check_run(own, flat.leaves, label)
@@ -170,7 +169,7 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
     """
     models = Models(tuple(nets), tuple(trees), _flats(trees, "trees"))
     if models.alike:
-        paths.check_alike(models.leaves)
+        check_alike(models.leaves)
         return models
     apart = any(own is not models.net for own in nets)
     read = leaves_before(models.net, sites)
@@ -178,15 +177,15 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
     like = {path: leaf for path, leaf in first.items() if path in read}
     for k, (own, flat) in enumerate(zip(nets, models.leaves, strict=True)):
         label = f"trees[{k}]"
-        paths.check_finite(flat, name=label)
+        check_finite(flat, name=label)
         seen = read if own is models.net else leaves_before(own, sites)
         mine = {path: leaf for path, leaf in flat.items() if path in seen}
-        paths.check_like(mine, like, name=label, other="trees[0]")
+        check_like(mine, like, name=label, other="trees[0]")
         if apart:
             check_fits(own, flat, label)
         else:
             rest = {path: leaf for path, leaf in flat.items() if path not in read}
-            paths.check_like(flat, {**first, **rest}, name=label, other="trees[0]")
+            check_like(flat, {**first, **rest}, name=label, other="trees[0]")
             _check_run(own, flat, label)
     return models
 
@@ -217,7 +216,7 @@ def check_fits(
     else:
         unknown = {norm.var for norm in net.norms} - leaves.keys()
         like = {path: aval for path, aval in like.items() if path not in unknown}
-    paths.check_like(leaves, like, name=name, other="the traced network's variables")
+    check_like(leaves, like, name=name, other="the traced network's variables")
 
 
 def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
@@ -242,7 +241,7 @@ def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
 
 
 def _flats(trees: Sequence[PyTree], name: str) -> tuple[Flat, ...]:
-    return tuple(paths.flatten_named(tree, name=f"{name}[{k}]") for k, tree in enumerate(trees))
+    return tuple(flatten_named(tree, name=f"{name}[{k}]") for k, tree in enumerate(trees))
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

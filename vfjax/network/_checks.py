@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vfjax._analysis.traced import Traced
-from vfjax._jaxpr.flattening import MAX_UNROLL
-from vfjax._trees import paths
+from vfjax._analysis import Traced
+from vfjax._jaxpr import MAX_UNROLL
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing
 
@@ -67,7 +67,7 @@ def check_crossing(x: Any, start: int | None) -> None:
 
 def named_leaves(net: Network, variables: PyTree) -> dict[str, Any]:
     """The leaves of variables by path; raises a ValueError if some were not traced."""
-    named, _ = paths.flatten_named(variables)
+    named, _ = flatten_named(variables)
     unknown = [path for path in named if path not in net._avals]
     if unknown:
         raise ValueError(

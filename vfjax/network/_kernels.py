@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis.layers import LinearSite
-from vfjax._jaxpr import graph
-from vfjax._jaxpr.graph import Equation
+from vfjax._analysis import LinearSite
+from vfjax._jaxpr import Equation, evaluate
 from vfjax._jaxpr.primitives import DOT
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
@@ -139,5 +138,5 @@ def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> li
     operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
     ids = zip(traced.graph.inputs, traced.paths, strict=False)
     env = {value: jnp.asarray(leaves[path]) for value, path in ids if path in leaves}
-    values = graph.evaluate(traced.graph, env, operands)
+    values = evaluate(traced.graph, env, operands)
     return [np.ravel(np.asarray(values[operand], np.float64)) for operand in operands]

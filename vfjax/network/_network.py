@@ -9,12 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._analysis import outside
-from vfjax._analysis.groups import from_propagation
+from vfjax._analysis import from_propagation, report_missing_layers
 from vfjax._deprecated import OldName
-from vfjax._jaxpr import faster
-from vfjax._jaxpr.graph import evaluate
-from vfjax._trees import paths
+from vfjax._jaxpr import evaluate, faster
+from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import _cost, _fold, _retrace, _sites, _summary
 from vfjax.network._checks import (
@@ -121,7 +119,7 @@ class Network:
                 f"the kernel '{taken}' would name a layer like the site '{taken}' of the network "
                 f"itself: rename it, or put it into a dict, {{'{taken}': {{'kernel': ...}}}}"
             )
-        outside.report_missing_layers(self._reference)
+        report_missing_layers(self._reference)
 
     def __repr__(self) -> str:
         """Size and depth at a glance."""
@@ -624,5 +622,5 @@ class Network:
             ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
         """
         self.layer(layer)
-        flat = paths.flatten_named(variables)
+        flat = flatten_named(variables)
         return flat.put(_fold.fold(self._reference, flat.leaves, layer, scale, shift)).tree()

@@ -10,8 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis.traced import Traced
-from vfjax._analysis.views import View
+from vfjax._analysis import Traced, View
 from vfjax._deprecated import OldName
 from vfjax._jaxpr.primitives import CONV
 from vfjax._types import Array

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from vfjax._analysis.traced import Traced
-from vfjax._jaxpr.flattening import flatten
-from vfjax._trees.paths import flatten_named, leaf_paths, some
+from vfjax._analysis import Traced
+from vfjax._jaxpr import flatten
+from vfjax._trees import flatten_named, leaf_paths, some
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing
 

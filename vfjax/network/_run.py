@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._analysis.traced import Traced
+from vfjax._analysis import Traced
 from vfjax._types import Array
 from vfjax.network._sites import WORDS, crosses, in_stem, inputs_of, locate, select
 

@@ -10,8 +10,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from vfjax._analysis.taps import axes_at_tap
-from vfjax._analysis.traced import Traced
+from vfjax._analysis import Traced, axes_at_tap
 from vfjax._jaxpr.primitives import CONV
 from vfjax.network._checks import opaque_hint
 from vfjax.network._records import JointTap, Tap

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees.paths import flatten_named
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._kernels import kernel_rows

@@ -9,9 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax._maps.maps import Maps
-from vfjax._trees import paths
-from vfjax._trees.mean import resolve_weights
+from vfjax._maps import Maps
+from vfjax._trees import check_finite, check_like, check_sequence, flatten_named, resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.merge._arguments import merged_of, weights_for
 from vfjax.merge._merged import Merged
@@ -163,7 +162,7 @@ def _in_basis(
     merged: Unpacked, references: Sequence[PyTree], maps: Maps | None
 ) -> list[dict[str, Any]]:
     """The leaves of the references, with those of the trunk mapped into the basis of the merge."""
-    paths.check_sequence(references, name="references")
+    check_sequence(references, name="references")
     model, count = merged.model, len(references)
     net, cut, end = model.net, model.cut, model.end
     if maps is not None:
@@ -180,17 +179,16 @@ def _in_basis(
     else:
         # Stems and heads keep their biases, so their widths and classes may differ.
         flats = [
-            paths.flatten_named(tree, name=f"references[{k}]").leaves
-            for k, tree in enumerate(references)
+            flatten_named(tree, name=f"references[{k}]").leaves for k, tree in enumerate(references)
         ]
         for k, leaves in enumerate(flats):
-            paths.check_finite(leaves, name=f"references[{k}]")
+            check_finite(leaves, name=f"references[{k}]")
     kept = net.trunk_leaves(cut, end) - {norm.var for norm in net.norms}
     for k, leaves in enumerate(flats):
         name = f"references[{k}]"
         mine = {path: leaf for path, leaf in leaves.items() if path in kept}
         try:
-            paths.check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
+            check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
         except ValueError as error:
             raise ValueError(
                 f"{error} Biases are added up in the basis of the merge: give the models as they "

@@ -20,15 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import batches, check_finite_means, keep
-from vfjax._passes.devices import on_mesh, on_meshes
-from vfjax._passes.moments import (
-    Pooled,
-    coefficients,
-    moments_of,
-    pool,
-)
-from vfjax._trees import paths
+from vfjax._passes import batches, check_finite_means, keep, on_mesh, on_meshes
+from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
+from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
@@ -313,7 +307,7 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
 
     def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
         """Edits that measure the norms of a tree; `labels` names their moments."""
-        leaves, _ = paths.flatten_named(tree)
+        leaves, _ = flatten_named(tree)
 
         def edit(norm: Norm, u: Array) -> Array:
             now = measured[labels[norm.name]] = moments_of(u, norm.sample_axes)

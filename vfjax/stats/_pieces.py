@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import AxisType
 
-from vfjax._analysis.batch_axis import separable
-from vfjax._passes.batching import batch_size
-from vfjax._trees.paths import flatten_named
+from vfjax._analysis import separable
+from vfjax._passes import batch_size
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vfjax._files import write_whole
-from vfjax._maps.maps import Maps
+from vfjax._maps import Maps
 from vfjax._types import PyTree
 from vfjax.diagnose._bounds import (
     Bound,

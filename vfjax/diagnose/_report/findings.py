@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import batch_size
+from vfjax._passes import batch_size
 from vfjax._passes.moments import alive
 from vfjax.diagnose._bounds import Bound
 from vfjax.diagnose._features import Features
