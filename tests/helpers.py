@@ -6,6 +6,7 @@ per operation. Networks are traced once per process, as tracing again means comp
 
 from __future__ import annotations
 
+import importlib.util
 import types
 import zlib
 
@@ -173,6 +174,25 @@ def resnet(v, x):
     return h @ v["head"]
 
 
+# -------------------------------------------------------------------------------------- similarity
+
+
+def correlations(moments, group):
+    """Correlations `[K n, K n]` of all models' units, averaged over the sites of a group.
+
+    Units that never vary have none.
+    """
+    found = []
+    for site, axes in moments.axes:
+        if [axis.group for axis in axes] == [group] and site in moments.covariance:
+            std = np.asarray(moments.std[site], np.float64).ravel()
+            blocks = np.asarray(moments.covariance[site], np.float64)
+            whole = np.concatenate([np.concatenate(list(row), 1) for row in blocks])
+            scale = np.outer(std, std)
+            found.append(np.divide(whole, scale, out=np.zeros_like(scale), where=scale > 0))
+    return np.mean(found, axis=0)
+
+
 # ----------------------------------------------------------------------------------------- programs
 
 
@@ -197,3 +217,13 @@ def take_road(monkeypatch, backend):
     A network that was traced before may have programs that were compiled for the other way.
     """
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+
+def without(monkeypatch, *packages, there=()):
+    """Makes packages look as if they were not installed, and others as if they were."""
+    find = importlib.util.find_spec
+
+    def found(name, *more):
+        return None if name in packages else name in there or find(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
