@@ -15,7 +15,6 @@ import vfjax
 from helpers import random_permutations, same_permutations
 from vfjax import PermutationSpec
 from vfjax.align import match_weights
-from vfjax.align._ascent import products
 from vfjax.symmetry import Axis, compose, invert
 
 KEY = jax.random.key(0)
@@ -174,11 +173,18 @@ def _unit(leaf, axis, i):
     ],
 )
 def test_gain_matrices_are_inner_products_of_units(shape, axis):
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=shape), rng.normal(size=shape)
-    found = products(a, b, axis)
-    wanted = [[np.vdot(_unit(a, axis, i), _unit(b, axis, j)) for j in range(5)] for i in range(5)]
-    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    """With one leaf, the search is the assignment of this matrix."""
+    spec = PermutationSpec({"h": [axis._replace(path="w")]})
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        a, b = rng.normal(size=shape), rng.normal(size=shape)
+        gain = np.array(
+            [[np.vdot(_unit(a, axis, i), _unit(b, axis, j)) for j in range(5)] for i in range(5)]
+        )
+        found = match_weights(spec, {"w": a}, {"w": b}, key=KEY)
+        rows, columns = linear_sum_assignment(gain, maximize=True)
+        np.testing.assert_array_equal(found.permutations["h"], columns)
+        assert found.objective[-1] == pytest.approx(gain[rows, columns].sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -238,8 +238,9 @@ def test_sites_and_what_is_known_of_them():
     assert [s.depth for s in ends.sites] == [4, 0]
     # The shortcut joins the layer that it goes around: they have one tap, measured once.
     np.testing.assert_array_equal(found.feature["skip:act"], found.feature["c:act"])
-    net, _, _ = conv()
-    assert diagnose._sites.describe(net, net.norms[0].site, 1).layer == net.layers[0].name
+    net, trees, x = conv()
+    (site,) = diagnose.features(net, trees[0], [x], sites=[net.norms[0].site]).sites
+    assert site.layer == net.layers[0].name
 
 
 def test_several_networks_are_measured_as_one_by_one():

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import vfjax
 from helpers import initial
 from vfjax import diagnose, merge, models, prune, renorm, stats
+from vfjax._trees import flatten_named
 
 DIMS = ("NHWC", "HWIO", "NHWC")
 
@@ -182,7 +183,7 @@ def test_layers_are_chosen():
     assert prune.sparsity(mask) == pytest.approx(0.9, abs=1e-3)
     for name in set(every) - set(without):
         path = net.layer(name).kernel
-        flat = vfjax._trees.paths.flatten_named(pruned)[0][path]
+        flat = flatten_named(pruned)[0][path]
         assert np.count_nonzero(flat) == flat.size
     with pytest.raises(ValueError, match="kinds must be a sequence of dense and conv"):
         prune.prunable(net, kinds="dense")

@@ -18,6 +18,7 @@ from vfjax import (
     renorm,
     stats,
 )
+from vfjax._trees import flatten_named
 from vfjax.align import Maps
 
 ROUNDING = 1e-4
@@ -118,7 +119,7 @@ def of_site(value, axes):
 
 
 def leaf(tree, path):
-    return vfjax._trees.paths.flatten_named(tree)[0][path]
+    return flatten_named(tree)[0][path]
 
 
 def check_norms(model, x):
