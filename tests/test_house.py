@@ -146,6 +146,28 @@ def test_private_rooms_are_used_through_their_faces(path):
     assert not {name for name in taken if name.startswith("vfjax._")}
 
 
+def private_attributes_of_networks() -> set[str]:
+    """What `Network` keeps and does for itself, by name."""
+    body = ast.parse((PACKAGE / "network" / "_network.py").read_text(encoding="utf-8")).body
+    (tree,) = (n for n in body if isinstance(n, ast.ClassDef) and n.name == "Network")
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return {name for name in names if re.match("_[a-z]", name)}
+
+
+def test_a_network_keeps_its_representation_to_itself():
+    """Rooms above see it through `network._inside`, and its own room through one function."""
+    private = private_attributes_of_networks()
+    assert "_traces" in private
+    readers = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in private:
+                if ast.unparse(node.value) != "self":
+                    readers.add((name_of(path), ast.unparse(node)))
+    assert readers == {("network/_retrace.py", "net._traces")}
+
+
 def test_one_underscore_leads_to_anything_private():
     """A private folder holds plain names; a public one a face and files with an underscore."""
     public = {"imagenet", "plot"}

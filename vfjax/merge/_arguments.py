@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from vfjax._trees import flatten_named, resolve_weights
 from vfjax._types import PyTree
 from vfjax.merge._merged import Merged
@@ -24,6 +22,7 @@ from vfjax.network._arguments import (
     model_of,
     networks,
 )
+from vfjax.network._inside import has_structure
 from vfjax.network._network import Network
 
 
@@ -136,7 +135,7 @@ def evaluable(
 
 def listed(net: Network, given: Any, name: str) -> list[tuple[str, Any]]:
     """One network, or the networks of a sequence one by one, each after its name in messages."""
-    one = isinstance(given, Merged) or jax.tree.structure(given) == net._treedef
+    one = isinstance(given, Merged) or has_structure(net, given)
     if one or not isinstance(given, (list, tuple)):
         return [(name, given)]
     if not given:

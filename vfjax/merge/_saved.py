@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._arguments import networks
+from vfjax.network._inside import tree_of
 from vfjax.network._network import Network
 
 
@@ -76,8 +75,7 @@ def put_together(
             )
 
     def rebuilt(name: str, net: Network) -> PyTree:
-        leaves = dict(zip(meta["paths"][name], tree[name], strict=True))
-        return jax.tree.unflatten(net._treedef, [leaves.get(path) for path in net.paths])
+        return tree_of(net, dict(zip(meta["paths"][name], tree[name], strict=True)))
 
     def trees(kind: str, count: int) -> tuple[PyTree, ...]:
         return tuple(rebuilt(f"{kind}{k}", nets[k]) for k in range(count))

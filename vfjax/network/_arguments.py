@@ -14,9 +14,9 @@ import numpy as np
 
 from vfjax._trees import Flat, check_alike, check_finite, check_like, check_sequence, flatten_named
 from vfjax._types import PyTree
-from vfjax.network import _retrace
 from vfjax.network._checks import check_variances
 from vfjax.network._network import Network
+from vfjax.network._retrace import origin_of, traces_of
 from vfjax.network._sites import locate, source_of
 
 
@@ -210,7 +210,8 @@ def check_fits(
     Raises:
         ValueError: If leaves are missing or added, or differ in shape or dtype.
     """
-    like = {path: leaves.get(path, a) if path in free else a for path, a in net._avals.items()}
+    like = net.leaves(net.paths)
+    like |= {path: leaf for path, leaf in leaves.items() if path in free and path in like}
     if variances:
         check_variances(net, [path for path in like if path not in leaves], name)
     else:
@@ -233,7 +234,7 @@ def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
         >>> [sorted(leaves_before(net, [site])) for site in ("input", "a", "output")]
         [[], ['a'], ['a', 'b']]
     """
-    traced = net._reference
+    traced = traces_of(net).reference
     sources = {source_of(net, traced, site) for site in sites}
     values = [locate(net, traced, site)[0] for site in sources - {"input", "output"}]
     values += traced.graph.output_ids if "output" in sources else ()
@@ -251,7 +252,7 @@ def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:
     """Checks that the traced function accepts leaves of shapes other than those traced."""
     try:
-        net._traces.at(leaves, net.x)
+        traces_of(net).at(leaves, net.x)
     except Exception as error:
         raise ValueError(
             f"{name} differs in shape from what net was traced with, and its apply_fn does not "
@@ -310,7 +311,7 @@ def networks(net: Any, models: int) -> tuple[Network, ...]:
             "layers": [(a.name, a.kind, a.depth, a.main) for a in net.layers],
             "norms": [norm.name for norm in net.norms],
             "groups": list(net.spec.groups),
-            "inputs": _retrace.origin_of(net.x),
+            "inputs": origin_of(net.x),
         }
 
     first = facts(nets[0])

@@ -160,7 +160,7 @@ def rows_of(
                 "network without what computes it, such as a mask"
             )
         places = kernel_rows(net, name)
-        used = taken.setdefault(path, np.zeros(net._avals[path].size, bool))
+        used = taken.setdefault(path, np.zeros(net.leaves([path])[path].size, bool))
         if not used[places].any():
             rows[name], paths[name] = places, path
             used[places] = True
