@@ -99,6 +99,15 @@ def test_a_face_lists_what_it_offers(path):
     assert len(set(module.__all__)) == len(module.__all__)
 
 
+def test_only_faces_list_what_they_offer():
+    """Behind a face, `__all__` has no reader."""
+    listing = {path for path in FILES if "\n__all__ = " in path.read_text(encoding="utf-8")}
+    assert {path for path in listing if path not in FACES} == {
+        PACKAGE / "imagenet.py",
+        PACKAGE / "plot.py",
+    }
+
+
 def modules_behind_faces() -> set[str]:
     """All modules of rooms but those that the room's face offers as they are."""
     behind = set()

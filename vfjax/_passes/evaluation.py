@@ -19,8 +19,6 @@ from vfjax._passes.batching import labelled
 from vfjax._trees import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 
-__all__ = ["Evaluation", "evaluate"]
-
 
 class Evaluation(NamedTuple):
     """Accuracy in [0, 1] and mean cross-entropy in nats over `count` examples."""

@@ -34,8 +34,6 @@ from vfjax.align._taps import (
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 
-__all__ = ["canonical_correlations", "cca", "cca_moments"]
-
 
 def cca(
     net: Network | Sequence[Network],

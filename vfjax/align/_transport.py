@@ -36,8 +36,6 @@ from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 from vfjax.symmetry._places import absent_paths
 
-__all__ = ["transport", "transport_moments"]
-
 Marginals = Literal["uniform", "l1", "l2", "softmax"]
 
 

@@ -37,9 +37,6 @@ from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 from vfjax.symmetry._group_maps import compose, invert
 
-__all__ = ["Universe", "match_universe", "match_universe_moments"]
-
-
 # How often the weights of two models with heads are also matched from random permutations: a search
 # from the identity often ends with the wrong heads, and heads are not relaxed.
 _RESTARTS = 3

@@ -25,8 +25,6 @@ from vfjax.network._network import Network
 from vfjax.symmetry._places import absent_paths
 from vfjax.symmetry._spec import PermutationSpec
 
-__all__ = ["match_weights"]
-
 
 def match_weights(
     net: Network | PermutationSpec,

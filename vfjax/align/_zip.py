@@ -42,8 +42,6 @@ from vfjax.align._taps import (
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 
-__all__ = ["merged_correlation", "zip_features", "zip_moments"]
-
 Matcher = Literal["greedy", "optimal", "kmeans", "permute", "identity"]
 
 

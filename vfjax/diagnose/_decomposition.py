@@ -28,8 +28,6 @@ from vfjax.network._inside import Part, added_parts, reaches, why_not_affine
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 
-__all__ = ["Decomposition", "decompose", "decompose_matrices"]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)

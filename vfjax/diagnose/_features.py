@@ -28,9 +28,6 @@ from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 
-__all__ = ["FeatureSite", "Features", "features"]
-
-
 _FIELDS = ("feature", "feature_std", "offset", "mean", "std", "variance", "dead")
 
 

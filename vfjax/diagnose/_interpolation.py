@@ -31,8 +31,6 @@ from vfjax.renorm._renorm import repair, rescale, reset
 from vfjax.stats._moments import Moments, moments
 from vfjax.stats._sites import resolve_sites
 
-__all__ = ["Interpolation", "barrier", "interpolation"]
-
 Match = Literal["weight", "activation"] | Callable[[PyTree, PyTree], Any] | None
 Renormalise = str | tuple[str, int | str] | Callable[[Merged, Any, Any], PyTree | Merged] | None
 

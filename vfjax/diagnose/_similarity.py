@@ -23,8 +23,6 @@ from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.stats import _hsic
 
-__all__ = ["CKA", "Distance", "cka", "distance"]
-
 Model = tuple[Network, PyTree] | Merged
 
 

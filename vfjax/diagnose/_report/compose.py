@@ -47,9 +47,6 @@ from vfjax.network._sites import Sites
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Advice", "LayerFinding", "NormFinding", "Report", "report"]
-
-
 # Gamma of the paper's detailed plots.
 _GAMMA = 1.4
 # Ratios that are at least this fraction of each other are called equal.
