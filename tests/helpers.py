@@ -6,6 +6,7 @@ per operation. Networks are traced once per process, as tracing again means comp
 
 from __future__ import annotations
 
+import importlib.util
 import types
 import zlib
 
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flattening import flatten
-from vfjax._propagate.propagation import propagate
-from vfjax._trees.paths import leaf_paths
+from vfjax._analysis import from_propagation
+from vfjax._jaxpr import flatten
+from vfjax._propagate import propagate
+from vfjax._trees import leaf_paths
 from vfjax.symmetry import check_spec
 
 # ------------------------------------------------------------------------------------ comparisons
@@ -171,3 +172,58 @@ def resnet(v, x):
     for k in range(2):
         h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])
     return h @ v["head"]
+
+
+# -------------------------------------------------------------------------------------- similarity
+
+
+def correlations(moments, group):
+    """Correlations `[K n, K n]` of all models' units, averaged over the sites of a group.
+
+    Units that never vary have none.
+    """
+    found = []
+    for site, axes in moments.axes:
+        if [axis.group for axis in axes] == [group] and site in moments.covariance:
+            std = np.asarray(moments.std[site], np.float64).ravel()
+            blocks = np.asarray(moments.covariance[site], np.float64)
+            whole = np.concatenate([np.concatenate(list(row), 1) for row in blocks])
+            scale = np.outer(std, std)
+            found.append(np.divide(whole, scale, out=np.zeros_like(scale), where=scale > 0))
+    return np.mean(found, axis=0)
+
+
+# ----------------------------------------------------------------------------------------- programs
+
+
+class Compilations:
+    """Counts compilations in a `with` block."""
+
+    def __enter__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event, *_, **__):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def take_road(monkeypatch, backend):
+    """Chooses between ways to compute as on another backend, and computes on this one.
+
+    A network that was traced before may have programs that were compiled for the other way.
+    """
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+
+def without(monkeypatch, *packages, there=()):
+    """Makes packages look as if they were not installed, and others as if they were."""
+    find = importlib.util.find_spec
+
+    def found(name, *more):
+        return None if name in packages else name in there or find(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)

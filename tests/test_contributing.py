@@ -17,8 +17,7 @@ from jax.interpreters import mlir
 from scipy.optimize import linear_sum_assignment
 
 import vfjax
-from vfjax import align, diagnose, merge, renorm, stats
-from vfjax._propagate import registry
+from vfjax import _propagate, align, diagnose, merge, renorm, stats
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -165,13 +164,13 @@ def halve() -> Primitive:
 
 
 @pytest.fixture
-def rules(monkeypatch) -> Iterator[Mapping[str, Any]]:
+def rules() -> Iterator[Mapping[str, Any]]:
     """The rules, as they are again afterwards."""
-    monkeypatch.setattr(registry, "LAZY", set(registry.LAZY))
-    before = dict(registry.RULES)
-    yield registry.RULES
-    registry.RULES.clear()
-    registry.RULES.update(before)
+    before, lazy = dict(_propagate.RULES), set(_propagate.LAZY)
+    yield _propagate.RULES
+    for kept, was in ((_propagate.RULES, before), (_propagate.LAZY, lazy)):
+        kept.clear()
+        kept.update(was)
 
 
 def test_a_toy_rule_is_all_that_symmetries_need(halve, rules):
@@ -185,8 +184,8 @@ def test_a_toy_rule_is_all_that_symmetries_need(halve, rules):
     assert not unknown.spec.groups
     assert "toy_halve" in {axis.primitive for axis in unknown.spec.fixed}
 
-    @registry.rule("toy_halve")
-    def same_axes(step: registry.Step) -> list[registry.Axes]:
+    @_propagate.rule("toy_halve")
+    def same_axes(step: _propagate.Step) -> list[_propagate.Axes]:
         return [step.inputs[0].axes]
 
     net = vfjax.trace(forward, v, x)
@@ -197,7 +196,7 @@ def test_a_toy_rule_is_all_that_symmetries_need(halve, rules):
 
 
 def test_no_toy_stays():
-    assert not [name for name in registry.RULES if name.startswith("toy")]
+    assert not [name for name in _propagate.RULES if name.startswith("toy")]
 
 
 # ---------------------------------------------------------------------------------- what it names

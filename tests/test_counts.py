@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from vfjax import align, diagnose, merge, prune, renorm, stats
-from vfjax._trees import paths
+from vfjax import _trees, align, diagnose, merge, prune, renorm, stats
 from vfjax.network import _arguments
 
 WIDTH, LAYERS = 4, 5
@@ -224,8 +223,8 @@ def counted(call, given, monkeypatch):
         return originals["networks"](*arguments, **options)
 
     originals = {
-        "flatten_named": paths.flatten_named,
-        "check_finite": paths.check_finite,
+        "flatten_named": _trees.flatten_named,
+        "check_finite": _trees.check_finite,
         "check_net": _arguments.check_net,
         "networks": _arguments.networks,
     }

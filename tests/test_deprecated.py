@@ -1,10 +1,13 @@
 """Old names work for one version more, and say what they are called now."""
 
+import dataclasses
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import vfjax
-from vfjax import merge, prune
+from vfjax import align, merge, prune, stats
 
 X = jnp.ones((2, 3))
 TREE = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
@@ -31,6 +34,27 @@ def test_old_attributes(net, old, new):
         found = old(net)
     assert found == new(net)
     assert caught[0].filename == __file__
+
+
+def test_old_fields(net):
+    layer = net.layer("a")
+    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    old = {"parameters" if name == "params" else name: value for name, value in fields.items()}
+    with pytest.warns(DeprecationWarning, match=r"Layer\(parameters=...\) is now Layer") as caught:
+        assert vfjax.Layer(**old) == layer
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"Layer\(parameters=...\) is now Layer"):
+        changed = dataclasses.replace(layer, parameters=3)
+    assert changed == dataclasses.replace(layer, params=3) != layer
+
+
+def test_old_methods(net):
+    moments = stats.moments(net, [TREE, TREE], [X], sites="taps", covariance=True)
+    maps = align.Maps.of_permutations([None, {"a": np.arange(4)}])
+    with pytest.warns(DeprecationWarning, match="is now vfjax.align.with_spreads") as caught:
+        found = maps.with_spreads(net, moments)
+    assert caught[0].filename == __file__
+    assert found is align.with_spreads(maps, net, moments)
 
 
 def test_old_keywords(net):

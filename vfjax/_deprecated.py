@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def renamed(old: str, new: str, *, depth: int = 3) -> None:
@@ -97,5 +98,47 @@ def renames(**keywords: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         wrapped.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
         return wrapped
+
+    return decorate
+
+
+def renamed_fields(**names: str) -> Callable[[type[T]], type[T]]:
+    """Lets a dataclass be made, and changed by `dataclasses.replace`, with old names of fields.
+
+    Args:
+        **names: New names, by old name.
+
+    Returns:
+        A decorator of the dataclass, to stand above `dataclasses.dataclass`.
+
+    Example:
+        >>> import dataclasses, warnings
+        >>> @renamed_fields(parameters="params")
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Box:
+        ...     params: int
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     dataclasses.replace(Box(parameters=3), parameters=4).params
+        4
+        >>> str(caught[0].message)
+        'Box(parameters=...) is now Box(params=...); the old name goes with the next version'
+    """
+
+    def decorate(record: type[T]) -> type[T]:
+        make = record.__init__
+
+        @functools.wraps(make)
+        def wrapped(self: T, *args: Any, **kwargs: Any) -> None:
+            for old, new in names.items():
+                if old in kwargs:
+                    name = record.__name__
+                    renamed(f"{name}({old}=...)", f"{name}({new}=...)")
+                    # `dataclasses.replace` adds the present value under the new name.
+                    kwargs[new] = kwargs.pop(old)
+            make(self, *args, **kwargs)
+
+        record.__init__ = wrapped
+        return record
 
     return decorate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,8 @@ from scipy.optimize import linear_sum_assignment
 
 import vfjax
 from helpers import convnet, mlp, random_permutations, resnet, same_permutations
-from vfjax import stats
+from vfjax import align, stats
 from vfjax.align import match_activations, match_moments
-from vfjax.align._taps import correlation
 from vfjax.symmetry import compose, invert
 
 SHAPES = {
@@ -136,15 +136,20 @@ def test_units_that_never_vary_have_correlation_zero():
     assert match_activations(net, a, a, _batches(mlp)).moved == 0
 
 
-def test_correlation():
+def test_correlation(x64):
+    """Unit by unit: of the sums that a match scores, each has one pair more than another."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 50, 4)) + 3
-    a[:, 2] = 1.5
-    covariance = (a - a.mean(0)).T @ (b - b.mean(0)) / 50
-    found = correlation(covariance, a.std(0), b.std(0))
-    wanted = np.corrcoef(np.delete(a, 2, 1).T, b.T)[:3, 3:]
-    np.testing.assert_allclose(np.delete(found, 2, 0), wanted, rtol=1e-12)
-    assert not found[2].any()
+    x = rng.normal(size=(50, 5))
+    a, b = ({"w": rng.normal(size=(5, 4)), "v": np.ones((4, 2))} for _ in range(2))
+    a["w"][:, 2] = 0
+    net = vfjax.trace(lambda v, x: (x @ v["w"]) @ v["v"], a, x)
+    moments = stats.moments(net, [a, b], [x], sites="taps", covariance=True)
+    wanted = np.corrcoef(np.delete(x @ a["w"], 2, 1).T, (x @ b["w"]).T)[:3, 3:]
+    wanted = np.insert(wanted, 2, 0, axis=0)
+    for order in itertools.permutations(range(4)):
+        maps = align.Maps.of_permutations([None, {"w": np.array(order)}])
+        (found,) = align.merged_correlation(net, moments, maps).values()
+        assert found == pytest.approx(wanted[np.arange(4), list(order)].sum(), rel=1e-9)
 
 
 def test_moments_may_be_measured_before():

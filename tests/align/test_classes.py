@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import assert_close, initial
+from helpers import Compilations, assert_close, initial, take_road
 from vfjax import (
     align,
     checkpoint,
@@ -19,8 +19,6 @@ from vfjax import (
     renorm,
     stats,
 )
-from vfjax._passes import streaming
-from vfjax.stats import _measure
 
 CLASSES = (3, 5)
 ROUNDING = 1e-5
@@ -92,11 +90,11 @@ MATCHERS = {
 }
 
 
-@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("sites", ["taps", "paper", ["input"]])
-def test_moments_do_not_look_behind_their_sites(models, monkeypatch, sites, vmapped):
+def test_moments_do_not_look_behind_their_sites(models, monkeypatch, sites, backend):
     nets, net, trees, alike, data = models
-    monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
+    take_road(monkeypatch, backend)
     covariance = sites == "taps"
     found = stats.moments(nets, trees, data, sites=sites, covariance=covariance)
     same(found, stats.moments(net, alike, data, sites=sites, covariance=covariance))
@@ -116,9 +114,10 @@ def test_moments_of_three_models_keep_their_order(models):
 def test_a_second_pass_compiles_nothing(models):
     nets, _, trees, _, data = models
     stats.moments(nets, trees, data, sites="taps")
-    sizes = [fn._cache_size() for fn in (_measure.measure, _measure.pool)]
-    stats.moments(nets, [jax.tree.map(lambda a: a + 1, t) for t in trees], data, sites="taps")
-    assert sizes == [fn._cache_size() for fn in (_measure.measure, _measure.pool)]
+    others = [jax.tree.map(lambda a: a + 1, t) for t in trees]
+    with Compilations() as compiled:
+        stats.moments(nets, others, data, sites="taps")
+    assert compiled.count == 0
 
 
 @pytest.mark.parametrize("matcher", MATCHERS)

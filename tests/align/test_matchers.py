@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 import vfjax
+from helpers import correlations
 from vfjax import align, merge, stats
-from vfjax.align import _zip
 from vfjax.align._grouping import kmeans_groups, optimal_groups
 
 MATCHERS = ["greedy", "optimal", "kmeans", "permute", "identity"]
@@ -44,7 +44,7 @@ def data():
     return [np.float32(rng.normal(size=(n, 5))) for n in (40, 23)]
 
 
-def correlations(seed, size, samples=40):
+def confused(seed, size, samples=40):
     """Of features with few common causes, so that odd cycles occur."""
     rng = np.random.default_rng(seed)
     causes = rng.normal(size=(samples, max(2, size // 4)))
@@ -62,7 +62,7 @@ def pair_sum(similarity, labels):
 @given(st.integers(0, 999), st.integers(1, 12), st.booleans())
 def test_optimal_pairs_are_those_of_the_plain_algorithm(seed, n, ties):
     """Nothing that could be part of the optimum is left out before."""
-    similarity = np.corrcoef(correlations(seed, 2 * n).T)
+    similarity = np.corrcoef(confused(seed, 2 * n).T)
     if ties:
         similarity = similarity.round(1)
     labels = optimal_groups(similarity)
@@ -89,7 +89,7 @@ def test_optimal_leaves_odd_cycles():
 @given(st.integers(0, 999), st.integers(2, 9))
 def test_clusters_are_those_of_the_features_themselves(seed, n):
     """Inner products alone give the clusters of standardised features."""
-    values = correlations(seed, 2 * n, samples=60)
+    values = confused(seed, 2 * n, samples=60)
     standard = (values - values.mean(0)) / values.std(0) / np.sqrt(len(values))
     key = jax.random.key(seed)
     labels = kmeans_groups(standard.T @ standard, n, key)
@@ -102,7 +102,7 @@ def test_clusters_are_those_of_the_features_themselves(seed, n):
 @pytest.mark.parametrize("distinct", [1, 2, 5])
 def test_no_cluster_is_empty(distinct):
     """Fewer features are distinct than there are to be, some are dead."""
-    values = correlations(0, distinct)
+    values = confused(0, distinct)
     values = values[:, np.arange(12) % distinct]
     similarity = np.corrcoef(values.T)
     similarity[:2] = similarity[:, :2] = 0
@@ -189,7 +189,8 @@ def test_merged_correlation_of_larger_groups(net, data):
     moments = stats.moments(net, trees, data, sites="taps", covariance=True)
     found = align.zip_moments(net, moments, matcher="kmeans", key=jax.random.key(0))
     scores = align.merged_correlation(net, moments, found)
-    for (group, _), similarity in _zip.correlations(net, moments).items():
+    for group in net.spec.groups:
+        similarity = correlations(moments, group)
         member = np.concatenate([maps[group][1] for maps in found.maps])
         expected = 0.0
         for column in member.T:

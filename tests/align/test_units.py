@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import vfjax
 from vfjax import align, merge, renorm, stats
-from vfjax._maps.norm_units import spread_of
+from vfjax._maps import spread_of
 
 
 def network(activation, *, has_scale=True):

@@ -16,7 +16,6 @@ from helpers import initial
 from vfjax import align, merge, models, stats
 from vfjax.align._heads import Compared, problems_of
 from vfjax.align._plans import exact_plan
-from vfjax.align._taps import matched_sites
 
 MODELS = 3
 VIT = {"blocks": 2, "features": 24, "heads": 3}
@@ -220,7 +219,11 @@ def unrelated(net, x):
 def in_common(net, moments, permutations):
     """The sum of the correlations of all pairs of units that permutations bring together."""
     scores = align.merged_correlation(net, moments, align.Maps.of_permutations(permutations))
-    taps = collections.Counter(tap.group for of in matched_sites(net) for tap in of.values())
+    within = net.spec.within
+    # Heads and their dims are matched at joint taps, dim by dim.
+    matched = [tap for tap in net.taps if tap.group not in {*within, *within.values()}]
+    matched += [tap for tap in net.joint_taps if tap.group in within]
+    taps = collections.Counter(tap.group for tap in matched)
     # Scores are means over taps, and for K models 2 / K of the sum over pairs.
     return sum(score * taps[group] for group, score in scores.items()) * len(permutations) / 2
 

@@ -9,9 +9,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import vfjax
+from helpers import correlations
 from vfjax import align, merge, stats
-from vfjax._maps.parts import Part
-from vfjax.align import _zip
 from vfjax.align._grouping import greedy_groups
 
 
@@ -97,7 +96,7 @@ def test_without_repeats_and_within_no_model_it_is_a_permutation(net, data):
         for matrix in matrices:
             assert (np.sort(matrix, axis=1)[:, :-1] == 0).all() and (matrix.sum(0) == 1).all()
         places = [matrix.argmax(1) for matrix in matrices]
-        similarity = _zip.correlations(net, moments)[Part(group)]
+        similarity = correlations(moments, group)
         n = len(similarity) // 2
         mine = similarity[:n, n:][places[0], places[1]].sum()
         rows, columns = linear_sum_assignment(similarity[:n, n:], maximize=True)

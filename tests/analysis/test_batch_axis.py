@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 from vfjax import models
-from vfjax._analysis import batch_axis
-from vfjax._jaxpr.flattening import flatten
+from vfjax._analysis import separable
+from vfjax._jaxpr import flatten
 
 
 def _graph_of(fn, v, x, size):
@@ -23,7 +23,7 @@ def _graph_of(fn, v, x, size):
 
 def apart(fn, v, x, piece=2):
     """The answer for a function of `(variables, x)`."""
-    return batch_axis.separable(_graph_of(fn, v, x, x.shape[0]), _graph_of(fn, v, x, piece))
+    return separable(_graph_of(fn, v, x, x.shape[0]), _graph_of(fn, v, x, piece))
 
 
 V = {"w": jnp.ones((5, 5)), "b": jnp.ones(5), "slots": jnp.ones((4, 1))}
@@ -229,6 +229,10 @@ def test_batch_statistics_meet(running):
     assert apart(fn, variables, X) == running
 
 
+def test_a_graph_where_none_meet_is_like_itself():
+    assert apart(conv, KERNEL, IMAGES, piece=len(IMAGES))
+
+
 def _batch_as_channels(v, x):
     return conv(v, x[..., :1].transpose(3, 1, 2, 0))
 
@@ -237,5 +241,4 @@ def _batch_as_channels(v, x):
     ("fn", "v", "x"), [(_hidden, V, X), (_batch_as_channels, KERNEL, IMAGES[:3])]
 )
 def test_one_graph_is_enough_to_see_that_examples_meet(fn, v, x):
-    with pytest.raises(batch_axis._Mixed):
-        batch_axis.batch_axes(_graph_of(fn, v, x, len(x)))
+    assert not apart(fn, v, x, piece=len(x))

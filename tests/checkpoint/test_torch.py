@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from helpers import without
 from vfjax import checkpoint, models
 from vfjax.checkpoint import _torch as from_torch_module
 
@@ -142,7 +143,7 @@ def test_safetensors(tmp_path):
 
 def test_safetensors_absent(tmp_path, monkeypatch):
     (tmp_path / "net.safetensors").write_bytes(b"")
-    monkeypatch.setattr(from_torch_module.importlib.util, "find_spec", lambda name: None)
+    without(monkeypatch, "safetensors")
     with pytest.raises(ModuleNotFoundError, match=r'pip install "vfjax\[torch-io\]"'):
         checkpoint.from_torch(tmp_path / "net.safetensors", MODELS["convnext"])
 

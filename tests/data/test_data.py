@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import without
 from vfjax import data
-from vfjax.data import _data
 
 PLACE = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -33,7 +33,7 @@ def nothing_prepared(tmp_path, monkeypatch):
     """A machine without data and without TensorFlow."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setattr(_data, "_can_prepare", lambda: False)
+    without(monkeypatch, "tensorflow")
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_failing_to_prepare_is_told(nothing_prepared, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(_data, "_can_prepare", lambda: True)
+    without(monkeypatch, there=("tensorflow", "importlib_resources"))
     monkeypatch.setattr(tfds, "builder", offline)
     with pytest.raises(data.DatasetError, match="could not download.*no route to host"):
         data.load("mnist")

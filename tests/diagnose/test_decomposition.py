@@ -17,8 +17,7 @@ from flax import nnx
 import vfjax
 from helpers import initial
 from vfjax import diagnose, merge, models
-from vfjax._trees.paths import flatten_named
-from vfjax.diagnose import _decomposition
+from vfjax._trees import flatten_named
 
 # Sums of a few dozen products in float32, relative to the largest part of the sum.
 RTOL = 1e-5
@@ -362,11 +361,7 @@ def test_full_precision():
     v = {"a": np.eye(2, dtype=np.float32), "bias": np.ones(2, np.float32)}
     x = np.ones((2, 2), np.float32)
     net = vfjax.trace(lambda v, x: (x @ v["a"] + v["bias"][None]) @ v["a"], v, x)
-    biases = tuple(_decomposition._biases(net))
-    jaxpr = jax.make_jaxpr(_decomposition._evaluate, static_argnums=(0, 1, 2))(
-        net, ("output",), biases, v, x, x[:1] * 0
-    )
-    text = str(jaxpr)
+    text = str(jax.make_jaxpr(lambda v, x: diagnose.decompose(net, v, x, sites=["output"]))(v, x))
     products = text.count("dot_general[")
     assert (
         products >= 8

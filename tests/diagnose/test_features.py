@@ -14,15 +14,13 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
+from helpers import Compilations, take_road
 from vfjax import (
     diagnose,
     merge,
     renorm,
     stats,
 )
-from vfjax._passes import streaming
-from vfjax.diagnose import _rows
-from vfjax.stats import _pieces
 
 # Two passes in float32 over a few thousand samples of order one.
 RTOL = 3e-5
@@ -86,9 +84,9 @@ def _mlp(v, x):
 
 
 @functools.cache
-def mlp():
+def mlp(width=6):
     rng = np.random.default_rng(1)
-    shapes = {"a": (3, 6), "p": (6,), "b": (6, 5), "q": (5,), "c": (5, 2), "r": (2,)}
+    shapes = {"a": (3, width), "p": (width,), "b": (width, 5), "q": (5,), "c": (5, 2), "r": (2,)}
     trees = [{k: np.float32(rng.normal(size=s)) for k, s in shapes.items()} for _ in range(3)]
     x = np.float32(rng.normal(size=(20, 3)))
     return vfjax.trace(_mlp, trees[0], x[:4]), trees, x
@@ -240,8 +238,9 @@ def test_sites_and_what_is_known_of_them():
     assert [s.depth for s in ends.sites] == [4, 0]
     # The shortcut joins the layer that it goes around: they have one tap, measured once.
     np.testing.assert_array_equal(found.feature["skip:act"], found.feature["c:act"])
-    net, _, _ = conv()
-    assert diagnose._sites.describe(net, net.norms[0].site, 1).layer == net.layers[0].name
+    net, trees, x = conv()
+    (site,) = diagnose.features(net, trees[0], [x], sites=[net.norms[0].site]).sites
+    assert site.layer == net.layers[0].name
 
 
 def test_several_networks_are_measured_as_one_by_one():
@@ -416,35 +415,41 @@ def _runs(monkeypatch):
 
 
 def test_the_input_zero_is_run_once(monkeypatch):
-    net, trees, x = mlp()
-    calls, sizes = [], _runs(monkeypatch)
-    offsets = _rows._offsets
-    monkeypatch.setattr(_rows, "_offsets", lambda *args: calls.append(0) or offsets(*args))
-    net = vfjax.trace(_mlp, trees[0], x[:4])  # nothing is compiled for it yet
+    _, trees, x = mlp()
+    ran, traced = [], _runs(monkeypatch)
+
+    def seen(x):
+        ran.append(len(x))
+        return x
+
+    def apply_fn(v, x):
+        return _mlp(v, jax.pure_callback(seen, jax.ShapeDtypeStruct(x.shape, x.dtype), x))
+
+    net = vfjax.trace(apply_fn, trees[0], x[:4])  # nothing is compiled for it yet
     diagnose.features(net, trees[0], _cut(x, 5, 5, 5, 5))
-    assert len(calls) == 1
-    assert sizes == [1, 5]
+    assert sorted(ran) == [1, 5, 5, 5, 5]
+    assert traced == [1, 5]
 
 
 def test_a_second_pass_compiles_nothing():
     net, trees, x = mlp()
     diagnose.features(net, trees[:2], _cut(x, 8, 8, 4))
-    sizes = [fn._cache_size() for fn in (_rows._offsets, _rows._measure)]
-    diagnose.features(net, trees[1:], _cut(x, 8, 8, 4))
-    again = [fn._cache_size() for fn in (_rows._offsets, _rows._measure)]
-    assert again == sizes
+    with Compilations() as compiled:
+        diagnose.features(net, trees[1:], _cut(x, 8, 8, 4))
+    assert compiled.count == 0
 
 
 def test_pieces_of_a_batch_give_the_numbers_of_the_batch(monkeypatch):
-    net, trees, x = mlp()
+    _, trees, x = mlp(60_000)  # 4 MiB, which is what a piece may take, hold 17 examples.
     x = np.concatenate([x + 1, x, x, x - 2])
-    whole = diagnose.features(net, trees[0], [x])
-    sizes = _runs(monkeypatch)
-    monkeypatch.setattr(_pieces, "_PIECE_BYTES", 1)
-    net = vfjax.trace(_mlp, trees[0], x[:4])
-    found = diagnose.features(net, trees[0], [x])
-    assert set(sizes) == {1, 16}
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+    sizes, found = _runs(monkeypatch), []
+    for backend, size in (("gpu", 80), ("cpu", 16)):  # Pieces pay on CPU only.
+        take_road(monkeypatch, backend)
+        sizes.clear()
+        net = vfjax.trace(_mlp, trees[0], x[:4])
+        found.append(diagnose.features(net, trees[0], [x]))
+        assert set(sizes) == {1, size}
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         _close(a, b)
 
 
@@ -452,8 +457,8 @@ def test_vmapped_networks_give_the_same_numbers(monkeypatch):
     """The road that accelerators take."""
     _, trees, x = mlp()
     found = []
-    for vmapped in (False, True):
-        monkeypatch.setattr(streaming, "vmapped", lambda v=vmapped: v)
+    for backend in ("cpu", "gpu"):
+        take_road(monkeypatch, backend)
         net = vfjax.trace(_mlp, trees[0], x)
         models = [merge.preserve_first(net, t, layers=2) for t in (trees[:2], trees[1:])]
         many = [trees[0], models[0], trees[1], models[1]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,6 @@ import vfjax
 from helpers import along
 from vfjax import merge
 from vfjax.diagnose import CKA, cka, distance
-from vfjax.stats import _hsic
 
 # Sums of float32 products over examples, in other orders.
 ROUNDING = 2e-5
@@ -85,6 +86,14 @@ SITES, CONV = ["w1:act", "w2:act", "output"], ["k:act", "head"]
 # --------------------------------------------------------------------------------------------- laws
 
 
+def smaller_form(*arguments, **options):
+    """Which of its two forms exact CKA takes: the error for too little memory names both sizes."""
+    with pytest.raises(ValueError) as error:
+        cka(*arguments, memory=1, **options)
+    sizes = re.findall(r"([\d.]+) MiB for (covariances|Gram matrices)", str(error.value))
+    return min(sizes, key=lambda size: float(size[0]))[1]
+
+
 # The first is small enough for Gram matrices, the second for products of features.
 @pytest.mark.parametrize("count", [9, 200])
 def test_equals_the_definition(nets, count):
@@ -97,34 +106,50 @@ def test_equals_the_definition(nets, count):
 
 
 @pytest.mark.parametrize("cuts", [[4], [1, 2, 8]])
-@pytest.mark.parametrize("form", ["covariance", "gram"])
-def test_batches_may_be_cut_any_way(nets, monkeypatch, cuts, form):
+@pytest.mark.parametrize("form, count", [("Gram matrices", 9), ("covariances", 200)])
+def test_batches_may_be_cut_any_way(nets, cuts, form, count):
     mlp_net, a, cnn_net, c = nets
-    x = inputs(9)
-    monkeypatch.setattr(_hsic, f"{form}_bytes", lambda *_: 0)
+    x = inputs(count)
     arguments = (mlp_net, a), (cnn_net, c)
     options = {"sites": SITES, "second_sites": CONV}
+    assert smaller_form(*arguments, [x], **options) == form
     found = cka(*arguments, [(part, None) for part in np.split(x, cuts)], **options)
     expected = oracle(features(mlp_net, a, SITES, x), features(cnn_net, c, CONV, x))
     np.testing.assert_allclose(found.matrix, expected, rtol=0, atol=ROUNDING)
 
 
-def test_sites_may_take_several_passes(nets):
-    mlp_net, a, cnn_net, c = nets
-    x, widths = inputs(9), (5, 7, 3, 24, 3)
-    least = _hsic.gram_bytes(widths, 9)
-    job = _hsic.Job((("x",) * 3, ("y",) * 2), (((1, 5), (1, 7), (1, 3)), ((1, 24), (1, 3))))
-    assert job.widths == widths
-    assert _hsic._groups(widths, 0) == [[0], [1], [2], [3], [4]]
-    assert _hsic._groups(widths, 8) == [[0, 1, 2], [3, 4]]
-    assert job.only([2, 3]).sites == (("x",), ("y",))
-    arguments = (mlp_net, a), (cnn_net, c)
+def test_sites_may_take_several_passes(monkeypatch):
+    """Each reads as many sites as have features that fit, besides the widest of them."""
+    a, c, x = draw(0, MLP), draw(1, CNN), inputs(9)
+    # Five matrices of 9 x 9, and the features of the widest site twice, in float32.
+    least = 4 * (5 * 9**2 + 2 * 9 * 24)
     options = {"sites": SITES, "second_sites": CONV}
-    expected = cka(*arguments, [x], **options).matrix
-    found = cka(*arguments, [x], memory=least, **options).matrix
-    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
+
+    def networks():  # For which nothing is compiled yet, so that what runs is traced.
+        return (vfjax.trace(mlp, a, inputs(4)), a), (vfjax.trace(cnn, c, inputs(4)), c)
+
+    expected = cka(*networks(), [x], **options).matrix
+    read, run = [], vfjax.Network.run
+
+    def watched(net, variables, x, **kwargs):
+        if len(x) == 9:
+            read.append([*kwargs["capture"]])
+        return run(net, variables, x, **kwargs)
+
+    monkeypatch.setattr(vfjax.Network, "run", watched)
+    one, two, three = ([site] for site in SITES)
+    four, five = ([site] for site in CONV)
+    for features, sites in (
+        (0, [one, two, three, four, five]),
+        (5, [one + two, three, four, five]),
+        (8, [one + two + three, four + five]),
+    ):
+        read.clear()
+        found = cka(*networks(), [x], memory=least + 4 * 9 * features, **options).matrix
+        np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
+        assert read == sites
     with pytest.raises(ValueError, match="MiB for Gram matrices, more than memory"):
-        cka(*arguments, [x], memory=least - 1, **options)
+        cka(*networks(), [x], memory=least - 1, **options)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "minibatch"])
@@ -139,16 +164,18 @@ def test_itself(nets, estimator):
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e10, 1e15])
-@pytest.mark.parametrize("form", ["covariance", "gram", "minibatch"])
-def test_the_size_of_the_features_makes_no_difference(nets, monkeypatch, form, scale):
+@pytest.mark.parametrize(
+    "form, count", [("covariances", 12), ("Gram matrices", 3), ("minibatch", 12)]
+)
+def test_the_size_of_the_features_makes_no_difference(nets, form, count, scale):
     net, a, _, _ = nets
     estimator = "minibatch" if form == "minibatch" else "exact"
-    if form != "minibatch":
-        monkeypatch.setattr(_hsic, f"{form}_bytes", lambda *_: 0)
     # A linear head, of which only the size changes.
     scaled = {**a, "w3": a["w3"] * np.float32(scale)}
-    data = [inputs(12), inputs(8, seed=4)]
+    data = [inputs(count), inputs(count - 1, seed=4)]
     options = {"sites": ["w1:act", "output"], "estimator": estimator, "progress": False}
+    if estimator == "exact":
+        assert smaller_form((net, scaled), (net, a), data, **options) == form
     wanted = cka((net, a), (net, dict(a)), data, **options).matrix
     found = cka((net, scaled), (net, a), data, **options).matrix
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import logging
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +15,6 @@ import numpy as np
 import pytest
 
 from vfjax import checkpoint, data, models, train
-from vfjax.train import _fit
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 if str(EXPERIMENTS) not in sys.path:
@@ -158,32 +160,42 @@ def test_what_diverges_is_one_row(digits, net):
 # ------------------------------------------------------------------------------------ stopped runs
 
 
-def stopped_at(monkeypatch, calls, at):
+@contextlib.contextmanager
+def stopped_at(calls, at):
     """Notes which epochs are trained; Ctrl-C is pressed in that of a number, None for never."""
-    given = _fit._run_epoch
 
-    def run_epoch(task, state, seed, images, labels, epoch, bar):
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        calls.append((seed, epoch))
-        return given(task, state, seed, images, labels, epoch, bar)
+    class Watch(logging.Handler):
+        """Reads what training logs of an epoch before it is saved."""
 
-    monkeypatch.setattr(_fit, "_run_epoch", run_epoch)
+        def emit(self, record):
+            epoch = re.match(r"seed (\d+): \{'epoch': (\d+)", record.getMessage())
+            if epoch is None:
+                return
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            calls.append((int(epoch[1]), int(epoch[2]) - 1))
+
+    logger, watch = logging.getLogger("vfjax.train"), Watch()
+    logger.addHandler(watch)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(watch)
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.mark.slow
-def test_a_pair_goes_on_in_training(digits, net, tmp_path, monkeypatch):
+def test_a_pair_goes_on_in_training(digits, net, tmp_path):
     cell = dataclasses.replace(CELL, decay=1e-3)
     assert not PLAN.tracked(cell)
     calls: list = []
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stopped_at(patch, calls, 3)
+    with pytest.raises(KeyboardInterrupt), stopped_at(calls, 3):
         pair_of(digits, net, folder=str(tmp_path)).train(cell)
     assert calls == [(0, 0), (0, 1), (1, 0)]
     folders = {path.name for path in (tmp_path / "mlp" / str(cell).replace(", ", "-")).iterdir()}
     assert folders == {"seed0", "seed1"}
-    with monkeypatch.context() as patch:
-        stopped_at(patch, calls := [], None)
+    with stopped_at(calls := [], None):
         runs, distances = pair_of(digits, net, folder=str(tmp_path)).train(cell)
     assert calls == [(1, 1)] and distances is None
     whole, _ = pair_of(digits, net).train(cell)
@@ -200,8 +212,7 @@ def test_retraining_goes_on_from_its_state(tmp_path, monkeypatch, capsys):
 
     def run(out, calls, at=None):
         options = ["--dataset", "digits", "--model", "digits-mlp", "--retrain", "--layers", "5"]
-        with monkeypatch.context() as patch:
-            stopped_at(patch, calls, at)
+        with stopped_at(calls, at):
             pfm.main([*options, "--match", "none", "--out", str(tmp_path / out)])
         return tmp_path / out / "checkpoints-cpu"
 

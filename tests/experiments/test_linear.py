@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import without
+
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
@@ -239,7 +241,7 @@ def test_bad_options(script, arguments, message, capsys, tmp_path, monkeypatch):
 def test_falling_back_to_the_digits_shows(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(grid.data._data, "_can_prepare", lambda: False)
+    without(monkeypatch, "tensorflow")
     setup = residual.EXPERIMENT.prepare(residual.Config(), timing.Stopwatch())
     dataset = setup.value.dataset
     assert dataset.name == "digits" and dataset.fallback and "'mnist'" in caplog.text

@@ -17,7 +17,6 @@ from flax import linen as nn
 
 import vfjax
 from vfjax import data, models
-from vfjax.models import _layers
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
@@ -199,9 +198,9 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = _layers.conv(x, 6, name="conv", init="kaiming_normal")
-        x = nn.relu(_layers.normalise(x, "batch", name="norm", train=train))
-        return _layers.dense(x.mean((1, 2)), 10, name="head", init="kaiming_normal")
+        x = nn.Conv(6, (3, 3), name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
 
 
 def test_a_network_merged_with_itself_is_itself(sets):

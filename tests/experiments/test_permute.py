@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import Compilations
 from vfjax import align, data, merge, models, renorm
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
@@ -33,21 +34,6 @@ AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 RUN = permute.EXPERIMENT
 REMEDIES = ["none", "repair", "rescale"]
 RECORDS = ("cifar10-vgg16-w0.25", "cifar10-resnet20-w0.5")
-
-
-class Compilations:
-    """Counts compilations in a `with` block."""
-
-    def __enter__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event, *_, **__):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture(scope="module")

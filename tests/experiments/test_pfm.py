@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from helpers import without
 from vfjax import checkpoint, data
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
@@ -298,7 +299,7 @@ def test_falling_back_to_the_digits_shows(ship, tmp_path, monkeypatch, capsys, c
     ship(Tiny(), "digits-conv", (8, 8, 1), 2)
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data._data, "_can_prepare", lambda: False)
+    without(monkeypatch, "tensorflow")
     options = ["--layers", "0", "--match", "none", "--samples", "100"]
     options += ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
     with caplog.at_level(logging.WARNING):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import without
 from vfjax import align, data, merge, models, stats, train
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
@@ -277,7 +278,7 @@ def nowhere(monkeypatch, tmp_path):
     """CIFAR-10 is not there."""
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(data._data, "_can_prepare", lambda: False)
+    without(monkeypatch, "tensorflow")
 
 
 def test_without_cifar10_the_digits_have_their_own_networks(monkeypatch, tmp_path, caplog):

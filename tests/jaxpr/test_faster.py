@@ -12,7 +12,7 @@ from jax import lax
 
 import vfjax
 from vfjax import models
-from vfjax._jaxpr.faster import routed
+from vfjax._jaxpr import routed
 
 
 def primitives(fn, *args):

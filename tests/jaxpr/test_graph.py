@@ -12,9 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from helpers import close
-from vfjax._jaxpr.calls import holds_layer
-from vfjax._jaxpr.flattening import MAX_UNROLL, flatten
-from vfjax._jaxpr.graph import evaluate
+from vfjax._jaxpr import MAX_UNROLL, evaluate, flatten, holds_layer
 from vfjax._jaxpr.primitives import CUSTOM, INLINE
 
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import vfjax
 from vfjax._jaxpr import primitives
 from vfjax._jaxpr.primitives import CAST, ELEMENTWISE, INLINE, SPREAD, TABLE, Kind, Linear
-from vfjax._propagate.registry import RULES
+from vfjax._propagate import RULES
 
 # Of a table for two versions of jax, what one of them lacks.
 ONLY_0_10 = {"closed_call"}

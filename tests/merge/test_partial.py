@@ -14,6 +14,7 @@ import pytest
 import vfjax
 from helpers import along, assert_close, conv, initial, norm
 from vfjax import checkpoint, merge
+from vfjax._trees import flatten_named, with_leaves
 from vfjax.align import Maps
 from vfjax.network._crossing import mapped_value
 from vfjax.symmetry._places import Axis, Place
@@ -308,10 +309,10 @@ def renorm_ones(net, model):
     """A model with ones for the variances that it lacks."""
     lacking = {n.var: jnp.ones(n.input_shape[-1]) for n in net.norms}
     have = dict(zip(net.paths, [None] * len(net.paths), strict=True))
-    have |= vfjax._trees.paths.flatten_named(model.trunk)[0]
+    have |= flatten_named(model.trunk)[0]
     kept = net.trunk_leaves(model.cut, model.end)
     leaves = {p: lacking[p] for p in lacking if have[p] is None and p in kept}
-    return dataclasses.replace(model, trunk=vfjax._trees.paths.with_leaves(model.trunk, leaves))
+    return dataclasses.replace(model, trunk=with_leaves(model.trunk, leaves))
 
 
 def test_maps_of_heads_and_of_their_dimensions_at_once():

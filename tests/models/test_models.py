@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from vfjax import models
-from vfjax.models._layers import conv, dense, normalise
 
 IMAGE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 DIGIT = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
@@ -28,14 +26,25 @@ def initialised(model, x):
     return jax.jit(lambda key: model.lazy_init(key, x))(jax.random.key(0))
 
 
-class Normalised(nn.Module):
-    """One normalisation, as the families use it."""
+def normalised(norm, train=False, scale=1.0):
+    """The variables of a small network, and what goes into its first norm and comes out.
 
-    norm: str
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        return normalise(x, self.norm, name="norm", train=train)
+    The input is near 3, and varies by `scale`.
+    """
+    model = models.VGG(depth=7, width=0.125, norm=norm)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)), jnp.float32)
+    variables = initialised(model, x)
+    first = variables["params"]["conv1"]
+    first |= {"kernel": scale * first["kernel"], "bias": 0 * first["bias"] + 3}
+    _, found = model.apply(
+        variables,
+        x,
+        train=train,
+        capture_intermediates=True,
+        mutable=["batch_stats", "intermediates"],
+    )
+    values = [found["intermediates"][name]["__call__"][0] for name in ("conv1", "norm1")]
+    return variables, found, *(np.asarray(value, np.float64) for value in values)
 
 
 def count(model, x=IMAGE):
@@ -124,19 +133,15 @@ def test_biases_of_convolutions():
     assert "bias" not in shapes(models.create("vgg11", use_bias=False))["params"]["conv1"]
 
 
-class Layers(nn.Module):
-    """A convolution and a dense layer, as the families use them."""
-
-    initialiser: str
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = conv(x, 64, name="conv", init=self.initialiser)
-        return dense(x.mean((1, 2)), 200, name="head", init=self.initialiser)
+def layers(initialiser):
+    """Initial variables of a convolution, from 32 to 64 channels, and of a head for 256 inputs."""
+    model = models.VGG(depth=11, width=0.5, classes=200, initialiser=initialiser)
+    params = initialised(model, jnp.zeros((1, 32, 32, 3)))["params"]
+    return {"conv": params["conv2"], "head": params["head"]}
 
 
 def test_kaiming_normal():
-    params = initialised(Layers("kaiming_normal"), jnp.zeros((1, 4, 4, 32)))["params"]
+    params = layers("kaiming_normal")
     # Some 15,000 draws: the deviation is known to 1 %.  Fan-out is 3 * 3 * 64.
     assert np.std(params["conv"]["kernel"]) == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.03)
     assert np.std(params["head"]["kernel"]) == pytest.approx(0.01, rel=0.03)
@@ -144,15 +149,15 @@ def test_kaiming_normal():
 
 
 def test_he_normal():
-    params = initialised(Layers("he_normal"), jnp.zeros((1, 4, 4, 32)))["params"]
+    params = layers("he_normal")
     assert np.std(params["conv"]["kernel"]) == pytest.approx(math.sqrt(2 / (9 * 32)), rel=0.03)
-    assert np.std(params["head"]["kernel"]) == pytest.approx(math.sqrt(2 / 64), rel=0.03)
+    assert np.std(params["head"]["kernel"]) == pytest.approx(math.sqrt(2 / 256), rel=0.03)
     assert not params["conv"]["bias"].any() and not params["head"]["bias"].any()
 
 
 def test_uniform():
-    params = initialised(Layers("uniform"), jnp.zeros((1, 4, 4, 32)))["params"]
-    for name, fan_in in (("conv", 9 * 32), ("head", 64)):
+    params = layers("uniform")
+    for name, fan_in in (("conv", 9 * 32), ("head", 256)):
         for leaf in params[name].values():
             # The largest of 64 uniform draws and more, and their deviation.
             assert np.abs(leaf).max() == pytest.approx(1 / math.sqrt(fan_in), rel=0.1)
@@ -170,26 +175,20 @@ def test_residual_linear_network_is_its_closed_form():
 
 
 def test_layer_norm_is_over_the_channels_of_a_pixel():
-    model = Normalised("layer")
-    x = 3 + 1e-2 * jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
-    variables = initialised(model, x)
-    assert variables["params"]["norm"]["scale"].shape == (8,)
-    y, x = np.asarray(model.apply(variables, x)), np.asarray(x, np.float64)
+    variables, _, x, y = normalised("layer", scale=1e-2)
+    assert variables["params"]["norm1"]["scale"].shape == (8,)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     # Inputs near 3 have an error of 1e-7, a hundredth of which is the signal.
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_batch_norm_keeps_nine_tenths_and_is_fixed_in_evaluation():
-    model = Normalised("batch")
-    x = 3 + jax.random.normal(jax.random.key(1), (4, 4, 4, 8))
-    variables = initialised(model, x)
-    _, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
-    found = changed["batch_stats"]["norm"]
+    _, changed, x, _ = normalised("batch", train=True)
+    found = changed["batch_stats"]["norm1"]
     np.testing.assert_allclose(found["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(found["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)
-    expected = x / np.sqrt(np.float32(1 + 1e-5))
-    np.testing.assert_allclose(model.apply(variables, x), expected, rtol=1e-5)
+    _, _, x, y = normalised("batch")
+    np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5), rtol=1e-5)
 
 
 def test_apply_functions_of_equal_models_are_equal():

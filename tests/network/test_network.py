@@ -18,7 +18,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
 from helpers import close, draw
-from vfjax.network import _retrace
 
 IMAGES = jax.random.normal(jax.random.key(7), (4, 6, 6, 3))
 ROWS = jax.random.normal(jax.random.key(8), (4, 3))
@@ -368,10 +367,17 @@ def test_inside_a_shard_map():
         close(jax.device_get(out), jax.device_get(jax.jit(fn)(variables, x)))
 
 
-def test_abstract_keeps_what_tracing_needs():
-    assert _retrace.abstract(2.0).weak_type and not _retrace.abstract(jnp.float32(2)).weak_type
-    assert _retrace.abstract(np.ones(3)).dtype == jnp.float32
-    assert _retrace.abstract(jax.random.key(0)).shape == ()
+def test_leaves_keep_what_tracing_needs():
+    v = {"plain": 2.0, "one": jnp.float32(2), "three": np.ones(3), "key": jax.random.key(0)}
+
+    def apply_fn(v, x):
+        noise = jax.random.normal(v["key"], (3, 3))
+        return x @ (v["plain"] * v["one"] * jnp.diag(v["three"]) + noise)
+
+    leaves = vfjax.trace(apply_fn, v, jnp.ones((2, 3))).leaves(v)
+    assert leaves["plain"].weak_type and not leaves["one"].weak_type
+    assert leaves["three"].dtype == jnp.float32
+    assert leaves["key"].shape == ()
 
 
 @pytest.mark.parametrize("name", ["input", "output"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vfjax._passes.batching import batch_size, batches
+from vfjax._passes import batch_size, batches
 
 LIKE = jax.ShapeDtypeStruct((8, 3), jnp.float32)
 

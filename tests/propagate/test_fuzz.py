@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax._analysis.effects import leaf_effects
-from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flattening import flatten
-from vfjax._propagate.propagation import propagate
-from vfjax._propagate.registry import RULES
-from vfjax._trees.paths import leaf_paths
+from vfjax._analysis import from_propagation, leaf_effects
+from vfjax._jaxpr import flatten
+from vfjax._propagate import RULES, propagate
+from vfjax._trees import leaf_paths
 
 BATCH, LARGEST = 3, 400
 OPERATIONS = {}

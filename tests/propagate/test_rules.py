@@ -11,13 +11,12 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flattening import flatten
+from vfjax._analysis import from_propagation
+from vfjax._jaxpr import flatten
+from vfjax._propagate import RULES, propagate, rule
 from vfjax._propagate.algebra import Algebra
 from vfjax._propagate.atoms import Cause
-from vfjax._propagate.propagation import propagate
-from vfjax._propagate.registry import RULES, rule
-from vfjax._trees.paths import leaf_paths
+from vfjax._trees import leaf_paths
 from vfjax.symmetry import check_spec
 
 RNG = np.random.default_rng(0)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vfjax._analysis.groups import from_propagation
-from vfjax._jaxpr.flattening import flatten
+from vfjax._analysis import from_propagation
+from vfjax._jaxpr import flatten
+from vfjax._propagate import propagate
 from vfjax._propagate.algebra import Algebra
 from vfjax._propagate.atoms import Cause
-from vfjax._propagate.propagation import propagate
-from vfjax._trees.paths import leaf_paths
+from vfjax._trees import leaf_paths
 from vfjax.symmetry import Axis, PermutationSpec, check_spec
 
 IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))

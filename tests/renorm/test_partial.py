@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import along, assert_close, conv, norm
+from helpers import along, assert_close, conv, norm, take_road
 from vfjax import (
     diagnose,
     merge,
     renorm,
     stats,
 )
-from vfjax._passes import streaming
+from vfjax._trees import flatten_named
 from vfjax.align import Maps
 
 ROUNDING = 1e-4
@@ -119,7 +119,7 @@ def of_site(value, axes):
 
 
 def leaf(tree, path):
-    return vfjax._trees.paths.flatten_named(tree)[0][path]
+    return flatten_named(tree)[0][path]
 
 
 def check_norms(model, x):
@@ -404,10 +404,10 @@ def own_networks(name):
     return nets[0], nets
 
 
-@pytest.mark.parametrize("vmapped", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("apart", [False, True])
-def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, vmapped):
-    monkeypatch.setattr(streaming, "vmapped", lambda: vmapped)
+def test_features_of_heads_with_classes_of_their_own(monkeypatch, apart, backend):
+    take_road(monkeypatch, backend)
     _, trees, x = case("heads", classes=7)
     nets = own_networks("heads")[apart]
     maps = random_zip(case("heads")[0], 2)

@@ -9,18 +9,18 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 
+from helpers import Compilations, take_road
 from vfjax import checkpoint, data, models, train
-from vfjax.checkpoint import _checkpoint
-from vfjax.train import _fit
-from vfjax.train._state import Saved
 
 TINY = train.Recipe(
     learning_rate=0.2, schedule="cosine", epochs=3, batch_size=64, weight_decay=1e-3
@@ -37,6 +37,22 @@ class SmallBatchNorm(nn.Module):
         x = nn.Dense(8, name="dense1")(x.reshape(x.shape[0], -1))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm1")(x)
         return nn.Dense(self.classes, name="head")(nn.relu(x))
+
+
+class Watched(nn.Module):
+    """Hands out the first pixel of every image that it is trained on."""
+
+    see: Callable
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def look(x):
+            self.see(x[:, 0, 0, 0])
+            return x
+
+        x = jax.pure_callback(look, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+        return nn.Dense(self.classes)(x.reshape(x.shape[0], -1))
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +175,23 @@ def test_augmentation_crops_and_mirrors():
 
 
 def test_an_epoch_takes_every_image_and_fills_its_last_batch(digits):
-    task = _fit._Task(SmallBatchNorm(), TINY, digits.mean, digits.std, 200)
-    order = np.asarray(task.order(0, 0))
-    assert order.shape == (4, 64)
-    np.testing.assert_array_equal(np.sort(order.ravel()[:200]), np.arange(200))
-    np.testing.assert_array_equal(order.ravel()[200:], order.ravel()[:56])
-    assert (np.asarray(task.order(0, 1)) != order).mean() > 0.9
-    assert (np.asarray(task.order(1, 0)) != order).mean() > 0.9
+    # Each image has a grey of its own, which tells when it was taken.
+    greys = np.arange(200, dtype=np.uint8)[:, None, None, None]
+    images = np.broadcast_to(greys, digits.train_images.shape)
+    dataset = dataclasses.replace(digits, train_images=images)
+    recipe = dataclasses.replace(TINY, epochs=2, crop=0, flip=False)
+    orders = []
+    for seed in (0, 1):
+        seen = []
+        train.fit(Watched(seen.append), recipe, dataset, seed=seed, progress=False)
+        greys = np.sort(np.unique(seen))
+        assert len(greys) == 200
+        orders += list(np.searchsorted(greys, seen).reshape(2, 4, 64))
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order.ravel()[:200]), np.arange(200))
+        np.testing.assert_array_equal(order.ravel()[200:], order.ravel()[:56])
+    for other in orders[1:]:
+        assert (other != orders[0]).mean() > 0.9
 
 
 # ---- training
@@ -186,8 +212,8 @@ def test_the_first_step_is_the_plain_one(digits):
     recipe = train.Recipe(learning_rate=0.05, batch_size=200, weight_decay=1e-3)
     model = models.MLP((8,))
     found = train.fit(model, recipe, digits, seed=5, progress=False).variables["params"]
-    task = _fit._Task(model, recipe, digits.mean, digits.std, 200)
-    params = task.init(5, (8, 8, 1))["variables"]["params"]
+    still = dataclasses.replace(recipe, learning_rate=0.0)
+    params = train.fit(model, still, digits, seed=5, progress=False).variables["params"]
     (x, label), *_ = digits.batches("train", batch_size=200)
 
     def loss(params):
@@ -231,10 +257,10 @@ def kill_at(patch, where, owner, name, moment):
 @pytest.mark.parametrize(
     ("where", "owner", "name", "moment"),
     [
-        ("before", _fit, "_step", 2),  # in the first epoch: nothing saved yet
-        ("before", _fit, "_step", 7),  # in the second
-        ("before", _checkpoint, "_write_arrays", 2),  # while the second is saved
-        ("after", _checkpoint, "_write_arrays", 2),  # its arrays written, nothing else
+        ("before", jax, "block_until_ready", 1),  # in the first epoch: nothing saved yet
+        ("before", jax, "block_until_ready", 2),  # in the second
+        ("before", ocp.Checkpointer, "save", 2),  # while the second is saved
+        ("after", ocp.Checkpointer, "save", 2),  # its arrays written, nothing else
         ("before", os, "rename", 2),  # all written, not yet in place
         ("after", os, "rename", 2),  # in place, the first not yet removed
     ],
@@ -319,7 +345,7 @@ def test_a_run_is_resumed_with_its_start_only(digits, uninterrupted, tmp_path, m
     whole = train.fit(SmallBatchNorm(), TINY, digits, start=start, **options)
     options["work_dir"] = tmp_path
     with monkeypatch.context() as patch:
-        kill_at(patch, "before", _fit, "_step", 7)
+        kill_at(patch, "before", jax, "block_until_ready", 2)
         with pytest.raises(Killed):
             train.fit(SmallBatchNorm(), TINY, digits, start=start, **options)
     other = jax.tree.map(lambda leaf: leaf + 1, start)
@@ -355,14 +381,15 @@ def test_a_damaged_state_is_skipped_and_told(digits, uninterrupted, tmp_path, ca
     assert_equal(found.variables, uninterrupted.variables)
 
 
-def test_the_newest_state_is_that_of_most_epochs(tmp_path):
-    """Whatever the number of digits."""
-    state = {"step": np.zeros(())}
-    for epoch in (9999, 10000):
-        meta = {"run": {}, "epoch": epoch, "history": []}
-        checkpoint.save(tmp_path / f"epoch-{epoch:04d}", {"leaves": [state["step"]]}, meta)
-    _, epoch, _ = Saved(tmp_path, {}).read(state)
-    assert epoch == 10000
+def test_the_newest_state_is_that_of_most_epochs(digits, uninterrupted, tmp_path):
+    """Whatever the number of digits: an older one, of another run, is not looked at."""
+    for seed, name in ((0, "epoch-9999"), (3, "epoch-10000")):
+        folder = tmp_path / f"seed{seed}"
+        train.fit(SmallBatchNorm(), TINY, digits, seed=seed, work_dir=folder, progress=False)
+        (folder / "epoch-0003").rename(tmp_path / name)
+        folder.rmdir()
+    found = train.fit(SmallBatchNorm(), TINY, digits, seed=3, work_dir=tmp_path, progress=False)
+    assert_equal(found.variables, uninterrupted.variables)
 
 
 def test_the_state_of_another_run_is_not_resumed(digits, tmp_path):
@@ -374,7 +401,7 @@ def test_the_state_of_another_run_is_not_resumed(digits, tmp_path):
 
 
 def test_a_scanned_epoch_is_the_loop(digits, monkeypatch, uninterrupted):
-    monkeypatch.setattr(_fit, "_scans", lambda: True)
+    take_road(monkeypatch, "gpu")
     scanned = train.fit(SmallBatchNorm(), TINY, digits, seed=3, progress=False)
     # XLA fuses the two differently; a dozen steps of SGD let the rounding grow a little.
     jax.tree.map(
@@ -399,9 +426,9 @@ def test_too_few_classes_are_told(digits):
 def test_no_compilation_on_the_second_run(digits):
     # The first run is here, under this test's own settings: they are part of the cache's key.
     train.fit(SmallBatchNorm(), TINY, digits, seed=7, progress=False)
-    compiled = _fit._step._cache_size()
-    train.fit(SmallBatchNorm(), TINY, digits, seed=8, progress=False)
-    assert _fit._step._cache_size() == compiled
+    with Compilations() as compiled:
+        train.fit(SmallBatchNorm(), TINY, digits, seed=8, progress=False)
+    assert compiled.count == 0
 
 
 # ---- evaluation
@@ -461,9 +488,10 @@ def test_evaluation_compiles_once_per_shape(labelled):
     params, x, label = labelled
     batches = [(x[:8], label[:8]), (x[8:16], label[8:16])]
     train.evaluate(linear, params, batches)
-    compiled = train.evaluate.__globals__["_add_batch"]._cache_size()
-    train.evaluate(linear, jax.tree.map(lambda leaf: 2 * leaf, params), batches)
-    assert train.evaluate.__globals__["_add_batch"]._cache_size() == compiled
+    twice = jax.tree.map(lambda leaf: 2 * leaf, params)
+    with Compilations() as compiled:
+        train.evaluate(linear, twice, batches)
+    assert compiled.count == 0
 
 
 def test_evaluation_of_routed_models_agrees_with_the_plain_one(digits):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vfjax._trees.paths import check_trees, flatten_named, leaf_paths
+from vfjax._trees import check_trees, flatten_named, leaf_paths
 
 
 class Pair(NamedTuple):

@@ -6,3 +6,31 @@ parameters, belongs here. Nothing here evaluates a network or holds a parameter;
 
 Read `traced` first, which collects the analysis of one trace, then `layers` and `norms`.
 """
+
+from __future__ import annotations
+
+from vfjax._analysis.affine import culprit as culprit
+from vfjax._analysis.batch_axis import separable as separable
+from vfjax._analysis.effects import leaf_effects as leaf_effects
+from vfjax._analysis.groups import from_propagation as from_propagation
+from vfjax._analysis.layers import LinearSite as LinearSite
+from vfjax._analysis.outside import report_missing_layers as report_missing_layers
+from vfjax._analysis.taps import axes_at_tap as axes_at_tap
+from vfjax._analysis.traced import Traced as Traced
+from vfjax._analysis.views import View as View
+from vfjax._analysis.views import slot_of as slot_of
+from vfjax._analysis.views import view_of as view_of
+
+__all__ = [
+    "LinearSite",
+    "Traced",
+    "View",
+    "axes_at_tap",
+    "culprit",
+    "from_propagation",
+    "leaf_effects",
+    "report_missing_layers",
+    "separable",
+    "slot_of",
+    "view_of",
+]

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from vfjax._jaxpr.calls import subjaxpr
-from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr import Graph, subjaxpr
 from vfjax._jaxpr.primitives import CAST, TABLE, Linear
 
 Flags = Sequence[bool]

@@ -15,9 +15,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from vfjax._analysis.views import varying_axes
-from vfjax._jaxpr.calls import INPUT, subjaxpr
-from vfjax._jaxpr.elementwise import is_elementwise
-from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr import INPUT, Equation, Graph, is_elementwise, subjaxpr
 from vfjax._jaxpr.primitives import (
     BROADCAST,
     CONCATENATE,

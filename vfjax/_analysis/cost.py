@@ -6,9 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from vfjax._jaxpr.calls import INPUT
-from vfjax._jaxpr.elementwise import is_elementwise
-from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr import INPUT, Graph, is_elementwise
 from vfjax._jaxpr.primitives import ACTIVATIONS, CONV, CUSTOM, DOT, POOLS
 
 

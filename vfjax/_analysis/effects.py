@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vfjax._analysis.norms import NormSite
-from vfjax._jaxpr.calls import INPUT, PARAM
-from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr import INPUT, PARAM, Equation, Graph
 from vfjax._jaxpr.primitives import ADDITIVE, DIV, LINEAR, MUL
 
 ADDS, SCALES, KERNEL, JOINED, BENT = "adds", "scales", "kernel", "joined", "bent"

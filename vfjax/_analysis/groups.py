@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from vfjax._analysis.effects import KERNEL, SCALES, Effect, obstacle
 from vfjax._jaxpr.primitives import CONV
-from vfjax._propagate.propagation import Atom, Propagation, Tie
+from vfjax._propagate import Atom, Propagation, Tie
 from vfjax.symmetry._places import Axis, FixedAxis
 from vfjax.symmetry._spec import PermutationSpec
 

@@ -18,8 +18,7 @@ from vfjax._analysis.views import (
     varying_axes,
     view_of,
 )
-from vfjax._jaxpr.calls import INPUT, PARAM
-from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr import INPUT, PARAM, Equation, Graph
 from vfjax._jaxpr.primitives import ADD, BROADCAST, CAST, CONV, LAYOUT, LINEAR, TRANSPOSE
 
 

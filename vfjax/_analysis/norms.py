@@ -9,8 +9,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from vfjax._analysis.views import View, varying_axes, view_of
-from vfjax._jaxpr.calls import INPUT, PARAM
-from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr import INPUT, PARAM, Graph
 from vfjax._jaxpr.primitives import (
     ADD,
     CAST,

@@ -12,8 +12,7 @@ from jax.extend import core as jex
 
 from vfjax._analysis.layers import LinearSite
 from vfjax._analysis.norms import NormSite
-from vfjax._jaxpr.calls import INPUT, PARAM
-from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr import INPUT, PARAM, Graph
 from vfjax._jaxpr.primitives import (
     LINEAR,
     MOMENTS,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vfjax._jaxpr.elementwise import is_elementwise
-from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr import Graph, is_elementwise
 from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD, TRANSPOSE
 
 

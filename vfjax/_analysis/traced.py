@@ -22,10 +22,9 @@ from vfjax._analysis.layers import (
 )
 from vfjax._analysis.norms import NormSite, norm_sites
 from vfjax._analysis.taps import tap_of
-from vfjax._jaxpr.calls import INPUT, PARAM, holds_layer
-from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr import INPUT, PARAM, Graph, holds_layer
 from vfjax._jaxpr.primitives import CONV, LINEAR, SUMS
-from vfjax._propagate.propagation import Propagation, propagate
+from vfjax._propagate import Propagation, propagate
 from vfjax.symmetry._places import Axis, Place, owners
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._jaxpr.graph import Equation, Graph
+from vfjax._jaxpr import Equation, Graph
 from vfjax._jaxpr.primitives import (
     BROADCAST,
     CAST,

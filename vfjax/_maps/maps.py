@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vfjax._deprecated import renamed
 from vfjax._maps.labels import check_labels, pairs_of, sizes_of
 from vfjax._maps.norm_units import in_output_units, mixed_scales
 from vfjax._maps.parts import permuting
-from vfjax._trees.options import whole
-from vfjax._trees.paths import with_leaves, without
+from vfjax._trees import whole, with_leaves, without
 from vfjax._types import PyTree
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
@@ -312,6 +313,12 @@ class Maps:
                 raise ValueError(f"moments must be of {self.models} models, got {len(moments)}")
             return [one.carried([of]) for one, of in zip(moments, each, strict=True)]
         return moments.carried(each)
+
+    def with_spreads(self, net: Network, moments: Any) -> Maps:
+        """Deprecated: the function `vfjax.align.with_spreads` of these maps."""
+        renamed("Maps.with_spreads(...)", "vfjax.align.with_spreads(maps, ...)")
+        # By name, as `align` stands on a floor above.
+        return importlib.import_module("vfjax.align").with_spreads(self, net, moments)
 
     def unknown(self, net: Network) -> frozenset[str]:
         """Paths of stored variances along groups that are mixed.

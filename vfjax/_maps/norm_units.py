@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees.paths import flatten_named, with_leaves, without
+from vfjax._trees import flatten_named, with_leaves, without
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 from vfjax.network._records import Norm

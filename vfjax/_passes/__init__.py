@@ -6,3 +6,41 @@ and pools it, moments and their unions, accuracy. What a pass measures, and at w
 
 Read `streaming` first, then `batching`. Statistics are always merged by `moments`.
 """
+
+from __future__ import annotations
+
+from vfjax._passes import moments as moments
+from vfjax._passes.batching import batch_size as batch_size
+from vfjax._passes.batching import batches as batches
+from vfjax._passes.batching import check_finite_means as check_finite_means
+from vfjax._passes.batching import keep as keep
+from vfjax._passes.batching import labelled as labelled
+from vfjax._passes.devices import mesh_of as mesh_of
+from vfjax._passes.devices import on_mesh as on_mesh
+from vfjax._passes.devices import on_meshes as on_meshes
+from vfjax._passes.devices import replicate as replicate
+from vfjax._passes.evaluation import Evaluation as Evaluation
+from vfjax._passes.evaluation import evaluate as evaluate
+from vfjax._passes.streaming import by_pieces as by_pieces
+from vfjax._passes.streaming import each as each
+from vfjax._passes.streaming import each_piece as each_piece
+from vfjax._passes.streaming import stream as stream
+
+__all__ = [
+    "Evaluation",
+    "batch_size",
+    "batches",
+    "by_pieces",
+    "check_finite_means",
+    "each",
+    "each_piece",
+    "evaluate",
+    "keep",
+    "labelled",
+    "mesh_of",
+    "moments",
+    "on_mesh",
+    "on_meshes",
+    "replicate",
+    "stream",
+]

@@ -17,9 +17,6 @@ import numpy as np
 
 from vfjax._types import Array, PyTree
 
-__all__ = ["batch_size", "batches", "check_finite_means", "keep", "labelled"]
-
-
 # The most that `keep` keeps, in bytes: 10,000 images of CIFAR take an eighth of it.
 _KEEP_BYTES = 1 << 30
 

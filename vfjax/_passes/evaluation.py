@@ -14,12 +14,10 @@ import optax
 from jax.core import Tracer
 from tqdm import tqdm
 
-from vfjax._jaxpr.faster import routed
+from vfjax._jaxpr import routed
 from vfjax._passes.batching import labelled
-from vfjax._trees.paths import check_finite, flatten_named
+from vfjax._trees import check_finite, flatten_named
 from vfjax._types import Array, PyTree
-
-__all__ = ["Evaluation", "evaluate"]
 
 
 class Evaluation(NamedTuple):

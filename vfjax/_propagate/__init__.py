@@ -10,3 +10,27 @@ A primitive without a rule fixes the axes that it touches: symmetries may be mis
 
 Read `registry` first, which says what a rule is, then `elementwise` and `layout` for short ones.
 """
+
+from __future__ import annotations
+
+from vfjax._propagate.propagation import Atom as Atom
+from vfjax._propagate.propagation import Propagation as Propagation
+from vfjax._propagate.propagation import Tie as Tie
+from vfjax._propagate.propagation import propagate as propagate
+from vfjax._propagate.registry import LAZY as LAZY
+from vfjax._propagate.registry import RULES as RULES
+from vfjax._propagate.registry import Axes as Axes
+from vfjax._propagate.registry import Step as Step
+from vfjax._propagate.registry import rule as rule
+
+__all__ = [
+    "Atom",
+    "Axes",
+    "LAZY",
+    "Propagation",
+    "RULES",
+    "Step",
+    "Tie",
+    "propagate",
+    "rule",
+]

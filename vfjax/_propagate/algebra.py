@@ -22,8 +22,6 @@ from itertools import accumulate, pairwise
 
 from vfjax._propagate.atoms import Atoms, Axis, Cause
 
-__all__ = ["Algebra", "Axis", "Cause"]
-
 
 class Algebra(Atoms):
     """Atoms, and the operations on axes of them."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from vfjax._jaxpr.calls import open_jaxpr, scan_arity, subjaxpr
+from vfjax._jaxpr import open_jaxpr, scan_arity, subjaxpr
 from vfjax._jaxpr.primitives import CUSTOM, INLINE
 from vfjax._propagate.registry import (
     Axes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import accumulate
 
-from vfjax._jaxpr.calls import INPUT, PARAM
+from vfjax._jaxpr import INPUT, PARAM
 from vfjax._propagate.registry import Axes, Step, opaque, rule
 from vfjax._propagate.within import Use
 

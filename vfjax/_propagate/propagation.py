@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from jax.extend import core as jex
 
-from vfjax._jaxpr.calls import INPUT, PARAM
-from vfjax._jaxpr.graph import Graph
+from vfjax._jaxpr import INPUT, PARAM, Graph
 from vfjax._propagate import calls, elementwise, indexing, layout, linear, reduce
 from vfjax._propagate.atoms import Axis, Cause, Window
 from vfjax._propagate.folds import Folds

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
-from vfjax._jaxpr.calls import INPUT, PARAM, union
+from vfjax._jaxpr import INPUT, PARAM, union
 from vfjax._jaxpr.primitives import CAST
 from vfjax._propagate.atoms import Axis, Cause
 from vfjax._propagate.folds import Folds

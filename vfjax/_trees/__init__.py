@@ -6,3 +6,45 @@ which leaf is a kernel or a statistic belongs in `vfjax.network`.
 
 Read `paths` first: its `flatten_named` and `check_like` are used everywhere.
 """
+
+from __future__ import annotations
+
+from vfjax._trees.mean import average_flats as average_flats
+from vfjax._trees.mean import resolve_mix as resolve_mix
+from vfjax._trees.mean import resolve_weights as resolve_weights
+from vfjax._trees.mean import weighted_mean as weighted_mean
+from vfjax._trees.options import check_key as check_key
+from vfjax._trees.options import number as number
+from vfjax._trees.options import whole as whole
+from vfjax._trees.paths import Flat as Flat
+from vfjax._trees.paths import check_alike as check_alike
+from vfjax._trees.paths import check_finite as check_finite
+from vfjax._trees.paths import check_like as check_like
+from vfjax._trees.paths import check_sequence as check_sequence
+from vfjax._trees.paths import check_trees as check_trees
+from vfjax._trees.paths import flatten_named as flatten_named
+from vfjax._trees.paths import leaf_paths as leaf_paths
+from vfjax._trees.paths import some as some
+from vfjax._trees.paths import with_leaves as with_leaves
+from vfjax._trees.paths import without as without
+
+__all__ = [
+    "Flat",
+    "average_flats",
+    "check_alike",
+    "check_finite",
+    "check_key",
+    "check_like",
+    "check_sequence",
+    "check_trees",
+    "flatten_named",
+    "leaf_paths",
+    "number",
+    "resolve_mix",
+    "resolve_weights",
+    "some",
+    "weighted_mean",
+    "whole",
+    "with_leaves",
+    "without",
+]

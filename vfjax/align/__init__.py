@@ -25,7 +25,7 @@ again. Groups in `net.spec.rigid` are only ever permuted. The private module of 
 what its paper maximises: `_weights`, `_activations`, `_universe`, `_zip`, `_cca`, `_transport`.
 """
 
-from vfjax._maps.maps import Maps
+from vfjax._maps import Maps
 from vfjax.align._activations import match_activations, match_moments
 from vfjax.align._assignment import Alignment
 from vfjax.align._cca import canonical_correlations, cca, cca_moments

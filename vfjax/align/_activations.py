@@ -32,8 +32,6 @@ from vfjax.align._taps import (
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 
-__all__ = ["match_activations", "match_moments"]
-
 
 def match_activations(
     net: Network | Sequence[Network],

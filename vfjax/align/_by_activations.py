@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import check_finite_means
-from vfjax._passes.devices import on_mesh
+from vfjax._passes import check_finite_means, on_mesh, stream
 from vfjax._passes.moments import covariance_of, merge_moments, union_second, without_rounding
-from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within
 from vfjax.network._layout import Layout, layout_of

@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._maps.norm_units import in_output_units
-from vfjax._trees.paths import flatten_named
+from vfjax._maps import in_output_units
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.align._heads import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._maps.parts import Part, gather, permuting
-from vfjax._trees.options import number
+from vfjax._maps import Maps, Part, gather, permuting
+from vfjax._trees import number
 from vfjax._types import PyTree
 from vfjax.align._assignment import PLACE, assign
 from vfjax.align._taps import (
@@ -34,8 +33,6 @@ from vfjax.align._taps import (
 )
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
-
-__all__ = ["canonical_correlations", "cca", "cca_moments"]
 
 
 def cca(

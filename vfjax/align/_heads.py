@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vfjax._maps.parts import Part, gather, permuting
+from vfjax._maps import Part, gather, permuting
 from vfjax.align._assignment import PLACE, assign
 from vfjax.align._plans import Problem, exact_plan, maps_of, shares_of
 

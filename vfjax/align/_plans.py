@@ -16,18 +16,8 @@ import scipy.sparse
 from scipy.optimize import linprog
 from scipy.special import softmax
 
-from vfjax._trees.options import number, whole
+from vfjax._trees import number, whole
 from vfjax.align._assignment import PLACE, assign
-
-__all__ = [
-    "Entropic",
-    "Problem",
-    "Solver",
-    "exact_plan",
-    "maps_of",
-    "shares_of",
-    "sinkhorn",
-]
 
 # Index of a model, and the name of a group or a part of a group.
 Key = tuple[int, Any]

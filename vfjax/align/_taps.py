@@ -12,10 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._maps.norm_units import spread_of
-from vfjax._maps.parts import Part, gather
-from vfjax._trees.paths import check_sequence
+from vfjax._maps import Maps, Part, gather, spread_of
+from vfjax._trees import check_sequence
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import assign_in_place
 from vfjax.network._arguments import Models, comparable, networks

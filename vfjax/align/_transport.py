@@ -23,9 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._trees.options import whole
-from vfjax._trees.paths import Flat, check_finite, check_trees, flatten_named
+from vfjax._maps import Maps
+from vfjax._trees import Flat, check_finite, check_trees, flatten_named, whole
 from vfjax._types import PyTree
 from vfjax.align._by_activations import Pair, measure, pair_of
 from vfjax.align._by_weights import match_incoming
@@ -36,8 +35,6 @@ from vfjax.network._arguments import Models, check_net, networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 from vfjax.symmetry._places import absent_paths
-
-__all__ = ["transport", "transport_moments"]
 
 Marginals = Literal["uniform", "l1", "l2", "softmax"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees.paths import check_alike
+from vfjax._trees import check_alike
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
 from vfjax.align._ascent import counted_axes, generator_of, on_host
@@ -36,9 +36,6 @@ from vfjax.network._arguments import Models, networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 from vfjax.symmetry._group_maps import compose, invert
-
-__all__ = ["Universe", "match_universe", "match_universe_moments"]
-
 
 # How often the weights of two models with heads are also matched from random permutations: a search
 # from the identity often ends with the wrong heads, and heads are not relaxed.

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vfjax._trees.paths import check_finite, check_like, flatten_named
+from vfjax._trees import check_finite, check_like, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align._ascent import counted_axes, generator_of, on_host, search_blocks, start_of
 from vfjax.align._assignment import Alignment
@@ -24,8 +24,6 @@ from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
 from vfjax.symmetry._places import absent_paths
 from vfjax.symmetry._spec import PermutationSpec
-
-__all__ = ["match_weights"]
 
 
 def match_weights(

@@ -18,9 +18,8 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._maps.parts import Part, gather
-from vfjax._trees.options import check_key, number
+from vfjax._maps import Maps, Part, gather
+from vfjax._trees import check_key, number
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import PLACE
 from vfjax.align._grouping import (
@@ -42,8 +41,6 @@ from vfjax.align._taps import (
 )
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
-
-__all__ = ["merged_correlation", "zip_features", "zip_moments"]
 
 Matcher = Literal["greedy", "optimal", "kmeans", "permute", "identity"]
 

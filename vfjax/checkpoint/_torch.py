@@ -23,9 +23,6 @@ from vfjax.models._convnext import ConvNeXt
 from vfjax.models._layers import scaled
 from vfjax.models._vgg import STAGES, ImageNetVGG
 
-__all__ = ["from_torch"]
-
-
 # PyTorch calls the scale of a normalisation its weight.
 _LEAVES = {
     "kernel": "weight",

@@ -17,15 +17,6 @@ import numpy as np
 
 from vfjax.diagnose._features import Features
 
-__all__ = [
-    "Bound",
-    "Collapse",
-    "bound_sequence",
-    "resample",
-    "upper_bound",
-    "variance_collapse",
-]
-
 # Offset of the denominators of `upper_bound` from those of the text.
 _INDEX = {"text": 0, "notebook": 1}
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from vfjax._maps.maps import Maps
+from vfjax._maps import Maps
 from vfjax.diagnose._rows import Carried
 from vfjax.merge._arguments import each_unpacked, evaluable, listed, networks_of
 from vfjax.merge._merged import Merged

@@ -12,26 +12,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vfjax._analysis.affine import culprit
-from vfjax._analysis.views import view_of
-from vfjax._jaxpr.calls import INPUT
-from vfjax._jaxpr.primitives import SUMS
-from vfjax._passes.batching import batches
-from vfjax._trees.paths import flatten_named
+from vfjax._passes import batches
+from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._rows import zero_example
-from vfjax.diagnose._sites import resolve_sites, value_of
+from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_net, fitting
+from vfjax.network._inside import Part, added_parts, reaches, why_not_affine
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
-
-__all__ = ["Decomposition", "decompose", "decompose_matrices"]
 
 
 @jax.tree_util.register_dataclass
@@ -117,8 +112,13 @@ def decompose(
     fitting(net, variables, "variables")
     names = resolve_sites(net, sites)
     x = next(batches([x], like=net.x, name="x"))
-    _check_affine(net)
-    biases = _biases(net)
+    obstacle = why_not_affine(net)
+    if obstacle is not None:
+        raise ValueError(
+            f"{obstacle}. Only linear networks are the sum of a feature and the contributions of "
+            "biases; vfjax.diagnose.features measures any network"
+        )
+    biases = added_parts(net)
     value, bare, offset, rest, alone = _evaluate(
         net, names, tuple(biases), variables, x, zero_example(net)
     )
@@ -131,7 +131,7 @@ def decompose(
             name: {
                 str(bias): alone[name][k] - rest_of[name]
                 for k, bias in enumerate(biases)
-                if _reaches(net, name, biases[bias])
+                if reaches(net, biases[bias], name)
             }
             for name in names
         },
@@ -201,69 +201,11 @@ def decompose_matrices(
     return result
 
 
-class _Bias(NamedTuple):
-    """A leaf, or a slice of a stacked one, that is added somewhere."""
-
-    path: str
-    slot: int | None
-
-    def __str__(self) -> str:
-        return self.path if self.slot is None else f"{self.path}[{self.slot}]"
-
-
-def _biases(net: Network) -> dict[_Bias, list[int]]:
-    """Leaves that are added to values that depend on the input, and the equations that do so."""
-    traced = net._reference
-    graph = traced.graph
-    added: dict[_Bias, list[int]] = {}
-    for index, equation in enumerate(graph.equations):
-        if equation.primitive not in SUMS or not equation.depends & INPUT:
-            continue
-        for value in equation.values:
-            view = None if graph.depends[value] & INPUT else view_of(graph, value)
-            if view is not None:
-                added.setdefault(_Bias(traced.paths[view.leaf], view.slot), []).append(index)
-    # A leaf that also multiplies the input somewhere has no contribution that can be told apart.
-    kept: dict[_Bias, list[int]] = {}
-    for bias, at in added.items():
-        if culprit(graph, [*_inputs(net), *_leaves(net, [*kept, bias])]) is None:
-            kept[bias] = at
-    return kept
-
-
-def _inputs(net: Network) -> list[int]:
-    graph = net._reference.graph
-    return [v for v in graph.inputs if graph.depends[v] & INPUT]
-
-
-def _leaves(net: Network, biases: Collection[_Bias]) -> list[int]:
-    traced, paths = net._reference, {bias.path for bias in biases}
-    return [v for v, p in zip(traced.graph.inputs, traced.paths, strict=False) if p in paths]
-
-
-def _reaches(net: Network, site: str, equations: Sequence[int]) -> bool:
-    """Whether a site depends on the result of one of the equations."""
-    graph = net._reference.graph
-    value = value_of(net, site)
-    wanted = graph.output_ids if value == "output" else () if value == "input" else (value,)
-    return not set(graph.needed(wanted, ())).isdisjoint(equations)
-
-
-def _check_affine(net: Network) -> None:
-    """Checks that a network is affine in its input."""
-    obstacle = culprit(net._reference.graph, _inputs(net))
-    if obstacle is not None:
-        raise ValueError(
-            f"{obstacle.why}. Only linear networks are the sum of a feature and the contributions "
-            "of biases; vfjax.diagnose.features measures any network"
-        )
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _evaluate(
     net: Network,
     names: tuple[str, ...],
-    biases: tuple[_Bias, ...],
+    biases: tuple[Part, ...],
     variables: PyTree,
     x: PyTree,
     zero: PyTree,

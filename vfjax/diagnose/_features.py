@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._maps.maps import Maps
-from vfjax._passes.batching import check_finite_means
+from vfjax._maps import Maps
+from vfjax._passes import check_finite_means
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import Compared, carry, compared
@@ -27,9 +27,6 @@ from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
-
-__all__ = ["FeatureSite", "Features", "features"]
-
 
 _FIELDS = ("feature", "feature_std", "offset", "mean", "std", "variance", "dead")
 

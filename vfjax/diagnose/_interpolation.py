@@ -19,9 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm
-from vfjax._passes.batching import batches, keep, labelled
-from vfjax._passes.evaluation import Evaluation, evaluate
-from vfjax._trees.paths import check_trees
+from vfjax._passes import Evaluation, batches, evaluate, keep, labelled
+from vfjax._trees import check_trees
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
@@ -31,8 +30,6 @@ from vfjax.network._network import Network
 from vfjax.renorm._renorm import repair, rescale, reset
 from vfjax.stats._moments import Moments, moments
 from vfjax.stats._sites import resolve_sites
-
-__all__ = ["Interpolation", "barrier", "interpolation"]
 
 Match = Literal["weight", "activation"] | Callable[[PyTree, PyTree], Any] | None
 Renormalise = str | tuple[str, int | str] | Callable[[Merged, Any, Any], PyTree | Merged] | None

@@ -19,8 +19,6 @@ from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Layer
 
-__all__ = ["rescale_product"]
-
 
 def rescale_product(
     net: Network,

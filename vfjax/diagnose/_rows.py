@@ -17,10 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import batch_size
-from vfjax._passes.devices import mesh_of, on_mesh, replicate
+from vfjax._passes import batch_size, each, each_piece, mesh_of, on_mesh, replicate, stream
 from vfjax._passes.moments import ROUNDINGS, alive, length, scale_of, union_deviation, union_means
-from vfjax._passes.streaming import each, each_piece, stream
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._layout import Layout, arrange, by_example

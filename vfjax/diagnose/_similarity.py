@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax._passes.batching import batch_size, batches, keep
-from vfjax._trees import paths
+from vfjax._passes import batch_size, batches, keep
+from vfjax._trees import check_trees, some
 from vfjax._types import PyTree
 from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._arguments import evaluable
@@ -22,8 +22,6 @@ from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.stats import _hsic
-
-__all__ = ["CKA", "Distance", "cka", "distance"]
 
 Model = tuple[Network, PyTree] | Merged
 
@@ -249,7 +247,7 @@ def _names(model: Merged, sites: Sites) -> tuple[str, ...]:
     apart = [name for name in names if model.apart(name)]
     if apart and not isinstance(sites, str):
         raise ValueError(
-            f"the sites {paths.some(apart)} lie inside the stems or heads, where each model has a "
+            f"the sites {some(apart)} lie inside the stems or heads, where each model has a "
             "separate value; compare the models themselves there"
         )
     kept = tuple(name for name in names if name not in apart)
@@ -310,7 +308,7 @@ def distance(
     Source: the l2 distance of models of "Vanishing Feature: Diagnosing Model Merging and Beyond",
     appendix on initialisation.
     """
-    (left, _), (right, _) = paths.check_trees([a, b])
+    (left, _), (right, _) = check_trees([a, b])
     if net is not None:
         check_net(net)
         check_fits(net, left, "a")

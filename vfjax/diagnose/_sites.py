@@ -8,9 +8,10 @@ from typing import Any
 
 from vfjax.merge._merged import Merged
 from vfjax.network._checks import opaque_hint
+from vfjax.network._inside import value_of
 from vfjax.network._layout import Layout, whole_layout
 from vfjax.network._network import Network
-from vfjax.network._sites import Sites, depth_of, locate, select
+from vfjax.network._sites import Sites, depth_of, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +85,6 @@ def unique(
         layout = chosen.setdefault((value_of(net, name), layout.keep, sides), layout)
         source[name] = layout.name
     return tuple(chosen.values()), source
-
-
-def value_of(net: Network, name: str) -> Any:
-    """Identifies the value at a site: several names may stand for one value."""
-    if name in ("input", "output"):
-        return name
-    return locate(net, net._reference, name)[0]
 
 
 def describe(net: Network, name: str, size: int) -> FeatureSite:

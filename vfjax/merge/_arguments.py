@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from vfjax._trees import paths
-from vfjax._trees.mean import resolve_weights
+from vfjax._trees import flatten_named, resolve_weights
 from vfjax._types import PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
@@ -25,6 +22,7 @@ from vfjax.network._arguments import (
     model_of,
     networks,
 )
+from vfjax.network._inside import has_structure
 from vfjax.network._network import Network
 
 
@@ -52,7 +50,7 @@ def as_merged(net: Network, tree: PyTree, *, weights: Sequence[float] | None = N
         Merged(cut=0 of 1, models=1, weights=(1.0,), params=6, flops=6, corrections=[])
     """
     check_net(net)
-    check_fits(net, paths.flatten_named(tree, name="tree").leaves, "tree", variances=False)
+    check_fits(net, flatten_named(tree, name="tree").leaves, "tree", variances=False)
     weights = (1.0,) if weights is None else resolve_weights(weights, None)
     return Merged(stems=(), trunk=tree, corrections={}, net=net, cut=0, weights=weights)
 
@@ -137,7 +135,7 @@ def evaluable(
 
 def listed(net: Network, given: Any, name: str) -> list[tuple[str, Any]]:
     """One network, or the networks of a sequence one by one, each after its name in messages."""
-    one = isinstance(given, Merged) or jax.tree.structure(given) == net._treedef
+    one = isinstance(given, Merged) or has_structure(net, given)
     if one or not isinstance(given, (list, tuple)):
         return [(name, given)]
     if not given:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from vfjax._trees.paths import flatten_named
+from vfjax._trees import flatten_named
 from vfjax.network._cost import count, map_flops, part_flops
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._deprecated import renames
-from vfjax._maps.maps import Maps
-from vfjax._trees.mean import average_flats, resolve_mix
-from vfjax._trees.paths import Flat, check_like, check_sequence, flatten_named
+from vfjax._maps import Maps
+from vfjax._trees import Flat, average_flats, check_like, check_sequence, flatten_named, resolve_mix
 from vfjax._types import PyTree
 from vfjax.merge._merged import Matrices, Merged
 from vfjax.network._arguments import check_net, models_of, networks
@@ -261,8 +260,7 @@ def _bounds(span: Any, depth: int) -> tuple[int, int]:
 def _check_trunks(net: Network, mapped: Sequence[Flat]) -> None:
     """Checks that mapped models have the shapes of the network that the trunk runs on."""
     for k, (leaves, _) in enumerate(mapped):
-        like = {path: net._avals[path] for path in leaves}
-        check_like(leaves, like, name=f"trees[{k}], mapped,", other="net")
+        check_like(leaves, net.leaves(leaves), name=f"trees[{k}], mapped,", other="net")
 
 
 def _check_mappable(nets: Sequence[Network], maps: Maps, depths: Sequence[int]) -> None:
@@ -329,7 +327,7 @@ def _cause(net: Network, layer: Layer) -> tuple[str, str] | None:
     path = layer.bias or layer.kernel
     fixed = [entry for entry in net.spec.fixed if entry.path == path]
     sizes = layer.channel_shape
-    shape = net._avals[path].shape if path is not None else ()
+    shape = net.leaves([path])[path].shape if path is not None else ()
     fixed = [f for f in fixed if shape[f.axis] in (*sizes, layer.channels)]
     if any(f.primitive in ("output", "unused") for f in fixed):
         return None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
-from vfjax._trees import paths
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._arguments import networks
+from vfjax.network._inside import tree_of
 from vfjax.network._network import Network
 
 
@@ -22,9 +21,9 @@ def take_apart(model: Any) -> tuple[PyTree, dict[str, Any]]:
     Returns:
         Lists of arrays by name, and the JSON that describes them.
     """
-    trees = {"trunk": paths.flatten_named(model.trunk)[0]}
-    trees |= {f"stem{k}": paths.flatten_named(stem)[0] for k, stem in enumerate(model.stems)}
-    trees |= {f"head{k}": paths.flatten_named(head)[0] for k, head in enumerate(model.heads)}
+    trees = {"trunk": flatten_named(model.trunk)[0]}
+    trees |= {f"stem{k}": flatten_named(stem)[0] for k, stem in enumerate(model.stems)}
+    trees |= {f"head{k}": flatten_named(head)[0] for k, head in enumerate(model.heads)}
     trees |= {f"merge{k}": dict(maps) for k, maps in enumerate(model.merge)}
     trees |= {f"unmerge{k}": dict(maps) for k, maps in enumerate(model.unmerge)}
     # Leaves are numbered, and their paths go into the JSON, since a path may hold any character.
@@ -76,8 +75,7 @@ def put_together(
             )
 
     def rebuilt(name: str, net: Network) -> PyTree:
-        leaves = dict(zip(meta["paths"][name], tree[name], strict=True))
-        return jax.tree.unflatten(net._treedef, [leaves.get(path) for path in net.paths])
+        return tree_of(net, dict(zip(meta["paths"][name], tree[name], strict=True)))
 
     def trees(kind: str, count: int) -> tuple[PyTree, ...]:
         return tuple(rebuilt(f"{kind}{k}", nets[k]) for k in range(count))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vfjax._trees.mean import average_flats, resolve_mix
-from vfjax._trees.paths import check_trees
+from vfjax._trees import average_flats, check_trees, resolve_mix
 from vfjax._types import PyTree
 
 

@@ -7,8 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vfjax._trees import paths
-from vfjax._trees.paths import Flat
+from vfjax._trees import Flat, check_finite, flatten_named
 from vfjax._types import PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._checks import check_variances
@@ -42,17 +41,17 @@ class Unpacked:
     @functools.cached_property
     def trunk(self) -> Flat:
         """The trunk."""
-        return paths.flatten_named(self.model.trunk)
+        return flatten_named(self.model.trunk)
 
     @functools.cached_property
     def stems(self) -> tuple[Flat, ...]:
         """The stem of each model."""
-        return tuple(paths.flatten_named(stem) for stem in self.model.stems)
+        return tuple(flatten_named(stem) for stem in self.model.stems)
 
     @functools.cached_property
     def heads(self) -> tuple[Flat, ...]:
         """The head of each model."""
-        return tuple(paths.flatten_named(head) for head in self.model.heads)
+        return tuple(flatten_named(head) for head in self.model.heads)
 
     def places(self, name: str) -> tuple[tuple[Network, Flat, float], ...]:
         """Where the leaves of a layer or a norm are: networks, trees, and their weights.
@@ -125,4 +124,4 @@ class Unpacked:
         parts += [(f"heads/{k}", flat) for k, flat in enumerate(self.heads)]
         leaves = {f"{of}/{path}": leaf for of, flat in parts for path, leaf in flat.leaves.items()}
         others = {"corrections": model.corrections, "merge": model.merge, "unmerge": model.unmerge}
-        paths.check_finite(leaves | paths.flatten_named(others).leaves, name=name)
+        check_finite(leaves | flatten_named(others).leaves, name=name)

@@ -14,8 +14,6 @@ from vfjax.models._layers import (
     scaled,
 )
 
-__all__ = ["BLOCKS", "BottleneckResNet"]
-
 BLOCKS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _EXPANSION = 4
 

@@ -7,8 +7,6 @@ from flax import linen as nn
 
 from vfjax.models._layers import scaled
 
-__all__ = ["ConvNeXt"]
-
 # From the published code: the standard deviation of all kernels, eps of all LayerNorms, and hidden
 # units per channel of a block.
 _STD = 0.02

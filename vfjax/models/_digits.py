@@ -8,8 +8,6 @@ from flax import linen as nn
 from vfjax.models._layers import conv, dense, scaled
 from vfjax.models._mlp import MLP
 
-__all__ = ["DigitsConv", "DigitsMLP"]
-
 
 class DigitsMLP(MLP):
     """Five hidden layers of 64 units, no normalisation: L = 6.

@@ -16,8 +16,6 @@ from typing import Any, TypedDict
 import jax
 from flax import linen as nn
 
-__all__ = ["INITIALISERS", "initialisers"]
-
 Initialiser = Callable[..., jax.Array]
 
 INITIALISERS = ("kaiming_normal", "he_normal", "uniform")

@@ -11,8 +11,6 @@ from flax import linen as nn
 
 from vfjax.models._init import initialisers
 
-__all__ = ["NORMS", "conv", "dense", "normalise", "scaled"]
-
 NORMS = (None, "batch", "layer")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-__all__ = ["LinearNetwork"]
-
 
 class LinearNetwork(nn.Module):
     """A chain of dense layers with biases and no activation, optionally residual.

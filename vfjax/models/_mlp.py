@@ -7,8 +7,6 @@ from flax import linen as nn
 
 from vfjax.models._layers import dense
 
-__all__ = ["MLP"]
-
 
 class MLP(nn.Module):
     """Dense layers with ReLU between them, on flattened input.

@@ -12,8 +12,6 @@ from vfjax.models._layers import (
     scaled,
 )
 
-__all__ = ["ResNet"]
-
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut: a 1x1 convolution with norm if the shape changes."""

@@ -12,8 +12,6 @@ from vfjax.models._layers import (
     scaled,
 )
 
-__all__ = ["STAGES", "VGG", "ImageNetVGG"]
-
 # Channels of the convolutions between two max-pools.  For 32x32 images the last pool of the
 # ImageNet network is left out, so that they end as a 2x2 map, which is averaged.  The one of seven
 # layers is not a published network: it has one convolution for each map size down to 4x4, and

@@ -8,8 +8,6 @@ from flax import linen as nn
 
 from vfjax.models._layers import scaled
 
-__all__ = ["ViT"]
-
 # Both from timm, which publishes the DeiT weights.
 _EPSILON = 1e-6
 _STD = 0.02

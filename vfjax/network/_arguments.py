@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees import paths
-from vfjax._trees.paths import Flat
+from vfjax._trees import Flat, check_alike, check_finite, check_like, check_sequence, flatten_named
 from vfjax._types import PyTree
-from vfjax.network import _retrace
 from vfjax.network._checks import check_variances
 from vfjax.network._network import Network
+from vfjax.network._retrace import origin_of, traces_of
 from vfjax.network._sites import locate, source_of
 
 
@@ -75,7 +74,7 @@ class Models:
             trees: One per model; trees that are the same objects are not flattened again.
         """
         flats = tuple(
-            old if new is tree else paths.flatten_named(new)
+            old if new is tree else flatten_named(new)
             for new, tree, old in zip(trees, self.trees, self.flats, strict=True)
         )
         return Models(self.nets, tuple(trees), flats)
@@ -103,9 +102,9 @@ def model_of(net: Network, tree: PyTree, name: str, *, variances: bool = True) -
 
 def fitting(net: Network, tree: PyTree, name: str, *, variances: bool = True) -> Models:
     """Like `model_of`, for a `net` that is known to be a network."""
-    flat = paths.flatten_named(tree, name=name)
+    flat = flatten_named(tree, name=name)
     check_fits(net, flat.leaves, name, variances=variances)
-    paths.check_finite(flat.leaves, name=name)
+    check_finite(flat.leaves, name=name)
     return Models((net,), (tree,), (flat,))
 
 
@@ -133,17 +132,17 @@ def models_of(
         TypeError: If `trees` is not a sequence of trees, or a leaf is not an array.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
-    paths.check_sequence(trees, name=name)
+    check_sequence(trees, name=name)
     nets = (net,) * len(trees) if isinstance(net, Network) else tuple(net)
     flats = _flats(trees, name)
     if all(own is nets[0] for own in nets) and not free:
-        paths.check_alike([flat.leaves for flat in flats], name=name)
+        check_alike([flat.leaves for flat in flats], name=name)
         check_fits(nets[0], flats[0].leaves, f"{name}[0]", variances=variances)
         return Models(nets, tuple(trees), flats)
     apart = len(set(nets)) > 1
     for k, (own, flat) in enumerate(zip(nets, flats, strict=True)):
         label = f"{name}[{k}]"
-        paths.check_finite(flat.leaves, name=label)
+        check_finite(flat.leaves, name=label)
         check_fits(own, flat.leaves, label, variances=variances, free=() if apart else free)
         if not apart:
             _check_run(own, flat.leaves, label)
@@ -170,7 +169,7 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
     """
     models = Models(tuple(nets), tuple(trees), _flats(trees, "trees"))
     if models.alike:
-        paths.check_alike(models.leaves)
+        check_alike(models.leaves)
         return models
     apart = any(own is not models.net for own in nets)
     read = leaves_before(models.net, sites)
@@ -178,15 +177,15 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
     like = {path: leaf for path, leaf in first.items() if path in read}
     for k, (own, flat) in enumerate(zip(nets, models.leaves, strict=True)):
         label = f"trees[{k}]"
-        paths.check_finite(flat, name=label)
+        check_finite(flat, name=label)
         seen = read if own is models.net else leaves_before(own, sites)
         mine = {path: leaf for path, leaf in flat.items() if path in seen}
-        paths.check_like(mine, like, name=label, other="trees[0]")
+        check_like(mine, like, name=label, other="trees[0]")
         if apart:
             check_fits(own, flat, label)
         else:
             rest = {path: leaf for path, leaf in flat.items() if path not in read}
-            paths.check_like(flat, {**first, **rest}, name=label, other="trees[0]")
+            check_like(flat, {**first, **rest}, name=label, other="trees[0]")
             _check_run(own, flat, label)
     return models
 
@@ -211,13 +210,14 @@ def check_fits(
     Raises:
         ValueError: If leaves are missing or added, or differ in shape or dtype.
     """
-    like = {path: leaves.get(path, a) if path in free else a for path, a in net._avals.items()}
+    like = net.leaves(net.paths)
+    like |= {path: leaf for path, leaf in leaves.items() if path in free and path in like}
     if variances:
         check_variances(net, [path for path in like if path not in leaves], name)
     else:
         unknown = {norm.var for norm in net.norms} - leaves.keys()
         like = {path: aval for path, aval in like.items() if path not in unknown}
-    paths.check_like(leaves, like, name=name, other="the traced network's variables")
+    check_like(leaves, like, name=name, other="the traced network's variables")
 
 
 def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
@@ -234,7 +234,7 @@ def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
         >>> [sorted(leaves_before(net, [site])) for site in ("input", "a", "output")]
         [[], ['a'], ['a', 'b']]
     """
-    traced = net._reference
+    traced = traces_of(net).reference
     sources = {source_of(net, traced, site) for site in sites}
     values = [locate(net, traced, site)[0] for site in sources - {"input", "output"}]
     values += traced.graph.output_ids if "output" in sources else ()
@@ -242,7 +242,7 @@ def leaves_before(net: Network, sites: Collection[str]) -> frozenset[str]:
 
 
 def _flats(trees: Sequence[PyTree], name: str) -> tuple[Flat, ...]:
-    return tuple(paths.flatten_named(tree, name=f"{name}[{k}]") for k, tree in enumerate(trees))
+    return tuple(flatten_named(tree, name=f"{name}[{k}]") for k, tree in enumerate(trees))
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -252,7 +252,7 @@ def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _check_run(net: Network, leaves: Mapping[str, Any], name: str) -> None:
     """Checks that the traced function accepts leaves of shapes other than those traced."""
     try:
-        net._traces.at(leaves, net.x)
+        traces_of(net).at(leaves, net.x)
     except Exception as error:
         raise ValueError(
             f"{name} differs in shape from what net was traced with, and its apply_fn does not "
@@ -311,7 +311,7 @@ def networks(net: Any, models: int) -> tuple[Network, ...]:
             "layers": [(a.name, a.kind, a.depth, a.main) for a in net.layers],
             "norms": [norm.name for norm in net.norms],
             "groups": list(net.spec.groups),
-            "inputs": _retrace.origin_of(net.x),
+            "inputs": origin_of(net.x),
         }
 
     first = facts(nets[0])

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vfjax._analysis.traced import Traced
-from vfjax._jaxpr.flattening import MAX_UNROLL
-from vfjax._trees import paths
+from vfjax._analysis import Traced
+from vfjax._jaxpr import MAX_UNROLL
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing
+from vfjax.network._retrace import traces_of
 
 if TYPE_CHECKING:
     from vfjax.network._network import Network
@@ -67,8 +68,8 @@ def check_crossing(x: Any, start: int | None) -> None:
 
 def named_leaves(net: Network, variables: PyTree) -> dict[str, Any]:
     """The leaves of variables by path; raises a ValueError if some were not traced."""
-    named, _ = paths.flatten_named(variables)
-    unknown = [path for path in named if path not in net._avals]
+    named, _ = flatten_named(variables)
+    unknown = [path for path in named if path not in traces_of(net).avals]
     if unknown:
         raise ValueError(
             f"variables has leaves {unknown[:3]} that the traced network does not have; pass "
@@ -83,8 +84,8 @@ def check_present(
     """Checks that all leaves that are read to compute some values are present."""
     graph = traced.graph
     read = {v for i in graph.needed(wanted, env) for v in graph.equations[i].values}
-    given = graph.inputs[: len(net._avals)]
-    leaves = zip(given, net._avals, strict=True)
+    given = graph.inputs[: len(traces_of(net).avals)]
+    leaves = zip(given, traces_of(net).avals, strict=True)
     missing = [p for v, p in leaves if v in read | set(wanted) and v not in env]
     check_variances(net, missing, name)
     if missing:

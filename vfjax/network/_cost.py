@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax.network._retrace import traces_of
+
 if TYPE_CHECKING:
     from vfjax.network._network import Network
 
@@ -27,12 +29,12 @@ def _counts(net: Network, path: str, leaf: Any) -> bool:
 
 def params_of(net: Network, paths: Iterable[str]) -> int:
     """Number of parameters among the leaves at some paths, as traced."""
-    return count(net, {path: net._avals[path] for path in paths})
+    return count(net, net.leaves(paths))
 
 
 def flops_of(net: Network, equations: Iterable[int]) -> int:
     """Operations per example of some equations of the network, given by their indices."""
-    return sum(net._reference.flops(i) for i in equations) // net._traces.batch
+    return sum(traces_of(net).reference.flops(i) for i in equations) // traces_of(net).batch
 
 
 def part_flops(net: Network, leaves: Mapping[str, Any], start: int | None, stop: int | None) -> int:
@@ -44,8 +46,8 @@ def part_flops(net: Network, leaves: Mapping[str, Any], start: int | None, stop:
         start: Depth of the first cut; None for the input.
         stop: Depth of the second; None for the output.
     """
-    traced = net._traces.at(leaves, net.x)
-    return sum(traced.flops(i) for i in traced.part(start, stop)) // net._traces.batch
+    traced = traces_of(net).at(leaves, net.x)
+    return sum(traced.flops(i) for i in traced.part(start, stop)) // traces_of(net).batch
 
 
 def map_flops(net: Network, depth: int, widths: Mapping[str, int]) -> int:
@@ -56,7 +58,7 @@ def map_flops(net: Network, depth: int, widths: Mapping[str, int]) -> int:
         depth: Depth of the cut.
         widths: By group, the number of entries after its matrix.
     """
-    total, traced = 0, net._reference
+    total, traced = 0, traces_of(net).reference
     for value in traced.cut(depth).crossing:
         entries = int(np.prod(traced.graph.avals[value].shape))
         for group, *_ in traced.places(value):
@@ -64,4 +66,4 @@ def map_flops(net: Network, depth: int, widths: Mapping[str, int]) -> int:
                 size = net.spec.sizes[group]
                 entries = entries // size * widths[group]
                 total += entries * size
-    return total // net._traces.batch
+    return total // traces_of(net).batch

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees.mean import resolve_weights, weighted_mean
+from vfjax._trees import resolve_weights, weighted_mean
 from vfjax._types import Array
 from vfjax.symmetry._group_maps import check_matrix, contract
 from vfjax.symmetry._places import Place, map_axis, map_within, permute_at, size_at

@@ -8,10 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis.layers import LinearSite
-from vfjax._analysis.traced import Traced
-from vfjax._analysis.views import View, slot_of
-from vfjax._jaxpr.graph import Graph
+from vfjax._analysis import LinearSite, Traced, View, slot_of
+from vfjax._jaxpr import Graph
 from vfjax._types import Array
 
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis.layers import LinearSite
-from vfjax._jaxpr import graph
-from vfjax._jaxpr.graph import Equation
+from vfjax._analysis import LinearSite
+from vfjax._jaxpr import Equation, evaluate
 from vfjax._jaxpr.primitives import DOT
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
 from vfjax.network._network import Network
+from vfjax.network._retrace import traces_of
 
 
 def kernel_rows(net: Network, layer: str) -> np.ndarray:
@@ -29,7 +29,7 @@ def kernel_rows(net: Network, layer: str) -> np.ndarray:
         int `[outputs, inputs]`: a row for each output channel, with the kernel's other axes as the
         layer uses them, row-major.
     """
-    traced = net._reference
+    traced = traces_of(net).reference
     site = traced.layers[layer]
     assert site.kernel is not None
     aval = traced.graph.avals[traced.graph.inputs[site.kernel.leaf]]
@@ -57,7 +57,7 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
     """
     sites = [f"{name}:in" for name in layers]
     _, inputs = net.run(variables, x, capture=sites)
-    traced = net._traces.at(named_leaves(net, variables), x)
+    traced = traces_of(net).at(named_leaves(net, variables), x)
     squares = []
     for name, at in zip(layers, sites, strict=True):
         site = traced.layers[name]
@@ -77,7 +77,7 @@ def spread(net: Network, layer: str, squares: Any) -> np.ndarray:
     Returns:
         float64 `[outputs, inputs]`, in the order of `kernel_rows`.
     """
-    traced = net._reference
+    traced = traces_of(net).reference
     site = traced.layers[layer]
     equation = traced.graph.equations[site.index]
     shape = _kernel_aval(equation, site, traced.graph.avals).shape
@@ -134,10 +134,10 @@ def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> li
         leaves: Leaves of its variables by path; those that these layers do not read may be missing.
         names: Names of the layers.
     """
-    traced = net._reference
+    traced = traces_of(net).reference
     sites = [traced.layers[name] for name in names]
     operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
     ids = zip(traced.graph.inputs, traced.paths, strict=False)
     env = {value: jnp.asarray(leaves[path]) for value, path in ids if path in leaves}
-    values = graph.evaluate(traced.graph, env, operands)
+    values = evaluate(traced.graph, env, operands)
     return [np.ravel(np.asarray(values[operand], np.float64)) for operand in operands]

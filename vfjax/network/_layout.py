@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from vfjax._types import Array
 from vfjax.network import _sites
 from vfjax.network._records import JointTap, Tap
+from vfjax.network._retrace import traces_of
 from vfjax.symmetry._places import Axis, Place, grid, rows
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def check_operand(net: Network, name: str) -> None:
     Raises:
         ValueError: If the layer contracts the examples, or none of its axes holds them.
     """
-    site, traced = net.sites[name], net._reference
+    site, traced = net.sites[name], traces_of(net).reference
     if site.kind != "operand":
         return
 
@@ -162,7 +163,7 @@ def check_operand(net: Network, name: str) -> None:
         lambda a: jax.ShapeDtypeStruct((a.shape[0] + 1, *a.shape[1:]), a.dtype), net.x
     )
     try:
-        other = shape(net._traces.at(net._avals, longer))
+        other = shape(traces_of(net).at(traces_of(net).avals, longer))
     except Exception:  # the function may take batches of one size only, and raise anything
         return
     keep = _sites.channel_axes(net, name) or ()

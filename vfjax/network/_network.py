@@ -6,22 +6,14 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from vfjax._analysis import outside
-from vfjax._analysis.groups import from_propagation
+from vfjax._analysis import from_propagation, report_missing_layers
 from vfjax._deprecated import OldName
-from vfjax._jaxpr import faster
-from vfjax._jaxpr.graph import evaluate
-from vfjax._trees import paths
+from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
-from vfjax.network import _cost, _fold, _retrace, _sites, _summary
+from vfjax.network import _cost, _fold, _retrace, _run, _sites, _summary
 from vfjax.network._checks import (
-    check_crossing,
     check_depth,
     check_part,
-    check_present,
     named_leaves,
 )
 from vfjax.network._crossing import Crossing, average, mapped, mapped_value
@@ -35,7 +27,7 @@ from vfjax.network._records import (
     describe_norm,
     describe_taps,
 )
-from vfjax.network._run import Changes, Edit
+from vfjax.network._run import Edit
 from vfjax.symmetry._places import Place
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -113,15 +105,14 @@ class Network:
                 f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
             )
         self._traces = _retrace.Retracer(apply_fn, variables, x)
-        self._reference, self._treedef = self._traces.reference, self._traces.treedef
-        self._avals = self._traces.avals
+        self._reference = self._traces.reference
         taken = next((name for name in self._reference.layers if name in ("input", "output")), None)
         if taken is not None:
             raise ValueError(
                 f"the kernel '{taken}' would name a layer like the site '{taken}' of the network "
                 f"itself: rename it, or put it into a dict, {{'{taken}': {{'kernel': ...}}}}"
             )
-        outside.report_missing_layers(self._reference)
+        report_missing_layers(self._reference)
 
     def __repr__(self) -> str:
         """Size and depth at a glance."""
@@ -135,7 +126,7 @@ class Network:
     @property
     def paths(self) -> tuple[str, ...]:
         """Paths of all leaves of the variables."""
-        return tuple(self._avals)
+        return tuple(self._traces.avals)
 
     @functools.cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -324,40 +315,7 @@ class Network:
             >>> out.tolist(), values["w0:act"].tolist()
             ([[2.0]], [[0.0, 2.0]])
         """
-        check_part(self, start, stop)
-        check_crossing(x, start)
-        named = named_leaves(self, variables)
-        if isinstance(x, Crossing):
-            traced = self._traces.at_crossing(named, x)
-            env = dict(zip(traced.cut(x.depth).crossing, x.values, strict=True))
-        else:
-            traced = self._traces.at(named, x)
-            inputs = traced.graph.inputs[len(self._avals) :]
-            env = dict(zip(inputs, jax.tree.leaves(x), strict=True))
-        ids = zip(traced.graph.inputs, self._avals, strict=False)
-        env |= {value: named[path] for value, path in ids if path in named}
-        env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
-        changes = Changes(self, traced, capture, edit, stop, start)
-        env = changes.enter(env)
-        ends = traced.ends(stop)
-        wanted = list(dict.fromkeys([*ends, *changes.values]))
-        check_present(self, traced, wanted, env, "variables")
-        values = evaluate(
-            traced.graph,
-            env,
-            wanted,
-            edits=changes.edits,
-            operand_edits=changes.operand_edits,
-            rules=faster.rules(),
-        )
-        if stop is not None:
-            origin = x.origin if isinstance(x, Crossing) else _retrace.origin_of(x)
-            out: Any = Crossing(tuple(values[v] for v in ends), stop, origin)
-        else:
-            out = changes.finish(traced.output(values))
-        if capture is None:
-            return out
-        return out, changes.captured(values, env, out)
+        return _run.run(self, variables, x, capture, edit, stop, start)
 
     def average_crossings(
         self, crossings: Iterable[Crossing], weights: Sequence[Any] | None = None
@@ -494,7 +452,7 @@ class Network:
 
     def leaves(self, paths: Iterable[str]) -> dict[str, Any]:
         """Abstract values of leaves of the variables, by path."""
-        return {path: self._avals[path] for path in paths}
+        return {path: self._traces.avals[path] for path in paths}
 
     def stem_params(self, depth: int) -> int:
         """Number of parameters that the stem of a cut reads; see `stem_leaves`."""
@@ -624,5 +582,5 @@ class Network:
             ([[2.0, 0.0], [0.0, 3.0]], [2.0, 4.0])
         """
         self.layer(layer)
-        flat = paths.flatten_named(variables)
+        flat = flatten_named(variables)
         return flat.put(_fold.fold(self._reference, flat.leaves, layer, scale, shift)).tree()

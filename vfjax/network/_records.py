@@ -10,9 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis.traced import Traced
-from vfjax._analysis.views import View
-from vfjax._deprecated import OldName
+from vfjax._analysis import Traced, View
+from vfjax._deprecated import OldName, renamed_fields
 from vfjax._jaxpr.primitives import CONV
 from vfjax._types import Array
 from vfjax.symmetry._places import (
@@ -21,6 +20,7 @@ from vfjax.symmetry._places import (
 )
 
 
+@renamed_fields(parameters="params")
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A linear or convolution layer, of a parameter-only kernel and a value that depends on x.

@@ -4,16 +4,68 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from vfjax._analysis.traced import Traced
-from vfjax._types import Array
+from vfjax._analysis import Traced
+from vfjax._jaxpr import evaluate, faster
+from vfjax._types import Array, PyTree
+from vfjax.network._checks import check_crossing, check_part, check_present, named_leaves
+from vfjax.network._crossing import Crossing
+from vfjax.network._retrace import origin_of, traces_of
 from vfjax.network._sites import WORDS, crosses, in_stem, inputs_of, locate, select
 
+if TYPE_CHECKING:
+    from vfjax.network._network import Network
+
 Edit = Callable[[Array], Array]
+
+
+def run(
+    net: Network,
+    variables: PyTree,
+    x: PyTree,
+    capture: Iterable[str] | None,
+    edit: Mapping[str, Edit] | None,
+    stop: int | None,
+    start: int | None,
+) -> Any:
+    """Evaluates a network or a part of it; see `Network.run`."""
+    check_part(net, start, stop)
+    check_crossing(x, start)
+    named = named_leaves(net, variables)
+    if isinstance(x, Crossing):
+        traced = traces_of(net).at_crossing(named, x)
+        env = dict(zip(traced.cut(x.depth).crossing, x.values, strict=True))
+    else:
+        traced = traces_of(net).at(named, x)
+        env = dict(zip(inputs_of(traced), jax.tree.leaves(x), strict=True))
+    ids = zip(traced.graph.inputs, net.paths, strict=False)
+    env |= {value: named[path] for value, path in ids if path in named}
+    env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
+    changes = Changes(net, traced, capture, edit, stop, start)
+    env = changes.enter(env)
+    ends = traced.ends(stop)
+    wanted = list(dict.fromkeys([*ends, *changes.values]))
+    check_present(net, traced, wanted, env, "variables")
+    values = evaluate(
+        traced.graph,
+        env,
+        wanted,
+        edits=changes.edits,
+        operand_edits=changes.operand_edits,
+        rules=faster.rules(),
+    )
+    if stop is not None:
+        origin = x.origin if isinstance(x, Crossing) else origin_of(x)
+        out: Any = Crossing(tuple(values[v] for v in ends), stop, origin)
+    else:
+        out = changes.finish(traced.output(values))
+    if capture is None:
+        return out
+    return out, changes.captured(values, env, out)
 
 
 class Changes:

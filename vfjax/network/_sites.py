@@ -10,11 +10,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from vfjax._analysis.taps import axes_at_tap
-from vfjax._analysis.traced import Traced
+from vfjax._analysis import Traced, axes_at_tap
 from vfjax._jaxpr.primitives import CONV
 from vfjax.network._checks import opaque_hint
 from vfjax.network._records import JointTap, Tap
+from vfjax.network._retrace import traces_of
 
 if TYPE_CHECKING:
     from vfjax.network._network import Network
@@ -77,7 +77,7 @@ def sites_of(net: Network) -> dict[str, Site]:
     only = {tap.name: tap for tap in net.taps if shown.count(tap.name) == 1}
     names = ["input", *layers, *(f"{name}:act" for name in layers)]
     names += [f"{name}:in" for name in (*norms, *layers)]
-    whole = (whole_site(net._reference, name) for name in (*names, "output"))
+    whole = (whole_site(traces_of(net).reference, name) for name in (*names, "output"))
     by_name = {site.name: site for site in whole if site is not None}
     by_name |= {name: by_name[name]._replace(tap=tap) for name, tap in only.items()}
     for tap in net.taps:
@@ -201,7 +201,7 @@ def depth_of(net: Network, name: str) -> tuple[str | None, int, bool]:
     layer = net.norm(_base(site)).layer if site.kind == "norm" else site.layer
     if layer is not None and site.kind != "operand":
         return layer, net.layer(layer).depth, net.layer(layer).main
-    traced = net._reference
+    traced = traces_of(net).reference
     before = set(traced.graph.needed([locate(net, traced, name)[0]], ()))
     layers = traced.layers.values()
     depth = max((traced.depth_of(s) for s in layers if s.index in before), default=0)
@@ -214,7 +214,7 @@ def channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
     In the input of a layer these are the axes that it shares with the kernel, usually those that
     are contracted.
     """
-    site, traced = _whole(net, name), net._reference
+    site, traced = _whole(net, name), traces_of(net).reference
     if site.kind in ("input", "output"):
         return None
     if site.kind == "norm":
@@ -233,7 +233,7 @@ def channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
 
 
 def _whole(net: Network, name: str) -> Site:
-    site = whole_site(net._reference, name)
+    site = whole_site(traces_of(net).reference, name)
     if site is None:
         raise ValueError(no_value(net, name))
     return site
@@ -302,7 +302,7 @@ def no_layer(net: Network, name: str) -> str:
     site = net.sites.get(name) if isinstance(name, str) else None
     if site is None:
         return unknown(net, "layer", name, [layer.name for layer in net.layers])
-    hint = f": name '{site.of}'" if site.of in net._reference.layers else ""
+    hint = f": name '{site.of}'" if site.of in traces_of(net).reference.layers else ""
     return f"'{name}' is {site.meaning}, a site, not a layer{hint}."
 
 

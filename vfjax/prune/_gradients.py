@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import labelled
-from vfjax._passes.devices import mesh_of
-from vfjax._trees.paths import flatten_named, with_leaves
+from vfjax._passes import labelled, mesh_of
+from vfjax._trees import flatten_named, with_leaves
 from vfjax._types import Array, PyTree
 from vfjax.network._network import Network
 

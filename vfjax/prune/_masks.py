@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import paths
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.prune._scores import Scores
 
@@ -71,7 +71,7 @@ def masks(
     for path, places in chosen:
         kept[path][places] = False
     shaped = {path: mask.reshape(scores.values[path].shape) for path, mask in kept.items()}
-    flat, treedef = paths.flatten_named(scores.like)
+    flat, treedef = flatten_named(scores.like)
     return jax.tree.unflatten(treedef, [shaped.get(path, True) for path in flat])
 
 
@@ -144,11 +144,11 @@ def keep(mask: PyTree) -> Any:
     """
     import optax
 
-    by_path = paths.flatten_named(mask, name="mask")[0]
+    by_path = flatten_named(mask, name="mask")[0]
 
     def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
         del params
-        _check_shapes(paths.flatten_named(updates, name="updates")[0], by_path, "updates")
+        _check_shapes(flatten_named(updates, name="updates")[0], by_path, "updates")
         return _masked(updates, by_path)
 
     return optax.stateless(update)
@@ -172,8 +172,8 @@ def mask_of(tree: PyTree, mask: PyTree) -> dict[str, Any]:
             "mask must have the structure of the tree: make it from scores of that tree, with "
             "vfjax.prune.masks"
         )
-    by_path = paths.flatten_named(mask, name="mask")[0]
-    _check_shapes(paths.flatten_named(tree, name="tree")[0], by_path, "tree")
+    by_path = flatten_named(mask, name="mask")[0]
+    _check_shapes(flatten_named(tree, name="tree")[0], by_path, "tree")
     return by_path
 
 
@@ -260,7 +260,7 @@ def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str)
 
 def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
     """A tree with zeros where a fitting mask, given by path, is False."""
-    flat, treedef = paths.flatten_named(tree)
+    flat, treedef = flatten_named(tree)
 
     def masked(leaf: Any, kept: Any) -> Any:
         return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))

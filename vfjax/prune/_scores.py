@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees.paths import flatten_named
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._kernels import kernel_rows
@@ -160,7 +160,7 @@ def rows_of(
                 "network without what computes it, such as a mask"
             )
         places = kernel_rows(net, name)
-        used = taken.setdefault(path, np.zeros(net._avals[path].size, bool))
+        used = taken.setdefault(path, np.zeros(net.leaves([path])[path].size, bool))
         if not used[places].any():
             rows[name], paths[name] = places, path
             used[places] = True

@@ -10,9 +10,7 @@ import jax
 import numpy as np
 
 from vfjax._deprecated import renames
-from vfjax._passes.batching import batch_size
-from vfjax._passes.devices import on_mesh
-from vfjax._passes.streaming import stream
+from vfjax._passes import batch_size, on_mesh, stream
 from vfjax._types import PyTree
 from vfjax.network._kernels import input_squares, kernel_rows, spread
 from vfjax.network._network import Network

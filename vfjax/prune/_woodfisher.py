@@ -21,7 +21,7 @@ import numpy as np
 import scipy.linalg
 
 from vfjax._deprecated import renames
-from vfjax._trees.paths import check_like, flatten_named, with_leaves
+from vfjax._trees import check_like, flatten_named, with_leaves
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network

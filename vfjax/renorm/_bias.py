@@ -9,19 +9,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax._maps.maps import Maps
-from vfjax._trees import paths
-from vfjax._trees.mean import resolve_weights
+from vfjax._maps import Maps
+from vfjax._trees import check_finite, check_like, check_sequence, flatten_named, resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.merge._arguments import merged_of, weights_for
 from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._arguments import models_of, networks
 from vfjax.network._checks import opaque_hint
+from vfjax.network._inside import Part, bias_of
 from vfjax.network._network import Network
-
-# A bias: the path of its leaf, and its slice of that leaf where a scan over layers was unrolled.
-Bias = tuple[str, int | None]
 
 
 def remove_bias(
@@ -94,7 +91,7 @@ def remove_bias(
     def loses(depth: int) -> bool:
         return depth > depths - number if first is None else depth <= number
 
-    def zero(bias: Array, index: Bias, depth: int) -> Array:
+    def zero(bias: Array, index: Part, depth: int) -> Array:
         return jnp.zeros_like(bias) if loses(depth) else bias
 
     return _map_biases(model, zero, same=lambda a, b: loses(a) == loses(b))
@@ -144,7 +141,7 @@ def calibrate_bias(
             raise ValueError("maps map references, and there are none; give references=[...]")
         models = _equal_models(model, weights)
 
-        def scaled(bias: Array, index: Bias, depth: int) -> Array:
+        def scaled(bias: Array, index: Part, depth: int) -> Array:
             return bias * float(models) ** (1 - depth)
 
         return _map_biases(model, scaled, same=lambda a, b: models == 1 or a == b)
@@ -152,7 +149,7 @@ def calibrate_bias(
     leaves = _in_basis(model, references, maps)
     mix = weights_for(model, weights, len(leaves))
 
-    def mixed(bias: Array, index: Bias, depth: int) -> Array:
+    def mixed(bias: Array, index: Part, depth: int) -> Array:
         parts = (w**depth * _read(b, index) for w, b in zip(mix, leaves, strict=True))
         return sum(parts, start=jnp.zeros_like(bias))
 
@@ -163,7 +160,7 @@ def _in_basis(
     merged: Unpacked, references: Sequence[PyTree], maps: Maps | None
 ) -> list[dict[str, Any]]:
     """The leaves of the references, with those of the trunk mapped into the basis of the merge."""
-    paths.check_sequence(references, name="references")
+    check_sequence(references, name="references")
     model, count = merged.model, len(references)
     net, cut, end = model.net, model.cut, model.end
     if maps is not None:
@@ -180,17 +177,16 @@ def _in_basis(
     else:
         # Stems and heads keep their biases, so their widths and classes may differ.
         flats = [
-            paths.flatten_named(tree, name=f"references[{k}]").leaves
-            for k, tree in enumerate(references)
+            flatten_named(tree, name=f"references[{k}]").leaves for k, tree in enumerate(references)
         ]
         for k, leaves in enumerate(flats):
-            paths.check_finite(leaves, name=f"references[{k}]")
+            check_finite(leaves, name=f"references[{k}]")
     kept = net.trunk_leaves(cut, end) - {norm.var for norm in net.norms}
     for k, leaves in enumerate(flats):
         name = f"references[{k}]"
         mine = {path: leaf for path, leaf in leaves.items() if path in kept}
         try:
-            paths.check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
+            check_like(mine, net.leaves(kept), name=name, other="the merged trunk")
         except ValueError as error:
             raise ValueError(
                 f"{error} Biases are added up in the basis of the merge: give the models as they "
@@ -216,7 +212,7 @@ def _equal_models(merged: Unpacked, weights: Sequence[float] | None) -> int:
 
 def _map_biases(
     merged: Unpacked,
-    change: Callable[[Array, Bias, int], Array],
+    change: Callable[[Array, Part, int], Array],
     *,
     same: Callable[[int, int], bool],
 ) -> PyTree | Merged:
@@ -249,20 +245,20 @@ def _map_biases(
     return merged.put(trunk=leaves).given_back()
 
 
-def bias_depths(net: Network, cut: int, end: int | None = None) -> dict[Bias, list[int]]:
+def bias_depths(net: Network, cut: int, end: int | None = None) -> dict[Part, list[int]]:
     """The depths of the layers of the trunk that add each bias."""
-    depths: dict[Bias, list[int]] = {}
+    depths: dict[Part, list[int]] = {}
     for layer in net.layers:
-        view = net._reference.layers[layer.name].bias
-        if layer.bias is None or view is None or (cut and net.in_stem(layer.name, cut)):
+        bias = bias_of(net, layer.name)
+        if bias is None or (cut and net.in_stem(layer.name, cut)):
             continue
         if end is not None and not net.in_stem(layer.name, end):
             continue
-        depths.setdefault((layer.bias, view.slot), []).append(layer.depth)
+        depths.setdefault(bias, []).append(layer.depth)
     return depths
 
 
-def _read(leaves: dict[str, Any], index: Bias) -> Array:
+def _read(leaves: dict[str, Any], index: Part) -> Array:
     path, slot = index
     leaf = jnp.asarray(leaves[path])
     leaf = leaf if slot is None else leaf[slot]

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax._maps.maps import Maps
-from vfjax._trees.paths import check_sequence
+from vfjax._maps import Maps
+from vfjax._trees import check_sequence
 from vfjax._types import Array
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged

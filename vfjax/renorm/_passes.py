@@ -20,19 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import batches, check_finite_means, keep
-from vfjax._passes.devices import on_mesh, on_meshes
-from vfjax._passes.moments import (
-    Pooled,
-    coefficients,
-    moments_of,
-    pool,
-)
-from vfjax._trees import paths
+from vfjax._passes import batches, check_finite_means, keep, on_mesh, on_meshes
+from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
+from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._crossing import Crossing
+from vfjax.network._inside import Part, ranks_of, statistics_of
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
 
@@ -186,15 +181,13 @@ def with_statistics(
         New leaves; statistics have the dtypes of the old ones.
     """
     new = dict(leaves)
-    joined: dict[tuple[Any, ...], Pooled] = {}
+    joined: dict[tuple[Part, Part], Pooled] = {}
     for name, moments in by_norm.items():
-        site = net._reference.norms[name]
-        norm = net.norm(name)
-        key = (norm.mean, site.mean.slot, norm.var, site.var.slot)
+        key = statistics_of(net, name)
         joined[key] = pool(joined[key], moments) if key in joined else moments
-    for (mean, mean_slot, var, var_slot), moments in joined.items():
-        new[mean] = _write(new[mean], mean_slot, moments.mean)
-        new[var] = _write(new[var], var_slot, moments.var)
+    for (mean, var), moments in joined.items():
+        new[mean.path] = _write(new[mean.path], mean.slot, moments.mean)
+        new[var.path] = _write(new[var.path], var.slot, moments.var)
     return new
 
 
@@ -204,37 +197,15 @@ def ranks(job: Job) -> list[list[str]]:
     A norm that directly follows a corrected layer has that layer's rank: the moments of its input
     follow from the layer's.
     """
-    trunk = _ranks(job.net, job.layers, job.norms)
+    trunk = ranks_of(job.net, job.layers, job.norms)
     heads: list[list[str]] = []  # after the whole trunk, and each by its own graph
     for model in dict.fromkeys(model for model, _ in job.heads):
         norms = tuple(norm for k, norm in job.heads if k == model)
-        own = _ranks(job.frame.net_of(model), (), norms)
+        own = ranks_of(job.frame.net_of(model), (), norms)
         heads += [[] for _ in range(len(own) - len(heads))]
         for rank, names in zip(heads, own, strict=False):
             rank += [label(model, name) for name in names]
     return trunk + heads
-
-
-def _ranks(net: Network, layers: tuple[str, ...], norms: tuple[str, ...]) -> list[list[str]]:
-    """The ranks of sites of one network."""
-    traced = net._reference
-    graph = traced.graph
-    reads, makes = {}, {}
-    for name in layers:
-        reads[name] = traced.layers[name].preactivation
-        makes[name] = graph.producer[reads[name]]
-    for name in norms:
-        makes[name] = traced.norms[name].index
-        reads[name] = graph.equations[makes[name]].values[0]
-    rank: dict[str, int] = {}
-    for name in sorted(makes, key=makes.__getitem__):
-        before = net.norm(name).layer if name in norms else None
-        if before in layers:
-            rank[name] = rank[before]
-            continue
-        needed = set(graph.needed([reads[name]], ()))
-        rank[name] = 1 + max((rank[n] for n in rank if makes[n] in needed), default=-1)
-    return [[n for n in rank if rank[n] == k] for k in range(1 + max(rank.values(), default=-1))]
 
 
 def label(model: int, norm: str) -> str:
@@ -321,7 +292,7 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
 
     def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
         """Edits that measure the norms of a tree; `labels` names their moments."""
-        leaves, _ = paths.flatten_named(tree)
+        leaves, _ = flatten_named(tree)
 
         def edit(norm: Norm, u: Array) -> Array:
             now = measured[labels[norm.name]] = moments_of(u, norm.sample_axes)
@@ -341,14 +312,13 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
 
 def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u: Array) -> Array:
     """The input that the norm maps, by its old statistics, to where the batch's would map `u`."""
-    site = net._reference.norms[norm.name]
 
-    def old(path: str, slot: int | None) -> Array:
-        leaf = jnp.asarray(leaves[path])
-        leaf = leaf if slot is None else leaf[slot]
+    def old(part: Part) -> Array:
+        leaf = jnp.asarray(leaves[part.path])
+        leaf = leaf if part.slot is None else leaf[part.slot]
         return leaf.reshape(now.mean.shape).astype(now.mean.dtype)
 
-    mean, var = old(norm.mean, site.mean.slot), old(norm.var, site.var.slot)
+    mean, var = map(old, statistics_of(net, norm.name))
     factor = jnp.sqrt((var + norm.eps) / (now.var + norm.eps))
     now_mean, factor, mean = (
         jnp.expand_dims(v, norm.sample_axes) for v in (now.mean, factor, mean)

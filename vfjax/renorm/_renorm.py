@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax._maps.maps import Maps
-from vfjax._trees import paths
+from vfjax._maps import Maps
+from vfjax._trees import with_leaves
 from vfjax._types import PyTree
 from vfjax.merge._arguments import merged_of
 from vfjax.merge._merged import Merged
@@ -240,5 +240,5 @@ def _with_variances(given: Unpacked) -> Unpacked:
     if not unknown:
         return given
     ones = {path: jnp.ones(a.shape, a.dtype) for path, a in model.net.leaves(unknown).items()}
-    whole = paths.with_leaves(model.trunk, ones)
+    whole = with_leaves(model.trunk, ones)
     return Unpacked(dataclasses.replace(model, trunk=whole), given.plain)

@@ -7,7 +7,8 @@ from typing import Any
 
 from vfjax._types import Array
 from vfjax.merge._unpacked import Unpacked
-from vfjax.network._fold import FoldError, fold
+from vfjax.network._fold import FoldError
+from vfjax.network._inside import folded
 from vfjax.renorm._passes import Found, renewed
 
 # Scale and shift by layer; the scale is applied first.
@@ -40,7 +41,7 @@ def fold_all(model: Unpacked, results: Found, *, shift: bool) -> Unpacked:
             if model.model.cut > 0 and model.net.in_stem(name, model.model.cut):
                 leaves, stems = _into_stems(model, leaves, stems, name, scale, added)
             else:
-                leaves = fold(model.net._reference, leaves, name, scale, added)
+                leaves = folded(model.net, leaves, name, scale, added)
         except FoldError:
             explicit[name] = scale, moved
     return model.put(trunk=leaves, stems=stems, corrections=explicit)
@@ -72,8 +73,7 @@ def _into_stems(
     means = {path: trunk[path] for path in lent if path in trunk}
     new = []
     for k, own in enumerate(stems):
-        reference = model.model.net_of(k)._reference
-        folded = fold(reference, own | means, name, scale, shift)
-        new.append({path: folded[path] for path in own})
-        trunk = {**trunk, **{path: folded[path] for path in means}}
+        written = folded(model.model.net_of(k), own | means, name, scale, shift)
+        new.append({path: written[path] for path in own})
+        trunk = {**trunk, **{path: written[path] for path in means}}
     return dict(trunk), new

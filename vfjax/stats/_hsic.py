@@ -18,10 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import batch_size, batches
-from vfjax._passes.devices import on_mesh, on_meshes
+from vfjax._passes import batch_size, batches, on_mesh, on_meshes, stream
 from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
-from vfjax._passes.streaming import stream
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import as_float, by_example
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.devices import on_mesh
+from vfjax._passes import by_pieces, each, each_piece, on_mesh
 from vfjax._passes.moments import (
     covariance_of,
     merge_moments,
@@ -23,7 +23,6 @@ from vfjax._passes.moments import (
     union_second,
     without_rounding,
 )
-from vfjax._passes.streaming import by_pieces, each, each_piece
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import Layout, arrange, by_channel
 from vfjax.network._network import Network

@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import check_finite_means
-from vfjax._passes.streaming import stream
-from vfjax._trees.mean import resolve_weights
-from vfjax._trees.paths import check_sequence
+from vfjax._passes import check_finite_means, stream
+from vfjax._trees import check_sequence, resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.network._arguments import Models, comparable, networks
 from vfjax.network._layout import check_operand, layout_of

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import AxisType
 
-from vfjax._analysis.batch_axis import separable
-from vfjax._passes.batching import batch_size
-from vfjax._trees.paths import flatten_named
+from vfjax._passes import batch_size
+from vfjax._trees import flatten_named
 from vfjax._types import PyTree
+from vfjax.network._inside import may_be_cut, widest
 from vfjax.network._network import Network
 
 # On CPU, the largest value of a piece in bytes, and the fewest examples in a piece.
@@ -39,14 +39,7 @@ def _pieces_of(net: Network, tree: PyTree, x: PyTree) -> int:
     if any(AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in leaves):
         return 1  # even on one device, the loop would have to specify the sharding of its slices
     named, _ = flatten_named(tree)
-    whole = net._traces.at(named, x)
-    most = max(_PIECE_BYTES * size // max(whole.widest, 1), _PIECE_MIN)
+    most = max(_PIECE_BYTES * size // max(widest(net, named, x), 1), _PIECE_MIN)
     piece = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
-    if not _PIECE_MIN <= piece < size:
-        return 1
-    try:
-        part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((piece, *a.shape[1:]), a.dtype), x)
-        traced = net._traces.at(named, part)
-    except Exception:  # the function may take batches of this size only, and raise anything
-        return 1
-    return size // piece if separable(whole.graph, traced.graph) else 1
+    pays = _PIECE_MIN <= piece < size
+    return size // piece if pays and may_be_cut(net, named, x, piece) else 1

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._trees.paths import check_finite, flatten_named
+from vfjax._trees import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees.paths import flatten_named, some
+from vfjax._trees import flatten_named, some
 from vfjax._types import Array, PyTree
 from vfjax.symmetry._group_maps import (
     as_array,

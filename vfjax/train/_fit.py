@@ -19,8 +19,8 @@ import optax
 from flax import linen as nn
 from tqdm import tqdm
 
-from vfjax._jaxpr.faster import routed
-from vfjax._trees.paths import check_finite, flatten_named
+from vfjax._jaxpr import routed
+from vfjax._trees import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.data._data import Dataset, normalise
 from vfjax.train._recipes import (

@@ -11,9 +11,6 @@ import optax
 
 from vfjax._types import Array
 
-__all__ = ["PRESETS", "RECIPES", "Recipe", "recipe_for"]
-
-
 # The learning rate at the start of a warm-up, as in the paper's code at its peak of 0.1.
 _WARMUP_START = 1e-6
 

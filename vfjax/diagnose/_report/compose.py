@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vfjax._files import write_whole
-from vfjax._maps.maps import Maps
+from vfjax._maps import Maps
 from vfjax._types import PyTree
 from vfjax.diagnose._bounds import (
     Bound,
@@ -46,9 +46,6 @@ from vfjax.network._sites import Sites
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["Advice", "LayerFinding", "NormFinding", "Report", "report"]
-
 
 # Gamma of the paper's detailed plots.
 _GAMMA = 1.4

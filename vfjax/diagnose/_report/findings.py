@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import batch_size
+from vfjax._passes import batch_size
 from vfjax._passes.moments import alive
 from vfjax.diagnose._bounds import Bound
 from vfjax.diagnose._features import Features
-from vfjax.diagnose._sites import describe, value_of
+from vfjax.diagnose._sites import describe
 from vfjax.merge._unpacked import Unpacked
+from vfjax.network._inside import is_output, tree_of
 from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
@@ -141,7 +142,7 @@ def main_path(net: Network, names: Sequence[str]) -> tuple[tuple[str, ...], str]
     path = tuple(site.name for site in sites if site.name != "input")
     if not path:
         return path, "the output"
-    if path[-1] == "output" or net._reference.graph.outputs == (value_of(net, path[-1]),):
+    if is_output(net, path[-1]):
         return path, "the output"
     if _output_has_features(net):
         return (*path, "output"), "the output"
@@ -150,7 +151,7 @@ def main_path(net: Network, names: Sequence[str]) -> tuple[tuple[str, ...], str]
 
 def _output_has_features(net: Network) -> bool:
     """Whether the output is one array of floats with one axis that grows with the batch."""
-    variables = jax.tree.unflatten(net._treedef, list(net._avals.values()))
+    variables = tree_of(net, net.leaves(net.paths))
     traced = jax.eval_shape(net.run, variables, net.x)
     if not isinstance(traced, jax.ShapeDtypeStruct):
         return False
