@@ -27,8 +27,6 @@ AS, UNLIKE, OPEN, NEW = "as in the paper", "unlike", "undecided here", "not in t
 VERDICTS = (AS, UNLIKE, OPEN, NEW)
 # Accuracies of no more than so much above chance are near it.
 NEAR = 0.1
-
-
 # Whether a claim holds (None where it cannot be told), and what was measured.
 Decision = tuple[bool | None, str]
 Rule = Callable[[Record], Decision | None]
@@ -54,32 +52,25 @@ def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
     for claim in claims:
         found = claim.rule(record) if claim.when(record) else None
         if found is not None:
-            holds, here = found
-            paper = claim.paper if claim.told(record) else ""
-            verdict = {True: AS, False: UNLIKE, None: OPEN}[holds] if paper else NEW
-            row = {"id": claim.id, "claim": claim.claim, "paper": paper}
-            rows.append(
-                row | {"here": here, "verdict": verdict, "rule": claim.by or f"{claim.rule}"}
-            )
+            paper, rule = claim.paper if claim.told(record) else "", claim.by or str(claim.rule)
+            verdict = {True: AS, False: UNLIKE, None: OPEN}[found[0]] if paper else NEW
+            row = {"id": claim.id, "claim": claim.claim, "paper": paper, "here": found[1]}
+            rows.append(row | {"verdict": verdict, "rule": rule})
     return rows
 
 
 def table(verdicts: Sequence[Mapping[str, str]], mark: str = "") -> tables.Table:
     """Claim, paper, here, verdict; before what is unlike the paper stands a mark."""
-    lines = []
-    for row in verdicts:
-        verdict = mark * (row["verdict"] == UNLIKE) + row["verdict"]
-        lines.append([row["claim"], row["paper"] or "-", row["here"], verdict])
+    marks = {UNLIKE: mark + UNLIKE}
+    lines = [
+        [row["claim"], row["paper"] or "-", row["here"], marks.get(row["verdict"], row["verdict"])]
+        for row in verdicts
+    ]
     return tables.Table("", ["claim", "paper", "here", "verdict"], lines, texts=4)
 
 
 def counts(verdicts: Iterable[Mapping[str, str]]) -> str:
-    """How many there are of each verdict.
-
-    Example:
-      >>> counts([{"verdict": AS}, {"verdict": AS}, {"verdict": UNLIKE}])
-      '2 as in the paper, 1 unlike'
-    """
+    """How many there are of each verdict, in words."""
     found = [row["verdict"] for row in verdicts]
     return ", ".join(f"{found.count(v)} {v}" for v in VERDICTS if v in found)
 
@@ -90,10 +81,6 @@ class Quantity:
 
     label: str
     of: Callable[[Record], float]
-
-    def told(self, record: Record) -> str:
-        """The name, and the number in per cent."""
-        return f"{self.label} {100 * self.of(record):.1f}"
 
 
 def accuracy(label: str, *, key: str = "accuracy", **where: Any) -> Quantity:
@@ -117,7 +104,7 @@ def noise(value: float, images: int) -> float:
 
 
 def free(record: Record, value: float) -> float:
-    """The same on the test images of a record."""
+    """Two standard errors of an accuracy on the test images of a record."""
     return noise(value, record["data"]["test_images"])
 
 
@@ -157,12 +144,7 @@ def level(record: Record, values: Sequence[float], by: float) -> bool | None:
 
 
 def all_of(found: Iterable[bool | None]) -> bool | None:
-    """Whether all hold: not if one does not, and open if that is open of one.
-
-    Example:
-      >>> all_of([True, None]), all_of([False, None]), all_of([])
-      (None, False, True)
-    """
+    """Whether all hold: not if one does not, and open if that is open of one."""
     found = list(found)
     return False if False in found else None if None in found else True
 
@@ -178,11 +160,13 @@ class Comparison:
 
     def __call__(self, record: Record) -> Decision | None:
         """Decides; `holds` gets the record and the numbers."""
-        found = {quantity: quantity.of(record) for quantity in self.quantities}
-        if any(map(math.isnan, found.values())):
+        found = [quantity.of(record) for quantity in self.quantities]
+        if any(map(math.isnan, found)):
             return None
-        shown = sorted(found, key=lambda q: -found[q]) if self.ranked else found
-        return self.holds(record, *found.values()), ", ".join(q.told(record) for q in shown)
+        shown = [(q.label, value) for q, value in zip(self.quantities, found, strict=True)]
+        shown = sorted(shown, key=lambda pair: -pair[1]) if self.ranked else shown
+        here = ", ".join(f"{label} {100 * value:.1f}" for label, value in shown)
+        return self.holds(record, *found), here
 
     def __str__(self) -> str:
         return self.text

@@ -3,11 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,26 +57,21 @@ def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str
     return convert_checked
 
 
-def _whole(text: str) -> int:
-    return int(text) if text.isdigit() else -1
-
-
 def count_of(what: str) -> Callable[[str], int]:
-    return typed(_whole, lambda count: count >= 1, f"is not a number of {what}, from 1 on")
+    return typed(int, lambda count: count >= 1, f"is not a number of {what}, from 1 on")
 
 
-def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
+def number_of(low: float, high: float = math.inf) -> Callable[[str], float]:
     """The type of an option that is a finite number from `low` to `high`."""
-    to = "on" if high == float("inf") else f"to {high:g}"
-    wrong = f"is not a number from {low:g} {to}"
-    return typed(float, lambda value: low <= value <= high and value != float("inf"), wrong)
+    wrong = f"is not a number from {low:g} {'on' if high == math.inf else f'to {high:g}'}"
+    return typed(float, lambda value: low <= value <= high and value < math.inf, wrong)
 
 
-positive = typed(float, lambda value: 0 < value < float("inf"), "is not a finite number above 0")
-seed_of = typed(_whole, lambda seed: seed >= 0, "is not a seed, from 0 on")
+positive = typed(float, lambda value: 0 < value < math.inf, "is not a finite number above 0")
+seed_of = typed(int, lambda seed: seed >= 0, "is not a seed, from 0 on")
 # A number of images, or `all`; `counted` makes a number or None of it.
 count_or_all = typed(
-    lambda text: text if text == "all" else _whole(text),
+    lambda text: text if text == "all" else int(text),
     lambda count: count == "all" or count >= 1,
     "is neither a number of images nor 'all'",
 )
@@ -97,7 +92,7 @@ def model_of(text: str) -> tuple[str, float | None]:
 
 
 def output_folder(text: str) -> str:
-    """The type of `--out`: a folder that files can be written to; what is made to try it goes.
+    """The type of `--out`: a folder that there is or that can be made, and written to.
 
     Example:
       >>> output_folder("/dev/null/x")
@@ -105,25 +100,12 @@ def output_folder(text: str) -> str:
         ...
       argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is not a folder
     """
-    text = os.path.expanduser(text)
-    folder = Path(text).absolute()
-    made: list[Path] = []
-    try:
-        for parent in reversed((folder, *folder.parents)):
-            if not parent.is_dir():
-                parent.mkdir()
-                made.append(parent)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, FileExistsError):
-            why = f"{error.filename} is not a folder"
-        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {why}") from error
-    finally:
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-    return text
+    folder = Path(text).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "may not be written to" if there.is_dir() else "is not a folder"
+        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {there} {why}")
+    return os.path.expanduser(text)
 
 
 def option(
@@ -157,14 +139,14 @@ def option(
 
 
 def sized(help: str, part: str, cpu: int, paper: int | None, what: str = "images") -> Any:
-    """An option that is a number of something, by default that of the preset."""
+    """An option that is a number of something, by default that of the preset; None for all."""
     presets = {"cpu": cpu, "paper": paper}
     return option(None, help, presets=presets, type=count_of(what), metavar="N", part=part)
 
 
-def images(name: str, help: str, cpu: int, paper: int | None = None) -> Any:
-    """An option of how many images there are, by preset; None for all."""
-    return sized(help, name + "{}", cpu, paper)
+def images(name: str, help: str, cpu: int) -> Any:
+    """An option of how many images there are, all with the preset `paper`."""
+    return sized(help, name + "{}", cpu, None)
 
 
 # fmt: off
@@ -182,10 +164,9 @@ class Options:
 
 def parser(options: type, prog: str, doc: str | None) -> Parser:
     p = Parser(prog=prog, usage=f"{prog} [options]", description=doc, formatter_class=Help)
+    common = {field.name for field in dataclasses.fields(Options)}
     # Own options first.
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    common = [fields.pop(f.name) for f in dataclasses.fields(Options) if f.name in fields]
-    for field in (*fields.values(), *common):
+    for field in sorted(dataclasses.fields(options), key=lambda field: field.name in common):
         default, given = field.default, dict(field.metadata["argument"])
         if default is False:
             given["action"] = "store_true"

@@ -135,7 +135,7 @@ def read(path: Path) -> Record:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version(), "vfjax": vfjax.__version__}
-    for package in ("vfjax", *PACKAGES.split()):
+    for package in PACKAGES.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -199,17 +199,15 @@ def file_name(
     if stem is None:
         width = config.get("width", 1)
         stem = [record["data"]["name"], config["model"] + ("" if width == 1 else f"-w{width:g}")]
-    parts, last = [record["experiment"], *stem], []
-    defaults = cli.defaults(options, config)
+    parts, defaults = {}, cli.defaults(options, config)
     for field in dataclasses.fields(options):
-        part, value, text = field.metadata["part"], config.get(field.name), None
-        usual = field.metadata["usual"]
+        part, usual, value = field.metadata["part"], field.metadata["usual"], config.get(field.name)
         default = usual(record) if usual else defaults[field.name]
         if callable(part):
-            text = part(record)
+            parts[field.name] = part(record)
         elif part is not None and finite(value) != finite(default):
             several = isinstance(value, (list, tuple))
-            text = part.format("+".join(map(str, value)) if several else value)
-        # How the networks were made comes after what was done with them.
-        (last if field.name in ("preset", "retrain") else parts).extend([text] if text else [])
-    return "-".join(parts + last)
+            parts[field.name] = part.format("+".join(map(str, value)) if several else value)
+    # How the networks were made comes after what was done with them.
+    made = [parts.pop(name, None) for name in ("preset", "retrain")]
+    return "-".join(filter(None, [record["experiment"], *stem, *parts.values(), *made]))
