@@ -8,14 +8,19 @@ claims say is in the records, which `--redraw` of a script brings up to date.
 """
 
 import argparse
+import collections
+import importlib
+import pkgutil
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import papers
 
 from kit import claims, cli, records, tables
 
@@ -26,11 +31,16 @@ BENCHMARKS = "benchmarks"
 def found(folder: Path) -> dict[str, list[tuple[str, records.Record]]]:
     """Names and contents of the records in a folder, by experiment; the plainest run first."""
     read = [(path.stem, records.read(path)) for path in folder.glob("*.json")]
-    by_experiment: dict[str, list[tuple[str, records.Record]]] = {}
-    for run in sorted(read, key=lambda run: (len(run[1]["command"]), run[0])):
-        if "claims" in run[1]:
-            by_experiment.setdefault(run[1]["experiment"], []).append(run)
+    by_experiment = collections.defaultdict(list)
+    for name, record in sorted(read, key=lambda run: (len(run[1]["command"]), run[0])):
+        if "claims" in record:
+            by_experiment[record["experiment"]].append((name, record))
     return dict(sorted(by_experiment.items()))
+
+
+def made_by(record: records.Record, after: str = "") -> str:
+    where = f"{after} on {records.made_on(record)}, on {record['date']}"
+    return f"Made by `{record['command']}`{where}, with "
 
 
 def section(name: str, record: records.Record) -> str:
@@ -45,20 +55,18 @@ def section(name: str, record: records.Record) -> str:
         parts.append(tables.markdown(claims.table(record["claims"], "*")))
         parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
         parts.append("</details>")
-    versions, seconds = record["versions"], record["seconds"]["total"]
-    parts.append(f"Made by `{record['command']}` in {seconds:.0f} s on {records.made_on(record)}, "
-                 f"on {record['date']}, with Python {versions['python']} and jax {versions['jax']}."
-                 f" All numbers: [{name}.json]({name}.json).")  # fmt: skip
-    return "\n\n".join(parts)
+    versions, seconds = record["versions"], f" in {record['seconds']['total']:.0f} s"
+    made = f"{made_by(record, seconds)}Python {versions['python']} and jax {versions['jax']}. "
+    made += f"All numbers: [{name}.json]({name}.json)."
+    return "\n\n".join([*parts, made])
 
 
 def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
     plainest = runs[0][1]
-    head = [f"# {experiment}", f"*{plainest['question']}*"]
-    head += [plainest["legend"]] if plainest.get("legend") else []
+    head = [f"# {experiment}", f"*{plainest['question']}*", plainest.get("legend", "")]
     if len(runs) > 1:
         head.append("\n".join(f"- [{n}](#{anchor(n)}): {record['title']}" for n, record in runs))
-    return "\n\n".join([*head, *(section(*run) for run in runs)]) + "\n"
+    return "\n\n".join(filter(None, [*head, *(section(*run) for run in runs)])) + "\n"
 
 
 def anchor(heading: str) -> str:
@@ -79,27 +87,38 @@ def write_page(folder: Path, experiment: str) -> Path:
 
 def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     """The verdicts on one claim: how many, with links to where each is from."""
-    links: dict[str, str] = {verdict: "" for verdict in claims.VERDICTS}
+    links = dict.fromkeys(claims.VERDICTS, "")
     for k, (experiment, name, row) in enumerate(runs, start=1):
         links[row["verdict"]] += f" [{k}]({experiment}.md#{anchor(name)})"
-    words = {verdict: verdict for verdict in links} | {claims.UNLIKE: f"**{claims.UNLIKE}**"}
-    return "; ".join(words[verdict] + found for verdict, found in links.items() if found)
+    words = {claims.UNLIKE: f"**{claims.UNLIKE}**"}
+    return "; ".join(words.get(verdict, verdict) + link for verdict, link in links.items() if link)
+
+
+def not_measured(experiments: Iterable[str]) -> Iterator[tuple[claims.Claim, str]]:
+    """Claims of the papers for experiments that have no record, with what these lack."""
+    for module in pkgutil.iter_modules(papers.__path__):
+        if module.name not in experiments:
+            paper = importlib.import_module(f"papers.{module.name}")
+            needs = getattr(paper, "NEEDS", "a run")
+            for claim in paper.CLAIMS:
+                yield claim, f"{claims.OPEN}: `{module.name}.py` is not measured, it needs {needs}"
 
 
 def index(folder: Path) -> str:
-    by_claim: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
-    lines, listed = [], []
-    for experiment, runs in found(folder).items():
+    by_claim, lines, experiments = collections.defaultdict(list), [], found(folder)
+    for experiment, runs in experiments.items():
         rows = [(experiment, name, row) for name, record in runs for row in record["claims"]]
         for run in rows:
-            by_claim.setdefault(run[2]["id"], []).append(run)
-        count = claims.counts([row for *_, row in rows]) or "no claims"
+            by_claim[run[2]["id"]].append(run)
+        count = claims.counts(row for *_, row in rows) or "no claims"
         question = runs[0][1]["question"]
         lines.append([f"[{experiment}]({experiment}.md)", question, str(len(runs)), count])
     table = tables.Table("", ["experiment", "question", "records", "claims"], lines, texts=4)
-    for name, runs in sorted(by_claim.items()):
+    listed = [[f"`{c.id}`", c.claim, c.paper, why] for c, why in not_measured(experiments)]
+    for name, runs in by_claim.items():
         said = next((row["paper"] for *_, row in runs if row["paper"]), "-")
         listed.append([f"`{name}`", runs[0][2]["claim"], said, verdicts_of(runs)])
+    listed.sort(key=lambda line: line[0].strip("`"))
     verdicts = tables.Table("", ["id", "claim", "paper", "here"], listed, texts=4)
     parts = [
         "# Results",
@@ -144,8 +163,7 @@ def benchmarks_page(folder: Path) -> str:
         parts += [f"**Missed: {records.joined(missed)}.**"] if missed else []
         shown = (folder / BENCHMARKS / figure).exists()
         parts += [f"![{name}]({BENCHMARKS}/{figure})"] if shown else []
-        parts.append(f"Made by `{record['command']}` on {records.made_on(record)}, on "
-                     f"{record['date']}, with jax {record['versions']['jax']}.")  # fmt: skip
+        parts.append(f"{made_by(record)}jax {record['versions']['jax']}.")
     return "\n\n".join(parts) + "\n"
 
 

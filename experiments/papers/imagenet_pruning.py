@@ -9,6 +9,8 @@ from kit.claims import Claim, Decision
 from kit.figures import label
 from kit.records import Record, joined
 
+# What there has to be for the experiment to be measured.
+NEEDS = "ImageNet and published weights"
 # The paper's highest sparsities of ConvNeXt, "tens of points", "high sparsity".
 HIGH, GAIN, HALF = (76, 80), 0.1, 50
 

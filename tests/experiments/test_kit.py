@@ -252,6 +252,23 @@ def test_pages_are_up_to_date():
         assert (records.RESULTS / name).read_text(encoding="utf-8") == text, name
 
 
+def assert_same(found, expected, at):
+    """Floats relatively, for versions of Python and numpy add them differently; all else exactly."""
+    assert type(found) is type(expected), at
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), at
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{at}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), at
+        for place, value in enumerate(expected):
+            assert_same(found[place], value, f"{at}[{place}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=0), at
+    else:
+        assert found == expected, at
+
+
 FOUND = [pair for runs in pages.found(records.RESULTS).values() for pair in runs]
 
 
@@ -261,7 +278,7 @@ def test_records_are_those_of_the_scripts(name, record):
     script = importlib.import_module(record["experiment"])
     derived = records.finite(script.EXPERIMENT.derived(record))
     for key in ("question", "title", "finding", "tables", "claims", "legend", "summary"):
-        assert json.loads(json.dumps(derived.get(key))) == record.get(key), key
+        assert_same(json.loads(json.dumps(derived.get(key))), record.get(key), key)
     assert script.EXPERIMENT.file_name(record) == name
     # What a script does by default is to be seen soon.
     assert record["seconds"]["total"] < (1200 if "--model" in record["command"] else 600)
@@ -277,6 +294,10 @@ def test_the_index_has_every_claim_once():
     for _, found in FOUND:
         for row in found["claims"]:
             assert index.count(f"| `{row['id']}` |") == 1
+    # Of an experiment without a record, too.
+    for claim in importlib.import_module("imagenet_pruning").CLAIMS:
+        (line,) = (line for line in index.splitlines() if line.startswith(f"| `{claim.id}` |"))
+        assert OPEN in line and "needs ImageNet" in line
     ids = [line.split("`")[1] for line in index.splitlines() if line.startswith("| `")]
     assert ids == sorted(set(ids))
     for verdict in claims.VERDICTS:
