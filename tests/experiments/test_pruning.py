@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import importlib
 import sys
 from pathlib import Path
@@ -303,12 +302,6 @@ def test_records_are_of_real_data():
         record = records.read(path)
         assert record["data"]["fallback"] is False and record["data"]["augmented"] is True
         assert RUN.file_name(record) == path.stem and record == RUN.derived(record)
-
-
-@pytest.mark.parametrize("module", [shared])
-def test_examples_in_docstrings(module):
-    found = doctest.testmod(module)
-    assert found.attempted and not found.failed
 
 
 @pytest.mark.parametrize(
