@@ -71,10 +71,11 @@ class Config(cli.Options):
         False, "a narrow network with random weights on random images: to see that it runs")
     methods: tuple[str, ...] | None = cli.option(
         None, f"{', '.join(METHODS)} (default: the paper's for the network)", choices=METHODS,
-        nargs="+", metavar="M", part="{}", usual=_usual("methods"))
+        action=cli.InOrder, nargs="+", metavar="M", part="{}", usual=_usual("methods"))
     sparsities: tuple[float, ...] | None = cli.option(
         None, "per cent of the weights that go (default: the paper's for the network)",
-        type=pruned.sparsity_of, nargs="+", metavar="S", part="at{}", usual=_usual("sparsities"))
+        type=pruned.sparsity_of, action=cli.InOrder, nargs="+", metavar="S", part="at{}",
+        usual=_usual("sparsities"))
     test: int | None = cli.option(
         None, "validation images, the first N (default: all 50,000)",
         type=cli.count_of("images"), metavar="N", part="test{}")
@@ -123,9 +124,8 @@ def images_of(config: Config, split: str, count: int | None, size: int) -> image
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     preset = preset_of(config.model)
-    methods = tuple(dict.fromkeys(config.methods or preset["methods"]))
-    sparsities = tuple(sorted(set(config.sparsities or preset["sparsities"])))
-    config = dataclasses.replace(config, methods=methods, sparsities=sparsities)
+    wanted = {key: getattr(config, key) or preset[key] for key in ("methods", "sparsities")}
+    config = dataclasses.replace(config, **wanted)
     with watch("weights"):
         net, tree, facts = network(config)
     with watch("data"):

@@ -46,14 +46,15 @@ FREE = 6
 class Config(pruned.RemedyOptions):
     methods: tuple[str, ...] = cli.option(
         METHODS, f"what is pruned by: {joined(pruned.METHODS)} (default: all but the last)",
-        choices=pruned.METHODS, metavar="M", part="{}")
+        choices=pruned.METHODS, action=cli.InOrder, metavar="M", part="{}")
     sparsities: tuple[float, ...] = cli.option(
         SPARSITIES, "per cent of the weights that go (default: 10, 20 ... 90, 95 and 99)",
-        type=pruned.sparsity_of, metavar="S", part="at{}")
+        type=pruned.sparsity_of, action=cli.InOrder, metavar="S", part="at{}")
     samples: tuple[int | str, ...] = cli.option(
         SAMPLES, "training images, the first N or all, by which what magnitude pruned is "
         "renormalised in the last panels (default: 64 128 256 all)", type=cli.count_or_all,
-        metavar="N", part="samples{}", usual=lambda record: record["config"]["samples"] and SAMPLES)
+        action=cli.InOrder, metavar="N", part="samples{}",
+        usual=lambda record: record["config"]["samples"] and SAMPLES)
     runs: int | None = cli.option(
         None, "networks, of different seeds (default: all that are shipped; two with --retrain)",
         type=cli.count_of("networks"), metavar="N", part="runs{}")
@@ -67,15 +68,6 @@ class Config(pruned.RemedyOptions):
         None, "gigabytes that WoodFisher may take", presets={"cpu": 2.0, "paper": 32.0},
         type=cli.number_of(0), metavar="GB", part="memory{}")
 # fmt: on
-
-
-def tidied(config: Config) -> Config:
-    """The same with everything once and in order; no numbers of images where none are tried."""
-    methods = tuple(method for method in pruned.METHODS if method in config.methods)
-    samples = sorted(set(config.samples), key=lambda n: float("inf" if n == "all" else n))
-    samples = tuple(samples) if {*methods} & {*BY_SAMPLES} else ()
-    sparsities = tuple(sorted(set(config.sparsities)))
-    return dataclasses.replace(config, methods=methods, samples=samples, sparsities=sparsities)
 
 
 def needed(config: Config) -> dict[str, int]:
@@ -100,7 +92,9 @@ def settled(config: Config, net: vfjax.Network, name: str) -> Config:
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    config = tidied(config)
+    # No numbers of images where none are tried.
+    samples = config.samples if {*config.methods} & {*BY_SAMPLES} else ()
+    config = dataclasses.replace(config, samples=samples)
     whole = config.statistics is None or "all" in config.samples
     read = None if whole else max(config.statistics, *needed(config).values())
     setup = pruned.loaded(config, watch, count=lambda config: config.runs, test="test",

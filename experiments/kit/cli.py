@@ -33,6 +33,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
+class InOrder(argparse.Action):
+    """Of several values each once: as choices are ordered, or numbers, with a word after them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        place = self.choices.index if self.choices else lambda one: (isinstance(one, str), one)
+        setattr(namespace, self.dest, sorted(set(values), key=place))
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -167,14 +175,13 @@ def parser(options: type, prog: str, doc: str | None) -> Parser:
     common = {field.name for field in dataclasses.fields(Options)}
     # Own options first.
     for field in sorted(dataclasses.fields(options), key=lambda field: field.name in common):
-        default, given = field.default, dict(field.metadata["argument"])
-        if default is False:
+        given = {"default": field.default, "help": field.metadata["help"]}
+        if field.default is False:
             given["action"] = "store_true"
-        elif isinstance(default, tuple):
-            default = list(default)
-            given.setdefault("nargs", "+")
-        name = "--" + field.name.replace("_", "-")
-        p.add_argument(name, default=default, help=field.metadata["help"], **given)
+        elif isinstance(field.default, tuple):
+            given |= {"default": list(field.default), "nargs": "+"}
+        given |= field.metadata["argument"]
+        p.add_argument("--" + field.name.replace("_", "-"), **given)
     return p
 
 

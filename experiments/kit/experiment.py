@@ -60,30 +60,32 @@ class Run:
     watched = staticmethod(timing.Watched)
 
     def __init__(self, setup: Setup, watch: timing.Stopwatch, partial: Path, key: str) -> None:
-        self.setup, self.watch, self.path, self._key = setup.value, watch, partial, key
-        self._done: dict[str, list[records.Row]] = {}
+        self.setup, self.watch, self.path = setup.value, watch, partial
+        self._saved = time.monotonic()
         self._order: list[str] = []
         self._pending: list[records.Row] | None = None
-        self._saved = time.monotonic()
-        self.notes: dict[str, list[records.Row]] = {}
+        self._kept: dict[str, Any] = {"key": key, "cells": {}, "notes": {}}
         with contextlib.suppress(OSError, ValueError, KeyError):
             found = json.loads(partial.read_text(encoding="utf-8"))
             if found["key"] == key:
                 watch.go_on(found["seconds"])
-                self._done, self.notes = found["cells"], found["notes"]
+                self._kept = found
+        self.notes: dict[str, list[records.Row]] = self._kept["notes"]
 
     def cells(self, plan: Iterable[Mapping[str, Any]]) -> Iterator[records.Row]:
         """Gives each cell of a plan, plain values by name, that is not measured yet."""
         cells = {json.dumps(records.finite(cell), sort_keys=True): dict(cell) for cell in plan}
         self._order += cells
-        missing = {name: cell for name, cell in cells.items() if name not in self._done}
+        done = self._kept["cells"]
+        missing = [name for name in cells if name not in done]
         there = len(cells) - len(missing)
         with tqdm(total=len(cells), initial=there, unit="cell", leave=False) as bar:
-            for name, cell in missing.items():
-                bar.set_description(", ".join(str(v) for v in cell.values() if v is not None))
+            for name in missing:
+                values = [str(value) for value in cells[name].values() if value is not None]
+                bar.set_description(", ".join(values))
                 self._pending = []
-                yield dict(cell)
-                self._done[name], self._pending = self._pending, None
+                yield cells[name]
+                done[name], self._pending = self._pending, None
                 self.cell_done()
                 bar.update()
 
@@ -101,13 +103,13 @@ class Run:
 
     @property
     def count(self) -> int:
-        return len(self._done)
+        return len(self._kept["cells"])
 
     @property
     def rows(self) -> records.Rows:
         """The rows of all finished cells, in the order of the plans."""
         names = dict.fromkeys(self._order)
-        return records.Rows(row for name in names for row in self._done.get(name, ()))
+        return records.Rows(row for name in names for row in self._kept["cells"].get(name, ()))
 
     def cell_done(self) -> None:
         if time.monotonic() - self._saved > EVERY:
@@ -116,9 +118,8 @@ class Run:
     def save(self) -> None:
         """Writes what was measured so far, if anything."""
         self._saved = time.monotonic()
-        if self._done:
-            kept = {"cells": self._done, "notes": self.notes, "seconds": self.watch.record()}
-            records.write(self.path, {"key": self._key} | kept)
+        if self.count:
+            records.write(self.path, self._kept | {"seconds": self.watch.record()})
 
 
 @dataclasses.dataclass(frozen=True)
