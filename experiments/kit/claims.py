@@ -15,13 +15,13 @@ chance may be what is claimed: it decides against one that is not, and so does `
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kit import tables
-from kit.records import Record
+from kit.records import Record, joined
 
 AS, UNLIKE, OPEN, NEW = "as in the paper", "unlike", "undecided here", "not in the paper"
 VERDICTS = (AS, UNLIKE, OPEN, NEW)
@@ -61,12 +61,12 @@ def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
 
 def table(verdicts: Sequence[Mapping[str, str]], mark: str = "") -> tables.Table:
     """Claim, paper, here, verdict; before what is unlike the paper stands a mark."""
-    marks = {UNLIKE: mark + UNLIKE}
-    lines = [
-        [row["claim"], row["paper"] or "-", row["here"], marks.get(row["verdict"], row["verdict"])]
-        for row in verdicts
-    ]
-    return tables.Table("", ["claim", "paper", "here", "verdict"], lines, texts=4)
+    keys, lines = ["claim", "paper", "here", "verdict"], []
+    for row in verdicts:
+        shown = row | {"paper": row["paper"] or "-"}
+        shown["verdict"] = mark * (row["verdict"] == UNLIKE) + row["verdict"]
+        lines.append([shown[key] for key in keys])
+    return tables.Table("", keys, lines, texts=4)
 
 
 def counts(verdicts: Iterable[Mapping[str, str]]) -> str:
@@ -143,10 +143,22 @@ def level(record: Record, values: Sequence[float], by: float) -> bool | None:
     return reached(by, gap, noise) if by else gap <= noise
 
 
+def leads(record: Record, value: float, *others: float, last: bool = False) -> bool | None:
+    """Whether an accuracy is above all others, or, with `last`, below them."""
+    return compared(record, min(others), value) if last else compared(record, value, max(others))
+
+
 def all_of(found: Iterable[bool | None]) -> bool | None:
     """Whether all hold: not if one does not, and open if that is open of one."""
     found = list(found)
     return False if False in found else None if None in found else True
+
+
+def every(found: Iterable[Decision]) -> Decision | None:
+    """What several decisions come to: whether all hold, and what was measured of each."""
+    found = list(found)
+    here = joined(told for _, told in found)
+    return (all_of(holds for holds, _ in found), here) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +166,11 @@ class Comparison:
     """A rule on some quantities; where one was not measured nothing is decided."""
 
     quantities: Sequence[Quantity]
-    holds: Callable[..., bool | None]
+    holds: Callable[..., bool | None]  # Called with the record and the numbers.
     text: str
-    ranked: bool = False
+    ranked: bool = False  # Whether the highest is told first.
 
     def __call__(self, record: Record) -> Decision | None:
-        """Decides; `holds` gets the record and the numbers."""
         found = [quantity.of(record) for quantity in self.quantities]
         if any(map(math.isnan, found)):
             return None
@@ -172,33 +183,27 @@ class Comparison:
         return self.text
 
 
-def _named(quantities: Iterable[Quantity]) -> str:
-    return ", ".join(quantity.label for quantity in quantities)
-
-
 def Above(value: Quantity, other: Quantity, by: float = 0.0) -> Comparison:
-    """That one accuracy is above another, by more than `by`."""
+    """That one accuracy is above another, by more than `by`, see `compared`."""
     more = f" by more than {100 * by:g} points" if by else ""
     text = f"{value.label} above {other.label}{more}; two standard errors are level"
-    return Comparison((value, other), functools.partial(compared, by=by), text)
+    return Comparison((value, other), partial(compared, by=by), text)
 
 
 def Level(values: Sequence[Quantity], by: float) -> Comparison:
     """That accuracies lie within `by` of each other, see `level`."""
     points = f"{100 * by:g} points; unlike from two standard errors more on"
-    text = f"{_named(values)} within {points if by else 'two standard errors'}"
-    return Comparison(tuple(values), lambda record, *found: level(record, found, by), text)
+    labels = ", ".join(value.label for value in values)
+    text = f"{labels} within {points if by else 'two standard errors'}"
+    return Comparison(values, lambda record, *found: level(record, found, by), text)
 
 
 def Leads(value: Quantity, others: Sequence[Quantity], last: bool = False) -> Comparison:
     """That one accuracy is above all others, or, with `last`, below them."""
-
-    def holds(record: Record, a: float, *rest: float) -> bool | None:
-        return compared(record, min(rest), a) if last else compared(record, a, max(rest))
-
+    labels = ", ".join(other.label for other in others)
     side = "below" if last else "above"
-    text = f"{value.label} {side} all of {_named(others)}; two standard errors are level"
-    return Comparison((value, *others), holds, text, ranked=True)
+    text = f"{value.label} {side} all of {labels}; two standard errors are level"
+    return Comparison((value, *others), partial(leads, last=last), text, ranked=True)
 
 
 def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
@@ -213,4 +218,4 @@ def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
 def Enough(value: Quantity, other: Quantity, by: float) -> Comparison:
     """That one accuracy is no more than `by` below another, see `enough`."""
     text = f"{value.label} no more than {100 * by:g} points below {other.label}"
-    return Comparison((value, other), functools.partial(enough, by=by), text)
+    return Comparison((value, other), partial(enough, by=by), text)

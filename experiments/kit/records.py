@@ -24,8 +24,8 @@ from vfjax import checkpoint
 ROOT = cli.ROOT
 RESULTS = ROOT / "experiments" / "results"
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy scipy scikit-learn tensorflow-datasets"
-DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
-DATASETS["digits"] = "scikit-learn's 8x8 digits"
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST",
+            "digits": "scikit-learn's 8x8 digits"}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -87,26 +87,24 @@ class Record(dict[str, Any]):
 
     @property
     def chance(self) -> float:
-        data = self["data"]
-        known = {"cifar100": 100, "imagenet": 1000}
-        return 1 / data.get("classes", known.get(data.get("name"), 10))
+        classes = {"cifar100": 100}.get(self["data"].get("name"), 10)
+        return 1 / self["data"].get("classes", classes)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for one value, NaN for none)."""
     if not values:
         return float("nan"), float("nan")
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), spread
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def curve_rows(cell: Mapping[str, Any], found: Any) -> Iterator[Row]:
     """The rows of a `vfjax.diagnose.Interpolation`: one for each alpha, then one of barriers."""
     for alpha, value, loss in zip(found.alphas, found.accuracy, found.loss, strict=True):
         yield {**cell, "alpha": float(alpha), "accuracy": float(value), "loss": float(loss)}
-    barriers = {k: float(getattr(found, k)) for k in ("barrier", "reference_barrier")}
-    lowest, of_loss = float(found.accuracy.min()), float(found.loss_barrier)
-    yield {**cell, "lowest": lowest, **barriers, "loss_barrier": of_loss}
+    barriers = ("barrier", "reference_barrier", "loss_barrier")
+    lowest = {"lowest": float(found.accuracy.min())}
+    yield {**cell, **lowest, **{key: float(getattr(found, key)) for key in barriers}}
 
 
 def finite(value: Any) -> Any:
@@ -158,12 +156,7 @@ def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
 
 
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
-    """The data of a record as in titles, where a fall-back from what was wanted shows.
-
-    Example:
-      >>> dataset_label({"name": "digits", "fallback": True}, "mnist")
-      "MNIST NOT FOUND, SO: scikit-learn's 8x8 digits"
-    """
+    """The data of a record as in titles, where a fall-back from what was wanted shows."""
     label = DATASETS.get(source["name"], source["name"])
     return f"{DATASETS[wanted]} NOT FOUND, SO: {label}" if source["fallback"] else label
 
@@ -195,11 +188,10 @@ def joined(words: Iterable[Any]) -> str:
 def file_name(
     record: Mapping[str, Any], options: type[cli.Options], stem: Sequence[str] | None = None
 ) -> str:
-    """Name of record and figure, without suffix: what was asked for and is not default.
+    """Name of record and figure, without suffix, so that runs do not overwrite each other's.
 
-    So runs that differ in what they measure do not overwrite each other's results. `stem` is what
-    it begins with after the experiment's name, None for data and network; the `part` of each of the
-    options says how it shows.
+    After the experiment stands `stem`, None for data and network, then what is not default, as the
+    `part` of each of the options says.
     """
     config = record["config"]
     if stem is None:

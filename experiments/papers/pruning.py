@@ -51,15 +51,19 @@ def gains(record: Record, method: str, high: tuple[float, float] = HIGH) -> Deci
     """Whether it brings back `GAIN` or more wherever, from `high` to `high`, pruning costs that."""
     (unpruned,) = cases(record, None)
     found = [c for c in cases(record, method) if high[0] <= (c.sparsity or 0) <= high[1]]
-    found = [case for case in found if case.plain <= unpruned.plain - GAIN]
-    holds = [None if near(record, c) else claims.beyond(c.gain - GAIN, 2 * c.error) for c in found]
-    told = [f"{100 * c.plain:.1f} to {100 * c.renormalised:.1f} at {c.sparsity}%" for c in found]
-    return (claims.all_of(holds), joined(told)) if found else None
+    return claims.every(
+        (
+            None if near(record, case) else claims.beyond(case.gain - GAIN, 2 * case.error),
+            f"{100 * case.plain:.1f} to {100 * case.renormalised:.1f} at {case.sparsity}%",
+        )
+        for case in found
+        if case.plain <= unpruned.plain - GAIN
+    )
 
 
 def most_at_high(record: Record, least: float = GAIN) -> Decision | None:
     """Whether methods that gain `least` anywhere gain most above `HALF` of the weights."""
-    holds, told = [], []
+    found = []
     for method in record.rows.distinct("method"):
         of = cases(record, method)
         sides = [c for c in of if c.sparsity <= HALF], [c for c in of if c.sparsity > HALF]
@@ -68,10 +72,10 @@ def most_at_high(record: Record, least: float = GAIN) -> Decision | None:
         low, high = (max(side, key=lambda case: case.gain) for side in sides)
         best = max(low, high, key=lambda case: case.gain)
         if best.gain >= least:
-            free = 2 * math.hypot(low.error, high.error)
-            holds.append(claims.beyond(high.gain - low.gain, free))
-            told.append(f"{best.sparsity}% ({label(method)}, {100 * best.gain:+.1f})")
-    return (claims.all_of(holds), joined(told)) if holds else None
+            holds = claims.beyond(high.gain - low.gain, 2 * math.hypot(low.error, high.error))
+            here = f"{best.sparsity}% ({label(method)}, {100 * best.gain:+.1f})"
+            found.append((holds, here))
+    return claims.every(found)
 
 
 def few_are_enough(record: Record, method: str) -> Decision | None:
