@@ -20,6 +20,7 @@ measured here yet, for want of ImageNet and of weights.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,12 +49,7 @@ METHODS = ("magnitude", "magnitude-layer", "wanda", "wanda-layer")
 
 
 def preset_of(name: str) -> dict[str, Any]:
-    """The paper's settings for a network.
-
-    Example:
-      >>> preset_of("convnext-tiny")["remedy"]
-      'repair'
-    """
+    """The paper's settings for a network."""
     return PRESETS[name.partition("-")[0]]
 
 
@@ -137,30 +133,32 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
         "data": {"name": name, "classes": classes, **counts},
         "model": facts,
         "seeds": {"weights": 0 if config.stand_in else None},
-        "layers": list(pruned.layers_of(net, config.model)),
+        "layers": pruned.layers_of(net, config.model),
         "remedy": preset["remedy"],
     }
-    return Setup(config, (net, tree, statistics, test), record, (edges.digest(tree),))
+    value = pruned.Subjects(net, {0: tree}, record["layers"], preset["remedy"], statistics, test)
+    return Setup(config, value, record, (edges.digest(tree),))
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """The network as it is, and by method at all sparsities, as pruned and renormalised."""
-    net, tree, statistics, test = run.setup
-    layers, remedy = pruned.layers_of(net, config.model), preset_of(config.model)["remedy"]
-    renormalised = None
+    net, trees, layers, remedy, statistics, test = run.setup
+    tree = trees[0]
+
+    @functools.cache
+    def renormaliser() -> Any:
+        with run.watch("statistics of the network"):
+            return pruned.renormaliser(net, tree, remedy, statistics)
+
     for cell in run.cells({"method": method} for method in (None, *config.methods)):
-        method = cell["method"]
-        trees = {None: tree}
-        if renormalised is None:
-            with run.watch("statistics of the network"):
-                renormalised = pruned.Renormaliser(net, tree, remedy, statistics)
+        method, trees = cell["method"], {None: tree}
         if method:
             with run.watch(f"{method}, scores"):
                 pruner = pruned.pruner(method, net, tree, layers, statistics=statistics)
                 trees = {sparsity: pruner(sparsity / 100) for sparsity in config.sparsities}
         with run.watch(f"{method or 'unpruned'}, renormalisation"):
             found = [pruned.as_network(net, one) for one in trees.values()]
-            found += map(renormalised, trees.values())
+            found += map(renormaliser(), trees.values())
         with run.watch(f"{method or 'unpruned'}, accuracies"):
             # By one pass for all: photographs take long to decode.
             plain, better = np.split(pruned.answers(found, run.watched(test, "accuracies")), 2)

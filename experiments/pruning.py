@@ -19,7 +19,7 @@ weights; its code takes 1,000 gradients, and the diagonal Fisher compares the we
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kit import cli, figures, pruned, records, tables, timing
@@ -83,11 +83,9 @@ def settled(config: Config, net: vfjax.Network, name: str) -> Config:
     layers = pruned.layers_of(net, name)
     gigabytes = prune.memory(net, count=config.gradients, names=layers) / 1e9
     if "woodfisher" in config.methods and gigabytes > config.memory:
-        raise cli.UserError(
-            f"WoodFisher takes {gigabytes:.1f} GB for {config.gradients} gradients, more than "
-            f"--memory {config.memory:g}: allow more, take fewer --gradients, or leave it out of "
-            "--methods."
-        )
+        wrong = f"WoodFisher takes {gigabytes:.1f} GB for {config.gradients} gradients, more than "
+        wrong += f"--memory {config.memory:g}: allow more, take fewer --gradients, or leave it out"
+        raise cli.UserError(f"{wrong} of --methods.")
     return config
 
 
@@ -97,15 +95,11 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     config = dataclasses.replace(config, samples=samples)
     whole = config.statistics is None or "all" in config.samples
     read = None if whole else max(config.statistics, *needed(config).values())
-    setup = pruned.loaded(config, watch, count=lambda config: config.runs, test="test",
+    return pruned.prepare(config, watch, count=lambda config: config.runs, test="test",
                           needs=needed, read=lambda config: read, settled=settled)  # fmt: skip
-    net, name = setup.value.net, setup.value.arch.name
-    layers, remedy = pruned.layers_of(net, name), pruned.remedy_of(config, net, name)
-    setup.record.update(remedy=remedy, layers=layers)
-    return setup
 
 
-def plan(config: Config, seeds: list[int]) -> list[Row]:
+def plan(config: Config, seeds: Iterable[int]) -> list[Row]:
     """Each network unpruned, by method and sparsity, and renormalised by numbers of images."""
     at = [s for s in config.sparsities if s in SAMPLED] or config.sparsities
     by_samples = [method for method in config.methods if method in BY_SAMPLES]
@@ -117,33 +111,29 @@ def plan(config: Config, seeds: list[int]) -> list[Row]:
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
-    models, net = run.setup, run.setup.net
-    remedy = pruned.remedy_of(config, net, models.arch.name)
-    layers = pruned.layers_of(net, models.arch.name)
-    trees = dict(zip(models.seeds, models.trees, strict=True))
-    training = pruned.statistics_of(config, models)
+    net, trees, layers, remedy, training, test = run.setup
     options = {"statistics": training.samples(config.statistics), "gigabytes": config.memory}
     options |= {"gradients": training.samples(config.gradients)}
 
     @functools.lru_cache(maxsize=1)
-    def renormaliser(seed: int, count: int | None) -> pruned.Renormaliser:
-        return pruned.Renormaliser(net, trees[seed], remedy, training.samples(count))
+    def renormaliser(seed: int, count: int | None) -> Any:
+        return pruned.renormaliser(net, trees[seed], remedy, training.samples(count))
 
     @functools.lru_cache(maxsize=1)
     def pruner(seed: int, method: str) -> Any:
         with run.watch(f"{method}, scores"):
             return pruned.pruner(method, net, trees[seed], layers, **options)
 
-    for cell in run.cells(plan(config, models.seeds)):
+    for cell in run.cells(plan(config, trees)):
         seed, method, sparsity, samples = cell.values()
         tree = pruner(seed, method)(sparsity / 100) if method else trees[seed]
         count = cli.counted(samples) if samples else config.statistics
         with run.watch(f"{samples} images" if samples else method or "unpruned"):
             found = [renormaliser(seed, count)(tree)]
             found += [] if samples else [pruned.as_network(net, tree)]
-            found = pruned.answers(found, models.images.test)
             images = len(training.samples(count).images)
-            yield from pruned.rows_of(cell, remedy, *found, images=images)
+            answers = pruned.answers(found, test)
+            yield from pruned.rows_of(cell, remedy, *answers, images=images)
 
 
 def title_of(record: Record) -> str:

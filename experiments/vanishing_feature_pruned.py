@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from kit import cli, features, figures, pruned, records
-from kit.experiment import Experiment, Run, Setup
+from kit.experiment import Experiment, Run
 from kit.figures import label
 from kit.records import Record, Row, joined
-from kit.timing import Stopwatch
 from papers.vanishing_feature_pruned import CLAIMS, measured, remedy_of
 
 import vfjax
@@ -65,17 +65,12 @@ def settled(config: Config, net: vfjax.Network, name: str) -> Config:
     return dataclasses.replace(config, sparsity=config.sparsity or default_sparsity(name))
 
 
-def prepare(config: Config, watch: Stopwatch) -> Setup:
-    return pruned.loaded(config, watch, count=lambda config: None, test="samples", settled=settled)
+PREPARE = partial(pruned.prepare, count=lambda config: None, test="samples", settled=settled)
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Features, logits and accuracy, by seed, of the network before, pruned, and renormalised."""
-    models, net = run.setup, run.setup.net
-    name, test = models.arch.name, models.images.test
-    remedy, layers = pruned.remedy_of(config, net, name), pruned.layers_of(net, name)
-    statistics = pruned.statistics_of(config, models)
-    trees = dict(zip(models.seeds, models.trees, strict=True))
+    net, trees, layers, remedy, statistics, test = run.setup
     kinds = ("unpruned", "pruned", remedy)
     for cell in run.cells({"seed": seed, "network": kind} for seed in trees for kind in kinds):
         seed, kind = cell.values()
@@ -87,7 +82,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                 found = pruned.pruner("magnitude", net, tree, layers)(config.sparsity / 100)
         if kind == remedy:
             with run.watch("renormalisation"):
-                found = pruned.Renormaliser(net, tree, remedy, statistics)(found)
+                found = pruned.renormaliser(net, tree, remedy, statistics)(found)
         network = pruned.as_network(net, found)
         with run.watch("features"):
             watched = run.watched(test, "features")
@@ -144,7 +139,7 @@ in the figure by the least sequence that does not rise, as for merged networks i
 `vanishing_feature.py`; features against offsets f(0); and logits, their mean over images and how
 they vary (spread)."""
 EXPERIMENT = Experiment(
-    name="vanishing_feature_pruned", doc=__doc__, options=Config, prepare=prepare, measure=measure,
+    name="vanishing_feature_pruned", doc=__doc__, options=Config, prepare=PREPARE, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, claims=CLAIMS, legend=LEGEND,
     tables=lambda record: [features.table(record, names_of(record))])  # fmt: skip
 main = EXPERIMENT.main

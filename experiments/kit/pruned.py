@@ -64,6 +64,10 @@ def remedy_of(config: RemedyOptions, net: vfjax.Network, name: str) -> str:
     return ("reset" if net.norms else plain) if config.renorm == "auto" else config.renorm
 
 
+def layers_of(net: vfjax.Network, name: str) -> tuple[str, ...]:
+    return prune.prunable(net, **LAYERS.get(name.partition("-")[0], {"shortcuts": False}))
+
+
 def augmented(config: RemedyOptions, models: edges.Edges) -> bool:
     """Whether statistics are of images that are cropped or mirrored."""
     recipe = models.cards[0]["recipe"]
@@ -82,16 +86,29 @@ def statistics_of(config: RemedyOptions, models: edges.Edges) -> data.Batches:
     return data.Batches(np.concatenate(parts), found.labels, found.mean, found.std, edges.BATCH)
 
 
-def loaded(config: RemedyOptions, watch: Stopwatch, **options: Any) -> Setup:
-    """Edge models, and in the record whether statistics are of augmented images."""
-    prepare = edges.loaded(statistics="statistics", cifar=DEFAULT, **options)
-    setup = prepare(config, watch)
-    setup.record["data"]["augmented"] = augmented(setup.config, setup.value)
-    return setup
+class Subjects(NamedTuple):
+    """What is pruned, and by which images it is renormalised: `run.setup`."""
+
+    net: vfjax.Network
+    trees: Mapping[int, PyTree]  # By seed.
+    layers: Sequence[str]
+    remedy: str
+    statistics: Any  # Batches for renormalisation and Wanda.
+    test: Any
 
 
-def layers_of(net: vfjax.Network, name: str) -> tuple[str, ...]:
-    return prune.prunable(net, **LAYERS.get(name.partition("-")[0], {"shortcuts": False}))
+def prepare(config: RemedyOptions, watch: Stopwatch, **options: Any) -> Setup:
+    """Edge models and what is done with them; options as of `edges.loaded`."""
+    setup = edges.loaded(statistics="statistics", cifar=DEFAULT, **options)(config, watch)
+    models, config, record = setup.value, setup.config, dict(setup.record)
+    record["data"] |= {"augmented": augmented(config, models)}
+    record["remedy"] = remedy_of(config, models.net, models.arch.name)
+    record["layers"] = layers_of(models.net, models.arch.name)
+    trees = dict(zip(models.seeds, models.trees, strict=True))
+    with watch("augmentation"):
+        images = statistics_of(config, models), models.images.test
+    value = Subjects(models.net, trees, record["layers"], record["remedy"], *images)
+    return Setup(config, value, record, setup.identity)
 
 
 def pruner(
@@ -109,28 +126,21 @@ def pruner(
         options = {"count": len(gradients.images), "max_memory": round(1e9 * gigabytes)}
         inverse = prune.inverse_fisher(net, tree, gradients, names=layers, **options)
         return lambda sparsity: inverse.prune(tree, prune.masks(inverse.scores, sparsity))
-    if method == "fisher":
-        scores = prune.fisher(net, tree, gradients, names=layers)
-    elif method.startswith("wanda"):
-        scores = prune.wanda(net, tree, statistics, names=layers)
-    else:
-        scores = prune.magnitude(net, tree, names=layers)
-    scope = SCOPES.get(method, "global")
+    kind, scope = method.partition("-")[0], SCOPES.get(method, "global")
+    batches = {"fisher": [gradients], "wanda": [statistics]}.get(kind, [])
+    scores = getattr(prune, kind)(net, tree, *batches, names=layers)
     return lambda sparsity: prune.apply(tree, prune.masks(scores, sparsity, scope=scope))
 
 
-class Renormaliser:
+def renormaliser(
+    net: vfjax.Network, tree: PyTree, remedy: str, statistics: Any
+) -> Callable[[PyTree], merge.Merged]:
     """Renormalises what a network is pruned to, by images that serve its reference once, too."""
-
-    def __init__(self, net: vfjax.Network, tree: PyTree, remedy: str, statistics: Any) -> None:
-        self.net, self.remedy, self.statistics = net, getattr(renorm, remedy), statistics
-        self.goals: dict[str, Any] = {}
-        if remedy != "reset":
-            self.goals["references"] = stats.moments(net, [tree], statistics, sites="paper")
-
-    def __call__(self, pruned: PyTree) -> merge.Merged:
-        found = self.remedy(self.net, pruned, self.statistics, **self.goals)
-        return as_network(self.net, found)
+    goals: dict[str, Any] = {}
+    if remedy != "reset":
+        goals["references"] = stats.moments(net, [tree], statistics, sites="paper")
+    done = getattr(renorm, remedy)
+    return lambda pruned: as_network(net, done(net, pruned, statistics, **goals))
 
 
 def as_network(net: vfjax.Network, tree: Any) -> merge.Merged:
