@@ -94,12 +94,7 @@ def accuracy(label: str, *, key: str = "accuracy", **where: Any) -> Quantity:
 
 
 def noise(value: float, images: int) -> float:
-    """Two standard errors of an accuracy on so many images: what is closer is level.
-
-    Example:
-      >>> noise(0.5, 10_000)
-      0.01
-    """
+    """Two standard errors of an accuracy on so many images: what is closer is level."""
     return 2 * math.sqrt(max(value * (1 - value), 0.0) / images)
 
 

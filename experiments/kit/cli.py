@@ -6,8 +6,6 @@ import dataclasses
 import math
 import os
 import re
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +25,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # A default of None or False says nothing; where it means something, the text says what.
-        silent = action.default is None or isinstance(action.default, bool)
-        if silent or "(default: " in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
+        silent = action.default is None or action.default is False
+        told = silent or "(default: " in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 class InOrder(argparse.Action):
@@ -47,14 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str) -> Any:
-    """The type of an option: what `convert` makes of a text, if that fits.
-
-    Example:
-      >>> typed(float, lambda value: value > 0, "is not above 0")("-1")
-      Traceback (most recent call last):
-        ...
-      argparse.ArgumentTypeError: '-1' is not above 0
-    """
+    """The type of an option: what `convert` makes of a text, if that fits; else what is wrong."""
 
     def convert_checked(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -100,14 +90,7 @@ def model_of(text: str) -> tuple[str, float | None]:
 
 
 def output_folder(text: str) -> str:
-    """The type of `--out`: a folder that there is or that can be made, and written to.
-
-    Example:
-      >>> output_folder("/dev/null/x")
-      Traceback (most recent call last):
-        ...
-      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is not a folder
-    """
+    """The type of `--out`: a folder that there is or that can be made, and written to."""
     folder = Path(text).expanduser().absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -128,15 +111,7 @@ def option(
     usual: Callable[[Any], Any] | None = None,
     **argument: Any,  # As of `argparse`: type, choices, metavar, nargs.
 ) -> Any:
-    """A field of an `Options` class: one option of the command line.
-
-    Example:
-      >>> @dataclasses.dataclass(frozen=True)
-      ... class Config(Options):
-      ...     images: int = option(100, "test images", type=count_of("images"), part="images{}")
-      >>> parse(Config, "script.py", "", ["--images", "5"]).images
-      5
-    """
+    """A field of an `Options` class: one option of the command line."""
     if presets is not None:
         shown = {name: "all" if v is None else f"{v:,}" for name, v in presets.items()}
         first, *others = shown
@@ -202,8 +177,3 @@ def defaults(options: type[Options], config: dict[str, Any]) -> dict[str, Any]:
     """The default of each option, of a record's preset where there are several."""
     presets = {field: field.metadata["presets"] for field in dataclasses.fields(options)}
     return {f.name: p[config["preset"]] if p else f.default for f, p in presets.items()}
-
-
-def command(script: str, argv: Sequence[str] | None) -> str:
-    words = sys.argv[1:] if argv is None else argv
-    return shlex.join(["python", f"experiments/{script}", *words])

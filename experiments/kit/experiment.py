@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -168,8 +169,9 @@ class Experiment:
             for path in redraw or ():
                 self.present(records.write(path, self.derived(records.read(path))))
             if not redraw:
-                config = cli.settled(self.options, values)
-                path = self.run(config, cli.command(p.prog, argv))
+                words = sys.argv[1:] if argv is None else argv
+                command = shlex.join(["python", f"experiments/{p.prog}", *words])
+                path = self.run(cli.settled(self.options, values), command)
                 self.present(path)
         return path
 

@@ -92,15 +92,7 @@ def line(
     scale: float = 100,
     **where: Any,
 ) -> Line:
-    """The mean over repetitions of rows against x, with their standard deviation as bars.
-
-    Example:
-      >>> rows = records.Rows([{"k": k, "seed": s, "accuracy": (k + s) / 4}
-      ...                      for k in (0, 1) for s in (0, 2)])
-      >>> found = line(rows, "k", method="repair")
-      >>> found.name, found.x, found.y
-      ('REPAIR', [0, 1], [25.0, 50.0])
-    """
+    """The mean over repetitions of rows against x, with their standard deviation as bars."""
     xs, *found = rows.curve(x, y, **where)
     mean, spread = (scale * np.array(part) for part in found)
     name = (label(method) if isinstance(method, str) else "") if name is None else name

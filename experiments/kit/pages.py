@@ -70,12 +70,7 @@ def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
 
 
 def anchor(heading: str) -> str:
-    """Where a heading is on its page.
-
-    Example:
-      >>> anchor("cifar_pfm-w0.25-layers12+13")
-      'cifar_pfm-w025-layers1213'
-    """
+    """Where a heading is on its page, as GitHub has it."""
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
 
 

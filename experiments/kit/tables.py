@@ -109,16 +109,7 @@ def show(table: Table) -> None:
 
 
 def markdown(table: Table) -> str:
-    """The same in Markdown, without its title.
-
-    Example:
-      >>> print(markdown(Table("", ["row", "%"], [["a", "*1"]], "*: best")))
-      | row | % |
-      | :-- | --: |
-      | a | **1** |
-      <BLANKLINE>
-      Bold: best.
-    """
+    """The same in Markdown, without its title; what is marked is bold."""
     rule = [":--" if k < table.texts else "--:" for k in range(len(table.header))]
     body = [[f"**{c[1:]}**" if _is_marked(c) else c for c in line] for line in table.lines]
     lines = ["| " + " | ".join(line) + " |" for line in (table.header, rule, *body)]

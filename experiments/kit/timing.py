@@ -12,15 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class Stopwatch:
-    """Seconds by stage.
-
-    Example:
-      >>> watch = Stopwatch()
-      >>> with watch("data"):
-      ...     pass
-      >>> list(watch.seconds)
-      ['data']
-    """
+    """Seconds by stage, as in `with watch("data"): ...`."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

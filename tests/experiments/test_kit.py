@@ -180,7 +180,20 @@ def test_verdicts():
     assert claims.decided([claim], found) == []
 
 
-# ---------------------------------------------------------------------------------- logs, figures
+# ------------------------------------------------------------------------------- tables, figures
+
+
+def test_a_table_in_markdown():
+    table = tables.Table("", ["row", "%"], [["a", "*1"], ["b", "**2**"]], "*: best")
+    lines = ["| row | % |", "| :-- | --: |", "| a | **1** |", "| b | **2** |", "", "Bold: best."]
+    assert tables.markdown(table).splitlines() == lines
+
+
+def test_a_line_is_the_mean_over_repetitions():
+    rows = records.Rows({"k": k, "accuracy": (k + s) / 4} for k in (0, 1) for s in (0, 2))
+    line = figures.line(rows, "k", method="repair")
+    assert (line.name, line.x, line.y) == ("REPAIR", [0, 1], [25.0, 50.0])
+    assert line.error == pytest.approx([35.355, 35.355], rel=1e-4)
 
 
 def test_logs_do_not_tear_bars(capsys):
