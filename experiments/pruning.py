@@ -26,7 +26,7 @@ from kit import cli, figures, pruned, records, tables, timing
 from kit.experiment import Experiment, Run, Setup
 from kit.figures import label
 from kit.records import Record, Row, Rows, joined
-from papers.pruning import BY_SAMPLES, CLAIMS, HIGH
+from papers.pruning import BY_SAMPLES, CLAIMS
 
 import vfjax
 from vfjax import prune
@@ -181,8 +181,8 @@ cropped and mirrored at random as in training unless with --plain: running stati
 images. Those of Fisher matrices are the first of them."""
 EXPERIMENT = Experiment(
     name="pruning", doc=__doc__, options=Config, prepare=prepare, measure=measure, title=title_of,
-    finding=lambda record: pruned.finding_of(record, HIGH[-1]), figure=figure_of, tables=tables_of,
-    claims=CLAIMS, legend=LEGEND)  # fmt: skip
+    finding=pruned.finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
+    legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

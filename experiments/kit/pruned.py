@@ -180,11 +180,8 @@ class Case(NamedTuple):
     sparsity: float | None
     plain: float
     renormalised: float
+    gain: float
     error: float
-
-    @property
-    def gain(self) -> float:
-        return self.renormalised - self.plain
 
 
 def cases(record: Record, method: str | None) -> list[Case]:
@@ -192,27 +189,22 @@ def cases(record: Record, method: str | None) -> list[Case]:
     rows, found = record.rows.where(samples=None, method=method), []
     for sparsity in sorted(rows.distinct("sparsity")) or [None] * bool(rows):
         here = rows.where(sparsity=sparsity)
-        means = here.mean(remedy="none"), here.mean(remedy=record["remedy"])
+        plain, better = (here.mean(remedy=remedy) for remedy in ("none", record["remedy"]))
         errors = here.values("error")
-        found.append(Case(method, sparsity, *means, math.hypot(*errors) / len(errors)))
+        error = math.hypot(*errors) / len(errors)
+        found.append(Case(method, sparsity, plain, better, better - plain, error))
     return found
 
 
-def finding_of(record: Record, at: float) -> str:
-    """Where most comes back, and which pruner is best after it at some sparsity."""
+def finding_of(record: Record) -> str:
+    """Where most comes back, and what pruning alone left there."""
     found = [case for method in record.rows.distinct("method") for case in cases(record, method)]
     most, (unpruned,) = max(found, key=lambda case: case.gain), cases(record, None)
-    text = (
+    before, after, whole = (100 * n for n in (most.plain, most.renormalised, unpruned.plain))
+    return (
         f"{label(record['remedy'])} brings back most with {label(most.method)} at "
-        f"{most.sparsity}%, from {100 * most.plain:.0f}% to {100 * most.renormalised:.0f}% "
-        f"(unpruned {100 * unpruned.plain:.0f}%)"
+        f"{most.sparsity}%, from {before:.0f}% to {after:.0f}% (unpruned {whole:.0f}%)"
     )
-    last = [case for case in found if case.sparsity == at]
-    if len(last) < 2:
-        return text
-    best = max(last, key=lambda case: case.renormalised)
-    after = f"({100 * best.renormalised:.0f}%)"
-    return f"{text}; at {at}% {label(best.method)} is best after it {after}"
 
 
 def table_of(rows: Rows, title: str, columns: Mapping[str, Mapping[str, Any]]) -> tables.Table:
