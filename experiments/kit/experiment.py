@@ -179,19 +179,18 @@ class Experiment:
         """Measures everything and writes the record."""
         watch = timing.Stopwatch()
         setup = self.prepare(config, watch)
-        about = {"experiment": self.name, "question": self.question, "command": command}
         config = dataclasses.asdict(setup.config) | setup.record.get("config", {})
+        about = {"experiment": self.name, "question": self.question, "command": command}
         head = records.Record(records.finite(about | setup.record | {"config": config}))
         path = Path(setup.config.out) / f"{self.file_name(head)}.json"
         run = Run(setup, watch, path.with_suffix(".partial"), key_of(head, setup.identity))
         try:
             for row in self.measure(setup.config, run):
                 run.add(row)
-        except BaseException as error:
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; {run.count} cells are kept" * bool(run.count)) from None
+        finally:
             run.save()
-            if isinstance(error, KeyboardInterrupt) and run.count:
-                raise KeyboardInterrupt(f"; {run.count} cells are kept") from None
-            raise
         measured = {"rows": run.rows, "notes": run.notes, "seconds": watch.record()}
         records.write(path, self.derived(head | measured | records.environment()))
         run.path.unlink(missing_ok=True)
@@ -200,7 +199,7 @@ class Experiment:
     def derived(self, record: Mapping[str, Any]) -> records.Record:
         """The record with all that follows from its rows."""
         record = records.Record(record)
-        record["question"], record["legend"] = self.question, " ".join(self.legend.split())
+        record |= {"question": self.question, "legend": " ".join(self.legend.split())}
         if self.summary is not None:
             record["summary"] = records.finite(self.summary(record))
         record["title"] = self.title(record)
@@ -242,8 +241,8 @@ def reported(prog: str) -> Iterator[None]:
         return
     except (ValueError, FloatingPointError, OSError) as error:
         asked = isinstance(error, (cli.UserError, DatasetError, CheckpointError))
-        status, text = 1 + asked, " ".join(str(error).split()) or type(error).__name__
-        text = f"error: {text}"
+        why = " ".join(str(error).split()) or type(error).__name__
+        status, text = 1 + asked, f"error: {why}"
     except KeyboardInterrupt as error:
         kept = str(error) or " before anything was measured"
         status, text = 130, f"stopped{kept}. Run the same command again to go on from there."

@@ -68,22 +68,17 @@ def layers_of(net: vfjax.Network, name: str) -> tuple[str, ...]:
     return prune.prunable(net, **LAYERS.get(name.partition("-")[0], {"shortcuts": False}))
 
 
-def augmented(config: RemedyOptions, models: edges.Edges) -> bool:
-    """Whether statistics are of images that are cropped or mirrored."""
-    recipe = models.cards[0]["recipe"]
-    return not config.plain and bool(recipe["crop"] or recipe["flip"])
-
-
-def statistics_of(config: RemedyOptions, models: edges.Edges) -> data.Batches:
-    """The training images that were read, augmented once as in training unless `--plain`."""
+def statistics_of(config: RemedyOptions, models: edges.Edges) -> tuple[data.Batches, bool]:
+    """The training images that were read, and whether they are cropped or mirrored, once."""
     found, recipe = models.batches("train", None), models.cards[0]["recipe"]
-    if not augmented(config, models):
-        return found
+    if config.plain or not (recipe["crop"] or recipe["flip"]):
+        return found, False
     parts = []
     for start in range(0, len(found.images), CHUNK):
         images, key = jnp.asarray(found.images[start : start + CHUNK]), jax.random.key(start)
         parts.append(train.augment(images, key, crop=recipe["crop"], flip=recipe["flip"]))
-    return data.Batches(np.concatenate(parts), found.labels, found.mean, found.std, edges.BATCH)
+    norm = found.labels, found.mean, found.std, edges.BATCH
+    return data.Batches(np.concatenate(parts), *norm), True
 
 
 class Subjects(NamedTuple):
@@ -100,15 +95,15 @@ class Subjects(NamedTuple):
 def prepare(config: RemedyOptions, watch: Stopwatch, **options: Any) -> Setup:
     """Edge models and what is done with them; options as of `edges.loaded`."""
     setup = edges.loaded(statistics="statistics", cifar=DEFAULT, **options)(config, watch)
-    models, config, record = setup.value, setup.config, dict(setup.record)
-    record["data"] |= {"augmented": augmented(config, models)}
-    record["remedy"] = remedy_of(config, models.net, models.arch.name)
-    record["layers"] = layers_of(models.net, models.arch.name)
-    trees = dict(zip(models.seeds, models.trees, strict=True))
+    models, net, name = setup.value, setup.value.net, setup.value.arch.name
+    layers, remedy = layers_of(net, name), remedy_of(config, net, name)
     with watch("augmentation"):
-        images = statistics_of(config, models), models.images.test
-    value = Subjects(models.net, trees, record["layers"], record["remedy"], *images)
-    return Setup(config, value, record, setup.identity)
+        statistics, augmented = statistics_of(config, models)
+    data = setup.record["data"] | {"augmented": augmented}
+    record = setup.record | {"data": data, "remedy": remedy, "layers": layers}
+    trees = dict(zip(models.seeds, models.trees, strict=True))
+    value = Subjects(net, trees, layers, remedy, statistics, models.images.test)
+    return Setup(setup.config, value, record, setup.identity)
 
 
 def pruner(

@@ -77,6 +77,8 @@ class Rows(list[Row]):
 class Record(dict[str, Any]):
     """A record as in its JSON, with `rows` to select from."""
 
+    name: str = ""  # Of its file, without suffix, if it was read.
+
     @property
     def rows(self) -> Rows:
         return Rows(self["rows"])
@@ -125,9 +127,11 @@ def write(path: Path, record: Mapping[str, Any]) -> Path:
 def read(path: Path) -> Record:
     """Reads a record; raises a `UserError` if there is none."""
     try:
-        return Record(json.loads(Path(path).read_text(encoding="utf-8")))
+        found = Record(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise cli.UserError(f"{path} is not a record: {error}") from error
+    found.name = Path(path).stem
+    return found
 
 
 def versions() -> dict[str, str]:

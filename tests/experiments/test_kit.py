@@ -280,29 +280,29 @@ def assert_same(found, expected, at):
         assert found == expected, at
 
 
-FOUND = [pair for runs in pages.found(records.RESULTS).values() for pair in runs]
+FOUND = [record for runs in pages.found(records.RESULTS).values() for record in runs]
 
 
-@pytest.mark.parametrize("name, record", FOUND, ids=[name for name, _ in FOUND])
-def test_records_are_those_of_the_scripts(name, record):
+@pytest.mark.parametrize("record", FOUND, ids=[record.name for record in FOUND])
+def test_records_are_those_of_the_scripts(record):
     """Tables, claims and findings follow from the rows, and no script has their numbers."""
     script = importlib.import_module(record["experiment"])
     derived = records.finite(script.EXPERIMENT.derived(record))
     for key in ("question", "title", "finding", "tables", "claims", "legend", "summary"):
         assert_same(json.loads(json.dumps(derived.get(key))), record.get(key), key)
-    assert script.EXPERIMENT.file_name(record) == name
+    assert script.EXPERIMENT.file_name(record) == record.name
     # What a script does by default is to be seen soon.
     assert record["seconds"]["total"] < (1200 if "--model" in record["command"] else 600)
     found = record["data"] if isinstance(record["data"], list) else [record["data"]]
     assert not any(one.get("fallback") for one in found)
-    assert (records.RESULTS / f"{name}.png").exists()
+    assert (records.RESULTS / f"{record.name}.png").exists()
     source = Path(script.__file__).read_text(encoding="utf-8")
     assert "What came out" not in source and record["finding"] not in source
 
 
 def test_the_index_has_every_claim_once():
     index = pages.index(records.RESULTS)
-    for _, found in FOUND:
+    for found in FOUND:
         for row in found["claims"]:
             assert index.count(f"| `{row['id']}` |") == 1
     # Of an experiment without a record, too.
