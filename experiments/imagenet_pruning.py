@@ -20,7 +20,6 @@ measured here yet, for want of ImageNet and of weights.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,22 +142,18 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """The network as it is, and by method at all sparsities, as pruned and renormalised."""
     net, trees, layers, remedy, statistics, test = run.setup
-    tree = trees[0]
-
-    @functools.cache
-    def renormaliser() -> Any:
-        with run.watch("statistics of the network"):
-            return pruned.renormaliser(net, tree, remedy, statistics)
-
+    whole = trees[0]
+    with run.watch("statistics of the network"):
+        renormalise = pruned.renormaliser(net, whole, remedy, statistics)
     for cell in run.cells({"method": method} for method in (None, *config.methods)):
-        method, trees = cell["method"], {None: tree}
+        method, trees = cell["method"], {None: whole}
         if method:
             with run.watch(f"{method}, scores"):
-                pruner = pruned.pruner(method, net, tree, layers, statistics=statistics)
+                pruner = pruned.pruner(method, net, whole, layers, statistics=statistics)
                 trees = {sparsity: pruner(sparsity / 100) for sparsity in config.sparsities}
         with run.watch(f"{method or 'unpruned'}, renormalisation"):
-            found = [pruned.as_network(net, one) for one in trees.values()]
-            found += map(renormaliser(), trees.values())
+            found = [pruned.as_network(net, tree) for tree in trees.values()]
+            found += map(renormalise, trees.values())
         with run.watch(f"{method or 'unpruned'}, accuracies"):
             # By one pass for all: photographs take long to decode.
             plain, better = np.split(pruned.answers(found, run.watched(test, "accuracies")), 2)
