@@ -20,20 +20,19 @@ measured here yet, for want of ImageNet and of weights.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kit import cli, edges, figures, pruned, tables, timing
+from kit import cli, edges, figures, pruned, timing
 from kit.experiment import Experiment, Run, Setup
-from kit.figures import label
 from kit.records import Record, Row
-from papers.imagenet_pruning import CLAIMS, pairs
+from papers.imagenet_pruning import CLAIMS
 
 import vfjax
-from vfjax import checkpoint, imagenet, merge, models
+from vfjax import checkpoint, imagenet, models
 
 # By family, of the paper: methods, sparsities in per cent, remedy; and what makes a stand-in small.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -49,12 +48,7 @@ METHODS = ("magnitude", "magnitude-layer", "wanda", "wanda-layer")
 
 
 def preset_of(name: str) -> dict[str, Any]:
-    """The paper's settings for a network.
-
-    Example:
-      >>> preset_of("convnext-tiny")["remedy"]
-      'repair'
-    """
+    """The paper's settings for a network."""
     return PRESETS[name.partition("-")[0]]
 
 
@@ -72,10 +66,11 @@ class Config(cli.Options):
         False, "a narrow network with random weights on random images: to see that it runs")
     methods: tuple[str, ...] | None = cli.option(
         None, f"{', '.join(METHODS)} (default: the paper's for the network)", choices=METHODS,
-        nargs="+", metavar="M", part="{}", usual=_usual("methods"))
+        action=cli.InOrder, nargs="+", metavar="M", part="{}", usual=_usual("methods"))
     sparsities: tuple[float, ...] | None = cli.option(
         None, "per cent of the weights that go (default: the paper's for the network)",
-        type=pruned.sparsity_of, nargs="+", metavar="S", part="at{}", usual=_usual("sparsities"))
+        type=pruned.sparsity_of, action=cli.InOrder, nargs="+", metavar="S", part="at{}",
+        usual=_usual("sparsities"))
     test: int | None = cli.option(
         None, "validation images, the first N (default: all 50,000)",
         type=cli.count_of("images"), metavar="N", part="test{}")
@@ -96,14 +91,13 @@ def network(config: Config) -> tuple[vfjax.Network, Any, dict[str, Any]]:
         raise cli.UserError(f"--stand-in {wrong}")
     if not config.stand_in and not config.weights:
         raise cli.UserError("--weights is missing: give PyTorch weights, or try --stand-in")
+    small = {"classes": 10, **preset_of(config.model)["stand_in"]}
+    model = models.create(config.model, **small if config.stand_in else {"classes": 1000})
+    size = 32 if config.stand_in else 224
+    images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
     if config.stand_in:
-        small = preset_of(config.model)["stand_in"]
-        model, size = models.create(config.model, classes=10, **small), 32
-        images = jnp.zeros((2, size, size, 3))
-        tree = jax.jit(model.init)(jax.random.key(0), images)
+        tree = jax.jit(model.init)(jax.random.key(0), jnp.zeros(images.shape))
     else:
-        model, size = models.create(config.model, classes=1000), 224
-        images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
         tree = checkpoint.from_torch(config.weights, model)
     net = vfjax.trace(models.apply_fn(model), tree, images)
     facts = {"name": config.model, "parameters": net.params, "flops": net.flops, "size": size}
@@ -125,9 +119,8 @@ def images_of(config: Config, split: str, count: int | None, size: int) -> image
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     preset = preset_of(config.model)
-    methods = tuple(dict.fromkeys(config.methods or preset["methods"]))
-    sparsities = tuple(sorted(set(config.sparsities or preset["sparsities"])))
-    config = dataclasses.replace(config, methods=methods, sparsities=sparsities)
+    wanted = {key: getattr(config, key) or preset[key] for key in ("methods", "sparsities")}
+    config = dataclasses.replace(config, **wanted)
     with watch("weights"):
         net, tree, facts = network(config)
     with watch("data"):
@@ -139,46 +132,33 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
         "data": {"name": name, "classes": classes, **counts},
         "model": facts,
         "seeds": {"weights": 0 if config.stand_in else None},
-        "layers": list(pruned.layers_of(net, config.model)),
+        "layers": pruned.layers_of(net, config.model),
         "remedy": preset["remedy"],
     }
-    return Setup(config, (net, tree, statistics, test), record, (edges.digest(tree),))
-
-
-def accuracies(networks: Sequence[merge.Merged], test: imagenet.Streamed, run: Run) -> list[float]:
-    """Of several networks, by one pass: photographs take long to decode."""
-    right = np.zeros(len(networks))
-    for x, answer in run.watched(test, "accuracies"):
-        right += [int(pruned.right(network, x, answer).sum()) for network in networks]
-    return (right / test.count).tolist()
+    value = pruned.Subjects(net, {0: tree}, record["layers"], preset["remedy"], statistics, test)
+    return Setup(config, value, record, (edges.digest(tree),))
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """The network as it is, and by method at all sparsities, as pruned and renormalised."""
-    net, tree, statistics, test = run.setup
-    layers, remedy = pruned.layers_of(net, config.model), preset_of(config.model)["remedy"]
-    renormalised = None
+    net, trees, layers, remedy, statistics, test = run.setup
+    whole = trees[0]
+    with run.watch("statistics of the network"):
+        renormalise = pruned.renormaliser(net, whole, remedy, statistics)
     for cell in run.cells({"method": method} for method in (None, *config.methods)):
-        method = cell["method"]
-        if method is None:
-            with run.watch("unpruned"):
-                (value,) = accuracies([pruned.as_network(net, tree)], test, run)
-            yield cell | {"sparsity": None, "remedy": None, "accuracy": value}
-            continue
-        if renormalised is None:
-            with run.watch("statistics of the network"):
-                renormalised = pruned.Renormaliser(net, tree, remedy, statistics)
-        with run.watch(f"{method}, scores"):
-            pruner = pruned.pruner(method, net, tree, layers, statistics=statistics)
-        with run.watch(f"{method}, renormalisation"):
-            trees = [pruner(sparsity / 100) for sparsity in config.sparsities]
-            found = [pruned.as_network(net, one) for one in trees]
-            found += [renormalised(one) for one in trees]
-        with run.watch(f"{method}, accuracies"):
-            values = iter(accuracies(found, test, run))
-        for how in ("none", remedy):
-            for sparsity in config.sparsities:
-                yield cell | {"sparsity": sparsity, "remedy": how, "accuracy": next(values)}
+        method, trees = cell["method"], {None: whole}
+        if method:
+            with run.watch(f"{method}, scores"):
+                pruner = pruned.pruner(method, net, whole, layers, statistics=statistics)
+                trees = {sparsity: pruner(sparsity / 100) for sparsity in config.sparsities}
+        with run.watch(f"{method or 'unpruned'}, renormalisation"):
+            found = [pruned.as_network(net, tree) for tree in trees.values()]
+            found += map(renormalise, trees.values())
+        with run.watch(f"{method or 'unpruned'}, accuracies"):
+            # By one pass for all: photographs take long to decode.
+            plain, better = np.split(pruned.answers(found, run.watched(test, "accuracies")), 2)
+        for k, sparsity in enumerate(trees):
+            yield from pruned.rows_of(cell | {"sparsity": sparsity}, remedy, better[k], plain[k])
 
 
 def title_of(record: Record) -> str:
@@ -187,50 +167,15 @@ def title_of(record: Record) -> str:
     return f"{what}: {name}, pruned, {images:,} test images"
 
 
-def finding_of(record: Record) -> str:
-    """Where most comes back."""
-    found = [(*pair, method, s) for method in record.rows.distinct("method")
-             for s, pair in pairs(record, method).items()]  # fmt: skip
-    before, after, method, sparsity = max(found, key=lambda one: one[1] - one[0])
-    text = f"{label(record['remedy'])} brings back most with {label(method)} at {sparsity}%, from "
-    text += f"{100 * before:.1f}% to {100 * after:.1f}%"
-    return text + f" (unpruned {100 * record.rows.mean(method=None):.1f}%)"
-
-
-def tables_of(record: Record) -> list[tables.Table]:
-    """Accuracies by sparsity, as pruned and renormalised, by method."""
-    at = sorted(record.rows.distinct("sparsity"))
-    lines = {"unpruned" if s is None else str(s): {"sparsity": s} for s in (None, *at)}
-    columns = [
-        tables.Column(label(method) if how == "none" else f"+ {label(how)}",
-                      {"method": method, "remedy": how})
-        for method in record.rows.distinct("method") for how in ("none", record["remedy"])
-    ]  # fmt: skip
-    title = record["title"]
-    return [tables.pivot(record.rows, lines, columns, title=title, corner="sparsity, %")]
-
-
 def figure_of(record: Record) -> Any:
-    """Accuracy against sparsity, as pruned (dashed) and renormalised."""
-    lines = []
-    for method in record.rows.distinct("method"):
-        rows = record.rows.where(method=method)
-        for how, done in ((record["remedy"], label(record["remedy"])), ("none", "as pruned")):
-            name, dashed = f"{label(method)}, {done}", how == "none"
-            lines.append(figures.line(rows, "sparsity", name=name, method=method, dashed=dashed,
-                                      remedy=how))  # fmt: skip
-    level = 100 * record.rows.mean(method=None)
-    lines.append(figures.Line("unpruned", None, level, method="edges"))
-    x, ticks = "sparsity (%)", record.rows.distinct("sparsity")
-    panel = figures.Panel("", x, figures.ACCURACY, lines, y_limits=(0, 101), ticks=ticks)
-    return figures.draw([panel], finding=record["finding"], subtitle=record["title"])
+    return figures.of_record(record, pruned.panels_of(record))
 
 
 EXPERIMENT = Experiment(
     name="imagenet_pruning", doc=__doc__, options=Config, prepare=prepare, measure=measure,
-    title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
-    stem=lambda record: [record["config"]["model"],
-                         *(["stand-in"] if record["config"]["stand_in"] else [])],
+    title=title_of, finding=pruned.finding_of, figure=figure_of, tables=pruned.tables_of,
+    claims=CLAIMS,
+    stem=lambda record: [record["config"]["model"], *["stand-in"] * record["config"]["stand_in"]],
     untold=lambda record: record["config"]["stand_in"])  # fmt: skip
 main = EXPERIMENT.main
 

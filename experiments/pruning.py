@@ -19,16 +19,17 @@ weights; its code takes 1,000 gradients, and the diagonal Fisher compares the we
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kit import cli, edges, figures, pruned, tables, timing
+from kit import cli, figures, pruned, records, tables, timing
 from kit.experiment import Experiment, Run, Setup
 from kit.figures import label
-from kit.records import Record, Row, Rows, joined, networks
-from papers.pruning import BY_SAMPLES, CLAIMS, HIGH, cases
+from kit.records import Record, Row, Rows, joined
+from papers.pruning import BY_SAMPLES, CLAIMS
 
 import vfjax
+from vfjax import prune
 
 # Per cent of the weights that go.
 SPARSITIES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99)
@@ -45,14 +46,15 @@ FREE = 6
 class Config(pruned.RemedyOptions):
     methods: tuple[str, ...] = cli.option(
         METHODS, f"what is pruned by: {joined(pruned.METHODS)} (default: all but the last)",
-        choices=pruned.METHODS, metavar="M", part="{}")
+        choices=pruned.METHODS, action=cli.InOrder, metavar="M", part="{}")
     sparsities: tuple[float, ...] = cli.option(
         SPARSITIES, "per cent of the weights that go (default: 10, 20 ... 90, 95 and 99)",
-        type=pruned.sparsity_of, metavar="S", part="at{}")
+        type=pruned.sparsity_of, action=cli.InOrder, metavar="S", part="at{}")
     samples: tuple[int | str, ...] = cli.option(
         SAMPLES, "training images, the first N or all, by which what magnitude pruned is "
         "renormalised in the last panels (default: 64 128 256 all)", type=cli.count_or_all,
-        metavar="N", part="samples{}", usual=lambda record: record["config"]["samples"] and SAMPLES)
+        action=cli.InOrder, metavar="N", part="samples{}",
+        usual=lambda record: record["config"]["samples"] and SAMPLES)
     runs: int | None = cli.option(
         None, "networks, of different seeds (default: all that are shipped; two with --retrain)",
         type=cli.count_of("networks"), metavar="N", part="runs{}")
@@ -68,15 +70,6 @@ class Config(pruned.RemedyOptions):
 # fmt: on
 
 
-def tidied(config: Config) -> Config:
-    """The same with everything once and in order; no numbers of images where none are tried."""
-    methods = tuple(method for method in pruned.METHODS if method in config.methods)
-    samples = sorted(set(config.samples), key=lambda n: float("inf" if n == "all" else n))
-    samples = tuple(samples) if {*methods} & {*BY_SAMPLES} else ()
-    sparsities = tuple(sorted(set(config.sparsities)))
-    return dataclasses.replace(config, methods=methods, samples=samples, sparsities=sparsities)
-
-
 def needed(config: Config) -> dict[str, int]:
     """By option, how many training images there must be."""
     counts = [count for count in config.samples if count != "all"]
@@ -87,85 +80,64 @@ def needed(config: Config) -> dict[str, int]:
 def settled(config: Config, net: vfjax.Network, name: str) -> Config:
     """Raises a `UserError` if the network cannot be renormalised, or pruned, as asked for."""
     pruned.remedy_of(config, net, name)
-    if "woodfisher" in config.methods:
-        layers = pruned.layers_of(net, name)
-        pruned.check_memory(net, layers, config.gradients, config.memory)
+    layers = pruned.layers_of(net, name)
+    gigabytes = prune.memory(net, count=config.gradients, names=layers) / 1e9
+    if "woodfisher" in config.methods and gigabytes > config.memory:
+        wrong = f"WoodFisher takes {gigabytes:.1f} GB for {config.gradients} gradients, more than "
+        wrong += f"--memory {config.memory:g}: allow more, take fewer --gradients, or leave it out"
+        raise cli.UserError(f"{wrong} of --methods.")
     return config
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
-    config = tidied(config)
-    counts = [config.statistics, *needed(config).values()]
+    # No numbers of images where none are tried.
+    samples = config.samples if {*config.methods} & {*BY_SAMPLES} else ()
+    config = dataclasses.replace(config, samples=samples)
     whole = config.statistics is None or "all" in config.samples
-    setup = edges.loaded(
-        count=lambda config: config.runs, statistics="statistics", test="test", needs=needed,
-        read=lambda config: None if whole else max(counts), cifar=pruned.DEFAULT,
-        settled=settled)(config, watch)  # fmt: skip
-    net, name, record = setup.value.net, setup.value.arch.name, dict(setup.record)
-    record["data"] |= {"augmented": pruned.augmented(config, setup.value)}
-    record |= {"remedy": pruned.remedy_of(config, net, name)}
-    return dataclasses.replace(setup, record=record | {"layers": pruned.layers_of(net, name)})
+    read = None if whole else max(config.statistics, *needed(config).values())
+    return pruned.prepare(config, watch, count=lambda config: config.runs, test="test",
+                          needs=needed, read=lambda config: read, settled=settled)  # fmt: skip
+
+
+def plan(config: Config, seeds: Iterable[int]) -> list[Row]:
+    """Each network unpruned, by method and sparsity, and renormalised by numbers of images."""
+    at = [s for s in config.sparsities if s in SAMPLED] or config.sparsities
+    by_samples = [method for method in config.methods if method in BY_SAMPLES]
+    cells: list[tuple[Any, ...]] = [(None, None, None)]
+    cells += [(method, s, None) for method in config.methods for s in config.sparsities]
+    cells += [(m, s, count) for count in config.samples for m in by_samples for s in at]
+    keys = ("seed", "method", "sparsity", "samples")
+    return [dict(zip(keys, (seed, *cell), strict=True)) for seed in seeds for cell in cells]
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
-    """Each network: unpruned, by method and sparsity, and renormalised by numbers of images."""
-    models, net = run.setup, run.setup.net
-    remedy = pruned.remedy_of(config, net, models.arch.name)
-    layers = pruned.layers_of(net, models.arch.name)
-    trees = dict(zip(models.seeds, models.trees, strict=True))
-    training = pruned.statistics_of(config, models)
+    net, trees, layers, remedy, training, test = run.setup
     options = {"statistics": training.samples(config.statistics), "gigabytes": config.memory}
     options |= {"gradients": training.samples(config.gradients)}
 
     @functools.lru_cache(maxsize=1)
-    def renormaliser(seed: int, count: int | None) -> pruned.Renormaliser:
-        return pruned.Renormaliser(net, trees[seed], remedy, training.samples(count))
+    def renormaliser(seed: int, count: int | None) -> Any:
+        return pruned.renormaliser(net, trees[seed], remedy, training.samples(count))
 
     @functools.lru_cache(maxsize=1)
     def pruner(seed: int, method: str) -> Any:
         with run.watch(f"{method}, scores"):
             return pruned.pruner(method, net, trees[seed], layers, **options)
 
-    at = [s for s in config.sparsities if s in SAMPLED] or config.sparsities
-    by_samples = [method for method in config.methods if method in BY_SAMPLES]
-    keys = ("seed", "method", "sparsity", "samples")
-    cells: list[tuple[Any, ...]] = [(None, None, None)]
-    cells += [(method, s, None) for method in config.methods for s in config.sparsities]
-    cells += [(m, s, count) for count in config.samples for m in by_samples for s in at]
-    plan = [dict(zip(keys, (seed, *cell), strict=True)) for seed in trees for cell in cells]
-    for cell in run.cells(plan):
-        seed, method, sparsity, samples = (cell[key] for key in keys)
+    for cell in run.cells(plan(config, trees)):
+        seed, method, sparsity, samples = cell.values()
         tree = pruner(seed, method)(sparsity / 100) if method else trees[seed]
         count = cli.counted(samples) if samples else config.statistics
-        row = cell | {"remedy": remedy, "images": len(training.samples(count).images)}
         with run.watch(f"{samples} images" if samples else method or "unpruned"):
-            better = pruned.answers(renormaliser(seed, count)(tree), models.images.test)
-            if samples is None:
-                plain = pruned.answers(pruned.as_network(net, tree), models.images.test)
-                before, after, error = pruned.paired(plain, better)
-                yield cell | {"remedy": "none", "accuracy": before}
-                yield row | {"accuracy": after, "error": error}
-            else:
-                yield row | {"accuracy": float(better.mean())}
+            found = [renormaliser(seed, count)(tree)]
+            found += [] if samples else [pruned.as_network(net, tree)]
+            images = len(training.samples(count).images)
+            answers = pruned.answers(found, test)
+            yield from pruned.rows_of(cell, remedy, *answers, images=images)
 
 
 def title_of(record: Record) -> str:
-    seeds, images = len(record["seeds"]["edge_models"]), record["data"]["test_images"]
-    several = f", mean of {seeds} seeds" if seeds > 1 else ""
-    return f"{networks(record)}, pruned, {images:,} test images{several}"
-
-
-def finding_of(record: Record) -> str:
-    """Where most comes back, and which pruner is best after it."""
-    found = [case for method in record.rows.distinct("method") for case in cases(record, method)]
-    most, (unpruned,) = max(found, key=lambda case: case.gain), cases(record, None)
-    before, after, whole = (100 * n for n in (most.plain, most.renormalised, unpruned.plain))
-    text = f"{label(record['remedy'])} brings back most with {label(most.method)} at "
-    text += f"{most.sparsity}%, from {before:.0f}% to {after:.0f}% (unpruned {whole:.0f}%)"
-    last = [case for case in found if case.sparsity == HIGH[-1]]
-    best = max(last, key=lambda case: case.renormalised, default=most)
-    more = f"; at {HIGH[-1]}% {label(best.method)} is best after it"
-    return text + (f"{more} ({100 * best.renormalised:.0f}%)" if len(last) > 1 else "")
+    return records.title(record, "pruned", len(record["seeds"]["edge_models"]))
 
 
 def by_samples(record: Record) -> dict[str, Rows]:
@@ -176,50 +148,28 @@ def by_samples(record: Record) -> dict[str, Rows]:
 
 def tables_of(record: Record) -> list[tables.Table]:
     """Accuracies by sparsity and method, as pruned and renormalised; and by images."""
-    rows, name, found = record.rows.where(samples=None), label(record["remedy"]), []
-
-    def add(here: Rows, title: str, columns: list[tables.Column], **more: Any) -> None:
-        lines = more | {str(s): {"sparsity": s} for s in sorted(here.distinct("sparsity"))}
-        found.append(tables.pivot(here, lines, columns, title=title, corner="sparsity, %"))
-
-    pruners = [tables.Column(label(m), {"method": m}) for m in rows.distinct("method")]
-    whole = {"unpruned": {"method": None}}
-    add(rows.where(remedy="none"), f"{record['title']}: as pruned", pruners, **whole)
-    add(rows.where(remedy=record["remedy"]), f"with {name}", pruners, **whole)
-    for method, here in by_samples(record).items():
-        columns = [tables.Column(f"{n} images", {"samples": n}) for n in here.distinct("samples")]
-        add(here, f"{label(method)}, with {name}", columns)
+    found = pruned.tables_of(record)
+    for method, rows in by_samples(record).items():
+        columns = {f"{n} images": {"samples": n} for n in rows.distinct("samples")}
+        title = f"{label(method)}, with {label(record['remedy'])}"
+        found.append(pruned.table_of(rows, title, columns))
     return found
 
 
 def figure_of(record: Record) -> Any:
     """Accuracy as pruned and renormalised, what is gained, and by how many images."""
-    rows, remedy, x = record.rows.where(samples=None), record["remedy"], "sparsity (%)"
-    level, limits = 100 * rows.mean(method=None, remedy="none"), (0, 101)
-    unpruned = [figures.Line("unpruned", None, level, method="edges")]
-    plain, better = (rows.where(remedy=how) for how in ("none", remedy))
-    both = zip(plain, better, strict=True)
-    gains = Rows(b | {"accuracy": b["accuracy"] - a["accuracy"]} for a, b in both)
-    title, row = f"with {label(remedy)}, {record['data']['statistics_images']:,} images", []
-    for name, here in (("as pruned", plain), (title, better), ("gained", gains)):
-        lines = [figures.line(here.where(method=m), "sparsity", method=m)
-                 for m in here.distinct("method")]  # fmt: skip
-        whole = here is not gains
-        y = figures.ACCURACY if whole else "points of test accuracy"
-        y_limits = limits if whole else None
-        row.append(figures.Panel(name, x, y, lines + unpruned * whole, y_limits=y_limits))
-    for method, here in by_samples(record).items():
-        lines, before = [], plain.where(method=method)
-        for colour, s in enumerate(sorted(here.distinct("sparsity")), start=FREE):
-            name, level = f"{s}%, {label(remedy)}", 100 * before.mean(sparsity=s)
-            lines.append(figures.line(here, "images", name=name, method=colour, sparsity=s))
+    row, remedy = pruned.panels_of(record), label(record["remedy"])
+    for method, rows in by_samples(record).items():
+        lines, before = [], record.rows.where(method=method, remedy="none")
+        for colour, s in enumerate(sorted(rows.distinct("sparsity")), start=FREE):
+            name, level = f"{s}%, {remedy}", 100 * before.mean(sparsity=s)
+            lines.append(figures.line(rows, "images", name=name, method=colour, sparsity=s))
             lines.append(figures.Line(f"{s}%, as pruned", None, level, None, colour, True))
-        title = f"{label(method)}, images for {label(remedy)}"
-        panel = figures.Panel(title, "training images", figures.ACCURACY, lines, y_limits=limits)
-        row.append(dataclasses.replace(panel, log_x=True))
+        title = f"{label(method)}, images for {remedy}"
+        row.append(figures.Panel(title, "training images", figures.ACCURACY, lines, log_x=True,
+                                 y_limits=(0, 101)))  # fmt: skip
     bars = f"standard deviation over {len(record['seeds']['edge_models'])} seeds"
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], bars=bars,
-                        columns=3 if len(row) > 4 else 2)  # fmt: skip
+    return figures.of_record(record, row, bars=bars, columns=3 if len(row) > 4 else 2)
 
 
 LEGEND = """Pruned are all convolutions and linear layers but those of shortcuts, of ConvNeXt only
@@ -231,7 +181,7 @@ cropped and mirrored at random as in training unless with --plain: running stati
 images. Those of Fisher matrices are the first of them."""
 EXPERIMENT = Experiment(
     name="pruning", doc=__doc__, options=Config, prepare=prepare, measure=measure, title=title_of,
-    finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
+    finding=pruned.finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
     legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main
 

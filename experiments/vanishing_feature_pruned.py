@@ -18,14 +18,14 @@ networks as in merged ones, so that logits hardly depend on the image, and RESET
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from kit import cli, edges, features, figures, pruned, tables
-from kit.experiment import Experiment, Run, Setup
+from kit import cli, features, figures, pruned, records
+from kit.experiment import Experiment, Run
 from kit.figures import label
-from kit.records import Record, Row, joined, networks
-from kit.timing import Stopwatch
+from kit.records import Record, Row, joined
 from papers.vanishing_feature_pruned import CLAIMS, measured, remedy_of
 
 import vfjax
@@ -45,71 +45,51 @@ def default_sparsity(model: str) -> int:
     return SPARSITIES.get(model, SPARSITY)
 
 
-def _sparsity_part(record: Mapping[str, Any]) -> str | None:
-    sparsity, usual = record["config"]["sparsity"], default_sparsity(record["config"]["model"])
-    return None if sparsity == usual else f"at{sparsity}"
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pruned.RemedyOptions):
     sparsity: int | float | None = cli.option(
         None, f"per cent of the weights that go (default: {SPARSITY}; 85 for resnet20)",
-        type=pruned.sparsity_of, metavar="S", part=_sparsity_part)
+        type=pruned.sparsity_of, metavar="S", part="at{}",
+        usual=lambda record: default_sparsity(record["config"]["model"]))
     samples: int | None = features.samples()
     statistics: int | None = cli.images(
         "statistics", "training images, the first N, for renormalisation", features.STATISTICS)
 # fmt: on
 
 
-def checked(config: Config) -> None:
-    if config.sparsity == 100:
-        raise cli.UserError("--sparsity 100 leaves no features to measure; take less.")
-
-
 def settled(config: Config, net: vfjax.Network, name: str) -> Config:
     pruned.remedy_of(config, net, name)
+    if config.sparsity == 100:
+        raise cli.UserError("--sparsity 100 leaves no features to measure; take less.")
     return dataclasses.replace(config, sparsity=config.sparsity or default_sparsity(name))
 
 
-LOADED = edges.loaded(count=lambda config: None, statistics="statistics", test="samples",
-                      cifar=pruned.DEFAULT, checked=checked, settled=settled)  # fmt: skip
-
-
-def prepare(config: Config, watch: Stopwatch) -> Setup:
-    """Edge models, and in the record whether statistics are of augmented images."""
-    setup = LOADED(config, watch)
-    setup.record["data"]["augmented"] = pruned.augmented(setup.config, setup.value)
-    return setup
+PREPARE = partial(pruned.prepare, count=lambda config: None, test="samples", settled=settled)
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Features, logits and accuracy, by seed, of the network before, pruned, and renormalised."""
-    models, net = run.setup, run.setup.net
-    name, test = models.arch.name, models.images.test
-    remedy, layers = pruned.remedy_of(config, net, name), pruned.layers_of(net, name)
-    statistics = pruned.statistics_of(config, models)
+    net, trees, layers, remedy, statistics, test = run.setup
     kinds = ("unpruned", "pruned", remedy)
-    plan = [{"seed": seed, "network": kind} for seed in models.seeds for kind in kinds]
-    trees = dict(zip(models.seeds, models.trees, strict=True))
-    for cell in run.cells(plan):
-        seed, kind = cell["seed"], cell["network"]
+    for cell in run.cells({"seed": seed, "network": kind} for seed in trees for kind in kinds):
+        seed, kind = cell.values()
         tree = found = trees[seed]
+        whole = None
         if kind != "unpruned":
+            whole = features.by_layer(run.rows, "feature", network="unpruned", seed=seed)
             with run.watch("pruning"):
                 found = pruned.pruner("magnitude", net, tree, layers)(config.sparsity / 100)
         if kind == remedy:
             with run.watch("renormalisation"):
-                found = pruned.Renormaliser(net, tree, remedy, statistics)(found)
-        network, whole = pruned.as_network(net, found), None
-        if kind != "unpruned":
-            whole = features.by_layer(run.rows, "feature", network="unpruned", seed=seed)
+                found = pruned.renormaliser(net, tree, remedy, statistics)(found)
+        network = pruned.as_network(net, found)
         with run.watch("features"):
             watched = run.watched(test, "features")
             for row in features.rows_of(net, {kind: network}, watched, whole):
                 yield cell | row
         with run.watch("accuracies"):
-            yield cell | {"accuracy": float(pruned.answers(network, test).mean())}
+            yield cell | {"accuracy": float(pruned.answers([network], test).mean())}
 
 
 def names_of(record: Record) -> dict[str, str]:
@@ -119,33 +99,26 @@ def names_of(record: Record) -> dict[str, str]:
 
 
 def title_of(record: Record) -> str:
-    images, seeds = record["data"]["test_images"], len(record.rows.distinct("seed"))
     what = f"{record['config']['sparsity']}% pruned by global magnitude"
-    parts = [networks(record), what, f"{images:,} test images"]
-    return ", ".join(parts + ([f"mean of {seeds} seeds"] if seeds > 1 else []))
+    return records.title(record, what, len(record.rows.distinct("seed")))
 
 
 def finding_of(record: Record) -> str:
-    remedy = remedy_of(record)
-    before, after = (measured(record, name) for name in ("pruned", remedy))
-    shares = [f"{measured(record, name)['share']:.2g} ({text})"
-              for text, name in names_of(record).items()]  # fmt: skip
+    found = {text: measured(record, name) for text, name in names_of(record).items()}
+    _, before, after = found.values()
+    shares = joined(f"{numbers['share']:.2g} ({text})" for text, numbers in found.items())
     text = f"Of the unpruned networks' features {100 * before['end']:.0f}% are left at the output, "
-    text += f"{100 * after['end']:.0f}% with {label(remedy)}; features over offsets there are "
-    return text + joined(shares)
-
-
-def tables_of(record: Record) -> list[tables.Table]:
-    return [features.table(record, names_of(record))]
+    text += f"{100 * after['end']:.0f}% with {label(remedy_of(record))}; "
+    return f"{text}features over offsets there are {shares}"
 
 
 def figure_of(record: Record) -> Any:
     """Bounds before and after, features against offsets, and logits."""
     depth, seeds = record["model"]["depth"], len(record.rows.distinct("seed"))
-    styles = {}
+    styles, looks = {}, {"unpruned": "edges", "pruned": "none"}
     for text, name in names_of(record).items():
-        method = {"unpruned": "edges", "pruned": "none"}.get(name, name)
-        styles[name] = {"name": text, "method": method, "dashed": name == "unpruned"}
+        dashed = name == "unpruned"
+        styles[name] = {"name": text, "method": looks.get(name, name), "dashed": dashed}
     bounds = [features.line(record, n, bound=True, **styles[n]) for n in list(styles)[1:]]
     # The offset of the first layer is its bias alone, which is next to nothing before BatchNorm.
     shares = [features.line(record, n, bound=False, start=2, **styles[n]) for n in styles]
@@ -156,9 +129,8 @@ def figure_of(record: Record) -> Any:
         figures.Panel("features against offsets", features.DEPTH, features.AGAINST, shares, True),
         features.logits_panel(record, styles),
     ]
-    bars = features.BARS + (f" (logits, of the first seed), else over {seeds} seeds"
-                            if seeds > 1 else "")  # fmt: skip
-    return figures.of_record(record, row, bars=bars)
+    bars = f" (logits, of the first seed), else over {seeds} seeds" if seeds > 1 else ""
+    return figures.of_record(record, row, bars=features.BARS + bars)
 
 
 LEGEND = """Shown are features f(x) - f(0), mean norms over test images, before norm and activation,
@@ -167,9 +139,9 @@ in the figure by the least sequence that does not rise, as for merged networks i
 `vanishing_feature.py`; features against offsets f(0); and logits, their mean over images and how
 they vary (spread)."""
 EXPERIMENT = Experiment(
-    name="vanishing_feature_pruned", doc=__doc__, options=Config, prepare=prepare, measure=measure,
-    title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
-    legend=LEGEND)  # fmt: skip
+    name="vanishing_feature_pruned", doc=__doc__, options=Config, prepare=PREPARE, measure=measure,
+    title=title_of, finding=finding_of, figure=figure_of, claims=CLAIMS, legend=LEGEND,
+    tables=lambda record: [features.table(record, names_of(record))])  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

@@ -112,20 +112,21 @@ def accuracy_against_layers(
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A curve in a panel.
+    """A curve in a panel, or a level all along x.
 
     Attributes:
-        x: `[n]`.
-        y: `[n]`; NaN leaves a gap.
+        x: `[n]`; None for a level.
+        y: `[n]`; NaN leaves a gap. Of a level one number.
         error: `[n]`, one standard deviation, drawn as bars; None draws no bars.
-        colour: Number of its colour and marker; equal for curves of one kind.
+        colour: Number of its colour and marker, equal for curves of one kind; or colour and marker
+            as matplotlib has them.
         dashed: Whether it is dashed, with hollow markers.
     """
 
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | None
+    y: Sequence[float] | float
     error: Sequence[float] | None = None
-    colour: int = 0
+    colour: int | tuple[str, str] = 0
     dashed: bool = False
 
 
@@ -141,6 +142,7 @@ class Panel:
         log: Whether y is logarithmic.
         log_x: Whether x is logarithmic.
         y_limits: Lower and upper limit of y; None to fit the curves.
+        ticks: Where x has numbers; None for what suits the curves.
     """
 
     title: str
@@ -150,6 +152,7 @@ class Panel:
     log: bool = False
     log_x: bool = False
     y_limits: tuple[float, float] | None = None
+    ticks: Sequence[float] | None = None
 
 
 def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None) -> Figure:
@@ -179,7 +182,7 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
         if not panel.curves:
             raise ValueError(f"the panel {panel.title!r} must have at least one curve, got none.")
         for name, curve in panel.curves.items():
-            sizes = {len(v) for v in (curve.x, curve.y, curve.error) if v is not None}
+            sizes = {np.size(v) for v in (curve.x, curve.y, curve.error) if v is not None}
             if len(sizes) != 1:
                 raise ValueError(
                     f"x, y and error of the curve {name!r} must be equally long, got lengths "
@@ -196,33 +199,21 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
     for place, panel in enumerate(row, start=1):
         axes = figure.add_subplot(rows, columns, place)
         for name, curve in panel.curves.items():
-            shape = _MARKERS[curve.colour % len(_MARKERS)]
-            axes.errorbar(
-                curve.x,
-                np.asarray(curve.y, float),
-                None if curve.error is None else np.asarray(curve.error, float),
-                label=name,
-                color=_COLOURS[curve.colour % len(_COLOURS)],
-                linestyle="--" if curve.dashed else "-",
-                linewidth=2.5,
-                marker=shape,
-                markersize=8,
-                markerfacecolor="white" if curve.dashed else None,
-                capsize=4,
-                elinewidth=1.5,
-            )
+            _draw(axes, name, curve)
         if panel.log:
             _log_scale(axes, "y")
         if panel.log_x:
             _log_scale(axes, "x")
-        elif all(float(x).is_integer() for curve in panel.curves.values() for x in curve.x):
+        elif all(np.all(np.mod(c.x, 1) == 0) for c in panel.curves.values() if c.x is not None):
             # Layers and epochs are whole numbers.
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if panel.ticks is not None:
+            axes.set_xticks(list(panel.ticks))
         if panel.y_limits is not None:
             axes.set_ylim(*panel.y_limits)
         axes.set_xlabel(panel.x_label, fontsize=_FONT)
         axes.set_ylabel(panel.y_label, fontsize=_FONT)
-        axes.set_title(panel.title, fontsize=_FONT)
+        axes.set_title(panel.title, fontsize=_FONT if len(panel.title) < 48 else _FONT - 2)
         axes.tick_params(labelsize=_FONT - 1)
         axes.grid(alpha=0.3)
         # Below the axes, where it does not hide a curve.
@@ -231,6 +222,32 @@ def panels(row: Sequence[Panel], *, title: str = "", columns: int | None = None)
     if title:
         figure.suptitle(title, fontsize=_FONT)
     return figure
+
+
+def _draw(axes: Any, name: str, curve: Curve) -> None:
+    if isinstance(curve.colour, int):
+        style = _COLOURS[curve.colour % len(_COLOURS)], _MARKERS[curve.colour % len(_MARKERS)]
+    else:
+        style = curve.colour
+    colour, marker = style
+    if curve.x is None:
+        dashes = (0, (6, 3)) if curve.dashed else "-"
+        axes.axhline(curve.y, color=colour, linestyle=dashes, linewidth=1.6, zorder=1, label=name)
+        return
+    axes.errorbar(
+        curve.x,
+        np.asarray(curve.y, float),
+        None if curve.error is None else np.asarray(curve.error, float),
+        label=name,
+        color=colour,
+        linestyle="--" if curve.dashed else "-",
+        linewidth=2.5,
+        marker=marker,
+        markersize=8,
+        markerfacecolor="white" if curve.dashed else None,
+        capsize=4,
+        elinewidth=1.5,
+    )
 
 
 def _log_scale(axes: Any, which: str) -> None:

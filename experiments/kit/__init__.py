@@ -4,12 +4,11 @@ A script says what is measured and hands it to `experiment.Experiment`, whose do
 """
 
 import sys
-from typing import Any
 
 _given = sys.excepthook
 
 
-def _say_stopped(kind: type[BaseException], *error: Any) -> None:
+def _say_stopped(kind: type[BaseException], *error: object) -> None:
     """One line for Ctrl-C while Python still imports; later `experiment.reported` has it."""
     if not issubclass(kind, KeyboardInterrupt):
         return _given(kind, *error)

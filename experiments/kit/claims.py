@@ -15,20 +15,18 @@ chance may be what is claimed: it decides against one that is not, and so does `
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kit import tables
-from kit.records import Record
+from kit.records import Record, joined
 
 AS, UNLIKE, OPEN, NEW = "as in the paper", "unlike", "undecided here", "not in the paper"
 VERDICTS = (AS, UNLIKE, OPEN, NEW)
 # Accuracies of no more than so much above chance are near it.
 NEAR = 0.1
-
-
 # Whether a claim holds (None where it cannot be told), and what was measured.
 Decision = tuple[bool | None, str]
 Rule = Callable[[Record], Decision | None]
@@ -54,32 +52,25 @@ def decided(claims: Iterable[Claim], record: Record) -> list[dict[str, str]]:
     for claim in claims:
         found = claim.rule(record) if claim.when(record) else None
         if found is not None:
-            holds, here = found
-            paper = claim.paper if claim.told(record) else ""
-            verdict = {True: AS, False: UNLIKE, None: OPEN}[holds] if paper else NEW
-            row = {"id": claim.id, "claim": claim.claim, "paper": paper}
-            rows.append(
-                row | {"here": here, "verdict": verdict, "rule": claim.by or f"{claim.rule}"}
-            )
+            paper, rule = claim.paper if claim.told(record) else "", claim.by or str(claim.rule)
+            verdict = {True: AS, False: UNLIKE, None: OPEN}[found[0]] if paper else NEW
+            row = {"id": claim.id, "claim": claim.claim, "paper": paper, "here": found[1]}
+            rows.append(row | {"verdict": verdict, "rule": rule})
     return rows
 
 
 def table(verdicts: Sequence[Mapping[str, str]], mark: str = "") -> tables.Table:
     """Claim, paper, here, verdict; before what is unlike the paper stands a mark."""
-    lines = []
+    keys, lines = ["claim", "paper", "here", "verdict"], []
     for row in verdicts:
-        verdict = mark * (row["verdict"] == UNLIKE) + row["verdict"]
-        lines.append([row["claim"], row["paper"] or "-", row["here"], verdict])
-    return tables.Table("", ["claim", "paper", "here", "verdict"], lines, texts=4)
+        shown = row | {"paper": row["paper"] or "-"}
+        shown["verdict"] = mark * (row["verdict"] == UNLIKE) + row["verdict"]
+        lines.append([shown[key] for key in keys])
+    return tables.Table("", keys, lines, texts=4)
 
 
 def counts(verdicts: Iterable[Mapping[str, str]]) -> str:
-    """How many there are of each verdict.
-
-    Example:
-      >>> counts([{"verdict": AS}, {"verdict": AS}, {"verdict": UNLIKE}])
-      '2 as in the paper, 1 unlike'
-    """
+    """How many there are of each verdict, in words."""
     found = [row["verdict"] for row in verdicts]
     return ", ".join(f"{found.count(v)} {v}" for v in VERDICTS if v in found)
 
@@ -90,10 +81,6 @@ class Quantity:
 
     label: str
     of: Callable[[Record], float]
-
-    def told(self, record: Record) -> str:
-        """The name, and the number in per cent."""
-        return f"{self.label} {100 * self.of(record):.1f}"
 
 
 def accuracy(label: str, *, key: str = "accuracy", **where: Any) -> Quantity:
@@ -107,17 +94,12 @@ def accuracy(label: str, *, key: str = "accuracy", **where: Any) -> Quantity:
 
 
 def noise(value: float, images: int) -> float:
-    """Two standard errors of an accuracy on so many images: what is closer is level.
-
-    Example:
-      >>> noise(0.5, 10_000)
-      0.01
-    """
+    """Two standard errors of an accuracy on so many images: what is closer is level."""
     return 2 * math.sqrt(max(value * (1 - value), 0.0) / images)
 
 
 def free(record: Record, value: float) -> float:
-    """The same on the test images of a record."""
+    """Two standard errors of an accuracy on the test images of a record."""
     return noise(value, record["data"]["test_images"])
 
 
@@ -156,15 +138,22 @@ def level(record: Record, values: Sequence[float], by: float) -> bool | None:
     return reached(by, gap, noise) if by else gap <= noise
 
 
-def all_of(found: Iterable[bool | None]) -> bool | None:
-    """Whether all hold: not if one does not, and open if that is open of one.
+def leads(record: Record, value: float, *others: float, last: bool = False) -> bool | None:
+    """Whether an accuracy is above all others, or, with `last`, below them."""
+    return compared(record, min(others), value) if last else compared(record, value, max(others))
 
-    Example:
-      >>> all_of([True, None]), all_of([False, None]), all_of([])
-      (None, False, True)
-    """
+
+def all_of(found: Iterable[bool | None]) -> bool | None:
+    """Whether all hold: not if one does not, and open if that is open of one."""
     found = list(found)
     return False if False in found else None if None in found else True
+
+
+def every(found: Iterable[Decision]) -> Decision | None:
+    """What several decisions come to: whether all hold, and what was measured of each."""
+    found = list(found)
+    here = joined(told for _, told in found)
+    return (all_of(holds for holds, _ in found), here) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,49 +161,44 @@ class Comparison:
     """A rule on some quantities; where one was not measured nothing is decided."""
 
     quantities: Sequence[Quantity]
-    holds: Callable[..., bool | None]
+    holds: Callable[..., bool | None]  # Called with the record and the numbers.
     text: str
-    ranked: bool = False
+    ranked: bool = False  # Whether the highest is told first.
 
     def __call__(self, record: Record) -> Decision | None:
-        """Decides; `holds` gets the record and the numbers."""
-        found = {quantity: quantity.of(record) for quantity in self.quantities}
-        if any(map(math.isnan, found.values())):
+        found = [quantity.of(record) for quantity in self.quantities]
+        if any(map(math.isnan, found)):
             return None
-        shown = sorted(found, key=lambda q: -found[q]) if self.ranked else found
-        return self.holds(record, *found.values()), ", ".join(q.told(record) for q in shown)
+        shown = [(q.label, value) for q, value in zip(self.quantities, found, strict=True)]
+        shown = sorted(shown, key=lambda pair: -pair[1]) if self.ranked else shown
+        here = ", ".join(f"{label} {100 * value:.1f}" for label, value in shown)
+        return self.holds(record, *found), here
 
     def __str__(self) -> str:
         return self.text
 
 
-def _named(quantities: Iterable[Quantity]) -> str:
-    return ", ".join(quantity.label for quantity in quantities)
-
-
 def Above(value: Quantity, other: Quantity, by: float = 0.0) -> Comparison:
-    """That one accuracy is above another, by more than `by`."""
+    """That one accuracy is above another, by more than `by`, see `compared`."""
     more = f" by more than {100 * by:g} points" if by else ""
     text = f"{value.label} above {other.label}{more}; two standard errors are level"
-    return Comparison((value, other), functools.partial(compared, by=by), text)
+    return Comparison((value, other), partial(compared, by=by), text)
 
 
 def Level(values: Sequence[Quantity], by: float) -> Comparison:
     """That accuracies lie within `by` of each other, see `level`."""
     points = f"{100 * by:g} points; unlike from two standard errors more on"
-    text = f"{_named(values)} within {points if by else 'two standard errors'}"
-    return Comparison(tuple(values), lambda record, *found: level(record, found, by), text)
+    labels = ", ".join(value.label for value in values)
+    text = f"{labels} within {points if by else 'two standard errors'}"
+    return Comparison(values, lambda record, *found: level(record, found, by), text)
 
 
 def Leads(value: Quantity, others: Sequence[Quantity], last: bool = False) -> Comparison:
     """That one accuracy is above all others, or, with `last`, below them."""
-
-    def holds(record: Record, a: float, *rest: float) -> bool | None:
-        return compared(record, min(rest), a) if last else compared(record, a, max(rest))
-
+    labels = ", ".join(other.label for other in others)
     side = "below" if last else "above"
-    text = f"{value.label} {side} all of {_named(others)}; two standard errors are level"
-    return Comparison((value, *others), holds, text, ranked=True)
+    text = f"{value.label} {side} all of {labels}; two standard errors are level"
+    return Comparison((value, *others), partial(leads, last=last), text, ranked=True)
 
 
 def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
@@ -229,4 +213,4 @@ def AtChance(value: Quantity, by: float = 0.02) -> Comparison:
 def Enough(value: Quantity, other: Quantity, by: float) -> Comparison:
     """That one accuracy is no more than `by` below another, see `enough`."""
     text = f"{value.label} no more than {100 * by:g} points below {other.label}"
-    return Comparison((value, other), functools.partial(enough, by=by), text)
+    return Comparison((value, other), partial(enough, by=by), text)

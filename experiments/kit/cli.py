@@ -3,11 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import re
-import shlex
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +25,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # A default of None or False says nothing; where it means something, the text says what.
-        silent = action.default is None or isinstance(action.default, bool)
-        if silent or "(default: " in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
+        silent = action.default is None or action.default is False
+        told = silent or "(default: " in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
+class InOrder(argparse.Action):
+    """Of several values each once: as choices are ordered, or numbers, with a word after them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        place = self.choices.index if self.choices else lambda one: (isinstance(one, str), one)
+        setattr(namespace, self.dest, sorted(set(values), key=place))
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,14 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str) -> Any:
-    """The type of an option: what `convert` makes of a text, if that fits.
-
-    Example:
-      >>> typed(float, lambda value: value > 0, "is not above 0")("-1")
-      Traceback (most recent call last):
-        ...
-      argparse.ArgumentTypeError: '-1' is not above 0
-    """
+    """The type of an option: what `convert` makes of a text, if that fits; else what is wrong."""
 
     def convert_checked(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -57,26 +55,21 @@ def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str
     return convert_checked
 
 
-def _whole(text: str) -> int:
-    return int(text) if text.isdigit() else -1
-
-
 def count_of(what: str) -> Callable[[str], int]:
-    return typed(_whole, lambda count: count >= 1, f"is not a number of {what}, from 1 on")
+    return typed(int, lambda count: count >= 1, f"is not a number of {what}, from 1 on")
 
 
-def number_of(low: float, high: float = float("inf")) -> Callable[[str], float]:
+def number_of(low: float, high: float = math.inf) -> Callable[[str], float]:
     """The type of an option that is a finite number from `low` to `high`."""
-    to = "on" if high == float("inf") else f"to {high:g}"
-    wrong = f"is not a number from {low:g} {to}"
-    return typed(float, lambda value: low <= value <= high and value != float("inf"), wrong)
+    wrong = f"is not a number from {low:g} {'on' if high == math.inf else f'to {high:g}'}"
+    return typed(float, lambda value: low <= value <= high and value < math.inf, wrong)
 
 
-positive = typed(float, lambda value: 0 < value < float("inf"), "is not a finite number above 0")
-seed_of = typed(_whole, lambda seed: seed >= 0, "is not a seed, from 0 on")
+positive = typed(float, lambda value: 0 < value < math.inf, "is not a finite number above 0")
+seed_of = typed(int, lambda seed: seed >= 0, "is not a seed, from 0 on")
 # A number of images, or `all`; `counted` makes a number or None of it.
 count_or_all = typed(
-    lambda text: text if text == "all" else _whole(text),
+    lambda text: text if text == "all" else int(text),
     lambda count: count == "all" or count >= 1,
     "is neither a number of images nor 'all'",
 )
@@ -97,33 +90,13 @@ def model_of(text: str) -> tuple[str, float | None]:
 
 
 def output_folder(text: str) -> str:
-    """The type of `--out`: a folder that files can be written to; what is made to try it goes.
-
-    Example:
-      >>> output_folder("/dev/null/x")
-      Traceback (most recent call last):
-        ...
-      argparse.ArgumentTypeError: nothing can be written to '/dev/null/x': /dev/null is not a folder
-    """
-    text = os.path.expanduser(text)
-    folder = Path(text).absolute()
-    made: list[Path] = []
-    try:
-        for parent in reversed((folder, *folder.parents)):
-            if not parent.is_dir():
-                parent.mkdir()
-                made.append(parent)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        if isinstance(error, FileExistsError):
-            why = f"{error.filename} is not a folder"
-        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {why}") from error
-    finally:
-        for parent in reversed(made):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-    return text
+    """The type of `--out`: a folder that there is or that can be made, and written to."""
+    folder = Path(text).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "may not be written to" if there.is_dir() else "is not a folder"
+        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r}: {there} {why}")
+    return os.path.expanduser(text)
 
 
 def option(
@@ -138,15 +111,7 @@ def option(
     usual: Callable[[Any], Any] | None = None,
     **argument: Any,  # As of `argparse`: type, choices, metavar, nargs.
 ) -> Any:
-    """A field of an `Options` class: one option of the command line.
-
-    Example:
-      >>> @dataclasses.dataclass(frozen=True)
-      ... class Config(Options):
-      ...     images: int = option(100, "test images", type=count_of("images"), part="images{}")
-      >>> parse(Config, "script.py", "", ["--images", "5"]).images
-      5
-    """
+    """A field of an `Options` class: one option of the command line."""
     if presets is not None:
         shown = {name: "all" if v is None else f"{v:,}" for name, v in presets.items()}
         first, *others = shown
@@ -157,14 +122,14 @@ def option(
 
 
 def sized(help: str, part: str, cpu: int, paper: int | None, what: str = "images") -> Any:
-    """An option that is a number of something, by default that of the preset."""
+    """An option that is a number of something, by default that of the preset; None for all."""
     presets = {"cpu": cpu, "paper": paper}
     return option(None, help, presets=presets, type=count_of(what), metavar="N", part=part)
 
 
-def images(name: str, help: str, cpu: int, paper: int | None = None) -> Any:
-    """An option of how many images there are, by preset; None for all."""
-    return sized(help, name + "{}", cpu, paper)
+def images(name: str, help: str, cpu: int) -> Any:
+    """An option of how many images there are, all with the preset `paper`."""
+    return sized(help, name + "{}", cpu, None)
 
 
 # fmt: off
@@ -182,18 +147,16 @@ class Options:
 
 def parser(options: type, prog: str, doc: str | None) -> Parser:
     p = Parser(prog=prog, usage=f"{prog} [options]", description=doc, formatter_class=Help)
+    common = {field.name for field in dataclasses.fields(Options)}
     # Own options first.
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    common = [fields.pop(f.name) for f in dataclasses.fields(Options) if f.name in fields]
-    for field in (*fields.values(), *common):
-        default, given = field.default, dict(field.metadata["argument"])
-        if default is False:
+    for field in sorted(dataclasses.fields(options), key=lambda field: field.name in common):
+        given = {"default": field.default, "help": field.metadata["help"]}
+        if field.default is False:
             given["action"] = "store_true"
-        elif isinstance(default, tuple):
-            default = list(default)
-            given.setdefault("nargs", "+")
-        name = "--" + field.name.replace("_", "-")
-        p.add_argument(name, default=default, help=field.metadata["help"], **given)
+        elif isinstance(field.default, tuple):
+            given |= {"default": list(field.default), "nargs": "+"}
+        given |= field.metadata["argument"]
+        p.add_argument("--" + field.name.replace("_", "-"), **given)
     return p
 
 
@@ -214,8 +177,3 @@ def defaults(options: type[Options], config: dict[str, Any]) -> dict[str, Any]:
     """The default of each option, of a record's preset where there are several."""
     presets = {field: field.metadata["presets"] for field in dataclasses.fields(options)}
     return {f.name: p[config["preset"]] if p else f.default for f, p in presets.items()}
-
-
-def command(script: str, argv: Sequence[str] | None) -> str:
-    words = sys.argv[1:] if argv is None else argv
-    return shlex.join(["python", f"experiments/{script}", *words])

@@ -2,11 +2,6 @@
 
 A script holds what is asked and measured::
 
-    @dataclasses.dataclass(frozen=True)
-    class Config(edges.EdgeOptions):
-        samples: int = cli.option(2_000, "test images", type=cli.count_of("images"),
-                                  part="samples{}")
-
     def measure(config, run):
         models = run.setup                        # what `prepare` made: here, edge models
         for cell in run.cells({"remedy": r} for r in REMEDIES):
@@ -17,9 +12,6 @@ A script holds what is asked and measured::
         name="cifar_pfm", doc=__doc__, options=Config, prepare=edges.loaded(test="samples"),
         measure=measure, title=..., finding=..., tables=..., figure=..., claims=CLAIMS)
     main = EXPERIMENT.main
-
-    if __name__ == "__main__":
-        main()
 
 A cell is what is measured at once: the rows that follow it are kept as soon as the next one is
 asked for. A run that is stopped leaves them beside where the record will be, and the same command
@@ -33,6 +25,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,45 +58,43 @@ class Setup:
 class Run:
     """A run as `measure` sees it: `run.setup` (what `prepare` made), `run.watch` (the clock)."""
 
+    watched = staticmethod(timing.Watched)
+
     def __init__(self, setup: Setup, watch: timing.Stopwatch, partial: Path, key: str) -> None:
-        self.setup, self.watch, self.path, self._key = setup.value, watch, partial, key
-        self._done: dict[str, list[records.Row]] = {}
+        self.setup, self.watch, self.path = setup.value, watch, partial
+        self._saved = time.monotonic()
         self._order: list[str] = []
         self._pending: list[records.Row] | None = None
-        self._saved = time.monotonic()
-        self.notes: dict[str, list[records.Row]] = {}
+        self._kept: dict[str, Any] = {"key": key, "cells": {}, "notes": {}}
         with contextlib.suppress(OSError, ValueError, KeyError):
             found = json.loads(partial.read_text(encoding="utf-8"))
             if found["key"] == key:
                 watch.go_on(found["seconds"])
-                self._done, self.notes = found["cells"], found["notes"]
+                self._kept = found
+        self.notes: dict[str, list[records.Row]] = self._kept["notes"]
 
     def cells(self, plan: Iterable[Mapping[str, Any]]) -> Iterator[records.Row]:
         """Gives each cell of a plan, plain values by name, that is not measured yet."""
-        cells = [dict(cell) for cell in plan]
-        names = [json.dumps(records.finite(cell), sort_keys=True) for cell in cells]
-        self._order += names
-        there = sum(name in self._done for name in names)
+        cells = {json.dumps(records.finite(cell), sort_keys=True): dict(cell) for cell in plan}
+        self._order += cells
+        done = self._kept["cells"]
+        missing = [name for name in cells if name not in done]
+        there = len(cells) - len(missing)
         with tqdm(total=len(cells), initial=there, unit="cell", leave=False) as bar:
-            for name, cell in zip(names, cells, strict=True):
-                if name in self._done:
-                    continue
-                bar.set_description(", ".join(str(v) for v in cell.values() if v is not None))
+            for name in missing:
+                values = [str(value) for value in cells[name].values() if value is not None]
+                bar.set_description(", ".join(values))
                 self._pending = []
-                yield dict(cell)
-                self._done[name], self._pending = self._pending, None
+                yield cells[name]
+                done[name], self._pending = self._pending, None
                 self.cell_done()
                 bar.update()
 
     def note(self, name: str, **values: Any) -> None:
         """Keeps what is found on the way and belongs to no cell: whether a matching converged."""
-        values = records.finite(values)
         found = self.notes.setdefault(name, [])
-        if values not in found:
+        if (values := records.finite(values)) not in found:
             found.append(values)
-
-    def watched(self, batches: Iterable[Any], description: str) -> timing.Watched:
-        return timing.Watched(batches, description)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Takes a row that `measure` yields."""
@@ -113,13 +104,13 @@ class Run:
 
     @property
     def count(self) -> int:
-        return len(self._done)
+        return len(self._kept["cells"])
 
     @property
     def rows(self) -> records.Rows:
         """The rows of all finished cells, in the order of the plans."""
         names = dict.fromkeys(self._order)
-        return records.Rows(row for name in names for row in self._done.get(name, ()))
+        return records.Rows(row for name in names for row in self._kept["cells"].get(name, ()))
 
     def cell_done(self) -> None:
         if time.monotonic() - self._saved > EVERY:
@@ -128,9 +119,8 @@ class Run:
     def save(self) -> None:
         """Writes what was measured so far, if anything."""
         self._saved = time.monotonic()
-        if self._done:
-            kept = {"cells": self._done, "notes": self.notes, "seconds": self.watch.record()}
-            records.write(self.path, {"key": self._key} | kept)
+        if self.count:
+            records.write(self.path, self._kept | {"seconds": self.watch.record()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +154,7 @@ class Experiment:
     def parser(self) -> cli.Parser:
         p = cli.parser(self.options, f"{self.name}.py", self.doc)
         text = "measure nothing: write tables, claims, figures and page of these records anew"
-        p.add_argument("--redraw", nargs="+", metavar="RECORD", help=text)
+        p.add_argument("--redraw", nargs="+", metavar="RECORD", type=Path, help=text)
         return p
 
     def file_name(self, record: Mapping[str, Any]) -> str:
@@ -176,33 +166,31 @@ class Experiment:
         values = vars(p.parse_args(argv))
         redraw = values.pop("redraw")
         with reported(p.prog), timing.logs_above_bars():
-            if redraw:
-                for path in map(Path, redraw):
-                    self.present(records.write(path, self.derived(records.read(path))))
-                return path
-            config = cli.settled(self.options, values)
-            path = self.run(config, cli.command(f"{self.name}.py", argv))
-            self.present(path)
+            for path in redraw or ():
+                self.present(records.write(path, self.derived(records.read(path))))
+            if not redraw:
+                words = sys.argv[1:] if argv is None else argv
+                command = shlex.join(["python", f"experiments/{p.prog}", *words])
+                path = self.run(cli.settled(self.options, values), command)
+                self.present(path)
         return path
 
     def run(self, config: Any, command: str) -> Path:
         """Measures everything and writes the record."""
         watch = timing.Stopwatch()
         setup = self.prepare(config, watch)
-        recorded = dict(setup.record)
-        config = dataclasses.asdict(setup.config) | recorded.pop("config", {})
+        config = dataclasses.asdict(setup.config) | setup.record.get("config", {})
         about = {"experiment": self.name, "question": self.question, "command": command}
-        head = records.Record(records.finite(about | {"config": config} | recorded))
+        head = records.Record(records.finite(about | setup.record | {"config": config}))
         path = Path(setup.config.out) / f"{self.file_name(head)}.json"
         run = Run(setup, watch, path.with_suffix(".partial"), key_of(head, setup.identity))
         try:
             for row in self.measure(setup.config, run):
                 run.add(row)
-        except BaseException as error:
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"; {run.count} cells are kept" * bool(run.count)) from None
+        finally:
             run.save()
-            if isinstance(error, KeyboardInterrupt):
-                raise Stopped(run.count) from None
-            raise
         measured = {"rows": run.rows, "notes": run.notes, "seconds": watch.record()}
         records.write(path, self.derived(head | measured | records.environment()))
         run.path.unlink(missing_ok=True)
@@ -211,7 +199,7 @@ class Experiment:
     def derived(self, record: Mapping[str, Any]) -> records.Record:
         """The record with all that follows from its rows."""
         record = records.Record(record)
-        record["question"], record["legend"] = self.question, " ".join(self.legend.split())
+        record |= {"question": self.question, "legend": " ".join(self.legend.split())}
         if self.summary is not None:
             record["summary"] = records.finite(self.summary(record))
         record["title"] = self.title(record)
@@ -240,14 +228,6 @@ class Experiment:
             print(f"Claims: {claims.counts(record['claims'])}.")
 
 
-class Stopped(Exception):
-    """Ctrl-C was pressed; the message says how to go on."""
-
-    def __init__(self, count: int = 0) -> None:
-        kept = f"; {count} cells are kept" if count else " before anything was measured"
-        super().__init__(f"stopped{kept}. Run the same command again to go on from there.")
-
-
 @contextlib.contextmanager
 def reported(prog: str) -> Iterator[None]:
     """Turns errors that a sentence explains into that sentence, on one line.
@@ -261,11 +241,12 @@ def reported(prog: str) -> Iterator[None]:
         return
     except (ValueError, FloatingPointError, OSError) as error:
         asked = isinstance(error, (cli.UserError, DatasetError, CheckpointError))
-        status, text = 1 + asked, " ".join(str(error).split()) or type(error).__name__
-        found = f"error: {text}"
-    except (Stopped, KeyboardInterrupt) as error:
-        status, found = 130, str(error if isinstance(error, Stopped) else Stopped())
-    sys.stderr.write(f"{prog}: {found}\n")
+        why = " ".join(str(error).split()) or type(error).__name__
+        status, text = 1 + asked, f"error: {why}"
+    except KeyboardInterrupt as error:
+        kept = str(error) or " before anything was measured"
+        status, text = 130, f"stopped{kept}. Run the same command again to go on from there."
+    sys.stderr.write(f"{prog}: {text}\n")
     raise SystemExit(status)
 
 

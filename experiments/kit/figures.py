@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kit import records
+from vfjax import plot
 
 # fmt: off
 # Of Okabe and Ito, and of Tol where those do not suffice: apart for the colour-blind.
@@ -57,7 +58,7 @@ def label(method: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve, or with one y for all x a level; lines of one name look alike in all panels."""
+    """A `vfjax.plot.Curve` with a name; lines of one name look alike in all panels."""
 
     name: str
     x: Sequence[float] | None  # None for a level all along the axis.
@@ -67,24 +68,17 @@ class Line:
     dashed: bool = False  # With hollow markers.
 
     @property
-    def style(self) -> tuple[str, str]:
+    def colour(self) -> tuple[str, str]:
         if isinstance(self.method, str):
             return METHODS[self.method][1:]
         return COLOURS[self.method % len(COLOURS)], MARKERS[self.method % len(MARKERS)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One of the axes of a figure."""
-
-    title: str
-    x_label: str
-    y_label: str
-    lines: Sequence[Line]
-    log: bool = False  # Whether y is logarithmic.
-    log_x: bool = False
-    y_limits: tuple[float, float] | None = None  # None for what suits the lines, as of ticks.
-    ticks: Sequence[float] | None = None
+def Panel(
+    title: str, x_label: str, y_label: str, lines: Sequence[Line], *args: Any, **options: Any
+) -> plot.Panel:
+    """One of the axes of a figure; what follows is as of `vfjax.plot.Panel`: log, log_x, ticks."""
+    return plot.Panel(title, x_label, y_label, {one.name: one for one in lines}, *args, **options)
 
 
 def line(
@@ -98,15 +92,7 @@ def line(
     scale: float = 100,
     **where: Any,
 ) -> Line:
-    """The mean over repetitions of rows against x, with their standard deviation as bars.
-
-    Example:
-      >>> rows = records.Rows([{"k": k, "seed": s, "accuracy": (k + s) / 4}
-      ...                      for k in (0, 1) for s in (0, 2)])
-      >>> found = line(rows, "k", method="repair")
-      >>> found.name, found.x, found.y
-      ('REPAIR', [0, 1], [25.0, 50.0])
-    """
+    """The mean over repetitions of rows against x, with their standard deviation as bars."""
     xs, *found = rows.curve(x, y, **where)
     mean, spread = (scale * np.array(part) for part in found)
     name = (label(method) if isinstance(method, str) else "") if name is None else name
@@ -121,7 +107,7 @@ def levels(found: Mapping[str, float]) -> list[Line]:
 
 
 def draw(
-    panels: Sequence[Panel],
+    panels: Sequence[plot.Panel],
     *,
     finding: str,  # The title: what the figure shows, a sentence made from the record.
     subtitle: str = "",  # Data, networks, images.
@@ -129,87 +115,37 @@ def draw(
     columns: int | None = None,  # How many panels stand side by side; None for all.
 ) -> Any:
     """Draws panels with one legend below them; `vfjax.plot.save` writes the figure."""
-    from matplotlib.figure import Figure
-
     columns = min(len(panels), columns or len(panels))
-    rows = -(-len(panels) // columns)
-    width = max(6.0 * columns, 9.0)
-    every = [one for panel in panels for one in panel.lines]
+    figure, shown = plot.panels(panels, columns=columns), {}
+    for axes in figure.axes:
+        axes.get_legend().remove()
+        handles, names = axes.get_legend_handles_labels()
+        shown |= zip(names, handles, strict=True)
+    every = [one for panel in panels for one in panel.curves.values()]
     # Curves before levels.
-    ordered = sorted(every, key=lambda one: one.x is None)
-    shown: dict[str, Any] = dict.fromkeys(one.name for one in ordered)
+    names = list(dict.fromkeys(one.name for one in sorted(every, key=lambda one: one.x is None)))
     bars = f"Bars: {bars}." if bars and any(one.error is not None for one in every) else ""
-    # Inches: the legend has as many columns as there is room for.
-    across = max(1, int(width / (0.85 + 0.1 * max(map(len, shown)))))
-    across = -(-len(shown) // -(-len(shown) // across))
+    # In inches, as all lengths here: the legend has as many columns as there is room for.
+    width = max(6.0 * columns, 9.0)
+    lines = -(-len(names) // max(1, int(width / (0.85 + 0.1 * max(map(len, names))))))
     title, about = textwrap.fill(finding, int(6.9 * width)), textwrap.fill(subtitle, int(9 * width))
-    title_height = 0.1 + 0.31 * (1 + title.count("\n"))
-    head = title_height + 0.25 * (1 + about.count("\n")) + 0.15
-    below = 0.3 * bool(bars)
-    foot = 0.27 * -(-len(shown) // across) + 0.15 + below
-    height = 4.6 * rows + head + foot
-    figure = Figure(figsize=(width, height), layout="constrained")
+    title_height, below = 0.41 + 0.31 * title.count("\n"), 0.3 * bool(bars)
+    head = title_height + 0.4 + 0.25 * about.count("\n")
+    foot = 0.27 * lines + 0.15 + below
+    height = 4.6 * -(-len(panels) // columns) + head + foot
+    figure.set_size_inches(width, height)
     rect = (0, foot / height, 1, 1 - (foot + head) / height)
     figure.get_layout_engine().set(rect=rect, w_pad=0.1, h_pad=0.08)
-    for place, panel in enumerate(panels, start=1):
-        shown |= _draw_panel(figure.add_subplot(rows, columns, place), panel)
     style = {"x": 0.12 / width, "ha": "left", "va": "top"}
     figure.text(y=1 - 0.08 / height, s=title, fontsize=_FONT + 3, weight="bold", **style)
     figure.text(y=1 - title_height / height, s=about, fontsize=_FONT - 1, color="#444444", **style)
-    if bars:
-        figure.text(0.5, 0.06 / height, bars, ha="center", va="bottom", fontsize=_FONT - 2)
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, below / height), "ncols": across}
+    figure.text(0.5, 0.06 / height, bars, ha="center", va="bottom", fontsize=_FONT - 2)
     style = {"fontsize": _FONT - 1, "frameon": False, "borderaxespad": 0.2, "columnspacing": 1.2}
-    figure.legend(list(shown.values()), list(shown), **place, **style)
+    style |= {"loc": "lower center", "bbox_to_anchor": (0.5, below / height)}
+    figure.legend([shown[n] for n in names], names, ncols=-(-len(names) // lines), **style)
     return figure
 
 
-def _draw_panel(axes: Any, panel: Panel) -> dict[str, Any]:
-    from matplotlib.ticker import MaxNLocator
-
-    drawn = {one.name: _draw_line(axes, one) for one in panel.lines}
-    for which in "y" * panel.log + "x" * panel.log_x:
-        _log_scale(axes, which)
-    if panel.ticks is not None:
-        axes.set_xticks(list(panel.ticks))
-    elif not panel.log_x and all(float(x).is_integer() for one in panel.lines for x in one.x or ()):
-        # Layers and epochs have no halves.
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if panel.y_limits is not None:
-        axes.set_ylim(*panel.y_limits)
-    axes.set_xlabel(panel.x_label, fontsize=_FONT)
-    axes.set_ylabel(panel.y_label, fontsize=_FONT)
-    axes.set_title(panel.title, fontsize=_FONT if len(panel.title) < 48 else _FONT - 2)
-    axes.tick_params(labelsize=_FONT - 1)
-    axes.grid(alpha=0.3)
-    return drawn
-
-
-def _draw_line(axes: Any, one: Line) -> Any:
-    colour, marker = one.style
-    style: dict[str, Any] = {"color": colour, "label": one.name}
-    if one.x is None:
-        style |= {"linestyle": (0, (6, 3)) if one.dashed else "-", "linewidth": 1.6}
-        return axes.axhline(float(one.y), zorder=1, **style)
-    style |= {"linestyle": "--" if one.dashed else "-", "linewidth": 2.3, "elinewidth": 1.5}
-    style |= {"marker": marker, "markersize": 7.5, "capsize": 4}
-    style["markerfacecolor"] = "white" if one.dashed else None
-    error = None if one.error is None else np.asarray(one.error, float)
-    return axes.errorbar(one.x, np.asarray(one.y, float), error, **style)
-
-
-def _log_scale(axes: Any, which: str) -> None:
-    """Makes x or y logarithmic, with enough numbers along it where it spans few decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    getattr(axes, f"set_{which}scale")("log")
-    low, high = getattr(axes, f"get_{which}lim")()
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def of_record(record: Mapping[str, Any], panels: Sequence[Panel], **options: Any) -> Any:
+def of_record(record: Mapping[str, Any], panels: Sequence[plot.Panel], **options: Any) -> Any:
     """Draws panels with the finding and the title of a record."""
     return draw(panels, finding=record["finding"], subtitle=record["title"], **options)

@@ -8,34 +8,54 @@ claims say is in the records, which `--redraw` of a script brings up to date.
 """
 
 import argparse
+import collections
+import importlib
+import pkgutil
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import papers
+
 from kit import claims, cli, records, tables
+from kit.records import Record
 
 INDEX = "README.md"
 BENCHMARKS = "benchmarks"
 
 
-def found(folder: Path) -> dict[str, list[tuple[str, records.Record]]]:
-    """Names and contents of the records in a folder, by experiment; the plainest run first."""
-    read = [(path.stem, records.read(path)) for path in folder.glob("*.json")]
-    by_experiment: dict[str, list[tuple[str, records.Record]]] = {}
-    for run in sorted(read, key=lambda run: (len(run[1]["command"]), run[0])):
-        if "claims" in run[1]:
-            by_experiment.setdefault(run[1]["experiment"], []).append(run)
+def found(folder: Path) -> dict[str, list[Record]]:
+    """The records in a folder, by experiment; the plainest run first."""
+    by_experiment = collections.defaultdict(list)
+    read = map(records.read, folder.glob("*.json"))
+    for record in sorted(read, key=lambda record: (len(record["command"]), record.name)):
+        if "claims" in record:
+            by_experiment[record["experiment"]].append(record)
     return dict(sorted(by_experiment.items()))
 
 
-def section(name: str, record: records.Record) -> str:
-    parts = [f"## {name}", f"{record['title']}.", f"**{record['finding']}.**"]
-    parts.append(f"![{record['finding']}]({name}.png)")
+def anchor(heading: str) -> str:
+    """Where a heading is on its page, as GitHub has it."""
+    return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
+
+
+def contents(runs: Sequence[Record], told: Callable[[Record], str]) -> str:
+    return "\n".join(f"- [{run.name}](#{anchor(run.name)}): {told(run)}" for run in runs)
+
+
+def made_by(record: Record, after: str = "") -> str:
+    where = f"{after} on {records.made_on(record)}, on {record['date']}"
+    return f"Made by `{record['command']}`{where}, with "
+
+
+def section(record: Record) -> str:
+    name, finding = record.name, record["finding"]
+    parts = [f"## {name}", f"{record['title']}.", f"**{finding}.**", f"![{finding}]({name}.png)"]
     for shown in record["tables"]:
         table = tables.Table(**shown)
         heading = [f"*{table.title}*"] if len(record["tables"]) > 1 and table.title else []
@@ -45,30 +65,15 @@ def section(name: str, record: records.Record) -> str:
         parts.append(tables.markdown(claims.table(record["claims"], "*")))
         parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
         parts.append("</details>")
-    versions, seconds = record["versions"], record["seconds"]["total"]
-    parts.append(f"Made by `{record['command']}` in {seconds:.0f} s on {records.made_on(record)}, "
-                 f"on {record['date']}, with Python {versions['python']} and jax {versions['jax']}."
-                 f" All numbers: [{name}.json]({name}.json).")  # fmt: skip
-    return "\n\n".join(parts)
+    versions, seconds = record["versions"], f" in {record['seconds']['total']:.0f} s"
+    made = f"{made_by(record, seconds)}Python {versions['python']} and jax {versions['jax']}. "
+    return "\n\n".join([*parts, f"{made}All numbers: [{name}.json]({name}.json)."])
 
 
-def page(experiment: str, runs: Sequence[tuple[str, records.Record]]) -> str:
-    plainest = runs[0][1]
-    head = [f"# {experiment}", f"*{plainest['question']}*"]
-    head += [plainest["legend"]] if plainest.get("legend") else []
-    if len(runs) > 1:
-        head.append("\n".join(f"- [{n}](#{anchor(n)}): {record['title']}" for n, record in runs))
-    return "\n\n".join([*head, *(section(*run) for run in runs)]) + "\n"
-
-
-def anchor(heading: str) -> str:
-    """Where a heading is on its page.
-
-    Example:
-      >>> anchor("cifar_pfm-w0.25-layers12+13")
-      'cifar_pfm-w025-layers1213'
-    """
-    return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
+def page(experiment: str, runs: Sequence[Record]) -> str:
+    head = [f"# {experiment}", f"*{runs[0]['question']}*", runs[0].get("legend")]
+    head += [contents(runs, lambda run: run["title"])] if len(runs) > 1 else []
+    return "\n\n".join(filter(None, [*head, *map(section, runs)])) + "\n"
 
 
 def write_page(folder: Path, experiment: str) -> Path:
@@ -77,29 +82,40 @@ def write_page(folder: Path, experiment: str) -> Path:
     return path
 
 
-def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
+def verdicts_of(runs: Sequence[tuple[Record, Mapping[str, Any]]]) -> str:
     """The verdicts on one claim: how many, with links to where each is from."""
-    links: dict[str, str] = {verdict: "" for verdict in claims.VERDICTS}
-    for k, (experiment, name, row) in enumerate(runs, start=1):
-        links[row["verdict"]] += f" [{k}]({experiment}.md#{anchor(name)})"
-    words = {verdict: verdict for verdict in links} | {claims.UNLIKE: f"**{claims.UNLIKE}**"}
-    return "; ".join(words[verdict] + found for verdict, found in links.items() if found)
+    links = dict.fromkeys(claims.VERDICTS, "")
+    for k, (record, row) in enumerate(runs, start=1):
+        links[row["verdict"]] += f" [{k}]({record['experiment']}.md#{anchor(record.name)})"
+    words = {claims.UNLIKE: f"**{claims.UNLIKE}**"}
+    return "; ".join(words.get(verdict, verdict) + link for verdict, link in links.items() if link)
+
+
+def not_measured(experiments: Iterable[str]) -> Iterator[tuple[claims.Claim, str]]:
+    """Claims of the papers for experiments that have no record, with what these lack."""
+    for module in pkgutil.iter_modules(papers.__path__):
+        if module.name not in experiments:
+            paper = importlib.import_module(f"papers.{module.name}")
+            needs = getattr(paper, "NEEDS", "a run")
+            for claim in paper.CLAIMS:
+                yield claim, f"{claims.OPEN}: `{module.name}.py` is not measured, it needs {needs}"
 
 
 def index(folder: Path) -> str:
-    by_claim: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {}
-    lines, listed = [], []
-    for experiment, runs in found(folder).items():
-        rows = [(experiment, name, row) for name, record in runs for row in record["claims"]]
+    by_claim, lines, experiments = collections.defaultdict(list), [], found(folder)
+    for experiment, runs in experiments.items():
+        rows = [(record, row) for record in runs for row in record["claims"]]
         for run in rows:
-            by_claim.setdefault(run[2]["id"], []).append(run)
-        count = claims.counts([row for *_, row in rows]) or "no claims"
-        question = runs[0][1]["question"]
-        lines.append([f"[{experiment}]({experiment}.md)", question, str(len(runs)), count])
+            by_claim[run[1]["id"]].append(run)
+        count = claims.counts(row for _, row in rows) or "no claims"
+        link = f"[{experiment}]({experiment}.md)"
+        lines.append([link, runs[0]["question"], str(len(runs)), count])
     table = tables.Table("", ["experiment", "question", "records", "claims"], lines, texts=4)
-    for name, runs in sorted(by_claim.items()):
-        said = next((row["paper"] for *_, row in runs if row["paper"]), "-")
-        listed.append([f"`{name}`", runs[0][2]["claim"], said, verdicts_of(runs)])
+    listed = [[f"`{c.id}`", c.claim, c.paper, why] for c, why in not_measured(experiments)]
+    for name, runs in by_claim.items():
+        said = next((row["paper"] for _, row in runs if row["paper"]), "-")
+        listed.append([f"`{name}`", runs[0][1]["claim"], said, verdicts_of(runs)])
+    listed.sort(key=lambda line: line[0].strip("`"))
     verdicts = tables.Table("", ["id", "claim", "paper", "here"], listed, texts=4)
     parts = [
         "# Results",
@@ -115,16 +131,15 @@ def index(folder: Path) -> str:
         tables.markdown(verdicts),
     ]
     if measured := benchmarks(folder):
-        counted = f"[Benchmarks]({BENCHMARKS}.md): {aims([record for _, record in measured])}."
-        parts += ["## Benchmarks", counted]
+        parts += ["## Benchmarks", f"[Benchmarks]({BENCHMARKS}.md): {aims(*measured)}."]
     return "\n\n".join(parts) + "\n"
 
 
-def benchmarks(folder: Path) -> list[tuple[str, records.Record]]:
-    return [(path.stem, records.read(path)) for path in sorted(folder.glob(f"{BENCHMARKS}/*.json"))]
+def benchmarks(folder: Path) -> list[Record]:
+    return [records.read(path) for path in sorted(folder.glob(f"{BENCHMARKS}/*.json"))]
 
 
-def aims(runs: Sequence[records.Record]) -> str:
+def aims(*runs: Record) -> str:
     met = [row["met"] for record in runs for row in record["rows"] if row.get("target")]
     return f"{sum(met)} of {len(met)} aims met, {len(met) - sum(met)} missed"
 
@@ -133,26 +148,23 @@ def benchmarks_page(folder: Path) -> str:
     """The page of the benchmarks: what each measures, its table, and which aims are met."""
     runs = benchmarks(folder)
     parts = ["# Benchmarks", "*What do passes, training, matching and scores of weights cost?*"]
-    parts.append(f"{aims([record for _, record in runs])}. A ratio is how many times faster than "
-                 "what is compared with: the median over turns.")  # fmt: skip
-    parts.append("\n".join(f"- [{n}](#{anchor(n)}): {aims([record])}" for n, record in runs))
-    for name, record in runs:
-        table, figure = tables.benchmark(record["title"], record["rows"]), f"{name}.png"
-        parts += [f"## {name}", f"*{record['question']}*", f"{table.title}:"]
+    ratios = "A ratio is how many times faster than what is compared with: the median over turns."
+    parts += [f"{aims(*runs)}. {ratios}", contents(runs, aims)]
+    for record in runs:
+        table, figure = tables.benchmark(record["title"], record["rows"]), f"{record.name}.png"
+        parts += [f"## {record.name}", f"*{record['question']}*", f"{table.title}:"]
         parts.append(tables.markdown(table))
         missed = [row["what"] for row in record["rows"] if row.get("met") is False]
         parts += [f"**Missed: {records.joined(missed)}.**"] if missed else []
         shown = (folder / BENCHMARKS / figure).exists()
-        parts += [f"![{name}]({BENCHMARKS}/{figure})"] if shown else []
-        parts.append(f"Made by `{record['command']}` on {records.made_on(record)}, on "
-                     f"{record['date']}, with jax {record['versions']['jax']}.")  # fmt: skip
+        parts += [f"![{record.name}]({BENCHMARKS}/{figure})"] if shown else []
+        parts.append(f"{made_by(record)}jax {record['versions']['jax']}.")
     return "\n\n".join(parts) + "\n"
 
 
 def texts(folder: Path) -> dict[str, str]:
     written = {f"{name}.md": page(name, runs) for name, runs in found(folder).items()}
-    if benchmarks(folder):
-        written[f"{BENCHMARKS}.md"] = benchmarks_page(folder)
+    written |= {f"{BENCHMARKS}.md": benchmarks_page(folder)} if benchmarks(folder) else {}
     return written | {INDEX: index(folder)}
 
 

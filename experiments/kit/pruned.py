@@ -1,15 +1,20 @@
 """What the experiments on pruning share: networks before, pruned, and renormalised."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import vfjax
-from kit import cli, edges
+from kit import cli, edges, figures, tables
+from kit.experiment import Setup
+from kit.figures import label
+from kit.records import Record, Row, Rows
+from kit.timing import Stopwatch
 from vfjax import data, merge, prune, renorm, stats, train
 
 PyTree = Any
@@ -59,39 +64,46 @@ def remedy_of(config: RemedyOptions, net: vfjax.Network, name: str) -> str:
     return ("reset" if net.norms else plain) if config.renorm == "auto" else config.renorm
 
 
-def check_memory(
-    net: vfjax.Network, layers: Sequence[str], gradients: int, gigabytes: float
-) -> None:
-    needed = prune.memory(net, count=gradients, names=layers) / 1e9
-    if needed > gigabytes:
-        raise cli.UserError(
-            f"WoodFisher takes {needed:.1f} GB for {gradients} gradients, more than --memory "
-            f"{gigabytes:g}: allow more, take fewer --gradients, or leave it out of --methods."
-        )
-
-
-def augmented(config: RemedyOptions, models: edges.Edges) -> bool:
-    """Whether statistics are of images that are cropped or mirrored."""
-    recipe = models.cards[0]["recipe"]
-    return not config.plain and bool(recipe["crop"] or recipe["flip"])
-
-
-def statistics_of(config: RemedyOptions, models: edges.Edges) -> data.Batches:
-    """The training images that were read, augmented once as in training unless `--plain`."""
-    found, recipe = models.batches("train", None), models.cards[0]["recipe"]
-    if not augmented(config, models):
-        return found
-    parts = []
-    for start in range(0, len(found.images), CHUNK):
-        images = jnp.asarray(found.images[start : start + CHUNK])
-        key = jax.random.key(start)
-        parts.append(train.augment(images, key, crop=recipe["crop"], flip=recipe["flip"]))
-    images = np.concatenate([np.asarray(part) for part in parts])
-    return data.Batches(images, found.labels, found.mean, found.std, edges.BATCH)
-
-
 def layers_of(net: vfjax.Network, name: str) -> tuple[str, ...]:
     return prune.prunable(net, **LAYERS.get(name.partition("-")[0], {"shortcuts": False}))
+
+
+def statistics_of(config: RemedyOptions, models: edges.Edges) -> tuple[data.Batches, bool]:
+    """The training images that were read, and whether they are cropped or mirrored, once."""
+    found, recipe = models.batches("train", None), models.cards[0]["recipe"]
+    if config.plain or not (recipe["crop"] or recipe["flip"]):
+        return found, False
+    parts = []
+    for start in range(0, len(found.images), CHUNK):
+        images, key = jnp.asarray(found.images[start : start + CHUNK]), jax.random.key(start)
+        parts.append(train.augment(images, key, crop=recipe["crop"], flip=recipe["flip"]))
+    norm = found.labels, found.mean, found.std, edges.BATCH
+    return data.Batches(np.concatenate(parts), *norm), True
+
+
+class Subjects(NamedTuple):
+    """What is pruned, and by which images it is renormalised: `run.setup`."""
+
+    net: vfjax.Network
+    trees: Mapping[int, PyTree]  # By seed.
+    layers: Sequence[str]
+    remedy: str
+    statistics: Any  # Batches for renormalisation and Wanda.
+    test: Any
+
+
+def prepare(config: RemedyOptions, watch: Stopwatch, **options: Any) -> Setup:
+    """Edge models and what is done with them; options as of `edges.loaded`."""
+    setup = edges.loaded(statistics="statistics", cifar=DEFAULT, **options)(config, watch)
+    models, net, name = setup.value, setup.value.net, setup.value.arch.name
+    layers, remedy = layers_of(net, name), remedy_of(config, net, name)
+    with watch("augmentation"):
+        statistics, augmented = statistics_of(config, models)
+    data = setup.record["data"] | {"augmented": augmented}
+    record = setup.record | {"data": data, "remedy": remedy, "layers": layers}
+    trees = dict(zip(models.seeds, models.trees, strict=True))
+    value = Subjects(net, trees, layers, remedy, statistics, models.images.test)
+    return Setup(setup.config, value, record, setup.identity)
 
 
 def pruner(
@@ -109,28 +121,21 @@ def pruner(
         options = {"count": len(gradients.images), "max_memory": round(1e9 * gigabytes)}
         inverse = prune.inverse_fisher(net, tree, gradients, names=layers, **options)
         return lambda sparsity: inverse.prune(tree, prune.masks(inverse.scores, sparsity))
-    if method == "fisher":
-        scores = prune.fisher(net, tree, gradients, names=layers)
-    elif method.startswith("wanda"):
-        scores = prune.wanda(net, tree, statistics, names=layers)
-    else:
-        scores = prune.magnitude(net, tree, names=layers)
-    scope = SCOPES.get(method, "global")
+    kind, scope = method.partition("-")[0], SCOPES.get(method, "global")
+    batches = {"fisher": [gradients], "wanda": [statistics]}.get(kind, [])
+    scores = getattr(prune, kind)(net, tree, *batches, names=layers)
     return lambda sparsity: prune.apply(tree, prune.masks(scores, sparsity, scope=scope))
 
 
-class Renormaliser:
+def renormaliser(
+    net: vfjax.Network, tree: PyTree, remedy: str, statistics: Any
+) -> Callable[[PyTree], merge.Merged]:
     """Renormalises what a network is pruned to, by images that serve its reference once, too."""
-
-    def __init__(self, net: vfjax.Network, tree: PyTree, remedy: str, statistics: Any) -> None:
-        self.net, self.remedy, self.statistics = net, remedy, statistics
-        self.goals: dict[str, Any] = {}
-        if remedy != "reset":
-            self.goals["references"] = stats.moments(net, [tree], statistics, sites="paper")
-
-    def __call__(self, pruned: PyTree) -> merge.Merged:
-        remedy = getattr(renorm, self.remedy)
-        return as_network(self.net, remedy(self.net, pruned, self.statistics, **self.goals))
+    goals: dict[str, Any] = {}
+    if remedy != "reset":
+        goals["references"] = stats.moments(net, [tree], statistics, sites="paper")
+    done = getattr(renorm, remedy)
+    return lambda pruned: as_network(net, done(net, pruned, statistics, **goals))
 
 
 def as_network(net: vfjax.Network, tree: Any) -> merge.Merged:
@@ -143,19 +148,92 @@ def right(network: merge.Merged, x: jax.Array, label: jax.Array) -> jax.Array:
     return edges.forward(network, x).argmax(-1) == label
 
 
-def answers(network: merge.Merged, test: Any) -> np.ndarray:
-    """Whether it is right on each image of batches, bool `[N]`."""
-    found = [right(network, x, label) for x, label in test]
-    return np.concatenate([np.asarray(part) for part in found])
+def answers(networks: Sequence[merge.Merged], test: Any) -> np.ndarray:
+    """Whether each is right on each image of batches, bool `[networks, N]`, by one pass."""
+    found = [[np.asarray(right(one, x, label)) for one in networks] for x, label in test]
+    return np.concatenate(found, axis=1)
 
 
-def paired(plain: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """Accuracies of two networks on the same images, and the standard error of their difference.
+def rows_of(
+    cell: Row, remedy: str, better: np.ndarray, plain: np.ndarray | None = None, **about: Any
+) -> Iterator[Row]:
+    """Accuracies of answers to images, of what is renormalised and, if given, as pruned.
 
-    Example:
-      >>> [round(n, 3) for n in paired(np.array([True, False] * 8), np.array([True] * 16))]
-      [0.5, 1.0, 0.129]
+    `error` is the standard error of their difference, small because the images are the same.
     """
-    difference = other.astype(float) - plain
-    error = difference.std(ddof=1) / len(difference) ** 0.5
-    return float(plain.mean()), float(other.mean()), float(error)
+    row = cell | {"remedy": remedy} | about | {"accuracy": float(better.mean())}
+    if plain is not None:
+        yield cell | {"remedy": "none", "accuracy": float(plain.mean())}
+        row["error"] = float((better.astype(float) - plain).std(ddof=1) / len(plain) ** 0.5)
+    yield row
+
+
+class Case(NamedTuple):
+    """Accuracies in the mean over seeds, and the standard error of their difference."""
+
+    method: str | None
+    sparsity: float | None
+    plain: float
+    renormalised: float
+    gain: float
+    error: float
+
+
+def cases(record: Record, method: str | None) -> list[Case]:
+    """All of a method by sparsity; of None that of nothing pruned."""
+    rows, found = record.rows.where(samples=None, method=method), []
+    for sparsity in sorted(rows.distinct("sparsity")) or [None] * bool(rows):
+        here = rows.where(sparsity=sparsity)
+        plain, better = (here.mean(remedy=remedy) for remedy in ("none", record["remedy"]))
+        errors = here.values("error")
+        error = math.hypot(*errors) / len(errors)
+        found.append(Case(method, sparsity, plain, better, better - plain, error))
+    return found
+
+
+def finding_of(record: Record) -> str:
+    """Where most comes back, and what pruning alone left there."""
+    found = [case for method in record.rows.distinct("method") for case in cases(record, method)]
+    most, (unpruned,) = max(found, key=lambda case: case.gain), cases(record, None)
+    before, after, whole = (100 * n for n in (most.plain, most.renormalised, unpruned.plain))
+    return (
+        f"{label(record['remedy'])} brings back most with {label(most.method)} at "
+        f"{most.sparsity}%, from {before:.0f}% to {after:.0f}% (unpruned {whole:.0f}%)"
+    )
+
+
+def table_of(rows: Rows, title: str, columns: Mapping[str, Mapping[str, Any]]) -> tables.Table:
+    """Accuracies by sparsity; by columns, what their rows have."""
+    lines = {"unpruned": {"method": None}} if rows.where(method=None) else {}
+    lines |= {str(s): {"sparsity": s} for s in sorted(rows.distinct("sparsity"))}
+    shown = [tables.Column(text, where) for text, where in columns.items()]
+    return tables.pivot(rows, lines, shown, title=title, corner="sparsity, %")
+
+
+def tables_of(record: Record) -> list[tables.Table]:
+    """Accuracies by sparsity and method, as pruned and renormalised."""
+    rows, remedy = record.rows.where(samples=None), record["remedy"]
+    columns = {label(method): {"method": method} for method in rows.distinct("method")}
+    titles = {"none": f"{record['title']}: as pruned", remedy: f"with {label(remedy)}"}
+    return [table_of(rows.where(remedy=how), titles[how], columns) for how in titles]
+
+
+def panels_of(record: Record) -> list[Any]:
+    """Accuracy against sparsity as pruned and renormalised, and what is gained."""
+    rows, remedy, x = record.rows.where(samples=None), record["remedy"], "sparsity (%)"
+    plain, better = rows.where(remedy="none"), rows.where(remedy=remedy)
+    both = zip(plain, better, strict=True)
+    gained = Rows(b | {"accuracy": b["accuracy"] - a["accuracy"]} for a, b in both)
+    unpruned = figures.Line("unpruned", None, 100 * plain.mean(method=None), method="edges")
+
+    def lines(of: Rows) -> list[figures.Line]:
+        methods = of.distinct("method")
+        return [figures.line(of.where(method=m), "sparsity", method=m) for m in methods]
+
+    title = f"with {label(remedy)}, {record['data']['statistics_images']:,} images"
+    whole = [("as pruned", plain), (title, better)]
+    return [
+        *(figures.Panel(title, x, figures.ACCURACY, [*lines(of), unpruned], y_limits=(0, 101))
+          for title, of in whole),
+        figures.Panel("gained", x, "points of test accuracy", lines(gained)),
+    ]  # fmt: skip

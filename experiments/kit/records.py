@@ -24,8 +24,8 @@ from vfjax import checkpoint
 ROOT = cli.ROOT
 RESULTS = ROOT / "experiments" / "results"
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint numpy scipy scikit-learn tensorflow-datasets"
-DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST"}
-DATASETS["digits"] = "scikit-learn's 8x8 digits"
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST",
+            "digits": "scikit-learn's 8x8 digits"}  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -77,6 +77,8 @@ class Rows(list[Row]):
 class Record(dict[str, Any]):
     """A record as in its JSON, with `rows` to select from."""
 
+    name: str = ""  # Of its file, without suffix, if it was read.
+
     @property
     def rows(self) -> Rows:
         return Rows(self["rows"])
@@ -87,26 +89,24 @@ class Record(dict[str, Any]):
 
     @property
     def chance(self) -> float:
-        data = self["data"]
-        known = {"cifar100": 100, "imagenet": 1000}
-        return 1 / data.get("classes", known.get(data.get("name"), 10))
+        classes = {"cifar100": 100}.get(self["data"].get("name"), 10)
+        return 1 / self["data"].get("classes", classes)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for one value, NaN for none)."""
     if not values:
         return float("nan"), float("nan")
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), spread
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def curve_rows(cell: Mapping[str, Any], found: Any) -> Iterator[Row]:
     """The rows of a `vfjax.diagnose.Interpolation`: one for each alpha, then one of barriers."""
     for alpha, value, loss in zip(found.alphas, found.accuracy, found.loss, strict=True):
         yield {**cell, "alpha": float(alpha), "accuracy": float(value), "loss": float(loss)}
-    barriers = {k: float(getattr(found, k)) for k in ("barrier", "reference_barrier")}
-    lowest, of_loss = float(found.accuracy.min()), float(found.loss_barrier)
-    yield {**cell, "lowest": lowest, **barriers, "loss_barrier": of_loss}
+    barriers = ("barrier", "reference_barrier", "loss_barrier")
+    lowest = {"lowest": float(found.accuracy.min())}
+    yield {**cell, **lowest, **{key: float(getattr(found, key)) for key in barriers}}
 
 
 def finite(value: Any) -> Any:
@@ -127,15 +127,17 @@ def write(path: Path, record: Mapping[str, Any]) -> Path:
 def read(path: Path) -> Record:
     """Reads a record; raises a `UserError` if there is none."""
     try:
-        return Record(json.loads(Path(path).read_text(encoding="utf-8")))
+        found = Record(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise cli.UserError(f"{path} is not a record: {error}") from error
+    found.name = Path(path).stem
+    return found
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     found = {"python": platform.python_version(), "vfjax": vfjax.__version__}
-    for package in ("vfjax", *PACKAGES.split()):
+    for package in PACKAGES.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -158,12 +160,7 @@ def about(dataset: Any, **counts: int | None) -> dict[str, Any]:
 
 
 def dataset_label(source: Mapping[str, Any], wanted: str) -> str:
-    """The data of a record as in titles, where a fall-back from what was wanted shows.
-
-    Example:
-      >>> dataset_label({"name": "digits", "fallback": True}, "mnist")
-      "MNIST NOT FOUND, SO: scikit-learn's 8x8 digits"
-    """
+    """The data of a record as in titles, where a fall-back from what was wanted shows."""
     label = DATASETS.get(source["name"], source["name"])
     return f"{DATASETS[wanted]} NOT FOUND, SO: {label}" if source["fallback"] else label
 
@@ -173,6 +170,12 @@ def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
     config = record["config"]
     width = "" if config["width"] == 1 else f" at {config['width']:g} of the width"
     return f"{dataset_label(record['data'], wanted)}: {config['model']}{width}"
+
+
+def title(record: Mapping[str, Any], what: str = "", count: int = 1, of: str = "seeds") -> str:
+    """Data, networks, what was done with them, on how many test images; the mean of how many."""
+    parts = [networks(record), what, f"{record['data']['test_images']:,} test images"]
+    return ", ".join(filter(None, [*parts, f"mean of {count} {of}" * (count > 1)]))
 
 
 def made_on(record: Mapping[str, Any]) -> str:
@@ -189,27 +192,24 @@ def joined(words: Iterable[Any]) -> str:
 def file_name(
     record: Mapping[str, Any], options: type[cli.Options], stem: Sequence[str] | None = None
 ) -> str:
-    """Name of record and figure, without suffix: what was asked for and is not default.
+    """Name of record and figure, without suffix, so that runs do not overwrite each other's.
 
-    So runs that differ in what they measure do not overwrite each other's results. `stem` is what
-    it begins with after the experiment's name, None for data and network; the `part` of each of the
-    options says how it shows.
+    After the experiment stands `stem`, None for data and network, then what is not default, as the
+    `part` of each of the options says.
     """
     config = record["config"]
     if stem is None:
         width = config.get("width", 1)
         stem = [record["data"]["name"], config["model"] + ("" if width == 1 else f"-w{width:g}")]
-    parts, last = [record["experiment"], *stem], []
-    defaults = cli.defaults(options, config)
+    parts, defaults = {}, cli.defaults(options, config)
     for field in dataclasses.fields(options):
-        part, value, text = field.metadata["part"], config.get(field.name), None
-        usual = field.metadata["usual"]
+        part, usual, value = field.metadata["part"], field.metadata["usual"], config.get(field.name)
         default = usual(record) if usual else defaults[field.name]
         if callable(part):
-            text = part(record)
+            parts[field.name] = part(record)
         elif part is not None and finite(value) != finite(default):
             several = isinstance(value, (list, tuple))
-            text = part.format("+".join(map(str, value)) if several else value)
-        # How the networks were made comes after what was done with them.
-        (last if field.name in ("preset", "retrain") else parts).extend([text] if text else [])
-    return "-".join(parts + last)
+            parts[field.name] = part.format("+".join(map(str, value)) if several else value)
+    # How the networks were made comes after what was done with them.
+    made = [parts.pop(name, None) for name in ("preset", "retrain")]
+    return "-".join(filter(None, [record["experiment"], *stem, *parts.values(), *made]))

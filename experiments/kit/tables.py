@@ -69,15 +69,14 @@ def pivot(
         for column in columns:
             # What is not split any further stands in the first column.
             whole = all(row.get(key) is None for row in cells for key in column.where)
-            there = cells.where(**({} if whole else column.where))
+            there = cells if whole else cells.where(**column.where)
             there = records.Rows() if whole and column.key in seen else there
             seen.add(column.key)
-            values = there.values(column.key)
             text = "-" if any(column.key in row for row in there) else ""
-            if values:
+            if values := there.values(column.key):
                 text = (column.show or percent)(values)
-                marks = mark is not None and column.show is None
-                text = "*" * (marks and mark(name, there.mean(column.key))) + text
+                if mark and column.show is None and mark(name, there.mean(column.key)):
+                    text = f"*{text}"
             line.append(text)
         found.append(line)
     return Table(title, [corner, *(column.title for column in columns)], found, caption)
@@ -91,55 +90,36 @@ def percent(values: Sequence[float]) -> str:
 
 
 def number(digits: int = 3, scale: float = 1.0) -> Callable[[Sequence[float]], str]:
-    """A way to show a mean: with so many digits, divided by `scale`.
-
-    Example:
-      >>> number(scale=1e6)([1_234_567])
-      '1.23'
-    """
+    """A way to show a mean: with so many digits, divided by `scale`."""
     return lambda values: f"{records.mean_std(values)[0] / scale:.{digits}g}"
 
 
 def show(table: Table) -> None:
-    """Prints a table: marks are green on a terminal that has colours, else asterisks."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    coloured = console.color_system is not None and not console.no_color
-    caption = table.caption.replace("*:", "green:") if coloured else table.caption
-    style = {"box": box.SIMPLE_HEAD, "title_style": "bold"}
-    rich = RichTable(title=table.title, caption=caption or None, **style)
+    """Prints a table; what is marked is green, too, on a terminal that has colours."""
+    style = {"caption": table.caption or None, "box": box.SIMPLE_HEAD, "title_style": "bold"}
+    rich = RichTable(title=table.title, **style)
     for index, column in enumerate(table.header):
-        text = index < table.texts
         # What is all text may be folded, a number may not.
         wide = any(len(line[index]) > 30 for line in table.lines)
-        rich.add_column(column, justify="left" if text else "right", no_wrap=not wide)
-    mark = ("[bold green]", "[/]") if coloured else ("*", "")
+        justify = "left" if index < table.texts else "right"
+        rich.add_column(column, justify=justify, no_wrap=not wide)
     for line in table.lines:
-        rich.add_row(*(_marked(cell, mark) for cell in line))
-    console.print(rich, markup=True)
+        rich.add_row(*(f"[bold green]{cell}[/]" if _is_marked(cell) else cell for cell in line))
+    Console(width=None if sys.stdout.isatty() else 140).print(rich, markup=True)
 
 
 def markdown(table: Table) -> str:
-    """The same in Markdown, without its title.
-
-    Example:
-      >>> print(markdown(Table("", ["row", "%"], [["a", "*1"]], "*: best")))
-      | row | % |
-      | :-- | --: |
-      | a | **1** |
-      <BLANKLINE>
-      Bold: best.
-    """
+    """The same in Markdown, without its title; what is marked is bold."""
     rule = [":--" if k < table.texts else "--:" for k in range(len(table.header))]
-    body = [[_marked(cell, ("**", "**")) for cell in line] for line in table.lines]
+    body = [[f"**{c[1:]}**" if _is_marked(c) else c for c in line] for line in table.lines]
     lines = ["| " + " | ".join(line) + " |" for line in (table.header, rule, *body)]
     caption = table.caption.replace("*:", "Bold:").rstrip(".")
     return "\n".join([*lines, *(["", f"{caption}."] if caption else [])])
 
 
-def _marked(cell: str, mark: tuple[str, str]) -> str:
+def _is_marked(cell: str) -> bool:
     # Two asterisks are Markdown's own.
-    whole = cell.startswith("*") and not cell.startswith("**")
-    return mark[0] + cell[1:] + mark[1] if whole else cell
+    return cell.startswith("*") and not cell.startswith("**")
 
 
 def benchmark(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -153,23 +133,19 @@ def benchmark(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def costs(where: Mapping[str, Any], digits: int = 3, giga: bool = True) -> list[Column]:
     """Columns of parameters (millions) and FLOPs (billions or millions), each with its ratio."""
-    flops = ("FLOPs, G", "flops", 1e9) if giga else ("FLOPs, M", "flops", 1e6)
+    flops = number(digits, 1e9 if giga else 1e6)
     return [
-        column
-        for text, key, scale in (("params, M", "params", 1e6), flops)
-        for column in (
-            Column(text, where, key, number(digits, scale)),
-            Column("ratio", where, f"{key}_ratio", number(digits)),
-        )
+        Column("params, M", where, "params", number(digits, 1e6)),
+        Column("ratio", where, "params_ratio", number(digits)),
+        Column("FLOPs, G" if giga else "FLOPs, M", where, "flops", flops),
+        Column("ratio", where, "flops_ratio", number(digits)),
     ]
 
 
 def ratios() -> list[Column]:
     """Columns of the ratios alone."""
-    return [
-        Column(f"{text}, ratio", key=f"{text.lower()}_ratio", show=number())
-        for text in ("params", "FLOPs")
-    ]
+    keys = {"params, ratio": "params_ratio", "FLOPs, ratio": "flops_ratio"}
+    return [Column(title, key=key, show=number()) for title, key in keys.items()]
 
 
 def marked(

@@ -3,24 +3,16 @@
 import collections
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 
 class Stopwatch:
-    """Seconds by stage.
-
-    Example:
-      >>> watch = Stopwatch()
-      >>> with watch("data"):
-      ...     pass
-      >>> list(watch.seconds)
-      ['data']
-    """
+    """Seconds by stage, as in `with watch("data"): ...`."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -59,25 +51,17 @@ class Watched:
         return iter(tqdm(self.data, desc=self.description, delay=2, leave=False, unit="batch"))
 
 
-class _Log(logging.Handler):
-    """Writes log lines above progress bars instead of through them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
 @contextlib.contextmanager
 def logs_above_bars() -> Iterator[None]:
     """Inside, warnings and what training says go to standard error without tearing the bars."""
-    root, own, handler = logging.getLogger(), logging.getLogger("vfjax"), _Log()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    level = own.level
-    # Whoever has set up logging keeps what they have.
-    if not root.handlers:
-        root.addHandler(handler)
+    root, own = logging.getLogger(), logging.getLogger("vfjax")
+    level, given = own.level, root.handlers
     own.setLevel(level or logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        own.setLevel(level)
+    with logging_redirect_tqdm():
+        # Whoever has set up logging keeps how they have it written.
+        if not given:
+            root.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        try:
+            yield
+        finally:
+            own.setLevel(level)

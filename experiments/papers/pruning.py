@@ -1,16 +1,15 @@
-"""What "Vanishing Feature" claims of renormalising pruned networks, and how it is decided."""
+"""What "Vanishing Feature" claims of pruned networks, and how it is decided from a record."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from functools import partial
-from typing import NamedTuple
 
 from kit import claims
 from kit.claims import Claim, Decision
 from kit.figures import label
-from kit.pruned import METHODS
+from kit.pruned import METHODS, Case, cases
 from kit.records import Record, joined
 
 # Where renormalisation must gain, and how much; "much is pruned", "nearly", and how often chance
@@ -18,31 +17,6 @@ from kit.records import Record, joined
 HIGH, GAIN, HALF, NEARLY, CHANCE = (80, 90), 0.1, 50, 0.9, 0.05
 # Methods that are renormalised by fewer images, too.
 BY_SAMPLES = ("magnitude", "magnitude-layer")
-
-
-class Case(NamedTuple):
-    """Accuracies in the mean over seeds, and the standard error of their difference."""
-
-    method: str | None
-    sparsity: float | None
-    plain: float
-    renormalised: float
-    error: float
-
-    @property
-    def gain(self) -> float:
-        return self.renormalised - self.plain
-
-
-def cases(record: Record, method: str | None) -> list[Case]:
-    """All of a method by sparsity; of None that of nothing pruned."""
-    rows, found = record.rows.where(samples=None, method=method), []
-    for sparsity in sorted(rows.distinct("sparsity")) or [None][: len(rows)]:
-        here = rows.where(sparsity=sparsity)
-        means = here.mean(remedy="none"), here.mean(remedy=record["remedy"])
-        errors = here.values("error")
-        found.append(Case(method, sparsity, *means, math.hypot(*errors) / len(errors)))
-    return found
 
 
 def near(record: Record, case: Case) -> bool:
@@ -63,56 +37,59 @@ def never_behind(record: Record) -> Decision:
     behind = [case for case in found if case.gain < -limit * case.error]
 
     def told(case: Case) -> str:
-        of = "nothing pruned" if case.method is None else label(case.method)
-        of += "" if case.sparsity is None else f" at {case.sparsity}%"
+        of = f"{label(case.method)} at {case.sparsity}%" if case.method else "nothing pruned"
         return f"{100 * case.gain:+.1f} from {100 * case.plain:.1f} with {of}"
 
     here = f"behind in {len(behind)} of {len(found)} cases"
-    lowest = told(min(found, key=lambda case: case.gain))
-    here += f": {joined(map(told, behind))} points" if behind else f" (lowest, points: {lowest})"
-    counted = [case for case in behind if not near(record, case)]
-    return False if counted else None if behind else True, here
+    if not behind:
+        return True, f"{here} (lowest, points: {told(min(found, key=lambda case: case.gain))})"
+    decided = None if all(near(record, case) for case in behind) else False
+    return decided, f"{here}: {joined(map(told, behind))} points"
 
 
-def gains(record: Record, method: str) -> Decision | None:
+def gains(record: Record, method: str, high: tuple[float, float] = HIGH) -> Decision | None:
+    """Whether it brings back `GAIN` or more wherever, from `high` to `high`, pruning costs that."""
     (unpruned,) = cases(record, None)
-    high = [c for c in cases(record, method) if HIGH[0] <= (c.sparsity or 0) <= HIGH[1]]
-    high = [c for c in high if c.plain <= unpruned.plain - GAIN]
-    found = [None if near(record, c) else claims.beyond(c.gain - GAIN, 2 * c.error) for c in high]
-    told = [f"{100 * c.plain:.1f} to {100 * c.renormalised:.1f} at {c.sparsity}%" for c in high]
-    return (claims.all_of(found), joined(told)) if high else None
+    found = [c for c in cases(record, method) if high[0] <= (c.sparsity or 0) <= high[1]]
+    return claims.every(
+        (
+            None if near(record, case) else claims.beyond(case.gain - GAIN, 2 * case.error),
+            f"{100 * case.plain:.1f} to {100 * case.renormalised:.1f} at {case.sparsity}%",
+        )
+        for case in found
+        if case.plain <= unpruned.plain - GAIN
+    )
 
 
-def most_at_high(record: Record) -> Decision | None:
-    found, told = [], []
+def most_at_high(record: Record, least: float = GAIN) -> Decision | None:
+    """Whether methods that gain `least` anywhere gain most above `HALF` of the weights."""
+    found = []
     for method in record.rows.distinct("method"):
         of = cases(record, method)
-        sides = [[c for c in of if (c.sparsity > HALF) == above] for above in (False, True)]
+        sides = [c for c in of if c.sparsity <= HALF], [c for c in of if c.sparsity > HALF]
         if not all(sides):
             continue
         low, high = (max(side, key=lambda case: case.gain) for side in sides)
         best = max(low, high, key=lambda case: case.gain)
-        if best.gain >= GAIN:
-            free = 2 * math.hypot(low.error, high.error)
-            found.append(claims.beyond(high.gain - low.gain, free))
-            told.append(f"{best.sparsity}% ({label(method)}, {100 * best.gain:+.1f})")
-    return (claims.all_of(found), joined(told)) if found else None
+        if best.gain >= least:
+            holds = claims.beyond(high.gain - low.gain, 2 * math.hypot(low.error, high.error))
+            here = f"{best.sparsity}% ({label(method)}, {100 * best.gain:+.1f})"
+            found.append((holds, here))
+    return claims.every(found)
 
 
 def few_are_enough(record: Record, method: str) -> Decision | None:
     """Whether the fewest images bring nearly what all do, where these bring enough."""
-    rows = record.rows.where(method=method)
-    labels = rows.distinct("samples")
-    first, plain = [*labels, "all"][0], {c.sparsity: c.plain for c in cases(record, method)}
-
-    def brings(name: str, sparsity: float) -> float:
-        return rows.mean(samples=name, sparsity=sparsity) - plain[sparsity]
-
-    sparsities = sorted(rows.where(samples="all").distinct("sparsity"))
-    at = [s for s in sparsities if brings("all", s) >= GAIN]
-    if first == "all" or not at:
+    rows, plain = record.rows.where(method=method), {c.sparsity: c for c in cases(record, method)}
+    gained = {
+        name: {s: rows.mean(samples=name, sparsity=s) - plain[s].plain for s in plain}
+        for name in rows.distinct("samples")
+    }
+    at = sorted(s for s, gain in gained.get("all", {}).items() if gain >= GAIN)
+    few = {name: statistics.fmean(of[s] for s in at) for name, of in gained.items() if at}
+    first = next(iter(few), "all")
+    if first == "all":
         return None
-    few = {name: sum(brings(name, s) for s in at) / len(at) for name in labels}
     free = claims.free(record, rows.mean(samples="all", sparsity=at))
     parts = joined(f"{name} images bring {100 * gain:.1f}" for name, gain in few.items())
     here = f"{parts} points at {joined(f'{s}%' for s in at)}: {100 * few[first] / few['all']:.0f}%"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import numpy as np
 from kit.claims import Claim, Decision
@@ -22,13 +21,13 @@ def remedy_of(record: Record) -> str:
 
 def measured(record: Record, name: str) -> dict[str, float]:
     """What claims are decided by: means over seeds, relative to the unpruned network."""
-    rows, found = record.rows, []
-    for seed in rows.distinct("seed"):
-        one: dict[str, Any] = {"network": name, "seed": seed}
-        relative, spread = by_layer(rows, **one), rows.mean("logit_std", **one)
-        varies = spread / rows.mean("logit_std", network="unpruned", seed=seed)
+    found = []
+    for seed in record.rows.distinct("seed"):
+        rows = record.rows.where(seed=seed)
+        relative = by_layer(rows, network=name)
+        spread, whole = (rows.mean("logit_std", network=of) for of in (name, "unpruned"))
         ends = relative[0], relative[-1], over_layers(relative)
-        found.append((*ends, varies, shares(rows, **one)[-1]))
+        found.append((*ends, spread / whole, shares(rows, network=name)[-1]))
     keys = ("first", "end", "layers", "varies", "share")
     return dict(zip(keys, np.mean(found, axis=0).tolist(), strict=True))
 

@@ -17,7 +17,9 @@ ORACLES = Path(__file__).resolve().parent.parent / "oracles"
 EXPERIMENTS = Path(__file__).resolve().parent.parent.parent / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-claims, records = (importlib.import_module(f"kit.{name}") for name in ("claims", "records"))
+claims, records, shared = (
+    importlib.import_module(f"kit.{name}") for name in ("claims", "records", "pruned")
+)
 script = importlib.import_module("imagenet_pruning")
 
 RUN = script.EXPERIMENT
@@ -34,10 +36,11 @@ def test_it_runs_on_a_stand_in(model, remedy, tmp_path):
     assert record["data"]["statistics_images"] == 16 and record["data"]["test_images"] == 10
     methods = list(script.preset_of(model)["methods"])
     assert record.rows.distinct("method") == methods and record["claims"] == []
-    assert [row["remedy"] for row in record.rows] == [None, *["none", remedy] * len(methods)]
+    assert [row["remedy"] for row in record.rows] == ["none", remedy] * (1 + len(methods))
     assert all(0 <= row["accuracy"] <= 1 for row in record.rows)
-    unpruned, pruned = record["tables"][0]["lines"]
-    assert unpruned[1] and not any(unpruned[2:]) and all(pruned)
+    for table in record["tables"]:
+        unpruned, pruned = table["lines"]
+        assert unpruned[1] and not any(unpruned[2:]) and all(pruned)
     # All but the first: three of each of 8 blocks, 4 shortcuts and the head. Or: the two linear
     # layers of each of 4 blocks.
     assert len(record["layers"]) == (29 if model == "resnet50" else 8)
@@ -80,16 +83,18 @@ def test_published_weights_on_photographs(published, tmp_path, monkeypatch):
     assert path.name == ("imagenet_pruning-convnext-tiny-magnitude-layer-at1+95-statistics7.json")
     record = records.read(path)
     assert record["data"]["name"] == "imagenet2012" and record.chance == 0.001
-    assert record.rows.only(method=None)["accuracy"] == 1
-    found = script.pairs(record, "magnitude-layer")
-    assert found[1] == [1, 1] and found[95][0] < found[95][1]
+    assert record.rows.only(method=None, remedy="none")["accuracy"] == 1
+    little, much = shared.cases(record, "magnitude-layer")
+    assert (little.plain, little.renormalised) == (1, 1) and much.plain < much.renormalised
     assert record["claims"] == []
 
 
 def made(name, remedy, method, found):
     """A record of a network: by sparsity, accuracy as pruned and renormalised."""
-    rows = [{"method": method, "sparsity": s, "remedy": how, "accuracy": pair[k]}
-            for s, pair in found.items() for k, how in enumerate(("none", remedy))]  # fmt: skip
+    rows, cases = [], [(method, s, pair) for s, pair in found.items()]
+    for of, s, pair in [(None, None, (0.8, 0.8)), *cases]:
+        plain, better = ({"method": of, "sparsity": s, "accuracy": value} for value in pair)
+        rows += [plain | {"remedy": "none"}, better | {"remedy": remedy, "error": 0.002}]
     about = {"data": {"name": "imagenet2012", "classes": 1000, "test_images": 50_000}}
     about |= {"model": {"name": name}, "remedy": remedy, "rows": rows}
     return records.Record(about)

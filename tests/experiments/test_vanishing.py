@@ -336,7 +336,7 @@ def test_features_before_and_after(pruned_digits):
     before, after = (pruned.measured(record, name) for name in names[1:])
     assert before["end"] < 0.5 < after["end"] and before["varies"] < after["varies"]
     assert len(pruned.figure_of(record).axes) == 3
-    (table,) = pruned.tables_of(record)
+    (table,) = pruned.EXPERIMENT.tables(record)
     assert [line[0] for line in table.lines] == ["unpruned", "pruned", "pruned, REPAIR"]
     assert all(cell for line in table.lines for cell in line)
 
