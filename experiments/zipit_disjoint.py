@@ -26,21 +26,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
 
-from kit import cli, disjoint, figures, tables
+import jax
+from kit import cli, disjoint, figures, heads, joint, tables
 from kit.experiment import Experiment, Run
 from kit.records import Record, Row, networks
 from papers import zipit_disjoint as paper
 
+from vfjax import align, merge
+
 log = logging.getLogger("vfjax.experiments")
 ALPHAS, BETAS = (0.01, 0.1, 0.3, 1.0), (0.0, 0.0375, 0.075, 0.125, 0.25, 0.5, 1.0)
 IMAGES = (10, 30, 100, 300, 1_000)
-# Optimal pairs know no budget of merges within a network: greedy ones are tried without one, too.
-MATCHERS = ("identity", "permute", "kmeans", "greedy", "unbounded", "optimal")
+# What is merged in part, and how else features are matched.
+PARTS = {"permutation": "permuted", "zip": "ZipIt!"}
+MATCHERS = {"identity": "identity", "permute": "permuted", "kmeans": "k-means"}
+MATCHERS |= {"optimal": "optimal pairs", "greedy": "ZipIt!", "unbounded": "ZipIt!, no budget"}
+# How all of it looks in the figure.
+LOOKS = {"permuted": "activation", "ZipIt!": "zipit", "identity": "direct", "k-means": 2}
+LOOKS |= {"optimal pairs": 3, "ZipIt!, no budget": 5, "by beta": 1, "by alpha": 4}
 
 
 # fmt: off
@@ -64,63 +71,69 @@ class Config(disjoint.HalvesOptions):
 
 def plan_of(config: Config, depth: int, most: int) -> Iterator[Row]:
     """The cells: networks, what they are merged to in any way, ways to match, features."""
-    own = {"alpha": config.alpha, "beta": config.beta}
-    grid = {(alpha, config.beta) for alpha in ALPHAS} | {(config.alpha, beta) for beta in BETAS}
-    matchers = list(MATCHERS)
+    matchers, stops = list(MATCHERS), disjoint.stops_of(depth)
     if "optimal" in matchers and importlib.util.find_spec("networkx") is None:
         log.warning('optimal pairs are left out: they need networkx, pip install ".[matching]"')
         matchers.remove("optimal")
-    cells = [("network A", None, {}), ("network B", None, {}), ("ensemble", 0, {})]
-    cells += [("average", depth, {}), ("weights", depth, {})]
-    for way, how in (("permutation", {}), ("zip", own | {"images": most})):
-        cells += [(way, stop, how) for stop in disjoint.stops_of(depth)]
-    for alpha, beta in sorted(grid - {(config.alpha, config.beta)}):
-        cells.append(("zip", depth, {"alpha": alpha, "beta": beta, "images": most}))
-    cells += [("zip", depth, own | {"images": count}) for count in IMAGES if count < most]
-    cells += [(name, depth, {}) for name in matchers] + [("features", None, {})]
-    for pair, (way, layers, how) in itertools.product(range(config.pairs), cells):
-        named = {name: how.get(name) for name in ("alpha", "beta", "images")}
-        yield {"pair": pair, "way": way, "layers": layers, **named}
+    zipped = {"way": "zip", "layers": depth, "alpha": config.alpha, "beta": config.beta}
+    zipped |= {"images": most}
+    cells: list[Row] = [{"way": "network A"}, {"way": "network B"}]
+    cells += [{"way": "ensemble", "layers": 0}]
+    cells += [{"way": way, "layers": depth} for way in ("average", "weights")]
+    cells += [{"way": "permutation", "layers": layers} for layers in stops]
+    cells += [zipped | {"layers": layers} for layers in stops]
+    cells += [zipped | {"alpha": alpha} for alpha in ALPHAS if alpha != config.alpha]
+    cells += [zipped | {"beta": beta} for beta in BETAS if beta != config.beta]
+    cells += [zipped | {"images": count} for count in IMAGES if count < most]
+    cells += [{"way": matcher, "layers": depth} for matcher in matchers] + [{"way": "features"}]
+    yield from ({"pair": pair} | cell for pair in range(config.pairs) for cell in cells)
+
+
+def merged(pair: joint.Networks, config: Config, cell: Row) -> merge.Merged:
+    way, maps = cell["way"], None
+    if way in ("network A", "network B"):
+        return pair.alone("AB".index(way[-1]))
+    if way == "permutation":
+        maps = pair.permuted
+    elif way == "weights":
+        found = align.match_weights(pair.net, *pair.trees, key=jax.random.key(0))
+        maps = align.Maps.of_permutations([{}, found.permutations])
+    elif way not in ("ensemble", "average"):
+        how = {name: cell.get(name, getattr(config, name)) for name in ("alpha", "beta")}
+        # Optimal pairs know no budget of merges within a network: greedy ones go without it, too.
+        how |= {"beta": 1.0} if way == "unbounded" else {}
+        matcher = "greedy" if way in ("zip", "unbounded") else way
+        maps = pair.zip(images=cell.get("images"), matcher=matcher, **how)
+    return pair.merged(maps, cell["layers"])
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Accuracies of all that the networks are merged to."""
-    depth, most = run.setup.edges.net.depth, len(run.setup.edges.images.statistics.images)
-    own = {"alpha": config.alpha, "beta": config.beta}
-    # What matchers find that other cells have, too.
-    same = {"permute": ("permutation", depth), "greedy": ("zip", depth, *own.values(), most)}
+    edges, images, classes = run.setup, run.setup.images, run.setup.dataset.classes
+    head = heads.head_of(config, classes)
 
     @functools.lru_cache(maxsize=1)
-    def pair_of(place: int) -> disjoint.Pair:
-        return disjoint.Pair(run.setup, place, run.watch)
+    def pair_of(place: int) -> joint.Networks:
+        trees = edges.trees[2 * place : 2 * place + 2]
+        return joint.Networks(edges.net, trees, images.statistics, run.watch)
 
-    @functools.cache
-    def found(place: int, way: str, layers: int | None, *how: float) -> Row:
-        pair, named = pair_of(place), dict(zip((*own, "images"), how, strict=False))
-        return pair.accuracy(pair.merged(way, layers or 0, named), way)
-
-    for cell in run.cells(plan_of(config, depth, most)):
-        place, way, pair = cell["pair"], cell["way"], pair_of(cell["pair"])
+    for cell in run.cells(plan_of(config, edges.net.depth, len(images.statistics.images))):
+        pair, way, row = pair_of(cell["pair"]), cell["way"], dict(cell)
         if way == "features":
-            yield from (cell | row for row in pair.features(own))
-        elif way in MATCHERS:
-            how = own | ({"beta": 1.0} if way == "unbounded" else {})
-            how["matcher"] = "greedy" if way == "unbounded" else way
-            seconds, maps = pair.timed(how)
-            known = found(place, *same[way]) if way in same else None
-            known = known or pair.accuracy(pair.mapped(maps, depth), way)
-            yield cell | {"seconds": seconds} | known
-        else:
-            how = [cell[name] for name in (*own, "images") if cell[name] is not None]
-            yield cell | found(place, way, cell["layers"], *how)
-
-
-WAYS = {"average": "weight average", "weights": "permuted by weights"}
-PARTS = {"permutation": "permuted", "zip": "ZipIt!"}
-# Names and looks of the ways to match in the figure.
-POINTS = {"permute": ("permuted", "activation"), "greedy": ("ZipIt!", "zipit"),
-          "identity": ("identity", "direct"), "kmeans": ("k-means", 5), "optimal": ("optimal", 1),
-          "unbounded": ("no budget", 0)}  # fmt: skip
+            zipped = pair.zip(alpha=config.alpha, beta=config.beta)
+            yield from (cell | found for found in disjoint.features(pair, zipped))
+            continue
+        before = run.watch.seconds["matching"]
+        model = merged(pair, config, cell)
+        if way in MATCHERS:
+            row["seconds"] = run.watch.seconds["matching"] - before
+        tasks = disjoint.tasks_of(classes, cell["pair"])
+        with run.watch("test"):
+            test, held_out = (
+                heads.accuracies(head, tasks, joint.outputs(model, (x for x, _ in of)), of.labels)
+                for of in (images.test, images.held_out)
+            )
+        yield row | test | {"held_out": held_out["accuracy"]} | pair.costs(model)
 
 
 def title_of(record: Record) -> str:
@@ -128,84 +141,73 @@ def title_of(record: Record) -> str:
     parts = [networks(record), f"{classes // 2}+{classes - classes // 2} classes"]
     parts.append(f"statistics over {record['data']['statistics_images']:,} images")
     parts += ["plain classifiers"] if config["loss"] == "cross-entropy" else []
-    return ", ".join(parts + ([f"mean of {config['pairs']} pairs"] if config["pairs"] > 1 else []))
+    parts += [f"mean of {config['pairs']} pairs"] if config["pairs"] > 1 else []
+    return ", ".join(parts)
 
 
 def finding_of(record: Record) -> str:
-    depth, middle = paper.depth_of(record), paper.middle_of(record)
-    known = (paper.ZIP, paper.PERMUTED, paper.PART_ZIPPED, paper.ALONE, paper.ENSEMBLE)
-    whole, permuted, part, alone, ensemble = (f"{100 * one.of(record):.1f}%" for one in known)
-    text = f"ZipIt! of all {depth} layers has {whole} on all classes, permutation {permuted}, the "
-    text += f"better network alone {alone}; ZipIt! of {middle} layers has {part}, the ensemble "
-    return text + ensemble
+    known = (paper.ZIP, paper.PERMUTED, paper.ALONE, paper.PART_ZIPPED, paper.ENSEMBLE)
+    return f"On all classes, per cent: {', '.join(one.told(record) for one in known)}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:
     rows, depth = paper.asked(record), paper.depth_of(record)
-    lines: dict[str, dict[str, Any]] = {f"network {n}": {"way": f"network {n}"} for n in "AB"}
-    lines |= {text: {"way": way} for way, text in WAYS.items()}
+    lines: dict[str, Row] = {name: {"way": name} for name in ("network A", "network B")}
+    lines |= {"weight average": {"way": "average"}, "permuted by weights": {"way": "weights"}}
     for way, text in PARTS.items():
         stops = sorted(rows.distinct("layers", way=way), reverse=True)
         lines |= {f"{text} {at}/{depth}": {"way": way, "layers": at} for at in stops}
     lines["ensemble"] = {"way": "ensemble"}
     keys = {"joint": "accuracy", "task A": "task_a", "task B": "task_b", "mean of tasks": "average"}
-    columns = [tables.Column(text, key=key, show=tables.percent) for text, key in keys.items()]
-    columns += tables.ratios()
-    ways = {name: {"way": way} for way, name in paper.MATCHERS.items() if rows.where(way=way)}
+    columns = [tables.Column(text, key=key) for text, key in keys.items()]
+    ways = {name: {"way": way} for way, name in MATCHERS.items() if rows.where(way=way)}
     found = [columns[0], tables.Column("seconds", key="seconds", show=tables.number())]
+    whole = [*columns, *tables.ratios()]
     return [
-        tables.pivot(rows, lines, columns, title=record["title"], corner="test accuracy, %"),
+        tables.pivot(rows, lines, whole, title=record["title"], corner="test accuracy, %"),
         tables.pivot(rows, ways, found, title="how features are matched", corner="matching"),
     ]
 
 
 def figure_of(record: Record) -> Any:
     """Accuracy against layers merged, alpha and beta, statistics images; correlation by layer."""
-    rows, every, config = paper.asked(record), record.rows, record["config"]
-    depth, y, limits = paper.depth_of(record), "joint test accuracy (%)", (0, 101)
-    looks = {"ZipIt!": "zipit", "permuted": "activation"}
+    rows, every, depth = paper.asked(record), record.rows, paper.depth_of(record)
+    y, limits, whole = "joint test accuracy (%)", {"y_limits": (0, 101)}, {"way": "zip"}
+    whole["layers"] = depth
 
-    def line(name: str, x: str, of: Any, key: str = "accuracy", **more: Any) -> figures.Line:
-        return figures.line(of, x, key, name=name, **({"method": looks.get(name, 0)} | more))
+    def line(name: str, x: str, key: str = "accuracy", of: Any = rows, **more: Any) -> figures.Line:
+        return figures.line(of, x, key, name=name, method=LOOKS.get(name, 0), **more)
 
     def level(name: str, value: float, method: str) -> figures.Line:
         return figures.Line(name, None, 100 * value, method=method, dashed=True)
 
     def by_layers(key: str) -> list[figures.Line]:
-        found = [line(text, "layers", rows.where(way=(way, "ensemble")), key)
-                 for way, text in list(PARTS.items())[::-1]]  # fmt: skip
+        found = [line(n, "layers", key, way=(way, "ensemble")) for way, n in PARTS.items()]
         return [*found, level("weight average", rows.mean(key, way="average"), "direct")]
+
+    def by(option: str, name: str) -> figures.Line:
+        return line(name, option, of=paper.asked(record, option), **whole)
 
     alone = level("better network alone", paper.ALONE.of(record), "edges")
     permuted = level("permuted, all layers", paper.PERMUTED.of(record), "activation")
-    zips = every.where(way="zip", layers=depth)
-    swept = [
-        line(f"{by}, at {other} {config[other]:g}", by, method=place + 3, of=zips.where(
-            **{other: config[other], "images": record["data"]["statistics_images"]}))
-        for place, (by, other) in enumerate((("beta", "alpha"), ("alpha", "beta")))
-    ]  # fmt: skip
-    few = line("ZipIt!", "images", zips.where(alpha=config["alpha"], beta=config["beta"]))
-    points = [
-        figures.Line(name, [rows.mean("seconds", way=way)], [100 * rows.mean(way=way)], method=how)
-        for way, (name, how) in POINTS.items() if rows.where(way=way)
-    ]  # fmt: skip
     features = {"ZipIt!": "correlation", "permuted": "permuted_correlation"}
-    merged = [line(name, "depth", every, key, scale=1) for name, key in features.items()]
-    merged.append(line("share within a network", "depth", every, "within", scale=1, method=2,
-                       dashed=True))  # fmt: skip
-    x, whole = f"layers merged l (of L = {depth}; 0: ensemble)", f"ZipIt! {depth}/{depth}"
+    features["share within a network"] = "within"
+    merged = [line(name, "depth", key, every, scale=1) for name, key in features.items()]
+    points = [line(n, "seconds", way=way) for way, n in MATCHERS.items() if rows.where(way=way)]
+    x, title = f"layers merged l (of L = {depth}; 0: ensemble)", f"ZipIt! {depth}/{depth}"
     panels = [
-        figures.Panel("all classes", x, y, [*by_layers("accuracy"), alone], y_limits=limits),
+        figures.Panel("all classes", x, y, [*by_layers("accuracy"), alone], **limits),
         figures.Panel("each half alone", x, "test accuracy, mean (%)", by_layers("average"),
-                      y_limits=limits),
-        figures.Panel(f"{whole} by alpha and beta", "beta or alpha", y, [*swept, permuted]),
-        figures.Panel(f"{whole} by images", "statistics images", y, [few, permuted], log_x=True,
-                      y_limits=limits),
-        figures.Panel("ways to match", "seconds", y, points, log_x=True, y_limits=limits),
+                      **limits),
+        figures.Panel(f"{title} by alpha and beta", "beta or alpha", y,
+                      [by("beta", "by beta"), by("alpha", "by alpha"), permuted]),
+        figures.Panel(f"{title} by images", "statistics images", y,
+                      [by("images", "ZipIt!"), permuted], log_x=True, **limits),
+        figures.Panel("ways to match", "seconds", y, points, log_x=True, **limits),
         figures.Panel("what is merged", "layer", "correlation of features, share", merged,
                       y_limits=(0, 1)),
     ]  # fmt: skip
-    bars = f"standard deviation over {config['pairs']} pairs"
+    bars = f"standard deviation over {record['config']['pairs']} pairs"
     return figures.of_record(record, panels, bars=bars, columns=3)
 
 
@@ -213,8 +215,9 @@ LEGEND = """ZipIt! l/L: the first l of L layers merged, and the two networks fin
 each; the ensemble is l = 0. Joint accuracy is over all classes: of one output, the class whose
 embedding it is closest to; of two heads, and of plain classifiers, the class of the largest
 probability, where each head's are among its own classes. Accuracy per task is among the classes of
-the image's own half, by its own head where there are two. Ways to match take as long as they do
-once the statistics are there. alpha and beta are those of the paper's code, fixed beforehand."""
+the image's own half, by its own head where there are two; two thirds of the layers are what 13 is
+of 20. Ways to match take as long as they do once the statistics are there. alpha and beta are those
+of the paper's code, fixed beforehand."""
 EXPERIMENT = Experiment(
     name="zipit_disjoint", doc=__doc__, options=Config, prepare=disjoint.prepare, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=paper.CLAIMS,
