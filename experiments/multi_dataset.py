@@ -36,7 +36,7 @@ from kit.sets import LABELS
 from kit.timing import Stopwatch
 from papers.multi_dataset import CLAIMS, GROUPS, METHODS, means_of, zips
 
-from vfjax import align, data, merge, models, train
+from vfjax import data, merge, models, train
 
 DATASETS, QUICK = ("digits", "mnist", "cifar10"), ("digits", "digits-turned")
 MODEL = "vgg11-bn"
@@ -116,13 +116,6 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         parts = [trees[place] for place in places], sets.mixed(own)
         return own, joint.Networks(net, *parts, run.watch), sets.tests_of(own)
 
-    @functools.lru_cache(maxsize=1)
-    def maps_of(chosen: str, method: str) -> align.Maps | None:
-        networks = combination(chosen)[1]
-        if method == "permute":
-            return networks.permuted
-        return networks.zip() if method == "zip" else None
-
     ways = [("network", None), *itertools.product(METHODS, layers)]
     cells = [(name, "as trained", None) for name in names]
     joined_names = map("+".join, sets.combinations(names))
@@ -133,9 +126,11 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         own, networks, tests = combination(chosen)
         if method == "as trained":
             model = merge.as_merged(net, networks.trees[0])
+        elif method == "network":
+            model = networks.merged(None, 0)
         else:
             run.note("statistics", datasets=chosen, images=sum(map(len, networks.statistics)))
-            model = networks.merged(maps_of(chosen, method), count or 0)
+            model = networks.merged(networks.maps(method), count)
         with run.watch("evaluation"):
             heads = [sets.accuracies(logits, own) for logits in joint.outputs(model, tests)]
         costs = networks.costs(model) if count else {}

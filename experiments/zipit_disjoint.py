@@ -30,13 +30,12 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from kit import cli, disjoint, figures, heads, joint, tables
 from kit.experiment import Experiment, Run
 from kit.records import Record, Row, networks
 from papers import zipit_disjoint as paper
 
-from vfjax import align, merge
+from vfjax import merge
 
 log = logging.getLogger("vfjax.experiments")
 ALPHAS, BETAS = (0.01, 0.1, 0.3, 1.0), (0.0, 0.0375, 0.075, 0.125, 0.25, 0.5, 1.0)
@@ -76,7 +75,7 @@ def plan_of(config: Config, depth: int, most: int) -> Iterator[Row]:
         log.warning('optimal pairs are left out: they need networkx, pip install ".[matching]"')
         matchers.remove("optimal")
     zipped = {"way": "zip", "layers": depth, "alpha": config.alpha, "beta": config.beta}
-    zipped |= {"images": most}
+    zipped["images"] = most
     cells: list[Row] = [{"way": "network A"}, {"way": "network B"}]
     cells += [{"way": "ensemble", "layers": 0}]
     cells += [{"way": way, "layers": depth} for way in ("average", "weights")]
@@ -90,27 +89,22 @@ def plan_of(config: Config, depth: int, most: int) -> Iterator[Row]:
 
 
 def merged(pair: joint.Networks, config: Config, cell: Row) -> merge.Merged:
-    way, maps = cell["way"], None
+    way, how = cell["way"], {}
     if way in ("network A", "network B"):
         return pair.alone("AB".index(way[-1]))
-    if way == "permutation":
-        maps = pair.permuted
-    elif way == "weights":
-        found = align.match_weights(pair.net, *pair.trees, key=jax.random.key(0))
-        maps = align.Maps.of_permutations([{}, found.permutations])
-    elif way not in ("ensemble", "average"):
+    if way in ("zip", *MATCHERS):
         how = {name: cell.get(name, getattr(config, name)) for name in ("alpha", "beta")}
+        how |= {"matcher": way} if way in MATCHERS else {"images": cell["images"]}
         # Optimal pairs know no budget of merges within a network: greedy ones go without it, too.
-        how |= {"beta": 1.0} if way == "unbounded" else {}
-        matcher = "greedy" if way in ("zip", "unbounded") else way
-        maps = pair.zip(images=cell.get("images"), matcher=matcher, **how)
-    return pair.merged(maps, cell["layers"])
+        how |= {"matcher": "greedy", "beta": 1.0} if way == "unbounded" else {}
+    method = {"ensemble": "average", "permutation": "permute"}.get(way, "zip" if how else way)
+    return pair.merged(pair.maps(method, **how), cell["layers"])
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Accuracies of all that the networks are merged to."""
-    edges, images, classes = run.setup, run.setup.images, run.setup.dataset.classes
-    head = heads.head_of(config, classes)
+    edges, head = run.setup
+    images = edges.images
 
     @functools.lru_cache(maxsize=1)
     def pair_of(place: int) -> joint.Networks:
@@ -120,14 +114,14 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     for cell in run.cells(plan_of(config, edges.net.depth, len(images.statistics.images))):
         pair, way, row = pair_of(cell["pair"]), cell["way"], dict(cell)
         if way == "features":
-            zipped = pair.zip(alpha=config.alpha, beta=config.beta)
+            zipped = pair.maps("zip", alpha=config.alpha, beta=config.beta)
             yield from (cell | found for found in disjoint.features(pair, zipped))
             continue
         before = run.watch.seconds["matching"]
         model = merged(pair, config, cell)
         if way in MATCHERS:
             row["seconds"] = run.watch.seconds["matching"] - before
-        tasks = disjoint.tasks_of(classes, cell["pair"])
+        tasks = disjoint.tasks_of(edges.dataset.classes, cell["pair"])
         with run.watch("test"):
             test, held_out = (
                 heads.accuracies(head, tasks, joint.outputs(model, (x for x, _ in of)), of.labels)

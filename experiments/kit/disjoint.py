@@ -1,8 +1,9 @@
 """Pairs of networks on disjoint classes: found or trained, and what of them was merged."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,60 +25,26 @@ NETWORKS = {
 }
 
 
-def _usual(record: Mapping[str, Any]) -> tuple[str, float, int, int]:
-    return NETWORKS[record["config"]["preset"], record["data"]["name"]]
-
-
-def _usual_dimensions(record: Mapping[str, Any]) -> int:
-    config = record["config"]
-    own = config["embeddings"] or config["loss"] != "cosine"
-    return config["dimensions"] if own else _usual(record)[2]
-
-
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class HalvesOptions(heads.EmbeddingOptions, edges.EdgeOptions):
     """The options that say which networks of halves of the classes are merged."""
 
-    dataset: str = cli.option(
-        "auto", "images; auto is CIFAR-10 where it is found, else, with a warning and in titles, "
-        "the digits that come with scikit-learn", choices=("auto", "cifar10", "cifar100", "digits"))
     model: tuple[str, float | None] | None = cli.option(
         None, "architecture of the networks (default: vgg7-bn-w0.5, for the digits vgg7-bn-w0.25; "
         "with --preset paper resnet20-w4, for CIFAR-100 resnet20-w8)", type=cli.model_of,
         metavar="NAME[-wWIDTH]")
-    retrain: bool = cli.option(
-        False, "train the networks instead of loading shipped ones, as is always done on the "
-        "digits; they are kept in OUT/checkpoints-PRESET, where finished ones are reused",
-        part="retrained", usual=lambda record: record["data"]["name"] == "digits")
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings, at least as many as classes (default: 32 for "
         "CIFAR-10, 128 for CIFAR-100, 16 for the digits; with --preset paper 512)", type=int,
-        metavar="N", part="{}dimensions", usual=_usual_dimensions)
+        metavar="N", part="{}dimensions")
     epochs: int | None = cli.option(
-        None, "instead of the recipe's", type=cli.count_of("epochs"),
-        part="epochs{}", usual=lambda record: _usual(record)[3])
+        None, "instead of the recipe's", type=cli.count_of("epochs"), part="epochs{}")
     pairs: int = cli.option(
         1, "number of pairs; the first splits the classes in their order, others at random, and "
         "all have networks of their own; with more than one, numbers are means",
         type=cli.count_of("pairs"), part="{}pairs")
 # fmt: on
-
-
-def completed(config: Any, probe: data.Dataset) -> tuple[Any, heads.Head]:
-    """The options with what they leave open filled in, and the head of all classes."""
-    if (config.preset, probe.name) not in NETWORKS:
-        raise cli.UserError(f"--preset paper is not for {probe.name}; give --dataset cifar10.")
-    heads.check(config)
-    *default, dimensions, epochs = NETWORKS[config.preset, probe.name]
-    retrain = config.retrain or probe.name == "digits"
-    if config.epochs and not retrain:
-        raise cli.UserError("--epochs is for networks that are trained: give --retrain, too.")
-    name, width = config.model or default
-    wanted = dataclasses.replace(config, dimensions=config.dimensions or dimensions)
-    head = heads.head_of(wanted, probe.classes)
-    found = {"model": (name, width or 1.0), "dimensions": head.dimensions, "retrain": retrain}
-    return dataclasses.replace(config, **found, epochs=config.epochs or epochs), head
 
 
 def tasks_of(classes: int, pair: int) -> list[list[int]]:
@@ -86,24 +53,38 @@ def tasks_of(classes: int, pair: int) -> list[list[int]]:
     return [sorted(part.tolist()) for part in np.array_split(order, 2)]
 
 
-def network_of(config: Any, head: heads.Head, dataset: str, task: Sequence[int], seed: int) -> Path:
-    """The checkpoint of one network, trained where that was asked for."""
-    arch = edges.Architecture(*config.model, dataset)
-    if config.retrain:
-        options = {key: getattr(config, key) for key in ("loss", "embeddings", "scale", "epochs")}
-        options["recipe"] = "paper-zipit" if config.preset == "paper" else None
-        if config.loss == "cosine" and not config.embeddings:
-            options["dimensions"] = config.dimensions
-        return edges.trained(config, arch, seeds=(seed,), classes=tuple(task), **options)[0]
-    name = training.checkpoint_name(dataset, arch.name, arch.width, seed, task)
-    found = records.ROOT / "checkpoints" / name
-    if not found.exists():
-        raise cli.UserError(
-            f"{name} is needed in checkpoints/ and not there: --retrain trains all networks into "
-            "--out, --pairs 1 is what is shipped."
-        )
-    training.check(found, heads.described(config, head), "--retrain trains others")
-    return found
+def training_of(config: Any, dataset: data.Dataset) -> training.Training:
+    """How all networks are trained, but for their classes and seeds."""
+    if (config.preset, dataset.name) not in NETWORKS:
+        raise cli.UserError(f"--preset {config.preset} is not for {dataset.name}.")
+    heads.check(config)
+    *default, dimensions, epochs = NETWORKS[config.preset, dataset.name]
+    name, width = config.model or default
+    same = {key: getattr(config, key) for key in ("loss", "embeddings", "dimensions", "scale")}
+    if config.loss == "cosine" and config.embeddings is None:
+        same["dimensions"] = config.dimensions or dimensions
+    same["recipe"] = "paper-zipit" if config.preset == "paper" else None
+    arch = edges.Architecture(name, width or 1.0, dataset.name)
+    return edges.training_of(config, arch, epochs=config.epochs or epochs, **same)
+
+
+def found(args: training.Training, head: heads.Head, tasks: Any, retrain: bool) -> list[Path]:
+    """The checkpoints of networks on some classes each, trained where that was asked for."""
+    folders = []
+    for seed, task in enumerate(tasks):
+        if retrain:
+            one = dataclasses.replace(args, classes=tuple(task), seeds=(seed,))
+            folders += training.run(one)
+            continue
+        name = training.checkpoint_name(args.dataset, args.model, args.width, seed, task)
+        folders.append(records.ROOT / "checkpoints" / name)
+        if not folders[-1].exists():
+            raise cli.UserError(
+                f"{name} is needed in checkpoints/ and not there: --retrain trains all networks "
+                "into --out, --pairs 1 is what is shipped."
+            )
+        training.check(folders[-1], heads.described(args, head), "--retrain trains others")
+    return folders
 
 
 def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
@@ -111,22 +92,25 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     edges.check_shipped(config)
     with watch("data"):
         probe = edges.probed(config.dataset, config.data_dir)
-    config, head = completed(config, probe)
-    arch = edges.Architecture(*config.model, probe.name)
+    args, retrain = training_of(config, probe), config.retrain or probe.name == "digits"
+    if config.epochs and not retrain:
+        raise cli.UserError("--epochs is for networks that are trained: give --retrain, too.")
+    head = heads.head_of(args, probe.classes)
     with watch("trace"):
         # Its outputs are embeddings of the classes.
-        net = edges.traced(training.model_of(arch.name, arch.width, config.dimensions), probe)
+        net = edges.traced(training.model_of(args.model, args.width, head.dimensions), probe)
     tasks = [tasks_of(probe.classes, pair) for pair in range(config.pairs)]
-    with watch("training" if config.retrain else "checkpoints"):
-        each = enumerate(task for halves in tasks for task in halves)
-        folders = [network_of(config, head, probe.name, task, seed) for seed, task in each]
+    with watch("training" if retrain else "checkpoints"):
+        folders = found(args, head, itertools.chain(*tasks), retrain)
         trees = [checkpoint.load(folder) for folder in folders]
     with watch("data"):
         dataset = edges.whole(probe, config.data_dir)
     images = edges.images_of(dataset, config.statistics, config.held_out, config.samples)
-    found = edges.Edges(arch, dataset, net, folders, trees, images)
-    seeds = {"networks": found.seeds, "embeddings": 0, "splits": list(range(config.pairs))}
-    return found.setup(config, head=heads.described(config, head), tasks=tasks, seeds=seeds)
+    arch = edges.Architecture(args.model, args.width, args.dataset)
+    models = edges.Edges(arch, dataset, net, folders, trees, images)
+    seeds = {"networks": models.seeds, "embeddings": 0, "splits": list(range(config.pairs))}
+    told = {"head": heads.described(args, head), "tasks": tasks, "seeds": seeds}
+    return dataclasses.replace(models.setup(config, **told), value=(models, head))
 
 
 def stops_of(depth: int) -> list[int]:
@@ -142,8 +126,8 @@ def stops_of(depth: int) -> list[int]:
 
 def features(pair: joint.Networks, zipped: align.Maps) -> Iterator[records.Row]:
     """By group, what was merged: mean correlation, and the share of it within a network."""
-    known = {"correlation": zipped, "permuted_correlation": pair.permuted}
-    totals = {k: align.merged_correlation(pair.net, pair.moments, v) for k, v in known.items()}
+    known = {"correlation": zipped, "permuted_correlation": pair.maps("permute")}
+    totals = {k: align.merged_correlation(pair.net, pair.moments(), v) for k, v in known.items()}
     depths = {layer.group: layer.depth for layer in reversed(pair.net.layers)}
     for group in sorted(zipped.sizes, key=lambda group: depths[group]):
         sizes = zipped.sizes[group]

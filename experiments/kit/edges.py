@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +55,12 @@ class EdgeOptions(cli.Options):
 # fmt: on
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """Which networks are merged: model as in `vfjax.models.create`, channels times, data set."""
 
     name: str
     width: float
     dataset: str
-
-    @property
-    def stem(self) -> str:
-        return training.checkpoint_name(self.dataset, self.name, self.width, 0).removesuffix("0")
 
 
 def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16") -> Architecture:
@@ -105,28 +100,28 @@ def traced(model: Any, dataset: data.Dataset) -> vfjax.Network:
 def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Path]:
     """Finds the first `count` shipped models of an architecture, by seed; None for all."""
     folder = records.ROOT / "checkpoints"
-    numbers = {path: path.name.removeprefix(arch.stem) for path in folder.glob(f"{arch.stem}*")}
+    stem = training.checkpoint_name(arch.dataset, arch.name, arch.width, "")
+    numbers = {path: path.name.removeprefix(stem) for path in folder.glob(f"{stem}*")}
     found = {int(number): path for path, number in numbers.items() if number.isdigit()}
     count = max(len(found), 1) if count is None else count
     if len(found) < count:
         kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
         seeds = [seed for seed in range(count) if seed not in found][: count - len(found)]
-        wanted = {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
-        missing = training.Training(**wanted, seeds=tuple(seeds), data_dir=args.data_dir)
+        missing = training_of(args, arch, seeds=tuple(seeds))
         raise cli.UserError(
-            f"{count} models {arch.stem}* are needed in {folder.name}/, {len(found)} found. To "
-            f"train what is missing: {training.command(missing)} (--retrain trains all {count} "
-            f"into --out). Or choose among what {folder.name}/ has: {', '.join(kinds) or 'none'}."
+            f"{count} models {stem}* are needed in {folder.name}/, {len(found)} found. To train "
+            f"what is missing: {training.command(missing)} (--retrain trains all {count} into "
+            f"--out). Or choose among what {folder.name}/ has: {', '.join(kinds) or 'none'}."
         )
     return [found[seed] for seed in sorted(found)[:count]]
 
 
-def trained(args: EdgeOptions, arch: Architecture, **options: Any) -> list[Path]:
-    """Trains models as `train_edges.py` does, or finds them trained by an earlier run."""
+def training_of(args: EdgeOptions, arch: Architecture, **options: Any) -> training.Training:
+    """How models are trained into `--out`, as `train_edges.py` does."""
     folder = Path(args.out) / f"checkpoints-{args.preset}"
     options |= {"out": str(folder), "work_dir": str(folder / ".training")}
     options |= {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
-    return training.run(training.Training(data_dir=args.data_dir, **options))
+    return training.Training(data_dir=args.data_dir, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +250,9 @@ def loaded(
             wanted = count(config)
             if config.retrain:
                 numbers = tuple(range(wanted or 2))
-                folders = trained(config, arch, preset=config.preset, seeds=numbers)
+                folders = training.run(
+                    training_of(config, arch, preset=config.preset, seeds=numbers)
+                )
             else:
                 folders = shipped(config, arch, wanted)
             trees = [checkpoint.load(folder) for folder in folders]

@@ -103,14 +103,14 @@ def read(path: str, classes: int) -> np.ndarray:
                 found = found[name]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise cli.UserError(f"--embeddings {path}: no array could be read: {error}") from error
-    wanted = f"--embeddings {path}: must hold {classes} finite rows other than zero, one for each "
-    wanted += f"class {ORDER}, got"
-    if found.dtype.kind not in "fiu" or found.ndim != 2 or len(found) != classes:
-        raise cli.UserError(f"{wanted} {found.dtype} of shape {list(found.shape)}.")
-    length = np.linalg.norm(found.astype(np.float64), axis=-1, keepdims=True)
-    for row in np.flatnonzero(~(np.isfinite(length) & (length > 0))):
-        raise cli.UserError(f"{wanted} others: row {row}, counted from 0.")
-    return (found / length).astype(np.float32)
+    rows = found.astype(np.float64) if found.dtype.kind in "fiu" else np.zeros(0)
+    length = np.sqrt(np.sum(np.atleast_1d(rows) ** 2, -1, keepdims=True))
+    if rows.ndim != 2 or len(rows) != classes or not ((length > 0) & np.isfinite(length)).all():
+        raise cli.UserError(
+            f"--embeddings {path}: must hold {classes} finite rows of numbers other than zero, one "
+            f"for each class {ORDER}, got {found.dtype} of shape {list(found.shape)}."
+        )
+    return (rows / length).astype(np.float32)
 
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
@@ -152,27 +152,25 @@ class EmbeddingOptions:
 
 def check(args: EmbeddingOptions) -> None:
     """Refuses options that would do nothing."""
-    options = {field.name: field.default for field in dataclasses.fields(EmbeddingOptions)}
-    given = [f"--{name}" for name, usual in options.items() if getattr(args, name) != usual]
-    # Without --classes, `train_edges.py` trains on all of them.
-    if given and getattr(args, "classes", ()) is None:
-        why = "for networks on some of the classes, so give --classes."
-    elif "--loss" in given and len(given) > 1:
-        why = "--loss cross-entropy has no embeddings; leave out one or the other."
-    elif {"--embeddings", "--dimensions"} <= set(given):
-        why = "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
-    else:
-        return
-    raise cli.UserError(f"{records.joined(given)}: {why}")
+    # Only `train_edges.py` can train on all classes.
+    whole = getattr(args, "classes", ()) is None
+    for idle, names, what in (
+        (whole, ("loss", "embeddings", "dimensions", "scale"), "some of the --classes"),
+        (args.loss == "cross-entropy", ("embeddings", "dimensions", "scale"), "--loss cosine"),
+        (args.embeddings is not None, ("dimensions",), "embeddings that are orthonormal"),
+    ):
+        for name in names:
+            if idle and getattr(args, name) != getattr(EmbeddingOptions, name):
+                raise cli.UserError(f"--{name} does nothing here: it is for {what}.")
 
 
 def head_of(args: EmbeddingOptions, classes: int) -> Head:
     """The head of all classes."""
     if args.loss == "cross-entropy":
         return of_embeddings(np.eye(classes), None)
-    if args.embeddings:
-        return of_embeddings(read(args.embeddings, classes), args.scale)
-    return of_embeddings(orthonormal(classes, args.dimensions or classes), args.scale)
+    own = args.embeddings and read(args.embeddings, classes)
+    rows = orthonormal(classes, args.dimensions or classes) if own is None else own
+    return of_embeddings(rows, args.scale)
 
 
 def described(args: EmbeddingOptions, head: Head) -> dict[str, Any]:
@@ -191,15 +189,13 @@ def described(args: EmbeddingOptions, head: Head) -> dict[str, Any]:
     return {"loss": args.loss, "embeddings": told}
 
 
-def different(card: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What a network is unlike what is asked for in, by its card: as "epochs 10, not 20"."""
-
-    def parts(card: Mapping[str, Any]) -> dict[str, Any]:
-        rows = {f"embeddings' {key}": value for key, value in card.get("embeddings", {}).items()}
-        recipe = {key.replace("_", " "): value for key, value in card.get("recipe", {}).items()}
-        return records.finite({"loss": card.get("loss")} | rows | recipe)
-
-    has, wants = parts(card), parts(asked)
+def different(card: Mapping[str, Any], asked: Mapping[str, Any], of: str = "") -> list[str]:
+    """What a network is unlike what is asked for in, by its card: as "recipe epochs 10, not 20"."""
+    found = []
     # What only one of two knows belongs to another loss, or to another version's recipe.
-    shared = [name for name in wants if name in has]
-    return [f"{n} {has[n]}, not {wants[n]}" for n in shared if has[n] != wants[n]]
+    for key in [key for key in asked if key in card]:
+        if isinstance(asked[key], Mapping):
+            found += different(card[key], asked[key], f"{key} ")
+        elif card[key] != asked[key]:
+            found.append(f"{of}{key} {card[key]}, not {asked[key]}")
+    return found

@@ -20,30 +20,32 @@ class Networks:
     ) -> None:
         self.net, self.trees, self.statistics, self.watch = net, trees, statistics, watch
 
-    def measured(self, batches: Iterable[Any]) -> stats.Moments:
-        """Correlations of all features."""
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def moments(self, images: int | None = None) -> stats.Moments:
+        """Correlations of all features, over so many of the images."""
+        batches = self.statistics if images is None else self.statistics.samples(images)
         with self.watch("statistics"):
             watched = timing.Watched(batches, "statistics")
             return stats.moments(self.net, self.trees, watched, sites="taps", covariance=True)
 
-    @functools.cached_property
-    def moments(self) -> stats.Moments:
-        return self.measured(self.statistics)
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def maps(self, method: str, images: int | None = None, **how: Any) -> align.Maps | None:
+        """How features are matched: not for `average`, else by `weights`, or to `permute` or `zip`.
 
-    def zip(self, images: int | None = None, **how: Any) -> align.Maps:
-        """ZipIt!, or another matcher of its kind, from the statistics of so many images."""
+        Permuted are all networks to a shared universe; of two networks, that is the assignment.
+        """
+        if method == "average":
+            return None
         whole = images is None or images == len(self.statistics.images)
-        known = self.moments if whole else self.measured(self.statistics.samples(images))
+        known = self.moments(None if whole else images)
         with self.watch("matching"):
-            return align.zip_moments(self.net, known, key=jax.random.key(0), **how)
-
-    @functools.cached_property
-    def permuted(self) -> align.Maps:
-        """Permutations by activations to a shared universe; of two networks, the assignment."""
-        known = self.moments
-        with self.watch("matching"):
-            found = align.match_universe_moments(self.net, known)
-        return align.Maps.of_permutations(found.permutations)
+            if method == "zip":
+                return align.zip_moments(self.net, known, key=jax.random.key(0), **how)
+            if method == "permute":
+                found = align.match_universe_moments(self.net, known)
+                return align.Maps.of_permutations(found.permutations)
+            found = align.match_weights(self.net, *self.trees, key=jax.random.key(0))
+            return align.Maps.of_permutations([{}, found.permutations])
 
     def merged(self, maps: align.Maps | None, layers: int) -> merge.Merged:
         """The average of the first layers, behind which each network goes on: of 0, an ensemble."""

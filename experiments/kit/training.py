@@ -71,7 +71,7 @@ class Training(heads.EmbeddingOptions):
 
 
 def checkpoint_name(
-    dataset: str, model: str, width: float, seed: int, classes: Sequence[int] | None = None
+    dataset: str, model: str, width: float, seed: int | str, classes: Sequence[int] | None = None
 ) -> str:
     """The folder name of a shipped model.
 
@@ -110,7 +110,7 @@ def model_of(name: str, width: float, classes: int) -> Any:
 
 def check(folder: Path, asked: Mapping[str, Any], otherwise: str) -> None:
     """Refuses a network of other embeddings, or another recipe, than what is asked for."""
-    if other := heads.different(checkpoint.card(folder), asked):
+    if other := heads.different(checkpoint.card(folder), records.finite(asked)):
         raise cli.UserError(f"{folder} was trained with {', '.join(other)}: {otherwise}.")
 
 
