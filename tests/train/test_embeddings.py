@@ -229,7 +229,7 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
     tree = checkpoint.load(folder)
     model = model_of(card)
     dataset = heads.only(small, (1, 3, 4))
-    own = heads.of_embeddings(heads.orthonormal(10, 12), heads.SCALE).of((1, 3, 4))
+    own = heads.of_embeddings(heads.orthonormal(10, 12), 10.0).of((1, 3, 4))
     found = train.evaluate(headed(models.apply_fn(model), own), tree, dataset.batches("test"))
     assert found._asdict() == pytest.approx(card["test"]) and math.isfinite(found.loss)
     json.dumps(card, allow_nan=False)
