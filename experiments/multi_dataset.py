@@ -34,7 +34,7 @@ from kit.experiment import Experiment, Run, Setup
 from kit.records import Record, Row, Rows, joined
 from kit.sets import LABELS
 from kit.timing import Stopwatch
-from papers.multi_dataset import CLAIMS, GROUPS, METHODS, means_of, zips
+from papers.multi_dataset import CLAIMS, GROUPS, METHODS, at, counts_of, means_of, zips
 
 from vfjax import data, merge, models, train
 
@@ -59,7 +59,7 @@ class Config(cli.Options):
         None, "folder in which networks are kept, so that a run that was stopped goes on")
     quick: bool = cli.option(
         False, "tiny MLPs, few images, no data to download: to see that it runs; the numbers mean "
-        "nothing")
+        "nothing", part="quick")
 # fmt: on
 
 
@@ -98,7 +98,7 @@ def prepare(config: Config, watch: Stopwatch) -> Setup:
         "preset": dataclasses.asdict(preset),
         "data": about,
         "model": {"name": name, "depth": net.depth, "parameters": net.params},
-        "seeds": {"networks": [config.seed + index for index in range(len(names))]},
+        "seeds": {"networks": [config.seed + place for place in range(len(names))]},
     }
     return Setup(config, (net, datasets, trees), record, tuple(map(edges.digest, trees)))
 
@@ -140,26 +140,18 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                     yield cell | {"head": dataset.name, "tested": tested, "accuracy": value} | costs
 
 
-def counts_of(record: Record) -> list[int]:
-    return sorted(record.rows.distinct("layers"))
-
-
 def title_of(record: Record) -> str:
-    labels = [LABELS[one["name"]] for one in record["data"]]
     what = f"{record['model']['name']}, {record['preset']['width']:g} wide"
     what = "MLPs, QUICK, MEANS NOTHING" if record["config"]["quick"] else what
-    return f"{joined(labels)}: {what}, a head each"
+    return f"{joined(LABELS[one['name']] for one in record['data'])}: {what}, a head each"
 
 
 def finding_of(record: Record) -> str:
-    parts, depth, (few, *_, most) = [], record["model"]["depth"], counts_of(record)
+    parts = []
     for group, text in GROUPS.items():
         if rows := means_of(record).where(group=group):
-            told = [f"ensemble {rows.mean(method='network'):.1%}"]
-            for place, count in ((0, few), (-1, most)):
-                zipped, permuted = (zips(rows, method=how)[place] for how in ("zip", "permute"))
-                told.append(f"{count}/{depth} zipped {zipped:.1%}, permuted {permuted:.1%}")
-            parts.append(f"{text}: {', '.join(told)}")
+            ensemble = f"ensemble {100 * rows.mean(method='network'):.1f}%"
+            parts.append(f"{text}: {ensemble}, zipped {at(record, zips(rows))}")
     return "; ".join(parts).capitalize()
 
 
@@ -216,8 +208,7 @@ EXPERIMENT = Experiment(
     name="multi_dataset", doc=__doc__, options=Config, prepare=prepare, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
     legend=LEGEND, untold=lambda record: record["config"]["quick"],
-    stem=lambda record: ["+".join(record["config"]["datasets"]),
-                         *(["quick"] if record["config"]["quick"] else [])])  # fmt: skip
+    stem=lambda record: ["+".join(record["config"]["datasets"])])  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

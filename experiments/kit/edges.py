@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +16,13 @@ from kit import cli, records, timing, training
 from kit.experiment import Setup
 from vfjax import checkpoint, data, merge, models
 
-PyTree = Any
+OfOptions = Callable[[Any], Any]
 # Images in a batch.
 BATCH = 500
 DEFAULT_MODEL = {"mnist": "mlp", "digits": "digits-conv"}
-# Channel multipliers of the shipped models, and of what two cores train in half an hour: of some
-# models, and of the other ones of a family.
-CPU_WIDTH = {"vgg": 0.25, "vgg16-bn": 0.125, "vgg16-ln": 0.125, "resnet": 0.5, "resnet20-ln": 0.25}
+# Channel multipliers of the shipped models, and of what two cores train in half an hour, by what
+# names begin with; the first that fits counts.
+CPU_WIDTH = {"vgg16-bn": 0.125, "vgg16-ln": 0.125, "vgg": 0.25, "resnet20-ln": 0.25, "resnet": 0.5}
 CPU_WIDTH |= {"vit": 0.125, "convnext-pico": 0.5}
 # Of a training split with too few images for both, at most this share is held out.
 SHARE = 0.2
@@ -39,15 +38,14 @@ class EdgeOptions(cli.Options):
         "the digits models, for others CIFAR-10 where it is found, else, with a warning and in "
         "titles, the digits", choices=data.NAMES)
     model: tuple[str, float | None] | None = cli.option(
-        None, "architecture of the networks, for example vgg16, vgg16-w0.5, vgg16-bn, resnet20, "
-        "digits-mlp; WIDTH multiplies all channel counts (default: that of the first command "
-        "above, digits-conv for the digits, mlp for MNIST; as wide as the shipped ones, with "
-        "--preset paper 1)", type=cli.model_of, metavar="NAME[-wWIDTH]")
+        None, "architecture of the networks, for example vgg16, vgg16-w0.5, resnet20, digits-mlp; "
+        "WIDTH multiplies all channel counts (default: that of the first command above, "
+        "digits-conv for the digits, mlp for MNIST; as wide as the shipped ones, with --preset "
+        "paper 1)", type=cli.model_of, metavar="NAME[-wWIDTH]")
     preset: str = cli.option(
         "cpu", "width and recipe of the networks: cpu is what two cores can train (VGG16 at a "
-        "quarter of the width in half an hour); paper is full width and the paper's recipe, meant "
-        "for a GPU; no such models are shipped, so it needs --retrain",
-        choices=("cpu", "paper"), part="{}")
+        "quarter of the width in half an hour); paper is full width and the paper's recipe, for a "
+        "GPU; no such models are shipped: give --retrain", choices=("cpu", "paper"), part="{}")
     retrain: bool = cli.option(
         False, "train the networks instead of loading shipped ones; they, and what a run that was "
         "stopped goes on from, are kept in OUT/checkpoints-PRESET; finished ones are reused",
@@ -69,14 +67,12 @@ def architecture(args: EdgeOptions, dataset: data.Dataset, cifar: str = "vgg16")
     if name.startswith("digits") != (dataset.name == "digits"):
         hint = "give --dataset digits"
         if dataset.name == "digits":
-            hint = "give --dataset cifar10, or --model digits-conv"
-        if dataset.fallback:
-            hint = "CIFAR-10 was not found, give --data-dir, or --model digits-conv"
+            found = "CIFAR-10 was not found, give --data-dir"
+            hint = f"{found if dataset.fallback else 'give --dataset cifar10'}, or another --model"
         raise cli.UserError(f"--model {name} is not for {records.DATASETS[dataset.name]}; {hint}.")
-    if width is None:
-        narrow = CPU_WIDTH.get(name, CPU_WIDTH.get(re.sub(r"\d.*", "", name), 1.0))
-        width = 1.0 if args.preset == "paper" else narrow
-    return Architecture(name, width, dataset.name)
+    if width is None and args.preset == "cpu":
+        width = next((w for start, w in CPU_WIDTH.items() if name.startswith(start)), None)
+    return Architecture(name, width or 1.0, dataset.name)
 
 
 def probed(name: str, data_dir: str | None) -> data.Dataset:
@@ -141,7 +137,7 @@ class Edges:
     dataset: data.Dataset
     net: vfjax.Network
     folders: Sequence[Path]
-    trees: Sequence[PyTree]
+    trees: Sequence[Any]
     images: Images
 
     @functools.cached_property
@@ -158,18 +154,17 @@ class Edges:
 
     def setup(self, config: Any, **record: Any) -> Setup:
         """What records say of images and networks; `record` is more, or something else."""
-        parts = {name: part and len(part.images) for name, part in vars(self.images).items()}
-        about = records.about(self.dataset, **parts) | {"batch_size": BATCH, "augmented": False}
-        named = {"model": self.arch.name, "width": self.arch.width}
-        model = {"name": self.arch.name, "width": self.arch.width, "depth": self.net.depth}
-        model |= {"parameters": self.net.params, "flops": self.net.flops}
-        told = [
-            {"checkpoint": folder.name, "seed": card["seed"], "command": card["command"],
-             "test_accuracy": card["test"]["accuracy"]}
+        counts = {name: part and len(part.images) for name, part in vars(self.images).items()}
+        about = records.about(self.dataset, **counts) | {"batch_size": BATCH, "augmented": False}
+        name, width = self.arch.name, self.arch.width
+        costs = {"parameters": self.net.params, "flops": self.net.flops}
+        found = {"config": {"model": name, "width": width}, "data": about}
+        found["model"] = {"name": name, "width": width, "depth": self.net.depth} | costs
+        found["edge_models"] = [
+            {"checkpoint": folder.name, "seed": card["seed"], "command": card["command"]}
+            | {"test_accuracy": card["test"]["accuracy"]}
             for folder, card in zip(self.folders, self.cards, strict=True)
-        ]  # fmt: skip
-        found = {"config": named, "data": about, "model": model, "edge_models": told}
-        found["seeds"] = {"edge_models": self.seeds}
+        ]
         return Setup(config, self, found | record, tuple(map(digest, self.trees)))
 
 
@@ -182,12 +177,11 @@ def images_of(
     if held_out is None:
         return Images(found.samples(statistics), None, tested)
     there = len(found.images)
-    statistics = there if statistics is None else statistics
-    if there < statistics + held_out:
+    if there < (statistics or there) + held_out:
         held_out = min(held_out, int(SHARE * there))
     rest = there - held_out
     last = data.Batches(found.images[rest:], found.labels[rest:], found.mean, found.std, BATCH)
-    return Images(found.samples(min(statistics, rest)), last, tested)
+    return Images(found.samples(min(statistics or rest, rest)), last, tested)
 
 
 def check_shipped(config: EdgeOptions) -> None:
@@ -195,7 +189,7 @@ def check_shipped(config: EdgeOptions) -> None:
         raise cli.UserError("no models of --preset paper are shipped: give --retrain, too.")
 
 
-def digest(tree: PyTree) -> str:
+def digest(tree: Any) -> str:
     """What tells the variables of a network from others."""
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
     return hashlib.sha256(b"".join(leaves)).hexdigest()
@@ -203,24 +197,19 @@ def digest(tree: PyTree) -> str:
 
 def loaded(
     *,
-    # How many models; None for all shipped ones, or two with `--retrain`.
-    count: Callable[[Any], int | None] = lambda config: 2,
+    count: OfOptions = lambda config: 2,  # Models; None for all shipped ones, two with `--retrain`.
     # The options that say how many images there are; without one there are all, or none held out.
     statistics: str | None = None,
     held_out: str | None = None,
     test: str | None = None,
-    # How many training images are read, where these do not say.
-    read: Callable[[Any], int | None] | None = None,
+    read: OfOptions | None = None,  # How many training images are read, where these do not say.
     cifar: str = "vgg16",  # The model for CIFAR where `--model` has none.
-    # Called before anything is read, to raise what is wrong.
-    checked: Callable[[Any], Any] = lambda config: None,
+    checked: OfOptions = lambda config: None,  # Raises what is wrong before anything is read.
     # From options, traced network and its name to options with what depends on these, such as
-    # default layers; called before anything is trained, to raise what is wrong, too.
+    # default layers; raises what is wrong before anything is trained.
     settled: Callable[[Any, vfjax.Network, str], Any] = lambda config, net, name: config,
-    # How many training images there must be, by the option that says so.
-    needs: Callable[[Any], Mapping[str, int]] = lambda config: {},
-    # Those that the record holds beside those of the models.
-    seeds: Callable[[Any], Mapping[str, Any]] = lambda config: {},
+    needs: OfOptions = lambda config: {},  # The least numbers of training images, by option.
+    seeds: OfOptions = lambda config: {},  # Those that the record holds beside the models'.
 ) -> Callable[[Any, timing.Stopwatch], Setup]:
     """The `prepare` of experiments on edge models; the value of its `Setup` is `Edges`."""
 
@@ -229,12 +218,12 @@ def loaded(
         check_shipped(config)
         options = (statistics, held_out, test)
         parts = [option and cli.counted(getattr(config, option)) for option in options]
-        train = None if parts[0] is None else parts[0] + (parts[1] or 0)
-        train = train if read is None else read(config)
+        train = parts[0] and parts[0] + (parts[1] or 0)
         # As training decides.
         digits = config.dataset == "auto" and config.model and config.model[0].startswith("digits")
         name = "digits" if digits else config.dataset
         with watch("data"):
+            train = train if read is None else read(config)
             dataset = data.load(name, config.data_dir, train=train, test=parts[2])
         there = len(dataset.train_images)
         for option, needed in needs(config).items():
@@ -246,13 +235,11 @@ def loaded(
         with watch("trace"):
             net = traced(training.model_of(arch.name, arch.width, dataset.classes), dataset)
         config = settled(config, net, arch.name)
+        wanted = count(config)
         with watch("training" if config.retrain else "checkpoints"):
-            wanted = count(config)
             if config.retrain:
-                numbers = tuple(range(wanted or 2))
-                folders = training.run(
-                    training_of(config, arch, preset=config.preset, seeds=numbers)
-                )
+                how = {"preset": config.preset, "seeds": tuple(range(wanted or 2))}
+                folders = training.run(training_of(config, arch, **how))
             else:
                 folders = shipped(config, arch, wanted)
             trees = [checkpoint.load(folder) for folder in folders]
@@ -262,6 +249,6 @@ def loaded(
     return prepare
 
 
-def forward(merged: merge.Merged, x: PyTree) -> jax.Array:
+def forward(merged: merge.Merged, x: Any) -> jax.Array:
     """One function for all networks, so that those of equal structure share its compilation."""
     return merged.run(x)

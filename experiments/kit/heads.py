@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import statistics
 import string
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,40 +55,32 @@ class Head:
         return Head(tuple(self.embeddings[label] for label in classes), self.scale)
 
 
-def scores(
-    head: Head, tasks: Sequence[Sequence[int]], outputs: Sequence[jax.Array | np.ndarray]
-) -> jax.Array:
-    """How much speaks for each class `[n, classes]`, by the head of all classes.
-
-    `outputs` are of one network, or of one for each of the tasks, which are all classes, each once.
-    """
-    if len(outputs) == 1 and head.scale is not None:
-        return head(outputs[0])
-    # Probabilities, within the classes of each: logits of two networks are not comparable.
-    outputs = outputs if len(outputs) == len(tasks) else [outputs[0]] * len(tasks)
-    parts = [jax.nn.softmax(head.of(task)(x)) for task, x in zip(tasks, outputs, strict=True)]
-    return jnp.concatenate(parts, -1)[:, np.argsort(np.concatenate(tasks))]
-
-
 def accuracies(
     head: Head, tasks: Sequence[Sequence[int]], outputs: Sequence[Any], labels: np.ndarray
 ) -> records.Row:
-    """Accuracy over all classes, among those of task A, B, ..., and the mean of the latter."""
-    found, row = np.asarray(scores(head, tasks, outputs)), {}
+    """Accuracy over all classes, among those of task A, B, ..., and the mean of the latter.
+
+    `head` is that of all classes; `outputs` are of one network, or of one for each of the tasks.
+    """
+    scores, row = np.zeros((len(labels), len(head.embeddings))), {}
+    if len(outputs) == 1 and head.scale is not None:
+        scores[:] = head(outputs[0])
+    else:
+        # Probabilities, within the classes of each: logits of two networks are not comparable.
+        for task, output in zip(tasks, itertools.cycle(outputs), strict=False):
+            scores[:, task] = jax.nn.softmax(head.of(task)(output))
     for name, task in zip(string.ascii_lowercase, tasks, strict=False):
         own = np.isin(labels, task)
-        best = np.take(task, found[own][:, task].argmax(1))
+        best = np.take(task, scores[own][:, task].argmax(1))
         row[f"task_{name}"] = float(np.mean(best == labels[own]))
-    joint = float(np.mean(found.argmax(1) == labels))
+    joint = float(np.mean(scores.argmax(1) == labels))
     return {"accuracy": joint, "average": statistics.fmean(row.values())} | row
 
 
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
     """Class embeddings that stand in for those of a text encoder: orthonormal, at random."""
     if dimensions < classes:
-        raise cli.UserError(
-            f"--dimensions: {classes} orthonormal rows need as many dimensions, got {dimensions}"
-        )
+        raise cli.UserError(f"--dimensions must be {classes} or more, one for each class.")
     gaussian = np.random.default_rng(seed).normal(size=(dimensions, classes))
     return np.linalg.qr(gaussian)[0].T.astype(np.float32)
 
@@ -103,14 +96,14 @@ def read(path: str, classes: int) -> np.ndarray:
                 found = found[name]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise cli.UserError(f"--embeddings {path}: no array could be read: {error}") from error
-    rows = found.astype(np.float64) if found.dtype.kind in "fiu" else np.zeros(0)
-    length = np.sqrt(np.sum(np.atleast_1d(rows) ** 2, -1, keepdims=True))
-    if rows.ndim != 2 or len(rows) != classes or not ((length > 0) & np.isfinite(length)).all():
+    numbers = found.dtype.kind in "fiu" and found.ndim == 2 and len(found) == classes
+    length = np.linalg.norm(found.astype(float), axis=1, keepdims=True) if numbers else np.nan
+    if not np.all((length > 0) & np.isfinite(length)):
         raise cli.UserError(
             f"--embeddings {path}: must hold {classes} finite rows of numbers other than zero, one "
             f"for each class {ORDER}, got {found.dtype} of shape {list(found.shape)}."
         )
-    return (rows / length).astype(np.float32)
+    return (found / length).astype(np.float32)
 
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
@@ -119,13 +112,11 @@ def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
 
 def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
     """The images of some classes, whose labels become 0, 1, ... in the order given."""
-    place = np.full(dataset.classes, -1, np.int32)
-    place[list(classes)] = np.arange(len(classes))
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split in ("train", "test"):
-        labels = place[getattr(dataset, f"{split}_labels")]
-        arrays[f"{split}_images"] = getattr(dataset, f"{split}_images")[labels >= 0]
-        arrays[f"{split}_labels"] = labels[labels >= 0]
+        images, labels = (getattr(dataset, f"{split}_{what}") for what in ("images", "labels"))
+        place, label = np.nonzero(labels[:, None] == np.asarray(classes))
+        arrays |= {f"{split}_images": images[place], f"{split}_labels": label.astype(np.int32)}
     return dataclasses.replace(dataset, **arrays, classes=len(classes))
 
 
@@ -174,28 +165,11 @@ def head_of(args: EmbeddingOptions, classes: int) -> Head:
 
 
 def described(args: EmbeddingOptions, head: Head) -> dict[str, Any]:
-    """What a card or record says of the head of all classes.
-
-    Rows from a file are told by their digest: another file may have the same name. Orthonormal ones
-    follow from their seed, but for rounding.
-    """
-    if args.loss == "cross-entropy":
-        return {"loss": args.loss}
+    """What a card or record says of the head of all classes."""
+    # Orthonormal rows follow from their seed, but for rounding; other files may have one name.
     kind = "orthonormal, seed 0"
     if args.embeddings:
         rows = np.asarray(head.embeddings, np.float32)
         kind = f"{Path(args.embeddings).name}, {hashlib.sha256(rows.tobytes()).hexdigest()}"
-    told = {"kind": kind, "dimensions": head.dimensions, "scale": args.scale}
-    return {"loss": args.loss, "embeddings": told}
-
-
-def different(card: Mapping[str, Any], asked: Mapping[str, Any], of: str = "") -> list[str]:
-    """What a network is unlike what is asked for in, by its card: as "recipe epochs 10, not 20"."""
-    found = []
-    # What only one of two knows belongs to another loss, or to another version's recipe.
-    for key in [key for key in asked if key in card]:
-        if isinstance(asked[key], Mapping):
-            found += different(card[key], asked[key], f"{key} ")
-        elif card[key] != asked[key]:
-            found.append(f"{of}{key} {card[key]}, not {asked[key]}")
-    return found
+    told = {"kind": kind, "dimensions": head.dimensions, "scale": head.scale}
+    return {"loss": args.loss} | ({} if head.scale is None else {"embeddings": told})

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kit import records
 from vfjax import data, train
 
 BATCH = 500
@@ -18,13 +17,8 @@ LAYERS = (2, 4, 8)
 # The digits in two disguises, as data sets that need no files.
 DISGUISES = {"digits-turned": lambda x: np.rot90(x, axes=(1, 2)), "digits-negative": np.invert}
 NAMES = (*data.NAMES[1:], *DISGUISES)
-LABELS = records.DATASETS | {
-    "cifar10": "CIFAR-10 in grey",
-    "cifar100": "CIFAR-100 in grey",
-    "digits": "digits",
-    "digits-turned": "turned digits",
-    "digits-negative": "negative digits",
-}
+LABELS = {name: name for name in NAMES} | {"mnist": "MNIST"}
+LABELS |= {"cifar10": "CIFAR-10 in grey", "cifar100": "CIFAR-100 in grey"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +41,11 @@ PRESETS = {
 
 
 def load(name: str, preset: Preset, data_dir: str | None) -> data.Dataset:
-    base = "digits" if name in DISGUISES else name
+    base, disguise = ("digits" if name in DISGUISES else name), DISGUISES.get(name, np.asarray)
     dataset = data.load(base, data_dir, train=preset.images, test=preset.test)
-    if name in DISGUISES:
-        images = {key: getattr(dataset, key) for key in ("train_images", "test_images")}
-        changed = {k: np.ascontiguousarray(DISGUISES[name](v)) for k, v in images.items()}
-        dataset = dataclasses.replace(dataset, name=name, **changed)
-    return data.grey(dataset, size=preset.size)
+    images = {key: getattr(dataset, key) for key in ("train_images", "test_images")}
+    changed = {key: np.ascontiguousarray(disguise(found)) for key, found in images.items()}
+    return data.grey(dataclasses.replace(dataset, name=name, **changed), size=preset.size)
 
 
 def recipe_of(preset: Preset, dataset: data.Dataset) -> train.Recipe:

@@ -110,8 +110,20 @@ def model_of(name: str, width: float, classes: int) -> Any:
 
 def check(folder: Path, asked: Mapping[str, Any], otherwise: str) -> None:
     """Refuses a network of other embeddings, or another recipe, than what is asked for."""
-    if other := heads.different(checkpoint.card(folder), records.finite(asked)):
+    if other := different(checkpoint.card(folder), records.finite(asked)):
         raise cli.UserError(f"{folder} was trained with {', '.join(other)}: {otherwise}.")
+
+
+def different(card: Mapping[str, Any], asked: Mapping[str, Any], of: str = "") -> list[str]:
+    """What a network is unlike what is asked for in, by its card: as "recipe epochs 10, not 20"."""
+    found = []
+    # What only one of two knows belongs to another loss, or to another version's recipe.
+    for key in [key for key in asked if key in card]:
+        if isinstance(asked[key], Mapping):
+            found += different(card[key], asked[key], f"{key} ")
+        elif card[key] != asked[key]:
+            found.append(f"{of}{key} {card[key]}, not {asked[key]}")
+    return found
 
 
 def card(
@@ -164,8 +176,8 @@ def run(args: Training) -> list[Path]:
         outputs, head = whole.dimensions, whole.of(args.classes)
         asked = {"classes": args.classes} | heads.described(args, whole)
     model = model_of(args.model, args.width, outputs)
-    recipe = train.RECIPES[args.recipe] if args.recipe else None
-    recipe = recipe or train.recipe_for(args.model, args.dataset, preset=args.preset)
+    usual = train.recipe_for(args.model, args.dataset, preset=args.preset)
+    recipe = train.RECIPES[args.recipe] if args.recipe else usual
     known = {field.name for field in dataclasses.fields(recipe)}
     changes = {k: v for k, v in vars(args).items() if k in known and v is not None}
     recipe = dataclasses.replace(recipe, **changes)

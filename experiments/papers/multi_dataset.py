@@ -43,9 +43,12 @@ def zips(rows: Rows, key: str = "accuracy", method: str = "zip") -> list[float]:
     return rows.curve("layers", key, method=method)[1]
 
 
+def counts_of(record: Record) -> list[int]:
+    return sorted(record.rows.distinct("layers"))
+
+
 def at(record: Record, values: Iterable[float]) -> str:
-    depth, counts = record["model"]["depth"], sorted(record.rows.distinct("layers"))
-    told = zip(values, counts, strict=True)
+    depth, told = record["model"]["depth"], zip(values, counts_of(record), strict=True)
     return joined(f"{100 * value:.1f} at {count}/{depth}" for value, count in told)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from kit import claims
@@ -13,11 +14,17 @@ from kit.records import Record, Rows, joined
 MORE, EQUAL, CLOSE = 0.01, 0.02, 0.05
 
 
+# What was asked for; rows that do not depend on it have none.
+ASKED: dict[str, Callable[[Record], Any]] = {
+    "alpha": lambda record: (None, record["config"]["alpha"]),
+    "beta": lambda record: (None, record["config"]["beta"]),
+    "images": lambda record: (None, record["data"]["statistics_images"]),
+}
+
+
 def asked(record: Record, but: str = "") -> Rows:
-    """The rows of the alpha, beta and number of statistics images that were asked for."""
-    wanted = {key: record["config"][key] for key in ("alpha", "beta")}
-    wanted["images"] = record["data"]["statistics_images"]
-    return record.rows.where(**{k: (None, value) for k, value in wanted.items() if k != but})
+    """The rows with the alpha, beta and number of statistics images that were asked for."""
+    return record.rows.where(**{key: of(record) for key, of in ASKED.items() if key != but})
 
 
 def depth_of(record: Record) -> int:
@@ -45,18 +52,18 @@ def chosen(record: Record) -> dict[str, float]:
     return {"alpha": alpha, "beta": beta, "accuracy": rows.mean(alpha=alpha, beta=beta)}
 
 
-def of(label: str, way: str, layers: Any = depth_of) -> Quantity:
-    """Joint accuracy of networks merged in some way."""
-    known = accuracy(label, way=way, layers=layers)
-    return Quantity(label, lambda record: known.of(Record(record | {"rows": asked(record)})))
+def of(label: str, way: str, layers: Any = depth_of, **where: Any) -> Quantity:
+    """Joint accuracy of networks merged in some way, all else being as asked for."""
+    return accuracy(label, **(ASKED | {"way": way, "layers": layers} | where))
 
 
 def greedy_is_enough(record: Record) -> Decision | None:
-    if near := Level((GREEDY, OPTIMAL), EQUAL)(record):
-        seconds = [record.rows.mean("seconds", way=way) for way in ("unbounded", "optimal")]
-        told = f"{near[1]}, in {seconds[0]:.2g} and {seconds[1]:.2g} s"
-        return claims.all_of([near[0], seconds[0] < seconds[1]]), told
-    return None
+    near = Level((GREEDY, OPTIMAL), EQUAL)(record)
+    if near is None:
+        return None
+    greedy, optimal = (record.rows.mean("seconds", way=way) for way in ("unbounded", "optimal"))
+    told = f"{near[1]}, in {greedy:.2g} and {optimal:.2g} s"
+    return claims.all_of([near[0], greedy < optimal]), told
 
 
 def tuned(record: Record) -> Decision:
@@ -75,26 +82,23 @@ ZIP, PERMUTED = of("ZipIt!", "zip"), of("permutation", "permutation")
 AVERAGE, WEIGHTS = of("weight average", "average"), of("permuted by weights", "weights")
 PART_ZIPPED = of("two thirds zipped", "zip", middle_of)
 PART_PERMUTED = of("two thirds permuted", "permutation", middle_of)
-ENSEMBLE = accuracy("ensemble", way="ensemble")
+ENSEMBLE = of("ensemble", "ensemble", 0)
 ALONE = Quantity("better network alone", lambda record: max(
     record.rows.mean(way=f"network {name}") for name in "AB"))  # fmt: skip
 IDENTITY, KMEANS = of("identity", "identity"), of("k-means", "kmeans")
 # Optimal pairs know no budget of merges within a network.
 GREEDY, OPTIMAL = of("greedy pairs, no budget", "unbounded"), of("optimal pairs", "optimal")
+FEW, NOT_WITHIN = of("100 images", "zip", images=100), of("beta 0", "zip", beta=0.0)
 WITHIN = Quantity("best beta", lambda record: max(
     value for beta, value in swept(record, "beta").items() if beta))  # fmt: skip
-NOT_WITHIN = Quantity("beta 0", lambda record: swept(record, "beta")[0])
-FEW = Quantity("100 images", lambda record: swept(record, "images").get(100, float("nan")))
-SPREAD = [
-    Quantity("at worst", lambda record: min(swept(record, "images").values())),
-    Quantity("at best", lambda record: max(swept(record, "images").values())),
-]
+WORST = Quantity("at worst", lambda record: min(swept(record, "images").values()))
+BEST = Quantity("at best", lambda record: max(swept(record, "images").values()))
 # fmt: off
 CLAIMS = [
     Claim("zip.disjoint.above-permutation", "ZipIt! is above permutation",
           "79.1 and 58.4; in narrow networks no better", Above(ZIP, PERMUTED, MORE)),
     Claim("zip.new.spread", "how far the number of statistics images moves ZipIt!", "",
-          Told(*SPREAD, PERMUTED)),
+          Told(WORST, BEST, PERMUTED)),
     Claim("zip.disjoint.permutation-helps", "permutation is above the weight average",
           "58.4 and, of the identity, 43.0", Above(PERMUTED, AVERAGE, MORE)),
     Claim("zip.disjoint.activations-above-weights", "permuting by activations is above by weights",

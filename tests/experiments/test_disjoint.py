@@ -328,9 +328,9 @@ def test_outputs_are_by_head():
 def test_plain_classifiers_are_compared_by_probability():
     head = heads.of_embeddings(np.eye(4), None)
     # The second task's logits are larger, the first one's are surer.
-    scores = heads.scores(head, [(0, 1), (2, 3)], [jnp.array([[3.0, 0.0, 9.0, 8.0]])])
-    np.testing.assert_allclose(scores[0, :2].sum(), 1, rtol=1e-6)
-    assert int(scores.argmax()) == 0
+    outputs = [jnp.array([[3.0, 0.0, 9.0, 8.0]] * 2)]
+    found = heads.accuracies(head, [(0, 1), (2, 3)], outputs, np.array([0, 2]))
+    assert found == {"accuracy": 0.5, "average": 1.0, "task_a": 1.0, "task_b": 1.0}
 
 
 def test_statistics_of_norms_are_measured():
@@ -565,7 +565,7 @@ def test_file_name_has_what_is_not_default(record):
         (["--pairs", "0"], "'0' is not a number of pairs"),
         (["--preset", "paper", "--dataset", "digits"], "give --retrain, too"),
         (["--preset", "paper", "--dataset", "digits", "--retrain"], "--preset paper is not for"),
-        (["--dataset", "digits", "--dimensions", "4"], "10 orthonormal rows need as many"),
+        (["--dataset", "digits", "--dimensions", "4"], "--dimensions must be 10 or more"),
         (["--dataset", "digits", "--embeddings", "/nowhere.npy"], "no array could be read"),
         (["--dataset", "digits", "--scale", "inf"], "'inf' is not a finite number above 0"),
         (["--dataset", "digits", "--scale", "-1"], "'-1' is not a finite number above 0"),

@@ -190,12 +190,12 @@ def test_cards_tell_files_of_one_name_apart(tmp_path):
         args = options("--classes", "1", "2", "--embeddings", str(tmp_path / place / "clip.npy"))
         told.append(heads.described(args, heads.head_of(args, 10)))
     assert told[0] == told[1] != told[2]
-    (difference,) = heads.different(told[2], told[0])
+    (difference,) = training.different(told[2], told[0])
     assert difference.startswith("embeddings kind clip.npy, ")
-    assert heads.different(told[1], told[0]) == []
+    assert training.different(told[1], told[0]) == []
     # Cards from before they told rows.
     old = told[0] | {"embeddings": told[0]["embeddings"] | {"kind": "clip.npy"}}
-    (difference,) = heads.different(old, told[0])
+    (difference,) = training.different(old, told[0])
     assert difference.startswith("embeddings kind clip.npy, not clip.npy, ")
 
 
@@ -254,7 +254,7 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
         (["--classes", "3"], "two or more different ones"),
         (["--classes", "3", "10"], "from 0 to 9, got 3 10"),
         (["--scale", "3"], "--scale does nothing here: it is for some of the --classes"),
-        (["--classes", "0", "1", "--dimensions", "4"], "10 orthonormal rows need as many"),
+        (["--classes", "0", "1", "--dimensions", "4"], "--dimensions must be 10 or more"),
         (["--classes", "0", "1", "--embeddings", "/nowhere.npy"], "no array could be read"),
     ],
 )
