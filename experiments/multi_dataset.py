@@ -9,10 +9,9 @@ One network is trained on each data set, from another initialisation, on grey im
 Then the first l of L layers are merged and the others kept, so that every data set has its own head
 ("l/L"; the last layer always is one's own): weights averaged as they are; permuted to a shared
 universe, which for two networks is the assignment; or zipped with ZipIt!'s default alpha and beta.
-All pairs of data sets are merged, and all at once. Matching takes as many training images of every
-data set as the smallest has, mixed; on the same images BatchNorm statistics are measured anew in
-every network, the ensemble's too, which is each network on its own data set. Accuracies are by data
-set, which is known at test time, and their mean.
+All pairs are merged, and all at once. Matching takes as many training images of every data set as
+the smallest has, mixed; on these BatchNorm statistics are measured anew in every network, the
+ensemble's too, which is each network on its own data set.
 
 The paper ("ZipIt!", ResNet-50s of Stanford Dogs, Oxford Pets, CUB and NABirds, mean accuracy per
 cent of pairs): ensemble 75.5, weight averaging 11.3, permutation 35.7, ZipIt! 37.1 at 49 of 50
@@ -156,38 +155,36 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    rows, depth, found = record.rows, record["model"]["depth"], []
-    for chosen in rows.distinct("datasets", method="network"):
-        names = chosen.split("+")
-        labels = {name: LABELS[name] for name in names}
-        lines = {f"network of {labels[n]}": {"method": "network", "head": n} for n in names}
+    depth, counts, found = record["model"]["depth"], counts_of(record), []
+    merged = {
+        f"{text} {count}/{depth}": {"method": method, "layers": count}
+        for (method, text), count in itertools.product(METHODS.items(), counts)
+    }
+    for chosen in record.rows.distinct("datasets", method="network"):
+        labels = {name: LABELS[name] for name in chosen.split("+")}
+        lines = {f"network of {labels[n]}": {"method": "network", "head": n} for n in labels}
         lines["ensemble"] = {"own": True, "method": "network"}
-        for method, text in METHODS.items():
-            for count in counts_of(record):
-                lines[f"{text} {count}/{depth}"] = {"method": method, "layers": count}
-        known = Rows(
+        rows = Rows(
             row | {"own": row["head"] == row["tested"], "mean": row["accuracy"]}
-            for row in rows.where(datasets=chosen)
+            for row in record.rows.where(datasets=chosen)
         )
         columns = [tables.Column(label, {"tested": name}) for name, label in labels.items()]
         columns += [tables.Column("mean", key="mean", show=tables.number(4, 0.01))]
         about = {"title": joined(labels.values()), "corner": "test accuracy, %"}
-        found.append(tables.pivot(known, lines, columns + tables.ratios(), **about))
+        found.append(tables.pivot(rows, lines | merged, columns + tables.ratios(), **about))
     return found
 
 
 def figure_of(record: Record) -> Any:
     """Accuracies against the number of merged layers: pairs, all at once, and by data set."""
     x, y = f"layers merged, of {record['model']['depth']}", "mean test accuracy (%)"
-    counts, panels, more = counts_of(record), [], {"y_limits": (0, 102)}
-    more["ticks"] = counts
+    counts, panels = counts_of(record), []
+    more = {"y_limits": (0, 102), "ticks": counts}
     for group, text in GROUPS.items():
         if rows := means_of(record).where(group=group):
-            lines = [
-                figures.Line(METHODS[how], counts, [100 * v for v in zips(rows, method=how)],
-                             method=LOOKS[how])
-                for how in METHODS
-            ]  # fmt: skip
+            known = {how: [100 * value for value in zips(rows, method=how)] for how in METHODS}
+            lines = [figures.Line(METHODS[how], counts, known[how], None, LOOKS[how])
+                     for how in METHODS]  # fmt: skip
             lines += figures.levels({"ensemble": rows.mean(method="network")})
             panels.append(figures.Panel(text, x, y, lines, **more))
     lines, last = [], record.rows.distinct("datasets", method="network")[-1]

@@ -7,13 +7,13 @@
     python experiments/zipit_disjoint.py --retrain --preset paper          # on a GPU
     python experiments/zipit_disjoint.py --dataset cifar100 --retrain --preset paper
 
-Two networks are trained from different seeds, each on one half of the classes. Every class has a
-fixed embedding, and the loss is the cross-entropy of the scaled cosines of a network's outputs with
-those of its own classes. The paper takes CLIP's embeddings of the class names; without --embeddings
-orthonormal ones at random stand in. Merged are: the average of the weights; the average after the
-second network's units are permuted, by weights or by activations; and ZipIt!, which merges features
-that correlate within a network, too, up to a share beta of the merges, where a merged feature
-counts alpha as much. All networks' BatchNorm statistics are measured anew (RESET).
+Each network is trained on one half of the classes, from a seed of its own. Every class has a fixed
+embedding, and the loss is the cross-entropy of the scaled cosines of outputs with those of a half.
+The paper takes CLIP's embeddings of the class names; without --embeddings orthonormal ones at
+random stand in. Merged are: the average of the weights; that after permuting the second network, by
+weights or by activations; and ZipIt!, which merges features that correlate within a network, too,
+up to a share beta of the merges, where a merged feature counts alpha as much. BatchNorm statistics
+are measured anew in all (RESET).
 
 The paper ("ZipIt!", ResNet20, 4 times as wide, joint accuracy in per cent, CIFAR-10 5+5): Git
 Re-Basin 46.2, permutation 58.4, ZipIt! 79.1, ZipIt! 13/20 83.8, ensemble 87.4. Identity 43.0 and
@@ -132,11 +132,11 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 def title_of(record: Record) -> str:
     classes, config = record["data"]["classes"], record["config"]
-    parts = [networks(record), f"{classes // 2}+{classes - classes // 2} classes"]
-    parts.append(f"statistics over {record['data']['statistics_images']:,} images")
-    parts += ["plain classifiers"] if config["loss"] == "cross-entropy" else []
-    parts += [f"mean of {config['pairs']} pairs"] if config["pairs"] > 1 else []
-    return ", ".join(parts)
+    plain = ", plain classifiers" * (config["loss"] == "cross-entropy")
+    pairs = f", mean of {config['pairs']} pairs" * (config["pairs"] > 1)
+    images = f"statistics over {record['data']['statistics_images']:,} images"
+    halves = f"{classes // 2}+{classes - classes // 2} classes"
+    return f"{networks(record)}, {halves}, {images}{plain}{pairs}"
 
 
 def finding_of(record: Record) -> str:
@@ -206,12 +206,11 @@ def figure_of(record: Record) -> Any:
 
 
 LEGEND = """ZipIt! l/L: the first l of L layers merged, and the two networks finish apart, a head
-each; the ensemble is l = 0. Joint accuracy is over all classes: of one output, the class whose
-embedding it is closest to; of two heads, and of plain classifiers, the class of the largest
-probability, where each head's are among its own classes. Accuracy per task is among the classes of
-the image's own half, by its own head where there are two; two thirds of the layers are what 13 is
-of 20. Ways to match take as long as they do once the statistics are there. alpha and beta are those
-of the paper's code, fixed beforehand."""
+each; the ensemble is l = 0; two thirds are what 13 is of 20. Joint accuracy is over all classes: of
+one output, the class whose embedding it is closest to; of two heads, and of plain classifiers, the
+class of the largest probability, where each head's are among its own classes. Accuracy per task is
+among the classes of the image's own half, by its own head where there are two. Seconds are of the
+matching alone. alpha and beta are those of the paper's code, fixed beforehand."""
 EXPERIMENT = Experiment(
     name="zipit_disjoint", doc=__doc__, options=Config, prepare=disjoint.prepare, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=paper.CLAIMS,

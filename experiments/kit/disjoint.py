@@ -68,23 +68,17 @@ def training_of(config: Any, dataset: data.Dataset) -> training.Training:
     return edges.training_of(config, arch, epochs=config.epochs or epochs, **same)
 
 
-def found(args: training.Training, head: heads.Head, tasks: Any, retrain: bool) -> list[Path]:
-    """The checkpoints of networks on some classes each, trained where that was asked for."""
-    folders = []
-    for seed, task in enumerate(tasks):
-        if retrain:
-            one = dataclasses.replace(args, classes=tuple(task), seeds=(seed,))
-            folders += training.run(one)
-            continue
-        name = training.checkpoint_name(args.dataset, args.model, args.width, seed, task)
-        folders.append(records.ROOT / "checkpoints" / name)
-        if not folders[-1].exists():
-            raise cli.UserError(
-                f"{name} is needed in checkpoints/ and not there: --retrain trains all networks "
-                "into --out, --pairs 1 is what is shipped."
-            )
-        training.check(folders[-1], heads.described(args, head), "--retrain trains others")
-    return folders
+def shipped(args: training.Training, head: heads.Head) -> Path:
+    """The checkpoint of the network, which is as it would be trained."""
+    name = training.checkpoint_name(args, args.seeds[0])
+    folder = records.ROOT / "checkpoints" / name
+    if not folder.exists():
+        raise cli.UserError(
+            f"{name} is needed in checkpoints/ and not there: --retrain trains all networks into "
+            "--out, --pairs 1 is what is shipped."
+        )
+    training.check(folder, heads.described(args, head), "--retrain trains others")
+    return folder
 
 
 def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
@@ -100,8 +94,10 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
         # Its outputs are embeddings of the classes.
         net = edges.traced(training.model_of(args.model, args.width, head.dimensions), probe)
     tasks = [tasks_of(probe.classes, pair) for pair in range(config.pairs)]
+    each = [dataclasses.replace(args, classes=tuple(task), seeds=(seed,))
+            for seed, task in enumerate(itertools.chain(*tasks))]  # fmt: skip
     with watch("training" if retrain else "checkpoints"):
-        folders = found(args, head, itertools.chain(*tasks), retrain)
+        folders = [training.run(one)[0] if retrain else shipped(one, head) for one in each]
         trees = [checkpoint.load(folder) for folder in folders]
     with watch("data"):
         dataset = edges.whole(probe, config.data_dir)

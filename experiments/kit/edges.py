@@ -96,7 +96,7 @@ def traced(model: Any, dataset: data.Dataset) -> vfjax.Network:
 def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Path]:
     """Finds the first `count` shipped models of an architecture, by seed; None for all."""
     folder = records.ROOT / "checkpoints"
-    stem = training.checkpoint_name(arch.dataset, arch.name, arch.width, "")
+    stem = training.checkpoint_name(training_of(args, arch), "")
     numbers = {path: path.name.removeprefix(stem) for path in folder.glob(f"{stem}*")}
     found = {int(number): path for path, number in numbers.items() if number.isdigit()}
     count = max(len(found), 1) if count is None else count

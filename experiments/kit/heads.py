@@ -78,7 +78,13 @@ def accuracies(
 
 
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
-    """Class embeddings that stand in for those of a text encoder: orthonormal, at random."""
+    """Class embeddings that stand in for those of a text encoder: orthonormal, at random.
+
+    Example:
+      >>> rows = orthonormal(3, 4)
+      >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
+      True
+    """
     if dimensions < classes:
         raise cli.UserError(f"--dimensions must be {classes} or more, one for each class.")
     gaussian = np.random.default_rng(seed).normal(size=(dimensions, classes))

@@ -72,7 +72,13 @@ def _called(model: Any, x: jax.Array) -> Any:
 
 
 def outputs(model: Any, batches: Iterable[Any]) -> list[np.ndarray]:
-    """By head, what a model makes of all images, `[n, outputs]`."""
+    """By head, what a model makes of all images, `[n, outputs]`.
+
+    Example:
+      >>> model = jax.tree_util.Partial(lambda x: (x, 2 * x))
+      >>> [found.shape for found in outputs(model, np.ones((2, 3, 1)))]
+      [(6, 1), (6, 1)]
+    """
     found = [jax.device_get(_called(model, x)) for x in batches]
     heads = zip(*found, strict=True) if isinstance(found[0], tuple) else [found]
     return [np.concatenate(parts) for parts in heads]

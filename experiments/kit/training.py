@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +70,22 @@ class Training(heads.EmbeddingOptions):
 # fmt: on
 
 
-def checkpoint_name(
-    dataset: str, model: str, width: float, seed: int | str, classes: Sequence[int] | None = None
-) -> str:
-    """The folder name of a shipped model.
+def checkpoint_name(args: Training, seed: int | str) -> str:
+    """The folder name of a model.
 
     Example:
-      >>> checkpoint_name("cifar10", "vgg16", 0.25, 0)
+      >>> checkpoint_name(Training(dataset="cifar10", width=0.25), 0)
       'cifar10-vgg16-w0.25-seed0'
-      >>> checkpoint_name("cifar10", "vgg7-bn", 0.5, 1, range(5, 10))
-      'cifar10-vgg7-bn-w0.5-classes5to9-seed1'
+      >>> checkpoint_name(Training(dataset="digits", model="digits-mlp", classes=(5, 6, 7)), 1)
+      'digits-mlp-classes5to7-seed1'
     """
-    parts = [dataset, model.removeprefix("digits-") if dataset == "digits" else model]
-    parts += [] if width == 1.0 else [f"w{width:g}"]
-    if classes is not None:
-        first, last = classes[0], classes[-1]
-        run = list(classes) == list(range(first, last + 1))
-        parts.append(f"classes{first}to{last}" if run else f"classes{'-'.join(map(str, classes))}")
+    digits = args.dataset == "digits"
+    parts = [args.dataset, args.model.removeprefix("digits-") if digits else args.model]
+    parts += [] if args.width == 1 else [f"w{args.width:g}"]
+    if args.classes is not None:
+        first, last = args.classes[0], args.classes[-1]
+        run = args.classes == tuple(range(first, last + 1))
+        parts.append("classes" + (f"{first}to{last}" if run else "-".join(map(str, args.classes))))
     return "-".join([*parts, f"seed{seed}"])
 
 
@@ -183,8 +182,8 @@ def run(args: Training) -> list[Path]:
     recipe = dataclasses.replace(recipe, **changes)
     asked["recipe"] = dataclasses.asdict(recipe)
 
-    out, named = Path(args.out).expanduser().absolute(), (args.dataset, args.model, args.width)
-    folders = {seed: out / checkpoint_name(*named, seed, args.classes) for seed in args.seeds}
+    out = Path(args.out).expanduser().absolute()
+    folders = {seed: out / checkpoint_name(args, seed) for seed in args.seeds}
     anew = args.overwrite or args.restart
     missing = {seed: folder for seed, folder in folders.items() if anew or not folder.exists()}
     for folder in [folder for seed, folder in folders.items() if seed not in missing]:
