@@ -115,21 +115,20 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         parts = [trees[place] for place in places], sets.mixed(own)
         return own, joint.Networks(net, *parts, run.watch), sets.tests_of(own)
 
-    ways = [("network", None), *itertools.product(METHODS, layers)]
-    cells = [(name, "as trained", None) for name in names]
-    joined_names = map("+".join, sets.combinations(names))
-    cells += [(chosen, *way) for chosen, way in itertools.product(joined_names, ways)]
-    keys = ("datasets", "method", "layers")
-    for cell in run.cells(dict(zip(keys, one, strict=True)) for one in cells):
-        chosen, method, count = cell.values()
+    cells = [{"datasets": name, "method": "as trained"} for name in names]
+    for chosen in map("+".join, sets.combinations(names)):
+        cells.append({"datasets": chosen, "method": "network"})
+        cells += [{"datasets": chosen, "method": method, "layers": count}
+                  for method, count in itertools.product(METHODS, layers)]  # fmt: skip
+    for cell in run.cells(cells):
+        chosen, method, count = cell["datasets"], cell["method"], cell.get("layers")
         own, networks, tests = combination(chosen)
         if method == "as trained":
             model = merge.as_merged(net, networks.trees[0])
-        elif method == "network":
-            model = networks.merged(None, 0)
         else:
             run.note("statistics", datasets=chosen, images=sum(map(len, networks.statistics)))
-            model = networks.merged(networks.maps(method), count)
+            maps = networks.maps(method) if count else None
+            model = networks.merged(maps, count or 0)
         with run.watch("evaluation"):
             heads = [sets.accuracies(logits, own) for logits in joint.outputs(model, tests)]
         costs = networks.costs(model) if count else {}

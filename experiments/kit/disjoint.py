@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from kit import cli, edges, heads, joint, records, timing, training
 from kit.experiment import Setup
 from vfjax import align, checkpoint, data
 
-# Where partial zips end, by L: the ends of stages; at others each layer, or thirds.
-STOPS = {20: (7, 13, 19, 20)}
 # Networks by preset and data: their names, widths, dimensions of the embeddings, and epochs.
 NETWORKS = {
     ("cpu", "cifar10"): ("vgg7-bn", 0.5, 32, 12),
@@ -68,19 +65,6 @@ def training_of(config: Any, dataset: data.Dataset) -> training.Training:
     return edges.training_of(config, arch, epochs=config.epochs or epochs, **same)
 
 
-def shipped(args: training.Training, head: heads.Head) -> Path:
-    """The checkpoint of the network, which is as it would be trained."""
-    name = training.checkpoint_name(args, args.seeds[0])
-    folder = records.ROOT / "checkpoints" / name
-    if not folder.exists():
-        raise cli.UserError(
-            f"{name} is needed in checkpoints/ and not there: --retrain trains all networks into "
-            "--out, --pairs 1 is what is shipped."
-        )
-    training.check(folder, heads.described(args, head), "--retrain trains others")
-    return folder
-
-
 def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     """Checks options, finds or trains all networks, one pair after the other, reads images."""
     edges.check_shipped(config)
@@ -97,7 +81,8 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     each = [dataclasses.replace(args, classes=tuple(task), seeds=(seed,))
             for seed, task in enumerate(itertools.chain(*tasks))]  # fmt: skip
     with watch("training" if retrain else "checkpoints"):
-        folders = [training.run(one)[0] if retrain else shipped(one, head) for one in each]
+        found = [training.run(one) if retrain else training.shipped(one) for one in each]
+        folders = list(itertools.chain(*found))
         trees = [checkpoint.load(folder) for folder in folders]
     with watch("data"):
         dataset = edges.whole(probe, config.data_dir)
@@ -110,14 +95,15 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
 
 
 def stops_of(depth: int) -> list[int]:
-    """How many layers partial zips merge, up to all.
+    """How many layers partial zips merge: of 20, as in the paper, the ends of stages.
 
     Example:
-      >>> stops_of(5), stops_of(14)
-      ([1, 2, 3, 4, 5], [5, 9, 13, 14])
+      >>> stops_of(5), stops_of(20)
+      ([1, 2, 3, 4, 5], [7, 13, 19, 20])
     """
-    thirds = sorted({math.ceil(depth / 3), round(0.65 * depth), depth - 1, depth})
-    return list(STOPS.get(depth, range(1, depth + 1) if depth <= 8 else thirds))
+    if depth <= 8:
+        return list(range(1, depth + 1))
+    return sorted({math.ceil(depth / 3), round(0.65 * depth), depth - 1, depth})
 
 
 def features(pair: joint.Networks, zipped: align.Maps) -> Iterator[records.Row]:

@@ -24,8 +24,6 @@ DEFAULT_MODEL = {"mnist": "mlp", "digits": "digits-conv"}
 # names begin with; the first that fits counts.
 CPU_WIDTH = {"vgg16-bn": 0.125, "vgg16-ln": 0.125, "vgg": 0.25, "resnet20-ln": 0.25, "resnet": 0.5}
 CPU_WIDTH |= {"vit": 0.125, "convnext-pico": 0.5}
-# Of a training split with too few images for both, at most this share is held out.
-SHARE = 0.2
 
 
 # fmt: off
@@ -93,30 +91,12 @@ def traced(model: Any, dataset: data.Dataset) -> vfjax.Network:
     return vfjax.trace(models.apply_fn(model), variables, x)
 
 
-def shipped(args: EdgeOptions, arch: Architecture, count: int | None) -> list[Path]:
-    """Finds the first `count` shipped models of an architecture, by seed; None for all."""
-    folder = records.ROOT / "checkpoints"
-    stem = training.checkpoint_name(training_of(args, arch), "")
-    numbers = {path: path.name.removeprefix(stem) for path in folder.glob(f"{stem}*")}
-    found = {int(number): path for path, number in numbers.items() if number.isdigit()}
-    count = max(len(found), 1) if count is None else count
-    if len(found) < count:
-        kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
-        seeds = [seed for seed in range(count) if seed not in found][: count - len(found)]
-        missing = training_of(args, arch, seeds=tuple(seeds))
-        raise cli.UserError(
-            f"{count} models {stem}* are needed in {folder.name}/, {len(found)} found. To train "
-            f"what is missing: {training.command(missing)} (--retrain trains all {count} into "
-            f"--out). Or choose among what {folder.name}/ has: {', '.join(kinds) or 'none'}."
-        )
-    return [found[seed] for seed in sorted(found)[:count]]
-
-
 def training_of(args: EdgeOptions, arch: Architecture, **options: Any) -> training.Training:
     """How models are trained into `--out`, as `train_edges.py` does."""
     folder = Path(args.out) / f"checkpoints-{args.preset}"
     options |= {"out": str(folder), "work_dir": str(folder / ".training")}
     options |= {"model": arch.name, "width": arch.width, "dataset": arch.dataset}
+    options |= {"preset": args.preset}
     return training.Training(data_dir=args.data_dir, **options)
 
 
@@ -178,7 +158,8 @@ def images_of(
         return Images(found.samples(statistics), None, tested)
     there = len(found.images)
     if there < (statistics or there) + held_out:
-        held_out = min(held_out, int(SHARE * there))
+        # Too few for both: at most a fifth is held out.
+        held_out = min(held_out, there // 5)
     rest = there - held_out
     last = data.Batches(found.images[rest:], found.labels[rest:], found.mean, found.std, BATCH)
     return Images(found.samples(min(statistics or rest, rest)), last, tested)
@@ -235,13 +216,10 @@ def loaded(
         with watch("trace"):
             net = traced(training.model_of(arch.name, arch.width, dataset.classes), dataset)
         config = settled(config, net, arch.name)
-        wanted = count(config)
+        wanted = count(config) or (2 if config.retrain else 0)
+        args = training_of(config, arch, seeds=tuple(range(wanted)))
         with watch("training" if config.retrain else "checkpoints"):
-            if config.retrain:
-                how = {"preset": config.preset, "seeds": tuple(range(wanted or 2))}
-                folders = training.run(training_of(config, arch, **how))
-            else:
-                folders = shipped(config, arch, wanted)
+            folders = training.run(args) if config.retrain else training.shipped(args)
             trees = [checkpoint.load(folder) for folder in folders]
         found = Edges(arch, dataset, net, folders, trees, images_of(dataset, *parts))
         return found.setup(config, seeds={"edge_models": found.seeds} | seeds(config))

@@ -12,8 +12,6 @@ import numpy as np
 from vfjax import data, train
 
 BATCH = 500
-# Of 9, and ends of stages, where a partial zip may stop; the paper's are 10, 22 and 49 of 50.
-LAYERS = (2, 4, 8)
 # The digits in two disguises, as data sets that need no files.
 DISGUISES = {"digits-turned": lambda x: np.rot90(x, axes=(1, 2)), "digits-negative": np.invert}
 NAMES = (*data.NAMES[1:], *DISGUISES)
@@ -30,7 +28,8 @@ class Preset:
     images: int | None  # Training images of a data set, at most; None for all.
     test: int | None  # Test images of a data set, at most; None for all.
     steps: int  # Training steps, of 128 images, for every network alike.
-    layers: tuple[int, ...] = LAYERS  # How many are merged.
+    # How many are merged: of 9, and ends of stages; the paper's are 10, 22 and 49 of 50.
+    layers: tuple[int, ...] = (2, 4, 8)
 
 
 PRESETS = {

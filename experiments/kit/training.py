@@ -107,12 +107,6 @@ def model_of(name: str, width: float, classes: int) -> Any:
         raise cli.UserError(str(error)) from error
 
 
-def check(folder: Path, asked: Mapping[str, Any], otherwise: str) -> None:
-    """Refuses a network of other embeddings, or another recipe, than what is asked for."""
-    if other := different(checkpoint.card(folder), records.finite(asked)):
-        raise cli.UserError(f"{folder} was trained with {', '.join(other)}: {otherwise}.")
-
-
 def different(card: Mapping[str, Any], asked: Mapping[str, Any], of: str = "") -> list[str]:
     """What a network is unlike what is asked for in, by its card: as "recipe epochs 10, not 20"."""
     found = []
@@ -123,6 +117,47 @@ def different(card: Mapping[str, Any], asked: Mapping[str, Any], of: str = "") -
         elif card[key] != asked[key]:
             found.append(f"{of}{key} {card[key]}, not {asked[key]}")
     return found
+
+
+def asked_of(args: Training) -> tuple[int, heads.Head | None, dict[str, Any]]:
+    """The number of outputs of the networks, their heads, if any, and what cards say of these."""
+    outputs = 100 if args.dataset == "cifar100" else 10
+    heads.check(args)
+    if args.classes is None:
+        return outputs, None, {}
+    if len({*args.classes} & {*range(outputs)}) < max(2, len(args.classes)):
+        wanted = f"--classes must be two or more different ones from 0 to {outputs - 1}"
+        raise cli.UserError(f"{wanted}, got {' '.join(map(str, args.classes))}")
+    whole = heads.head_of(args, outputs)
+    told = {"classes": args.classes} | heads.described(args, whole)
+    return whole.dimensions, whole.of(args.classes), told
+
+
+def there(folders: Mapping[int, Path], asked: Mapping[str, Any], otherwise: str) -> list[int]:
+    """The seeds that have a checkpoint; raises if one is of another head or recipe than asked."""
+    found = [seed for seed, folder in folders.items() if folder.exists()]
+    for folder in (folders[seed] for seed in found):
+        if other := different(checkpoint.card(folder), records.finite(asked)):
+            raise cli.UserError(f"{folder} was trained with {', '.join(other)}: {otherwise}.")
+    return found
+
+
+def shipped(args: Training) -> list[Path]:
+    """Finds shipped models; without seeds all there are."""
+    folder, stem = records.ROOT / "checkpoints", checkpoint_name(args, "")
+    numbers = [path.name.removeprefix(stem) for path in folder.glob(f"{stem}*")]
+    seeds = args.seeds or sorted(int(number) for number in numbers if number.isdigit()) or [0]
+    folders = {seed: folder / f"{stem}{seed}" for seed in seeds}
+    found = there(folders, asked_of(args)[-1], "--retrain trains others")
+    if missing := tuple(seed for seed in seeds if seed not in found):
+        kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
+        raise cli.UserError(
+            f"{len(seeds)} models {stem}* are needed in {folder.name}/, {len(found)} found. To "
+            f"train what is missing: {command(dataclasses.replace(args, seeds=missing))} "
+            f"(--retrain trains all {len(seeds)} into --out). Or choose among what {folder.name}/ "
+            f"has: {', '.join(kinds) or 'none'}."
+        )
+    return list(folders.values())
 
 
 def card(
@@ -165,15 +200,7 @@ def run(args: Training) -> list[Path]:
     if args.dataset == "auto":
         name = "digits" if args.model.startswith("digits") else "cifar10"
         args = dataclasses.replace(args, dataset=name)
-    outputs, head, asked = 100 if args.dataset == "cifar100" else 10, None, {}
-    heads.check(args)
-    if args.classes is not None:
-        if len({*args.classes} & {*range(outputs)}) < max(2, len(args.classes)):
-            wanted = f"--classes must be two or more different ones from 0 to {outputs - 1}"
-            raise cli.UserError(f"{wanted}, got {' '.join(map(str, args.classes))}")
-        whole = heads.head_of(args, outputs)
-        outputs, head = whole.dimensions, whole.of(args.classes)
-        asked = {"classes": args.classes} | heads.described(args, whole)
+    outputs, head, asked = asked_of(args)
     model = model_of(args.model, args.width, outputs)
     usual = train.recipe_for(args.model, args.dataset, preset=args.preset)
     recipe = train.RECIPES[args.recipe] if args.recipe else usual
@@ -184,11 +211,12 @@ def run(args: Training) -> list[Path]:
 
     out = Path(args.out).expanduser().absolute()
     folders = {seed: out / checkpoint_name(args, seed) for seed in args.seeds}
-    anew = args.overwrite or args.restart
-    missing = {seed: folder for seed, folder in folders.items() if anew or not folder.exists()}
-    for folder in [folder for seed, folder in folders.items() if seed not in missing]:
-        check(folder, asked, "choose another --out, or remove it, as --overwrite does")
-        log.info("%s is there already; --overwrite trains it again", folder)
+    missing = dict(folders)
+    if not (args.overwrite or args.restart):
+        for seed in there(
+            folders, asked, "choose another --out, or remove it, as --overwrite does"
+        ):
+            log.info("%s is there already; --overwrite trains it again", missing.pop(seed))
     if not missing:
         return list(folders.values())
 

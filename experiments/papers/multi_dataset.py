@@ -27,7 +27,7 @@ def means_of(record: Record) -> Rows:
     cells: dict[tuple, list[Row]] = {}
     for row in record.rows:
         if row["head"] == row["tested"] and row["method"] != "as trained":
-            cells.setdefault((row["datasets"], row["method"], row["layers"]), []).append(row)
+            cells.setdefault((row["datasets"], row["method"], row.get("layers")), []).append(row)
     found = Rows()
     for (names, method, layers), rows in cells.items():
         mean = fmean(row["accuracy"] for row in rows)

@@ -54,7 +54,7 @@ def digits(tmp_path_factory):
         patch.setattr(zipit, "IMAGES", (100,))
         patch.setattr(zipit, "ALPHAS", (0.1,))
         patch.setattr(zipit, "BETAS", (0.0, 0.5))
-        patch.setitem(disjoint.STOPS, DEPTH, STOPS)
+        patch.setattr(disjoint, "stops_of", lambda depth: list(STOPS))
         patch.setattr(zipit, "MATCHERS", MATCHERS)
         path = zipit.main([*OPTIONS, "--out", str(folder)])
     return path, records.read(path)
@@ -202,10 +202,10 @@ def networks_of(path, *options, shipped=False):
     config = cli.parse(zipit.Config, "zipit_disjoint.py", "", [*OPTIONS, *options])
     config = dataclasses.replace(config, out=str(path.parent))
     args = disjoint.training_of(config, data.load("digits"))
-    head, found = heads.head_of(args, 10), []
+    found = []
     for seed, task in enumerate(TASKS):
         one = dataclasses.replace(args, classes=tuple(task), seeds=(seed,))
-        found.append(disjoint.shipped(one, head) if shipped else disjoint.training.run(one)[0])
+        found += disjoint.training.shipped(one) if shipped else disjoint.training.run(one)
     return [folder.name for folder in found]
 
 
@@ -253,7 +253,7 @@ def test_bad_options_are_found_before_images_are_read(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(data, "load", load)
     for options, message in (
         (["--epochs", "2"], "--epochs is for networks that are trained"),
-        (["--model", "vgg11"], "is needed in checkpoints/"),
+        (["--model", "vgg11"], "are needed in checkpoints/, 0 found"),
         (["--scale", "3"], "was trained with embeddings scale 10.0, not 3.0"),
     ):
         with pytest.raises(SystemExit, match="2"):
@@ -590,7 +590,10 @@ def test_bad_options(arguments, message, capsys, tmp_path):
 
 
 def test_networks_that_are_not_shipped(tmp_path):
-    with pytest.raises(cli.UserError, match=r"vgg11-classes0to4-seed0 is needed .* --retrain"):
+    with pytest.raises(
+        cli.UserError,
+        match=r"vgg11-classes0to4-seed.* are needed .* --classes 0 1 2 3 4 .*--retrain",
+    ):
         networks_of(tmp_path / "record", "--model", "vgg11", shipped=True)
 
 
