@@ -30,7 +30,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from kit import cli, disjoint, figures, heads, joint, tables
+from kit import cli, disjoint, edges, figures, heads, joint, tables
 from kit.experiment import Experiment, Run
 from kit.records import Record, Row, networks
 from papers import zipit_disjoint as paper
@@ -51,7 +51,22 @@ LOOKS |= {"optimal pairs": 3, "ZipIt!, no budget": 5, "by beta": 1, "by alpha": 
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
-class Config(disjoint.HalvesOptions):
+class Config(heads.EmbeddingOptions, edges.EdgeOptions):
+    model: tuple[str, float | None] | None = cli.option(
+        None, "architecture of the networks (default: vgg7-bn-w0.5, for the digits vgg7-bn-w0.25; "
+        "with --preset paper resnet20-w4, for CIFAR-100 resnet20-w8)", type=cli.model_of,
+        metavar="NAME[-wWIDTH]")
+    dimensions: int | None = cli.option(
+        None, "of the orthonormal embeddings, at least as many as classes (default: 32 for "
+        "CIFAR-10, 128 for CIFAR-100, 16 for the digits; with --preset paper 512)", type=int,
+        metavar="N", part="{}dimensions")
+    epochs: int | None = cli.option(
+        None, "instead of the recipe's, of networks that are trained, as the digits' always are",
+        type=cli.count_of("epochs"), part="epochs{}")
+    pairs: int = cli.option(
+        1, "number of pairs; the first splits the classes in their order, others at random, and "
+        "all have networks of their own; with more than one, numbers are means",
+        type=cli.count_of("pairs"), part="{}pairs")
     alpha: float = cli.option(
         0.3, "of ZipIt!: how much a merged feature's correlations count", type=cli.number_of(0, 1),
         part="alpha{:g}")
@@ -103,15 +118,15 @@ def merged(pair: joint.Networks, config: Config, cell: Row) -> merge.Merged:
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Accuracies of all that the networks are merged to."""
-    edges, head = run.setup
-    images = edges.images
+    known, head = run.setup
+    images = known.images
 
     @functools.lru_cache(maxsize=1)
     def pair_of(place: int) -> joint.Networks:
-        trees = edges.trees[2 * place : 2 * place + 2]
-        return joint.Networks(edges.net, trees, images.statistics, run.watch)
+        trees = known.trees[2 * place : 2 * place + 2]
+        return joint.Networks(known.net, trees, images.statistics, run.watch)
 
-    for cell in run.cells(plan_of(config, edges.net.depth, len(images.statistics.images))):
+    for cell in run.cells(plan_of(config, known.net.depth, len(images.statistics.images))):
         pair, way, row = pair_of(cell["pair"]), cell["way"], dict(cell)
         if way == "features":
             zipped = pair.maps("zip", alpha=config.alpha, beta=config.beta)
@@ -121,7 +136,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
         model = merged(pair, config, cell)
         if way in MATCHERS:
             row["seconds"] = run.watch.seconds["matching"] - before
-        tasks = disjoint.tasks_of(edges.dataset.classes, cell["pair"])
+        tasks = disjoint.tasks_of(known.dataset.classes, cell["pair"])
         with run.watch("test"):
             test, held_out = (
                 heads.accuracies(head, tasks, joint.outputs(model, (x for x, _ in of)), of.labels)

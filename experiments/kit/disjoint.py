@@ -22,28 +22,6 @@ NETWORKS = {
 }
 
 
-# fmt: off
-@dataclasses.dataclass(frozen=True)
-class HalvesOptions(heads.EmbeddingOptions, edges.EdgeOptions):
-    """The options that say which networks of halves of the classes are merged."""
-
-    model: tuple[str, float | None] | None = cli.option(
-        None, "architecture of the networks (default: vgg7-bn-w0.5, for the digits vgg7-bn-w0.25; "
-        "with --preset paper resnet20-w4, for CIFAR-100 resnet20-w8)", type=cli.model_of,
-        metavar="NAME[-wWIDTH]")
-    dimensions: int | None = cli.option(
-        None, "of the orthonormal embeddings, at least as many as classes (default: 32 for "
-        "CIFAR-10, 128 for CIFAR-100, 16 for the digits; with --preset paper 512)", type=int,
-        metavar="N", part="{}dimensions")
-    epochs: int | None = cli.option(
-        None, "instead of the recipe's", type=cli.count_of("epochs"), part="epochs{}")
-    pairs: int = cli.option(
-        1, "number of pairs; the first splits the classes in their order, others at random, and "
-        "all have networks of their own; with more than one, numbers are means",
-        type=cli.count_of("pairs"), part="{}pairs")
-# fmt: on
-
-
 def tasks_of(classes: int, pair: int) -> list[list[int]]:
     """The two halves of the classes: in their order for the first pair, else at random."""
     order = np.random.default_rng(pair).permutation(classes) if pair else np.arange(classes)

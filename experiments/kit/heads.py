@@ -165,9 +165,9 @@ def head_of(args: EmbeddingOptions, classes: int) -> Head:
     """The head of all classes."""
     if args.loss == "cross-entropy":
         return of_embeddings(np.eye(classes), None)
-    own = args.embeddings and read(args.embeddings, classes)
-    rows = orthonormal(classes, args.dimensions or classes) if own is None else own
-    return of_embeddings(rows, args.scale)
+    if args.embeddings:
+        return of_embeddings(read(args.embeddings, classes), args.scale)
+    return of_embeddings(orthonormal(classes, args.dimensions or classes), args.scale)
 
 
 def described(args: EmbeddingOptions, head: Head) -> dict[str, Any]:
