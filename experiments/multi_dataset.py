@@ -138,6 +138,18 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
                     yield cell | {"head": dataset.name, "tested": tested, "accuracy": value} | costs
 
 
+def summary_of(record: Record) -> dict[str, Any]:
+    """Means by group of combinations: of the ensemble, and by method and layers merged."""
+    counts, found = list(map(str, counts_of(record))), {}
+    for group in GROUPS:
+        if rows := means_of(record).where(group=group):
+            merged = {
+                how: dict(zip(counts, zips(rows, method=how), strict=True)) for how in METHODS
+            }
+            found[group] = {"ensemble": rows.mean(method="network")} | merged
+    return found
+
+
 def title_of(record: Record) -> str:
     what = f"{record['model']['name']}, {record['preset']['width']:g} wide"
     what = "MLPs, QUICK, MEANS NOTHING" if record["config"]["quick"] else what
@@ -145,12 +157,11 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    parts = []
-    for group, text in GROUPS.items():
-        if rows := means_of(record).where(group=group):
-            ensemble = f"ensemble {100 * rows.mean(method='network'):.1f}%"
-            parts.append(f"{text}: {ensemble}, zipped {at(record, zips(rows))}")
-    return "; ".join(parts).capitalize()
+    return "; ".join(
+        f"{GROUPS[group]}: ensemble {100 * found['ensemble']:.1f}%, zipped "
+        f"{at(record, found['zip'].values())}"
+        for group, found in record["summary"].items()
+    ).capitalize()
 
 
 def tables_of(record: Record) -> list[tables.Table]:
@@ -179,13 +190,12 @@ def figure_of(record: Record) -> Any:
     x, y = f"layers merged, of {record['model']['depth']}", "mean test accuracy (%)"
     counts, panels = counts_of(record), []
     more = {"y_limits": (0, 102), "ticks": counts}
-    for group, text in GROUPS.items():
-        if rows := means_of(record).where(group=group):
-            known = {how: [100 * value for value in zips(rows, method=how)] for how in METHODS}
-            lines = [figures.Line(METHODS[how], counts, known[how], None, LOOKS[how])
-                     for how in METHODS]  # fmt: skip
-            lines += figures.levels({"ensemble": rows.mean(method="network")})
-            panels.append(figures.Panel(text, x, y, lines, **more))
+    for group, found in record["summary"].items():
+        known = {how: [100 * value for value in found[how].values()] for how in METHODS}
+        lines = [figures.Line(METHODS[how], counts, known[how], None, LOOKS[how])
+                 for how in METHODS]  # fmt: skip
+        lines += figures.levels({"ensemble": found["ensemble"]})
+        panels.append(figures.Panel(GROUPS[group], x, y, lines, **more))
     lines, last = [], record.rows.distinct("datasets", method="network")[-1]
     for place, name in enumerate(last.split("+")):
         own = record.rows.where(datasets=last, head=name, tested=name)
@@ -203,7 +213,7 @@ mixed, in the networks, too; network of a data set: tested on the others as well
 EXPERIMENT = Experiment(
     name="multi_dataset", doc=__doc__, options=Config, prepare=prepare, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
-    legend=LEGEND, untold=lambda record: record["config"]["quick"],
+    summary=summary_of, legend=LEGEND, untold=lambda record: record["config"]["quick"],
     stem=lambda record: ["+".join(record["config"]["datasets"])])  # fmt: skip
 main = EXPERIMENT.main
 

@@ -59,10 +59,12 @@ class Config(heads.EmbeddingOptions, edges.EdgeOptions):
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings, at least as many as classes (default: 32 for "
         "CIFAR-10, 128 for CIFAR-100, 16 for the digits; with --preset paper 512)", type=int,
-        metavar="N", part="{}dimensions")
+        metavar="N", part="{}dimensions",
+        usual=lambda record: record["config"]["dimensions"] and disjoint.usual(record)[2])
     epochs: int | None = cli.option(
         None, "instead of the recipe's, of networks that are trained, as the digits' always are",
-        type=cli.count_of("epochs"), part="epochs{}")
+        type=cli.count_of("epochs"), part="epochs{}",
+        usual=lambda record: disjoint.usual(record)[3])
     pairs: int = cli.option(
         1, "number of pairs; the first splits the classes in their order, others at random, and "
         "all have networks of their own; with more than one, numbers are means",

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,10 @@ NETWORKS = {
     ("paper", "cifar10"): ("resnet20", 4.0, 512, 100),
     ("paper", "cifar100"): ("resnet20", 8.0, 512, 100),
 }
+
+
+def usual(record: Mapping[str, Any]) -> tuple[str, float, int, int]:
+    return NETWORKS[record["config"]["preset"], record["data"]["name"]]
 
 
 def tasks_of(classes: int, pair: int) -> list[list[int]]:
@@ -69,6 +73,7 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     models = edges.Edges(arch, dataset, net, folders, trees, images)
     seeds = {"networks": models.seeds, "embeddings": 0, "splits": list(range(config.pairs))}
     told = {"head": heads.described(args, head), "tasks": tasks, "seeds": seeds}
+    config = dataclasses.replace(config, dimensions=args.dimensions, epochs=args.epochs)
     return dataclasses.replace(models.setup(config, **told), value=(models, head))
 
 

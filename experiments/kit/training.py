@@ -164,30 +164,32 @@ def card(
     args: Training, model: Any, dataset: data.Dataset, trained: train.Trained, head: Any
 ) -> dict[str, Any]:
     """Measures the model, as it is stored; returns what its card says of it."""
-    plain, variables = models.apply_fn(model), trained.variables
+    plain, storage = models.apply_fn(model), args.storage
     fn = plain if head is None else lambda variables, x: head(plain(variables, x))
 
     def measure(variables: Any, split: str) -> train.Evaluation:
         samples = TRAIN_SUBSET if split == "train" else None
         return train.evaluate(fn, variables, dataset.batches(split, samples=samples))
 
+    exact = trained.variables
+    rounded = jax.tree.map(lambda leaf: leaf.astype(args.storage).astype(leaf.dtype), exact)
+    trees = {"float32": exact, storage: rounded}
     # Judged on training images: the test split chooses nothing.
-    storage, exact = args.storage, measure(variables, "train").accuracy
-    rounded = jax.tree.map(lambda leaf: leaf.astype(storage).astype(leaf.dtype), variables)
-    change = measure(rounded, "train").accuracy - exact
+    found = {dtype: measure(tree, "train") for dtype, tree in trees.items()}
+    change = found[storage].accuracy - found["float32"].accuracy
     if abs(change) > ROUNDING:
         log.warning("%s would change train accuracy by %+.4f: float32", storage, change)
-        rounded, storage = variables, "float32"
+        storage = "float32"
     fields = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
     return {
         "model": args.model,
         "options": {name: getattr(model, name) for name in fields},
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(exact["params"])),
         "dataset": dataset.name,
         "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
-        "test": measure(rounded, "test")._asdict(),
-        "train": measure(rounded, "train")._asdict(),
+        "test": measure(trees[storage], "test")._asdict(),
+        "train": found[storage]._asdict(),
         "seconds": round(trained.seconds, 1),
         "storage": {"dtype": storage, "train_accuracy_change": change},
         **records.environment(),
@@ -211,11 +213,9 @@ def run(args: Training) -> list[Path]:
 
     out = Path(args.out).expanduser().absolute()
     folders = {seed: out / checkpoint_name(args, seed) for seed in args.seeds}
-    missing = dict(folders)
+    missing, otherwise = dict(folders), "choose another --out, or --overwrite it"
     if not (args.overwrite or args.restart):
-        for seed in there(
-            folders, asked, "choose another --out, or remove it, as --overwrite does"
-        ):
+        for seed in there(folders, asked, otherwise):
             log.info("%s is there already; --overwrite trains it again", missing.pop(seed))
     if not missing:
         return list(folders.values())

@@ -543,7 +543,7 @@ def test_file_name_has_what_is_not_default(record):
     config = record["config"]
     usual = cli.defaults(zipit.Config, {"preset": "cpu"})
     config |= {name: usual[name] for name in ("samples", "statistics", "held_out")}
-    config["epochs"] = None
+    config["epochs"] = disjoint.NETWORKS["cpu", "digits"][3]
     assert RUN.file_name(record) == "zipit_disjoint-digits-digits-mlp"
     config |= {"alpha": 1.0, "beta": 0.5, "pairs": 2, "samples": 7, "dimensions": 20}
     name = RUN.file_name(record)

@@ -130,13 +130,13 @@ def test_record_is_complete(quick):
     assert all(line[3] for line in table.lines)
 
 
-def test_means_are_of_the_combinations(told):
+def test_the_summary_is_of_the_combinations(told):
     other = rows_of(["digits", "cifar10"], {m: (0.9, 0.8, 0.7) for m in multi.METHODS}, 0.95)
     told["rows"] += other
-    pairs, whole = (paper.means_of(told).where(group=group) for group in paper.GROUPS)
-    assert paper.zips(pairs) == pytest.approx([0.8, 0.7, 0.55])
-    assert paper.zips(whole) == pytest.approx([0.65, 0.45, 0.35])
-    assert pairs.mean(method="network") == pytest.approx(0.85)
+    summary = multi.summary_of(told)
+    assert summary["pairs"]["zip"] == pytest.approx({"2": 0.8, "4": 0.7, "8": 0.55})
+    assert summary["all"]["zip"] == pytest.approx({"2": 0.65, "4": 0.45, "8": 0.35})
+    assert summary["pairs"]["ensemble"] == pytest.approx(0.85)
 
 
 def test_figures_name_their_axes(quick):
@@ -256,6 +256,7 @@ def test_the_papers_numbers_are_as_in_the_paper(told):
     assert len(found) == 9 and found.pop("new.sets-permuted")[0] == NEW
     assert {verdict for verdict, _ in found.values()} == {AS}
     assert found["sets.few-close"][1] == "75%"
+    told["summary"] = multi.summary_of(told)
     text = multi.finding_of(told)
     assert text.startswith("Pairs: ensemble 75.0%, zipped 70.0 at 2/9, 60.0 at 4/9 and 40.0 at 8/9")
 
