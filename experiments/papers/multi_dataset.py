@@ -110,7 +110,7 @@ def all_lose_more(record: Record, rows: Rows) -> Decision:
 
 def few_close(record: Record, rows: Rows) -> Decision:
     few, *_, most = gaps(rows)
-    here = f"{100 * (1 - few / most):.0f}%" if most > 0 else "there is none"
+    here = f"{100 * (1 - few / most):.0f}% of the gap" if most > 0 else "there is no gap"
     return claims.beyond((1 - CLOSED) * most - few, zips(rows, "margin")[0]), here
 
 

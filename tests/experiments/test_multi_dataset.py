@@ -255,7 +255,7 @@ def test_the_papers_numbers_are_as_in_the_paper(told):
     found = decided(told)
     assert len(found) == 9 and found.pop("new.sets-permuted")[0] == NEW
     assert {verdict for verdict, _ in found.values()} == {AS}
-    assert found["sets.few-close"][1] == "75%"
+    assert found["sets.few-close"][1] == "75% of the gap"
     told["summary"] = multi.summary_of(told)
     text = multi.finding_of(told)
     assert text.startswith("Pairs: ensemble 75.0%, zipped 70.0 at 2/9, 60.0 at 4/9 and 40.0 at 8/9")
