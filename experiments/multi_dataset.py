@@ -9,10 +9,9 @@ One network is trained on each data set, from another initialisation, on grey im
 Then the first l of L layers are merged and the others kept, so that every data set has its own head
 ("l/L"; the last layer always is one's own): weights averaged as they are; permuted to a shared
 universe, which for two networks is the assignment; or zipped with ZipIt!'s default alpha and beta.
-All pairs of data sets are merged, and all at once. Matching takes as many training images of every
-data set as the smallest has, mixed; on the same images BatchNorm statistics are measured anew in
-every network, the ensemble's too, which is each network on its own data set. Accuracies are by data
-set, which is known at test time, and their mean.
+All pairs are merged, and all at once. Matching takes as many training images of every data set as
+the smallest has, mixed; on these BatchNorm statistics are measured anew in every network, the
+ensemble's too, which is each network on its own data set.
 
 The paper ("ZipIt!", ResNet-50s of Stanford Dogs, Oxford Pets, CUB and NABirds, mean accuracy per
 cent of pairs): ensemble 75.5, weight averaging 11.3, permutation 35.7, ZipIt! 37.1 at 49 of 50
@@ -29,18 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from kit import cli, edges, figures, sets, tables
+from kit import cli, edges, figures, joint, records, sets, tables
 from kit.experiment import Experiment, Run, Setup
-from kit.records import Record, Row, joined
+from kit.records import Record, Row, Rows, joined
 from kit.sets import LABELS
 from kit.timing import Stopwatch
-from papers.multi_dataset import CLAIMS, GROUPS, METHODS, counts_of, mean_of, sets_of, zips
+from papers.multi_dataset import CLAIMS, GROUPS, METHODS, at, counts_of, means_of, zips
 
-import vfjax
 from vfjax import data, merge, models, train
 
-DATASETS = ("digits", "mnist", "cifar10")
+DATASETS, QUICK = ("digits", "mnist", "cifar10"), ("digits", "digits-turned")
+MODEL = "vgg11-bn"
+LOOKS = {"average": "direct", "permute": "activation", "zip": "zipit"}
 
 
 # fmt: off
@@ -48,174 +47,163 @@ DATASETS = ("digits", "mnist", "cifar10")
 class Config(cli.Options):
     datasets: tuple[str, ...] | None = cli.option(
         None, f"two data sets or more, of {', '.join(sets.NAMES)} (default: {' '.join(DATASETS)}; "
-        "with --quick digits digits-turned)", nargs="+", choices=sets.NAMES, metavar="NAME")
+        f"with --quick {' '.join(QUICK)})", nargs="+", choices=sets.NAMES, metavar="NAME")
     preset: str = cli.option(
         "cpu", "cpu is what two cores do in minutes: a quarter of the width, 16x16 pixels; paper "
         "is full width, 32x32 pixels and all images (of these data sets, not the paper's)",
-        choices=tuple(sets.PRESETS), part="{}")
+        choices=("cpu", "paper"), part="{}")
     seed: int = cli.option(
         0, "of the first network; the others have the next ones", type=cli.seed_of, part="seed{}")
     work_dir: str | None = cli.option(
         None, "folder in which networks are kept, so that a run that was stopped goes on")
     quick: bool = cli.option(
         False, "tiny MLPs, few images, no data to download: to see that it runs; the numbers mean "
-        "nothing")
+        "nothing", part="quick")
 # fmt: on
 
 
 def prepare(config: Config, watch: Stopwatch) -> Setup:
     """Checks options, reads images, trains a network for each data set."""
-    names = config.datasets or (("digits", "digits-turned") if config.quick else DATASETS)
+    names = config.datasets or (QUICK if config.quick else DATASETS)
     if len(names) < 2 or len(set(names)) != len(names):
-        raise cli.UserError(
-            f"--datasets must be two or more different ones, got {' '.join(names)}; "
-            f"{joined(['digits', *sets.DISGUISES])} need no files."
-        )
+        wanted = "--datasets must be two or more different ones"
+        raise cli.UserError(f"{wanted}, got {' '.join(names)}; {joined(QUICK)} need no files.")
     if config.quick and config.preset != "cpu":
         raise cli.UserError("--quick has sizes of its own: leave out --preset.")
-    preset = sets.QUICK if config.quick else sets.PRESETS[config.preset]
+    preset = sets.PRESETS["quick" if config.quick else config.preset]
     with watch("data"):
         try:
             datasets = [sets.load(name, preset, config.data_dir) for name in names]
         except data.DatasetError as error:
-            # One data set alone, as is advised there, is none to merge.
-            said = str(error).replace("The data set 'digits' needs neither.", "").strip()
-            raise cli.UserError(
-                f"{said} Without files: --quick, or --datasets digits {next(iter(sets.DISGUISES))}."
-            ) from error
-    classes, trees = max(dataset.classes for dataset in datasets), []
-    model: Any = models.create(sets.MODEL, width=preset.width, classes=classes)
-    model = dataclasses.replace(sets.QUICK_MODEL, classes=classes) if config.quick else model
-    recipes = [sets.recipe_of(preset, dataset) for dataset in datasets]
-    for index, (dataset, recipe) in enumerate(zip(datasets, recipes, strict=True)):
+            pair = f"Without files: --quick, or --datasets {' '.join(QUICK)}."
+            raise cli.UserError(f"{error} {pair}") from error
+    classes, trees, about = max(dataset.classes for dataset in datasets), [], []
+    model: Any = models.MLP((16, 16), classes=classes)
+    if not config.quick:
+        model = models.create(MODEL, width=preset.width, classes=classes)
+    for seed, dataset in enumerate(datasets, start=config.seed):
         work = None if config.work_dir is None else Path(config.work_dir) / dataset.name
+        recipe = sets.recipe_of(preset, dataset)
         with watch("training"):
-            run = train.fit(model, recipe, dataset, seed=config.seed + index, work_dir=work)
+            run = train.fit(model, recipe, dataset, seed=seed, work_dir=work)
             trees.append(jax.device_get(run.variables))
+        counts = {"train": len(dataset.train_images), "test": len(dataset.test_images)}
+        about.append(records.about(dataset, **counts) | {"recipe": dataclasses.asdict(recipe)})
     with watch("trace"):
-        x = jax.ShapeDtypeStruct((sets.BATCH, preset.size, preset.size, 1), jnp.float32)
-        net = vfjax.trace(models.apply_fn(model), trees[0], x)
-    about = [
-        {"name": d.name, "source": d.source.split(" in ")[0], "classes": d.classes,
-         "train_images": len(d.train_images), "test_images": len(d.test_images),
-         "recipe": dataclasses.asdict(recipe)}
-        for d, recipe in zip(datasets, recipes, strict=True)
-    ]  # fmt: skip
-    described = {"name": "mlp" if config.quick else sets.MODEL, "depth": net.depth}
+        net = edges.traced(model, datasets[0])
+    name = "mlp" if config.quick else MODEL
     record = {
         "config": {"datasets": list(names)},
         "preset": dataclasses.asdict(preset),
         "data": about,
-        "model": described | {"parameters": net.params},
-        "seeds": {"networks": [config.seed + index for index in range(len(names))]},
+        "model": {"name": name, "depth": net.depth, "parameters": net.params},
+        "seeds": {"networks": [config.seed + place for place in range(len(names))]},
     }
-    found = sets.Trained(net, datasets, trees, preset)
-    return Setup(config, found, record, tuple(map(edges.digest, trees)))
+    return Setup(config, (net, datasets, trees), record, tuple(map(edges.digest, trees)))
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Each network as it was trained; then all combinations, by method and layers merged."""
-    net, datasets, trees = run.setup.net, run.setup.datasets, run.setup.trees
+    net, datasets, trees = run.setup
     names = [dataset.name for dataset in datasets]
+    layers = sets.PRESETS["quick" if config.quick else config.preset].layers
 
     @functools.lru_cache(maxsize=1)
-    def combination(joint: str) -> sets.Combination:
-        chosen = [names.index(name) for name in joint.split("+")]
-        parts = [datasets[k] for k in chosen], [trees[k] for k in chosen]
-        return sets.Combination(net, *parts, run.watch)
+    def combination(chosen: str) -> tuple[list[data.Dataset], joint.Networks, Any]:
+        places = [names.index(name) for name in chosen.split("+")]
+        own = [datasets[place] for place in places]
+        parts = [trees[place] for place in places], sets.mixed(own)
+        return own, joint.Networks(net, *parts, run.watch), sets.tests_of(own)
 
-    ways = [("network", None), *itertools.product(METHODS, run.setup.preset.layers)]
-    cells: list[tuple[str, str, int | None]] = [(name, "as trained", None) for name in names]
-    for chosen in sets.combinations(len(names)):
-        cells += [("+".join(names[k] for k in chosen), *way) for way in ways]
-    keys = ("datasets", "method", "layers")
-    for cell in run.cells(dict(zip(keys, one, strict=True)) for one in cells):
-        joint, method, layers = cell.values()
+    cells = [{"datasets": name, "method": "as trained"} for name in names]
+    for chosen in map("+".join, sets.combinations(names)):
+        cells.append({"datasets": chosen, "method": "network"})
+        cells += [{"datasets": chosen, "method": method, "layers": count}
+                  for method, count in itertools.product(METHODS, layers)]  # fmt: skip
+    for cell in run.cells(cells):
+        chosen, method, count = cell["datasets"], cell["method"], cell.get("layers")
+        own, networks, tests = combination(chosen)
         if method == "as trained":
-            k = names.index(joint)
-            with run.watch("evaluation"):
-                (found,) = sets.Tests([datasets[k]]).accuracies(merge.as_merged(net, trees[k]))
-            yield cell | {"head": joint, "tested": joint, "accuracy": found[joint]}
-            continue
-        of = combination(joint)
-        run.note("statistics", datasets=joint, images=sum(map(len, of.statistics)))
-        yield from (cell | row for row in of.measured(method, layers))
+            model = merge.as_merged(net, networks.trees[0])
+        else:
+            run.note("statistics", datasets=chosen, images=sum(map(len, networks.statistics)))
+            maps = networks.maps(method) if count else None
+            model = networks.merged(maps, count or 0)
+        with run.watch("evaluation"):
+            heads = [sets.accuracies(logits, own) for logits in joint.outputs(model, tests)]
+        costs = networks.costs(model) if count else {}
+        for dataset, found in zip(own, heads, strict=True):
+            for tested, value in found.items():
+                if tested == dataset.name or method == "network":
+                    yield cell | {"head": dataset.name, "tested": tested, "accuracy": value} | costs
 
 
 def summary_of(record: Record) -> dict[str, Any]:
-    keys, found = list(map(str, counts_of(record))), {}
-    for group, names in ((group, sets_of(record, group)) for group in GROUPS):
-        if names:
-            means = {m: dict(zip(keys, zips(record, group, m), strict=True)) for m in METHODS}
-            found[group] = {"ensemble": mean_of(record, names, "ensemble")} | means
+    """Means by group of combinations: of the ensemble, and by method and layers merged."""
+    counts, found = list(map(str, counts_of(record))), {}
+    for group in GROUPS:
+        if rows := means_of(record).where(group=group):
+            merged = {
+                how: dict(zip(counts, zips(rows, method=how), strict=True)) for how in METHODS
+            }
+            found[group] = {"ensemble": rows.mean(method="network")} | merged
     return found
 
 
 def title_of(record: Record) -> str:
-    labels = [LABELS[one["name"]] for one in record["data"]]
     what = f"{record['model']['name']}, {record['preset']['width']:g} wide"
     what = "MLPs, QUICK, MEANS NOTHING" if record["config"]["quick"] else what
-    return f"{joined(labels)}: {what}, a head each"
+    return f"{joined(LABELS[one['name']] for one in record['data'])}: {what}, a head each"
 
 
 def finding_of(record: Record) -> str:
-    parts, counts, depth = [], counts_of(record), record["model"]["depth"]
-    for group, found in record["summary"].items():
-        few, most = ([f"{100 * found[method][str(counts[k])]:.1f}%" for method in METHODS]
-                     for k in (0, -1))  # fmt: skip
-        parts.append(
-            f"{GROUPS[group]}: ensemble {100 * found['ensemble']:.1f}%, {counts[0]}/{depth} layers "
-            f"zipped {few[2]} (permuted {few[1]}), {counts[-1]}/{depth} {most[2]} ({most[1]})"
-        )
-    text = "; ".join(parts)
-    return text[0].upper() + text[1:]
+    return "; ".join(
+        f"{GROUPS[group]}: ensemble {100 * found['ensemble']:.1f}%, zipped "
+        f"{at(record, found['zip'].values())}"
+        for group, found in record["summary"].items()
+    ).capitalize()
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    rows, depth, found = record.rows, record["model"]["depth"], []
-    for joint in rows.distinct("datasets", method="network"):
-        names, lines = joint.split("+"), {}
-        for head in names:
-            lines[f"network of {LABELS[head]}"] = {"method": "network", "head": head}
+    depth, counts, found = record["model"]["depth"], counts_of(record), []
+    merged = {
+        f"{text} {count}/{depth}": {"method": method, "layers": count}
+        for (method, text), count in itertools.product(METHODS.items(), counts)
+    }
+    for chosen in record.rows.distinct("datasets", method="network"):
+        labels = {name: LABELS[name] for name in chosen.split("+")}
+        lines = {f"network of {labels[n]}": {"method": "network", "head": n} for n in labels}
         lines["ensemble"] = {"own": True, "method": "network"}
-        for method, text in METHODS.items():
-            for count in counts_of(record):
-                lines[f"{text} {count}/{depth}"] = {"method": method, "layers": count}
-        known = type(rows)(
+        rows = Rows(
             row | {"own": row["head"] == row["tested"], "mean": row["accuracy"]}
-            for row in rows.where(datasets=joint)
+            for row in record.rows.where(datasets=chosen)
         )
-        columns = [tables.Column(LABELS[name], {"tested": name}) for name in names]
+        columns = [tables.Column(label, {"tested": name}) for name, label in labels.items()]
         columns += [tables.Column("mean", key="mean", show=tables.number(4, 0.01))]
-        columns += tables.ratios()
-        about = {"title": joined(LABELS[name] for name in names), "corner": "test accuracy, %"}
-        found.append(tables.pivot(known, lines, columns, **about))
+        about = {"title": joined(labels.values()), "corner": "test accuracy, %"}
+        found.append(tables.pivot(rows, lines | merged, columns + tables.ratios(), **about))
     return found
 
 
 def figure_of(record: Record) -> Any:
     """Accuracies against the number of merged layers: pairs, all at once, and by data set."""
     x, y = f"layers merged, of {record['model']['depth']}", "mean test accuracy (%)"
-    counts, limits, panels = counts_of(record), {"y_limits": (0, 102)}, []
-    looks = {"average": "direct", "permute": "activation", "zip": "zipit"}
-    last = record.rows.distinct("datasets", method="network")[-1]
+    counts, panels = counts_of(record), []
+    more = {"y_limits": (0, 102), "ticks": counts}
     for group, found in record["summary"].items():
-        title = "mean of pairs" if group == "pairs" else f"all {len(record['data'])} at once"
-        lines = [
-            figures.Line(text, counts, [100 * v for v in found[method].values()],
-                         method=looks[method])
-            for method, text in METHODS.items()
-        ]  # fmt: skip
+        known = {how: [100 * value for value in found[how].values()] for how in METHODS}
+        lines = [figures.Line(METHODS[how], counts, known[how], None, LOOKS[how])
+                 for how in METHODS]  # fmt: skip
         lines += figures.levels({"ensemble": found["ensemble"]})
-        panels.append(figures.Panel(title, x, y, lines, ticks=counts, **limits))
-    lines = []
+        panels.append(figures.Panel(GROUPS[group], x, y, lines, **more))
+    lines, last = [], record.rows.distinct("datasets", method="network")[-1]
     for place, name in enumerate(last.split("+")):
         own = record.rows.where(datasets=last, head=name, tested=name)
         zipped, level = own.where(method="zip"), 100 * own.mean(method="network")
         lines.append(figures.line(zipped, "layers", name=f"{LABELS[name]}, ZipIt!", method=place))
         lines.append(figures.Line(f"{LABELS[name]}, ensemble", None, level, None, place, True))
     title = f"{panels[-1].title}, by data set"
-    panels.append(figures.Panel(title, x, figures.ACCURACY, lines, ticks=counts, **limits))
+    panels.append(figures.Panel(title, x, figures.ACCURACY, lines, **more))
     return figures.of_record(record, panels)
 
 
@@ -226,8 +214,7 @@ EXPERIMENT = Experiment(
     name="multi_dataset", doc=__doc__, options=Config, prepare=prepare, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
     summary=summary_of, legend=LEGEND, untold=lambda record: record["config"]["quick"],
-    stem=lambda record: ["+".join(record["config"]["datasets"]),
-                         *(["quick"] if record["config"]["quick"] else [])])  # fmt: skip
+    stem=lambda record: ["+".join(record["config"]["datasets"])])  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

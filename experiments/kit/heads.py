@@ -7,12 +7,13 @@ networks have become one, its output is compared with the embeddings of all clas
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import json
+import itertools
+import statistics
+import string
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,6 @@ import numpy as np
 from kit import cli, records
 from vfjax import data
 
-Array = jax.Array
-PyTree = Any
-LOSSES = ("cosine", "cross-entropy")
-# Cosines alone tell two classes apart by no more than e^2.
-SCALE = 10.0
 # Labels have this order; the first ones of CIFAR-10 as an example.
 ORDER = "in the order of the labels (CIFAR-10: airplane, automobile, bird, ...)"
 
@@ -47,7 +43,7 @@ class Head:
     def dimensions(self) -> int:
         return len(self.embeddings[0])
 
-    def __call__(self, outputs: Array) -> Array:
+    def __call__(self, outputs: jax.Array) -> jax.Array:
         rows = jnp.asarray(self.embeddings, jnp.float32)
         if self.scale is None:
             return outputs @ rows.T
@@ -59,98 +55,61 @@ class Head:
         return Head(tuple(self.embeddings[label] for label in classes), self.scale)
 
 
-@dataclasses.dataclass(frozen=True)
-class Headed:
-    """A network with its head: `(variables, x) -> logits`; equal ones share compiled code."""
+def accuracies(
+    head: Head, tasks: Sequence[Sequence[int]], outputs: Sequence[Any], labels: np.ndarray
+) -> records.Row:
+    """Accuracy over all classes, among those of task A, B, ..., and the mean of the latter.
 
-    fn: Callable[[PyTree, Array], Array]
-    head: Head
-
-    def __call__(self, variables: PyTree, x: Array) -> Array:
-        return self.head(self.fn(variables, x))
-
-
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """How classes are told by one network, or by several that know some of the classes each.
-
-    `tasks` are the classes of each network; together all of them, each once.
+    `head` is that of all classes; `outputs` are of one network, or of one for each of the tasks.
     """
-
-    head: Head
-    tasks: tuple[tuple[int, ...], ...]
-
-    def __call__(self, outputs: Array | tuple[Array, ...]) -> Array:
-        """Scores `[n, classes]` of an output, or of one output for each task."""
-        if isinstance(outputs, Array):
-            if self.head.scale is not None:
-                return self.head(outputs)
-            outputs = (outputs,) * len(self.tasks)
+    scores, row = np.zeros((len(labels), len(head.embeddings))), {}
+    if len(outputs) == 1 and head.scale is not None:
+        scores[:] = head(outputs[0])
+    else:
         # Probabilities, within the classes of each: logits of two networks are not comparable.
-        parts = zip(self.tasks, outputs, strict=True)
-        scores = [jax.nn.softmax(self.head.of(task)(output)) for task, output in parts]
-        order = np.argsort([label for task in self.tasks for label in task])
-        return jnp.concatenate(scores, -1)[:, order]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(heads: Heads, model: Any, x: Array) -> Array:
-    return heads(tuple(m(x) for m in model) if type(model) is tuple else model(x))
-
-
-def accuracy(
-    heads: Heads, model: Any, batches: Iterable[tuple[Array, Array]]
-) -> dict[str, float | list[float]]:
-    """Accuracy over all classes (joint), among those of each task, and the mean of the latter.
-
-    The model is what is called with images: a pytree, or a tuple of one for each task.
-    """
-    scored = [(_scores(heads, model, x), label) for x, label in batches]
-    scores, labels = (np.concatenate(part) for part in zip(*scored, strict=True))
-    tasks = []
-    for task in heads.tasks:
+        for task, output in zip(tasks, itertools.cycle(outputs), strict=False):
+            scores[:, task] = jax.nn.softmax(head.of(task)(output))
+    for name, task in zip(string.ascii_lowercase, tasks, strict=False):
         own = np.isin(labels, task)
-        tasks.append(float(np.mean(np.take(task, scores[own][:, task].argmax(1)) == labels[own])))
+        best = np.take(task, scores[own][:, task].argmax(1))
+        row[f"task_{name}"] = float(np.mean(best == labels[own]))
     joint = float(np.mean(scores.argmax(1) == labels))
-    return {"joint": joint, "tasks": tasks, "average": float(np.mean(tasks))}
+    return {"accuracy": joint, "average": statistics.fmean(row.values())} | row
 
 
 def orthonormal(classes: int, dimensions: int, seed: int = 0) -> np.ndarray:
-    """Class embeddings that stand in for those of a text encoder: orthonormal, at random."""
+    """Class embeddings that stand in for those of a text encoder: orthonormal, at random.
+
+    Example:
+      >>> rows = orthonormal(3, 4)
+      >>> bool(np.allclose(rows @ rows.T, np.eye(3), atol=1e-6))
+      True
+    """
     if dimensions < classes:
-        raise ValueError(f"{classes} orthonormal rows need as many dimensions, got {dimensions}")
+        raise cli.UserError(f"--dimensions must be {classes} or more, one for each class.")
     gaussian = np.random.default_rng(seed).normal(size=(dimensions, classes))
     return np.linalg.qr(gaussian)[0].T.astype(np.float32)
 
 
 def read(path: str, classes: int) -> np.ndarray:
-    """Class embeddings from a file, made to have length one.
-
-    It is a `.npy` file, or an `.npz` one with one array of real numbers: a row for each class, in
-    the order of the labels.
-    """
+    """Class embeddings of a `.npy` file, or an `.npz` one with one array, made of length one."""
     try:
         # Opened here: NumPy leaves damaged archives open.
         with Path(path).expanduser().open("rb") as file:
             found = np.load(file)
             if not isinstance(found, np.ndarray):
-                if len(found.files) != 1:
-                    raise ValueError(f"it holds {len(found.files)} arrays, not one")
-                found = found[found.files[0]]
+                (name,) = found.files
+                found = found[name]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise cli.UserError(f"--embeddings {path}: no array could be read: {error}") from error
-    wanted = f"--embeddings {path}: must hold {classes} finite rows other than zero, one for each "
-    wanted += f"class {ORDER}, got"
-    if found.ndim != 2 or len(found) != classes:
-        raise cli.UserError(f"{wanted} shape {list(found.shape)}.")
-    if found.dtype.kind not in "fiu":
-        raise cli.UserError(f"{wanted} {found.dtype}, which are no real numbers.")
-    rows = found.astype(np.float64)
-    length = np.linalg.norm(rows, axis=-1, keepdims=True)
-    wrong = np.flatnonzero(~(np.isfinite(length) & (length > 0)))
-    if len(wrong):
-        raise cli.UserError(f"{wanted} others: row {wrong[0]}, counted from 0.")
-    return (rows / length).astype(np.float32)
+    numbers = found.dtype.kind in "fiu" and found.ndim == 2 and len(found) == classes
+    length = np.linalg.norm(found.astype(float), axis=1, keepdims=True) if numbers else np.nan
+    if not np.all((length > 0) & np.isfinite(length)):
+        raise cli.UserError(
+            f"--embeddings {path}: must hold {classes} finite rows of numbers other than zero, one "
+            f"for each class {ORDER}, got {found.dtype} of shape {list(found.shape)}."
+        )
+    return (found / length).astype(np.float32)
 
 
 def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
@@ -159,13 +118,11 @@ def of_embeddings(rows: np.ndarray, scale: float | None) -> Head:
 
 def only(dataset: data.Dataset, classes: Sequence[int]) -> data.Dataset:
     """The images of some classes, whose labels become 0, 1, ... in the order given."""
-    place = np.full(dataset.classes, -1, np.int32)
-    place[list(classes)] = np.arange(len(classes))
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split in ("train", "test"):
-        labels = place[getattr(dataset, f"{split}_labels")]
-        arrays[f"{split}_images"] = getattr(dataset, f"{split}_images")[labels >= 0]
-        arrays[f"{split}_labels"] = labels[labels >= 0]
+        images, labels = (getattr(dataset, f"{split}_{what}") for what in ("images", "labels"))
+        place, label = np.nonzero(labels[:, None] == np.asarray(classes))
+        arrays |= {f"{split}_images": images[place], f"{split}_labels": label.astype(np.int32)}
     return dataclasses.replace(dataset, **arrays, classes=len(classes))
 
 
@@ -177,119 +134,48 @@ class EmbeddingOptions:
     loss: str = cli.option(
         "cosine", "for networks on some of the classes: cosine is the cross-entropy of the cosines "
         "with the class embeddings, cross-entropy that of the plain outputs for these classes",
-        choices=LOSSES, part="{}")
+        choices=("cosine", "cross-entropy"), part="{}")
     embeddings: str | None = cli.option(
         None, "class embeddings, such as CLIP's of the names: a .npy or .npz file with a row for "
         f"each class, {ORDER} (default: orthonormal ones at random)", metavar="FILE",
         part=lambda record: Path(record["config"]["embeddings"] or "").stem or None)
     dimensions: int | None = cli.option(
         None, "of the orthonormal embeddings; at least as many as classes", type=int, metavar="N")
+    # Cosines alone tell two classes apart by no more than e^2.
     scale: float = cli.option(
-        SCALE, "of the cosines, above 0", type=cli.positive, metavar="S", part="scale{:g}")
+        10.0, "of the cosines, above 0", type=cli.positive, metavar="S", part="scale{:g}")
 # fmt: on
 
 
-def check(args: EmbeddingOptions, *, parts: bool = True) -> None:
-    """Refuses options that would do nothing; `parts`: networks are trained on some classes."""
-    usual = {"embeddings": None, "dimensions": None, "scale": SCALE}
-    usual |= {} if parts else {"loss": "cosine"}
-    given = [f"--{name}" for name, value in usual.items() if getattr(args, name) != value]
-    why = "--loss cross-entropy has no embeddings; leave out one or the other."
-    why = why if parts else "for networks on some of the classes, so give --classes."
-    if given and (not parts or args.loss == "cross-entropy"):
-        raise cli.UserError(f"{records.joined(given)}: {why}")
-    if {"--embeddings", "--dimensions"} <= set(given):
-        why = "--dimensions is for orthonormal embeddings; those of --embeddings have their own."
-        raise cli.UserError(why)
+def check(args: EmbeddingOptions) -> None:
+    """Refuses options that would do nothing."""
+    # Only `train_edges.py` can train on all classes.
+    whole = getattr(args, "classes", ()) is None
+    for idle, names, what in (
+        (whole, ("loss", "embeddings", "dimensions", "scale"), "some of the --classes"),
+        (args.loss == "cross-entropy", ("embeddings", "dimensions", "scale"), "--loss cosine"),
+        (args.embeddings is not None, ("dimensions",), "embeddings that are orthonormal"),
+    ):
+        for name in names:
+            if idle and getattr(args, name) != getattr(EmbeddingOptions, name):
+                raise cli.UserError(f"--{name} does nothing here: it is for {what}.")
 
 
 def head_of(args: EmbeddingOptions, classes: int) -> Head:
+    """The head of all classes."""
     if args.loss == "cross-entropy":
         return of_embeddings(np.eye(classes), None)
     if args.embeddings:
         return of_embeddings(read(args.embeddings, classes), args.scale)
-    try:
-        return of_embeddings(orthonormal(classes, args.dimensions or classes), args.scale)
-    except ValueError as error:
-        raise cli.UserError(f"--dimensions: {error}") from error
+    return of_embeddings(orthonormal(classes, args.dimensions or classes), args.scale)
 
 
-def checked(found: Sequence[int], classes: int) -> Sequence[int]:
-    """The classes to train on, once they are found to be different ones of the data set."""
-    if len(set(found)) < max(2, len(found)) or not set(found) <= set(range(classes)):
-        wanted = f"--classes must be two or more different ones from 0 to {classes - 1}"
-        raise cli.UserError(f"{wanted}, got {' '.join(map(str, found))}")
-    return found
-
-
-def words(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> list[str]:
-    """The options as words of a command line; `head` is that of all classes."""
-    found = ["--classes", *map(str, classes)]
-    if args.loss != "cosine":
-        return [*found, "--loss", args.loss]
-    if args.embeddings:
-        found += ["--embeddings", str(args.embeddings)]
-    else:
-        found += ["--dimensions", str(head.dimensions)]
-    return found if args.scale == SCALE else [*found, "--scale", f"{args.scale:g}"]
-
-
-def named(classes: Sequence[int]) -> str:
-    """Classes in few letters, for the name of a folder.
-
-    Example:
-      >>> named(range(5)), named((0, 3, 4))
-      ('0to4', '0-3-4')
-    """
-    first, last = classes[0], classes[-1]
-    run = list(classes) == list(range(first, last + 1)) and first < last
-    return f"{first}to{last}" if run else "-".join(map(str, classes))
-
-
-def described(args: EmbeddingOptions, head: Head, classes: Sequence[int]) -> dict[str, Any]:
-    """What a card or record says of the head of all classes, and of those that are trained on.
-
-    Rows from a file are told by their digest: another file may have the same name. Orthonormal ones
-    follow from their seed, but for rounding.
-    """
-    found: dict[str, Any] = {"classes": list(classes), "loss": args.loss}
-    if args.loss == "cross-entropy":
-        return found
-    told = {"kind": "orthonormal, seed 0", "dimensions": head.dimensions, "scale": args.scale}
+def described(args: EmbeddingOptions, head: Head) -> dict[str, Any]:
+    """What a card or record says of the head of all classes."""
+    # Orthonormal rows follow from their seed, but for rounding; other files may have one name.
+    kind = "orthonormal, seed 0"
     if args.embeddings:
         rows = np.asarray(head.embeddings, np.float32)
-        told["kind"] = Path(args.embeddings).name
-        told["sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
-    return {**found, "embeddings": told}
-
-
-def different(
-    card: Mapping[str, Any], asked: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
-) -> list[str]:
-    """What a trained network is unlike what is asked for in, as "epochs 10, not 20".
-
-    Its card is held against what it should say of the head, as of `described`, and of the recipe,
-    where None stands for any.
-    """
-    digest = "embeddings' sha256"
-
-    def parts(card: Mapping[str, Any]) -> dict[str, Any]:
-        found = {name: card.get(name) for name in ("classes", "loss")} | {digest: None}
-        found |= {f"embeddings' {key}": value for key, value in card.get("embeddings", {}).items()}
-        found |= {key.replace("_", " "): value for key, value in card.get("recipe", {}).items()}
-        # With lists for the tuples that cards do not have.
-        return json.loads(json.dumps(found))
-
-    def told(value: Any) -> str:
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    has, wants = parts(card), parts({**asked, "recipe": recipe or {}})
-    # What only one of two knows belongs to another loss, or to another version's recipe.
-    others = [name for name in wants if name in has and has[name] != wants[name]]
-    # Digests tell that rows are others, not in what.
-    return [
-        "other rows of embeddings"
-        if name == digest
-        else f"{name} {told(has[name])}, not {told(wants[name])}"
-        for name in others
-    ]
+        kind = f"{Path(args.embeddings).name}, {hashlib.sha256(rows.tobytes()).hexdigest()}"
+    told = {"kind": kind, "dimensions": head.dimensions, "scale": head.scale}
+    return {"loss": args.loss} | ({} if head.scale is None else {"embeddings": told})

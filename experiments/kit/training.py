@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import logging
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,11 @@ log = logging.getLogger("vfjax.experiments")
 TRAIN_SUBSET = 10_000
 # Half the bits are enough where the accuracy on these changes by no more.
 ROUNDING = 0.0005
-# What may be changed about a recipe.
-CHANGES = {
-    "epochs": (int, "passes over the training split"),
-    "learning_rate": (float, "peak learning rate"),
-    "weight_decay": (float, "L2 penalty of all parameters"),
-    "batch_size": (int, "images per step"),
-    "warmup_epochs": (float, "epochs of linear warm-up"),
-}
+# Options that make no other network.
+PLACES = ("out", "work_dir", "restart", "overwrite")
 
 
-def _change(name: str) -> Any:
-    kind, text = CHANGES[name]
+def _change(kind: Any, text: str) -> Any:
     return cli.option(None, f"{text}, instead of the recipe's", type=kind, metavar="N")
 
 
@@ -55,11 +49,11 @@ class Training(heads.EmbeddingOptions):
     recipe: str | None = cli.option(
         None, f"recipe by name, instead of --preset: one of {', '.join(sorted(train.RECIPES))}",
         choices=sorted(train.RECIPES), metavar="NAME")
-    epochs: int | None = _change("epochs")
-    learning_rate: float | None = _change("learning_rate")
-    weight_decay: float | None = _change("weight_decay")
-    batch_size: int | None = _change("batch_size")
-    warmup_epochs: float | None = _change("warmup_epochs")
+    epochs: int | None = _change(cli.count_of("epochs"), "passes over the training split")
+    learning_rate: float | None = _change(cli.positive, "peak learning rate")
+    weight_decay: float | None = _change(cli.number_of(0), "L2 penalty of all parameters")
+    batch_size: int | None = _change(cli.count_of("images"), "images per step")
+    warmup_epochs: float | None = _change(cli.number_of(0), "epochs of linear warm-up")
     classes: tuple[int, ...] | None = cli.option(
         None, "train on these classes alone, as one of several networks (default: on all)",
         type=int, nargs="+", metavar="CLASS")
@@ -76,75 +70,131 @@ class Training(heads.EmbeddingOptions):
 # fmt: on
 
 
-def checkpoint_name(
-    dataset: str, model: str, width: float, seed: int, classes: Sequence[int] | None = None
-) -> str:
-    """The folder name of a shipped model.
+def checkpoint_name(args: Training, seed: int | str) -> str:
+    """The folder name of a model.
 
     Example:
-      >>> checkpoint_name("cifar10", "vgg16", 0.25, 0)
+      >>> checkpoint_name(Training(dataset="cifar10", width=0.25), 0)
       'cifar10-vgg16-w0.25-seed0'
-      >>> checkpoint_name("cifar10", "vgg7-bn", 0.5, 1, range(5, 10))
-      'cifar10-vgg7-bn-w0.5-classes5to9-seed1'
+      >>> checkpoint_name(Training(dataset="digits", model="digits-mlp", classes=(5, 6, 7)), 1)
+      'digits-mlp-classes5to7-seed1'
     """
-    model = model.removeprefix("digits-") if dataset == "digits" else model
-    parts = [dataset, model] + ([] if width == 1.0 else [f"w{width:g}"])
-    parts += [] if classes is None else [f"classes{heads.named(classes)}"]
+    digits = args.dataset == "digits"
+    parts = [args.dataset, args.model.removeprefix("digits-") if digits else args.model]
+    parts += [] if args.width == 1 else [f"w{args.width:g}"]
+    if args.classes is not None:
+        first, last = args.classes[0], args.classes[-1]
+        run = args.classes == tuple(range(first, last + 1))
+        parts.append("classes" + (f"{first}to{last}" if run else "-".join(map(str, args.classes))))
     return "-".join([*parts, f"seed{seed}"])
 
 
-def command(args: Training, seed: int, head: heads.Head | None = None) -> str:
-    """The command that trains exactly this model; `head` is that of all classes, if any."""
-    words = ["python experiments/train_edges.py", f"--model {args.model}", f"--seeds {seed}"]
-    for name in ("width", "dataset", "preset", "recipe", "storage", *CHANGES):
-        value = getattr(args, name)
-        if value != getattr(Training, name):
-            words.append(f"--{name.replace('_', '-')} {value}")
-    if args.classes is not None and head is not None:
-        words += heads.words(args, head, args.classes)
-    return " ".join(words)
+def command(args: Training) -> str:
+    """The command that trains exactly these models, wherever they are written."""
+    words = ["python", "experiments/train_edges.py"]
+    for field in dataclasses.fields(Training):
+        value, always = getattr(args, field.name), field.name in ("model", "seeds")
+        if always or (value != field.default and field.name not in PLACES):
+            values = value if isinstance(value, tuple) else (value,)
+            words += ["--" + field.name.replace("_", "-"), *map(str, values)]
+    return shlex.join(words)
 
 
-def options_of(card: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in card["options"].items()}
+def model_of(name: str, width: float, classes: int) -> Any:
+    try:
+        return models.create(name, classes=classes, **({} if width == 1 else {"width": width}))
+    except ValueError as error:
+        raise cli.UserError(str(error)) from error
+
+
+def different(card: Mapping[str, Any], asked: Mapping[str, Any], of: str = "") -> list[str]:
+    """What a network is unlike what is asked for in, by its card: as "recipe epochs 10, not 20"."""
+    found = []
+    # What only one of two knows belongs to another loss, or to another version's recipe.
+    for key in [key for key in asked if key in card]:
+        if isinstance(asked[key], Mapping):
+            found += different(card[key], asked[key], f"{key} ")
+        elif card[key] != asked[key]:
+            found.append(f"{of}{key} {card[key]}, not {asked[key]}")
+    return found
+
+
+def asked_of(args: Training) -> tuple[int, heads.Head | None, dict[str, Any]]:
+    """The number of outputs of the networks, their heads, if any, and what cards say of these."""
+    outputs = 100 if args.dataset == "cifar100" else 10
+    heads.check(args)
+    if args.classes is None:
+        return outputs, None, {}
+    if len({*args.classes} & {*range(outputs)}) < max(2, len(args.classes)):
+        wanted = f"--classes must be two or more different ones from 0 to {outputs - 1}"
+        raise cli.UserError(f"{wanted}, got {' '.join(map(str, args.classes))}")
+    whole = heads.head_of(args, outputs)
+    told = {"classes": args.classes} | heads.described(args, whole)
+    return whole.dimensions, whole.of(args.classes), told
+
+
+def there(folders: Mapping[int, Path], asked: Mapping[str, Any], otherwise: str) -> list[int]:
+    """The seeds that have a checkpoint; raises if one is of another head or recipe than asked."""
+    found = [seed for seed, folder in folders.items() if folder.exists()]
+    for folder in (folders[seed] for seed in found):
+        if other := different(checkpoint.card(folder), records.finite(asked)):
+            raise cli.UserError(f"{folder} was trained with {', '.join(other)}: {otherwise}.")
+    return found
+
+
+def shipped(args: Training) -> list[Path]:
+    """Finds shipped models; without seeds all there are."""
+    folder, stem = records.ROOT / "checkpoints", checkpoint_name(args, "")
+    numbers = [path.name.removeprefix(stem) for path in folder.glob(f"{stem}*")]
+    seeds = args.seeds or sorted(int(number) for number in numbers if number.isdigit()) or [0]
+    folders = {seed: folder / f"{stem}{seed}" for seed in seeds}
+    found = there(folders, asked_of(args)[-1], "--retrain trains others")
+    if missing := tuple(seed for seed in seeds if seed not in found):
+        kinds = sorted({path.name.rpartition("-seed")[0] for path in folder.glob("[!.]*-seed*")})
+        raise cli.UserError(
+            f"{len(seeds)} models {stem}* are needed in {folder.name}/, {len(found)} found. To "
+            f"train what is missing: {command(dataclasses.replace(args, seeds=missing))} "
+            f"(--retrain trains all {len(seeds)} into --out). Or choose among what {folder.name}/ "
+            f"has: {', '.join(kinds) or 'none'}."
+        )
+    return list(folders.values())
 
 
 def card(
     args: Training, model: Any, dataset: data.Dataset, trained: train.Trained, head: Any
-) -> tuple[dict[str, Any], str]:
-    """Measures the model; returns what its card says of it, and the dtype to store it in."""
-    fn, variables = models.apply_fn(model), trained.variables
-    fn = fn if head is None else heads.Headed(fn, head)
+) -> dict[str, Any]:
+    """Measures the model, as it is stored; returns what its card says of it."""
+    plain, storage = models.apply_fn(model), args.storage
+    fn = plain if head is None else lambda variables, x: head(plain(variables, x))
 
-    def measure(split: str) -> train.Evaluation:
+    def measure(variables: Any, split: str) -> train.Evaluation:
         samples = TRAIN_SUBSET if split == "train" else None
         return train.evaluate(fn, variables, dataset.batches(split, samples=samples))
 
-    storage, rounding = args.storage, None
-    if storage != "float32":
-        # Judged on training images: the test split chooses nothing.
-        exact = measure("train").accuracy
-        variables = jax.tree.map(lambda leaf: leaf.astype(storage).astype(leaf.dtype), variables)
-        rounding = measure("train").accuracy - exact
-        if abs(rounding) > ROUNDING:
-            log.warning("%s would change train accuracy by %+.4f: float32", storage, rounding)
-            variables, storage = trained.variables, "float32"
-    measured = {split: measure(split) for split in ("test", "train")}
+    exact = trained.variables
+    rounded = jax.tree.map(lambda leaf: leaf.astype(args.storage).astype(leaf.dtype), exact)
+    trees = {"float32": exact, storage: rounded}
+    # Judged on training images: the test split chooses nothing.
+    found = {dtype: measure(tree, "train") for dtype, tree in trees.items()}
+    change = found[storage].accuracy - found["float32"].accuracy
+    if abs(change) > ROUNDING:
+        log.warning("%s would change train accuracy by %+.4f: float32", storage, change)
+        storage = "float32"
     fields = [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
-    found = {
+    return {
         "model": args.model,
         "options": {name: getattr(model, name) for name in fields},
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.variables["params"])),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(exact["params"])),
         "dataset": dataset.name,
         "source": "scikit-learn" if dataset.name == "digits" else "TFDS",
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
-        **{split: result._asdict() for split, result in measured.items()},
+        "test": measure(trees[storage], "test")._asdict(),
+        "train": found[storage]._asdict(),
         "seconds": round(trained.seconds, 1),
-        "storage": {"dtype": storage, "train_accuracy_change": rounding},
+        "storage": {"dtype": storage, "train_accuracy_change": change},
         **records.environment(),
         "history": trained.history,
     }
-    return found, storage
 
 
 def run(args: Training) -> list[Path]:
@@ -152,56 +202,36 @@ def run(args: Training) -> list[Path]:
     if args.dataset == "auto":
         name = "digits" if args.model.startswith("digits") else "cifar10"
         args = dataclasses.replace(args, dataset=name)
-    options: dict[str, Any] = {} if args.width == 1.0 else {"width": args.width}
-    classes, described = 100 if args.dataset == "cifar100" else 10, {}
-    head = whole = None
-    heads.check(args, parts=args.classes is not None)
-    if args.classes is not None:
-        whole = heads.head_of(args, classes)
-        head = whole.of(heads.checked(args.classes, classes))
-        described = heads.described(args, whole, args.classes)
-        options["classes"] = whole.dimensions
-    elif classes != 10:
-        options["classes"] = classes
-    recipe = train.RECIPES[args.recipe] if args.recipe else None
-    recipe = recipe or train.recipe_for(args.model, args.dataset, preset=args.preset)
-    changes = {name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None}
-    try:
-        model = models.create(args.model, **options)
-        recipe = dataclasses.replace(recipe, **changes)
-    except ValueError as error:
-        raise cli.UserError(str(error)) from error
+    outputs, head, asked = asked_of(args)
+    model = model_of(args.model, args.width, outputs)
+    usual = train.recipe_for(args.model, args.dataset, preset=args.preset)
+    recipe = train.RECIPES[args.recipe] if args.recipe else usual
+    known = {field.name for field in dataclasses.fields(recipe)}
+    changes = {k: v for k, v in vars(args).items() if k in known and v is not None}
+    recipe = dataclasses.replace(recipe, **changes)
+    asked["recipe"] = dataclasses.asdict(recipe)
 
-    out, named = Path(args.out).expanduser().absolute(), (args.dataset, args.model, args.width)
-    folders = {seed: out / checkpoint_name(*named, seed, args.classes) for seed in args.seeds}
-    missing = []
-    for seed, folder in folders.items():
-        if args.overwrite or args.restart or not folder.exists():
-            missing.append(seed)
-            continue
-        other = heads.different(checkpoint.card(folder), described, dataclasses.asdict(recipe))
-        if other:
-            raise cli.UserError(
-                f"{folder} is there already, trained with {', '.join(other)}: choose another "
-                "--out, or remove it, as --overwrite of train_edges.py does."
-            )
-        log.info("%s is there already; --overwrite trains it again", folder)
+    out = Path(args.out).expanduser().absolute()
+    folders = {seed: out / checkpoint_name(args, seed) for seed in args.seeds}
+    missing, otherwise = dict(folders), "choose another --out, or --overwrite it"
+    if not (args.overwrite or args.restart):
+        for seed in there(folders, asked, otherwise):
+            log.info("%s is there already; --overwrite trains it again", missing.pop(seed))
     if not missing:
         return list(folders.values())
 
     dataset = data.load(args.dataset, args.data_dir)
-    if args.classes is not None:
-        dataset = heads.only(dataset, args.classes)
-    for seed in missing:
-        work_dir = Path(args.work_dir).expanduser() / folders[seed].name
+    dataset = dataset if args.classes is None else heads.only(dataset, args.classes)
+    for seed, folder in missing.items():
+        work_dir = Path(args.work_dir).expanduser() / folder.name
         kept = {"work_dir": work_dir, "resume": not args.restart}
         trained = train.fit(model, recipe, dataset, seed=seed, logits=head, **kept)
-        found, storage = card(args, model, dataset, trained, head)
-        made = {"command": command(args, seed, whole), "recipe": dataclasses.asdict(recipe)}
-        meta = {"seed": seed, **described, **made, **found}
+        same = command(dataclasses.replace(args, seeds=(seed,), data_dir=None))
+        meta = {"seed": seed, **asked, "command": same}
+        meta |= card(args, model, dataset, trained, head)
         # The variables alone: momentum is of no use to who merges, and as large as the model.
-        checkpoint.save(folders[seed], trained.variables, meta, storage=storage)
-        log.info("wrote %s: test accuracy %.4f", folders[seed], meta["test"]["accuracy"])
+        checkpoint.save(folder, trained.variables, meta, storage=meta["storage"]["dtype"])
+        log.info("wrote %s: test accuracy %.4f", folder, meta["test"]["accuracy"])
         shutil.rmtree(work_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             work_dir.parent.rmdir()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from statistics import fmean
 
 from kit import claims
-from kit.claims import Claim, Decision
-from kit.records import Record, joined
+from kit.claims import Claim, Decision, Rule
+from kit.records import Record, Row, Rows, joined
 from kit.sets import LABELS, NAMES
 
 METHODS = {"average": "weights averaged", "permute": "permuted", "zip": "ZipIt!"}
@@ -18,35 +18,29 @@ GROUPS = {"pairs": "pairs", "all": "all at once"}
 ABOVE, LOST, CLOSED = 0.005, 0.1, 0.5
 
 
-def sets_of(record: Record, group: str) -> list[str]:
-    """The combinations of a group: pairs, or all data sets where they are more."""
-    found = record.rows.distinct("datasets", method="network")
-    return [name for name in found if (name.count("+") == 1) == (group == "pairs")]
+def means_of(record: Record) -> Rows:
+    """By combination, method and layers merged: the mean over data sets, each with its own head.
+
+    The margin is two standard errors of that mean.
+    """
+    images = {one["name"]: one["test_images"] for one in record["data"]}
+    cells: dict[tuple, list[Row]] = {}
+    for row in record.rows:
+        if row["head"] == row["tested"] and row["method"] != "as trained":
+            cells.setdefault((row["datasets"], row["method"], row.get("layers")), []).append(row)
+    found = Rows()
+    for (names, method, layers), rows in cells.items():
+        mean = fmean(row["accuracy"] for row in rows)
+        errors = [claims.noise(row["accuracy"], images[row["tested"]]) for row in rows]
+        about = {"datasets": "+".join(sorted(names.split("+"))), "method": method, "layers": layers}
+        about |= {"group": "pairs" if len(rows) == 2 else "all"}
+        found.append(about | {"accuracy": mean, "margin": math.hypot(*errors) / len(errors)})
+    return found
 
 
-def mean_of(record: Record, names: Iterable[str], method: str, layers: int | None = None) -> float:
-    """Mean accuracy over data sets, each with its own head, and over combinations."""
-    rows = record.rows.where(method="network" if method == "ensemble" else method, layers=layers)
-    own = type(rows)(row for row in rows if row["head"] == row["tested"])
-    means = [own.mean(datasets=name) for name in names]
-    return sum(means) / len(means) if means else math.nan
-
-
-def margin_of(record: Record, names: Iterable[str], method: str, layers: int | None) -> float:
-    """Two standard errors of that mean; those of combinations, on the same images, add up."""
-    images, found = {one["name"]: one["test_images"] for one in record["data"]}, []
-    for name in names:
-        values = record.rows.where(datasets=name, method=method, layers=layers)
-        errors = [claims.noise(row["accuracy"], images[row["tested"]]) for row in values]
-        found.append(math.hypot(*errors) / len(errors))
-    return sum(found) / len(found)
-
-
-def decided(record: Record, value: float, other: float, margin: float) -> bool | None:
-    """Whether one is above the other; open within the margin and near chance."""
-    chance = sum(1 / one["classes"] for one in record["data"]) / len(record["data"])
-    near = max(value, other) <= chance + claims.NEAR
-    return None if near else claims.beyond(value - other, margin)
+def zips(rows: Rows, key: str = "accuracy", method: str = "zip") -> list[float]:
+    """Means by numbers of layers merged; margins of pairs, on the same images, add up."""
+    return rows.curve("layers", key, method=method)[1]
 
 
 def counts_of(record: Record) -> list[int]:
@@ -54,95 +48,76 @@ def counts_of(record: Record) -> list[int]:
 
 
 def at(record: Record, values: Iterable[float]) -> str:
-    """Accuracies by numbers of layers merged."""
-    depth = record["model"]["depth"]
-    told = zip(values, counts_of(record), strict=True)
+    depth, told = record["model"]["depth"], zip(values, counts_of(record), strict=True)
     return joined(f"{100 * value:.1f} at {count}/{depth}" for value, count in told)
 
 
-def zips(record: Record, group: str, method: str = "zip") -> list[float]:
-    names = sets_of(record, group)
-    return [mean_of(record, names, method, count) for count in counts_of(record)]
+def above(record: Record, value: float, other: float, margin: float) -> bool | None:
+    """Whether one is above the other; open within the margin and near chance."""
+    chance = fmean(1 / one["classes"] for one in record["data"])
+    near = max(value, other) <= chance + claims.NEAR
+    return None if near else claims.beyond(value - other, margin)
 
 
-def order(record: Record, group: str) -> Decision | None:
-    names, most = sets_of(record, group), counts_of(record)[-1]
-    if not names:
-        return None
-    ends = {text: mean_of(record, names, method, most) for method, text in METHODS.items()}
-    margin, steps = margin_of(record, names, "permute", most), itertools.pairwise(ends.values())
-    told = [decided(record, more, less + ABOVE, margin) for less, more in steps]
-    words = joined(f"{text} {100 * value:.1f}" for text, value in ends.items())
-    return claims.all_of(told), f"{most}/{record['model']['depth']} layers merged: {words}"
+def of(rule: Callable[[Record, Rows], Decision], **wanted: str) -> Rule:
+    """A rule on the means of some combinations, where these were measured."""
+
+    def decide(record: Record) -> Decision | None:
+        rows = means_of(record).where(**wanted)
+        return rule(record, rows) if rows else None
+
+    return decide
 
 
-def falls(record: Record, group: str) -> Decision | None:
-    names, counts, values = sets_of(record, group), counts_of(record), zips(record, group)
-    if not names:
-        return None
-    margins = [margin_of(record, names, "zip", count) for count in counts[1:]]
-    pairs = zip(itertools.pairwise(values), margins, strict=True)
-    told = [decided(record, *pair, margin) for pair, margin in pairs]
-    return claims.all_of(told), at(record, values)
+def order(record: Record, rows: Rows) -> Decision:
+    ends = {method: zips(rows, method=method)[-1] for method in METHODS}
+    margin, steps = zips(rows, "margin", "permute")[-1], itertools.pairwise(ends.values())
+    told = [above(record, more, less + ABOVE, margin) for less, more in steps]
+    return claims.all_of(told), joined(f"{METHODS[m]} {100 * v:.1f}" for m, v in ends.items())
 
 
-def pair_ahead(record: Record, pair: set[str]) -> Decision | None:
-    names = [name for name in sets_of(record, "pairs") if set(name.split("+")) == pair]
-    if not names:
-        return None
-    counts, depth = counts_of(record), record["model"]["depth"]
-    places: dict[bool | None, list[str]] = {True: [], None: [], False: []}
-    zipped, permuted = ([mean_of(record, names, method, count) for count in counts]
-                        for method in ("zip", "permute"))  # fmt: skip
-    for count, *both in zip(counts, zipped, permuted, strict=True):
-        margin = margin_of(record, names, "permute", count)
-        places[decided(record, *both, margin)].append(f"{count}/{depth}")
-    words = {True: "ahead", None: "level", False: "behind"}
-    where = ", ".join(f"{words[verdict]} at {joined(of)}" for verdict, of in places.items() if of)
-    here = f"ZipIt! {at(record, zipped)}, permuted {at(record, permuted)}: {where}"
-    return False if places[False] else True if places[True] else None, here
+def falls(record: Record, rows: Rows) -> Decision:
+    values, margins = zips(rows), zips(rows, "margin")[1:]
+    steps = zip(values, values[1:], margins, strict=False)
+    return claims.all_of(above(record, *step) for step in steps), at(record, values)
 
 
-def near_ensemble(record: Record) -> Decision:
-    names, few = sets_of(record, "pairs"), counts_of(record)[0]
-    zipped, ensemble = zips(record, "pairs")[0], mean_of(record, names, "ensemble")
-    margin, pairs = margin_of(record, names, "zip", few), [(ensemble, zipped)]
-    pairs.append((zipped, ensemble - LOST))
-    here = f"{few}/{record['model']['depth']} {100 * zipped:.1f}, ensemble {100 * ensemble:.1f}"
-    return claims.all_of(decided(record, *pair, margin) for pair in pairs), here
+def ahead(record: Record, rows: Rows) -> Decision:
+    known = zips(rows), zips(rows, method="permute"), zips(rows, "margin", "permute")
+    told = {above(record, *numbers) for numbers in zip(*known, strict=True)}
+    here = f"ZipIt! {at(record, known[0])}; permuted {at(record, known[1])}"
+    return False if False in told else True if True in told else None, here
 
 
-def _gaps(record: Record, group: str) -> list[float]:
-    ensemble = mean_of(record, sets_of(record, group), "ensemble")
-    return [ensemble - value for value in zips(record, group)]
+def near_ensemble(record: Record, rows: Rows) -> Decision:
+    zipped, margin, ensemble = zips(rows)[0], zips(rows, "margin")[0], rows.mean(method="network")
+    steps = [(ensemble, zipped, margin), (zipped, ensemble - LOST, margin)]
+    here = f"ZipIt! {100 * zipped:.1f}, ensemble {100 * ensemble:.1f}"
+    return claims.all_of(above(record, *step) for step in steps), here
 
 
-def all_lose_more(record: Record) -> Decision | None:
-    if not sets_of(record, "all"):
-        return None
-    pairs, every = (_gaps(record, group) for group in GROUPS)
-    told = []
-    for count, *gaps in zip(counts_of(record), pairs, every, strict=True):
-        margins = (margin_of(record, sets_of(record, g), "zip", count) for g in GROUPS)
-        told.append(claims.beyond(gaps[1] - gaps[0], math.hypot(*margins)))
-    here = f"below the ensemble by {at(record, every)}, pairs {at(record, pairs)}"
-    return claims.all_of(told), here
+def gaps(rows: Rows) -> list[float]:
+    return [rows.mean(method="network") - value for value in zips(rows)]
 
 
-def few_close(record: Record) -> Decision | None:
-    names, counts = sets_of(record, "all"), counts_of(record)
-    if not names:
-        return None
-    few, *_, most = _gaps(record, "all")
-    closed = 1 - few / most if most > 0 else 0.0
-    here = f"{counts[0]} zipped layers instead of {counts[-1]} close {100 * closed:.0f}% of the gap"
-    margin = margin_of(record, names, "zip", counts[0])
-    return claims.beyond((1 - CLOSED) * most - few, margin), here
+def all_lose_more(record: Record, rows: Rows) -> Decision:
+    pairs = means_of(record).where(group="pairs")
+    margins = map(math.hypot, zips(rows, "margin"), zips(pairs, "margin"))
+    known = zip(gaps(rows), gaps(pairs), margins, strict=True)
+    here = f"below the ensemble by {at(record, gaps(rows))}, pairs {at(record, gaps(pairs))}"
+    return claims.all_of(claims.beyond(a - b, margin) for a, b, margin in known), here
 
 
-def permuted(record: Record) -> Decision:
-    group = "all" if sets_of(record, "all") else "pairs"
-    return None, f"{GROUPS[group]}, {at(record, zips(record, group, 'permute'))}"
+def few_close(record: Record, rows: Rows) -> Decision:
+    few, *_, most = gaps(rows)
+    here = f"{100 * (1 - few / most):.0f}% of the gap" if most > 0 else "there is no gap"
+    return claims.beyond((1 - CLOSED) * most - few, zips(rows, "margin")[0]), here
+
+
+def permuted(record: Record, rows: Rows) -> Decision:
+    # All at once come last.
+    group = rows[-1]["group"]
+    return None, f"{GROUPS[group]}, {at(record, zips(rows.where(group=group), method='permute'))}"
 
 
 NOISE = "two standard errors of a mean over data sets are level"
@@ -154,24 +129,25 @@ CLAIMS = [
       for claim in (
           Claim(f"zip.sets.{group}-order", f"{text} of networks of different data sets, merged "
                 "nearly whole: zipping is above permuting, and that above averaging", ends,
-                partial(order, group=group), by=f"each by over half a point; {NOISE}"),
+                of(order, group=group), by=f"each by over half a point; {NOISE}"),
           Claim(f"zip.sets.{group}-falls", f"{text} of networks of different data sets: accuracy "
                 "falls with the layers zipped", f"{counts} at 10, 22 and 49 of 50",
-                partial(falls, group=group),
+                of(falls, group=group),
                 by=f"from each number of layers to the next; {NOISE}"))),
-    *(Claim(f"zip.sets.{'-'.join(sorted(pair))}",
+    *(Claim(f"zip.sets.{'-'.join(pair)}",
             f"{joined(LABELS[name] for name in pair)}: zipping is ahead of permuting",
-            "37.1 and 35.7, the mean of pairs", partial(pair_ahead, pair=set(pair)),
+            "37.1 and 35.7, the mean of pairs", of(ahead, datasets="+".join(pair), group="pairs"),
             by=f"at some number of layers, and behind at none; {NOISE}")
-      for pair in itertools.combinations(NAMES, 2)),
+      for pair in itertools.combinations(sorted(NAMES), 2)),
     Claim("zip.sets.near-ensemble",
           "pairs zipped at a fifth of the layers are below the ensemble, by less than 10 points",
-          "68.7 of 75.5", near_ensemble, by=NOISE),
+          "68.7 of 75.5", of(near_ensemble, group="pairs"), by=NOISE),
     Claim("zip.sets.all-lose-more", "all at once lose more than pairs",
-          "65.3, 45.5 and 16.8; pairs 68.7, 62.4 and 37.1", all_lose_more,
+          "65.3, 45.5 and 16.8; pairs 68.7, 62.4 and 37.1", of(all_lose_more, group="all"),
           by=f"at every number of layers; {NOISE}"),
     Claim("zip.sets.few-close", "all at once: a fifth of the layers instead of nearly all closes "
-          "over half of the gap to the ensemble", "65.3 for 16.8, of 75.5", few_close, by=NOISE),
+          "over half of the gap to the ensemble", "65.3 for 16.8, of 75.5",
+          of(few_close, group="all"), by=NOISE),
     Claim("zip.new.sets-permuted", "networks of different data sets permuted, with heads of their "
-          "own", "", permuted, by="not decided"),
+          "own", "", of(permuted), by="not decided"),
 ]  # fmt: skip

@@ -41,6 +41,15 @@ def six(head):
     return heads.of_embeddings(np.linalg.qr(np.ones((6, 6)) + np.eye(6))[0], head.scale)
 
 
+def model_of(card):
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in card["options"].items()}
+    return models.create(card["model"], **options)
+
+
+def headed(fn, head):
+    return lambda variables, x: head(fn(variables, x))
+
+
 # ---- recipes and training
 
 
@@ -60,7 +69,7 @@ def test_networks_learn_to_point_at_their_classes(digits, head):
     own = six(head).of((5, 0, 2))
     trained = train.fit(MODEL, RECIPE, half, logits=own, progress=False)
     fn = models.apply_fn(MODEL)
-    found = train.evaluate(heads.Headed(fn, own), trained.variables, half.batches("test"))
+    found = train.evaluate(headed(fn, own), trained.variables, half.batches("test"))
     assert found.accuracy > 0.9 and found.count == len(half.test_images)
     outputs = fn(trained.variables, next(iter(half.batches("train")))[0])
     unit = outputs / jnp.linalg.norm(outputs, axis=-1, keepdims=True)
@@ -131,21 +140,23 @@ def test_embeddings_from_a_file(tmp_path, suffix):
     np.save(path, rows) if suffix == "npy" else np.savez(path, rows)
     found = heads.read(str(path), 10)
     np.testing.assert_allclose(found, rows / np.linalg.norm(rows, axis=1, keepdims=True), rtol=1e-6)
-    with pytest.raises(cli.UserError, match=r"must hold 5 finite rows .* got shape \[10, 7\]"):
+    with pytest.raises(
+        cli.UserError, match=r"must hold 5 finite rows .* got float64 of shape \[10, 7\]"
+    ):
         heads.read(str(path), 5)
 
 
 @pytest.mark.parametrize(
     ("rows", "got"),
     [
-        (np.eye(10, 12)[:, :11] * (np.arange(10) != 4)[:, None], "others: row 4"),
-        (np.full((10, 3), np.nan), "others: row 0"),
+        (np.eye(10, 12)[:, :11] * (np.arange(10) != 4)[:, None], r"float64 of shape \[10, 11\]"),
+        (np.full((10, 3), np.nan), r"float64 of shape \[10, 3\]"),
         (np.ones(10), r"shape \[10\]"),
         (np.ones((2, 10, 3)), r"shape \[2, 10, 3\]"),
         (np.float64(3), r"shape \[\]"),
-        (np.ones((10, 3), np.complex64), "complex64, which are no real numbers"),
-        (np.ones((10, 3), [("a", "f4"), ("b", "f4")]), "which are no real numbers"),
-        (np.array([["a"] * 3] * 10), "<U1, which are no real numbers"),
+        (np.ones((10, 3), np.complex64), "complex64"),
+        (np.ones((10, 3), [("a", "f4"), ("b", "f4")]), "of shape"),
+        (np.array([["a"] * 3] * 10), "<U1"),
     ],
 )
 def test_bad_embeddings(tmp_path, rows, got):
@@ -177,14 +188,15 @@ def test_cards_tell_files_of_one_name_apart(tmp_path):
         (tmp_path / place).mkdir()
         np.save(tmp_path / place / "clip.npy", found)
         args = options("--classes", "1", "2", "--embeddings", str(tmp_path / place / "clip.npy"))
-        told.append(heads.described(args, heads.head_of(args, 10), args.classes))
+        told.append(heads.described(args, heads.head_of(args, 10)))
     assert told[0] == told[1] != told[2]
-    assert heads.different(told[2], told[0]) == ["other rows of embeddings"]
-    assert heads.different(told[1], told[0]) == []
+    (difference,) = training.different(told[2], told[0])
+    assert difference.startswith("embeddings kind clip.npy, ")
+    assert training.different(told[1], told[0]) == []
     # Cards from before they told rows.
-    old = {key: told[0][key] for key in ("classes", "loss")}
-    old["embeddings"] = {k: v for k, v in told[0]["embeddings"].items() if k != "sha256"}
-    assert heads.different(old, told[0]) == ["other rows of embeddings"]
+    old = told[0] | {"embeddings": told[0]["embeddings"] | {"kind": "clip.npy"}}
+    (difference,) = training.different(old, told[0])
+    assert difference.startswith("embeddings kind clip.npy, not clip.npy, ")
 
 
 # ---- train_edges.py
@@ -197,7 +209,7 @@ def options(*words):
 def test_command_of_the_card_trains_the_same_model():
     words = ["--model", "vgg7-bn", "--width", "0.5", "--classes", "5", "6", "--dimensions", "32"]
     args = options(*words, "--scale", "20", "--seeds", "4")
-    said = training.command(args, 4, heads.head_of(args, 10)).split()
+    said = training.command(args).split()
     assert said[:2] == ["python", "experiments/train_edges.py"]
     assert options(*said[2:]) == args
 
@@ -213,22 +225,25 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
     card = checkpoint.card(folder)
     assert card["classes"] == [1, 3, 4] and card["loss"] == "cosine"
     assert card["embeddings"]["dimensions"] == 12 == card["options"]["classes"]
-    assert "--classes 1 3 4 --dimensions 12" in card["command"]
+    assert "--classes 1 3 4" in card["command"] and "--dimensions 12" in card["command"]
     tree = checkpoint.load(folder)
-    model = models.create(card["model"], **training.options_of(card))
+    model = model_of(card)
     dataset = heads.only(small, (1, 3, 4))
-    own = heads.of_embeddings(heads.orthonormal(10, 12), heads.SCALE).of((1, 3, 4))
-    found = train.evaluate(heads.Headed(models.apply_fn(model), own), tree, dataset.batches("test"))
+    own = heads.of_embeddings(heads.orthonormal(10, 12), 10.0).of((1, 3, 4))
+    found = train.evaluate(headed(models.apply_fn(model), own), tree, dataset.batches("test"))
     assert found._asdict() == pytest.approx(card["test"]) and math.isfinite(found.loss)
     json.dumps(card, allow_nan=False)
     # What is there is not taken for what another recipe or head would give.
     assert train_edges.main(words) == [folder]
     for change, message in (
-        (["--epochs", "3"], "epochs 2, not 3: choose another --out"),
-        (["--scale", "4", "--epochs", "3"], "embeddings' scale 10.0, not 4.0, epochs 2, not 3"),
-        (["--learning-rate", "0.5"], "learning rate 0.1, not 0.5"),
+        (["--epochs", "3"], "recipe epochs 2, not 3: choose another --out"),
+        (
+            ["--scale", "4", "--epochs", "3"],
+            "embeddings scale 10.0, not 4.0, recipe epochs 2, not 3",
+        ),
+        (["--learning-rate", "0.5"], "recipe learning_rate 0.1, not 0.5"),
     ):
-        with pytest.raises(cli.UserError, match=f"is there already, trained with {message}"):
+        with pytest.raises(cli.UserError, match=f"was trained with {message}"):
             training.run(options(*words, *change))
 
 
@@ -238,8 +253,8 @@ def test_train_edges_on_some_classes(tmp_path, monkeypatch):
         (["--classes", "1", "1"], "two or more different ones from 0 to 9, got 1 1"),
         (["--classes", "3"], "two or more different ones"),
         (["--classes", "3", "10"], "from 0 to 9, got 3 10"),
-        (["--scale", "3"], "--scale: for networks on some of the classes, so give --classes"),
-        (["--classes", "0", "1", "--dimensions", "4"], "10 orthonormal rows need as many"),
+        (["--scale", "3"], "--scale does nothing here: it is for some of the --classes"),
+        (["--classes", "0", "1", "--dimensions", "4"], "--dimensions must be 10 or more"),
         (["--classes", "0", "1", "--embeddings", "/nowhere.npy"], "no array could be read"),
     ],
 )
