@@ -17,13 +17,19 @@ from vfjax.train import _fit
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-cli, edges, grid, timing, training = (
-    importlib.import_module(f"kit.{name}") for name in "cli edges grid timing training".split()
+cli, edges, grid, records, timing, training = (
+    importlib.import_module(f"kit.{name}")
+    for name in ("cli", "edges", "grid", "records", "timing", "training")
 )
 GRID = grid.Grid((0.01, 0.1), (0.0, 1e-3), 0.1, 0.0, 0.01, ("he_normal", "uniform"))
 RECIPE = train.Recipe(epochs=2, batch_size=100)
 PLAN = grid.Plan("mlp", models.MLP((8,)), RECIPE, GRID)
 CELL = grid.Cell("he_normal", 0.1, 0.0)
+
+
+def more(cell, rate, decay):
+    """The cell of one more epoch."""
+    return cell._replace(then_rate=rate, then_decay=decay)
 
 
 @pytest.fixture(scope="module")
@@ -49,36 +55,35 @@ def same(tree, other):
 
 
 def test_cells_are_sweeps_and_what_starts_from_them():
-    cells = PLAN.cells()
+    cells = GRID.cells()
     assert len(cells) == len(set(cells)) == len({str(cell) for cell in cells}) == 7
-    low = (GRID.low, 0.0)
-    then = [dataclasses.replace(CELL, then=low), dataclasses.replace(CELL, decay=1e-3, then=low)]
-    assert [cell for cell in cells if cell.then] == then
+    then = [more(CELL, GRID.low, 0.0), more(CELL._replace(decay=1e-3), GRID.low, 0.0)]
+    assert [cell for cell in cells if cell != cell.source] == then
     # Those that start from others come after them.
     for place, cell in enumerate(cells):
-        assert cell.then is None or dataclasses.replace(cell, then=None) in cells[:place]
-    tracked = [(cell.initialiser, cell.rate) for cell in cells if PLAN.tracked(cell)]
-    assert sorted(tracked) == sorted((name, r) for name in GRID.initialisers for r in GRID.rates)
-    one = dataclasses.replace(PLAN, grid=dataclasses.replace(GRID, initialisers=("he_normal",)))
-    assert not any(map(one.tracked, one.cells())) and len(one.cells()) == 5
-    none = dataclasses.replace(PLAN, grid=dataclasses.replace(GRID, decays=()))
+        assert cell == cell.source or cell.source in cells[:place]
+    compared = [(cell.initialiser, cell.rate) for cell in GRID.initialised()]
+    assert compared == [(name, rate) for rate in GRID.rates for name in GRID.initialisers]
+    one = dataclasses.replace(GRID, initialisers=("he_normal",))
+    assert not one.initialised() and len(one.cells()) == 5
+    none = dataclasses.replace(GRID, decays=())
     assert len(none.cells()) == 5
 
 
 def test_recipes_of_cells():
-    found = PLAN.recipe_of(dataclasses.replace(CELL, decay=1e-3))
+    found = PLAN.recipe_of(CELL._replace(decay=1e-3))
     assert found == dataclasses.replace(RECIPE, learning_rate=0.1, weight_decay=1e-3)
-    after = PLAN.recipe_of(dataclasses.replace(CELL, then=(0.01, 0.5)))
+    after = PLAN.recipe_of(more(CELL, 0.01, 0.5))
     assert (after.learning_rate, after.weight_decay, after.epochs) == (0.01, 0.5, 1)
     assert after.schedule == "constant" and not after.milestones and not after.warmup_epochs
     longer = dataclasses.replace(PLAN, factor=2.6)
     assert longer.recipe_of(CELL).epochs == 5
-    assert longer.recipe_of(dataclasses.replace(CELL, then=(0.01, 0.5))).epochs == 3
+    assert longer.recipe_of(more(CELL, 0.01, 0.5)).epochs == 3
     assert dataclasses.replace(PLAN, factor=0.01).recipe_of(CELL).epochs == 1
     # The paper warms VGG16 up where it would not learn otherwise.
     step = dataclasses.replace(RECIPE, schedule="step", milestones=(1,), warmup_epochs=0.0)
     vgg = dataclasses.replace(PLAN, name="vgg16", recipe=step)
-    cells = (CELL, dataclasses.replace(CELL, decay=1e-3), grid.Cell("uniform", 0.1, 0.0))
+    cells = (CELL, CELL._replace(decay=1e-3), grid.Cell("uniform", 0.1, 0.0))
     assert [vgg.recipe_of(cell).warmup_epochs for cell in cells] == [0.0, 1.0, 1.0]
 
 
@@ -93,23 +98,34 @@ def test_pairs_are_independent():
 
 def test_epochs_make_as_many_steps(digits):
     options = grid.LinearOptions()
-    recipe = train.Recipe(epochs=1, batch_size=100)
-    assert grid.recipe_of(options, recipe, digits).epochs == 300
-    assert grid.recipe_of(dataclasses.replace(options, epochs=3), recipe, digits).epochs == 3
-    quick = dataclasses.replace(options, epochs=3, quick=True)
-    assert grid.recipe_of(quick, recipe, digits).epochs == grid.QUICK_EPOCHS
+    recipe = train.Recipe(epochs=4, batch_size=100)
+    assert grid.epochs_factor(options, recipe, digits) == 300
+    quick = dataclasses.replace(options, quick=True)
+    assert grid.epochs_factor(quick, recipe, digits) * recipe.epochs == 1
     mnist = dataclasses.replace(digits, name="mnist")
-    assert grid.recipe_of(options, recipe, mnist) == recipe
+    assert grid.epochs_factor(options, recipe, mnist) == 1
+
+
+@pytest.mark.parametrize(
+    "given, epochs", [({}, 20), ({"epochs": 3}, 3), ({"epochs": 3, "quick": True}, 1)]
+)
+def test_epochs_of_linear_networks(given, epochs, digits, monkeypatch):
+    mnist = dataclasses.replace(digits, name="mnist")
+    monkeypatch.setattr(grid.data, "load", lambda *args, **options: mnist)
+    linear = importlib.import_module("residual_linear").EXPERIMENT
+    setup = linear.prepare(grid.LinearOptions(**given), timing.Stopwatch())
+    assert setup.record["recipe"]["epochs"] == epochs
 
 
 def test_titles_and_names():
-    record = {"data": {"name": "digits", "fallback": True}, "config": {"quick": True}}
-    title = grid.titled(record, "linear networks", 2)
+    images, rows = {"name": "digits", "fallback": True}, [{"pair": 0}, {"pair": 1}]
+    record = records.Record(data=images, config={"quick": True}, rows=rows)
+    title = grid.titled(record, "linear networks")
     assert title.startswith("MNIST NOT FOUND, SO: scikit-learn's 8x8 digits: linear networks")
     assert title.endswith(", mean of 2 pairs, QUICK, MEANS NOTHING")
     assert grid.stem(record) == ["digits", "quick"]
     record["config"]["quick"] = False
-    assert grid.stem(record) == ["digits"] and "QUICK" not in grid.titled(record, "x", 1)
+    assert grid.stem(record) == ["digits"] and "QUICK" not in grid.titled(record, "x")
 
 
 # --------------------------------------------------------------------------------- what comes out
@@ -135,7 +151,7 @@ def test_rows_of_a_pair(digits, net):
 
 
 def test_one_more_epoch_starts_from_the_other_cells_networks(digits, net):
-    after = dataclasses.replace(CELL, then=(1e-12, 0.0))
+    after = more(CELL, 1e-12, 0.0)
     pair = pair_of(digits, net)
     list(pair.measure(CELL, {}))
     list(pair.measure(after, {}))
@@ -148,11 +164,12 @@ def test_one_more_epoch_starts_from_the_other_cells_networks(digits, net):
 
 
 def test_what_diverges_is_one_row(digits, net):
-    pair, wild = pair_of(digits, net), dataclasses.replace(CELL, rate=1e30)
+    pair, wild = pair_of(digits, net), CELL._replace(rate=1e30)
     (row,) = pair.measure(wild, {"cell": "wild"})
-    assert row["cell"] == "wild" and row["diverged"] and pair.trained[wild] is None
-    (row,) = pair.measure(dataclasses.replace(wild, then=(0.1, 0.0)), {})
-    assert row["diverged"].startswith("there are no networks of he_normal, rate 1e+30, decay 0")
+    assert row["cell"] == "wild" and row["diverged"] and not pair.trained
+    # One more epoch has nothing to start from.
+    (after,) = pair.measure(more(wild, 0.1, 0.0), {})
+    assert after["diverged"] == row["diverged"]
 
 
 # ------------------------------------------------------------------------------------ stopped runs
@@ -173,8 +190,8 @@ def stopped_at(monkeypatch, calls, at):
 
 @pytest.mark.slow
 def test_a_pair_goes_on_in_training(digits, net, tmp_path, monkeypatch):
-    cell = dataclasses.replace(CELL, decay=1e-3)
-    assert not PLAN.tracked(cell)
+    cell = CELL._replace(decay=1e-3)
+    assert cell not in GRID.initialised()
     calls: list = []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped_at(patch, calls, 3)
@@ -184,8 +201,8 @@ def test_a_pair_goes_on_in_training(digits, net, tmp_path, monkeypatch):
     assert folders == {"seed0", "seed1"}
     with monkeypatch.context() as patch:
         stopped_at(patch, calls := [], None)
-        runs, distances = pair_of(digits, net, folder=str(tmp_path)).train(cell)
-    assert calls == [(1, 1)] and distances is None
+        runs, snapshots = pair_of(digits, net, folder=str(tmp_path)).train(cell)
+    assert calls == [(1, 1)] and not snapshots
     whole, _ = pair_of(digits, net).train(cell)
     for run, other in zip(runs, whole, strict=True):
         same(run.variables, other.variables)

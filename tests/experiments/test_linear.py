@@ -17,6 +17,7 @@ claims, grid, records, timing = (
     importlib.import_module(f"kit.{name}") for name in ("claims", "grid", "records", "timing")
 )
 linear = importlib.import_module("linear_networks")
+paper = importlib.import_module("papers.linear_networks")
 residual = importlib.import_module("residual_linear")
 
 AS, UNLIKE, OPEN, NEW = claims.VERDICTS
@@ -155,7 +156,7 @@ def test_shipped_records(shipped):
 
 def test_features_vanished():
     record = shipped_of(NAMES[0])
-    left = linear.left(record)
+    left = paper.left(record)
     assert left[0] > 0.5 and left[-1] < 0.05 and (np.diff(left) < 0).all()
     offset, feature = (
         record.rows.mean(key, network="direct", layer=8) for key in ("offset", "feature")
@@ -240,13 +241,13 @@ def test_falling_back_to_the_digits_shows(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(grid.data._data, "_can_prepare", lambda: False)
-    setup = residual.EXPERIMENT.prepare(residual.Config(), timing.Stopwatch())
-    dataset = setup.value.dataset
-    assert dataset.name == "digits" and dataset.fallback and "'mnist'" in caplog.text
+    setup = residual.EXPERIMENT.prepare(grid.LinearOptions(), timing.Stopwatch())
+    images = setup.record["data"]
+    assert images["name"] == "digits" and images["fallback"] and "'mnist'" in caplog.text
     # As many steps as on MNIST.
-    assert setup.value.recipe.epochs * 11 == pytest.approx(20 * 469, rel=0.01)
-    record = {**setup.record, "config": {"quick": False}}
-    title = grid.titled(record, "x", 1)
+    assert setup.record["recipe"]["epochs"] * 11 == pytest.approx(20 * 469, rel=0.01)
+    record = records.Record(setup.record | {"config": {"quick": False}, "rows": []})
+    title = grid.titled(record, "x")
     assert title.startswith("MNIST NOT FOUND, SO: scikit-learn's 8x8 digits")
 
 
