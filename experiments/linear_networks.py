@@ -6,8 +6,7 @@
 
 Two linear networks of 8 layers, 784-32-...-32-10 with biases, that differ in their random seed are
 trained with the paper's recipe (Adam at 0.01, 5 epochs, weights of standard deviation 0.002 at the
-start) and averaged. The output of layer l is g(x) + h, what the input causes and the offset f(0)
-that the biases make.
+start) and averaged. The output of layer l is g(x) + h, what the input causes and the offset f(0).
 
 The paper ("Vanishing Feature"): g fades from layer to layer in the midpoint, while h grows and
 overtakes it in the last layers, so that the accuracy is at chance (one run of its notebook, per
@@ -17,7 +16,7 @@ Weights are smaller than in the two networks. Rescaling largely removes the fadi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,78 +33,63 @@ PyTree = Any
 
 MODEL = models.LinearNetwork(width=32, depth=8, std=0.002)
 LABELS = {"direct": "direct", "weight": "weights matched", "activation": "activations matched"}
+QUANTITIES = ("feature", "feature_std", "offset")
 
 
-def stable_rank(params: Mapping[str, np.ndarray]) -> float:
-    """The sum of squared singular values over the largest of them."""
-    squares = np.linalg.svd(params["kernel"], compute_uv=False) ** 2
-    return squares.sum() / squares[0]
+def layers_of(net: vfjax.Network, tree: PyTree, test: Any) -> Iterator[Row]:
+    """By layer g and h, mean absolute values of its parameters, and the stable rank of its weights.
 
-
-SIZES = {
-    "weight": lambda params: np.abs(params["kernel"]).mean(),
-    "bias": lambda params: np.abs(params["bias"]).mean(),
-    "stable_rank": stable_rank,
-}
-
-
-def layers_of(
-    net: vfjax.Network, trees: Sequence[PyTree], test: Any, edges: Sequence[PyTree]
-) -> Iterator[Row]:
-    """Numbers of every layer, the mean of some networks; of a midpoint of `edges` also g rescaled.
-
-    That is times the product over layers of how much smaller averaging made the weights.
+    That is the sum of squared singular values over the largest of them.
     """
-    found = diagnose.features(net, trees, test, sites="layers")
-    factors = diagnose.rescale_product(net, trees[0], edges) if edges else {}
+    found = diagnose.features(net, [tree], test, sites="layers")
     for layer, site in enumerate(found.names, start=1):
-        params = [tree["params"][site.split("/")[-2]] for tree in trees]
-        row: Row = {"layer": layer, "site": site}
-        for key in ("feature", "feature_std", "offset"):
-            row[key] = float(np.mean(getattr(found, key)[site]))
-        row |= {key: float(np.mean([size(one) for one in params])) for key, size in SIZES.items()}
-        if edges:
-            row["rescale_product"] = factors[site]
-            row["rescaled_feature"] = row["feature"] * factors[site]
-        yield row
+        params = tree["params"][site.split("/")[-2]]
+        squares = np.linalg.svd(params["kernel"], compute_uv=False) ** 2
+        numbers = {key: getattr(found, key)[site][0] for key in QUANTITIES}
+        numbers |= {
+            "weight": np.abs(params["kernel"]).mean(),
+            "bias": np.abs(params["bias"]).mean(),
+        }
+        numbers["stable_rank"] = squares.sum() / squares[0]
+        yield {"layer": layer, "site": site} | {key: float(x) for key, x in numbers.items()}
 
 
 def measure(config: Any, run: Run) -> Iterator[Row]:
     """Features, offsets, weights and accuracies, of edge models and midpoints."""
     work: grid.Linear = run.setup
-    net, test = work.nets["plain"], work.test
+    net, pairs = work.nets["plain"], range(len(work.pairs))
 
     def midpoint(match: str, k: int, first: PyTree, second: PyTree) -> PyTree:
-        if match == "direct":
-            return merge.interpolate([first, second])
-        if match == "weight":
-            found = align.match_weights(net, first, second, key=jax.random.key(work.pairs[k][0]))
-        else:
-            found = align.match_activations(net, first, second, work.statistics)
-        run.note("matching", pair=k, match=match, converged=found.converged, moved=found.moved)
-        return merge.interpolate([first, net.spec.permute(second, found.permutations)])
+        if match != "direct":
+            if match == "weight":
+                seed = jax.random.key(work.pairs[k][0])
+                found = align.match_weights(net, first, second, key=seed)
+            else:
+                found = align.match_activations(net, first, second, work.statistics)
+            run.note("matching", pair=k, match=match, converged=found.converged, moved=found.moved)
+            second = net.spec.permute(second, found.permutations)
+        return merge.interpolate([first, second])
 
-    pairs = range(len(work.pairs))
-    for cell in run.cells({"pair": k, "network": n} for k in pairs for n in (EDGES, *LABELS)):
-        k, name = cell["pair"], cell["network"]
-        trained = dict(zip(("model 1", "model 2"), work.trained("plain", k), strict=True))
-        networks = {one: found.variables for one, found in trained.items()}
-        edges: Sequence[PyTree] = ()
-        if name != EDGES:
-            edges = list(networks.values())
+    for cell in run.cells({"pair": k, "network": n} for k in pairs for n in (*EDGES, *LABELS)):
+        k, name = cell.values()
+        trained = dict(zip(EDGES, work.trained("plain", k), strict=True))
+        edges, factors, more = [one.variables for one in trained.values()], {}, {}
+        if name in EDGES:
+            tree = trained[name].variables
+            more = {"train_accuracy": trained[name].history[-1]["accuracy"]}
+        else:
             with run.watch("matching"):
-                networks = {name: midpoint(name, k, *edges)}
+                tree = midpoint(name, k, *edges)
+            # By how much smaller averaging made the weights, the product over layers.
+            factors = diagnose.rescale_product(net, tree, edges)
         with run.watch("features"):
-            watched = run.watched(test, "features")
-            for row in layers_of(net, list(networks.values()), watched, edges):
+            for row in layers_of(net, tree, run.watched(work.test, "features")):
+                if factors:
+                    row["rescaled_feature"] = row["feature"] * factors[row["site"]]
                 yield cell | row
-        for one, tree in networks.items():
-            with run.watch("accuracies"):
-                found = train.evaluate(models.apply_fn(MODEL), tree, test)
-            row = {"network": one, "accuracy": found.accuracy, "loss": found.loss}
-            if name == EDGES:
-                row["train_accuracy"] = trained[one].history[-1]["accuracy"]
-            yield cell | row
+        with run.watch("accuracies"):
+            found = train.evaluate(models.apply_fn(MODEL), tree, work.test)
+        yield cell | {"accuracy": found.accuracy, "loss": found.loss} | more
 
 
 def finding_of(record: Record) -> str:
@@ -115,17 +99,15 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    last, number = {"layer": MODEL.depth}, tables.number()
-    lines = {name: {"network": name} for name in ("model 1", "model 2")}
-    lines |= {text: {"network": name} for name, text in LABELS.items()}
-    lines["mean of models"] = {"network": EDGES}
-    square = {"layer": tuple(range(2, MODEL.depth))}
+    names = {**dict(zip(EDGES, EDGES, strict=True)), **LABELS}
+    lines = {text: {"network": name} for name, text in names.items()}
+    last, square = {"layer": MODEL.depth}, {"layer": tuple(range(2, MODEL.depth))}
     columns = [
         tables.Column("test accuracy, %"),
-        tables.Column("g, last layer", last, "feature", number),
-        tables.Column("h, last layer", last, "offset", number),
-        tables.Column("g rescaled", last, "rescaled_feature", number),
-        tables.Column("stable rank of square matrices", square, "stable_rank", number),
+        tables.Column("g, last layer", last, "feature", tables.number()),
+        tables.Column("h, last layer", last, "offset", tables.number()),
+        tables.Column("g rescaled", last, "rescaled_feature", tables.number()),
+        tables.Column("stable rank of square matrices", square, "stable_rank", tables.number()),
     ]
     return [tables.pivot(record.rows, lines, columns, title=record["title"], corner="network")]
 
@@ -137,7 +119,7 @@ def figure_of(record: Record) -> Any:
         return [
             figures.line(record.rows, "layer", key, name=f"{what}, {of}", method=colour, scale=1,
                          dashed=network == EDGES, network=network)
-            for of, network in (("midpoint", "direct"), (EDGES, EDGES))
+            for of, network in (("midpoint", "direct"), ("edge models", EDGES))
         ]  # fmt: skip
 
     g, unit = lines("g", "feature", 0), "L2 norm over units (mean over images)"

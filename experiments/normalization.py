@@ -12,10 +12,9 @@ the biases of the last k layers, and with bias calibration. k is chosen for each
 0.5 on held-out training images, the smallest of equals (the paper's code chooses on test images).
 
 The paper ("Vanishing Feature", VGG16 on CIFAR-10): with weight matching REPAIR is the worst of the
-four at the midpoint and the others are about equal; with activation matching RESCALE is best and
-REPAIR below none. Removing biases of the first layers hurts; removing the last 5 or 6 is enough.
-Its networks were trained with a weight decay of 1e-4, those here with 5e-4; it, too, finds REPAIR
-reliable at large weight decay.
+four at the midpoint, with activation matching RESCALE the best; removing the last 5 or 6 biases is
+enough. Its networks were trained with a weight decay of 1e-4, those here with 5e-4; it, too, finds
+REPAIR reliable at large weight decay.
 """
 
 from __future__ import annotations
@@ -87,16 +86,16 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
         run.note("matching", match=match, seed=seed, **how)
         return aligned, known.carried([None, dict(found.permutations)])
 
-    # By what is done, on which images, and from which side biases are removed, if they are. Most
-    # networks with BatchNorm have no biases but those of their norms, which stay.
-    kinds = [(remedy, "test", None) for remedy in ("none", "reset")]
-    if not net.norms:
-        removals = (("held_out", "last"), ("test", "last"), ("test", "first"))
-        kinds = [("bias_removal", *removal) for removal in removals]
-        kinds += [(remedy, "test", None) for remedy in ("none", *REMEDIES)]
-    runs = [*(("weight", seed) for seed in seeds_of(config)), ("activation", None)]
-    keys = ("match", "seed", "remedy", "images", "side")
-    plan = (dict(zip(keys, (*one, *kind), strict=True)) for one in runs for kind in kinds)
+    # Most networks with BatchNorm have no biases but those of their norms, which stay.
+    removals = () if net.norms else (("held_out", "last"), ("test", "last"), ("test", "first"))
+    kinds = [("bias_removal", *removal) for removal in removals]
+    remedies = ["none", "reset"] if net.norms else ["none", *REMEDIES]
+    kinds += [(remedy, "test", None) for remedy in remedies]
+    plan = (
+        {"match": match, "seed": seed, "remedy": remedy, "images": on, "side": side}
+        for match, seed in (*(("weight", seed) for seed in seeds_of(config)), ("activation", None))
+        for remedy, on, side in kinds
+    )
     for cell in run.cells(plan):
         match, seed, remedy, on, side = cell.values()
         aligned, references = matched(match, seed)
@@ -125,9 +124,7 @@ def remedies_of(record: records.Record) -> list[str]:
 
 
 def title_of(record: records.Record) -> str:
-    runs, images = record["config"]["runs"], record["data"]["test_images"]
-    mean = f", mean of {runs} runs of weight matching" if runs > 1 else ""
-    return f"{records.networks(record)}, {images:,} test images{mean}"
+    return records.title(record, count=record["config"]["runs"], of="runs of weight matching")
 
 
 def finding_of(record: records.Record) -> str:

@@ -6,8 +6,8 @@
 
 Linear networks of 5 layers, 784-32-32-32-32-10 with biases, as they are and with skips around
 layers 2 to 4, are trained with the paper's recipe (Adam at 0.01, 20 epochs, weights of standard
-deviation 0.005 at the start). Pairs that differ in their random seed are averaged with weights
-1 - alpha and alpha, directly and after matching the second network's weights to the first's.
+deviation 0.005 at the start). Pairs that differ in their random seed are averaged, directly and
+after matching the second network's weights to the first's.
 
 The paper ("Vanishing Feature", mean of 5 runs): networks with skips lose less accuracy between the
 two ends, averaged directly as well as after weight matching.
@@ -34,7 +34,7 @@ MATCHES = {"direct": "direct", "weight": "weights matched"}
 # Lines of the table and of the figure: what their rows have.
 LINES = {
     f"{kind}, {text}": {"network": network, "merged": merged}
-    for network, kind in (("plain", "plain"), ("residual", "with skips"))
+    for network, kind in {"plain": "plain", "residual": "with skips"}.items()
     for merged, text in MATCHES.items()
 }
 
@@ -76,12 +76,8 @@ CLAIMS = [
 
 
 def finding_of(record: Record) -> str:
-    direct, matched = (
-        [f"{100 * record.rows.mean(network=n, merged=m, alpha=0.5):.1f}%" for n in MODELS]
-        for m in MATCHES
-    )
-    text = "With skips midpoints have {1}, without {0}; ".format(*direct)
-    return text + "matched {1} and {0}".format(*matched)
+    means = [f"{100 * record.rows.mean(**where, alpha=0.5):.1f}%" for where in LINES.values()]
+    return "With skips midpoints have {2}, without {0}; matched {3} and {1}".format(*means)
 
 
 def tables_of(record: Record) -> list[tables.Table]:
@@ -91,22 +87,20 @@ def tables_of(record: Record) -> list[tables.Table]:
         tables.Column("barrier, points", key="barrier"),
         tables.Column("loss barrier, nats", key="loss_barrier", show=tables.number()),
     ]
-    about = {"title": record["title"], "corner": "network"}
-    return [tables.pivot(record.rows, LINES, columns, **about)]
+    return [tables.pivot(record.rows, LINES, columns, title=record["title"], corner="network")]
 
 
 def figure_of(record: Record) -> Any:
     """Accuracy and loss against alpha."""
-    row = []
+    panels = []
     for key, y, scale in (("accuracy", figures.ACCURACY, 100), ("loss", "cross-entropy (nats)", 1)):
         lines = [
             figures.line(record.rows, "alpha", key, name=name, scale=scale, method=k // 2,
                          dashed=where["merged"] == "direct", **where)
             for k, (name, where) in enumerate(LINES.items())
         ]  # fmt: skip
-        x = "alpha, weight of the second network"
-        row.append(figures.Panel(f"test {key}", x, y, lines))
-    return figures.of_record(record, row, bars=grid.bars(record))
+        panels.append(figures.Panel(f"test {key}", "alpha, weight of the second network", y, lines))
+    return figures.of_record(record, panels, bars=grid.bars(record))
 
 
 LEGEND = """Here skips stay exact: what is added to a layer's output is its input. So units of all

@@ -6,14 +6,13 @@
 
 Pairs of networks that differ in their random seed are averaged with weights 1 - alpha and alpha,
 directly and after matching the second network's weights to the first's. The barrier is by how much
-the test accuracy of the average falls below the line between those of the two networks, at most,
-over 11 alphas. With --preset paper, --model is vgg16, vgg16-bn, vgg16-ln, resnet20 or
-resnet20-ln-w4 on CIFAR-10 (those with BatchNorm after RESET, those with LayerNorm with both
-initialisations), or vgg16-ln with --dataset mnist.
+the accuracy of the average falls below the line between those of the two networks, at most. With
+--preset paper, --model is vgg16, vgg16-bn, vgg16-ln, resnet20 or resnet20-ln-w4 on CIFAR-10 (those
+with BatchNorm after RESET, those with LayerNorm with both initialisations), or vgg16-ln with
+--dataset mnist.
 
 The paper ("Vanishing Feature"): after matching, the barrier falls with the learning rate and with
-weight decay, while direct averages change little. Accuracy does not explain this: one more epoch as
-the other networks were trained brings their accuracy, but not their barrier. The normal
+weight decay, which accuracy does not explain; direct averages change little. The normal
 initialisation gives a larger barrier and distance than the uniform one at the low rate alone.
 """
 
@@ -22,28 +21,27 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from kit import cli, edges, figures, grid, records, tables, timing
 from kit.experiment import Experiment, Run, Setup
-from kit.grid import Cell, Grid, Plan
+from kit.grid import Cell, Plan, cells_of, sets_of
 from kit.records import Record, Row
-from papers.training_recipe import CLAIMS, grid_of, number, told
+from papers.training_recipe import CLAIMS, number, told
 
-from vfjax import data, models, train
+from vfjax import align, data, diagnose, models, train
 
 PAPER_MODELS = ("vgg16", "vgg16-bn", "vgg16-ln", "resnet20", "resnet20-ln")
 CPU_MODEL = models.MLP((128,) * 3)
 CPU_RECIPE = train.Recipe(schedule="cosine", epochs=5)
-CPU_GRID = Grid(rates=(0.001, 0.003, 0.01, 0.03, 0.1), decays=(0.003, 0.006, 0.009, 0.012, 0.015),
-                rate=0.01, decay=0.003, low=0.01,
-                initialisers=("he_normal", "uniform"))  # fmt: skip
+CPU_GRID = {"rates": (0.001, 0.003, 0.01, 0.03, 0.1), "decay": 0.003, "low": 0.01, "rate": 0.01,
+            "decays": (0.003, 0.006, 0.009, 0.012, 0.015),
+            "initialisers": ("he_normal", "uniform")}  # fmt: skip
 # To see that it runs: fewer cells, networks that compile fast.
 QUICK_MODEL = models.MLP((16, 16))
-QUICK_GRID = dataclasses.replace(CPU_GRID, rates=(0.001, 0.01, 0.1), decays=(0.003, 0.015))
+QUICK_GRID = CPU_GRID | {"rates": (0.001, 0.01, 0.1), "decays": (0.003, 0.015)}
 NAMES = {"rate": "learning rate", "decay": "weight decay"}
-MATCHES = ("direct", "matched")
+EDGES, MATCHES = ("model 1", "model 2"), ("direct", "matched")
 UNIT = "barrier, points of test accuracy"
-# The colour of the other initialisation; those of recipes follow.
-OTHER = 2
 
 
 # fmt: off
@@ -89,29 +87,30 @@ def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
     options = {} if width is None else {"width": width}
     model = models.create(name, classes=dataset.classes, **options)
     recipe = train.recipe_for(name, dataset.name, preset="paper")
-    initialisers = tuple(dict.fromkeys([model.initialiser, "uniform", "kaiming_normal"]))
-    chosen = Grid(rates=(0.01, 0.03, 0.05, 0.07, 0.1), decays=(1e-4, 2e-4, 3e-4, 4e-4, 5e-4),
-                  rate=0.1, decay=1e-4, low=0.01,
-                  initialisers=initialisers[: 2 if name.endswith("-ln") else 1])  # fmt: skip
+    initialisers = list(dict.fromkeys([model.initialiser, "uniform", "kaiming_normal"]))
+    chosen = {"rates": (0.01, 0.03, 0.05, 0.07, 0.1), "decay": 1e-4, "low": 0.01, "rate": 0.1,
+              "decays": (1e-4, 2e-4, 3e-4, 4e-4, 5e-4),
+              "initialisers": initialisers[: 2 if name.endswith("-ln") else 1]}  # fmt: skip
     if dataset.name == "mnist":
-        chosen = Grid((0.001, 0.01, 0.1), (), 0.1, recipe.weight_decay, 0.01, ("uniform",))
+        chosen |= {"rates": (0.001, 0.01, 0.1), "decay": recipe.weight_decay, "decays": ()}
+        chosen |= {"initialisers": ("uniform",)}
     return Plan(name if width is None else f"{name}-w{width:g}", model, recipe, chosen)
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     seeds = grid.pairs_of(config)
-    with watch("data"):
-        dataset, images = grid.load(config, "cifar10" if config.preset == "paper" else "mnist")
+    wanted = "cifar10" if config.preset == "paper" else "mnist"
+    dataset, images = grid.load(config, watch, wanted)
     plan = plan_of(config, dataset)
     with watch("trace"):
         net = edges.traced(plan.model, dataset)
-    model = {"name": plan.name, "description": repr(plan.model)}
+    model = {"name": plan.name, "description": repr(plan.model), "depth": net.depth}
     record = {
         "config": {"model": plan.name},
         "data": images,
-        "model": model | {"depth": net.depth, "parameters": net.params},
+        "model": model | {"parameters": net.params},
         "recipe": dataclasses.asdict(plan.recipe),
-        "grid": dataclasses.asdict(plan.grid),
+        "grid": plan.grid,
         "renormalised": "reset" if net.norms else None,
         "seeds": {"pairs": seeds, "matching": [first for first, _ in seeds]},
     }
@@ -121,16 +120,44 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Each pair of networks, trained in each way of the plan, and merged."""
     plan, net, dataset, seeds = run.setup
+    test, options = dataset.batches("test"), {"alphas": grid.ALPHAS}
+    if net.norms:
+        options |= {"renormalise": "reset", "data": dataset.batches("train")}
 
     @functools.lru_cache(maxsize=1)
-    def pair_of(k: int) -> grid.Pair:
-        return grid.Pair(plan, net, dataset, seeds[k], config.work_dir, run.watch)
+    def trainer(k: int) -> Any:
+        return grid.trainer(plan, dataset, seeds[k], config.work_dir)
 
-    cells = plan.grid.cells()
+    cells = cells_of(plan.grid)
     for key in run.cells({"pair": k} | c._asdict() for k in range(len(seeds)) for c in cells):
-        cell = Cell(*(key[field] for field in Cell._fields))
+        k, *values = key.values()
+        cell = Cell(*values)
         run.note("recipes", cell=str(cell), **dataclasses.asdict(plan.recipe_of(cell)))
-        yield from pair_of(key["pair"]).measure(cell, key)
+        try:
+            with run.watch("training"):
+                networks, snapshots = trainer(k)(cell)
+        except FloatingPointError as error:
+            yield key | {"diverged": str(error)}
+            continue
+        snapshots[None] = [one.variables for one in networks]
+        for epoch in list(snapshots):
+            with run.watch("matching"):
+                # They are large.
+                trees = snapshots.pop(epoch)
+                found = align.match_weights(net, *trees, key=jax.random.key(seeds[k][0]))
+                matched = [trees[0], net.spec.permute(trees[1], found.permutations)]
+            merged = dict(zip(MATCHES, (trees, matched), strict=True))
+            for name, ends in merged.items():
+                distance = diagnose.distance(*ends, net=net).total
+                yield key | {"merged": name, "epoch": epoch, "distance": distance}
+        yield key | {"converged": found.converged, "moved": found.moved}
+        for name, ends in merged.items():
+            with run.watch("interpolation"):
+                curve = diagnose.interpolation(net, ends, test, **options)
+            yield from records.curve_rows(key | {"merged": name}, curve)
+        for name, one, accuracy in zip(EDGES, networks, curve.edge_accuracy, strict=True):
+            row = key | {"network": name, "accuracy": float(accuracy)}
+            yield row | {"train_accuracy": one.history[-1]["accuracy"]}
 
 
 def title_of(record: Record) -> str:
@@ -141,55 +168,52 @@ def title_of(record: Record) -> str:
 
 def finding_of(record: Record) -> str:
     """How far the matched barrier falls in both sweeps."""
-    ends = {what: grid_of(record).ends(name) for name, what in NAMES.items()}
-    parts = [
-        f"from {' to '.join(told(number(record, cell)) for cell in cells)} points with the {what}"
-        for what, cells in ends.items()
-        if cells
-    ]
+    parts, sets = [], sets_of(record["grid"])
+    for name, what in NAMES.items():
+        if sets[name]:
+            low, high = (told(number(record, cell)) for cell in sets[f"{name}, ends"])
+            parts.append(f"from {low} to {high} points with the {what}")
     return f"The matched barrier goes {' and '.join(parts)}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:
     """Accuracies and barriers in per cent, distances; and what diverged."""
-    lines = {str(cell): cell._asdict() for cell in grid_of(record).cells()}
-    columns = [tables.Column("accuracy", {"network": ("model 1", "model 2")})]
+    lines = {str(cell): cell._asdict() for cell in cells_of(record["grid"])}
+    columns = [tables.Column("accuracy", {"network": EDGES})]
     columns += [tables.Column(f"barrier, {m}", {"merged": m}, "barrier") for m in MATCHES]
     columns += [
         tables.Column(f"distance, {m}", {"merged": m, "epoch": None}, "distance",
                       lambda values: tables.percent([value / 100 for value in values]))
         for m in MATCHES
     ]  # fmt: skip
-    lost = {name: len(record.rows.where(**line).values("diverged")) for name, line in lines.items()}
     pairs = len(record.rows.distinct("pair"))
-    said = [
-        f"with {name}, {count} of {pairs} pairs diverged" for name, count in lost.items() if count
-    ]
+    lost = {name: len(record.rows.where(**line).values("diverged")) for name, line in lines.items()}
+    said = [f"with {name}, {n} of {pairs} pairs diverged" for name, n in lost.items() if n]
     head = {"title": record["title"], "corner": "trained with", "caption": "; ".join(said)}
     return [tables.pivot(record.rows, lines, columns, **head)]
 
 
 def figure_of(record: Record) -> Any:
     """Barriers against rate and decay, the ablations, distances during training."""
-    plan, rows, panels = grid_of(record), record.rows, []
-    first = plan.initialisers[0]
+    sets, rows, panels = sets_of(record["grid"]), record.rows, []
+    first, *others = record["grid"]["initialisers"]
+    kinds = [("direct", first, "direct"), ("matched", first, "matched")]
+    kinds += [("matched", other, 2) for other in others]
     for name, what in NAMES.items():
-        fixed = [cell._asdict() for cell in plan.sweep(name)]
-        ticks = [cell.pop(name) for cell in fixed]
-        kinds = [("direct", first), *(("matched", other) for other in plan.initialisers)]
+        fixed = [cell._asdict() for cell in sets[name]]
+        ticks = [cell[name] for cell in fixed]
         lines = [
-            figures.line(rows, name, "barrier", name=f"{match}, {initialiser}", merged=match,
-                         method=match if initialiser == first else OTHER,
-                         dashed=match == "direct", **here | {"initialiser": initialiser})
-            for here in fixed[:1] for match, initialiser in kinds
+            figures.line(rows, name, "barrier", name=f"{match}, {initialiser}", method=method,
+                         dashed=match == "direct", merged=match,
+                         **here | {"initialiser": initialiser, name: ticks})
+            for here in fixed[:1] for match, initialiser, method in kinds
         ]  # fmt: skip
-        if lines:
-            said = ", ".join(f"{key} {value}" for key, value in fixed[0].items() if value)
-            panel = figures.Panel(f"by {what}", f"{what} ({said})", UNIT, lines, ticks=ticks)
-            panels.append(dataclasses.replace(panel, log_x=name == "rate"))
-    ablations, compared = [*plan.ablation("rate"), *plan.ablation("decay")], plan.initialised()
+        style = {"ticks": ticks, "log_x": name == "rate"}
+        panels += [figures.Panel(f"by {what}", what, UNIT, lines, **style)] if lines else []
+    ablations = [c for name in NAMES if sets[name] for c in sets[f"{name}, one more epoch"]]
+    compared = sets.get("initialisers", [])
     points, paths = [], []
-    for k, cell in enumerate(dict.fromkeys([*ablations, *compared]), start=OTHER + 1):
+    for k, cell in enumerate(dict.fromkeys([*ablations, *compared]), start=3):
         style = {"name": str(cell), "method": k, "dashed": cell != cell.source}
         here = rows.where(**cell._asdict())
         if cell in ablations:

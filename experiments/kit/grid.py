@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from kit import cli, edges, records, timing
 from kit.claims import Decision, Rule
 from kit.experiment import Experiment, Setup
 from kit.records import Record
-from vfjax import align, data, diagnose, models, train
+from vfjax import data, models, train
 
 PyTree = Any
 BATCH = 500
@@ -68,10 +68,13 @@ def pairs_of(config: PairOptions) -> list[tuple[int, int]]:
     return pairs[:1] if config.quick else pairs
 
 
-def load(config: PairOptions, prefer: str = "mnist") -> tuple[data.Dataset, dict[str, Any]]:
+def load(
+    config: PairOptions, watch: timing.Stopwatch, prefer: str = "mnist"
+) -> tuple[data.Dataset, dict[str, Any]]:
     """The images, and what records say of them."""
     count = QUICK_IMAGES if config.quick else None
-    found = data.load(config.dataset, config.data_dir, train=count, test=count, prefer=prefer)
+    with watch("data"):
+        found = data.load(config.dataset, config.data_dir, train=count, test=count, prefer=prefer)
     counts = {"train": len(found.train_images), "test": len(found.test_images)}
     return found, records.about(found, **counts)
 
@@ -88,10 +91,9 @@ def epochs_factor(config: PairOptions, recipe: train.Recipe, dataset: data.Datas
 def titled(record: Record, what: str, wanted: str = "mnist") -> str:
     """Data and networks, how many pairs, and whether the numbers mean anything."""
     count = len(record.rows.distinct("pair"))
-    parts = [f"{records.dataset_label(record['data'], wanted)}: {what}"]
-    parts += [f"mean of {count} pairs"] if count > 1 else []
-    parts += ["QUICK, MEANS NOTHING"] if record["config"]["quick"] else []
-    return ", ".join(parts)
+    title = f"{records.dataset_label(record['data'], wanted)}: {what}"
+    title += f", mean of {count} pairs" * (count > 1)
+    return title + ", QUICK, MEANS NOTHING" * record["config"]["quick"]
 
 
 def bars(record: Record) -> str:
@@ -104,18 +106,15 @@ def quick(record: Mapping[str, Any]) -> bool:
 
 def stem(record: Mapping[str, Any]) -> list[str]:
     """What names of files begin with after the experiment's: the data set."""
-    return [record["data"]["name"], *(["quick"] if quick(record) else [])]
+    return [record["data"]["name"], *["quick"] * quick(record)]
 
 
 def over_pairs(record: Record, rule: Rule) -> Decision | None:
     """A rule on the means over pairs; says of how many pairs it gives the same."""
-    found, rows = rule(record), record.rows
-    if found is None:
-        return None
-    holds, here = found
-    pairs = [Record(record | {"rows": rows.where(pair=k)}) for k in rows.distinct("pair")]
-    same = [(rule(pair) or (None,))[0] for pair in pairs].count(holds)
-    return holds, here if same == len(pairs) else f"{here} (so in {same} of {len(pairs)} pairs)"
+    (holds, here), rows = rule(record), record.rows
+    ones = [rule(Record(record | {"rows": rows.where(pair=k)})) for k in rows.distinct("pair")]
+    same = [one for one, _ in ones].count(holds)
+    return holds, here if same == len(ones) else f"{here} (so in {same} of {len(ones)} pairs)"
 
 
 # -------------------------------------------------------------------------------- linear networks
@@ -138,8 +137,7 @@ def linear(
 
     def prepare(config: LinearOptions, watch: timing.Stopwatch) -> Setup:
         pairs = pairs_of(config)
-        with watch("data"):
-            dataset, images = load(config)
+        dataset, images = load(config, watch)
         with watch("trace"):
             nets = {name: edges.traced(model, dataset) for name, model in networks.items()}
         epochs = round(recipe.epochs * epochs_factor(config, recipe, dataset))
@@ -197,47 +195,33 @@ class Cell(NamedTuple):
         return self._replace(then_rate=None, then_decay=None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """What is trained: learning rates, all with `decay`, and weight decays, all at `rate`."""
+def sets_of(grid: Mapping[str, Any]) -> dict[str, list[Cell]]:
+    """What is trained, by what it is compared for; what starts from others comes after them.
 
-    rates: tuple[float, ...]
-    decays: tuple[float, ...]
-    rate: float
-    decay: float
-    low: float  # The learning rate that is compared with `rates[-1]`, and that of ablations.
-    initialisers: tuple[str, ...]  # Of the sweeps; and, if any, what is compared with it.
+    Of a grid `rates` are with its `decay`, `decays` at its `rate`, both of the first of its
+    `initialisers`; `low` is the rate that is compared with the highest, and that of more epochs.
+    """
+    rates, low, decay, names = (grid[key] for key in ("rates", "low", "decay", "initialisers"))
+    sets = {
+        "rate": [Cell(names[0], rate, decay) for rate in rates],
+        "decay": [Cell(names[0], grid["rate"], decay) for decay in grid["decays"]],
+    }
+    if names[1:]:
+        names = sorted(names, key=lambda name: name == "uniform")
+        slow, fast = ([Cell(name, rate, decay) for name in names] for rate in (low, rates[-1]))
+        sets |= {"initialisers, low": slow, "initialisers": slow + fast}
+    for name in ("rate", "decay"):
+        if cells := [cell for cell in sets[name] if cell.rate >= low]:
+            start, end = cells[0], cells[-1]
+            after = end._replace(then_rate=low, then_decay=start.decay)
+            sets |= {f"{name}, ends": [start, end], f"{name}, one more epoch": [end, after, start]}
+    if rates[0] < low:
+        sets["smallest rate and ends"] = [sets["rate"][0], *sets["rate, ends"]]
+    return sets
 
-    def sweep(self, name: str) -> list[Cell]:
-        """The cells of learning rates ("rate"), or of weight decays ("decay")."""
-        first = self.initialisers[0]
-        if name == "rate":
-            return [Cell(first, rate, self.decay) for rate in self.rates]
-        return [Cell(first, self.rate, decay) for decay in self.decays]
 
-    def ends(self, name: str) -> list[Cell]:
-        """Of a sweep those that are compared: the low rate or decay and the highest."""
-        cells = [cell for cell in self.sweep(name) if cell.rate >= self.low]
-        return [*cells[:1], *cells[-1:]]
-
-    def ablation(self, name: str) -> list[Cell]:
-        """The highest of a sweep, the same with one more epoch as the low one, the low one."""
-        if not self.sweep(name):
-            return []
-        low, high = self.ends(name)
-        return [high, high._replace(then_rate=self.low, then_decay=low.decay), low]
-
-    def initialised(self) -> list[Cell]:
-        """The normal and the uniform initialisation at the low rate, then both at the highest."""
-        names = sorted(self.initialisers, key=lambda name: name == "uniform")
-        rates = (self.low, self.rates[-1])
-        cells = [Cell(name, rate, self.decay) for rate in rates for name in names]
-        return cells if len(names) > 1 else []
-
-    def cells(self) -> list[Cell]:
-        """All cells; those that start from others after them."""
-        found = [*self.sweep("rate"), *self.sweep("decay"), *self.initialised()]
-        return list(dict.fromkeys([*found, *self.ablation("rate"), *self.ablation("decay")]))
+def cells_of(grid: Mapping[str, Any]) -> list[Cell]:
+    return list(dict.fromkeys(itertools.chain(*sets_of(grid).values())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +231,7 @@ class Plan:
     name: str
     model: Any
     recipe: train.Recipe
-    grid: Grid
+    grid: Mapping[str, Any]
     factor: float = 1.0  # For one epoch of the recipe there are so many.
 
     def recipe_of(self, cell: Cell) -> train.Recipe:
@@ -264,63 +248,22 @@ class Plan:
         return dataclasses.replace(self.recipe, epochs=epochs, **changes)
 
 
-@dataclasses.dataclass(eq=False)
-class Pair:
-    """Trains the two networks of a pair for one cell after another, and merges them."""
+def trainer(
+    plan: Plan, dataset: data.Dataset, seeds: Sequence[int], work_dir: str | None = None
+) -> Callable[[Cell], tuple[list[train.Trained], dict[Any, list[PyTree]]]]:
+    """What trains the networks of a pair for a cell, and keeps those that others start from.
 
-    plan: Plan
-    net: vfjax.Network
-    dataset: data.Dataset
-    seeds: Sequence[int]
-    work_dir: str | None
-    watch: timing.Stopwatch
-    trained: dict[Cell, list[PyTree]] = dataclasses.field(default_factory=dict)
+    Where initialisations are compared, it gives all networks after some epochs, too.
+    """
+    compared = sets_of(plan.grid).get("initialisers", ())
 
-    def measure(self, cell: Cell, key: Mapping[str, Any]) -> Iterator[records.Row]:
-        """The rows of a cell and a pair, which begin with `key`: of distances, paths, networks.
-
-        Where training diverges that is the only row.
-        """
-        try:
-            with self.watch("training"):
-                runs, snapshots = self.train(cell)
-        except FloatingPointError as error:
-            yield {**key, "diverged": str(error)}
-            return
-        # Those after training come last, with None for an epoch.
-        for epoch, trees in [*snapshots.items(), (None, self.trained[cell])]:
-            with self.watch("matching"):
-                seed = jax.random.key(self.seeds[0])
-                found = align.match_weights(self.net, *trees, key=seed)
-                matched = [trees[0], self.net.spec.permute(trees[1], found.permutations)]
-            merged = {"direct": trees, "matched": matched}
-            for name, ends in merged.items():
-                distance = diagnose.distance(*ends, net=self.net).total
-                yield {**key, "merged": name, "epoch": epoch, "distance": distance}
-        yield {**key, "converged": found.converged, "moved": found.moved}
-        options: dict[str, Any] = {"alphas": ALPHAS}
-        if self.net.norms:
-            options |= {"renormalise": "reset", "data": self.dataset.batches("train")}
-        for name, ends in merged.items():
-            with self.watch("interpolation"):
-                test = self.dataset.batches("test")
-                curve = diagnose.interpolation(self.net, ends, test, **options)
-            yield from records.curve_rows({**key, "merged": name}, curve)
-        for k, run in enumerate(runs):
-            row = {**key, "network": f"model {k + 1}", "accuracy": float(curve.edge_accuracy[k])}
-            yield row | {"train_accuracy": run.history[-1]["accuracy"]}
-
-    def train(self, cell: Cell) -> tuple[list[train.Trained], dict[int, list[PyTree]]]:
-        """The two networks; and, where initialisations are compared, both after some epochs."""
-        model = dataclasses.replace(self.plan.model, initialiser=cell.initialiser)
-        recipe = self.plan.recipe_of(cell)
-        starts: Sequence[PyTree | None] = (None, None)
+    @functools.cache
+    def trained(cell: Cell) -> tuple[list[train.Trained], dict[Any, list[PyTree]]]:
+        model = dataclasses.replace(plan.model, initialiser=cell.initialiser)
+        recipe, starts = plan.recipe_of(cell), [None] * len(seeds)
         if cell != cell.source:
-            if cell.source not in self.trained:
-                # They diverged, or an earlier call that was stopped has measured them.
-                self.train(cell.source)
-            starts = self.trained[cell.source]
-        snapshots: dict[int, list[PyTree]] = collections.defaultdict(list)
+            starts = [run.variables for run in trained(cell.source)[0]]
+        snapshots: dict[Any, list[PyTree]] = collections.defaultdict(list)
 
         def keep(epoch: int, variables: PyTree) -> None:
             # After at most twenty epochs, evenly spaced.
@@ -328,18 +271,19 @@ class Pair:
                 snapshots[epoch].append(jax.device_get(variables))
 
         runs = []
-        for seed, start in zip(self.seeds, starts, strict=True):
+        for seed, start in zip(seeds, starts, strict=True):
             options: dict[str, Any] = {}
-            if cell in self.plan.grid.initialised():
-                x = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
+            if cell in compared:
+                x = jnp.zeros((1, *dataset.train_images.shape[1:]))
                 start, options = jax.jit(model.init)(jax.random.key(seed), x), {"on_epoch": keep}
                 keep(0, start)
-            elif self.work_dir is not None:
-                folder = Path(self.work_dir, self.plan.name, str(cell).replace(", ", "-"))
-                options = {"work_dir": folder / f"seed{seed}"}
-            run = train.fit(model, recipe, self.dataset, seed=seed, start=start, **options)
+            elif work_dir is not None:
+                folder = Path(work_dir, plan.name, str(cell).replace(", ", "-"), f"seed{seed}")
+                options = {"work_dir": folder}
+            run = train.fit(model, recipe, dataset, seed=seed, start=start, **options)
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.variables)):
                 raise FloatingPointError(f"{cell} left parameters that are not finite.")
             runs.append(run)
-        self.trained[cell] = [run.variables for run in runs]
         return runs, snapshots
+
+    return trained

@@ -175,6 +175,12 @@ def networks(record: Mapping[str, Any], wanted: str = "cifar10") -> str:
     return f"{dataset_label(record['data'], wanted)}: {config['model']}{width}"
 
 
+def title(record: Mapping[str, Any], what: str = "", count: int = 1, of: str = "seeds") -> str:
+    """Data, networks, what was done with them, on how many test images; the mean of how many."""
+    parts = [networks(record), what, f"{record['data']['test_images']:,} test images"]
+    return ", ".join(filter(None, [*parts, f"mean of {count} {of}" * (count > 1)]))
+
+
 def made_on(record: Mapping[str, Any]) -> str:
     device = record["device"]
     return f"{device['cores']} CPU cores" if device["platform"] == "cpu" else device["kind"]

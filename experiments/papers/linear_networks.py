@@ -11,10 +11,10 @@ from kit.claims import Claim, Decision
 from kit.grid import over_pairs
 from kit.records import Record
 
-EDGES = "edge models"
+EDGES = ("model 1", "model 2")
 
 
-def by_layer(record: Record, key: str, network: str = "direct") -> np.ndarray:
+def by_layer(record: Record, key: str, network: str | tuple[str, ...] = "direct") -> np.ndarray:
     """A number of each layer, the mean over pairs."""
     return np.array(record.rows.curve("layer", key, network=network)[1])
 
@@ -35,7 +35,7 @@ def decide(
     holds: Callable[[np.ndarray], bool],
 ) -> Decision:
     values = of(record)
-    return bool(holds(values)), f"{what} {', '.join(f'{value:.2g}' for value in values)}"
+    return bool(holds(values)), f"{what}: {', '.join(f'{value:.2g}' for value in values)}"
 
 
 def rescaled(ends: np.ndarray) -> bool:
@@ -44,37 +44,38 @@ def rescaled(ends: np.ndarray) -> bool:
     return 0.5 < (lost - still_lost) / lost < 1.5
 
 
-NEAR_CHANCE = claims.AtChance(claims.accuracy("direct midpoint", network="direct"), claims.NEAR)
+def claim(name: str, text: str, paper: str, rule: claims.Rule, by: str) -> Claim:
+    of_means = partial(over_pairs, rule=rule)
+    return Claim(f"vf.linear.{name}", text, paper, of_means, by=f"{by} (means over pairs)")
+
+
 CLAIMS = [
-    Claim(f"vf.linear.{name}", text, paper, partial(over_pairs, rule=rule),
-          by=f"{by} (means over pairs)")
-    for name, text, paper, rule, by in (
-        ("fades", "features fade from layer to layer in the midpoint", "it fades",
-         partial(decide, what="g over the edge models', by layer:", of=left,
-                 holds=lambda found: found[-1] < 0.1 * found[0]),
-         "to less than a tenth from the first layer to the last"),
-        ("offset-grows", "offsets grow from layer to layer in the midpoint", "it grows",
-         partial(decide, what="h by layer:", of=partial(by_layer, key="offset"),
-                 holds=lambda found: found[-1] > found[0]),
-         "larger at the last layer than at the first"),
-        ("overtakes", "offsets overtake features in the last layers", "it overtakes",
-         partial(decide, what="g / h by layer:",
-                 of=lambda record: by_layer(record, "feature") / by_layer(record, "offset"),
-                 holds=lambda found: found[-1] < 1 <= max(found)),
-         "h is larger than g from some layer after the first on, to the end"),
-        ("near-chance", "direct midpoints are at chance", "8.9 of 85.8 in its notebook",
-         NEAR_CHANCE, "within 10 points of chance; up to two standard errors more are undecided"),
-        ("weights-smaller", "weights are smaller in the midpoint than in the edge models",
-         "they are smaller",
-         partial(decide, what="over the edge models', by layer:",
-                 of=partial(left, key="weight", of="weight"), holds=lambda found: max(found) < 1),
-         "in every layer"),
-        ("weights-rise", "weights rise again in the final layers", "they rise",
-         partial(decide, what="by layer:", of=partial(by_layer, key="weight"),
-                 holds=lambda found: 1 <= np.argmin(found) < len(found) - 1),
-         "their mean magnitude is least in a layer after the first, before the last"),
-        ("rescaled", "rescaling largely removes the fading", "it does largely",
-         partial(decide, what="g over the edge models' at the last layer, and rescaled:",
-                 of=at_the_end, holds=rescaled),
-         "more than half of it, in logarithms, and no more than one and a half times it"))
+    claim("fades", "features fade from layer to layer in the midpoint", "it fades",
+          partial(decide, what="g over the edge models', by layer", of=left,
+                  holds=lambda found: found[-1] < 0.1 * found[0]),
+          "to less than a tenth from the first layer to the last"),
+    claim("offset-grows", "offsets grow from layer to layer in the midpoint", "it grows",
+          partial(decide, what="h by layer", of=partial(by_layer, key="offset"),
+                  holds=lambda found: found[-1] > found[0]),
+          "larger at the last layer than at the first"),
+    claim("overtakes", "offsets overtake features in the last layers", "it overtakes",
+          partial(decide, what="g / h by layer",
+                  of=lambda record: by_layer(record, "feature") / by_layer(record, "offset"),
+                  holds=lambda found: found[-1] < 1 <= max(found)),
+          "h is larger than g from some layer after the first on, to the end"),
+    claim("near-chance", "direct midpoints are at chance", "8.9 of 85.8 in its notebook",
+          claims.AtChance(claims.accuracy("direct midpoint", network="direct"), claims.NEAR),
+          "within 10 points of chance; up to two standard errors more are undecided"),
+    claim("weights-smaller", "weights are smaller in the midpoint than in the edge models",
+          "they are smaller", partial(decide, what="over the edge models', by layer",
+                                      of=partial(left, key="weight", of="weight"),
+                                      holds=lambda found: max(found) < 1), "in every layer"),
+    claim("weights-rise", "weights rise again in the final layers", "they rise",
+          partial(decide, what="by layer", of=partial(by_layer, key="weight"),
+                  holds=lambda found: 1 <= np.argmin(found) < len(found) - 1),
+          "their mean magnitude is least in a layer after the first, before the last"),
+    claim("rescaled", "rescaling largely removes the fading", "it does largely",
+          partial(decide, what="g over the edge models' at the last layer, and rescaled",
+                  of=at_the_end, holds=rescaled),
+          "more than half of it, in logarithms, and no more than one and a half times it"),
 ]  # fmt: skip

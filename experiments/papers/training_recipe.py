@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable
 from functools import partial
-from operator import methodcaller
 
 from kit import claims
 from kit.claims import Claim, Decision
-from kit.grid import Cell, Grid
+from kit.grid import Cell, sets_of
 from kit.records import Record
 
 # "Little"; accuracies that are alike; "the difference is gone"; "can be merged".
 LITTLE, ALIKE, GONE, MERGES = 0.2, 0.005, 0.25, 0.5
-
-
-def grid_of(record: Record) -> Grid:
-    return Grid(**{k: tuple(v) if isinstance(v, list) else v for k, v in record["grid"].items()})
 
 
 def number(record: Record, cell: Cell, key: str = "barrier", merged: str = "matched") -> float:
@@ -38,65 +34,59 @@ def told(value: float, key: str = "barrier") -> str:
 
 def decide(
     record: Record,
-    cells: Callable[[Grid], Sequence[Cell]],
+    of: str,
     margin: Callable[..., float] | None = None,
     key: str = "barrier",
     merged: str = "matched",
 ) -> Decision | None:
-    """Whether a margin of the numbers of some cells is above 0; open within noise.
+    """Whether a margin of the numbers of a set of cells is above 0; open within noise.
 
     That is of the accuracy that averages fall to. Without a margin, whether the last two are alike.
     Left out where no such cells are trained, and open where all pairs of one diverged.
     """
-    found = cells(grid_of(record))
-    if not found:
+    cells = sets_of(record["grid"]).get(of)
+    if cells is None:
         return None
-    values = [number(record, cell, key, merged) for cell in found]
-    here = "; ".join(f"{told(v, key)} with {c}" for c, v in zip(found, values, strict=True))
+    values = [number(record, cell, key, merged) for cell in cells]
+    here = "; ".join(f"{told(v, key)} with {c}" for c, v in zip(cells, values, strict=True))
     if any(map(math.isnan, values)):
         return None, here
     if margin is None:
         return claims.level(record, values[-2:], ALIKE), here
-    lows = [number(record, c, "accuracy") - number(record, c, merged=merged) for c in found]
+    lows = [number(record, c, "accuracy") - number(record, c, merged=merged) for c in cells]
     free = 0.0 if key == "distance" else claims.free(record, min(lows))
     return claims.beyond(margin(*values), free), here
 
 
-def unmoved(record: Record, ablation: Callable[[Grid], Sequence[Cell]]) -> Decision | None:
+def unmoved(record: Record, of: str) -> Decision | None:
     """Whether one more epoch leaves barriers nearer to their own than to that of the other."""
-    found = decide(record, ablation, lambda own, now, other: abs(now - other) - abs(now - own))
-    if found is None or decide(record, ablation, key="accuracy")[0]:
+    found = decide(record, of, lambda own, now, other: abs(now - other) - abs(now - own))
+    if found is None or decide(record, of, key="accuracy")[0]:
         return found
     # At unlike accuracy it says nothing of what accuracy explains.
     return None, found[1]
 
 
-def smallest_and_larger(grid: Grid) -> list[Cell]:
-    """The smallest rate, if it is below those that are compared, with these."""
-    smallest = grid.sweep("rate")[0]
-    return [smallest, *grid.ends("rate")] if smallest.rate < grid.low else []
-
-
 def of_sweep(name: str, what: str, falls: float, paper: str, epoch: str) -> list[Claim]:
     """Of learning rates or weight decays: barriers along them, and what one more epoch does."""
-    ends, ablation = methodcaller("ends", name), methodcaller("ablation", name)
+    along, ablation = partial(decide, of=f"{name}, ends"), f"{name}, one more epoch"
     return [
         Claim(f"vf.recipe.{name}-direct", f"the barrier of direct averages changes little with the "
               f"{what}", "changes little",
-              partial(decide, cells=ends, merged="direct", margin=lambda low, high:
+              partial(along, merged="direct", margin=lambda low, high:
                       LITTLE * max(low, high) - abs(high - low)),
               by=f"by less than {100 * LITTLE:.0f}% of the larger; {NOISE}"),
         Claim(f"vf.recipe.{name}-matched", f"the matched barrier falls with the {what}", paper,
-              partial(decide, cells=ends, margin=lambda low, high: (1 - falls) * low - high),
+              partial(along, margin=lambda low, high: (1 - falls) * low - high),
               by=f"{100 * falls:.0f}% or more; {NOISE}"),
         Claim(f"vf.recipe.{name}-epoch-accuracy", f"{epoch} brings networks of the high {what} to "
               "the accuracy of the low one", "it does",
-              partial(decide, cells=ablation, key="accuracy"),
+              partial(decide, of=ablation, key="accuracy"),
               by="within half a point; up to two standard errors more are undecided"),
         Claim(f"vf.recipe.{name}-epoch-barrier", f"{epoch} does not bring networks of the high "
-              f"{what} to the barrier of the low one", "it does not",
-              partial(unmoved, ablation=ablation), by="nearer to their own than to that; "
-              f"open where accuracies are not within half a point; {NOISE}"),
+              f"{what} to the barrier of the low one", "it does not", partial(unmoved, of=ablation),
+              by="nearer to their own than to that; open where accuracies are not within half a "
+              f"point; {NOISE}"),
     ]  # fmt: skip
 
 
@@ -106,12 +96,11 @@ def of_initialisers(key: str, merged: str, noise: str) -> list[Claim]:
     return [
         Claim(f"vf.recipe.initialiser-{key}-low",
               f"at the low rate the normal initialisation has the larger {key}", paper,
-              partial(rule, cells=lambda grid: grid.initialised()[:2],
-                      margin=lambda normal, uniform: normal - uniform),
+              partial(rule, of="initialisers, low", margin=operator.sub),
               by=f"larger than with the uniform one{noise}"),
         Claim(f"vf.recipe.initialiser-{key}-high",
               f"at the high rate both initialisations have the same {key}", paper,
-              partial(rule, cells=Grid.initialised, margin=lambda a, b, normal, uniform:
+              partial(rule, of="initialisers", margin=lambda a, b, normal, uniform:
                       GONE * abs(a - b) - abs(normal - uniform)),
               by=f"less than a quarter of the difference at the low rate is left{noise}"),
     ]  # fmt: skip
@@ -127,7 +116,7 @@ CLAIMS = [
     *of_initialisers("distance", "direct", ""),
     Claim("vf.recipe.merge-from-low-on", "networks trained at the smallest rate cannot be merged, "
           "those of larger ones can", "VGG16-LN on MNIST: not at 0.001, at 0.01 and 0.1",
-          partial(decide, cells=smallest_and_larger, key="lost", margin=lambda first, *others:
+          partial(decide, of="smallest rate and ends", key="lost", margin=lambda first, *others:
                   min(first - MERGES, MERGES - max(others))),
           by=f"matched, no more than half of the accuracy is lost; {NOISE}"),
 ]  # fmt: skip

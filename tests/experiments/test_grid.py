@@ -17,11 +17,13 @@ from vfjax.train import _fit
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-cli, edges, grid, records, timing, training = (
+cli, edges, experiment, grid, records, timing, training = (
     importlib.import_module(f"kit.{name}")
-    for name in ("cli", "edges", "grid", "records", "timing", "training")
+    for name in ("cli", "edges", "experiment", "grid", "records", "timing", "training")
 )
-GRID = grid.Grid((0.01, 0.1), (0.0, 1e-3), 0.1, 0.0, 0.01, ("he_normal", "uniform"))
+recipes = importlib.import_module("training_recipe")
+GRID = {"rates": (0.01, 0.1), "decays": (0.0, 1e-3), "rate": 0.1, "decay": 0.0, "low": 0.01,
+        "initialisers": ("he_normal", "uniform")}  # fmt: skip
 RECIPE = train.Recipe(epochs=2, batch_size=100)
 PLAN = grid.Plan("mlp", models.MLP((8,)), RECIPE, GRID)
 CELL = grid.Cell("he_normal", 0.1, 0.0)
@@ -42,8 +44,19 @@ def net(digits):
     return edges.traced(PLAN.model, digits)
 
 
-def pair_of(digits, net, plan=PLAN, folder=None):
-    return grid.Pair(plan, net, digits, (0, 1), folder, timing.Stopwatch())
+def pair_of(digits, folder=None):
+    """What trains a pair for a cell."""
+    return grid.trainer(PLAN, digits, (0, 1), folder)
+
+
+def measured(digits, net, folder, *cells):
+    """The rows of each of some cells."""
+    setup = experiment.Setup(None, (PLAN, net, digits, [(0, 1)]), {})
+    run = experiment.Run(setup, timing.Stopwatch(), folder / "a.partial", "key")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "cells_of", lambda grid: cells)
+        rows = list(recipes.measure(recipes.Config(), run))
+    return [[row for row in rows if cell._asdict().items() <= row.items()] for cell in cells]
 
 
 def same(tree, other):
@@ -55,19 +68,18 @@ def same(tree, other):
 
 
 def test_cells_are_sweeps_and_what_starts_from_them():
-    cells = GRID.cells()
+    cells = grid.cells_of(GRID)
     assert len(cells) == len(set(cells)) == len({str(cell) for cell in cells}) == 7
-    then = [more(CELL, GRID.low, 0.0), more(CELL._replace(decay=1e-3), GRID.low, 0.0)]
+    then = [more(CELL, GRID["low"], 0.0), more(CELL._replace(decay=1e-3), GRID["low"], 0.0)]
     assert [cell for cell in cells if cell != cell.source] == then
     # Those that start from others come after them.
     for place, cell in enumerate(cells):
         assert cell == cell.source or cell.source in cells[:place]
-    compared = [(cell.initialiser, cell.rate) for cell in GRID.initialised()]
-    assert compared == [(name, rate) for rate in GRID.rates for name in GRID.initialisers]
-    one = dataclasses.replace(GRID, initialisers=("he_normal",))
-    assert not one.initialised() and len(one.cells()) == 5
-    none = dataclasses.replace(GRID, decays=())
-    assert len(none.cells()) == 5
+    compared = [(cell.initialiser, cell.rate) for cell in grid.sets_of(GRID)["initialisers"]]
+    assert compared == [(name, rate) for rate in GRID["rates"] for name in GRID["initialisers"]]
+    one = GRID | {"initialisers": ("he_normal",)}
+    assert "initialisers" not in grid.sets_of(one) and len(grid.cells_of(one)) == 5
+    assert len(grid.cells_of(GRID | {"decays": ()})) == 5
 
 
 def test_recipes_of_cells():
@@ -131,10 +143,9 @@ def test_titles_and_names():
 # --------------------------------------------------------------------------------- what comes out
 
 
-def test_rows_of_a_pair(digits, net):
-    pair = pair_of(digits, net)
-    rows = list(pair.measure(CELL, {"cell": "a"}))
-    assert all(row["cell"] == "a" for row in rows) and not any("diverged" in row for row in rows)
+def test_rows_of_a_pair(digits, net, tmp_path):
+    (rows,) = measured(digits, net, tmp_path, CELL)
+    assert all(row["pair"] == 0 for row in rows) and not any("diverged" in row for row in rows)
     for name in ("direct", "matched"):
         own = [row for row in rows if row.get("merged") == name]
         assert len([row for row in own if "alpha" in row]) == grid.ALPHAS
@@ -147,29 +158,23 @@ def test_rows_of_a_pair(digits, net):
     ends = [row for row in rows if row.get("merged") == "direct" and row.get("alpha") in (0.0, 1.0)]
     found = [row["accuracy"] for row in networks]
     assert found == pytest.approx([row["accuracy"] for row in ends])
-    assert {"training", "matching", "interpolation"} <= set(pair.watch.seconds)
 
 
-def test_one_more_epoch_starts_from_the_other_cells_networks(digits, net):
+def test_one_more_epoch_starts_from_the_other_cells_networks(digits):
     after = more(CELL, 1e-12, 0.0)
-    pair = pair_of(digits, net)
-    list(pair.measure(CELL, {}))
-    list(pair.measure(after, {}))
-    for before, then in zip(pair.trained[CELL], pair.trained[after], strict=True):
-        same(before, then)
+    pair = pair_of(digits)
+    for before, then in zip(pair(CELL)[0], pair(after)[0], strict=True):
+        same(before.variables, then.variables)
     # A call that goes on with the second cell trains the first one's again.
-    other = pair_of(digits, net)
-    list(other.measure(after, {}))
-    assert list(other.trained) == [CELL, after]
+    for before, then in zip(pair(CELL)[0], pair_of(digits)(after)[0], strict=True):
+        same(before.variables, then.variables)
 
 
-def test_what_diverges_is_one_row(digits, net):
-    pair, wild = pair_of(digits, net), CELL._replace(rate=1e30)
-    (row,) = pair.measure(wild, {"cell": "wild"})
-    assert row["cell"] == "wild" and row["diverged"] and not pair.trained
+def test_what_diverges_is_one_row(digits, net, tmp_path):
+    wild = CELL._replace(rate=1e30)
     # One more epoch has nothing to start from.
-    (after,) = pair.measure(more(wild, 0.1, 0.0), {})
-    assert after["diverged"] == row["diverged"]
+    (row,), (after,) = measured(digits, net, tmp_path, wild, more(wild, 0.1, 0.0))
+    assert row["diverged"] and after["diverged"] == row["diverged"]
 
 
 # ------------------------------------------------------------------------------------ stopped runs
@@ -189,21 +194,21 @@ def stopped_at(monkeypatch, calls, at):
 
 
 @pytest.mark.slow
-def test_a_pair_goes_on_in_training(digits, net, tmp_path, monkeypatch):
+def test_a_pair_goes_on_in_training(digits, tmp_path, monkeypatch):
     cell = CELL._replace(decay=1e-3)
-    assert cell not in GRID.initialised()
+    assert cell not in grid.sets_of(GRID)["initialisers"]
     calls: list = []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped_at(patch, calls, 3)
-        pair_of(digits, net, folder=str(tmp_path)).train(cell)
+        pair_of(digits, str(tmp_path))(cell)
     assert calls == [(0, 0), (0, 1), (1, 0)]
     folders = {path.name for path in (tmp_path / "mlp" / str(cell).replace(", ", "-")).iterdir()}
     assert folders == {"seed0", "seed1"}
     with monkeypatch.context() as patch:
         stopped_at(patch, calls := [], None)
-        runs, snapshots = pair_of(digits, net, folder=str(tmp_path)).train(cell)
+        runs, snapshots = pair_of(digits, str(tmp_path))(cell)
     assert calls == [(1, 1)] and not snapshots
-    whole, _ = pair_of(digits, net).train(cell)
+    whole, _ = pair_of(digits)(cell)
     for run, other in zip(runs, whole, strict=True):
         same(run.variables, other.variables)
 

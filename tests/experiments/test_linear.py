@@ -23,7 +23,6 @@ residual = importlib.import_module("residual_linear")
 AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 NAMES = ("linear_networks", "residual_linear")
 QUANTITIES = ("feature", "feature_std", "offset", "weight", "bias", "stable_rank")
-RESCALED = ("rescale_product", "rescaled_feature")
 AVERAGES = ["direct", "weight", "activation"]
 
 
@@ -80,17 +79,15 @@ def test_record_is_complete(name, fixture, request):
 def test_curves_of_every_network(chain):
     rows = chain[1].rows
     assert rows.distinct("site") == [f"params/dense{k}/kernel" for k in range(1, 9)]
-    averages = ["direct", "weight", "activation"]
-    by_layer = rows.where(layer=set(range(1, 9)))
-    assert by_layer.distinct("network") == ["edge models", *averages]
-    for name in by_layer.distinct("network"):
-        found = by_layer.where(network=name)
+    assert rows.distinct("network") == [*linear.EDGES, *AVERAGES]
+    for name in rows.distinct("network"):
+        found = rows.where(network=name, layer=set(range(1, 9)))
         assert found.distinct("layer") == list(range(1, 9)) and len(found) == 8
-        more = () if name == "edge models" else RESCALED
+        more = () if name in linear.EDGES else ("rescaled_feature",)
         for row in found:
             assert set(row) == {"pair", "network", "layer", "site", *QUANTITIES, *more}
     names = [row["network"] for row in rows if "accuracy" in row]
-    assert names == ["model 1", "model 2", *averages]
+    assert names == [*linear.EDGES, *AVERAGES]
     assert len(rows.values("loss")) == 5 and len(rows.values("train_accuracy")) == 2
     notes = chain[1].notes("matching")
     assert [note["match"] for note in notes] == ["weight", "activation"]
@@ -103,10 +100,8 @@ def test_rescaling_is_by_the_product_of_magnitudes(chain):
         return rows.curve("layer", key, network=network)[1]
 
     for name in AVERAGES:
-        weights = np.divide(found("edge models", "weight"), found(name, "weight"))
-        product = np.cumprod(weights)
-        np.testing.assert_allclose(found(name, "rescale_product"), product, rtol=1e-5)
-        rescaled = product * found(name, "feature")
+        weights = np.divide(found(linear.EDGES, "weight"), found(name, "weight"))
+        rescaled = np.cumprod(weights) * found(name, "feature")
         np.testing.assert_allclose(found(name, "rescaled_feature"), rescaled, rtol=1e-5)
 
 

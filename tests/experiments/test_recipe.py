@@ -18,9 +18,9 @@ if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 recipe = importlib.import_module("training_recipe")
 paper = importlib.import_module("papers.training_recipe")
-claims, cli, edges, grid, records, timing = (
+claims, cli, edges, experiment, grid, records, timing = (
     importlib.import_module(f"kit.{name}")
-    for name in ("claims", "cli", "edges", "grid", "records", "timing")
+    for name in ("claims", "cli", "edges", "experiment", "grid", "records", "timing")
 )
 
 RUN = recipe.EXPERIMENT
@@ -45,22 +45,30 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def pair(digits):
-    plan = grid.Plan(
-        "mlp", recipe.QUICK_MODEL, train.Recipe(epochs=2, batch_size=100), recipe.QUICK_GRID
-    )
+def plan():
+    options = train.Recipe(epochs=2, batch_size=100)
+    return grid.Plan("mlp", recipe.QUICK_MODEL, options, recipe.QUICK_GRID)
+
+
+@pytest.fixture
+def measured(plan, digits, tmp_path, monkeypatch):
+    """The rows of cells that a pair is trained for."""
     net = edges.traced(plan.model, digits)
-    return grid.Pair(plan, net, digits, (0, 1), None, timing.Stopwatch())
 
+    def rows_of(*cells):
+        setup = experiment.Setup(None, (plan, net, digits, [(0, 1)]), {})
+        run = experiment.Run(setup, timing.Stopwatch(), tmp_path / "a.partial", "key")
+        monkeypatch.setattr(recipe, "cells_of", lambda grid: cells)
+        rows = records.Rows(recipe.measure(recipe.Config(), run))
+        monkeypatch.undo()
+        return [rows.where(**cell._asdict()) for cell in cells]
 
-def measured(pair, cell):
-    """The rows of a cell that a pair is trained for."""
-    return records.Rows(pair.measure(cell, cell._asdict()))
+    return rows_of
 
 
 def cells_of(record):
     """Cells of a record with their rows."""
-    cells = recipe.grid_of(record).cells()
+    cells = grid.cells_of(record["grid"])
     return {cell: record.rows.where(**cell._asdict()) for cell in cells}
 
 
@@ -140,10 +148,10 @@ def test_figure_names_its_axes(record):
 # -------------------------------------------------------------------------------------- one pair
 
 
-def test_one_more_epoch_starts_from_the_networks_of_the_other_recipe(pair):
+def test_one_more_epoch_starts_from_the_networks_of_the_other_recipe(measured):
     first = grid.Cell("uniform", 0.1, 0.003)
-    before = measured(pair, first)
-    after = measured(pair, first._replace(then_rate=1e-12, then_decay=0.0))
+    low, high = (first._replace(then_rate=rate, then_decay=0.0) for rate in (1e-12, 0.1))
+    before, after, moved = measured(first, low, high)
     direct = {"merged": "direct"}
     assert after.curve("alpha", **direct) == before.curve("alpha", **direct)
 
@@ -151,17 +159,16 @@ def test_one_more_epoch_starts_from_the_networks_of_the_other_recipe(pair):
         return rows.mean("distance", epoch=None, **direct)
 
     assert between(after) == pytest.approx(between(before))
-    moved = measured(pair, first._replace(then_rate=0.1, then_decay=0.0))
     assert between(moved) != pytest.approx(between(before))
 
 
-def test_runs_with_and_without_distances_are_the_same(pair):
+def test_runs_with_and_without_distances_are_the_same(plan, digits):
     cell = grid.Cell("uniform", 0.1, 0.003)
-    assert cell in pair.plan.grid.initialised()
-    runs, snapshots = pair.train(cell)
+    assert cell in grid.sets_of(plan.grid)["initialisers"]
+    runs, snapshots = grid.trainer(plan, digits, (0, 1))(cell)
     assert {epoch: len(trees) for epoch, trees in snapshots.items()} == {0: 2, 1: 2, 2: 2}
     for seed, run in enumerate(runs):
-        plain = train.fit(pair.plan.model, pair.plan.recipe_of(cell), pair.dataset, seed=seed)
+        plain = train.fit(plan.model, plan.recipe_of(cell), digits, seed=seed)
         np.testing.assert_allclose(
             run.variables["params"]["head"]["kernel"],
             plain.variables["params"]["head"]["kernel"],
@@ -169,11 +176,11 @@ def test_runs_with_and_without_distances_are_the_same(pair):
         )
 
 
-def test_divergence_is_recorded_and_told(pair, record):
+def test_divergence_is_recorded_and_told(measured, record):
     cell = grid.Cell("uniform", 1e30, 0.0)
-    (found,) = measured(pair, cell)
+    more = cell._replace(then_rate=0.01, then_decay=0.0)
+    (found,), (after,) = measured(cell, more)
     assert "diverged in epoch 1" in found["diverged"] and "merged" not in found
-    (after,) = measured(pair, cell._replace(then_rate=0.01, then_decay=0.0))
     assert after["diverged"] == found["diverged"]
     lost = {"initialiser": "he_normal", "rate": 0.1, "decay": 0.003}
     kept = [row for row in record["rows"] if lost.items() - row.items()]
@@ -311,7 +318,7 @@ def test_record_is_of_real_data():
 def test_the_paper_s_grid(name, digits):
     cifar = dataclasses.replace(digits, name="cifar10")
     plan = recipe.paper_plan(name, None, cifar)
-    cells = plan.grid.cells()
+    cells = grid.cells_of(plan.grid)
     both = name.endswith("-ln")
     # Five rates and five decays, of which one is both; ablations of each; initialisations.
     assert len(cells) == 9 + 2 + 2 * both
@@ -326,7 +333,7 @@ def test_the_paper_s_grid(name, digits):
         assert (found.learning_rate, found.weight_decay) == (cell.rate, cell.decay)
         vgg = name.startswith("vgg16") and (cell.decay > 1e-4 or cell.initialiser == "uniform")
         assert found.warmup_epochs == float(vgg or name == "resnet20-ln")
-        assert (cell in plan.grid.initialised()) == (
+        assert (cell in grid.sets_of(plan.grid).get("initialisers", [])) == (
             both and cell.decay == 1e-4 and cell.rate in (0.01, 0.1)
         )
 
@@ -334,12 +341,12 @@ def test_the_paper_s_grid(name, digits):
 def test_mnist_of_the_paper_has_rates_alone(digits):
     plan = recipe.paper_plan("vgg16-ln", None, dataclasses.replace(digits, name="mnist"))
     cells = [grid.Cell("uniform", rate, 5e-4) for rate in (0.001, 0.01, 0.1)]
-    assert plan.grid.cells() == [*cells, cells[-1]._replace(then_rate=0.01, then_decay=5e-4)]
+    assert grid.cells_of(plan.grid) == [*cells, cells[-1]._replace(then_rate=0.01, then_decay=5e-4)]
 
 
 def test_the_digits_get_as_many_steps_as_mnist():
     plan = recipe.plan_of(recipe.Config(dataset="digits"), data.load("digits"))
-    for cell in plan.grid.cells():
+    for cell in grid.cells_of(plan.grid):
         epochs = 1 if cell != cell.source else recipe.CPU_RECIPE.epochs
         assert plan.recipe_of(cell).epochs * 11 == pytest.approx(epochs * 469, rel=0.02)
 
