@@ -14,29 +14,27 @@ cent: networks 85.8, direct 8.9, after weight matching 16.1, after activation ma
 Weights are smaller than in the two networks. Rescaling largely removes the fading.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from kit import figures, grid, tables
+from kit import claims, figures, grid, tables
+from kit.claims import Claim, Decision
 from kit.experiment import Run
 from kit.records import Record, Row
-from papers.linear_networks import CLAIMS, EDGES, at_the_end
 
 import vfjax
 from vfjax import align, diagnose, merge, models, train
 
-PyTree = Any
-
 MODEL = models.LinearNetwork(width=32, depth=8, std=0.002)
 LABELS = {"direct": "direct", "weight": "weights matched", "activation": "activations matched"}
+EDGES = ("model 1", "model 2")
 QUANTITIES = ("feature", "feature_std", "offset")
 
 
-def layers_of(net: vfjax.Network, tree: PyTree, test: Any) -> Iterator[Row]:
+def layers_of(net: vfjax.Network, tree: Any, test: Any) -> Iterator[Row]:
     """By layer g and h, mean absolute values of its parameters, and the stable rank of its weights.
 
     That is the sum of squared singular values over the largest of them.
@@ -56,10 +54,10 @@ def layers_of(net: vfjax.Network, tree: PyTree, test: Any) -> Iterator[Row]:
 
 def measure(config: Any, run: Run) -> Iterator[Row]:
     """Features, offsets, weights and accuracies, of edge models and midpoints."""
-    work: grid.Linear = run.setup
+    work = run.setup
     net, pairs = work.nets["plain"], range(len(work.pairs))
 
-    def midpoint(match: str, k: int, first: PyTree, second: PyTree) -> PyTree:
+    def midpoint(match: str, k: int, first: Any, second: Any) -> Any:
         if match != "direct":
             if match == "weight":
                 seed = jax.random.key(work.pairs[k][0])
@@ -90,6 +88,64 @@ def measure(config: Any, run: Run) -> Iterator[Row]:
         with run.watch("accuracies"):
             found = train.evaluate(models.apply_fn(MODEL), tree, work.test)
         yield cell | {"accuracy": found.accuracy, "loss": found.loss} | more
+
+
+def by_layer(record: Record, key: str, network: str | tuple[str, ...] = "direct") -> np.ndarray:
+    """A number of each layer, the mean over pairs."""
+    return np.array(record.rows.curve("layer", key, network=network)[1])
+
+
+def left(record: Record, key: str = "feature", of: str = "feature") -> np.ndarray:
+    """What the midpoint has of something, relative to what edge models have, by layer."""
+    return by_layer(record, key) / by_layer(record, of, EDGES)
+
+
+def at_the_end(record: Record) -> np.ndarray:
+    return np.array([left(record, key)[-1] for key in ("feature", "rescaled_feature")])
+
+
+def rescaled(ends: np.ndarray) -> bool:
+    """Whether about as much as is lost is brought back, in logarithms."""
+    lost, still_lost = -np.log(ends)
+    return 0.5 < (lost - still_lost) / lost < 1.5
+
+
+def claim(
+    name: str, text: str, paper: str, by: str, what: str, of: Any, holds: Callable[..., Any]
+) -> Claim:
+    """A claim on some numbers, the means over pairs."""
+
+    def rule(record: Record) -> Decision:
+        values = of(record)
+        return bool(holds(values)), f"{what}: {', '.join(f'{value:.2g}' for value in values)}"
+
+    by, rule = f"{by} (means over pairs)", partial(grid.over_pairs, rule=rule)
+    return Claim(f"vf.linear.{name}", text, paper, rule, by=by)
+
+
+CLAIMS = [
+    claim("fades", "features fade from layer to layer in the midpoint", "it fades",
+          "to less than a tenth from the first layer to the last",
+          "g over the edge models', by layer", left, lambda found: found[-1] < 0.1 * found[0]),
+    claim("offset-grows", "offsets grow from layer to layer in the midpoint", "it grows",
+          "larger at the last layer than at the first",
+          "h by layer", partial(by_layer, key="offset"), lambda found: found[-1] > found[0]),
+    claim("overtakes", "offsets overtake features in the last layers", "it overtakes",
+          "h is larger than g from some layer after the first on, to the end", "g / h by layer",
+          lambda record: by_layer(record, "feature") / by_layer(record, "offset"),
+          lambda found: found[-1] < 1 <= max(found)),
+    Claim("vf.linear.near-chance", "direct midpoints are at chance", "8.9 of 85.8 in its notebook",
+          claims.AtChance(claims.accuracy("direct midpoint", network="direct"), claims.NEAR)),
+    claim("weights-smaller", "weights are smaller in the midpoint than in the edge models",
+          "they are smaller", "in every layer", "over the edge models', by layer",
+          partial(left, key="weight", of="weight"), lambda found: max(found) < 1),
+    claim("weights-rise", "weights rise again in the final layers", "they rise",
+          "their mean magnitude is least in a layer after the first, before the last", "by layer",
+          partial(by_layer, key="weight"), lambda found: 0 < np.argmin(found) < len(found) - 1),
+    claim("rescaled", "rescaling largely removes the fading", "it does largely",
+          "more than half of it, in logarithms, and no more than one and a half times it",
+          "g over the edge models' at the last layer, and rescaled", at_the_end, rescaled),
+]  # fmt: skip
 
 
 def finding_of(record: Record) -> str:

@@ -17,8 +17,6 @@ enough. Its networks were trained with a weight decay of 1e-4, those here with 5
 REPAIR reliable at large weight decay.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -13,8 +13,6 @@ The paper ("Vanishing Feature", mean of 5 runs): networks with skips lose less a
 two ends, averaged directly as well as after weight matching.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -41,7 +39,7 @@ LINES = {
 
 def measure(config: Any, run: Run) -> Iterator[Row]:
     """Accuracy and loss along alpha, without and with skips, direct and matched."""
-    work: grid.Linear = run.setup
+    work = run.setup
     pairs = range(len(work.pairs))
     plan = ({"network": n, "pair": k, "merged": m} for n in MODELS for k in pairs for m in MATCHES)
     for cell in run.cells(plan):

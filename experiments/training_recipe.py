@@ -31,14 +31,13 @@ from papers.training_recipe import CLAIMS, number, told
 from vfjax import align, data, diagnose, models, train
 
 PAPER_MODELS = ("vgg16", "vgg16-bn", "vgg16-ln", "resnet20", "resnet20-ln")
-CPU_MODEL = models.MLP((128,) * 3)
-CPU_RECIPE = train.Recipe(schedule="cosine", epochs=5)
-CPU_GRID = {"rates": (0.001, 0.003, 0.01, 0.03, 0.1), "decay": 0.003, "low": 0.01, "rate": 0.01,
-            "decays": (0.003, 0.006, 0.009, 0.012, 0.015),
-            "initialisers": ("he_normal", "uniform")}  # fmt: skip
+CPU = Plan("mlp", models.MLP((128,) * 3), train.Recipe(schedule="cosine", epochs=5), {
+    "rates": (0.001, 0.003, 0.01, 0.03, 0.1), "decay": 0.003, "low": 0.01,
+    "decays": (0.003, 0.006, 0.009, 0.012, 0.015), "rate": 0.01,
+    "initialisers": ("he_normal", "uniform")})  # fmt: skip
 # To see that it runs: fewer cells, networks that compile fast.
-QUICK_MODEL = models.MLP((16, 16))
-QUICK_GRID = CPU_GRID | {"rates": (0.001, 0.01, 0.1), "decays": (0.003, 0.015)}
+FEWER = CPU.grid | {"rates": (0.001, 0.01, 0.1), "decays": (0.003, 0.015)}
+QUICK = dataclasses.replace(CPU, model=models.MLP((16, 16)), grid=FEWER)
 NAMES = {"rate": "learning rate", "decay": "weight decay"}
 EDGES, MATCHES = ("model 1", "model 2"), ("direct", "matched")
 UNIT = "barrier, points of test accuracy"
@@ -72,8 +71,7 @@ def plan_of(config: Config, dataset: data.Dataset) -> Plan:
     elif config.model is not None or dataset.name == "cifar10":
         raise cli.UserError("--model and --dataset cifar10 need --preset paper.")
     else:
-        quick = (QUICK_MODEL, CPU_RECIPE, QUICK_GRID)
-        plan = Plan("mlp", *(quick if config.quick else (CPU_MODEL, CPU_RECIPE, CPU_GRID)))
+        plan = QUICK if config.quick else CPU
     return dataclasses.replace(plan, factor=grid.epochs_factor(config, plan.recipe, dataset))
 
 
@@ -123,19 +121,16 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     test, options = dataset.batches("test"), {"alphas": grid.ALPHAS}
     if net.norms:
         options |= {"renormalise": "reset", "data": dataset.batches("train")}
-
-    @functools.lru_cache(maxsize=1)
-    def trainer(k: int) -> Any:
-        return grid.trainer(plan, dataset, seeds[k], config.work_dir)
-
-    cells = cells_of(plan.grid)
+    trainer = functools.partial(grid.trainer, plan, dataset, work_dir=config.work_dir)
+    # Of one pair at a time, for it keeps networks.
+    trainer_of, cells = functools.lru_cache(maxsize=1)(trainer), cells_of(plan.grid)
     for key in run.cells({"pair": k} | c._asdict() for k in range(len(seeds)) for c in cells):
         k, *values = key.values()
         cell = Cell(*values)
         run.note("recipes", cell=str(cell), **dataclasses.asdict(plan.recipe_of(cell)))
         try:
             with run.watch("training"):
-                networks, snapshots = trainer(k)(cell)
+                networks, snapshots = trainer_of(seeds[k])(cell)
         except FloatingPointError as error:
             yield key | {"diverged": str(error)}
             continue

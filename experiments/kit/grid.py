@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import vfjax
 from kit import cli, edges, records, timing
 from kit.claims import Decision, Rule
 from kit.experiment import Experiment, Setup
@@ -120,20 +120,10 @@ def over_pairs(record: Record, rule: Rule) -> Decision | None:
 # -------------------------------------------------------------------------------- linear networks
 
 
-class Linear(NamedTuple):
-    """What experiments on linear networks work on."""
-
-    nets: Mapping[str, vfjax.Network]
-    pairs: Sequence[tuple[int, int]]
-    trained: Callable[[str, int], list[train.Trained]]  # From the name of a network and a pair.
-    test: data.Batches
-    statistics: data.Batches
-
-
 def linear(
     recipe: train.Recipe, networks: Mapping[str, models.LinearNetwork], **parts: Any
 ) -> Experiment:
-    """An experiment on linear networks, by name; the setup of its runs is a `Linear`."""
+    """An experiment on linear networks, by name; `run.setup` has what `prepare` returns here."""
 
     def prepare(config: LinearOptions, watch: timing.Stopwatch) -> Setup:
         pairs = pairs_of(config)
@@ -149,9 +139,10 @@ def linear(
             with watch("training"):
                 return train.fit_seeds(networks[name], chosen, dataset, seeds=pairs[k])
 
-        test = dataset.batches("test", batch_size=BATCH)
-        statistics = dataset.batches("train", batch_size=BATCH, samples=10_000)
-        images["statistics_images"] = len(statistics.images)
+        work = types.SimpleNamespace(nets=nets, pairs=pairs, trained=trained)
+        work.test = dataset.batches("test", batch_size=BATCH)
+        work.statistics = dataset.batches("train", batch_size=BATCH, samples=10_000)
+        images["statistics_images"] = len(work.statistics.images)
         record = {
             "data": images | {"batch_size": BATCH, "augmented": False},
             "recipe": dataclasses.asdict(chosen),
@@ -162,7 +153,7 @@ def linear(
             },
             "seeds": {"edge_models": list(itertools.chain(*pairs))},
         }  # fmt: skip
-        return Setup(config, Linear(nets, pairs, trained, test, statistics), record)
+        return Setup(config, work, record)
 
     def title(record: Record) -> str:
         model, *_ = networks.values()

@@ -1,7 +1,5 @@
 """What "Vanishing Feature" claims of how networks were trained, and how it is decided."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable
@@ -11,9 +9,6 @@ from kit import claims
 from kit.claims import Claim, Decision
 from kit.grid import Cell, sets_of
 from kit.records import Record
-
-# "Little"; accuracies that are alike; "the difference is gone"; "can be merged".
-LITTLE, ALIKE, GONE, MERGES = 0.2, 0.005, 0.25, 0.5
 
 
 def number(record: Record, cell: Cell, key: str = "barrier", merged: str = "matched") -> float:
@@ -52,7 +47,7 @@ def decide(
     if any(map(math.isnan, values)):
         return None, here
     if margin is None:
-        return claims.level(record, values[-2:], ALIKE), here
+        return claims.level(record, values[-2:], 0.005), here
     lows = [number(record, c, "accuracy") - number(record, c, merged=merged) for c in cells]
     free = 0.0 if key == "distance" else claims.free(record, min(lows))
     return claims.beyond(margin(*values), free), here
@@ -74,8 +69,8 @@ def of_sweep(name: str, what: str, falls: float, paper: str, epoch: str) -> list
         Claim(f"vf.recipe.{name}-direct", f"the barrier of direct averages changes little with the "
               f"{what}", "changes little",
               partial(along, merged="direct", margin=lambda low, high:
-                      LITTLE * max(low, high) - abs(high - low)),
-              by=f"by less than {100 * LITTLE:.0f}% of the larger; {NOISE}"),
+                      0.2 * max(low, high) - abs(high - low)),
+              by=f"by less than 20% of the larger; {NOISE}"),
         Claim(f"vf.recipe.{name}-matched", f"the matched barrier falls with the {what}", paper,
               partial(along, margin=lambda low, high: (1 - falls) * low - high),
               by=f"{100 * falls:.0f}% or more; {NOISE}"),
@@ -101,7 +96,7 @@ def of_initialisers(key: str, merged: str, noise: str) -> list[Claim]:
         Claim(f"vf.recipe.initialiser-{key}-high",
               f"at the high rate both initialisations have the same {key}", paper,
               partial(rule, of="initialisers", margin=lambda a, b, normal, uniform:
-                      GONE * abs(a - b) - abs(normal - uniform)),
+                      0.25 * abs(a - b) - abs(normal - uniform)),
               by=f"less than a quarter of the difference at the low rate is left{noise}"),
     ]  # fmt: skip
 
@@ -117,6 +112,6 @@ CLAIMS = [
     Claim("vf.recipe.merge-from-low-on", "networks trained at the smallest rate cannot be merged, "
           "those of larger ones can", "VGG16-LN on MNIST: not at 0.001, at 0.01 and 0.1",
           partial(decide, of="smallest rate and ends", key="lost", margin=lambda first, *others:
-                  min(first - MERGES, MERGES - max(others))),
+                  min(first - 0.5, 0.5 - max(others))),
           by=f"matched, no more than half of the accuracy is lost; {NOISE}"),
 ]  # fmt: skip

@@ -17,7 +17,6 @@ claims, grid, records, timing = (
     importlib.import_module(f"kit.{name}") for name in ("claims", "grid", "records", "timing")
 )
 linear = importlib.import_module("linear_networks")
-paper = importlib.import_module("papers.linear_networks")
 residual = importlib.import_module("residual_linear")
 
 AS, UNLIKE, OPEN, NEW = claims.VERDICTS
@@ -151,7 +150,7 @@ def test_shipped_records(shipped):
 
 def test_features_vanished():
     record = shipped_of(NAMES[0])
-    left = paper.left(record)
+    left = linear.left(record)
     assert left[0] > 0.5 and left[-1] < 0.05 and (np.diff(left) < 0).all()
     offset, feature = (
         record.rows.mean(key, network="direct", layer=8) for key in ("offset", "feature")

@@ -47,7 +47,7 @@ def digits():
 @pytest.fixture(scope="module")
 def plan():
     options = train.Recipe(epochs=2, batch_size=100)
-    return grid.Plan("mlp", recipe.QUICK_MODEL, options, recipe.QUICK_GRID)
+    return dataclasses.replace(recipe.QUICK, recipe=options)
 
 
 @pytest.fixture
@@ -347,7 +347,7 @@ def test_mnist_of_the_paper_has_rates_alone(digits):
 def test_the_digits_get_as_many_steps_as_mnist():
     plan = recipe.plan_of(recipe.Config(dataset="digits"), data.load("digits"))
     for cell in grid.cells_of(plan.grid):
-        epochs = 1 if cell != cell.source else recipe.CPU_RECIPE.epochs
+        epochs = 1 if cell != cell.source else recipe.CPU.recipe.epochs
         assert plan.recipe_of(cell).epochs * 11 == pytest.approx(epochs * 469, rel=0.02)
 
 
