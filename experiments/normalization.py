@@ -31,9 +31,6 @@ from papers.normalization import CLAIMS, MATCHES, REMEDIES, chosen, middle
 
 from vfjax import align, diagnose, merge, renorm, stats, train
 
-ALPHAS = 11
-SIDES = {"first": "forward", "last": "backward"}
-
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +76,8 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
             else:
                 found = align.match_weights(net, *trees, key=jax.random.key(seed))
             aligned = [trees[0], net.spec.permute(trees[1], found.permutations)]
-        how = {"converged": found.converged, "moved": found.moved}
-        how["objective"] = list(map(float, found.objective))
-        run.note("matching", match=match, seed=seed, **how)
+        told = {"objective": list(map(float, found.objective)), "moved": found.moved}
+        run.note("matching", match=match, seed=seed, converged=found.converged, **told)
         return aligned, known.carried([None, dict(found.permutations)])
 
     # Most networks with BatchNorm have no biases but those of their norms, which stay.
@@ -108,9 +104,8 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
         k = chosen(run.rows, match, seed) if remedy == "bias_removal" else None
         how = {"none": None, "bias_removal": ("remove_bias", k)}.get(remedy, remedy)
         with run.watch(f"{match} matching, interpolation"):
-            curve = diagnose.interpolation(
-                net, aligned, images.test, alphas=ALPHAS, renormalise=how, data=images.statistics,
-                references=references)  # fmt: skip
+            options = {"renormalise": how, "data": images.statistics, "references": references}
+            curve = diagnose.interpolation(net, aligned, images.test, **options)
         yield from records.curve_rows(cell | {"removed": k}, curve)
         if remedy == "none":
             for name, value in zip(("model 1", "model 2"), curve.edge_accuracy, strict=True):
@@ -170,7 +165,7 @@ def figure_of(record: records.Record) -> Any:
         panels["biases removed at the midpoint", x] = [
             figures.line(rows, "k", name=f"{text} removal, {match}", method=match, match=match,
                          dashed=side == "first", side=side, images="test")
-            for match in MATCHES for side, text in SIDES.items()
+            for match in MATCHES for side, text in (("first", "forward"), ("last", "backward"))
         ]  # fmt: skip
     shown = [figures.Panel(title, x, figures.ACCURACY, lines, y_limits=(0, 102))
              for (title, x), lines in panels.items()]  # fmt: skip

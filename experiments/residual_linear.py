@@ -45,11 +45,11 @@ def measure(config: Any, run: Run) -> Iterator[Row]:
     for cell in run.cells(plan):
         name, k, merged = cell.values()
         trees = [one.variables for one in work.trained(name, k)]
-        options: dict[str, Any] = {"alphas": grid.ALPHAS}
-        if merged == "weight":
-            options |= {"match": merged, "key": jax.random.key(work.pairs[k][0])}
+        match = None if merged == "direct" else merged
+        key = jax.random.key(work.pairs[k][0])
         with run.watch(f"interpolation, {merged}"):
-            found = diagnose.interpolation(work.nets[name], trees, work.test, **options)
+            net = work.nets[name]
+            found = diagnose.interpolation(net, trees, work.test, match=match, key=key)
         yield from records.curve_rows(cell, found)
 
 

@@ -118,9 +118,8 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Each pair of networks, trained in each way of the plan, and merged."""
     plan, net, dataset, seeds = run.setup
-    test, options = dataset.batches("test"), {"alphas": grid.ALPHAS}
-    if net.norms:
-        options |= {"renormalise": "reset", "data": dataset.batches("train")}
+    test, train_images = dataset.batches("test"), dataset.batches("train")
+    options = {"renormalise": "reset", "data": train_images} if net.norms else {}
     trainer = functools.partial(grid.trainer, plan, dataset, work_dir=config.work_dir)
     # Of one pair at a time, for it keeps networks.
     trainer_of, cells = functools.lru_cache(maxsize=1)(trainer), cells_of(plan.grid)

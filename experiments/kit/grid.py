@@ -24,7 +24,6 @@ PyTree = Any
 BATCH = 500
 # --quick: to see that it runs. Nothing is learnt.
 QUICK_IMAGES = 300
-ALPHAS = 11
 
 
 def seeds(count: int) -> Any:

@@ -148,7 +148,7 @@ def test_rows_of_a_pair(digits, net, tmp_path):
     assert all(row["pair"] == 0 for row in rows) and not any("diverged" in row for row in rows)
     for name in ("direct", "matched"):
         own = [row for row in rows if row.get("merged") == name]
-        assert len([row for row in own if "alpha" in row]) == grid.ALPHAS
+        assert len([row for row in own if "alpha" in row]) == 11
         assert len([row for row in own if "barrier" in row]) == 1
         followed = {row["epoch"]: row["distance"] for row in own if "distance" in row}
         assert list(followed) == [0, 1, 2, None]
