@@ -120,16 +120,20 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     plan, net, dataset, seeds = run.setup
     test, train_images = dataset.batches("test"), dataset.batches("train")
     options = {"renormalise": "reset", "data": train_images} if net.norms else {}
-    trainer = functools.partial(grid.trainer, plan, dataset, work_dir=config.work_dir)
+    cells = cells_of(plan.grid)
+
     # Of one pair at a time, for it keeps networks.
-    trainer_of, cells = functools.lru_cache(maxsize=1)(trainer), cells_of(plan.grid)
+    @functools.lru_cache(maxsize=1)
+    def trainer_of(k: int) -> Any:
+        return grid.trainer(plan, dataset, seeds[k], config.work_dir)
+
     for key in run.cells({"pair": k} | c._asdict() for k in range(len(seeds)) for c in cells):
         k, *values = key.values()
         cell = Cell(*values)
         run.note("recipes", cell=str(cell), **dataclasses.asdict(plan.recipe_of(cell)))
         try:
             with run.watch("training"):
-                networks, snapshots = trainer_of(seeds[k])(cell)
+                networks, snapshots = trainer_of(k)(cell)
         except FloatingPointError as error:
             yield key | {"diverged": str(error)}
             continue
@@ -193,18 +197,19 @@ def figure_of(record: Record) -> Any:
     first, *others = record["grid"]["initialisers"]
     kinds = [("direct", first, "direct"), ("matched", first, "matched")]
     kinds += [("matched", other, 2) for other in others]
-    for name, what in NAMES.items():
-        fixed = [cell._asdict() for cell in sets[name]]
-        ticks = [cell[name] for cell in fixed]
+    swept = [name for name in NAMES if sets[name]]
+    for name in swept:
+        ticks = [getattr(cell, name) for cell in sets[name]]
+        fixed = sets[name][0]._asdict() | {name: ticks}
         lines = [
             figures.line(rows, name, "barrier", name=f"{match}, {initialiser}", method=method,
                          dashed=match == "direct", merged=match,
-                         **here | {"initialiser": initialiser, name: ticks})
-            for here in fixed[:1] for match, initialiser, method in kinds
+                         **fixed | {"initialiser": initialiser})
+            for match, initialiser, method in kinds
         ]  # fmt: skip
-        style = {"ticks": ticks, "log_x": name == "rate"}
-        panels += [figures.Panel(f"by {what}", what, UNIT, lines, **style)] if lines else []
-    ablations = [c for name in NAMES if sets[name] for c in sets[f"{name}, one more epoch"]]
+        x, style = NAMES[name], {"ticks": ticks, "log_x": name == "rate"}
+        panels.append(figures.Panel(f"by {x}", x, UNIT, lines, **style))
+    ablations = [cell for name in swept for cell in sets[f"{name}, one more epoch"]]
     compared = sets.get("initialisers", [])
     points, paths = [], []
     for k, cell in enumerate(dict.fromkeys([*ablations, *compared]), start=3):
