@@ -12,16 +12,14 @@ the biases of the last k layers, and with bias calibration. k is chosen for each
 0.5 on held-out training images, the smallest of equals (the paper's code chooses on test images).
 
 The paper ("Vanishing Feature", VGG16 on CIFAR-10): with weight matching REPAIR is the worst of the
-four at the midpoint and the other three are about equal; with activation matching (table 1: none
-46.5, REPAIR 39.1, RESCALE 84.7, bias calibration 82.9) RESCALE is best, REPAIR below none. Removing
-biases of the first layers hurts; removing the last 5 or 6 is enough. Its networks were trained with
-a weight decay of 1e-4, those here with 5e-4; it, too, finds REPAIR reliable at large weight decay.
+four at the midpoint, with activation matching RESCALE the best; removing the last 5 or 6 biases is
+enough. Its networks were trained with a weight decay of 1e-4, those here with 5e-4; it, too, finds
+REPAIR reliable at large weight decay.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,12 +27,9 @@ import jax
 from kit import cli, edges, figures, records, tables
 from kit.experiment import Experiment, Run
 from kit.figures import label
-from papers.normalization import CLAIMS, MATCHES, REMEDIES, chosen, middle, removed
+from papers.normalization import CLAIMS, MATCHES, REMEDIES, chosen, middle
 
 from vfjax import align, diagnose, merge, renorm, stats, train
-
-ALPHAS = 11
-SIDES = {"first": "forward", "last": "backward"}
 
 
 # fmt: off
@@ -81,38 +76,35 @@ def measure(config: Config, run: Run) -> Iterator[Mapping[str, Any]]:
             else:
                 found = align.match_weights(net, *trees, key=jax.random.key(seed))
             aligned = [trees[0], net.spec.permute(trees[1], found.permutations)]
-        told = {"objective": [float(value) for value in found.objective]}
-        told |= {"converged": found.converged, "moved": found.moved}
-        run.note("matching", match=match, seed=seed, **told)
+        told = {"objective": list(map(float, found.objective)), "moved": found.moved}
+        run.note("matching", match=match, seed=seed, converged=found.converged, **told)
         return aligned, known.carried([None, dict(found.permutations)])
 
     # Most networks with BatchNorm have no biases but those of their norms, which stay.
     removals = () if net.norms else (("held_out", "last"), ("test", "last"), ("test", "first"))
-    remedies = ("none", "reset") if net.norms else ("none", *REMEDIES)
-    keys = ("match", "seed", "remedy", "images", "side")
-    plan = [
-        dict(zip(keys, (match, seed, *cell), strict=True))
-        for match, seed in (*(("weight", s) for s in seeds_of(config)), ("activation", None))
-        for cell in (*(("bias_removal", *one) for one in removals),
-                     *((remedy, "test", None) for remedy in remedies))
-    ]  # fmt: skip
+    kinds = [("bias_removal", *removal) for removal in removals]
+    remedies = ["none", "reset"] if net.norms else ["none", *REMEDIES]
+    kinds += [(remedy, "test", None) for remedy in remedies]
+    plan = (
+        {"match": match, "seed": seed, "remedy": remedy, "images": on, "side": side}
+        for match, seed in (*(("weight", seed) for seed in seeds_of(config)), ("activation", None))
+        for remedy, on, side in kinds
+    )
     for cell in run.cells(plan):
-        match, seed, remedy = (cell[key] for key in keys[:3])
+        match, seed, remedy, on, side = cell.values()
         aligned, references = matched(match, seed)
-        if cell["side"] is not None:
+        if side is not None:
             midpoint = merge.as_merged(net, merge.interpolate(aligned))
             with run.watch(f"{match} matching, biases removed"):
                 for k in range(net.depth + 1):
-                    without = renorm.remove_bias(net, midpoint, **{cell["side"]: k})
-                    batches = getattr(images, cell["images"])
-                    found = train.evaluate(edges.forward, without, batches)
+                    without = renorm.remove_bias(net, midpoint, **{side: k})
+                    found = train.evaluate(edges.forward, without, getattr(images, on))
                     yield cell | {"k": k, "accuracy": found.accuracy}
             continue
         k = chosen(run.rows, match, seed) if remedy == "bias_removal" else None
-        plain = {"none": None, "bias_removal": ("remove_bias", k)}
-        options = {"renormalise": plain.get(remedy, remedy), "references": references}
-        options |= {"data": images.statistics, "alphas": ALPHAS}
+        how = {"none": None, "bias_removal": ("remove_bias", k)}.get(remedy, remedy)
         with run.watch(f"{match} matching, interpolation"):
+            options = {"renormalise": how, "data": images.statistics, "references": references}
             curve = diagnose.interpolation(net, aligned, images.test, **options)
         yield from records.curve_rows(cell | {"removed": k}, curve)
         if remedy == "none":
@@ -125,30 +117,26 @@ def remedies_of(record: records.Record) -> list[str]:
 
 
 def title_of(record: records.Record) -> str:
-    runs, images = record["config"]["runs"], record["data"]["test_images"]
-    mean = f", mean of {runs} runs of weight matching" if runs > 1 else ""
-    return f"{records.networks(record)}, {images:,} test images{mean}"
+    return records.title(record, count=record["config"]["runs"], of="runs of weight matching")
 
 
 def finding_of(record: records.Record) -> str:
     parts = []
     for match, text in MATCHES.items():
-        found = {remedy: middle(match, remedy).of(record) for remedy in remedies_of(record)}
-        best = max(found, key=lambda remedy: found[remedy])
-        values = f"{100 * found[best]:.0f}% at the midpoint, {100 * found['none']:.0f}% as it is"
-        parts.append(f"with {text} {label(best)} does best: {values}")
-    text = "; ".join(parts)
-    return text[0].upper() + text[1:]
+        found = {remedy: 100 * middle(match, remedy).of(record) for remedy in remedies_of(record)}
+        best = max(found, key=found.__getitem__)
+        values = f"{found[best]:.0f}% at the midpoint, {found['none']:.0f}% as it is"
+        parts.append(f"{label(best)} does best with {text} ({values})")
+    return " and ".join(parts)
 
 
 def tables_of(record: records.Record) -> list[tables.Table]:
     lines = {}
-    for match in MATCHES:
-        for remedy in remedies_of(record):
-            text = f"{match}: {label(remedy)}"
-            if remedy == "bias_removal":
-                text += f" (k = {', '.join(map(str, removed(record, match)))})"
-            lines[text] = {"match": match, "remedy": remedy, "side": None}
+    for match, remedy in itertools.product(MATCHES, remedies_of(record)):
+        where = {"match": match, "remedy": remedy, "side": None}
+        removed = sorted(record.rows.distinct("removed", **where))
+        k = f" (k = {', '.join(map(str, removed))})" if removed else ""
+        lines[f"{match}: {label(remedy)}{k}"] = where
     columns = [
         tables.Column("midpoint, %", {"alpha": 0.5}),
         tables.Column("lowest, %", key="lowest"),
@@ -158,35 +146,31 @@ def tables_of(record: records.Record) -> list[tables.Table]:
     ]
     edge = [100 * record.rows.mean(network=name, match="weight") for name in ("model 1", "model 2")]
     caption = f"Edge models: {edge[0]:.2f} and {edge[1]:.2f}. Barriers are relative to them"
-    title = record["title"]
-    return [tables.pivot(record.rows, lines, columns, title=title, corner="matching: done",
-                         caption=caption)]  # fmt: skip
+    about = {"title": record["title"], "corner": "matching: done", "caption": caption}
+    return [tables.pivot(record.rows, lines, columns, **about)]
 
 
 def figure_of(record: records.Record) -> Any:
     """Accuracy against alpha for both matchings, and against the number of biases removed."""
-    y, limits, row = "test accuracy (%)", (0, 102), []
+    rows, panels = record.rows, {}
     for match, text in MATCHES.items():
-        rows = record.rows.where(match=match, side=None)
-        lines = []
-        for remedy in remedies_of(record):
-            plain = remedy == "none"
-            style = {"name": label(remedy), "method": "matched" if plain else remedy}
-            lines.append(figures.line(rows, "alpha", remedy=remedy, dashed=plain, **style))
         x = "alpha, weight of the second network"
-        row.append(figures.Panel(text, x, y, lines, y_limits=limits))
-    if record.rows.where(side="last"):
-        rows = record.rows.where(images="test")
-        lines = [
-            figures.line(rows, "k", name=f"{text} removal, {match}", method=match, match=match,
-                         dashed=side == "first", side=side)
-            for match in MATCHES for side, text in SIDES.items()
+        panels[text, x] = [
+            figures.line(rows, "alpha", name=label(remedy), dashed=remedy == "none", match=match,
+                         method="matched" if remedy == "none" else remedy, remedy=remedy)
+            for remedy in remedies_of(record)
         ]  # fmt: skip
+    if rows.where(side="last"):
         x = f"layers without bias k (of L = {record['model']['depth']})"
-        title = "biases removed at the midpoint"
-        row.append(figures.Panel(title, x, y, lines, y_limits=limits))
+        panels["biases removed at the midpoint", x] = [
+            figures.line(rows, "k", name=f"{text} removal, {match}", method=match, match=match,
+                         dashed=side == "first", side=side, images="test")
+            for match in MATCHES for side, text in (("first", "forward"), ("last", "backward"))
+        ]  # fmt: skip
+    shown = [figures.Panel(title, x, figures.ACCURACY, lines, y_limits=(0, 102))
+             for (title, x), lines in panels.items()]  # fmt: skip
     bars = f"standard deviation over {record['config']['runs']} runs of weight matching"
-    return figures.of_record(record, row, bars=bars)
+    return figures.of_record(record, shown, bars=bars)
 
 
 PREPARE = edges.loaded(statistics="statistics", held_out="held_out", test="samples",

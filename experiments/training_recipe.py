@@ -6,50 +6,41 @@
 
 Pairs of networks that differ in their random seed are averaged with weights 1 - alpha and alpha,
 directly and after matching the second network's weights to the first's. The barrier is by how much
-the test accuracy of the average falls below the line between those of the two networks, at most,
-over 11 alphas. With --preset paper, --model is vgg16, vgg16-bn, vgg16-ln, resnet20 or
-resnet20-ln-w4 on CIFAR-10 (those with BatchNorm after RESET, those with LayerNorm with both
-initialisations), or vgg16-ln with --dataset mnist.
+the accuracy of the average falls below the line between those of the two networks, at most. With
+--preset paper, --model is vgg16, vgg16-bn, vgg16-ln, resnet20 or resnet20-ln-w4 on CIFAR-10 (those
+with BatchNorm after RESET, those with LayerNorm with both initialisations), or vgg16-ln with
+--dataset mnist.
 
-The paper ("Vanishing Feature"): after matching, the barrier falls with the learning rate (VGG16-LN,
-ResNet20: by over 40% from 0.01 to 0.1) and with weight decay (VGG16: by over 60% from 1e-4 to
-5e-4), while direct averages change little. Accuracy does not explain this: one epoch at the low
-rate takes networks of the high rate to the accuracy of the low one, but not to its barrier, and so
-for weight decay. The normal initialisation gives a larger barrier and distance than the uniform one
-at the low rate alone. VGG16-LN on MNIST cannot be merged if trained at 0.001, but can from 0.01 on.
+The paper ("Vanishing Feature"): after matching, the barrier falls with the learning rate and with
+weight decay, which accuracy does not explain; direct averages change little. The normal
+initialisation gives a larger barrier and distance than the uniform one at the low rate alone.
 """
 
 import dataclasses
-import itertools
-import operator
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+import jax
 from kit import cli, edges, figures, grid, records, tables, timing
 from kit.experiment import Experiment, Run, Setup
-from kit.grid import Cell, Grid, Plan
+from kit.grid import Cell, Plan, cells_of, sets_of
 from kit.records import Record, Row
-from papers import training_recipe as paper
-from papers.training_recipe import MATCHES, grid_of, where
+from papers.training_recipe import CLAIMS, number, told
 
-from vfjax import data, models, train
+from vfjax import align, data, diagnose, models, train
 
 PAPER_MODELS = ("vgg16", "vgg16-bn", "vgg16-ln", "resnet20", "resnet20-ln")
-CPU_MODEL = models.MLP((128,) * 3)
-CPU_RECIPE = train.Recipe(schedule="cosine", epochs=5)
-CPU_GRID = Grid(rates=(0.001, 0.003, 0.01, 0.03, 0.1), decays=(0.003, 0.006, 0.009, 0.012, 0.015),
-                rate=0.01, decay=0.003, low=0.01,
-                initialisers=("he_normal", "uniform"))  # fmt: skip
+CPU = Plan("mlp", models.MLP((128,) * 3), train.Recipe(schedule="cosine", epochs=5), {
+    "rates": (0.001, 0.003, 0.01, 0.03, 0.1), "decay": 0.003, "low": 0.01,
+    "decays": (0.003, 0.006, 0.009, 0.012, 0.015), "rate": 0.01,
+    "initialisers": ("he_normal", "uniform")})  # fmt: skip
 # To see that it runs: fewer cells, networks that compile fast.
-QUICK_MODEL = models.MLP((16, 16))
-QUICK_GRID = dataclasses.replace(CPU_GRID, rates=(0.001, 0.01, 0.1), decays=(0.003, 0.015))
-LABELS = {"uniform": "uniform", "he_normal": "normal", "kaiming_normal": "normal"}
+FEWER = CPU.grid | {"rates": (0.001, 0.01, 0.1), "decays": (0.003, 0.015)}
+QUICK = dataclasses.replace(CPU, model=models.MLP((16, 16)), grid=FEWER)
 NAMES = {"rate": "learning rate", "decay": "weight decay"}
+EDGES, MATCHES = ("model 1", "model 2"), ("direct", "matched")
 UNIT = "barrier, points of test accuracy"
-# Colours: the other initialisation; by ablation what is retrained, and what that is held against;
-# rates.
-OTHER, ABLATED, BESIDE, RATES = 2, {"rate": 1, "decay": 3}, {"rate": 6, "decay": 7}, (4, 5)
 
 
 # fmt: off
@@ -66,7 +57,7 @@ class Config(grid.PairOptions):
     preset: str = cli.option(
         "cpu", "cpu is MLPs on MNIST and a small grid; paper the networks, the grid and the 160 "
         "epochs of the paper, meant for a GPU", choices=("cpu", "paper"), part="{}")
-    seeds: tuple[int, ...] = grid.seeds(range(6), "networks")
+    seeds: tuple[int, ...] = grid.seeds(6)
     work_dir: str | None = cli.option(
         None, "folder in which the states of runs are kept, so that those of a call that was "
         "stopped go on; not of the runs during which distances are measured")
@@ -80,12 +71,8 @@ def plan_of(config: Config, dataset: data.Dataset) -> Plan:
     elif config.model is not None or dataset.name == "cifar10":
         raise cli.UserError("--model and --dataset cifar10 need --preset paper.")
     else:
-        small = (QUICK_MODEL, CPU_RECIPE, QUICK_GRID)
-        plan = Plan("mlp", *(small if config.quick else (CPU_MODEL, CPU_RECIPE, CPU_GRID)))
-    if config.quick:
-        recipe = dataclasses.replace(plan.recipe, epochs=grid.QUICK_EPOCHS)
-        return dataclasses.replace(plan, recipe=recipe)
-    return dataclasses.replace(plan, factor=grid.steps_factor(dataset, plan.recipe))
+        plan = QUICK if config.quick else CPU
+    return dataclasses.replace(plan, factor=grid.epochs_factor(config, plan.recipe, dataset))
 
 
 def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
@@ -98,32 +85,32 @@ def paper_plan(name: str, width: float | None, dataset: data.Dataset) -> Plan:
     options = {} if width is None else {"width": width}
     model = models.create(name, classes=dataset.classes, **options)
     recipe = train.recipe_for(name, dataset.name, preset="paper")
-    initialisers = [model.initialiser, "uniform", "kaiming_normal"]
-    names = tuple(dict.fromkeys(initialisers))[: 2 if name.endswith("-ln") else 1]
-    rates, decays = (0.01, 0.03, 0.05, 0.07, 0.1), (1e-4, 2e-4, 3e-4, 4e-4, 5e-4)
-    chosen = Grid(rates, decays, rate=0.1, decay=1e-4, low=0.01, initialisers=names)
+    initialisers = list(dict.fromkeys([model.initialiser, "uniform", "kaiming_normal"]))
+    chosen = {"rates": (0.01, 0.03, 0.05, 0.07, 0.1), "decay": 1e-4, "low": 0.01, "rate": 0.1,
+              "decays": (1e-4, 2e-4, 3e-4, 4e-4, 5e-4),
+              "initialisers": initialisers[: 2 if name.endswith("-ln") else 1]}  # fmt: skip
     if dataset.name == "mnist":
-        chosen = Grid((0.001, 0.01, 0.1), (), 0.1, recipe.weight_decay, 0.01, ("uniform",))
+        chosen |= {"rates": (0.001, 0.01, 0.1), "decay": recipe.weight_decay, "decays": ()}
+        chosen |= {"initialisers": ("uniform",)}
     return Plan(name if width is None else f"{name}-w{width:g}", model, recipe, chosen)
 
 
 def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
     seeds = grid.pairs_of(config)
-    with watch("data"):
-        dataset = grid.load(config, "cifar10" if config.preset == "paper" else "mnist")
+    wanted = "cifar10" if config.preset == "paper" else "mnist"
+    dataset, images = grid.load(config, watch, wanted)
     plan = plan_of(config, dataset)
     with watch("trace"):
         net = edges.traced(plan.model, dataset)
-    counts = {"train": len(dataset.train_images), "test": len(dataset.test_images)}
-    about = {"name": plan.name, "description": repr(plan.model), "depth": net.depth}
+    model = {"name": plan.name, "description": repr(plan.model), "depth": net.depth}
     record = {
         "config": {"model": plan.name},
-        "data": records.about(dataset, **counts),
-        "model": about | {"parameters": net.params},
+        "data": images,
+        "model": model | {"parameters": net.params},
         "recipe": dataclasses.asdict(plan.recipe),
-        "grid": dataclasses.asdict(plan.grid),
+        "grid": plan.grid,
         "renormalised": "reset" if net.norms else None,
-        "seeds": {"pairs": [list(two) for two in seeds], "matching": [two[0] for two in seeds]},
+        "seeds": {"pairs": seeds, "matching": [first for first, _ in seeds]},
     }
     return Setup(config, (plan, net, dataset, seeds), record)
 
@@ -131,106 +118,115 @@ def prepare(config: Config, watch: timing.Stopwatch) -> Setup:
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Each pair of networks, trained in each way of the plan, and merged."""
     plan, net, dataset, seeds = run.setup
-    pairs: dict[int, grid.Pair] = {}
-    by_key = {tuple(where(cell).values()): cell for cell in plan.cells()}
-    keys = [{"pair": k, **where(cell)} for k in range(len(seeds)) for cell in plan.cells()]
-    for key in run.cells(keys):
+    test, train_images = dataset.batches("test"), dataset.batches("train")
+    options = {"renormalise": "reset", "data": train_images} if net.norms else {}
+    cells = cells_of(plan.grid)
+
+    # Of one pair at a time, for it keeps networks.
+    @functools.lru_cache(maxsize=1)
+    def trainer_of(k: int) -> Any:
+        return grid.trainer(plan, dataset, seeds[k], config.work_dir)
+
+    for key in run.cells({"pair": k} | c._asdict() for k in range(len(seeds)) for c in cells):
         k, *values = key.values()
-        if k not in pairs:
-            pairs = {k: grid.Pair(plan, net, dataset, seeds[k], config.work_dir, run.watch)}
-        cell = by_key[tuple(values)]
+        cell = Cell(*values)
         run.note("recipes", cell=str(cell), **dataclasses.asdict(plan.recipe_of(cell)))
-        yield from pairs[k].measure(cell, key)
+        try:
+            with run.watch("training"):
+                networks, snapshots = trainer_of(k)(cell)
+        except FloatingPointError as error:
+            yield key | {"diverged": str(error)}
+            continue
+        snapshots[None] = [one.variables for one in networks]
+        for epoch in list(snapshots):
+            with run.watch("matching"):
+                # They are large.
+                trees = snapshots.pop(epoch)
+                found = align.match_weights(net, *trees, key=jax.random.key(seeds[k][0]))
+                matched = [trees[0], net.spec.permute(trees[1], found.permutations)]
+            merged = dict(zip(MATCHES, (trees, matched), strict=True))
+            for name, ends in merged.items():
+                distance = diagnose.distance(*ends, net=net).total
+                yield key | {"merged": name, "epoch": epoch, "distance": distance}
+        yield key | {"converged": found.converged, "moved": found.moved}
+        for name, ends in merged.items():
+            with run.watch("interpolation"):
+                curve = diagnose.interpolation(net, ends, test, **options)
+            yield from records.curve_rows(key | {"merged": name}, curve)
+        for name, one, accuracy in zip(EDGES, networks, curve.edge_accuracy, strict=True):
+            row = key | {"network": name, "accuracy": float(accuracy)}
+            yield row | {"train_accuracy": one.history[-1]["accuracy"]}
 
 
 def title_of(record: Record) -> str:
-    own = {"cpu": ("MLPs, 3 x 128", "mnist"), "paper": (record["model"]["name"], "cifar10")}
-    name, wanted = own[record["config"]["preset"]]
-    return grid.titled(record, name, len(record["seeds"]["pairs"]), wanted)
+    if record["config"]["preset"] == "paper":
+        return grid.titled(record, record["model"]["name"], "cifar10")
+    return grid.titled(record, "MLPs, 3 x 128")
 
 
 def finding_of(record: Record) -> str:
     """How far the matched barrier falls in both sweeps."""
-    parts = []
+    parts, sets = [], sets_of(record["grid"])
     for name, what in NAMES.items():
-        if cells := paper.ends(record, name):
-            (low, at), (high, to) = (
-                (paper.points(paper.barrier(record, cell)), f"{getattr(cell, name):g}")
-                for cell in cells)  # fmt: skip
-            parts.append(f"from {low} points at {what} {at} to {high} at {to}")
+        if sets[name]:
+            low, high = (told(number(record, cell)) for cell in sets[f"{name}, ends"])
+            parts.append(f"from {low} to {high} points with the {what}")
     return f"The matched barrier goes {' and '.join(parts)}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:
     """Accuracies and barriers in per cent, distances; and what diverged."""
-    cells = Plan("", None, train.Recipe(), grid_of(record)).cells()
-    lines = {str(cell): where(cell) for cell in cells}
-    columns = [tables.Column("accuracy", {"network": ("model 1", "model 2")})]
+    lines = {str(cell): cell._asdict() for cell in cells_of(record["grid"])}
+    columns = [tables.Column("accuracy", {"network": EDGES})]
     columns += [tables.Column(f"barrier, {m}", {"merged": m}, "barrier") for m in MATCHES]
-    columns += [tables.Column(f"distance, {m}", {"merged": m, "epoch": None}, "distance", spread)
-                for m in MATCHES]  # fmt: skip
-    said, count = [], len(record["seeds"]["pairs"])
-    for name, line in lines.items():
-        lost = len(record.rows.where(**line).values("diverged"))
-        said += [f"with {name}, {lost} of {count} pairs diverged"] if lost else []
+    columns += [
+        tables.Column(f"distance, {m}", {"merged": m, "epoch": None}, "distance",
+                      lambda values: tables.percent([value / 100 for value in values]))
+        for m in MATCHES
+    ]  # fmt: skip
+    pairs = len(record.rows.distinct("pair"))
+    lost = {name: len(record.rows.where(**line).values("diverged")) for name, line in lines.items()}
+    said = [f"with {name}, {n} of {pairs} pairs diverged" for name, n in lost.items() if n]
     head = {"title": record["title"], "corner": "trained with", "caption": "; ".join(said)}
     return [tables.pivot(record.rows, lines, columns, **head)]
 
 
-def spread(values: Sequence[float]) -> str:
-    mean, error = records.mean_std(values)
-    return f"{mean:.2f}" + (f" ± {error:.2f}" if error else "")
-
-
 def figure_of(record: Record) -> Any:
     """Barriers against rate and decay, the ablations, distances during training."""
-    g, row = grid_of(record), []
-
-    def curve(name: str, cells: Any, x: Any, match: str = "matched", **style: Any) -> figures.Line:
-        rows = [paper.rows_of(record, cell).where(merged=match) for cell in cells]
-        found = 100 * np.array([records.mean_std(here.values("barrier")) for here in rows])
-        error = found[:, 1] if (found[:, 1] > 0).any() else None
-        return figures.Line(name, [x(cell) for cell in cells], found[:, 0], error, **style)
-
-    for name, what in NAMES.items():
-        x, cells = operator.attrgetter(name), paper.sweep(record, name)
-        lines = [curve(m, cells, x, m, method=m, dashed=m == "direct") for m in MATCHES]
-        rates = (g.low, g.rates[-1]) if name == "rate" else ()
-        if rates and g.initialisers[1:]:
-            found = [Cell(g.initialisers[1], rate, g.decay) for rate in rates]
-            text = f"matched, {LABELS[g.initialisers[1]]} init."
-            lines.append(curve(text, found, x, method=OTHER))
-        fixed = f"decay {g.decay:g}, {LABELS[g.initialisers[0]]} init."
-        label = f"{what} ({fixed if name == 'rate' else f'rate {g.rate:g}'})"
-        panel = figures.Panel(f"by {what}", label, UNIT, lines, ticks=[x(c) for c in cells])
-        row += [dataclasses.replace(panel, log_x=bool(rates))] if cells else []
-    points: dict[Cell, tuple[str, dict[str, Any]]] = {}
-    for name in (name for name in NAMES if paper.sweep(record, name)):
-        own, after, other = paper.ablation(record, name)
-        high, low = (f"{name} {getattr(cell, name):g}" for cell in (own, other))
-        points[own] = high, {"method": ABLATED[name]}
-        points[after] = f"{high}, then {low}", {"method": ABLATED[name], "dashed": True}
-        # Both ablations may compare with the same networks.
-        shared = f"{points[other][0]}, " if other in points else ""
-        points[other] = shared + low, {"method": BESIDE[name]}
-    lines = [curve(name, [cell], lambda cell: 100 * paper.edges(record, cell), **style)
-             for cell, (name, style) in points.items()]  # fmt: skip
-    x = "test accuracy of the networks (%)"
-    row.append(figures.Panel("one more epoch", x, f"{UNIT}, matched", lines))
-    lines = []
-    if g.initialisers[1:]:
-        rates = zip(RATES, (g.low, g.rates[-1]), strict=True)
-        for name, (method, rate) in itertools.product(g.initialisers, rates):
-            rows = paper.rows_of(record, Cell(name, rate, g.decay)).where(merged="direct")
-            text, dashed = f"{LABELS[name]} init., rate {rate:g}", name == "uniform"
-            lines.append(figures.line(rows, "epoch", "distance", name=text, method=method,
-                                      dashed=dashed, scale=1))  # fmt: skip
-        top = 1.1 * max((value for one in lines for value in one.y), default=1.0)
+    sets, rows, panels = sets_of(record["grid"]), record.rows, []
+    first, *others = record["grid"]["initialisers"]
+    kinds = [("direct", first, "direct"), ("matched", first, "matched")]
+    kinds += [("matched", other, 2) for other in others]
+    swept = [name for name in NAMES if sets[name]]
+    for name in swept:
+        ticks = [getattr(cell, name) for cell in sets[name]]
+        fixed = sets[name][0]._asdict() | {name: ticks}
+        lines = [
+            figures.line(rows, name, "barrier", name=f"{match}, {initialiser}", method=method,
+                         dashed=match == "direct", merged=match,
+                         **fixed | {"initialiser": initialiser})
+            for match, initialiser, method in kinds
+        ]  # fmt: skip
+        x, style = NAMES[name], {"ticks": ticks, "log_x": name == "rate"}
+        panels.append(figures.Panel(f"by {x}", x, UNIT, lines, **style))
+    ablations = [cell for name in swept for cell in sets[f"{name}, one more epoch"]]
+    compared = sets.get("initialisers", [])
+    points, paths = [], []
+    for k, cell in enumerate(dict.fromkeys([*ablations, *compared]), start=3):
+        style = {"name": str(cell), "method": k, "dashed": cell != cell.source}
+        here = rows.where(**cell._asdict())
+        if cell in ablations:
+            at = {"networks": 100 * number(record, cell, "accuracy")}
+            here = records.Rows(row | at for row in here)
+            points.append(figures.line(here, "networks", "barrier", merged="matched", **style))
+        if cell in compared:
+            paths.append(figures.line(here, "epoch", "distance", scale=1, merged="direct", **style))
+    x, y = "test accuracy of the networks (%)", f"{UNIT}, matched"
+    panels.append(figures.Panel("one more epoch", x, y, points))
+    if paths:
         title, y = "by initialisation, not matched", "L2 distance between the two networks"
-        row.append(figures.Panel(title, "epochs", y, lines, y_limits=(0, top)))
-    bars = f"standard deviation over {len(record['seeds']['pairs'])} pairs"
-    about = {"finding": record["finding"], "subtitle": record["title"], "bars": bars}
-    return figures.draw(row, columns=2, **about)
+        panels.append(figures.Panel(title, "epochs", y, paths))
+    return figures.of_record(record, panels, columns=2, bars=grid.bars(record))
 
 
 LEGEND = """Distances are L2, between the networks of a pair. The default networks are MLPs, with a
@@ -240,8 +236,8 @@ are 30 times the paper's, by what its rates add up to more over its 160 epochs; 
 the low rate (the paper: at 0.1), for at the high one hardly any barrier is left."""
 EXPERIMENT = Experiment(
     name="training_recipe", doc=__doc__, options=Config, prepare=prepare, measure=measure,
-    title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=paper.CLAIMS,
-    legend=LEGEND, stem=grid.stem, untold=lambda record: record["config"]["quick"])  # fmt: skip
+    title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
+    legend=LEGEND, stem=grid.stem, untold=grid.quick)  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

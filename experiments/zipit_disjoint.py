@@ -158,7 +158,8 @@ def title_of(record: Record) -> str:
 
 def finding_of(record: Record) -> str:
     known = (paper.ZIP, paper.PERMUTED, paper.ALONE, paper.PART_ZIPPED, paper.ENSEMBLE)
-    return f"On all classes, per cent: {', '.join(one.told(record) for one in known)}"
+    shown = (f"{one.label} {100 * one.of(record):.1f}" for one in known)
+    return f"On all classes, per cent: {', '.join(shown)}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:

@@ -19,13 +19,21 @@ from vfjax import checkpoint, data, models, train
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
-cli, edges, grid, timing, training = (
-    importlib.import_module(f"kit.{name}") for name in "cli edges grid timing training".split()
+cli, edges, experiment, grid, records, timing, training = (
+    importlib.import_module(f"kit.{name}")
+    for name in ("cli", "edges", "experiment", "grid", "records", "timing", "training")
 )
-GRID = grid.Grid((0.01, 0.1), (0.0, 1e-3), 0.1, 0.0, 0.01, ("he_normal", "uniform"))
+recipes = importlib.import_module("training_recipe")
+GRID = {"rates": (0.01, 0.1), "decays": (0.0, 1e-3), "rate": 0.1, "decay": 0.0, "low": 0.01,
+        "initialisers": ("he_normal", "uniform")}  # fmt: skip
 RECIPE = train.Recipe(epochs=2, batch_size=100)
 PLAN = grid.Plan("mlp", models.MLP((8,)), RECIPE, GRID)
 CELL = grid.Cell("he_normal", 0.1, 0.0)
+
+
+def more(cell, rate, decay):
+    """The cell of one more epoch."""
+    return cell._replace(then_rate=rate, then_decay=decay)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +46,19 @@ def net(digits):
     return edges.traced(PLAN.model, digits)
 
 
-def pair_of(digits, net, plan=PLAN, folder=None):
-    return grid.Pair(plan, net, digits, (0, 1), folder, timing.Stopwatch())
+def pair_of(digits, folder=None):
+    """What trains a pair for a cell."""
+    return grid.trainer(PLAN, digits, (0, 1), folder)
+
+
+def measured(digits, net, folder, *cells):
+    """The rows of each of some cells."""
+    setup = experiment.Setup(None, (PLAN, net, digits, [(0, 1)]), {})
+    run = experiment.Run(setup, timing.Stopwatch(), folder / "a.partial", "key")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "cells_of", lambda grid: cells)
+        rows = list(recipes.measure(recipes.Config(), run))
+    return [[row for row in rows if cell._asdict().items() <= row.items()] for cell in cells]
 
 
 def same(tree, other):
@@ -51,36 +70,34 @@ def same(tree, other):
 
 
 def test_cells_are_sweeps_and_what_starts_from_them():
-    cells = PLAN.cells()
+    cells = grid.cells_of(GRID)
     assert len(cells) == len(set(cells)) == len({str(cell) for cell in cells}) == 7
-    low = (GRID.low, 0.0)
-    then = [dataclasses.replace(CELL, then=low), dataclasses.replace(CELL, decay=1e-3, then=low)]
-    assert [cell for cell in cells if cell.then] == then
+    then = [more(CELL, GRID["low"], 0.0), more(CELL._replace(decay=1e-3), GRID["low"], 0.0)]
+    assert [cell for cell in cells if cell != cell.source] == then
     # Those that start from others come after them.
     for place, cell in enumerate(cells):
-        assert cell.then is None or dataclasses.replace(cell, then=None) in cells[:place]
-    tracked = [(cell.initialiser, cell.rate) for cell in cells if PLAN.tracked(cell)]
-    assert sorted(tracked) == sorted((name, r) for name in GRID.initialisers for r in GRID.rates)
-    one = dataclasses.replace(PLAN, grid=dataclasses.replace(GRID, initialisers=("he_normal",)))
-    assert not any(map(one.tracked, one.cells())) and len(one.cells()) == 5
-    none = dataclasses.replace(PLAN, grid=dataclasses.replace(GRID, decays=()))
-    assert len(none.cells()) == 5
+        assert cell == cell.source or cell.source in cells[:place]
+    compared = [(cell.initialiser, cell.rate) for cell in grid.sets_of(GRID)["initialisers"]]
+    assert compared == [(name, rate) for rate in GRID["rates"] for name in GRID["initialisers"]]
+    one = GRID | {"initialisers": ("he_normal",)}
+    assert "initialisers" not in grid.sets_of(one) and len(grid.cells_of(one)) == 5
+    assert len(grid.cells_of(GRID | {"decays": ()})) == 5
 
 
 def test_recipes_of_cells():
-    found = PLAN.recipe_of(dataclasses.replace(CELL, decay=1e-3))
+    found = PLAN.recipe_of(CELL._replace(decay=1e-3))
     assert found == dataclasses.replace(RECIPE, learning_rate=0.1, weight_decay=1e-3)
-    after = PLAN.recipe_of(dataclasses.replace(CELL, then=(0.01, 0.5)))
+    after = PLAN.recipe_of(more(CELL, 0.01, 0.5))
     assert (after.learning_rate, after.weight_decay, after.epochs) == (0.01, 0.5, 1)
     assert after.schedule == "constant" and not after.milestones and not after.warmup_epochs
     longer = dataclasses.replace(PLAN, factor=2.6)
     assert longer.recipe_of(CELL).epochs == 5
-    assert longer.recipe_of(dataclasses.replace(CELL, then=(0.01, 0.5))).epochs == 3
+    assert longer.recipe_of(more(CELL, 0.01, 0.5)).epochs == 3
     assert dataclasses.replace(PLAN, factor=0.01).recipe_of(CELL).epochs == 1
     # The paper warms VGG16 up where it would not learn otherwise.
     step = dataclasses.replace(RECIPE, schedule="step", milestones=(1,), warmup_epochs=0.0)
     vgg = dataclasses.replace(PLAN, name="vgg16", recipe=step)
-    cells = (CELL, dataclasses.replace(CELL, decay=1e-3), grid.Cell("uniform", 0.1, 0.0))
+    cells = (CELL, CELL._replace(decay=1e-3), grid.Cell("uniform", 0.1, 0.0))
     assert [vgg.recipe_of(cell).warmup_epochs for cell in cells] == [0.0, 1.0, 1.0]
 
 
@@ -95,35 +112,45 @@ def test_pairs_are_independent():
 
 def test_epochs_make_as_many_steps(digits):
     options = grid.LinearOptions()
-    recipe = train.Recipe(epochs=1, batch_size=100)
-    assert grid.recipe_of(options, recipe, digits).epochs == 300
-    assert grid.recipe_of(dataclasses.replace(options, epochs=3), recipe, digits).epochs == 3
-    quick = dataclasses.replace(options, epochs=3, quick=True)
-    assert grid.recipe_of(quick, recipe, digits).epochs == grid.QUICK_EPOCHS
+    recipe = train.Recipe(epochs=4, batch_size=100)
+    assert grid.epochs_factor(options, recipe, digits) == 300
+    quick = dataclasses.replace(options, quick=True)
+    assert grid.epochs_factor(quick, recipe, digits) * recipe.epochs == 1
     mnist = dataclasses.replace(digits, name="mnist")
-    assert grid.recipe_of(options, recipe, mnist) == recipe
+    assert grid.epochs_factor(options, recipe, mnist) == 1
+
+
+@pytest.mark.parametrize(
+    "given, epochs", [({}, 20), ({"epochs": 3}, 3), ({"epochs": 3, "quick": True}, 1)]
+)
+def test_epochs_of_linear_networks(given, epochs, digits, monkeypatch):
+    mnist = dataclasses.replace(digits, name="mnist")
+    monkeypatch.setattr(grid.data, "load", lambda *args, **options: mnist)
+    linear = importlib.import_module("residual_linear").EXPERIMENT
+    setup = linear.prepare(grid.LinearOptions(**given), timing.Stopwatch())
+    assert setup.record["recipe"]["epochs"] == epochs
 
 
 def test_titles_and_names():
-    record = {"data": {"name": "digits", "fallback": True}, "config": {"quick": True}}
-    title = grid.titled(record, "linear networks", 2)
+    images, rows = {"name": "digits", "fallback": True}, [{"pair": 0}, {"pair": 1}]
+    record = records.Record(data=images, config={"quick": True}, rows=rows)
+    title = grid.titled(record, "linear networks")
     assert title.startswith("MNIST NOT FOUND, SO: scikit-learn's 8x8 digits: linear networks")
     assert title.endswith(", mean of 2 pairs, QUICK, MEANS NOTHING")
     assert grid.stem(record) == ["digits", "quick"]
     record["config"]["quick"] = False
-    assert grid.stem(record) == ["digits"] and "QUICK" not in grid.titled(record, "x", 1)
+    assert grid.stem(record) == ["digits"] and "QUICK" not in grid.titled(record, "x")
 
 
 # --------------------------------------------------------------------------------- what comes out
 
 
-def test_rows_of_a_pair(digits, net):
-    pair = pair_of(digits, net)
-    rows = list(pair.measure(CELL, {"cell": "a"}))
-    assert all(row["cell"] == "a" for row in rows) and not any("diverged" in row for row in rows)
+def test_rows_of_a_pair(digits, net, tmp_path):
+    (rows,) = measured(digits, net, tmp_path, CELL)
+    assert all(row["pair"] == 0 for row in rows) and not any("diverged" in row for row in rows)
     for name in ("direct", "matched"):
         own = [row for row in rows if row.get("merged") == name]
-        assert len([row for row in own if "alpha" in row]) == grid.ALPHAS
+        assert len([row for row in own if "alpha" in row]) == 11
         assert len([row for row in own if "barrier" in row]) == 1
         followed = {row["epoch"]: row["distance"] for row in own if "distance" in row}
         assert list(followed) == [0, 1, 2, None]
@@ -133,28 +160,23 @@ def test_rows_of_a_pair(digits, net):
     ends = [row for row in rows if row.get("merged") == "direct" and row.get("alpha") in (0.0, 1.0)]
     found = [row["accuracy"] for row in networks]
     assert found == pytest.approx([row["accuracy"] for row in ends])
-    assert {"training", "matching", "interpolation"} <= set(pair.watch.seconds)
 
 
-def test_one_more_epoch_starts_from_the_other_cells_networks(digits, net):
-    after = dataclasses.replace(CELL, then=(1e-12, 0.0))
-    pair = pair_of(digits, net)
-    list(pair.measure(CELL, {}))
-    list(pair.measure(after, {}))
-    for before, then in zip(pair.trained[CELL], pair.trained[after], strict=True):
-        same(before, then)
+def test_one_more_epoch_starts_from_the_other_cells_networks(digits):
+    after = more(CELL, 1e-12, 0.0)
+    pair = pair_of(digits)
+    for before, then in zip(pair(CELL)[0], pair(after)[0], strict=True):
+        same(before.variables, then.variables)
     # A call that goes on with the second cell trains the first one's again.
-    other = pair_of(digits, net)
-    list(other.measure(after, {}))
-    assert list(other.trained) == [CELL, after]
+    for before, then in zip(pair(CELL)[0], pair_of(digits)(after)[0], strict=True):
+        same(before.variables, then.variables)
 
 
-def test_what_diverges_is_one_row(digits, net):
-    pair, wild = pair_of(digits, net), dataclasses.replace(CELL, rate=1e30)
-    (row,) = pair.measure(wild, {"cell": "wild"})
-    assert row["cell"] == "wild" and row["diverged"] and pair.trained[wild] is None
-    (row,) = pair.measure(dataclasses.replace(wild, then=(0.1, 0.0)), {})
-    assert row["diverged"].startswith("there are no networks of he_normal, rate 1e+30, decay 0")
+def test_what_diverges_is_one_row(digits, net, tmp_path):
+    wild = CELL._replace(rate=1e30)
+    # One more epoch has nothing to start from.
+    (row,), (after,) = measured(digits, net, tmp_path, wild, more(wild, 0.1, 0.0))
+    assert row["diverged"] and after["diverged"] == row["diverged"]
 
 
 # ------------------------------------------------------------------------------------ stopped runs
@@ -186,19 +208,19 @@ def stopped_at(calls, at):
 
 
 @pytest.mark.slow
-def test_a_pair_goes_on_in_training(digits, net, tmp_path):
-    cell = dataclasses.replace(CELL, decay=1e-3)
-    assert not PLAN.tracked(cell)
+def test_a_pair_goes_on_in_training(digits, tmp_path):
+    cell = CELL._replace(decay=1e-3)
+    assert cell not in grid.sets_of(GRID)["initialisers"]
     calls: list = []
     with pytest.raises(KeyboardInterrupt), stopped_at(calls, 3):
-        pair_of(digits, net, folder=str(tmp_path)).train(cell)
+        pair_of(digits, str(tmp_path))(cell)
     assert calls == [(0, 0), (0, 1), (1, 0)]
     folders = {path.name for path in (tmp_path / "mlp" / str(cell).replace(", ", "-")).iterdir()}
     assert folders == {"seed0", "seed1"}
     with stopped_at(calls := [], None):
-        runs, distances = pair_of(digits, net, folder=str(tmp_path)).train(cell)
-    assert calls == [(1, 1)] and distances is None
-    whole, _ = pair_of(digits, net).train(cell)
+        runs, snapshots = pair_of(digits, str(tmp_path))(cell)
+    assert calls == [(1, 1)] and not snapshots
+    whole, _ = pair_of(digits)(cell)
     for run, other in zip(runs, whole, strict=True):
         same(run.variables, other.variables)
 

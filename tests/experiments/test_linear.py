@@ -24,7 +24,6 @@ residual = importlib.import_module("residual_linear")
 AS, UNLIKE, OPEN, NEW = claims.VERDICTS
 NAMES = ("linear_networks", "residual_linear")
 QUANTITIES = ("feature", "feature_std", "offset", "weight", "bias", "stable_rank")
-RESCALED = ("rescale_product", "rescaled_feature")
 AVERAGES = ["direct", "weight", "activation"]
 
 
@@ -81,17 +80,15 @@ def test_record_is_complete(name, fixture, request):
 def test_curves_of_every_network(chain):
     rows = chain[1].rows
     assert rows.distinct("site") == [f"params/dense{k}/kernel" for k in range(1, 9)]
-    averages = ["direct", "weight", "activation"]
-    by_layer = rows.where(layer=set(range(1, 9)))
-    assert by_layer.distinct("network") == ["edge models", *averages]
-    for name in by_layer.distinct("network"):
-        found = by_layer.where(network=name)
+    assert rows.distinct("network") == [*linear.EDGES, *AVERAGES]
+    for name in rows.distinct("network"):
+        found = rows.where(network=name, layer=set(range(1, 9)))
         assert found.distinct("layer") == list(range(1, 9)) and len(found) == 8
-        more = () if name == "edge models" else RESCALED
+        more = () if name in linear.EDGES else ("rescaled_feature",)
         for row in found:
             assert set(row) == {"pair", "network", "layer", "site", *QUANTITIES, *more}
     names = [row["network"] for row in rows if "accuracy" in row]
-    assert names == ["model 1", "model 2", *averages]
+    assert names == [*linear.EDGES, *AVERAGES]
     assert len(rows.values("loss")) == 5 and len(rows.values("train_accuracy")) == 2
     notes = chain[1].notes("matching")
     assert [note["match"] for note in notes] == ["weight", "activation"]
@@ -104,10 +101,8 @@ def test_rescaling_is_by_the_product_of_magnitudes(chain):
         return rows.curve("layer", key, network=network)[1]
 
     for name in AVERAGES:
-        weights = np.divide(found("edge models", "weight"), found(name, "weight"))
-        product = np.cumprod(weights)
-        np.testing.assert_allclose(found(name, "rescale_product"), product, rtol=1e-5)
-        rescaled = product * found(name, "feature")
+        weights = np.divide(found(linear.EDGES, "weight"), found(name, "weight"))
+        rescaled = np.cumprod(weights) * found(name, "feature")
         np.testing.assert_allclose(found(name, "rescaled_feature"), rescaled, rtol=1e-5)
 
 
@@ -242,13 +237,13 @@ def test_falling_back_to_the_digits_shows(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     without(monkeypatch, "tensorflow")
-    setup = residual.EXPERIMENT.prepare(residual.Config(), timing.Stopwatch())
-    dataset = setup.value.dataset
-    assert dataset.name == "digits" and dataset.fallback and "'mnist'" in caplog.text
+    setup = residual.EXPERIMENT.prepare(grid.LinearOptions(), timing.Stopwatch())
+    images = setup.record["data"]
+    assert images["name"] == "digits" and images["fallback"] and "'mnist'" in caplog.text
     # As many steps as on MNIST.
-    assert setup.value.recipe.epochs * 11 == pytest.approx(20 * 469, rel=0.01)
-    record = {**setup.record, "config": {"quick": False}}
-    title = grid.titled(record, "x", 1)
+    assert setup.record["recipe"]["epochs"] * 11 == pytest.approx(20 * 469, rel=0.01)
+    record = records.Record(setup.record | {"config": {"quick": False}, "rows": []})
+    title = grid.titled(record, "x")
     assert title.startswith("MNIST NOT FOUND, SO: scikit-learn's 8x8 digits")
 
 

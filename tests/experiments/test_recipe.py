@@ -18,9 +18,9 @@ if str(EXPERIMENTS) not in sys.path:
     sys.path.insert(0, str(EXPERIMENTS))
 recipe = importlib.import_module("training_recipe")
 paper = importlib.import_module("papers.training_recipe")
-claims, cli, edges, grid, records, timing = (
+claims, cli, edges, experiment, grid, records, timing = (
     importlib.import_module(f"kit.{name}")
-    for name in ("claims", "cli", "edges", "grid", "records", "timing")
+    for name in ("claims", "cli", "edges", "experiment", "grid", "records", "timing")
 )
 
 RUN = recipe.EXPERIMENT
@@ -45,23 +45,31 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def pair(digits):
-    plan = grid.Plan(
-        "mlp", recipe.QUICK_MODEL, train.Recipe(epochs=2, batch_size=100), recipe.QUICK_GRID
-    )
+def plan():
+    options = train.Recipe(epochs=2, batch_size=100)
+    return dataclasses.replace(recipe.QUICK, recipe=options)
+
+
+@pytest.fixture
+def measured(plan, digits, tmp_path, monkeypatch):
+    """The rows of cells that a pair is trained for."""
     net = edges.traced(plan.model, digits)
-    return grid.Pair(plan, net, digits, (0, 1), None, timing.Stopwatch())
 
+    def rows_of(*cells):
+        setup = experiment.Setup(None, (plan, net, digits, [(0, 1)]), {})
+        run = experiment.Run(setup, timing.Stopwatch(), tmp_path / "a.partial", "key")
+        monkeypatch.setattr(recipe, "cells_of", lambda grid: cells)
+        rows = records.Rows(recipe.measure(recipe.Config(), run))
+        monkeypatch.undo()
+        return [rows.where(**cell._asdict()) for cell in cells]
 
-def measured(pair, cell):
-    """The rows of a cell that a pair is trained for."""
-    return records.Rows(pair.measure(cell, recipe.where(cell)))
+    return rows_of
 
 
 def cells_of(record):
     """Cells of a record with their rows."""
-    cells = grid.Plan("", None, None, recipe.grid_of(record)).cells()
-    return {cell: record.rows.where(**recipe.where(cell)) for cell in cells}
+    cells = grid.cells_of(record["grid"])
+    return {cell: record.rows.where(**cell._asdict()) for cell in cells}
 
 
 # -------------------------------------------------------------------------------------- quick run
@@ -86,16 +94,16 @@ def test_record_is_complete(quick):
         found = rows.where(network=["model 1", "model 2"])
         assert len(found) == 2 and all(row["train_accuracy"] > 0 for row in found)
         used = record.notes("recipes").only(cell=str(cell))
-        assert (used["learning_rate"], used["weight_decay"]) == (
-            cell.then or (cell.rate, cell.decay)
-        )
-        assert used["schedule"] == ("constant" if cell.then else "cosine")
+        plain = cell == cell.source
+        rate, decay = cell[1:3] if plain else cell[3:]
+        assert (used["learning_rate"], used["weight_decay"]) == (rate, decay)
+        assert used["schedule"] == ("cosine" if plain else "constant")
         for match in recipe.MATCHES:
             alphas, values, _ = rows.where(merged=match).curve("alpha")
             assert len(alphas) == 11 and values[0] == found[0]["accuracy"]
             (about,) = (row for row in rows.where(merged=match) if "barrier" in row)
             assert about["lowest"] == min(values)
-            assert paper.barrier(record, cell, match) == about["barrier"]
+            assert paper.number(record, cell, merged=match) == about["barrier"]
 
 
 def test_barriers_are_those_of_the_curves(quick):
@@ -140,10 +148,10 @@ def test_figure_names_its_axes(record):
 # -------------------------------------------------------------------------------------- one pair
 
 
-def test_one_more_epoch_starts_from_the_networks_of_the_other_recipe(pair):
+def test_one_more_epoch_starts_from_the_networks_of_the_other_recipe(measured):
     first = grid.Cell("uniform", 0.1, 0.003)
-    before = measured(pair, first)
-    after = measured(pair, dataclasses.replace(first, then=(1e-12, 0.0)))
+    low, high = (first._replace(then_rate=rate, then_decay=0.0) for rate in (1e-12, 0.1))
+    before, after, moved = measured(first, low, high)
     direct = {"merged": "direct"}
     assert after.curve("alpha", **direct) == before.curve("alpha", **direct)
 
@@ -151,18 +159,16 @@ def test_one_more_epoch_starts_from_the_networks_of_the_other_recipe(pair):
         return rows.mean("distance", epoch=None, **direct)
 
     assert between(after) == pytest.approx(between(before))
-    moved = measured(pair, dataclasses.replace(first, then=(0.1, 0.0)))
     assert between(moved) != pytest.approx(between(before))
 
 
-def test_runs_with_and_without_distances_are_the_same(pair):
+def test_runs_with_and_without_distances_are_the_same(plan, digits):
     cell = grid.Cell("uniform", 0.1, 0.003)
-    assert pair.plan.tracked(cell)
-    runs, distances = pair.train(cell)
-    for found in distances.values():
-        assert [epoch for epoch, _ in found] == [0, 1, 2]
+    assert cell in grid.sets_of(plan.grid)["initialisers"]
+    runs, snapshots = grid.trainer(plan, digits, (0, 1))(cell)
+    assert {epoch: len(trees) for epoch, trees in snapshots.items()} == {0: 2, 1: 2, 2: 2}
     for seed, run in enumerate(runs):
-        plain = train.fit(pair.plan.model, pair.plan.recipe_of(cell), pair.dataset, seed=seed)
+        plain = train.fit(plan.model, plan.recipe_of(cell), digits, seed=seed)
         np.testing.assert_allclose(
             run.variables["params"]["head"]["kernel"],
             plain.variables["params"]["head"]["kernel"],
@@ -170,16 +176,16 @@ def test_runs_with_and_without_distances_are_the_same(pair):
         )
 
 
-def test_divergence_is_recorded_and_told(pair, record):
+def test_divergence_is_recorded_and_told(measured, record):
     cell = grid.Cell("uniform", 1e30, 0.0)
-    (found,) = measured(pair, cell)
+    more = cell._replace(then_rate=0.01, then_decay=0.0)
+    (found,), (after,) = measured(cell, more)
     assert "diverged in epoch 1" in found["diverged"] and "merged" not in found
-    (after,) = measured(pair, dataclasses.replace(cell, then=(0.01, 0.0)))
-    assert "there are no networks of uniform, rate 1e+30" in after["diverged"]
+    assert after["diverged"] == found["diverged"]
     lost = {"initialiser": "he_normal", "rate": 0.1, "decay": 0.003}
     kept = [row for row in record["rows"] if lost.items() - row.items()]
-    gone = [{**recipe.where(c), "pair": 0, "diverged": "so"} for c in cells_of(record)
-            if lost.items() <= recipe.where(c).items()]  # fmt: skip
+    gone = [{**c._asdict(), "pair": 0, "diverged": "so"} for c in cells_of(record)
+            if lost.items() <= c._asdict().items()]  # fmt: skip
     assert len(gone) == 2
     record["config"]["quick"], record["rows"] = False, kept + gone
     record = RUN.derived(record)
@@ -195,9 +201,9 @@ def test_divergence_is_recorded_and_told(pair, record):
 
 def test_pairs_that_diverged_do_not_count(quick, record):
     cell = next(iter(cells_of(record)))
-    record["rows"] = [*record["rows"], {**recipe.where(cell), "pair": 1, "diverged": "so"}]
-    assert paper.barrier(record, cell) == paper.barrier(quick[1], cell)
-    assert paper.edges(record, cell) == paper.edges(quick[1], cell)
+    record["rows"] = [*record["rows"], {**cell._asdict(), "pair": 1, "diverged": "so"}]
+    for key in ("accuracy", "barrier", "distance"):
+        assert paper.number(record, cell, key) == paper.number(quick[1], cell, key)
 
 
 # ---------------------------------------------------------------------------------------- claims
@@ -206,7 +212,7 @@ def test_pairs_that_diverged_do_not_count(quick, record):
 def numbers(record, values):
     """Sets numbers of cells by (initialiser, rate, decay, whether retrained)."""
     for cell, rows in cells_of(record).items():
-        found = values[cell.initialiser, cell.rate, cell.decay, cell.then is not None]
+        found = values[cell.initialiser, cell.rate, cell.decay, cell != cell.source]
         for row in rows:
             if "train_accuracy" in row:
                 row["accuracy"] = found["edge_accuracy"]
@@ -256,27 +262,25 @@ def test_claims_follow_the_numbers(record):
     rates, decays = (first, 0.1, 0.003, False), (first, 0.01, 0.015, False)
     after, after_decay = (first, 0.1, 0.003, True), (first, 0.01, 0.015, True)
     low, end = (first, 0.01, 0.003, False), (other, 0.1, 0.003, False)
+    first_rate = (first, 0.001, 0.003, False)
     changes = {
-        "rate-matched": (rates, 0.2, "30.0 points at rate 0.01, 20.0 at 0.1 (33% less)"),
-        "decay-matched": (decays, 0.15, "30.0 points at decay 0.003 (all at rate 0.01), 15.0 at "
-                          "0.015 (50% less)"),
-        "rate-epoch-barrier": (after, 0.25, "from 10.0 to 25.0 points, that of 0.01 "),
-        "decay-epoch-barrier": (after_decay, 0.25, "from 2.0 to 25.0 points, that of 0.003 "),
-        "merge-from-low-on": ((first, 0.001, 0.003, False), 0.2, "lose 25%, 32% and 10%"),
-        "initialiser-barrier-high": (end, 0.9, "10.0 points with the normal one, 90.0 points"),
-    }  # fmt: skip
-    changes = {k: (key, {"matched_barrier": v}, said) for k, (key, v, said) in changes.items()}
-    changes |= {
-        "rate-direct": (low, {"direct_barrier": 0.5}, "50.0 points at rate 0.01, 70.0 at 0.1"),
-        "rate-epoch-accuracy": (after, {"edge_accuracy": 0.97}, "to 97.00%, those of 0.01 have 95"),
-        "decay-epoch-accuracy": (after_decay, {"edge_accuracy": 0.98},
-                                 "to 98.00%, those of 0.003 have 95.00%"),
-        "initialiser-distance-high": (end, {"direct_distance": 25.0}, "15.0 with the normal"),
-    }  # fmt: skip
-    for name, (key, change, text) in changes.items():
-        numbers(record, values | {key: values[key] | change})
+        "rate-matched": (rates, "matched_barrier", 0.2, "30.00 20.00"),
+        "decay-matched": (decays, "matched_barrier", 0.15, "30.00 15.00"),
+        "rate-epoch-barrier": (after, "matched_barrier", 0.25, "10.00 25.00 30.00"),
+        "decay-epoch-barrier": (after_decay, "matched_barrier", 0.25, "2.00 25.00 30.00"),
+        "merge-from-low-on": (first_rate, "matched_barrier", 0.2, "25.00 31.58 10.31"),
+        "initialiser-barrier-high": (end, "matched_barrier", 0.9, "30.00 10.00 10.00 90.00"),
+        "rate-direct": (low, "direct_barrier", 0.5, "50.00 70.00"),
+        "rate-epoch-accuracy": (after, "edge_accuracy", 0.97, "97.00 97.00 95.00"),
+        "decay-epoch-accuracy": (after_decay, "edge_accuracy", 0.98, "98.00 98.00 95.00"),
+        "initialiser-distance-high": (end, "direct_distance", 25.0, "20.00 10.00 15.00 25.00"),
+    }
+    for name, (key, what, value, told) in changes.items():
+        numbers(record, values | {key: values[key] | {what: value}})
         row = decided(record)[name]
-        assert row["verdict"] == UNLIKE and text in row["here"], (name, row)
+        assert row["verdict"] == UNLIKE, (name, row)
+        assert [part.split(" with ")[0] for part in row["here"].split("; ")] == told.split()
+        assert row["here"].startswith(f"{told.split()[0]} with he_normal, rate 0.")
     keys = [(name, 0.01, 0.003, False) for name in (first, other)]
     numbers(record, values | {keys[0]: values[keys[1]], keys[1]: values[keys[0]]})
     found = decided(record)
@@ -314,7 +318,7 @@ def test_record_is_of_real_data():
 def test_the_paper_s_grid(name, digits):
     cifar = dataclasses.replace(digits, name="cifar10")
     plan = recipe.paper_plan(name, None, cifar)
-    cells = plan.cells()
+    cells = grid.cells_of(plan.grid)
     both = name.endswith("-ln")
     # Five rates and five decays, of which one is both; ablations of each; initialisations.
     assert len(cells) == 9 + 2 + 2 * both
@@ -322,27 +326,28 @@ def test_the_paper_s_grid(name, digits):
     assert {cell.rate for cell in cells} == {0.01, 0.03, 0.05, 0.07, 0.1}
     for cell in cells:
         found = plan.recipe_of(cell)
-        if cell.then is not None:
+        if cell != cell.source:
             assert (found.epochs, found.schedule, found.learning_rate) == (1, "constant", 0.01)
             assert found.crop == 4 and found.weight_decay == 1e-4
             continue
         assert (found.learning_rate, found.weight_decay) == (cell.rate, cell.decay)
         vgg = name.startswith("vgg16") and (cell.decay > 1e-4 or cell.initialiser == "uniform")
         assert found.warmup_epochs == float(vgg or name == "resnet20-ln")
-        assert plan.tracked(cell) == (both and cell.decay == 1e-4 and cell.rate in (0.01, 0.1))
+        assert (cell in grid.sets_of(plan.grid).get("initialisers", [])) == (
+            both and cell.decay == 1e-4 and cell.rate in (0.01, 0.1)
+        )
 
 
 def test_mnist_of_the_paper_has_rates_alone(digits):
     plan = recipe.paper_plan("vgg16-ln", None, dataclasses.replace(digits, name="mnist"))
-    kinds = [(cell.initialiser, cell.rate, cell.decay) for cell in plan.cells()]
-    assert kinds[:3] == [("uniform", rate, 5e-4) for rate in (0.001, 0.01, 0.1)]
-    assert [cell.then for cell in plan.cells()[3:]] == [(0.01, 5e-4)]
+    cells = [grid.Cell("uniform", rate, 5e-4) for rate in (0.001, 0.01, 0.1)]
+    assert grid.cells_of(plan.grid) == [*cells, cells[-1]._replace(then_rate=0.01, then_decay=5e-4)]
 
 
 def test_the_digits_get_as_many_steps_as_mnist():
     plan = recipe.plan_of(recipe.Config(dataset="digits"), data.load("digits"))
-    for cell in plan.cells():
-        epochs = 1 if cell.then else recipe.CPU_RECIPE.epochs
+    for cell in grid.cells_of(plan.grid):
+        epochs = 1 if cell != cell.source else recipe.CPU.recipe.epochs
         assert plan.recipe_of(cell).epochs * 11 == pytest.approx(epochs * 469, rel=0.02)
 
 
