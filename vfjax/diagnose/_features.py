@@ -299,11 +299,13 @@ def measured(
     def record(part: slice, references: Features | None, shares: Any) -> Features:
         def stacked(what: str) -> dict[str, Array]:
             values = {name: [n.get(what) for n in by_site[source[name]][part]] for name in names}
-            return {
-                name: jnp.asarray(np.stack(each))
+            found = {
+                name: np.stack(each)
                 for name, each in values.items()
                 if each[0] is not None and len({np.shape(value) for value in each}) == 1
             }
+            # `jnp.asarray` would compile a program for each shape.
+            return jax.device_put(found)
 
         fields = {what: stacked(what) for what in _FIELDS}
         return Features(**fields, references=references, **static, shares=shares)

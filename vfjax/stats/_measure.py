@@ -177,4 +177,5 @@ def finish(job: Job, pooled: dict[str, Any]) -> tuple[dict[str, Array], ...]:
         blocks[site] = np.full((models, models, *value.shape[1:]), np.nan, value.dtype)
         for (i, j), block in zip(job.pairs, value, strict=True):
             blocks[site][i, j], blocks[site][j, i] = block, block.T
-    return jax.tree.map(jnp.asarray, (mean, var, blocks))
+    # `jnp.asarray` would compile a program for each shape.
+    return jax.device_put((mean, var, blocks))
