@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kit import tables
-from kit.records import Record
+from kit.records import Record, mean_std
 
 AS, UNLIKE, OPEN, NEW = "as in the paper", "unlike", "undecided here", "not in the paper"
 VERDICTS = (AS, UNLIKE, OPEN, NEW)
@@ -230,3 +230,55 @@ def Enough(value: Quantity, other: Quantity, by: float) -> Comparison:
     """That one accuracy is no more than `by` below another, see `enough`."""
     text = f"{value.label} no more than {100 * by:g} points below {other.label}"
     return Comparison((value, other), functools.partial(enough, by=by), text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A rule on two accuracies at each value of a key that rows have of both.
+
+    `holds` decides by the record, by the pairs of accuracies, and by whether the first of each is
+    ahead, which is None within noise or near chance; by default it has to be everywhere.
+    """
+
+    value: Quantity
+    other: Quantity
+    text: str
+    holds: Callable[..., bool | None] = lambda record, pairs, ahead: all_of(ahead)
+    key: str = "layers"
+    sign: str = "l"  # What the key is called.
+    # At which values to compare, by the record with their rows alone.
+    when: Callable[[Record], bool] = lambda record: True
+
+    def pairs(self, record: Record) -> dict[Any, tuple[float, float]]:
+        found = {}
+        for at in sorted(record.rows.distinct(self.key)):
+            there = Record(record | {"rows": record.rows.where(**{self.key: (at, None)})})
+            pair = self.value.of(there), self.other.of(there)
+            if not any(map(math.isnan, pair)) and self.when(there):
+                found[at] = pair
+        return found
+
+    def points(self, record: Record) -> float:
+        """How far the first is ahead on average."""
+        return mean_std([100 * (a - b) for a, b in self.pairs(record).values()])[0]
+
+    def __call__(self, record: Record) -> Decision | None:
+        pairs = self.pairs(record)
+        if not pairs:
+            return None
+        told = [compared(record, *pair) for pair in pairs.values()]
+        ends = {at: pairs[at] for at in (min(pairs), max(pairs))}
+        numbers = (f"{100 * a:.1f} and {100 * b:.1f} at {self.sign} = {at}"
+                   for at, (a, b) in ends.items())  # fmt: skip
+        here = f"{self.value.label} and {self.other.label} {', '.join(numbers)}; ahead at "
+        here += f"{told.count(True)} and behind at {told.count(False)} of {len(told)} {self.sign}"
+        here += f", {self.points(record):+.1f} points on average"
+        return self.holds(record, list(pairs.values()), told), here
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def Shown(quantities: Sequence[Quantity]) -> Comparison:
+    """Numbers that nothing is decided by."""
+    return Comparison(tuple(quantities), lambda *_: None, "not decided")

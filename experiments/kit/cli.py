@@ -61,6 +61,9 @@ def _whole(text: str) -> int:
     return int(text) if text.isdigit() else -1
 
 
+whole = typed(_whole, lambda number: number >= 0, "is not a whole number, from 0 on")
+
+
 def count_of(what: str) -> Callable[[str], int]:
     return typed(_whole, lambda count: count >= 1, f"is not a number of {what}, from 1 on")
 

@@ -41,7 +41,7 @@ def section(name: str, record: records.Record) -> str:
         heading = [f"*{table.title}*"] if len(record["tables"]) > 1 and table.title else []
         parts += [*heading, tables.markdown(table)]
     if record["claims"]:
-        rules = [f"- {row['claim']}: {row['rule']}." for row in record["claims"]]
+        rules = dict.fromkeys(f"- {row['claim']}: {row['rule']}." for row in record["claims"])
         parts.append(tables.markdown(claims.table(record["claims"], "*")))
         parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
         parts.append("</details>")
@@ -78,10 +78,12 @@ def write_page(folder: Path, experiment: str) -> Path:
 
 
 def verdicts_of(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
-    """The verdicts on one claim: how many, with links to where each is from."""
+    """The verdicts on one claim, which may have several of a record, with links to the records."""
     links: dict[str, str] = {verdict: "" for verdict in claims.VERDICTS}
-    for k, (experiment, name, row) in enumerate(runs, start=1):
-        links[row["verdict"]] += f" [{k}]({experiment}.md#{anchor(name)})"
+    names = list(dict.fromkeys(name for _, name, _ in runs))
+    for experiment, name, row in runs:
+        link = f" [{names.index(name) + 1}]({experiment}.md#{anchor(name)})"
+        links[row["verdict"]] += link * (link not in links[row["verdict"]])
     words = {verdict: verdict for verdict in links} | {claims.UNLIKE: f"**{claims.UNLIKE}**"}
     return "; ".join(words[verdict] + found for verdict, found in links.items() if found)
 
