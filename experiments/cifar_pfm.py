@@ -75,12 +75,7 @@ def models_of(config: Config) -> int:
 
 
 def columns(match: str, remedies: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Matchings and remedies by their names in tables: as in tables 1, 7 and 8 of the paper.
-
-    Example:
-      >>> [*columns("cca", ["reset"])], columns("none", ["reset"])["RESET"]
-      (['direct', 'matched', 'RESET', 'AM', 'AM + RESET'], {'match': 'none', 'remedy': 'reset'})
-    """
+    """Matchings and remedies by their names in tables: as in tables 1, 7 and 8 of the paper."""
     found = {"direct": ("none", "none")}
     found |= {"matched": (match, "none")} if match != "none" else {}
     found |= {label(remedy): (match, remedy) for remedy in remedies}
@@ -136,17 +131,16 @@ def title_of(record: Record) -> str:
 def finding_of(record: Record) -> str:
     rows, first = record.rows, min(record.rows.distinct("layers"))
     means = {name: rows.mean(layers=first, **of) for name, of in columns_of(record).items()}
-    means = {name: mean for name, mean in means.items() if mean == mean}
-    shown = {name: f"{name}, {100 * mean:.1f}%" for name, mean in means.items()}
-    *_, best = sorted((n for n in means if not n.startswith("AM")), key=means.__getitem__)
-    if beside := sorted((n for n in means if n.startswith("AM")), key=means.__getitem__):
-        other, match = beside[-1], pairs.MATCHES[record["config"]["match"]]
+    ranked = sorted((n for n in means if means[n] == means[n]), key=means.__getitem__)
+    shown = {name: f"{name}, {100 * means[name]:.1f}%" for name in ranked}
+    *_, best = (name for name in ranked if not name.startswith("AM"))
+    text = f"With l = {first} layers kept apart {best} leads, {100 * means[best]:.1f}%"
+    text += f" (direct: {100 * means['direct']:.1f}%)" if best != "direct" else ""
+    for other in [name for name in ranked if name.startswith("AM")][-1:]:
         gap = claims.beyond(means[best] - means[other], claims.free(record, means[other]))
         verb = {True: "is ahead of", None: "is level with", False: "is behind"}[gap]
+        match = pairs.MATCHES[record["config"]["match"]]
         text = f"At l = {first} {match} with {shown[best]}, {verb} {shown[other]}"
-    else:
-        text = f"With l = {first} layers kept apart {best} leads, {100 * means[best]:.1f}%"
-        text += f" (direct: {100 * means['direct']:.1f}%)" if best != "direct" else ""
     return f"{text}; it {pairs.reaches(record, best)}"
 
 
@@ -168,21 +162,20 @@ def tables_of(record: Record) -> list[tables.Table]:
 def figure_of(record: Record) -> Any:
     """Accuracy against l, edge models and ensemble as levels; activation matching beside."""
     config, rows, row = record["config"], record.rows.where(network="PFM"), []
+    every = columns_of(record)
     for match in dict.fromkeys([config["match"], *rows.distinct("match", match="activation")]):
-        of_panel = rows.where(match=("none", match))
-        remedies = [remedy for remedy in of_panel.distinct("remedy") if remedy != "none"]
-        lines = [
-            figures.line(rows, "layers", name=name, method=of["remedy"].replace("none", name), **of)
-            for name, of in columns(match, remedies).items()
-            if of_panel.values(**of)
-        ]
+        shown = {
+            name.removeprefix("AM + ").replace("AM", "matched"): where
+            for name, where in every.items()
+            if where["match"] in ("none", match)
+        }
         title = pairs.title_of(match, config)
         if match != "none" and not rows.values(match=match, remedy="none"):
             title += " (matched alone: no variances to evaluate with)"
         # What is all near the top would be one line.
         limits = (0, 101) if min(rows.values()) < 0.5 else None
-        x, ticks = f"layers kept apart l (of L = {record['model']['depth']})", config["layers"]
-        row.append(pairs.panel(record, title, x, lines, y_limits=limits, ticks=ticks))
+        x = f"layers kept apart l (of L = {record['model']['depth']})"
+        row.append(pairs.panel(record, title, x, shown, y_limits=limits, ticks=config["layers"]))
     bars = f"standard deviation over {config['pairs']} pairs"
     return figures.of_record(record, row, bars=bars)
 

@@ -28,9 +28,6 @@ from papers.permute_first_layers import CLAIMS, CURVES, MATCHES
 
 import vfjax
 
-# Test and statistics images.
-SAMPLES = 5_000
-
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +38,13 @@ class Config(edges.EdgeOptions):
     alpha: float = cli.option(
         0.5, "weight of the second network in the averages; the first has 1 - ALPHA",
         type=cli.number_of(0, 1), part="alpha{:g}")
-    samples: int | None = cli.images("samples", "test images, the first N", SAMPLES)
-    statistics: int | None = cli.images(
-        "statistics", "training images, the first N, not augmented, for matching and "
-        "renormalisation", SAMPLES)
+    samples: int | None = cli.images("samples", "test images, the first N", 5_000)
+    statistics: int | None = pairs.statistics(5_000)
 # fmt: on
 
 
 def written_at(net: vfjax.Network) -> dict[str, int]:
-    """By group of units, the depth of the first layer on the main path that writes it.
-
-    A group that no layer on the main path writes comes last, with all layers.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> def apply_fn(v, x):
-      ...     stream = x @ v["first"]
-      ...     stream = stream + jax.nn.relu(stream @ v["inner"]) @ v["outer"]
-      ...     return stream @ v["head"]
-      >>> sizes = {"first": (2, 3), "inner": (3, 4), "outer": (4, 3), "head": (3, 2)}
-      >>> tree = {name: jnp.ones(size) for name, size in sizes.items()}
-      >>> written_at(vfjax.trace(apply_fn, tree, jnp.ones((1, 2))))
-      {'first': 1, 'inner': 2}
-    """
+    """By group of units, the first layer on the main path that writes it; else the last layer."""
     main = {layer.kernel: layer.depth for layer in net.layers if layer.main}
     found = {}
     for group, axes in net.spec.groups.items():
@@ -123,15 +104,14 @@ def tables_of(record: Record) -> list[tables.Table]:
 
 def figure_of(record: Record) -> Any:
     """Accuracy against l, a panel for each matching."""
-    row = []
+    x, columns, row = (
+        f"first layers matched, l (of L = {record['model']['depth']})",
+        columns_of(record),
+        [],
+    )
     for match in record.rows.distinct("match"):
-        lines = [
-            figures.line(record.rows, "layers", method=where["remedy"], **where)
-            for where in columns_of(record).values()
-            if where["match"] == match
-        ]
-        x = f"first layers matched, l (of L = {record['model']['depth']})"
-        row.append(pairs.panel(record, label(match), x, lines, y_limits=(0, 101)))
+        shown = {label(of["remedy"]): of for of in columns.values() if of["match"] == match}
+        row.append(pairs.panel(record, label(match), x, shown, y_limits=(0, 101)))
     return figures.of_record(record, row)
 
 

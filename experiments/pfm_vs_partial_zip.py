@@ -22,8 +22,9 @@ is better than partial zipping for all numbers of unmerged layers except two.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kit import cli, figures, pairs, tables
@@ -39,12 +40,6 @@ COSTS = {"params_ratio": "parameters", "flops_ratio": "FLOPs"}
 
 
 def default_layers(depth: int) -> list[int]:
-    """The numbers of layers that are kept apart.
-
-    Example:
-      >>> default_layers(14), default_layers(5)
-      ([0, 2, 4, 6, 8, 10, 12, 13], [0, 2, 4])
-    """
     return sorted({*range(0, depth, 2), depth - 1})
 
 
@@ -59,9 +54,7 @@ class Config(pairs.MatchingOptions):
         type=cli.whole, nargs="+", metavar="l", part="layers{}",
         usual=lambda record: default_layers(record["model"]["depth"]))
     samples: int | None = cli.images("samples", "test images, the first N", 5_000)
-    statistics: int | None = cli.images(
-        "statistics", "training images, the first N, not augmented, for matching and "
-        "renormalisation", 5_000)
+    statistics: int | None = pairs.statistics(5_000)
 # fmt: on
 
 
@@ -153,25 +146,19 @@ def tables_of(record: Record) -> list[tables.Table]:
     return found
 
 
+def look_of(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": list(KINDS).index(where["kind"]), "dashed": where["remedy"] == "none"}
+
+
 def figure_of(record: Record) -> Any:
     """Accuracy against l, a panel for each matching; against cost for the first of them."""
-    titles = titles_of(record)
-
-    def panel(match: str, x: str, x_label: str, columns: pairs.Columns, **limits: Any) -> Any:
-        lines = [
-            figures.line(record.rows, x, name=name, method=list(KINDS).index(where["kind"]),
-                         dashed=where["remedy"] == "none", **where)
-            for name, where in columns.items()
-        ]  # fmt: skip
-        return pairs.panel(record, titles[match], x_label, lines, **limits)
-
-    x = f"layers kept apart, l (of L = {record['model']['depth']})"
-    row = [panel(m, "layers", x, columns_of(record, m), y_limits=(0, 101)) for m in titles]
-    first, *_ = titles
-    remedied = {n: of for n, of in columns_of(record, first).items() if of["remedy"] != "none"}
-    for key, what in COSTS.items():
-        # As high as the curves, which are close together once they are renormalised.
-        row.append(panel(first, key, f"{what}, relative to one model", remedied))
+    titles, panel = titles_of(record), functools.partial(pairs.panel, record, look=look_of)
+    x, limits = f"layers kept apart, l (of L = {record['model']['depth']})", (0, 101)
+    row = [panel(titles[m], x, columns_of(record, m), y_limits=limits) for m in titles]
+    match, title = next(iter(titles.items()))
+    last = {n: of for n, of in columns_of(record, match).items() if of["remedy"] != "none"}
+    # As high as the curves, which are close together once they are renormalised.
+    row += [panel(title, f"{text}, relative to one model", last, x=x) for x, text in COSTS.items()]
     return figures.of_record(record, row, columns=2)
 
 

@@ -46,9 +46,7 @@ class Config(edges.EdgeOptions):
         "activation", "how units of the second network are matched to those of the first",
         choices=("activation", "weight"), part="{}")
     samples: int | None = features.samples()
-    statistics: int | None = cli.images(
-        "statistics", "training images, the first N, not augmented, for matching and "
-        "renormalisation", features.STATISTICS)
+    statistics: int | None = pairs.statistics(features.STATISTICS)
 # fmt: on
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kit import cli, edges, figures, pairs, tables
@@ -104,7 +104,12 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 # Of the columns in figures.
 LOOKS = {"direct": "direct", "permuted": "activation", "exact": "transport", "soft": 4}
-LOOKS |= {"weights": "weight", "uniform": 5}
+LOOKS |= {"weights": "weight", "uniform": 5, "stream": 1, "hidden": 2, "attention": 3}
+
+
+def look_of(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    units = where["plan"] if where["units"] == "all" else where["units"]
+    return {"method": LOOKS[units], "dashed": units == "uniform"}
 
 
 def columns_of(record: Record) -> pairs.Columns:
@@ -140,31 +145,19 @@ def tables_of(record: Record) -> list[tables.Table]:
 
 def figure_of(record: Record) -> Any:
     """Accuracy against k: by column, with one kind of units matched alone, and by softness."""
-    rows, held_out = record.rows.where(images="test"), record.rows.where(images="held_out")
-    columns = {
-        where["plan"]: figures.line(rows, "blocks", name=name, method=LOOKS[where["plan"]],
-                                    dashed=where["plan"] == "uniform", **where)
-        for name, where in columns_of(record).items()
-    }  # fmt: skip
-    units = [
-        figures.line(rows, "blocks", name=f"{text} alone", method=at, plan="exact", units=kind)
-        for at, (kind, text) in enumerate(KINDS.items(), start=1)
-    ]
-    named = {0.0: "exact", chosen(record.rows): "soft", UNIFORM: "uniform"}
+    columns, held_out = columns_of(record), record.rows.where(images="held_out")
+    exact = {"images": "test", "plan": "exact"}
+    some = {"direct": columns["direct"]} | {t: exact | {"units": n} for n, t in KINDS.items()}
+    some |= {LABELS["exact"]: columns[LABELS["exact"]]}
     soft = [
-        figures.line(held_out, "blocks", weight=weight, dashed=weight == UNIFORM,
-                     name=columns[named[weight]].name if weight in named else f"soft ({weight:g})",
-                     method=LOOKS[named[weight]] if weight in named else at)
-        for at, weight in enumerate(held_out.distinct("weight"), start=6)
-    ]  # fmt: skip
+        figures.line(held_out, "blocks", name=f"weight {weight:g}", method=at, weight=weight)
+        for at, weight in enumerate(held_out.distinct("weight"))
+    ]
     x, limits = f"blocks kept apart, k (of {record['model']['blocks']})", {"y_limits": (0, 101)}
-    some, y = (
-        [columns["direct"], *units, columns["exact"]],
-        "accuracy, held-out training images (%)",
-    )
+    about, y = {"look": look_of, "x": "blocks"} | limits, "accuracy, held-out training images (%)"
     panels = [
-        pairs.panel(record, "by what was matched how", x, list(columns.values()), **limits),
-        pairs.panel(record, "exact plans of some units only", x, some, **limits),
+        pairs.panel(record, "by what was matched how", x, columns, **about),
+        pairs.panel(record, "exact plans of some units only", x, some, **about),
         figures.Panel("weight of the plans' entropy", x, y, soft, **limits),
     ]
     return figures.of_record(record, panels)

@@ -232,6 +232,20 @@ def Enough(value: Quantity, other: Quantity, by: float) -> Comparison:
     return Comparison((value, other), functools.partial(enough, by=by), text)
 
 
+def Both(first: Comparison, second: Comparison) -> Comparison:
+    """That two rules hold, of which the first has all quantities of the second, in its order."""
+
+    def holds(record: Record, *found: float) -> bool | None:
+        return all_of([first.holds(record, *found), second.holds(record, *found)])
+
+    return Comparison(first.quantities, holds, f"{first}, and {second}")
+
+
+def Shown(quantities: Sequence[Quantity]) -> Comparison:
+    """Numbers that nothing is decided by."""
+    return Comparison(tuple(quantities), lambda *_: None, "not decided")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """A rule on two accuracies at each value of a key that rows have of both.
@@ -266,19 +280,14 @@ class Sweep:
         pairs = self.pairs(record)
         if not pairs:
             return None
-        told = [compared(record, *pair) for pair in pairs.values()]
-        ends = {at: pairs[at] for at in (min(pairs), max(pairs))}
-        numbers = (f"{100 * a:.1f} and {100 * b:.1f} at {self.sign} = {at}"
-                   for at, (a, b) in ends.items())  # fmt: skip
-        here = f"{self.value.label} and {self.other.label} {', '.join(numbers)}; ahead at "
-        here += f"{told.count(True)} and behind at {told.count(False)} of {len(told)} {self.sign}"
-        here += f", {self.points(record):+.1f} points on average"
-        return self.holds(record, list(pairs.values()), told), here
+        ahead = [compared(record, *pair) for pair in pairs.values()]
+        ends = {at: [f"{100 * one:.1f}" for one in pairs[at]] for at in (min(pairs), max(pairs))}
+        shown = [f"{' and '.join(both)} at {self.sign} = {at}" for at, both in ends.items()]
+        names = f"{self.value.label} and {self.other.label}"
+        here = f"{names} {', '.join(shown)}; ahead at {ahead.count(True)} and "
+        here += f"behind at {ahead.count(False)} of {len(ahead)} {self.sign}, "
+        here += f"{self.points(record):+.1f} points on average"
+        return self.holds(record, list(pairs.values()), ahead), here
 
     def __str__(self) -> str:
         return self.text
-
-
-def Shown(quantities: Sequence[Quantity]) -> Comparison:
-    """Numbers that nothing is decided by."""
-    return Comparison(tuple(quantities), lambda *_: None, "not decided")

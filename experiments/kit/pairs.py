@@ -25,13 +25,8 @@ MIXING["transport"] = align.transport_moments
 # All matchings, and what titles call them.
 MATCHES = {name: figures.label(name) for name in ("activation", "weight", "none", *MIXING)}
 MATCHES["none"] = "no matching"
-# Settings by option: of which matching, the default (of the paper's code), in titles.
-SETTINGS = {
-    "zip_alpha": ("zipit", 0.3, "alpha {:g}"),
-    "zip_beta": ("zipit", 0.125, "beta {:g}"),
-    "regularization": ("cca", 0.1, "ridge {:g}"),
-    "relative": ("cca", False, "times the mean variance"),
-}
+# Options that are settings of matchings.
+SETTINGS = {"zipit": ("zip_alpha", "zip_beta"), "cca": ("regularization", "relative")}
 # l by L, from tables 1 and 7 of the paper; other depths take the fractions of L = 14.
 LAYERS = {14: (0, 3, 6, 8, 12), 20: (0, 6, 10, 13, 19)}
 # Images wait at a cut for what is tried behind it, up to so many bytes.
@@ -57,27 +52,29 @@ class MatchingOptions(edges.EdgeOptions):
 # fmt: on
 
 
+def changed(match: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a matching that are not the defaults, those of the paper's code."""
+    usual = {option: getattr(MatchingOptions, option) for option in SETTINGS.get(match, ())}
+    return {name: config[name] for name, value in usual.items() if config.get(name, value) != value}
+
+
 def check(config: MatchingOptions, matches: Iterable[str]) -> None:
     """Refuses settings of matchings that are not asked for: they would do nothing."""
-    for option, (match, usual, _) in SETTINGS.items():
-        if match not in matches and getattr(config, option) != usual:
+    for match in [name for name in SETTINGS if name not in matches]:
+        for option in changed(match, vars(config)):
             name = option.replace("_", "-")
             raise cli.UserError(f"--{name} does nothing here: it is for --match {match}.")
 
 
 def title_of(match: str, config: Mapping[str, Any]) -> str:
-    """A matching in titles, with those of its settings that are not the default.
+    """A matching in titles, with its settings.
 
     Example:
-      >>> title_of("cca", {}), title_of("cca", {"regularization": 1.0})
-      ('CCA', 'CCA (ridge 1)')
+      >>> title_of("cca", {"regularization": 0.1}), title_of("cca", {"regularization": 1.0})
+      ('CCA', 'CCA (regularization 1.0)')
     """
-    changed = [
-        text.format(config[option])
-        for option, (of, usual, text) in SETTINGS.items()
-        if of == match and config.get(option, usual) != usual
-    ]
-    return MATCHES[match] + (f" ({', '.join(changed)})" if changed else "")
+    words = [f"{name.replace('_', ' ')} {value}" for name, value in changed(match, config).items()]
+    return MATCHES[match] + (f" ({', '.join(words)})" if words else "")
 
 
 def default_layers(depth: int) -> list[int]:
@@ -105,20 +102,19 @@ def only(maps: Maps, groups: Iterable[str]) -> Maps:
     return dataclasses.replace(maps, maps=kept)
 
 
+@dataclasses.dataclass(eq=False)
 class Pair:
     """Two edge models of a run; what cells share is made once, when the first of them needs it."""
 
-    def __init__(
-        self,
-        run: Run,
-        config: Any,
-        matches: Sequence[str],  # All that will be asked for.
-        weights: Sequence[float] = (0.5, 0.5),
-        models: Sequence[int] = (0, 1),
-    ) -> None:
-        self.run, self.config, self.matches, self.weights = run, config, matches, weights
-        self.net, self.images, self.models = run.setup.net, run.setup.images, list(models)
-        self.trees = [run.setup.trees[model] for model in models]
+    run: Run
+    config: Any
+    matches: Sequence[str]  # All that will be asked for.
+    weights: Sequence[float] = (0.5, 0.5)
+    models: Sequence[int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        self.net, self.images = self.run.setup.net, self.run.setup.images
+        self.trees = [self.run.setup.trees[model] for model in self.models]
         self.maps = functools.cache(self._maps)
         # What waits at a cut is large.
         self.cut = functools.lru_cache(maxsize=1)(self._cut)
@@ -146,8 +142,8 @@ class Pair:
         net, moments = self.net, None if match == "weight" else self.moments
         with self.run.watch("matching"):
             if match in MIXING:
-                own = [option for option, (of, *_) in SETTINGS.items() if of == match]
-                told = {name.removeprefix("zip_"): getattr(self.config, name) for name in own}
+                own = {name: getattr(self.config, name) for name in SETTINGS.get(match, ())}
+                told = {name.removeprefix("zip_"): value for name, value in own.items()}
                 maps = MIXING[match](net, moments, **told)
             else:
                 if match == "weight":
@@ -156,7 +152,7 @@ class Pair:
                     found = align.match_moments(net, moments)
                 told = {key: getattr(found, key) for key in ("objective", "converged", "moved")}
                 maps = Maps.of_permutations([None, found.permutations])
-        self.run.note("matching", method=match, models=self.models, **told)
+        self.run.note("matching", method=match, models=list(self.models), **told)
         return maps
 
     def _cut(self, match: str, start: int = 0, stop: int | None = None, groups: Any = None) -> Any:
@@ -176,7 +172,7 @@ class Pair:
             done = behind.renormalised(remedy)
             # What is stored at the cut serves all that have the very same stems.
             batches = behind.test if done.stems is merged.stems else self.images.test
-            return evaluated(done, batches, stage) | cost_of(merged)
+            return evaluated(done, batches, stage)
 
     def edge(self, name: str, stage: str = "edge models and ensemble") -> Row:
         """Accuracy, loss and costs of `model 1`, `model 2` or the `ensemble`."""
@@ -185,16 +181,15 @@ class Pair:
         else:
             merged = merge.as_merged(self.net, self.trees[EDGES.index(name)], weights=self.weights)
         with self.run.watch(stage):
-            return evaluated(merged, self.images.test, name) | cost_of(merged)
+            return evaluated(merged, self.images.test, name)
 
 
 class Cut:
     """A pair merged in some layers, and what is tried behind the cut before them."""
 
-    def __init__(self, pair: Pair, maps: Maps, layers: slice) -> None:
+    def __init__(self, pair: Pair, maps: Maps, span: slice) -> None:
         self.pair, self.maps, self.net, self.images = pair, maps, pair.net, pair.images
-        options = {"span": layers, "weights": pair.weights}
-        self.merged = merge.partial(pair.net, pair.trees, maps, **options)
+        self.merged = merge.partial(pair.net, pair.trees, maps, span=span, weights=pair.weights)
 
     @functools.cached_property
     def mapped(self) -> list[PyTree]:
@@ -252,9 +247,9 @@ def cost_of(merged: merge.Merged) -> Row:
 
 
 def evaluated(merged: merge.Merged, batches: Any, description: str) -> Row:
-    """Accuracy and loss on test images, or on what these are at the cut."""
+    """Accuracy and loss on test images, or on what these are at the cut; costs."""
     found = train.evaluate(_logits, merged, timing.Watched(batches, description))
-    return {"accuracy": found.accuracy, "loss": found.loss}
+    return {"accuracy": found.accuracy, "loss": found.loss} | cost_of(merged)
 
 
 def _logits(merged: merge.Merged, x: PyTree) -> jax.Array:
@@ -282,14 +277,14 @@ Columns = Mapping[str, Mapping[str, Any]]  # By names of columns and curves, wha
 
 def summary(record: Record, columns: Columns, alpha: float = 0.5, x: str = "layers") -> Row:
     """Edge models' mean, ensemble, and the first x at which each column reaches that mean."""
-    rows, reached = record.rows, {}
+    rows = record.rows
     first, second, ensemble = (rows.mean(network=name) for name in EDGES)
     edge = (1 - alpha) * first + alpha * second
+    reached = {}
     for name, where in columns.items():
-        at, means, _ = rows.curve(x, **where)
         if rows.values(**where):
-            found = (at for at, mean in zip(at, means, strict=True) if mean >= edge)
-            reached[name] = next(found, None)
+            curve = zip(*rows.curve(x, **where)[:2], strict=True)
+            reached[name] = next((at for at, mean in curve if mean >= edge), None)
     return {"edge_mean": edge, "ensemble": ensemble, "reaches_edges_at": reached}
 
 
@@ -301,18 +296,13 @@ def reaches(record: Record, name: str) -> str:
 
 
 def table(
-    record: Record,
-    columns: Columns,
-    more: Sequence[tables.Column] = (),
-    *,
-    x: str = "layers",
-    line: str = "PFM {}/{}",
-    about: str = "",
-) -> tables.Table:
+    record: Record, columns: Columns, more: Sequence[tables.Column] = (), *, x: str = "layers",
+    line: str = "PFM {}/{}", about: str = "",
+) -> tables.Table:  # fmt: skip
     """Accuracies by x; what reaches the edge models' mean is marked."""
     edge, rows = record["summary"]["edge_mean"], record.rows
     total = record["model"]["depth" if x == "layers" else x]
-    lines: dict[str, Any] = {name: {"network": name} for name in EDGES if rows.where(network=name)}
+    lines: dict[str, Any] = {n: {"network": n} for n in EDGES if rows.where(network=n)}
     lines |= {line.format(at, total): {x: at} for at in sorted(rows.distinct(x))}
     shown = [tables.Column(name, where) for name, where in columns.items()]
     return tables.pivot(
@@ -321,11 +311,27 @@ def table(
         mark=lambda name, mean: name not in EDGES and mean >= edge)  # fmt: skip
 
 
+def by_remedy(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": name if name in figures.METHODS else where["remedy"]}
+
+
 def panel(
-    record: Record, title: str, x: str, lines: Sequence[figures.Line], **options: Any
-) -> figures.Panel:
-    """Accuracies against x, with edge models and ensemble as levels."""
-    known = {"edge models' mean": "edge_mean", "ensemble": "ensemble"}
-    found = {name: record["summary"].get(key) for name, key in known.items()}
-    levels = figures.levels({name: level for name, level in found.items() if level is not None})
-    return figures.Panel(title, x, figures.ACCURACY, [*lines, *levels], **options)
+    record: Record, title: str, x_label: str, columns: Columns, look: Any = by_remedy,
+    x: str = "layers", **options: Any,
+) -> figures.Panel:  # fmt: skip
+    """Accuracies against x, where there are any, with edge models and ensemble as levels."""
+    rows, summary = record.rows, record["summary"]
+    lines = [
+        figures.line(rows, x, name=name, **look(name, where), **where)
+        for name, where in columns.items()
+        if rows.values(**where)
+    ]
+    found = {"edge models' mean": summary["edge_mean"], "ensemble": summary.get("ensemble")}
+    lines += figures.levels({name: level for name, level in found.items() if level is not None})
+    return figures.Panel(title, x_label, figures.ACCURACY, lines, **options)
+
+
+def statistics(cpu: int) -> Any:
+    """The option of how many training images there are."""
+    return cli.images("statistics", "training images, the first N, not augmented, for matching and "
+                      "renormalisation", cpu)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from kit.claims import Claim, Decision
@@ -40,19 +41,20 @@ def logits(record: Record) -> Decision:
     return varies < VARIES and away < AWAY, here
 
 
-def mitigates(record: Record, name: str, than: str) -> Decision | None:
-    if not len(left(record, name)):
-        return None
-    kept = {one: over_layers(left(record, one)) for one in (name, than)}
-    told = (f"{label(one)} {mean:.2g}" for one, mean in kept.items())
-    return kept[name] > kept[than], f"{joined(told)} times the edge models'"
+def kept(record: Record, name: str) -> float:
+    return over_layers(left(record, name))
 
 
-def against_offsets(record: Record, name: str) -> Decision | None:
+def share(record: Record, name: str) -> float:
+    return float(shares(record.rows, network=name)[-1])
+
+
+def more(record: Record, of: Callable[..., float], name: str, than: str = "matched") -> Any:
+    """Whether a network has more of something than another."""
     if not len(left(record, name)):
         return None
-    own, other = (shares(record.rows, network=one)[-1] for one in (name, "matched"))
-    return own > other, f"they end at {own:.2g} times the offset, matched at {other:.2g}"
+    own, other = of(record, name), of(record, than)
+    return own > other, f"{label(name)} {own:.2g}, {label(than)} {other:.2g}"
 
 
 def grows(record: Record) -> Decision:
@@ -82,20 +84,17 @@ def layernorm(record: Record) -> bool:
     return record["config"]["model"].endswith("-ln")
 
 
-def of(*models: str, match: str | None = None) -> Callable[[Record], bool]:
-    """Records of some models, and of a matching."""
+def of(*models: str) -> Callable[[Record], bool]:
+    return lambda record: record["config"]["model"] in models
 
-    def fits(record: Record) -> bool:
-        config = record["config"]
-        return config["model"] in models and match in (None, config["match"])
 
-    return fits
+def by_reset(record: Record) -> bool:
+    return of("vgg16-bn")(record) and record["config"]["match"] == "weight"
 
 
 OVER_LAYERS = "the geometric mean over layers of features is above that of the {} midpoint"
 AT_END = "features over offsets at the last layer are above those of the matched midpoint, for it "
 AT_END += "scales down or removes offsets alone"
-PRESERVED, BY_RESET = of("vgg16", "vgg16-bn", "resnet20"), of("vgg16-bn", match="weight")
 # fmt: off
 CLAIMS = [
     Claim("vf.features.direct-fades", "features of direct midpoints fade strongly with depth",
@@ -110,23 +109,23 @@ CLAIMS = [
           by="they vary by less than a tenth as much as the edge models', and their mean is less "
           "than a quarter of the norm of f(0) away from f(0)"),
     Claim("vf.features.matching-mitigates", "matching mitigates vanishing features", "it does",
-          partial(mitigates, name="matched", than="direct"), by=OVER_LAYERS.format("direct")),
+          partial(more, of=kept, name="matched", than="direct"), by=OVER_LAYERS.format("direct")),
     *(Claim(f"vf.features.{name}-mitigates", f"{label(name)} brings features back", "it does",
-            partial(mitigates, name=name, than="matched"), by=OVER_LAYERS.format("matched"))
+            partial(more, of=kept, name=name), by=OVER_LAYERS.format("matched"))
       for name in ("repair", "rescale", "reset")),
     *(Claim(f"vf.features.{name.replace('_', '-')}-mitigates",
             f"{label(name)} brings features back against offsets", "it mitigates vanishing",
-            partial(against_offsets, name=name), by=AT_END)
+            partial(more, of=share, name=name), by=AT_END)
       for name in ("bias_calibration", "bias_removal")),
     Claim("vf.features.pfm-grows", "the more layers are kept apart the less features vanish",
           "in VGG16, VGG16-BN and ResNet20; the first l - 1 layers are whole", grows,
-          told=PRESERVED, by="features at the end do not fall with l, and before layer l they are "
-          "the edge models' within a thousandth"),
+          told=of("vgg16", "vgg16-bn", "resnet20"), by="features at the end do not fall with l, "
+          "and before layer l they are the edge models' within a thousandth"),
     Claim("vf.features.reset-deviations", "RESET lowers the stored standard deviations",
           "a lot, in VGG16-BN after weight matching", partial(changed, key="std"),
-          told=BY_RESET, by="in every norm"),
+          told=by_reset, by="in every norm"),
     Claim("vf.features.reset-means", "RESET leaves the stored means about the same",
-          "in VGG16-BN after weight matching", partial(changed, key="mean"), told=BY_RESET,
+          "in VGG16-BN after weight matching", partial(changed, key="mean"), told=by_reset,
           by="the median over norms of their magnitudes within a fifth"),
 ]
 # fmt: on
