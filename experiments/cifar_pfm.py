@@ -29,13 +29,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kit import claims, cli, figures, pairs, tables
-from kit.edges import loaded
 from kit.experiment import Experiment, Run
 from kit.figures import label
 from kit.records import Record, Row, networks
 from papers.cifar_pfm import CLAIMS
-
-import vfjax
 
 
 # fmt: off
@@ -62,12 +59,6 @@ class Config(pairs.MatchingOptions):
         10_000, "statistics images: the first N of the training split, not augmented, in batches "
         "of 500", type=cli.count_or_all, metavar="N|all", part="samples{}")
 # fmt: on
-
-
-def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    usual = pairs.default_layers(net.depth)
-    layers = pairs.counts("layers", config.layers, usual, net.depth)
-    return dataclasses.replace(config, layers=layers)
 
 
 def models_of(config: Config) -> int:
@@ -115,10 +106,6 @@ def columns_of(record: Record) -> dict[str, dict[str, str]]:
     return {name: where for name, where in named.items() if record.rows.where(**where)}
 
 
-def summary_of(record: Record) -> dict[str, Any]:
-    return pairs.summary(record, columns_of(record))
-
-
 def title_of(record: Record) -> str:
     config, images = record["config"], record["data"]["statistics_images"]
     parts = [networks(record), pairs.title_of(config["match"], config)]
@@ -145,17 +132,15 @@ def finding_of(record: Record) -> str:
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    columns = columns_of(record)
-    # Permutations cost as little as nothing done.
-    beside = {n: of for n, of in columns.items() if n == "direct" or n.startswith("AM")}
-    own = {n: of for n, of in columns.items() if n not in beside}
-    if "AM" not in columns:
-        return [pairs.table(record, columns, tables.costs(columns["direct"]))]
+    columns, parts = columns_of(record), {"": columns_of(record)}
+    if "AM" in columns:
+        # Permutations cost as little as nothing done.
+        beside = {n: of for n, of in columns.items() if n == "direct" or n.startswith("AM")}
+        own = {n: of for n, of in columns.items() if n not in beside}
+        parts = {"": own, ": activation matching beside it": beside}
     return [
-        pairs.table(record, own, tables.costs(own["matched"])),
-        pairs.table(
-            record, beside, tables.costs(beside["AM"]), about=": activation matching beside it"
-        ),
+        pairs.table(record, part, tables.costs(list(part.values())[-1]), about=about)
+        for about, part in parts.items()
     ]
 
 
@@ -188,11 +173,10 @@ are mixed, so that without RESET there is nothing to evaluate: a dash, where the
 Parameters and FLOPs include the map of a matching."""
 EXPERIMENT = Experiment(
     name="cifar_pfm", doc=__doc__, options=Config,
-    prepare=loaded(count=models_of, statistics="samples", settled=settled,
-                   checked=lambda config: pairs.check(config, [config.match]),
-                   seeds=lambda config: {"matching": 0}),
+    prepare=pairs.prepare(pairs.default_layers, count=models_of, statistics="samples"),
     measure=measure, title=title_of, finding=finding_of, figure=figure_of, tables=tables_of,
-    claims=CLAIMS, summary=summary_of, legend=LEGEND)  # fmt: skip
+    summary=lambda record: pairs.summary(record, columns_of(record)), claims=CLAIMS,
+    legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

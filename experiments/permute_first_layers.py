@@ -123,8 +123,7 @@ is among the first l. Where a further layer writes no units of its own the curve
 at l = L, for the units of the last layer are the classes, which keep their order."""
 EXPERIMENT = Experiment(
     name="permute_first_layers", doc=__doc__, options=Config,
-    prepare=edges.loaded(statistics="statistics", test="samples",
-                         seeds=lambda config: {"matching": 0}),
+    prepare=edges.loaded(statistics="statistics", test="samples", seeds=pairs.seeds),
     measure=measure, title=title_of, finding=finding_of, figure=figure_of, tables=tables_of,
     summary=lambda record: pairs.summary(record, columns_of(record), record["config"]["alpha"]),
     claims=CLAIMS, legend=LEGEND)  # fmt: skip

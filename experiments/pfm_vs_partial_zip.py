@@ -28,13 +28,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kit import cli, figures, pairs, tables
-from kit.edges import loaded
 from kit.experiment import Experiment, Run
 from kit.figures import label
 from kit.records import Record, Row, joined, networks
 from papers.pfm_vs_partial_zip import CLAIMS, KINDS, ahead
-
-import vfjax
 
 COSTS = {"params_ratio": "parameters", "flops_ratio": "FLOPs"}
 
@@ -58,18 +55,8 @@ class Config(pairs.MatchingOptions):
 # fmt: on
 
 
-def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    layers = pairs.counts("layers", config.layers, default_layers(net.depth), net.depth - 1)
-    return dataclasses.replace(config, layers=layers)
-
-
 def merged_of(kind: str, layers: int, depth: int) -> tuple[int, int]:
-    """The first layer that is merged, and the first after it that is not, counted from 0.
-
-    Example:
-      >>> [merged_of(kind, 3, 14) for kind in KINDS]
-      [(3, 14), (0, 11), (2, 13)]
-    """
+    """The first layer that is merged, and the first after it that is not, counted from 0."""
     first = {"pfm": layers, "partial": 0, "both": (layers + 1) // 2}[kind]
     return first, first + depth - layers
 
@@ -168,9 +155,7 @@ units, activation matching permutes them. RESCALE and RESET renormalise what is 
 as it is merged."""
 EXPERIMENT = Experiment(
     name="pfm_vs_partial_zip", doc=__doc__, options=Config,
-    prepare=loaded(statistics="statistics", test="samples", settled=settled,
-                   checked=lambda config: pairs.check(config, config.match),
-                   seeds=lambda config: {"matching": 0}),
+    prepare=pairs.prepare(default_layers, 1, statistics="statistics", test="samples"),
     measure=measure, title=title_of, finding=finding_of, figure=figure_of, tables=tables_of,
     summary=summary_of, claims=CLAIMS, legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main

@@ -186,8 +186,7 @@ fewer epochs; those of ResNet20 are far from trained, so that little follows fro
 have no biases but the classifier's, and those of norms stay: no bias is removed there."""
 EXPERIMENT = Experiment(
     name="vanishing_feature", doc=__doc__, options=Config,
-    prepare=edges.loaded(statistics="statistics", test="samples",
-                         seeds=lambda config: {"matching": 0}),
+    prepare=edges.loaded(statistics="statistics", test="samples", seeds=pairs.seeds),
     measure=measure, title=title_of, finding=finding_of, figure=figure_of, tables=tables_of,
     claims=CLAIMS, legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,9 +58,10 @@ def changed(match: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name, value in usual.items() if config.get(name, value) != value}
 
 
-def check(config: MatchingOptions, matches: Iterable[str]) -> None:
+def check(config: Any) -> None:
     """Refuses settings of matchings that are not asked for: they would do nothing."""
-    for match in [name for name in SETTINGS if name not in matches]:
+    asked = (config.match,) if isinstance(config.match, str) else config.match
+    for match in [name for name in SETTINGS if name not in asked]:
         for option in changed(match, vars(config)):
             name = option.replace("_", "-")
             raise cli.UserError(f"--{name} does nothing here: it is for --match {match}.")
@@ -78,7 +79,7 @@ def title_of(match: str, config: Mapping[str, Any]) -> str:
 
 
 def default_layers(depth: int) -> list[int]:
-    """The numbers of preserved layers that a table has a row for."""
+    """The numbers of preserved layers that a table has a row for, below L."""
     nearest = {min(int(layers / 14 * depth + 0.5), depth - 1) for layers in LAYERS[14]}
     return list(LAYERS.get(depth, sorted(nearest)))
 
@@ -89,6 +90,20 @@ def counts(option: str, given: Sequence[int] | None, usual: Sequence[int], most:
     if found[-1] > most:
         raise cli.UserError(f"--{option} must be from 0 to {most}, got {found[-1]}.")
     return tuple(found)
+
+
+def prepare(usual: Callable[[int], Sequence[int]], fewest: int = 0, **options: Any) -> Any:
+    """The `prepare` of experiments with `--layers`, at least `fewest` of which are merged."""
+
+    def settled(config: Any, net: vfjax.Network, name: str) -> Any:
+        layers = counts("layers", config.layers, usual(net.depth), net.depth - fewest)
+        return dataclasses.replace(config, layers=layers)
+
+    return edges.loaded(settled=settled, checked=check, seeds=seeds, **options)
+
+
+def seeds(config: Any) -> dict[str, int]:
+    return {"matching": 0}
 
 
 def remedies_of(net: vfjax.Network) -> list[str]:
@@ -120,9 +135,11 @@ class Pair:
         self.cut = functools.lru_cache(maxsize=1)(self._cut)
         # What is merged alike under two names is measured once.
         self.measured = functools.cache(self._measured)
+        # With BatchNorm only matchings need any.
+        needed = not self.net.norms or {"activation", *MIXING} & {*self.matches}
+        self.moments = self._moments() if needed else None
 
-    @functools.cached_property
-    def moments(self) -> stats.Moments:
+    def _moments(self) -> stats.Moments:
         """In one pass, for all matchings and for the goals of every REPAIR and RESCALE."""
         net, normed = self.net, bool(self.net.norms)
         covariance: Any = "cross" if "activation" in self.matches else False
@@ -139,7 +156,7 @@ class Pair:
         """What matches the second network to the first, or both to each other."""
         if match == "none":
             return Maps.of_permutations([None, None])
-        net, moments = self.net, None if match == "weight" else self.moments
+        net, moments = self.net, self.moments
         with self.run.watch("matching"):
             if match in MIXING:
                 own = {name: getattr(self.config, name) for name in SETTINGS.get(match, ())}
@@ -210,9 +227,8 @@ class Cut:
 
     @functools.cached_property
     def statistics(self) -> Any:
-        given = self.images.statistics
-        found = self.crossing(given)
-        return given if found is given else [crossing for crossing, _ in found]
+        found = self.crossing(self.images.statistics)
+        return [crossing for crossing, _ in found] if isinstance(found, list) else found
 
     def crossing(self, batches: data.Batches) -> Any:
         """The batches as they cross the cut, if there is one and memory allows; else as given."""
