@@ -89,11 +89,9 @@ def finding_of(record: Record) -> str:
     ends = {name: all_layers.mean(**where) for name, where in columns_of(record).items()}
     best = max(ends, key=ends.__getitem__)
     plain = max(ends[name] for name in MATCHES.values() if name in ends)
-    text = "Matching all layers instead of none takes accuracy from "
-    text += (
-        f"{100 * none.mean(**CURVES[best]):.1f}% to {100 * ends[best]:.1f}% ({best}), without a "
-    )
-    text += f"remedy to {100 * plain:.1f}% at most; edge models have "
+    text = f"Matching all layers instead of none takes accuracy ({best}) from "
+    text += f"{100 * none.mean(**CURVES[best]):.1f}% to {100 * ends[best]:.1f}%, without a remedy "
+    text += f"to {100 * plain:.1f}% at most; edge models have "
     return f"{text}{100 * record['summary']['edge_mean']:.1f}%"
 
 
@@ -104,11 +102,8 @@ def tables_of(record: Record) -> list[tables.Table]:
 
 def figure_of(record: Record) -> Any:
     """Accuracy against l, a panel for each matching."""
-    x, columns, row = (
-        f"first layers matched, l (of L = {record['model']['depth']})",
-        columns_of(record),
-        [],
-    )
+    x, row = f"first layers matched, l (of L = {record['model']['depth']})", []
+    columns = columns_of(record)
     for match in record.rows.distinct("match"):
         shown = {label(of["remedy"]): of for of in columns.values() if of["match"] == match}
         row.append(pairs.panel(record, label(match), x, shown, y_limits=(0, 101)))

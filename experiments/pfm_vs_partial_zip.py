@@ -65,10 +65,8 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
     """Edge models and ensemble; each way to keep l layers apart, before and after the remedy."""
     net, pair = run.setup.net, pairs.Pair(run, config, config.match)
     remedies = ("none", "reset" if net.norms else "rescale")
-    layers, network = config.layers or (), [None]
-    cells = pairs.grid(
-        network=network, match=config.match, layers=layers, kind=KINDS, remedy=remedies
-    )
+    every = {"match": config.match, "layers": config.layers, "kind": KINDS, "remedy": remedies}
+    cells = pairs.grid(network=[None], **every)
     for cell in run.cells(pairs.plan(cells)):
         name, match, kept, kind, remedy = cell.values()
         if name:
@@ -151,8 +149,7 @@ def figure_of(record: Record) -> Any:
 
 LEGEND = """PFM l: the first l layers are kept apart; partial zip: the last l; both ends: half of l
 at each end. The other layers are merged, by the maps that a matching finds: those of ZipIt! mix
-units, activation matching permutes them. RESCALE and RESET renormalise what is merged; "without" is
-as it is merged."""
+units, activation matching permutes them. RESCALE and RESET renormalise what is merged."""
 EXPERIMENT = Experiment(
     name="pfm_vs_partial_zip", doc=__doc__, options=Config,
     prepare=pairs.prepare(default_layers, 1, statistics="statistics", test="samples"),

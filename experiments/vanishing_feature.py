@@ -21,7 +21,7 @@ running standard deviations a lot and leaves the means, which amplifies features
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -124,11 +124,9 @@ def title_of(record: Record) -> str:
 
 def finding_of(record: Record) -> str:
     shown = ("direct", "matched", "repair", "rescale", "reset")
-    ends = {text: 100 * left(record, n)[-1] for text, n in names_of(record).items() if n in shown}
-    texts = (
-        f"{text} {end:.2g}%" if end < 10 else f"{text} {end:.0f}%" for text, end in ends.items()
-    )
-    return f"Of the edge models' features the output of midpoints keeps: {joined(texts)}"
+    ends = {text: left(record, n)[-1] for text, n in names_of(record).items() if n in shown}
+    kept = joined(f"{text} {100 * end:.3g}%" for text, end in ends.items())
+    return f"Of the edge models' features the output of midpoints keeps: {kept}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:
@@ -138,52 +136,46 @@ def tables_of(record: Record) -> list[tables.Table]:
 def figure_of(record: Record) -> Any:
     """Bounds without and with PFM, logits, and what decides them or the norms' statistics."""
     styles = {name: {"name": text, "method": name} for text, name in names_of(record).items()}
-    merged = [name for name in styles if name not in EDGES]
-    kept = [name for name in merged if name.startswith("PFM")]
-    plain = [name for name in merged if name not in kept]
+    kept = [name for name in styles if name.startswith("PFM")]
+    plain = [name for name in styles if name not in (*EDGES, *kept)]
     # Colours that no method of the figure has.
     styles |= {name: styles[name] | {"method": at} for at, name in enumerate(kept, start=6)}
     styles[EDGES[0]] = {"name": "edge model 1", "method": "edges", "dashed": True}
-    y, last = (
-        "norm of f(x) - f(0), ratio to edge models",
-        "reset" if "reset" in styles else "rescale",
-    )
-    row = [
-        figures.Panel(title, features.DEPTH, y,
-                      [features.line(record, n, bound=True, **styles[n]) for n in of], log=True)
-        for title, of in (
-            (f"upper bounds of features, L = {record['model']['depth']}", plain),
-            ("matched, the first l layers kept apart", ["matched", *kept]))
-    ]  # fmt: skip
+
+    def lines(names: Iterable[str], bound: bool = True) -> list[figures.Line]:
+        return [features.line(record, name, bound=bound, **styles[name]) for name in names]
+
+    title, y = f"upper bounds of features, L = {record['model']['depth']}", features.RATIO
+    apart = "matched, the first l layers kept apart"
+    row = [figures.Panel(title, features.DEPTH, y, lines(plain), log=True)]
+    row += [figures.Panel(apart, features.DEPTH, y, lines(["matched", *kept]), log=True)]
+    last = "reset" if "reset" in styles else "rescale"
     shown = {name: styles[name] for name in (EDGES[0], "direct", "matched", last)}
     at_zero = {"name": "direct, at 0", "method": "none", "dashed": True, "at_zero": "direct"}
     row.append(features.logits_panel(record, shown | {"at zero": at_zero}))
     if record.rows.distinct("norm"):
-        lines = [
+        stored = [
             figures.line(record.rows, "depth", key, name=f"stored {text}, {label(name)}", scale=1,
                          method=name, dashed=key == "mean", network=name, main=True)
             for name in ("matched", "reset") for key, text in (("std", "std"), ("mean", "|mean|"))
         ]  # fmt: skip
         y = "pre-activation, mean over channels"
-        row.append(figures.Panel("what norms store", "layer", y, lines, log=True))
+        row.append(figures.Panel("what norms store", "layer", y, stored, log=True))
     else:
-        lines = [features.line(record, n, bound=False, **styles[n]) for n in (EDGES[0], *plain)]
         about = "features against offsets", features.DEPTH, features.AGAINST
-        row.append(figures.Panel(*about, lines, log=True))
+        row.append(figures.Panel(*about, lines((EDGES[0], *plain), bound=False), log=True))
     return figures.of_record(record, row, bars=features.BARS, columns=2)
 
 
 LEGEND = """Shown are features f(x) - f(0) relative to the edge models' (ratio), bounded from above
-in the figure by the least sequence that does not rise (smoothed with gamma = 1.4 in the record).
-Midpoints are direct; matched; matched with REPAIR, RESCALE, bias calibration or without the biases
-of the last 5 layers (a fixed number), or with RESET where there is BatchNorm; and matched with the
-first l layers kept apart (PFM l/L), not renormalised: their first l - 1 layers are whole, and at
-the l-th the outputs are averaged. The paper's text takes bounds over training images, its code over
-test images, as here. Of the means that norms store that of the first changes most with RESET: it
-was taken in training, on images cropped at random with black borders, and RESET's is that of the
-images as they are. The networks with LayerNorm are narrower than the others and were trained for
-fewer epochs; those of ResNet20 are far from trained, so that little follows from them. Their layers
-have no biases but the classifier's, and those of norms stay: no bias is removed there."""
+in the figure by the least sequence that does not rise (smoothed with gamma = 1.4 in the record), of
+midpoints: direct; matched; matched with REPAIR, RESCALE, bias calibration or without the biases of
+the last 5 layers, or with RESET where there is BatchNorm; and with the first l layers kept apart
+(PFM l/L), whose outputs at the l-th are averaged. Bounds are over test images, as in the paper's
+code. Of the means that norms store that of the first changes most with RESET: in training images
+were cropped at random with black borders. The networks with LayerNorm are narrower and were trained
+for fewer epochs; those of ResNet20 are far from trained, so that little follows from them. Their
+layers have no biases but the classifier's, and those of norms stay: no bias is removed there."""
 EXPERIMENT = Experiment(
     name="vanishing_feature", doc=__doc__, options=Config,
     prepare=edges.loaded(statistics="statistics", test="samples", seeds=pairs.seeds),

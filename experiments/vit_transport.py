@@ -113,8 +113,7 @@ def look_of(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def columns_of(record: Record) -> pairs.Columns:
-    soft = f"{LABELS['soft']} ({chosen(record.rows):g})"
-    named = LABELS | {"soft": soft}
+    named = LABELS | {"soft": f"{LABELS['soft']} ({chosen(record.rows):g})"}
     return {text: {"images": "test", "plan": n, "units": "all"} for n, text in named.items()}
 
 
@@ -131,10 +130,8 @@ def title_of(record: Record) -> str:
 def finding_of(record: Record) -> str:
     rows, least = record.rows.where(images="test", units="all"), record["config"]["blocks"][0]
     first = {n: f"{100 * rows.mean(plan=n, blocks=least):.1f}%" for n in LABELS}
-    text = (
-        f"With k = {least} blocks kept apart OT-acts has {first['exact']}, soft {first['soft']}, "
-    )
-    text += f"direct averaging {first['direct']}; the uniform plan, which matches nothing, "
+    text = f"With k = {least} blocks kept apart OT-acts has {first['exact']}, soft {first['soft']}"
+    text += f", direct averaging {first['direct']}; the uniform plan, which matches nothing, "
     return f"{text}{first['uniform']}, the edge models {100 * record['summary']['edge_mean']:.1f}%"
 
 

@@ -13,6 +13,7 @@ from vfjax import diagnose, merge
 # Of smoothed bounds, and where bounds are drawn.
 GAMMA, POINTS = 1.4, 20
 DEPTH = "relative depth (layer / L)"
+RATIO = "norm of f(x) - f(0), ratio to edge models"
 AGAINST = "norm of f(x) - f(0) / norm of f(0)"
 BARS = "standard deviation over test images"
 # By the preset `cpu`; all with the preset `paper`.
