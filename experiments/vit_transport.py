@@ -104,7 +104,7 @@ def measure(config: Config, run: Run) -> Iterator[Row]:
 
 # Of the columns in figures.
 LOOKS = {"direct": "direct", "permuted": "activation", "exact": "transport", "soft": 4}
-LOOKS |= {"weights": "weight", "uniform": 5, "stream": 1, "hidden": 2, "attention": 3}
+LOOKS |= {"weights": "weight", "uniform": 0, "stream": 1, "hidden": 2, "attention": 3}
 
 
 def look_of(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def figure_of(record: Record) -> Any:
     some |= {LABELS["exact"]: columns[LABELS["exact"]]}
     soft = [
         figures.line(held_out, "blocks", name=f"weight {weight:g}", method=at, weight=weight)
-        for at, weight in enumerate(held_out.distinct("weight"))
+        for at, weight in enumerate(held_out.distinct("weight"), start=5)
     ]
     x, limits = f"blocks kept apart, k (of {record['model']['blocks']})", {"y_limits": (0, 101)}
     about, y = {"look": look_of, "x": "blocks"} | limits, "accuracy, held-out training images (%)"
