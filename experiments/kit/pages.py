@@ -94,7 +94,8 @@ def index(folder: Path) -> str:
     for experiment, runs in found(folder).items():
         rows = [(experiment, name, row) for name, record in runs for row in record["claims"]]
         for run in rows:
-            by_claim.setdefault(run[2]["id"], []).append(run)
+            # After a colon stands what of a record it was held against.
+            by_claim.setdefault(run[2]["id"].partition(":")[0], []).append(run)
         count = claims.counts([row for *_, row in rows]) or "no claims"
         question = runs[0][1]["question"]
         lines.append([f"[{experiment}]({experiment}.md)", question, str(len(runs)), count])

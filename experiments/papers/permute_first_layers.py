@@ -68,7 +68,13 @@ RULES = (
 )
 # fmt: on
 CLAIMS = [
-    Claim(f"vf.first-layers.{id}", text, paper, partial(of_curve, name=name, rule=rule), by=by)
+    Claim(
+        f"vf.first-layers.{id}:{'-'.join(where.values())}",
+        text,
+        paper,
+        partial(of_curve, name=name, rule=rule),
+        by=by,
+    )
     for id, paper, text, rule, by in RULES
-    for name in CURVES
-]
+    for name, where in CURVES.items()
+]  # fmt: skip
