@@ -25,21 +25,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kit import claims, cli, figures, pairs, tables
-from kit.edges import loaded
 from kit.experiment import Experiment, Run
-from kit.records import Record, Row, joined, networks
+from kit.figures import label
+from kit.records import Record, Row, networks
 from papers.cifar_pfm import CLAIMS
-
-import vfjax
-
-
-def _match_part(record: Record) -> str | None:
-    config = record["config"]
-    return None if config["match"] == "activation" else pairs.name_of(config["match"], config)
 
 
 # fmt: off
@@ -49,11 +42,11 @@ class Config(pairs.MatchingOptions):
         "activation", "how units of the second network are matched with those of the first: "
         "permuted, by the correlation of their activations or by their weights, or not at all; or "
         "by activations with ZipIt!, canonical correlation analysis or optimal transport, beside "
-        "which the run shows activation matching", choices=tuple(pairs.MATCHES), part=_match_part)
+        "which the run shows activation matching", choices=tuple(pairs.MATCHES), part="{}")
     layers: tuple[int, ...] | None = cli.option(
         None, "numbers of leading layers that are kept apart, one row each (default: the paper's: "
         "0 3 6 8 12 of 14, 0 6 10 13 19 of 20; for other depths 0 and the nearest to those "
-        "fractions of 14)", type=int, nargs="+", metavar="l", part="layers{}",
+        "fractions of 14)", type=cli.whole, nargs="+", metavar="l", part="layers{}",
         usual=lambda record: pairs.default_layers(record["model"]["depth"]))
     alpha: float = cli.option(
         0.5, "weight of the second network in all averages, the ensemble's too; the first has "
@@ -68,80 +61,49 @@ class Config(pairs.MatchingOptions):
 # fmt: on
 
 
-def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    layers = pairs.default_layers(net.depth) if config.layers is None else config.layers
-    for number in layers:
-        if not 0 <= number <= net.depth:
-            raise cli.UserError(f"--layers must be from 0 to L = {net.depth}, got {number}.")
-    return dataclasses.replace(config, layers=tuple(sorted(set(layers))))
-
-
 def models_of(config: Config) -> int:
     return next(k for k in itertools.count(2) if k * (k - 1) // 2 >= config.pairs)
 
 
+def columns(match: str, remedies: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Matchings and remedies by their names in tables: as in tables 1, 7 and 8 of the paper."""
+    found = {"direct": ("none", "none")}
+    found |= {"matched": (match, "none")} if match != "none" else {}
+    found |= {label(remedy): (match, remedy) for remedy in remedies}
+    if match in pairs.MIXING:
+        beside = [remedy for remedy in remedies if remedy != "bias_calibration"]
+        found |= {"AM": ("activation", "none")}
+        found |= {f"AM + {label(remedy)}": ("activation", remedy) for remedy in beside}
+    return {name: {"match": match, "remedy": remedy} for name, (match, remedy) in found.items()}
+
+
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Edge models, ensemble, and each pair merged from each l on, in each way."""
-    models, net = run.setup, run.setup.net
-    methods = pairs.methods_of(net, config.match)
-    by_second = sorted(itertools.combinations(range(models_of(config)), 2), key=lambda p: p[::-1])
-    chosen = by_second[: config.pairs]
+    methods = columns(config.match, pairs.remedies_of(run.setup.net)).values()
+    every = itertools.combinations(range(models_of(config)), 2)
+    chosen = sorted(every, key=lambda models: models[::-1])
 
     @functools.lru_cache(maxsize=1)
     def pair_of(k: int) -> pairs.Pair:
-        trees, weights = [models.trees[i] for i in chosen[k]], (1 - config.alpha, config.alpha)
-        batches = models.images.statistics, models.images.test
-        with run.watch("statistics of edge models"):
-            return pairs.Pair(net, trees, weights, *batches, [match for match, _ in methods])
+        matches, weights = [of["match"] for of in methods], (1 - config.alpha, config.alpha)
+        return pairs.Pair(run, config, matches, weights, chosen[k])
 
-    @functools.lru_cache(maxsize=len(methods))
-    def matching_of(k: int, match: str) -> pairs.Matching:
-        with run.watch("matching"):
-            found = pair_of(k).matching(match, dataclasses.asdict(config))
-        run.note("matching", pair=k, models=list(chosen[k]), **found.record)
-        return found
-
-    @functools.lru_cache(maxsize=1)
-    def cut_of(k: int, match: str, layers: int) -> pairs.Cut:
-        return pairs.Cut(pair_of(k), matching_of(k, match), layers)
-
-    keys = ("pair", "network", "layers", "match", "remedy")
-    cells = [(name, None, None, None) for name in ("model 1", "model 2", "ensemble")]
-    # What crosses a cut serves all remedies of a matching: its cells follow each other.
-    ordered = sorted(methods, key=lambda method: [m for m, _ in methods].index(method[0]))
-    cells += [("PFM", layers, *method) for layers in config.layers or () for method in ordered]
-    plan = [dict(zip(keys, (k, *c), strict=True)) for k in range(config.pairs) for c in cells]
-    for cell in run.cells(plan):
-        k, name, layers, match, remedy = (cell[key] for key in keys)
-        pair, stage = pair_of(k), f"PFM {layers}/{net.depth}"
-        with run.watch(stage if name == "PFM" else "edge models and ensemble"):
-            if name == "PFM":
-                cut = cut_of(k, match, layers)
-                yield cell | cut.measured(remedy, stage) | cut.cost()
-                continue
-            cost = pairs.cost_of(net, net.params, net.flops)
-            if name == "ensemble":
-                cost = cut_of(k, config.match, net.depth).cost()
-            yield cell | pair.edge(name) | cost
+    kept = [{"network": "PFM", "layers": layers} for layers in config.layers or ()]
+    cells = pairs.plan([layers | method for layers in kept for method in methods])
+    for cell in run.cells({"pair": k} | cell for k in range(config.pairs) for cell in cells):
+        pair, layers = pair_of(cell["pair"]), cell["layers"]
+        if layers is None:
+            yield cell | pair.edge(cell["network"])
+        else:
+            stage = f"PFM {layers}/{pair.net.depth}"
+            yield cell | pair.measured(stage, cell["remedy"], cell["match"], layers)
 
 
 def columns_of(record: Record) -> dict[str, dict[str, str]]:
-    """By its name in tables, what the rows of a column have."""
-    own, found = record["config"]["match"], record.rows.where(network="PFM")
-    names = pairs.columns_of(own, [(row["match"], row["remedy"]) for row in found])
-    return {name: {"match": match, "remedy": remedy} for name, (match, remedy) in names.items()}
-
-
-def summary_of(record: Record) -> dict[str, Any]:
-    rows, reached = record.rows, {}
-    edge = (rows.mean(network="model 1") + rows.mean(network="model 2")) / 2
-    for name, where in columns_of(record).items():
-        ats, means, _ = rows.curve("layers", network="PFM", **where)
-        if any(mean == mean for mean in means):
-            found = (at for at, mean in zip(ats, means, strict=True) if mean >= edge)
-            reached[name] = next(found, None)
-    ensemble = rows.mean(network="ensemble")
-    return {"edge_mean": edge, "ensemble": ensemble, "reaches_edges_at": reached}
+    """Those that a record has rows of."""
+    remedies = [remedy for remedy in record.rows.distinct("remedy") if remedy != "none"]
+    named = columns(record["config"]["match"], remedies)
+    return {name: where for name, where in named.items() if record.rows.where(**where)}
 
 
 def title_of(record: Record) -> str:
@@ -154,77 +116,55 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    rows, summary, match = record.rows, record["summary"], record["config"]["match"]
-    first = min(rows.where(network="PFM").distinct("layers"))
+    rows, first = record.rows, min(record.rows.distinct("layers"))
     means = {name: rows.mean(layers=first, **of) for name, of in columns_of(record).items()}
-    means = {name: mean for name, mean in means.items() if mean == mean}
-    beside = [name for name in means if name.startswith("AM")]
-    best = max((name for name in means if name not in beside), key=means.__getitem__)
-    shown = {name: f"{100 * mean:.1f}%" for name, mean in means.items()}
-    if beside:
-        other, method = max(beside, key=means.__getitem__), pairs.MATCHES[match]
+    ranked = sorted((n for n in means if means[n] == means[n]), key=means.__getitem__)
+    shown = {name: f"{name}, {100 * means[name]:.1f}%" for name in ranked}
+    *_, best = (name for name in ranked if not name.startswith("AM"))
+    text = f"With l = {first} layers kept apart {best} leads, {100 * means[best]:.1f}%"
+    text += f" (direct: {100 * means['direct']:.1f}%)" if best != "direct" else ""
+    for other in [name for name in ranked if name.startswith("AM")][-1:]:
         gap = claims.beyond(means[best] - means[other], claims.free(record, means[other]))
         verb = {True: "is ahead of", None: "is level with", False: "is behind"}[gap]
-        name = {"direct": best, "matched": method}.get(best, f"{method} + {best}")
-        text = f"At l = {first} {name}, {shown[best]}, {verb} {other}, {shown[other]}"
-    else:
-        text = f"With l = {first} layers kept apart {best} leads, {shown[best]}"
-        text += f" (direct: {shown['direct']})" if best != "direct" else ""
-    at, edge = summary["reaches_edges_at"].get(best), f"{100 * summary['edge_mean']:.1f}%"
-    where = f"from l = {at} on" if at is not None else "at none of these l"
-    return f"{text}; it reaches the edge models' {edge} {where}"
+        match = pairs.MATCHES[record["config"]["match"]]
+        text = f"At l = {first} {match} with {shown[best]}, {verb} {shown[other]}"
+    return f"{text}; it {pairs.reaches(record, best)}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    rows, edge, columns = record.rows, record["summary"]["edge_mean"], columns_of(record)
-    depth, layers = record["model"]["depth"], sorted(rows.distinct("layers"))
-    lines = {name: {"network": name} for name in ("model 1", "model 2", "ensemble")}
-    lines |= {f"PFM {at}/{depth}": {"layers": at} for at in layers}
-    reached, places = [], record["summary"]["reaches_edges_at"]
-    for at in sorted(set(places.values()), key=lambda at: (at is None, at or 0)):
-        where = f"at l = {at}" if at is not None else "at none of these l"
-        reached.append(f"{where} by {joined(name for name in places if places[name] == at)}")
-    caption = f"*: at or above the mean of the edge models, {100 * edge:.2f}, first reached "
-    caption += "; ".join(reached)
-    # Permutations cost as little as nothing done.
-    beside = [name for name in columns if name == "direct" or name.startswith("AM")]
-    groups, found = [[name for name in columns if name not in beside], beside], []
-    for names in groups if "AM" in columns else [list(columns)]:
-        shown = [tables.Column(name, columns[name]) for name in names]
-        shown += tables.costs(columns[names[-1]])
-        title = record["title"] + (": activation matching beside it" if "AM" in names else "")
-        found.append(tables.marked(rows, lines, shown, edge, title=title, caption=caption))
-    return found
+    columns, parts = columns_of(record), {"": columns_of(record)}
+    if "AM" in columns:
+        # Permutations cost as little as nothing done.
+        beside = {n: of for n, of in columns.items() if n == "direct" or n.startswith("AM")}
+        own = {n: of for n, of in columns.items() if n not in beside}
+        parts = {"": own, ": activation matching beside it": beside}
+    return [
+        pairs.table(record, part, tables.costs(list(part.values())[-1]), about=about)
+        for about, part in parts.items()
+    ]
 
 
 def figure_of(record: Record) -> Any:
     """Accuracy against l, edge models and ensemble as levels; activation matching beside."""
-    config, rows = record["config"], record.rows.where(network="PFM")
-    summary, depth, row = record["summary"], record["model"]["depth"], []
-    levels = {"edge models' mean": summary["edge_mean"], "ensemble": summary["ensemble"]}
+    config, rows, row = record["config"], record.rows.where(network="PFM"), []
+    every = columns_of(record)
     for match in dict.fromkeys([config["match"], *rows.distinct("match", match="activation")]):
-        of_panel = [(one["match"], one["remedy"]) for one in rows.where(match=("none", match))]
-        lines = [
-            figures.line(rows, "layers", name=name, method=method, match=m, remedy=remedy)
-            for name, (m, remedy) in pairs.columns_of(match, of_panel).items()
-            for method in [remedy if remedy != "none" else name]
-            if rows.values(match=m, remedy=remedy)
-        ]
+        shown = {
+            name.removeprefix("AM + ").replace("AM", "matched"): where
+            for name, where in every.items()
+            if where["match"] in ("none", match)
+        }
         title = pairs.title_of(match, config)
         if match != "none" and not rows.values(match=match, remedy="none"):
             title += " (matched alone: no variances to evaluate with)"
-        x, ticks = f"layers kept apart l (of L = {depth})", sorted(rows.distinct("layers"))
-        lines += figures.levels(levels)
         # What is all near the top would be one line.
         limits = (0, 101) if min(rows.values()) < 0.5 else None
-        row.append(figures.Panel(title, x, figures.ACCURACY, lines, y_limits=limits, ticks=ticks))
+        x = f"layers kept apart l (of L = {record['model']['depth']})"
+        row.append(pairs.panel(record, title, x, shown, y_limits=limits, ticks=config["layers"]))
     bars = f"standard deviation over {config['pairs']} pairs"
     return figures.of_record(record, row, bars=bars)
 
 
-PREPARE = loaded(count=models_of, statistics="samples", settled=settled,
-                 checked=lambda config: pairs.check(config, [config.match]),
-                 seeds=lambda config: {"matching": 0})  # fmt: skip
 LEGEND = """PFM l/L: the first l of L layers kept apart, the others merged (l = 0: all of them).
 matched: units of the second network brought together with those of the first; AM is activation
 matching, which permutes them, in the same run; CCA combines units linearly. REPAIR, RESCALE, RESET
@@ -232,8 +172,10 @@ and bias calibration come on top. The variances that a BatchNorm stores are unkn
 are mixed, so that without RESET there is nothing to evaluate: a dash, where the paper has chance.
 Parameters and FLOPs include the map of a matching."""
 EXPERIMENT = Experiment(
-    name="cifar_pfm", doc=__doc__, options=Config, prepare=PREPARE, measure=measure, title=title_of,
-    finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS, summary=summary_of,
+    name="cifar_pfm", doc=__doc__, options=Config,
+    prepare=pairs.prepare(pairs.default_layers, count=models_of, statistics="samples"),
+    measure=measure, title=title_of, finding=finding_of, figure=figure_of, tables=tables_of,
+    summary=lambda record: pairs.summary(record, columns_of(record)), claims=CLAIMS,
     legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main
 

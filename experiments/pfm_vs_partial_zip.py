@@ -19,137 +19,82 @@ The paper ("Vanishing Feature", VGG16 on CIFAR-10, before and after RESCALE): Pr
 is better than partial zipping for all numbers of unmerged layers except two.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kit import cli, figures, pairs, tables
-from kit.edges import loaded
 from kit.experiment import Experiment, Run
 from kit.figures import label
 from kit.records import Record, Row, joined, networks
-from papers.pfm_vs_partial_zip import CLAIMS, KINDS, compared_at, remedy_of
+from papers.pfm_vs_partial_zip import CLAIMS, KINDS, ahead
 
-import vfjax
-
-MATCHES = ("zipit", "activation")
-COSTS = {"params": "parameters", "flops": "FLOPs"}
-EDGES = ("model 1", "model 2", "ensemble")
+COSTS = {"params_ratio": "parameters", "flops_ratio": "FLOPs"}
 
 
 def default_layers(depth: int) -> list[int]:
-    """The numbers of layers that are kept apart.
-
-    Example:
-      >>> default_layers(14), default_layers(5)
-      ([0, 2, 4, 6, 8, 10, 12, 13], [0, 2, 4])
-    """
     return sorted({*range(0, depth, 2), depth - 1})
-
-
-def _match_part(record: Record) -> str | None:
-    config = record["config"]
-    names = [pairs.name_of(match, config) for match in config["match"]]
-    return None if tuple(names) == MATCHES else "+".join(names)
 
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config(pairs.MatchingOptions):
     match: tuple[str, ...] = cli.option(
-        MATCHES, f"how units are matched, a panel each: {joined(pairs.MATCHES)} (default: "
-        f"{joined(MATCHES)})", choices=tuple(pairs.MATCHES), metavar="M", part=_match_part)
+        ("zipit", "activation"), f"how units are matched, a panel each: {joined(pairs.MATCHES)} "
+        "(default: zipit and activation)", choices=tuple(pairs.MATCHES), metavar="M", part="{}")
     layers: tuple[int, ...] | None = cli.option(
         None, "numbers of layers that are kept apart (default: 0, 2, 4 ... and L - 1)",
-        type=int, nargs="+", metavar="l", part="layers{}",
+        type=cli.whole, nargs="+", metavar="l", part="layers{}",
         usual=lambda record: default_layers(record["model"]["depth"]))
     samples: int | None = cli.images("samples", "test images, the first N", 5_000)
-    statistics: int | None = cli.images(
-        "statistics", "training images, the first N, not augmented, for matching and "
-        "renormalisation", 5_000)
+    statistics: int | None = pairs.statistics(5_000)
 # fmt: on
 
 
-def settled(config: Config, net: vfjax.Network, name: str) -> Config:
-    """The options with the layers of the network."""
-    layers = default_layers(net.depth) if config.layers is None else config.layers
-    wrong, most = [number for number in layers if not 0 <= number < net.depth], net.depth - 1
-    if wrong:
-        raise cli.UserError(f"--layers must be from 0 to L - 1 = {most}, got {wrong[0]}.")
-    matches = tuple(dict.fromkeys(config.match))
-    return dataclasses.replace(config, layers=tuple(sorted(set(layers))), match=matches)
-
-
 def merged_of(kind: str, layers: int, depth: int) -> tuple[int, int]:
-    """The first layer that is merged, and the first after it that is not, counted from 0.
-
-    Example:
-      >>> [merged_of(kind, 3, 14) for kind in KINDS]
-      [(3, 14), (0, 11), (2, 13)]
-    """
+    """The first layer that is merged, and the first after it that is not, counted from 0."""
     first = {"pfm": layers, "partial": 0, "both": (layers + 1) // 2}[kind]
     return first, first + depth - layers
 
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """Edge models and ensemble; each way to keep l layers apart, before and after the remedy."""
-    models, net = run.setup, run.setup.net
-
-    @functools.cache
-    def pair() -> pairs.Pair:
-        batches = models.images.statistics, models.images.test
-        with run.watch("statistics of edge models"):
-            return pairs.Pair(net, models.trees, (0.5, 0.5), *batches, config.match)
-
-    @functools.cache
-    def matching_of(match: str) -> pairs.Matching:
-        with run.watch("matching"):
-            found = pair().matching(match, dataclasses.asdict(config))
-        run.note("matching", match=match, **found.record)
-        return found
-
-    @functools.lru_cache(maxsize=1)
-    def cut_of(match: str, *merged: int) -> pairs.Cut:
-        return pairs.Cut(pair(), matching_of(match), slice(*merged))
-
-    # What two kinds merge alike, as all do at l = 0, is measured once.
-    @functools.cache
-    def measured(match: str, remedy: str, *merged: int) -> Row:
-        cut = cut_of(match, *merged)
-        return cut.measured(remedy, f"layers {merged[0]} to {merged[1]}") | cut.cost()
-
-    keys = ("network", "match", "layers", "kind", "remedy")
+    net, pair = run.setup.net, pairs.Pair(run, config, config.match)
     remedies = ("none", "reset" if net.norms else "rescale")
-    cells = [(name, *[None] * 4) for name in EDGES]
-    cells += itertools.product([None], config.match, config.layers or (), KINDS, remedies)
-    for cell in run.cells(dict(zip(keys, one, strict=True)) for one in cells):
-        name, match, layers, kind, remedy = (cell[key] for key in keys)
-        with run.watch(pairs.MATCHES[match] if match else "edge models and ensemble"):
-            merged = () if name else merged_of(kind, layers, net.depth)
-            yield cell | (pair().edge(name) if name else measured(match, remedy, *merged))
+    every = {"match": config.match, "layers": config.layers, "kind": KINDS, "remedy": remedies}
+    cells = pairs.grid(network=[None], **every)
+    for cell in run.cells(pairs.plan(cells)):
+        name, match, kept, kind, remedy = cell.values()
+        if name:
+            yield cell | pair.edge(name)
+        else:
+            merged = merged_of(kind, kept, net.depth)
+            yield cell | pair.measured(pairs.MATCHES[match], remedy, match, *merged)
 
 
-def matches_of(record: Record) -> dict[str, str]:
-    return {match: pairs.title_of(match, record["config"]) for match in record["config"]["match"]}
+def columns_of(record: Record, match: str) -> pairs.Columns:
+    """Kinds without and with the remedy, but where there is nothing to evaluate."""
+    rows, found = record.rows.where(match=match), {}
+    for remedy, (kind, name) in itertools.product(rows.distinct("remedy"), KINDS.items()):
+        if rows.values(remedy=remedy):
+            name += f" + {label(remedy)}" if remedy != "none" else ""
+            found[name] = {"match": match, "kind": kind, "remedy": remedy}
+    return found
 
 
-def remedies_of(record: Record, match: str) -> list[str]:
-    """What there are accuracies with: of mixed units a BatchNorm's variances may be unknown."""
-    found = record.rows.where(match=match)
-    return [remedy for remedy in found.distinct("remedy") if found.values(remedy=remedy)]
+def titles_of(record: Record) -> dict[str, str]:
+    """Of panels and tables, by matching."""
+    matches = record.rows.distinct("match")
+    return {match: pairs.title_of(match, record["config"]) for match in matches}
 
 
-def summary_of(record: Record) -> dict[str, Any]:
-    """The edge models' mean, and by matching and kind the first l that reaches it."""
-    rows, edge, reached = record.rows, record.rows.mean(network=EDGES[:2]), {}
-    for match in record["config"]["match"]:
-        known = rows.where(match=match, remedy=remedy_of(record))
-        curves = {kind: zip(*known.curve("layers", kind=kind)[:2], strict=True) for kind in KINDS}
-        found = {kind: [at for at, mean in curve if mean >= edge] for kind, curve in curves.items()}
-        reached[match] = {kind: next(iter(places), None) for kind, places in found.items()}
-    return {"edge_mean": edge, "ensemble": rows.mean(network="ensemble"), "reached": reached}
+def summary_of(record: Record) -> Row:
+    first, *_ = titles_of(record)
+    return pairs.summary(record, columns_of(record, first))
 
 
 def title_of(record: Record) -> str:
@@ -158,82 +103,58 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    """How far PFM is ahead of partial zipping, and where the edge models are reached."""
-    remedy, titles = remedy_of(record), matches_of(record)
-    gaps = {name: compared_at(record, m, remedy, "partial").points for m, name in titles.items()}
-    words = [f"{gap:+.1f} points with {title}" for title, gap in gaps.items() if gap == gap]
+    """How far PFM is ahead of partial zipping, and where it reaches the edge models."""
+    remedy, titles = record.rows.distinct("remedy")[-1], titles_of(record)
+    points = {title: ahead(match, remedy).points(record) for match, title in titles.items()}
+    words = [f"{gap:+.1f} points with {title}" for title, gap in points.items() if gap == gap]
     text = f"PFM against partial zipping, with {label(remedy)}: {joined(words)} on average over l"
     text = text if words else "With fewer than two layers apart there is nothing to compare"
-    first, reached = next(iter(record["summary"]["reached"].items()))
-    words = [f"{KINDS[kind]} (from l = {at} on)" for kind, at in reached.items() if at is not None]
-    there = f"{joined(words) or 'nothing'} reaches the edge models"
-    return f"{text}; {there} with {titles[first]}"
+    reached = pairs.reaches(record, f"PFM + {label(remedy)}")
+    return f"{text}; PFM with {next(iter(titles.values()))} {reached}"
 
 
 def tables_of(record: Record) -> list[tables.Table]:
     """Accuracies and costs by l, a table each for each matching."""
-    edge, found = record["summary"]["edge_mean"], []
-    caption = f"*: at or above the mean of the edge models, {100 * edge:.2f}; ensemble: "
-    caption += f"{100 * record['summary']['ensemble']:.2f}"
-    for match, title in matches_of(record).items():
-        lines = {str(at): {"match": match, "layers": at} for at in record["config"]["layers"]}
-        values = [
-            tables.Column(name + (f" + {label(remedy)}" if remedy != "none" else ""),
-                          {"kind": kind, "remedy": remedy})
-            for remedy in remedies_of(record, match) for kind, name in KINDS.items()
-        ]  # fmt: skip
+    found, depth = [], record["model"]["depth"]
+    for match, title in titles_of(record).items():
+        columns = columns_of(record, match)
+        found.append(pairs.table(record, columns, line="{} of {} apart", about=f", {title}"))
         costs = [
-            tables.Column(f"{name}: {what}", {"kind": kind}, f"{key}_ratio", tables.number())
-            for kind, name in KINDS.items() for key, what in COSTS.items()
-        ]  # fmt: skip
-        about = {"title": f"{record['title']}, {title}", "corner": "test accuracy, %; l"}
-        about |= {"mark": lambda _, mean: mean >= edge, "caption": caption}
-        found.append(tables.pivot(record.rows, lines, values, **about))
-        about = {"title": f"{title}: cost relative to one model", "corner": "l"}
-        found.append(tables.pivot(record.rows, lines, costs, **about))
+            tables.Column(f"{name}: {what}", {"kind": kind}, key, tables.number())
+            for kind, name in KINDS.items()
+            for key, what in COSTS.items()
+        ]
+        layers = record.rows.distinct("layers")
+        lines = {f"{at} of {depth} apart": {"match": match, "layers": at} for at in layers}
+        title = f"{title}: cost relative to one model"
+        found.append(tables.pivot(record.rows, lines, costs, title=title))
     return found
+
+
+def look_of(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": list(KINDS).index(where["kind"]), "dashed": where["remedy"] == "none"}
 
 
 def figure_of(record: Record) -> Any:
     """Accuracy against l, a panel for each matching; against cost for the first of them."""
-    summary, titles = record["summary"], matches_of(record)
-    goals = {"edge models' mean": summary["edge_mean"], "ensemble": summary["ensemble"]}
-
-    def panel(match: str, title: str, x: str, x_label: str, of: list[str], **limits: Any) -> Any:
-        lines = [
-            figures.line(record.rows, x, method=place, dashed=remedy == "none", match=match,
-                         name=name + (f", {label(remedy)}" if remedy != "none" else ", without"),
-                         kind=kind, remedy=remedy)
-            for remedy in of for place, (kind, name) in enumerate(KINDS.items())
-            if remedy != "none" or kind != "both"
-        ]  # fmt: skip
-        lines += figures.levels(goals)
-        return figures.Panel(title, x_label, figures.ACCURACY, lines, **limits)
-
+    titles, panel = titles_of(record), functools.partial(pairs.panel, record, look=look_of)
     x, limits = f"layers kept apart, l (of L = {record['model']['depth']})", (0, 101)
-    row = [
-        panel(match, title, "layers", x, remedies_of(record, match)[::-1], y_limits=limits)
-        for match, title in titles.items()
-    ]
+    row = [panel(titles[m], x, columns_of(record, m), y_limits=limits) for m in titles]
     match, title = next(iter(titles.items()))
-    for key, what in COSTS.items():
-        # As high as the curves, which are close together once they are renormalised.
-        told = f"{title}: accuracy for {what}", f"{key}_ratio", f"{what}, relative to one model"
-        row += [panel(match, *told, [remedy_of(record)])]
-    return figures.draw(row, finding=record["finding"], subtitle=record["title"], columns=2)
+    last = {n: of for n, of in columns_of(record, match).items() if of["remedy"] != "none"}
+    # As high as the curves, which are close together once they are renormalised.
+    row += [panel(title, f"{text}, relative to one model", last, x=x) for x, text in COSTS.items()]
+    return figures.of_record(record, row, columns=2)
 
 
 LEGEND = """PFM l: the first l layers are kept apart; partial zip: the last l; both ends: half of l
 at each end. The other layers are merged, by the maps that a matching finds: those of ZipIt! mix
-units, activation matching permutes them. RESCALE and RESET renormalise what is merged; "without" is
-as it is merged."""
-PREPARE = loaded(statistics="statistics", test="samples", settled=settled,
-                 checked=lambda config: pairs.check(config, config.match),
-                 seeds=lambda config: {"matching": 0})  # fmt: skip
+units, activation matching permutes them. RESCALE and RESET renormalise what is merged."""
 EXPERIMENT = Experiment(
-    name="pfm_vs_partial_zip", doc=__doc__, options=Config, prepare=PREPARE, measure=measure,
-    title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
-    summary=summary_of, legend=LEGEND)  # fmt: skip
+    name="pfm_vs_partial_zip", doc=__doc__, options=Config,
+    prepare=pairs.prepare(default_layers, 1, statistics="statistics", test="samples"),
+    measure=measure, title=title_of, finding=finding_of, figure=figure_of, tables=tables_of,
+    summary=summary_of, claims=CLAIMS, legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

@@ -23,22 +23,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kit import cli, edges, figures, pairs, tables
 from kit.experiment import Experiment, Run
 from kit.records import Record, Row, networks
-from kit.timing import Watched
-from kit.transformers import MODELS, UNIFORM, kind_of, layers_of, maps_of, merged_of, only, prepare
-from papers.vit_transport import CLAIMS, KINDS, LABELS, chosen, column, edge_mean, label_of
+from kit.transformers import MODELS, kind_of, layers_of, maps_of, prepare
+from papers.vit_transport import CLAIMS, KINDS, LABELS, UNIFORM, chosen
 
-from vfjax import align, merge, stats, train
+from vfjax import align, merge
 
 # Weights of the entropy, in parts of the mean distance: from next to exact to next to uniform.
 REGULARIZATIONS = (0.02, 0.05, 0.1, 0.2)
-EDGES = ("model 1", "model 2", "ensemble")
 
 
 # fmt: off
@@ -47,10 +44,11 @@ class Config(edges.EdgeOptions):
     model: tuple[str, float | None] | None = cli.option(
         None, f"architecture of the networks, {' or '.join(MODELS)}; WIDTH multiplies all channel "
         "counts (default: vit, as wide as the shipped ones; with --preset paper 1)",
-        type=cli.model_of, metavar="NAME[-wWIDTH]")
+        type=cli.typed(cli.model_of, lambda model: model[0] in MODELS, "is not a vision "
+                       f"transformer: {' or '.join(MODELS)}"), metavar="NAME[-wWIDTH]")
     blocks: tuple[int, ...] | None = cli.option(
         None, "numbers of leading blocks that are kept apart, one row each (default: all)",
-        type=int, nargs="+", metavar="k", part="blocks{}",
+        type=cli.whole, nargs="+", metavar="k", part="blocks{}",
         usual=lambda record: [*range(record["model"]["blocks"] + 1)])
     regularization: float | None = cli.option(
         None, "weight of the entropy in soft plans, in parts of the mean distance (default: that "
@@ -68,62 +66,60 @@ class Config(edges.EdgeOptions):
 
 def measure(config: Config, run: Run) -> Iterator[Row]:
     """How soft plans are to be; edge models and ensemble; each column, and kind of units, by k."""
-    net, trees, images = run.setup.net, run.setup.trees, run.setup.images
+    net, images, blocks = run.setup.net, run.setup.images, config.blocks or ()
+    pair = pairs.Pair(run, config, ["activation"])
 
     @functools.cache
-    def moments() -> stats.Moments:
-        batches = Watched(images.statistics, "statistics of edge models")
-        with run.watch("statistics of edge models"):
-            return stats.moments(net, trees, batches, sites="taps", covariance="cross")
-
-    @functools.cache
-    def maps() -> dict[str, align.Maps]:
-        known = moments()
+    def found(plan: str, weight: float) -> align.Maps:
+        moments = pair.moments
         with run.watch("matching"):
-            return maps_of(net, trees, known)
+            return maps_of(net, pair.trees, moments, plan, weight)
 
-    @functools.cache
-    def plan_of(weight: float) -> align.Maps:
-        if weight in (0, UNIFORM):
-            return maps()["exact" if weight == 0 else "uniform"]
-        known = moments()
-        with run.watch("matching"):
-            return align.transport_moments(net, known, regularization=weight)
-
-    between = [config.regularization] if config.regularization else list(REGULARIZATIONS)
-    names = ("network", "images", "blocks", "plan", "units", "weight")
-    blocks, none = config.blocks or (), [None]
-    weights = [0.0, *between, UNIFORM]
-    cells = [*itertools.product(["PFM"], ["held_out"], blocks, ["entropy"], ["all"], weights)]
-    cells += itertools.product(EDGES, ["test"], *[none] * 4)
+    between = [config.regularization] if config.regularization else REGULARIZATIONS
+    every = {"network": ["PFM"], "images": ["held_out"], "blocks": blocks, "plan": ["entropy"]}
+    soft = pairs.grid(**every, units=["all"], weight=[0.0, *between, UNIFORM])
     columns = [*((plan, "all") for plan in LABELS), *(("exact", kind) for kind in KINDS)]
-    cells += [("PFM", "test", k, plan, units, None) for k in blocks for plan, units in columns]
-    for cell in run.cells(dict(zip(names, one, strict=True)) for one in cells):
-        network, which, k, plan, units, weight = cell.values()
-        more: Row = {}
-        if network != "PFM":
-            stage, tree = "edge models and ensemble", trees[network == "model 2"]
-            both = network == "ensemble"
-            merged = merge.ensemble(net, trees) if both else merge.as_merged(net, tree)
-            more = pairs.cost_of(net, *((1 + both) * one for one in (net.params, net.flops)))
-        else:
-            stage = "how soft" if weight is not None else f"PFM {k}/{blocks[-1]}"
-            weight = chosen(run.rows) if plan == "soft" else weight
-            found = maps()[plan] if weight is None else plan_of(weight)
-            if units != "all":
-                found = only(found, lambda group, kind=units: kind_of(net, group) == kind)
-            merged = merged_of(net, trees, found, k)
-            if plan == "direct":
-                cost = pairs.cost_of(net, merged.params, merged.flops)
-                more = {"layers": layers_of(k)} | cost
+    cells = [
+        {"network": "PFM", "images": "test", "blocks": k, "plan": plan, "units": units}
+        for k in blocks
+        for plan, units in columns
+    ]
+    for cell in run.cells([*soft, *pairs.plan(cells)]):
+        name, k, plan = cell["network"], cell["blocks"], cell["plan"]
+        if name != "PFM":
+            yield cell | {"images": "test"} | pair.edge(name)
+            continue
+        weights = {"soft": chosen(run.rows) if plan == "soft" else 0, "uniform": UNIFORM}
+        maps = found(plan, cell.get("weight", weights.get(plan, 0.0)))
+        if cell["units"] != "all":
+            kinds = {group: kind_of(net, group) for group in net.spec.groups}
+            maps = pairs.only(maps, [g for g, kind in kinds.items() if kind == cell["units"]])
+        merged = merge.partial(net, pair.trees, maps, span=slice(layers_of(k), None))
+        stage = "how soft" if plan == "entropy" else f"PFM {k}/{blocks[-1]}"
         with run.watch(stage):
-            tested = train.evaluate(edges.forward, merged, getattr(images, which))
-        yield cell | {"accuracy": tested.accuracy, "loss": tested.loss} | more
+            tested = pairs.evaluated(merged, getattr(images, cell["images"]), stage)
+        cost = {"layers": layers_of(k)} | pairs.cost_of(merged) if plan == "direct" else {}
+        yield cell | tested | cost
 
 
 # Of the columns in figures.
 LOOKS = {"direct": "direct", "permuted": "activation", "exact": "transport", "soft": 4}
-LOOKS |= {"weights": "weight", "uniform": 5}
+LOOKS |= {"weights": "weight", "uniform": 0, "stream": 1, "hidden": 2, "attention": 3}
+
+
+def look_of(name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    units = where["plan"] if where["units"] == "all" else where["units"]
+    return {"method": LOOKS[units], "dashed": units == "uniform"}
+
+
+def columns_of(record: Record) -> pairs.Columns:
+    named = LABELS | {"soft": f"{LABELS['soft']} ({chosen(record.rows):g})"}
+    return {text: {"images": "test", "plan": n, "units": "all"} for n, text in named.items()}
+
+
+def summary_of(record: Record) -> Row:
+    found = pairs.summary(record, columns_of(record), x="blocks")
+    return found | {"chosen": chosen(record.rows)}
 
 
 def title_of(record: Record) -> str:
@@ -132,54 +128,35 @@ def title_of(record: Record) -> str:
 
 
 def finding_of(record: Record) -> str:
-    first = {plan: f"{100 * column(record, plan)[0]:.1f}%" for plan in LABELS}
-    text = f"With k = {record['config']['blocks'][0]} blocks kept apart OT-acts has "
-    text += f"{first['exact']}, soft {first['soft']}, direct averaging {first['direct']}; the "
-    text += f"uniform plan, which matches nothing, {first['uniform']}, the edge models "
-    return f"{text}{100 * edge_mean(record):.1f}%"
+    rows, least = record.rows.where(images="test", units="all"), record["config"]["blocks"][0]
+    first = {n: f"{100 * rows.mean(plan=n, blocks=least):.1f}%" for n in LABELS}
+    text = f"With k = {least} blocks kept apart OT-acts has {first['exact']}, soft {first['soft']}"
+    text += f", direct averaging {first['direct']}; the uniform plan, which matches nothing, "
+    return f"{text}{first['uniform']}, the edge models {100 * record['summary']['edge_mean']:.1f}%"
 
 
 def tables_of(record: Record) -> list[tables.Table]:
-    rows, edge = record.rows.where(images="test"), edge_mean(record)
-    lines: dict[str, dict[str, Any]] = {name: {"network": name} for name in EDGES}
-    count = record["model"]["blocks"]
-    lines |= {f"PFM {k}/{count}": {"blocks": k} for k in record["config"]["blocks"]}
-    columns = [tables.Column(label_of(record, p), {"plan": p, "units": "all"}) for p in LABELS]
-    columns += tables.costs({"plan": "direct"}, digits=4, giga=False)
-    caption = f"*: at or above the mean of the edge models, {100 * edge:.2f}"
-    return [tables.marked(rows, lines, columns, edge, title=record["title"], caption=caption)]
+    costs = tables.costs({"plan": "direct"}, digits=4, giga=False)
+    return [pairs.table(record, columns_of(record), costs, x="blocks")]
 
 
 def figure_of(record: Record) -> Any:
     """Accuracy against k: by column, with one kind of units matched alone, and by softness."""
-    rows, held_out = record.rows.where(images="test"), record.rows.where(images="held_out")
-    goals = {"edge models' mean": edge_mean(record), "ensemble": rows.mean(network="ensemble")}
-
-    def line(plan: str) -> figures.Line:
-        return figures.line(rows, "blocks", name=label_of(record, plan), method=LOOKS[plan],
-                            dashed=plan == "uniform", plan=plan, units="all")  # fmt: skip
-
-    units = [
-        figures.line(rows, "blocks", name=f"{text} alone", method=at, plan="exact", units=kind)
-        for at, (kind, text) in enumerate(KINDS.items(), start=1)
-    ]
-    named = {0.0: "exact", chosen(record.rows): "soft", UNIFORM: "uniform"}
-    others = iter((0, 7, 9))
+    columns, held_out = columns_of(record), record.rows.where(images="held_out")
+    exact = {"images": "test", "plan": "exact"}
+    some = {"direct": columns["direct"]} | {t: exact | {"units": n} for n, t in KINDS.items()}
+    some |= {LABELS["exact"]: columns[LABELS["exact"]]}
     soft = [
-        figures.line(held_out, "blocks", weight=weight, dashed=plan == "uniform",
-                     name=label_of(record, plan) if plan else f"soft ({weight:g})",
-                     method=LOOKS[plan] if plan else next(others))
-        for weight in held_out.distinct("weight") for plan in [named.get(weight)]
-    ]  # fmt: skip
+        figures.line(held_out, "blocks", name=f"weight {weight:g}", method=at, weight=weight)
+        for at, weight in enumerate(held_out.distinct("weight"), start=5)
+    ]
     x, limits = f"blocks kept apart, k (of {record['model']['blocks']})", {"y_limits": (0, 101)}
-    levels, y = figures.levels(goals), "accuracy, held-out training images (%)"
-    columns, some = [line(plan) for plan in LABELS], [line("direct"), *units, line("exact")]
+    about, y = {"look": look_of, "x": "blocks"} | limits, "accuracy, held-out training images (%)"
     panels = [
-        figures.Panel("by what was matched how", x, figures.ACCURACY, columns + levels, **limits),
-        figures.Panel("exact plans of some units only", x, figures.ACCURACY, some + levels,
-                      **limits),
+        pairs.panel(record, "by what was matched how", x, columns, **about),
+        pairs.panel(record, "exact plans of some units only", x, some, **about),
         figures.Panel("weight of the plans' entropy", x, y, soft, **limits),
-    ]  # fmt: skip
+    ]
     return figures.of_record(record, panels)
 
 
@@ -191,8 +168,7 @@ due to matching. Held-out images are training images, which the edge models have
 EXPERIMENT = Experiment(
     name="vit_transport", doc=__doc__, options=Config, prepare=prepare, measure=measure,
     title=title_of, finding=finding_of, figure=figure_of, tables=tables_of, claims=CLAIMS,
-    summary=lambda record: {"edge_mean": edge_mean(record), "chosen": chosen(record.rows)},
-    legend=LEGEND)  # fmt: skip
+    summary=summary_of, legend=LEGEND)  # fmt: skip
 main = EXPERIMENT.main
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from kit import tables
-from kit.records import Record, joined
+from kit.records import Record, joined, mean_std
 
 AS, UNLIKE, OPEN, NEW = "as in the paper", "unlike", "undecided here", "not in the paper"
 VERDICTS = (AS, UNLIKE, OPEN, NEW)
@@ -216,6 +216,62 @@ def Enough(value: Quantity, other: Quantity, by: float) -> Comparison:
     return Comparison((value, other), partial(enough, by=by), text)
 
 
+def Both(first: Comparison, second: Comparison) -> Comparison:
+    """That two rules hold, of which the first has all quantities of the second, in its order."""
+
+    def holds(record: Record, *found: float) -> bool | None:
+        return all_of([first.holds(record, *found), second.holds(record, *found)])
+
+    return Comparison(first.quantities, holds, f"{first}, and {second}")
+
+
 def Told(*quantities: Quantity) -> Comparison:
     """Nothing: the numbers are there to be seen."""
     return Comparison(quantities, lambda record, *found: None, "not decided")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A rule on two accuracies at each value of a key that rows have of both.
+
+    `holds` decides by the record, by the pairs of accuracies, and by whether the first of each is
+    ahead, which is None within noise or near chance; by default it has to be everywhere.
+    """
+
+    value: Quantity
+    other: Quantity
+    text: str
+    holds: Callable[..., bool | None] = lambda record, pairs, ahead: all_of(ahead)
+    key: str = "layers"
+    sign: str = "l"  # What the key is called.
+    # At which values to compare, by the record with their rows alone.
+    when: Callable[[Record], bool] = lambda record: True
+
+    def pairs(self, record: Record) -> dict[Any, tuple[float, float]]:
+        found = {}
+        for at in sorted(record.rows.distinct(self.key)):
+            there = Record(record | {"rows": record.rows.where(**{self.key: (at, None)})})
+            pair = self.value.of(there), self.other.of(there)
+            if not any(map(math.isnan, pair)) and self.when(there):
+                found[at] = pair
+        return found
+
+    def points(self, record: Record) -> float:
+        """How far the first is ahead on average."""
+        return mean_std([100 * (a - b) for a, b in self.pairs(record).values()])[0]
+
+    def __call__(self, record: Record) -> Decision | None:
+        pairs = self.pairs(record)
+        if not pairs:
+            return None
+        ahead = [compared(record, *pair) for pair in pairs.values()]
+        ends = {at: [f"{100 * one:.1f}" for one in pairs[at]] for at in (min(pairs), max(pairs))}
+        shown = [f"{' and '.join(both)} at {self.sign} = {at}" for at, both in ends.items()]
+        names = f"{self.value.label} and {self.other.label}"
+        here = f"{names} {', '.join(shown)}; ahead at {ahead.count(True)} and "
+        here += f"behind at {ahead.count(False)} of {len(ahead)} {self.sign}, "
+        here += f"{self.points(record):+.1f} points on average"
+        return self.holds(record, list(pairs.values()), ahead), here
+
+    def __str__(self) -> str:
+        return self.text

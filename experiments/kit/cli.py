@@ -55,6 +55,9 @@ def typed(convert: Callable[[str], Any], fits: Callable[[Any], bool], wrong: str
     return convert_checked
 
 
+whole = typed(int, lambda number: number >= 0, "is not a whole number, from 0 on")
+
+
 def count_of(what: str) -> Callable[[str], int]:
     return typed(int, lambda count: count >= 1, f"is not a number of {what}, from 1 on")
 

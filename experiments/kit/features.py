@@ -13,6 +13,7 @@ from vfjax import diagnose, merge
 # Of smoothed bounds, and where bounds are drawn.
 GAMMA, POINTS = 1.4, 20
 DEPTH = "relative depth (layer / L)"
+RATIO = "norm of f(x) - f(0), ratio to edge models"
 AGAINST = "norm of f(x) - f(0) / norm of f(0)"
 BARS = "standard deviation over test images"
 # By the preset `cpu`; all with the preset `paper`.
@@ -22,10 +23,6 @@ SAMPLES, STATISTICS = 2_000, 10_000
 def samples() -> Any:
     """The option of how many test images there are."""
     return cli.images("samples", "test images, the first N, that features are measured on", SAMPLES)
-
-
-def main_layers(net: vfjax.Network) -> list[vfjax.Layer]:
-    return sorted((layer for layer in net.layers if layer.main), key=lambda layer: layer.depth)
 
 
 def rows_of(
@@ -39,12 +36,12 @@ def rows_of(
     Relative features are relative to `whole`, one number by layer; None for these networks' mean.
     Rows have the name as `network`, and a `layer` or a `class`.
     """
-    layers = main_layers(net)
+    layers = sorted((layer for layer in net.layers if layer.main), key=lambda layer: layer.depth)
     sites = [layer.name for layer in layers]
     found = diagnose.features(net, list(networks.values()), test, sites=sites)
     zero = jnp.zeros((1, *net.x.shape[1:]), net.x.dtype)
-    by_key = {key: getattr(found, key) for key in ("feature", "feature_std", "offset")}
-    every = {k: np.array([of[site] for site in sites], np.float64).T for k, of in by_key.items()}
+    by_site = {key: getattr(found, key) for key in ("feature", "feature_std", "offset")}
+    every = {key: np.array([of[s] for s in sites], np.float64).T for key, of in by_site.items()}
     relative = every["feature"] / (every["feature"].mean(0) if whole is None else np.array(whole))
     every["relative"], every["bound"] = relative, diagnose.upper_bound(relative)
     every["smoothed"] = diagnose.upper_bound(relative, gamma=GAMMA)
@@ -53,9 +50,9 @@ def rows_of(
             numbers = {key: float(values[k, place]) for key, values in every.items()}
             yield {"network": name, "layer": layer.depth, "site": layer.name, **numbers}
         logits = found.mean[sites[-1]][k], found.std[sites[-1]][k], network.run(zero)[0]
-        for place, (mean, std, at_zero) in enumerate(np.transpose(logits).tolist()):
-            row = {"network": name, "class": place, "logit": mean, "logit_std": std}
-            yield row | {"logit_at_zero": at_zero}
+        keys = ("logit", "logit_std", "logit_at_zero")
+        for place, numbers in enumerate(np.transpose(logits).tolist()):
+            yield {"network": name, "class": place} | dict(zip(keys, numbers, strict=True))
 
 
 def by_layer(rows: records.Rows, key: str = "relative", **where: Any) -> np.ndarray:
@@ -102,14 +99,14 @@ def line(
     """Against relative depth bounds of a network's features, or from `start` on over offsets."""
     rows, depth = record.rows.where(network=network), record["model"]["depth"]
     seeds = rows.where(layer=depth).distinct("seed") or [None]
-    x = np.array(sorted(rows.distinct("layer"))) / depth
+    x = np.array(sorted(rows.distinct("layer")))[start - 1 :] / depth
     if bound:
         each = [by_layer(rows, "bound", seed=seed) for seed in seeds]
         found = diagnose.resample(each, POINTS, at=x)
         x = np.arange(1, POINTS + 1) / POINTS
     else:
-        x, found = x[start - 1 :], np.array([shares(rows, seed=seed) for seed in seeds])
-        found = np.where(np.isfinite(found), found, np.nan)[:, start - 1 :]
+        found = np.array([shares(rows, seed=seed)[start - 1 :] for seed in seeds])
+        found[np.isinf(found)] = np.nan
     spread = found.std(0, ddof=1).tolist() if len(seeds) > 1 else None
     return figures.Line(x=x.tolist(), y=found.mean(0).tolist(), error=spread, **style)
 
@@ -120,12 +117,12 @@ def logits_panel(record: records.Record, networks: Mapping[str, Mapping[str, Any
     The first repetition's alone; with `at_zero` in its style, a network's logits at the mean image.
     """
     lines, seed = [], next(iter(record.rows.distinct("seed")), None)
-    for k, (name, given) in enumerate(networks.items()):
-        style = dict(given)
-        zero = style.pop("at_zero", None)
-        rows = record.rows.where(network=zero or name, seed=seed)
-        x = [place + 0.12 * (k - 1.5) for place in rows.distinct("class")]
-        y, error = rows.values("logit_at_zero" if zero else "logit"), rows.values("logit_std")
-        lines.append(figures.Line(x=x, y=y, error=None if zero else error, **style))
     ticks = record.rows.distinct("class")
+    for k, (name, style) in enumerate(networks.items()):
+        zero = style.get("at_zero")
+        rows = record.rows.where(network=zero or name, seed=seed)
+        y, error = rows.values("logit_at_zero" if zero else "logit"), rows.values("logit_std")
+        look = {key: value for key, value in style.items() if key != "at_zero"}
+        x = [place + 0.12 * (k - 1.5) for place in ticks]
+        lines.append(figures.Line(x=x, y=y, error=None if zero else error, **look))
     return figures.Panel("logits", "class", "logit (mean over images)", lines, ticks=ticks)

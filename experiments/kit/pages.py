@@ -61,7 +61,7 @@ def section(record: Record) -> str:
         heading = [f"*{table.title}*"] if len(record["tables"]) > 1 and table.title else []
         parts += [*heading, tables.markdown(table)]
     if record["claims"]:
-        rules = [f"- {row['claim']}: {row['rule']}." for row in record["claims"]]
+        rules = dict.fromkeys(f"- {row['claim']}: {row['rule']}." for row in record["claims"])
         parts.append(tables.markdown(claims.table(record["claims"], "*")))
         parts.append("\n".join(["<details><summary>How claims are decided</summary>", "", *rules]))
         parts.append("</details>")
@@ -83,10 +83,12 @@ def write_page(folder: Path, experiment: str) -> Path:
 
 
 def verdicts_of(runs: Sequence[tuple[Record, Mapping[str, Any]]]) -> str:
-    """The verdicts on one claim: how many, with links to where each is from."""
+    """The verdicts on one claim, of which a record may have several, with links to the records."""
     links = dict.fromkeys(claims.VERDICTS, "")
-    for k, (record, row) in enumerate(runs, start=1):
-        links[row["verdict"]] += f" [{k}]({record['experiment']}.md#{anchor(record.name)})"
+    names = list(dict.fromkeys(record.name for record, _ in runs))
+    for record, row in runs:
+        link = f" [{names.index(record.name) + 1}]({record['experiment']}.md#{anchor(record.name)})"
+        links[row["verdict"]] += link * (link not in links[row["verdict"]])
     words = {claims.UNLIKE: f"**{claims.UNLIKE}**"}
     return "; ".join(words.get(verdict, verdict) + link for verdict, link in links.items() if link)
 
@@ -106,7 +108,8 @@ def index(folder: Path) -> str:
     for experiment, runs in experiments.items():
         rows = [(record, row) for record in runs for row in record["claims"]]
         for run in rows:
-            by_claim[run[1]["id"]].append(run)
+            # After a colon stands what of a record it was held against.
+            by_claim[run[1]["id"].partition(":")[0]].append(run)
         count = claims.counts(row for _, row in rows) or "no claims"
         link = f"[{experiment}]({experiment}.md)"
         lines.append([link, runs[0]["question"], str(len(runs)), count])

@@ -1,21 +1,17 @@
 """Vision transformers: pairs of them, what their units are, and what becomes of these."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import vfjax
-from kit import cli, edges, timing
+from kit import cli, edges, pairs, timing
 from kit.experiment import Setup
-from vfjax import align, data, merge, models, stats, train
-
-PyTree = Any
+from vfjax import align, data, models, stats, train
 
 MODELS = ("vit", "deit-tiny")
 # Layers of a block that count: query, key and value together, then out, mlp1 and mlp2.
 PER_BLOCK = 4
-# Weight of the entropy, in parts of the mean distance, of plans that are next to uniform.
-UNIFORM = 1e3
 # Those trained for the digits, in seconds.
 DIGITS = models.ViT(blocks=3, patch=4, features=32, heads=4)
 DIGITS_RECIPE = train.Recipe(optimizer="adamw", learning_rate=2e-3, schedule="cosine", epochs=20,
@@ -24,8 +20,6 @@ DIGITS_RECIPE = train.Recipe(optimizer="adamw", learning_rate=2e-3, schedule="co
 
 def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
     """The two networks: small ones trained here for the digits, else as the options have it."""
-    if config.model is not None and config.model[0] not in MODELS:
-        raise cli.UserError(f"--model must be a vision transformer: {' or '.join(MODELS)}.")
     if config.dataset != "digits":
         edges.check_shipped(config)
     with watch("data"):
@@ -38,11 +32,8 @@ def prepare(config: Any, watch: timing.Stopwatch) -> Setup:
             "out --model, --retrain and --preset paper."
         )
     model = DIGITS if own else models.create(config.model[0] if config.model else MODELS[0])
-    wanted = range(model.blocks + 1) if config.blocks is None else sorted(set(config.blocks))
-    wrong = [k for k in wanted if not 0 <= k <= model.blocks]
-    if wrong:
-        raise cli.UserError(f"--blocks must be from 0 to {model.blocks}, got {wrong[0]}.")
-    config = dataclasses.replace(config, blocks=tuple(wanted))
+    blocks = pairs.counts("blocks", config.blocks, range(model.blocks + 1), model.blocks)
+    config = dataclasses.replace(config, blocks=blocks)
     loaded = edges.loaded(statistics="samples", held_out="held_out", test="test", cifar=MODELS[0])
     found = trained(config, watch, probe) if own else loaded(config, watch)
     found.record["model"]["blocks"] = model.blocks
@@ -83,27 +74,14 @@ def kind_of(net: vfjax.Network, group: str) -> str:
     return "attention" if any("attention" in path for path in paths) else "hidden"
 
 
-def only(found: align.Maps, groups: Callable[[str], bool]) -> align.Maps:
-    """The maps of some groups; the others stay in place."""
-    maps = tuple({g: pair for g, pair in of.items() if groups(g)} for of in found.maps)
-    return dataclasses.replace(found, maps=maps)
-
-
 def maps_of(
-    net: vfjax.Network, trees: Sequence[PyTree], moments: stats.Moments
-) -> dict[str, align.Maps]:
-    """What becomes of the units, by column, but for the soft plans."""
-    permutations = align.match_moments(net, moments).permutations
-    return {
-        "direct": align.Maps.of_permutations([None, None]),
-        "permuted": align.Maps.of_permutations([None, permutations]),
-        "exact": align.transport_moments(net, moments),
-        "weights": align.transport(net, trees, on="weights"),
-        "uniform": align.transport_moments(net, moments, regularization=UNIFORM),
-    }
-
-
-def merged_of(
-    net: vfjax.Network, trees: Sequence[PyTree], maps: align.Maps, blocks: int
-) -> merge.Merged:
-    return merge.partial(net, trees, maps, span=slice(layers_of(blocks), None))
+    net: vfjax.Network, trees: Sequence[Any], moments: stats.Moments, plan: str, weight: float = 0
+) -> align.Maps:
+    """What becomes of the units in a column; `weight` is that of the entropy of plans."""
+    if plan == "direct":
+        return align.Maps.of_permutations([None, None])
+    if plan == "permuted":
+        return align.Maps.of_permutations([None, align.match_moments(net, moments).permutations])
+    if plan == "weights":
+        return align.transport(net, trees, on="weights")
+    return align.transport_moments(net, moments, regularization=weight)

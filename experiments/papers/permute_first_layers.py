@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -11,80 +12,69 @@ from kit.figures import label
 from kit.records import Record
 from scipy.stats import spearmanr
 
-MATCHES = {"weight": "weights matched", "activation": "activations matched"}
-REMEDIES = ("none", "repair", "rescale", "reset")
-# In tables and claims.
-SHORT = {"weight": "WM", "activation": "AM"}
+MATCHES = {"weight": "WM", "activation": "AM"}
+# By their names in tables and claims.
+CURVES = {
+    name + ("" if remedy == "none" else f" + {label(remedy)}"): {"match": match, "remedy": remedy}
+    for match, name in MATCHES.items()
+    for remedy in ("none", "repair", "rescale", "reset")
+}
 # When accuracy counts as rising with l, and up to which part of the rise may come last.
 LEAST, CORRELATION, LAST_PART = 0.05, 0.8, 1 / 6
 
 
-def rank_correlation(values: np.ndarray) -> float:
-    """Spearman's rank correlation of values with their place; 0 if all are equal.
-
-    Example:
-      >>> rank_correlation([0.1, 0.2, 0.4]), rank_correlation([0.1, 0.1])
-      (1.0, 0.0)
-    """
-    if len(set(values)) == 1:
-        return 0.0
-    return round(float(spearmanr(range(len(values)), values).statistic), 6)
-
-
-def short(match: str, remedy: str) -> str:
-    """The name of a curve.
-
-    Example:
-      >>> short("weight", "none"), short("activation", "repair")
-      ('WM', 'AM + REPAIR')
-    """
-    return SHORT[match] + ("" if remedy == "none" else f" + {label(remedy)}")
-
-
-def rising(record: Record, values: list[float]) -> bool | None:
-    """Whether accuracy rises by enough; open within noise, and where all of it is near chance."""
-    gap, near = values[-1] - values[0] - LEAST, claims.near_chance(record, *values)
-    return None if near else claims.beyond(gap, claims.free(record, values[0]))
-
-
-def rises(record: Record, values: list[float]) -> Decision:
-    rank, found = rank_correlation(values), rising(record, values)
-    if not claims.near_chance(record, *values):
-        found = claims.all_of([found, rank > CORRELATION])
-    return found, f"{100 * values[0]:.1f} to {100 * values[-1]:.1f}, rank correlation {rank:.2f}"
+def correlated(record: Record, values: list[float]) -> Decision:
+    rank = spearmanr(range(len(values)), values).statistic if len(set(values)) > 1 else 0.0
+    here = f"{100 * values[0]:.1f} to {100 * values[-1]:.1f}, rank correlation {rank:.2f}"
+    return bool(rank > CORRELATION), here
 
 
 def saturates(record: Record, values: list[float]) -> Decision:
     depth, free = record["model"]["depth"], claims.free(record, values[-1])
     late = depth - depth // 3
     rise, last = values[-1] - values[0], values[-1] - values[late]
-    found = rising(record, values) and claims.reached(LAST_PART * rise, last, free)
-    return found, f"l = {late} to {depth} adds {100 * last:.1f} of {100 * rise:.1f} points"
+    here = f"l = {late} to {depth} adds {100 * last:.1f} of {100 * rise:.1f} points"
+    return claims.reached(LAST_PART * rise, last, free), here
 
 
 def stays_below(record: Record, values: list[float]) -> Decision:
     edge, best = record["summary"]["edge_mean"], int(np.argmax(values))
-    found = rising(record, values) and claims.compared(record, edge, values[best])
-    return found, f"{100 * values[best]:.1f} at l = {best}, edge models {100 * edge:.1f}"
+    here = f"{100 * values[best]:.1f} at l = {best}, edge models {100 * edge:.1f}"
+    return claims.compared(record, edge, values[best]), here
 
 
-def of_curve(record: Record, match: str, remedy: str, rule: claims.Rule) -> Decision | None:
-    """A rule on one curve, if it was measured."""
-    values = record.rows.curve("layers", match=match, remedy=remedy)[1]
-    return rule(record, values) if values else None
+def of_curve(record: Record, name: str, rule: Callable[..., Decision]) -> Decision | None:
+    """A rule on one curve, which has to rise, too; what is all near chance decides nothing."""
+    values = record.rows.curve("layers", **CURVES[name])[1]
+    if not values:
+        return None
+    holds, here = rule(record, values)
+    rises = claims.beyond(values[-1] - values[0] - LEAST, claims.free(record, values[0]))
+    near = claims.near_chance(record, *values)
+    return None if near else claims.all_of([rises, holds]), f"{name}: {here}"
 
 
+# fmt: off
+RULES = (
+    ("rises", "it rises", "accuracy rises with l, the number of first layers matched", correlated,
+     "by more than 5 points (two standard errors are level) from l = 0 to L, with a rank "
+     "correlation of accuracy and l above 0.8"),
+    ("saturates", "it saturates", "accuracy saturates with the first layers matched", saturates,
+     "it rises, and the last third of the layers adds at most a sixth of the rise, half of its "
+     "even share; up to two standard errors more are undecided"),
+    ("below", "below the edge models", "accuracy stays below the edge models, whatever first "
+     "layers are matched", stays_below,
+     "it rises, and no l reaches the edge models' mean; two standard errors are level"),
+)
+# fmt: on
 CLAIMS = [
-    Claim(f"vf.first-layers.{name}-{match}-{remedy}", f"{short(match, remedy)}: {text}", paper,
-          partial(of_curve, match=match, remedy=remedy, rule=rule), by=by)
-    for name, text, paper, rule, by in (
-        ("rises", "accuracy rises with l", "it rises", rises,
-         "by more than 5 points (two standard errors are level) from l = 0 to L, with a rank "
-         "correlation of accuracy and l above 0.8"),
-        ("saturates", "accuracy saturates", "it saturates", saturates,
-         "it rises, and the last third of the layers adds at most a sixth of the rise, half of "
-         "its even share; up to two standard errors more are undecided"),
-        ("below", "accuracy stays below the edge models", "below the edge models", stays_below,
-         "it rises, and no l reaches the edge models' mean; two standard errors are level"))
-    for match in MATCHES for remedy in REMEDIES
+    Claim(
+        f"vf.first-layers.{id}:{'-'.join(where.values())}",
+        text,
+        paper,
+        partial(of_curve, name=name, rule=rule),
+        by=by,
+    )
+    for id, paper, text, rule, by in RULES
+    for name, where in CURVES.items()
 ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import importlib
 import sys
 from pathlib import Path
@@ -54,7 +53,7 @@ def test_record_is_complete(digits):
     assert record["data"]["statistics_images"] == 300
     assert record.rows.distinct("remedy") == ["none", "rescale"]
     assert {"ZipIt!", "activation matching", "total"} <= set(record["seconds"])
-    assert [note["match"] for note in record.notes("matching")] == list(MATCHES)
+    assert [note["method"] for note in record.notes("matching")] == list(MATCHES)
     for match in MATCHES:
         assert record.rows.where(match=match).distinct("kind") == list(partial.KINDS)
         for kind in partial.KINDS:
@@ -112,11 +111,11 @@ def test_table_and_figure_show_the_record(digits, capsys):
     _, record = digits
     table, costs = partial.tables_of(record)[2:]
     assert table.title.endswith(", activation matching") and len(table.header) == 7
-    assert len(table.lines) == 4 and len(costs.header) == 7
+    assert len(table.lines) == 7 and len(costs.lines) == 4 and len(costs.header) == 7
     (found,) = record.rows.where(layers=4, kind="partial", remedy="rescale").values(
         match="activation"
     )
-    shown = table.lines[3][table.header.index("partial zip + RESCALE")]
+    shown = table.lines[6][table.header.index("partial zip + RESCALE")]
     assert shown.removeprefix("*") == f"{100 * found:.2f}"
     RUN.show(record)
     assert "ZipIt!" in capsys.readouterr().out
@@ -127,7 +126,7 @@ def test_table_and_figure_show_the_record(digits, capsys):
         "parameters, relative to one model",
         "FLOPs, relative to one model",
     ]
-    assert [len(a.containers) for a in axes] == [5, 5, 3, 3]
+    assert [len(a.containers) for a in axes] == [6, 6, 3, 3]
     # Accuracy for cost is shown where the curves are.
     for place, a in enumerate(axes):
         lowest = min(min(c.lines[0].get_ydata()) for c in a.containers)
@@ -206,10 +205,12 @@ def test_two_of_twelve_are_allowed():
 def test_finding_says_where_the_edge_models_are_reached(record):
     record = with_curves(record, "zipit", "rescale", [0.5, 1.0], [0.5, 0.6])
     found = RUN.derived(record)
-    assert found["summary"]["reached"]["zipit"] == {"pfm": 4, "partial": None, "both": None}
-    assert "PFM (from l = 4 on) reaches the edge models with ZipIt!" in found["finding"]
+    reached = found["summary"]["reaches_edges_at"]
+    kinds = ("PFM", "partial zip", "both ends")
+    assert [reached[f"{kind} + RESCALE"] for kind in kinds] == [4, None, None]
+    assert found["finding"].endswith("% from l = 4 on")
     record = with_curves(record, "zipit", "rescale", [0.5, 0.5], [0.5, 0.6])
-    assert "nothing reaches the edge models with ZipIt!" in RUN.derived(record)["finding"]
+    assert RUN.derived(record)["finding"].endswith("% at none of these l")
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -240,8 +241,8 @@ def test_logits_of_heads_are_averaged():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--layers", "6"], "--layers must be from 0 to L - 1 = 5, got 6"),
-        (["--layers", "-1"], "--layers must be from 0 to L - 1 = 5, got -1"),
+        (["--layers", "6"], "--layers must be from 0 to 5, got 6"),
+        (["--layers", "-1"], "--layers: '-1' is not a whole number, from 0 on"),
         (["--match", "both"], "invalid choice: 'both'"),
         (["--samples", "0"], "'0' is not a number of images"),
         (["--preset", "paper"], "no models of --preset paper are shipped"),
@@ -276,8 +277,3 @@ def test_runs_that_differ_have_other_names(digits):
     changes += [{"layers": [0]}, {"samples": 7}, {"statistics": 7}, {"model": "digits-conv"}]
     names = [RUN.file_name(record | {"config": standard | change}) for change in changes]
     assert names[0] == "pfm_vs_partial_zip-digits-digits-mlp" and len(set(names)) == len(names)
-
-
-def test_examples_in_docstrings():
-    found = doctest.testmod(partial)
-    assert found.attempted and not found.failed

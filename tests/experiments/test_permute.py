@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import doctest
 import importlib
 import sys
 from pathlib import Path
@@ -82,23 +81,23 @@ def copies():
     return edges.Edges(None, None, net, [], [tree, other], edges.Images(statistics, None, test))
 
 
+def run_on(models, folder):
+    setup = experiment.Setup(None, models, {})
+    return experiment.Run(setup, timing.Stopwatch(), folder / "none", "")
+
+
 @pytest.fixture
 def measured(copies, tmp_path):
     """The rows that a run on the copies has."""
-    config = permute.Config(match="activation")
-    setup = experiment.Setup(config, copies, {})
-    run = experiment.Run(setup, timing.Stopwatch(), tmp_path / "none", "")
+    config, run = permute.Config(match="activation"), run_on(copies, tmp_path)
     for row in permute.measure(config, run):
         run.add(row)
     return records.Record(rows=run.rows)
 
 
 @pytest.fixture
-def pair(copies):
-    images = copies.images
-    weights = (0.5, 0.5)
-    both = images.statistics, images.test
-    return pairs.Pair(copies.net, copies.trees, weights, *both, ["activation"])
+def pair(copies, tmp_path):
+    return pairs.Pair(run_on(copies, tmp_path), permute.Config(), ["activation"])
 
 
 # -------------------------------------------------------------------------------------- matching
@@ -114,7 +113,8 @@ def test_first_layers_permuted_compute_the_same(name):
     permutations = {group: np.roll(np.arange(n), 1) for group, n in net.spec.sizes.items()}
     expected, before, counts = np.asarray(run(tree, x)), tree, []
     for layers in range(net.depth + 1):
-        chosen = permute.of_first(net, permutations, layers)
+        depths = permute.written_at(net)
+        chosen = {group: p for group, p in permutations.items() if depths[group] <= layers}
         permuted = net.spec.permute(tree, chosen)
         np.testing.assert_allclose(
             run(permuted, x), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
@@ -145,13 +145,17 @@ def test_groups_no_layer_writes_come_last():
 def test_all_layers_are_the_full_matching(pair, measured):
     """Matched in full, a copy is the network itself, and RESET is what it is by hand."""
     net, found = pair.net, align.match_moments(pair.net, pair.moments).permutations
+
+    def evaluated(merged):
+        return pairs.evaluated(merged, pair.images.test, "")
+
     full = net.spec.permute(pair.trees[1], found)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), full, pair.trees[0])
     assert measured.rows.where(network=None).distinct("remedy") == ["none", "reset"]
     average = merge.interpolate([pair.trees[0], full])
-    reset = renorm.reset(net, average, pair.statistics)
+    reset = renorm.reset(net, average, pair.images.statistics)
     for remedy, tree in (("none", pair.trees[0]), ("reset", reset)):
-        expected = pair.evaluate(merge.as_merged(net, tree, weights=(0.5, 0.5)), pair.test, "")
+        expected = evaluated(merge.as_merged(net, tree, weights=(0.5, 0.5)))
         loss = curve(measured, "activation", remedy)
         assert len(loss) == net.depth + 1
         assert loss[-1] == pytest.approx(expected["loss"], rel=1e-5)
@@ -160,18 +164,16 @@ def test_all_layers_are_the_full_matching(pair, measured):
         # The stream comes with layer 1, the block's inside with layer 2, and that is all.
         assert loss[2] == loss[3] == loss[4] and len({round(value, 5) for value in loss}) == 3
     average = merge.as_merged(net, merge.interpolate(pair.trees), weights=(0.5, 0.5))
-    direct = pair.evaluate(average, pair.test, "")
-    assert curve(measured, "activation", "none")[0] == direct["loss"]
+    assert curve(measured, "activation", "none")[0] == evaluated(average)["loss"]
 
 
 def test_further_layers_compile_nothing(pair):
-    found = align.match_moments(pair.net, pair.moments).permutations
+    depths = permute.written_at(pair.net)
 
     def evaluated(layers):
-        merged, matching = permute.averaged(pair, permute.of_first(pair.net, found, layers))
-        for remedy in (None, "reset"):
-            done = pair.renormalised(remedy, matching, merged, pair.statistics)
-            pair.evaluate(done, pair.test, "")
+        groups = frozenset(group for group, depth in depths.items() if depth <= layers)
+        for remedy in ("none", "reset"):
+            pair.measured("", remedy, "activation", 0, None, groups)
 
     evaluated(1)
     with Compilations() as compiled:
@@ -209,7 +211,7 @@ def test_record_is_complete(digits):
         assert sorted(found.distinct("layers")) == list(range(7)) and len(found) == 7
         assert rows.curve("layers", "groups", match=match)[1] == [0, 1, 2, 3, 4, 5, 5]
     notes = record.notes("matching")
-    assert [note["match"] for note in notes] == ["weight", "activation"]
+    assert [note["method"] for note in notes] == ["weight", "activation"]
     assert all(note["moved"] and note["objective"] for note in notes)
     assert record.notes("written_at").distinct("layer") == [1, 2, 3, 4, 5]
     edge = [rows.mean(network=name) for name in ("model 1", "model 2")]
@@ -244,9 +246,9 @@ def test_figure_and_table(record):
         assert "edge models' mean" in axes.get_legend_handles_labels()[1]
     (table,) = permute.tables_of(record)
     named = [f"{match}{more}" for match in ("WM", "AM") for more in ("", " + REPAIR", " + RESCALE")]
-    assert table.header == ["first layers matched, l", "groups", *named]
-    assert len(table.lines) == 7 and {len(row) for row in table.lines} == {8}
-    assert all(cell for row in table.lines for cell in row)
+    assert table.header == ["test accuracy, %", *named, "groups matched"]
+    assert len(table.lines) == 9 and {len(row) for row in table.lines} == {8}
+    assert all(cell for row in table.lines[2:] for cell in row)
 
 
 @pytest.fixture
@@ -259,7 +261,8 @@ def changed(record):
         for row in record.rows.where(match=match, remedy=remedy):
             row["accuracy"] = values[row["layers"]]
         found = claims.decided(permute.CLAIMS, record)
-        return [row["verdict"] for row in found if row["id"].endswith(f"-{match}-{remedy}")]
+        name = next(n for n, of in permute.CURVES.items() if (*of.values(),) == (match, remedy))
+        return [row["verdict"] for row in found if row["here"].startswith(f"{name}: ")]
 
     return verdicts
 
@@ -294,11 +297,12 @@ def test_claims_follow_the_record(changed, values, verdicts):
 def test_curves_that_disagree_are_told_apart(changed, record):
     assert changed([0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 0.8], "activation", "repair") == [AS] * 3
     assert changed([0.8, 0.8, 0.7, 0.6, 0.4, 0.2, 0.1]) == [UNLIKE] * 3
-    found = {row["id"]: row for row in claims.decided(permute.CLAIMS, record)}
-    assert len(found) == 18
-    here = found["vf.first-layers.rises-weight-none"]["here"]
-    assert here == "80.0 to 10.0, rank correlation -0.99"
-    assert found["vf.first-layers.rises-activation-repair"]["here"].startswith("10.0 to 80.0")
+    found = claims.decided(permute.CLAIMS, record)
+    assert len(found) == 18 and len({row["id"].partition(":")[0] for row in found}) == 3
+    here = {row["id"]: row["here"] for row in found}
+    first = here["vf.first-layers.rises:weight-none"]
+    assert first == "WM: 80.0 to 10.0, rank correlation -0.99"
+    assert here["vf.first-layers.rises:activation-repair"].startswith("AM + REPAIR: 10.0 to 80.0")
 
 
 def test_title_and_name_say_what_is_not_default(record):
@@ -306,7 +310,7 @@ def test_title_and_name_say_what_is_not_default(record):
     assert RUN.file_name(record).endswith("digits-digits-mlp-weight-alpha0.25")
     assert "averages at alpha 0.25" in permute.title_of(record)
     first, second = (record.rows.mean(network=name) for name in ("model 1", "model 2"))
-    assert permute.summary_of(record)["edge_mean"] == pytest.approx(0.75 * first + 0.25 * second)
+    assert RUN.summary(record)["edge_mean"] == pytest.approx(0.75 * first + 0.25 * second)
     record["config"] |= {"preset": "paper", "width": 0.5, "retrain": True, "samples": None}
     assert RUN.file_name(record).endswith(
         "digits-mlp-w0.5-weight-alpha0.25-statistics5000-paper-retrained"
@@ -352,21 +356,9 @@ def test_bad_options(arguments, message, capsys, tmp_path):
 
 def test_weights_alone_need_no_statistics(copies, tmp_path):
     """Networks with norms and weight matching: nothing is measured that nothing reads."""
-    net, config = copies.net, permute.Config(match="weight", alpha=0.25)
     images = dataclasses.replace(copies.images, statistics=SimpleNamespace())
-    setup = experiment.Setup(config, dataclasses.replace(copies, images=images), {})
-    run = experiment.Run(setup, timing.Stopwatch(), tmp_path / "none", "")
-    for row in permute.measure(config, run):
-        run.add(row)
-        if row.get("remedy") == "none":
-            break
-    assert [note["match"] for note in run.notes["matching"]] == ["weight"]
-    weights, found = (0.75, 0.25), align.match_weights(net, *copies.trees, key=jax.random.key(0))
-    pair = pairs.Pair(net, copies.trees, weights, images.statistics, images.test, ["weight"])
-    assert pair.moments is None and set(found.permutations) == set(net.spec.groups)
-
-
-@pytest.mark.parametrize("name", ["permute_first_layers", "papers.permute_first_layers"])
-def test_examples_in_docstrings(name):
-    found = doctest.testmod(importlib.import_module(name))
-    assert found.attempted and not found.failed
+    run = run_on(dataclasses.replace(copies, images=images), tmp_path)
+    pair = pairs.Pair(run, permute.Config(), ["weight"], (0.75, 0.25))
+    assert pair.moments is None and pair.measured("averages", "none", "weight")["loss"] > 0
+    assert [note["method"] for note in run.notes["matching"]] == ["weight"]
+    assert set(pair.maps("weight").permutations[1]) == set(copies.net.spec.groups)
