@@ -62,7 +62,7 @@ class Found(NamedTuple):
         heads: `{(model, norm): moments of its corrected input}`, in the heads.
     """
 
-    corrections: dict[str, tuple[Array, Array]]
+    corrections: dict[str, tuple[Any, Any]]
     norms: dict[str, Pooled]
     heads: dict[tuple[int, str], Pooled]
 
@@ -231,7 +231,7 @@ def _write(leaf: Any, slot: int | None, value: Any) -> Array:
     return leaf.at[slot].set(jnp.asarray(value).reshape(leaf.shape[1:]).astype(leaf.dtype))
 
 
-def _moved(moments: Pooled, correction: tuple[Array, Array] | None) -> Pooled:
+def _moved(moments: Pooled, correction: tuple[Any, Any] | None) -> Pooled:
     """Moments of `scale * z + shift`, from those of z."""
     if correction is None:
         return moments
