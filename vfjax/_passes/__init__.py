@@ -25,6 +25,7 @@ from vfjax._passes.streaming import by_pieces as by_pieces
 from vfjax._passes.streaming import each as each
 from vfjax._passes.streaming import each_piece as each_piece
 from vfjax._passes.streaming import stream as stream
+from vfjax._passes.streaming import wide as wide
 
 __all__ = [
     "Evaluation",
@@ -43,4 +44,5 @@ __all__ = [
     "on_meshes",
     "replicate",
     "stream",
+    "wide",
 ]

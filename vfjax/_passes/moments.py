@@ -205,9 +205,3 @@ def scale_of(*arrays: Array) -> Array:
     largest = jnp.clip(jnp.where(largest == 0, 1, largest), 2.0**-_EXPONENT, 2.0**_EXPONENT)
     bits = jnp.finfo(largest.dtype)
     return 1 / jax.lax.reduce_precision(largest, bits.nexp, 0)
-
-
-def length(a: Any) -> Any:
-    """The L2 norm of a NumPy array, even if squares would overflow or underflow."""
-    scale = np.abs(a).max(initial=0) or 1
-    return np.linalg.norm(a / scale) * scale

@@ -95,7 +95,7 @@ def stream(
     data: Iterable[Any],
     *,
     like: PyTree,
-    host: bool = False,
+    host: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, list[float]]:
     """Pools a measurement over all batches of `data`, on whichever devices they lie.
 
@@ -108,10 +108,10 @@ def stream(
         state: Whatever `measure` needs; placed on the mesh before `measure` receives it.
         data: As `batches` takes it.
         like: The traced input.
-        host: Whether `measure` returns the measurements of equal pieces of the batch, stacked, and
-            `pool` is given NumPy arrays in float64 or better, which are rounded in the end. Where
-            measurements are small, as means of channels are, a program that pools them takes longer
-            to compile than this takes for all batches.
+        host: Where measurements are small, as those of channels are, a program that pools them
+            takes longer to compile than NumPy takes for all batches. With this, `measure` returns
+            the measurements of equal pieces of the batch, stacked; `host` makes of each, in NumPy,
+            what `pool` takes.
 
     Returns:
         The pooled measurement of all batches, and the number of samples at each site.
@@ -120,29 +120,29 @@ def stream(
         TypeError: As `batches`.
         ValueError: As `batches`.
     """
-    pooled, samples, counts, dtypes = None, 0, [], None
+    pooled, samples, counts = None, 0, []
 
     def measured() -> Iterator[tuple[Any, Any, list[Array], int]]:
         for mesh, placed, x in on_meshes(batches(data, like=like), state):
             yield mesh, *measure(mesh, placed, x), batch_size(x)
 
-    for mesh, batch, each, size in _late(measured()) if host else measured():
+    for mesh, batch, each, size in measured() if host is None else _late(measured()):
         # Every batch has the same number of positions per example.
         counts = counts or [int(n) / size for n in each]
-        if host:
-            dtypes = jax.tree.map(lambda a: a.dtype, batch)
-            pieces = _unstacked(batch)
-        else:
-            pieces = [batch]
-            pooled = replicate(pooled, mesh)
+        if host is None:
+            samples += size
+            pooled = (
+                batch if pooled is None else pool(replicate(pooled, mesh), batch, size / samples)
+            )
+            continue
+        pieces = _unstacked(batch)
         for piece in pieces:
             samples += size // len(pieces)
             # What is not finite is told by those who know what it is of.
             with np.errstate(all="ignore"):
+                piece = host(piece)
                 share = size / len(pieces) / samples
                 pooled = piece if pooled is None else pool(pooled, piece, share)
-    if host:
-        pooled = jax.tree.map(lambda a, dtype: a.astype(dtype), pooled, dtypes)
     return pooled, [n * samples for n in counts]
 
 
@@ -155,8 +155,12 @@ def _late(items: Iterable[Any]) -> Iterator[Any]:
     yield from waiting
 
 
+def wide(tree: PyTree) -> PyTree:
+    """NumPy arrays in float64 or better: what many batches are pooled in."""
+    return jax.tree.map(lambda a: a.astype(np.promote_types(a.dtype, np.float64)), tree)
+
+
 def _unstacked(batch: PyTree) -> list[PyTree]:
-    """The pieces of a measurement, in float64 or better."""
+    """The pieces of a measurement, on the host."""
     leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, batch))
-    wide = [a.astype(np.promote_types(a.dtype, np.float64)) for a in leaves]
-    return [structure.unflatten([a[k] for a in wide]) for k in range(len(wide[0]) if wide else 1)]
+    return [structure.unflatten([a[k] for a in leaves]) for k in range(len(leaves[0]))]

@@ -276,21 +276,21 @@ def measured(
     _check_defined(job, at_zero)
     rows = _rows.measure(job, carried, shifts, data)
     means = {
-        site.name: np.concatenate([np.ravel(m) for r in rows for m in r.mean[site.name]])
+        site.name: np.concatenate([np.ravel(row.mean) for of in rows for row in of[site.name]])
         for site in job.sites
     }
     check_finite_means(means)
 
     by_site = {
         site.name: [
-            _rows.numbers(site.name, row, zero[site.source], network.model.weights)
-            for network, row, zero in zip(carried, rows, at_zero, strict=True)
+            _rows.numbers(site, of[site.name], zero[site.source], network.model.weights)
+            for network, of, zero in zip(carried, rows, at_zero, strict=True)
         ]
         for site in job.sites
     }
     _check_range(by_site)
     sizes = {
-        site.name: round(np.mean([np.size(c) for r in rows for c in r.centre[site.name]]))
+        site.name: round(np.mean([row.mean.size for of in rows for row in of[site.name]]))
         for site in job.sites
     }
     described = tuple(describe(net, name, sizes[source[name]]) for name in names)

@@ -1,8 +1,8 @@
 """The compiled part of `features`: measuring several networks on one batch at once.
 
 Everything is a mean or a deviation over samples, so that batches, and pieces of a batch, can be
-pooled like moments. All numbers are in the unit of the values rather than its square, so that any
-values that float32 holds can be measured: they are scaled near one before they are squared. At a
+pooled like moments. On the device values are scaled near one before they are squared, so that any
+that float32 holds can be measured; the host works in float64. At a
 site, a network has one row of numbers, or one per model inside stems or heads of a `Merged`.
 """
 
@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batch_size, each, each_piece, mesh_of, on_mesh, replicate, stream
-from vfjax._passes.moments import ROUNDINGS, alive, length, scale_of, union_deviation, union_means
+from vfjax._passes import batch_size, each, each_piece, mesh_of, on_mesh, replicate, stream, wide
+from vfjax._passes.moments import ROUNDINGS, alive, scale_of, union_deviation, union_means
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
-from vfjax.network._layout import Layout, arrange, by_example
+from vfjax.network._layout import Layout, arrange, by_example, sample_axes
 from vfjax.network._network import Network
 from vfjax.stats._pieces import pieces
 
@@ -29,26 +29,24 @@ from vfjax.stats._pieces import pieces
 CHANNELS = ("mean", "std")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
-    """Measurements of one network: by site, one array per row. Rows may differ in shape.
+class Row(NamedTuple):
+    """What is pooled of one row, in NumPy, in float64 or better.
 
     Attributes:
-        mean: `[*channels]`, mean over examples and positions.
-        std: `[*channels]`, standard deviation over examples and positions.
-        norm: `[]`, the mean over examples of `||f(x) - f(0)||`.
-        norm_std: `[]`, its standard deviation over examples.
-        centre: `[...]`, the mean over examples of `f(x) - f(0)`, shaped like `f(0)`.
-        spread: `[]`, the root of `E ||f(x) - E f(x)||^2`.
+        mean: `[...]`, the mean over examples, shaped like `f(0)`.
+        std: `[...]`, the standard deviation over examples.
+        norm: The mean over examples of `||f(x) - f(0)||`.
+        norm_std: Its standard deviation over examples.
     """
 
-    mean: dict[str, tuple[Array, ...]]
-    std: dict[str, tuple[Array, ...]]
-    norm: dict[str, tuple[Array, ...]]
-    norm_std: dict[str, tuple[Array, ...]]
-    centre: dict[str, tuple[Array, ...]]
-    spread: dict[str, tuple[Array, ...]]
+    mean: np.ndarray
+    std: np.ndarray
+    norm: np.ndarray
+    norm_std: np.ndarray
+
+
+# Of every network, the rows at each site.
+Rows = tuple[dict[str, list[Row]], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -105,13 +103,15 @@ def _offsets(job: Job, mesh: Any, networks: tuple[Carried, ...], x: PyTree) -> O
     return on_mesh(evaluated, mesh)(networks, x)
 
 
-def measure(
-    job: Job, networks: tuple[Carried, ...], shifts: Offsets, data: Iterable[Any]
-) -> tuple[Rows, ...]:
+def measure(job: Job, networks: tuple[Carried, ...], shifts: Offsets, data: Iterable[Any]) -> Rows:
     """One pass over data: the rows of every network, pooled over all batches."""
-    state = (networks, shifts)
     pooled, _ = stream(
-        functools.partial(_measure, job), _merge, state, data, like=job.net.x, host=True
+        functools.partial(_measure, job),
+        _merge,
+        (networks, shifts),
+        data,
+        like=job.net.x,
+        host=_summed,
     )
     return pooled
 
@@ -119,52 +119,26 @@ def measure(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(
     job: Job, mesh: Any, state: tuple[tuple[Carried, ...], Offsets], x: PyTree
-) -> tuple[tuple[Rows, ...], list[Array]]:
+) -> tuple[tuple[Any, ...], list[Array]]:
     if mesh is not None:
         rows = on_mesh(functools.partial(_batch, job), mesh)(state, x)
         return jax.tree.map(lambda a: a[None], rows), []
     return each_piece(functools.partial(_batch, job, state), pieces(_runs(state[0]), x), x), []
 
 
-def _merge(pooled: tuple[Rows, ...], batch: tuple[Rows, ...], share: Any) -> tuple[Rows, ...]:
-    return tuple(_union(old, new, share) for old, new in zip(pooled, batch, strict=True))
-
-
-def _union(old: Rows, new: Rows, share: Any) -> Rows:
-    """The rows of the union of two sets of samples."""
-    means, steps = union_means(
-        (old.mean, old.norm, old.centre), (new.mean, new.norm, new.centre), share
-    )
-    sizes = (*steps[:2], jax.tree.map(length, steps[2]))
-    std, norm_std, spread = jax.tree.map(
-        lambda a, b, step: union_deviation(a, b, step, share),
-        (old.std, old.norm_std, old.spread),
-        (new.std, new.norm_std, new.spread),
-        sizes,
-    )
-    return Rows(*(means[0], std, means[1], norm_std, means[2], spread))
-
-
-def _batch(job: Job, state: tuple[tuple[Carried, ...], Offsets], x: PyTree) -> tuple[Rows, ...]:
+def _batch(job: Job, state: tuple[tuple[Carried, ...], Offsets], x: PyTree) -> tuple[Any, ...]:
     size = batch_size(x)
 
-    def one(network: tuple[Carried, dict[str, tuple[Array, ...]]], x: PyTree) -> Rows:
+    def one(network: tuple[Carried, dict[str, tuple[Array, ...]]], x: PyTree) -> Any:
         model, shift = network
         values = _values(job, model, x)
-        by_site: dict[str, list[dict[str, Array]]] = {
+        return {
             site.name: [
                 _reduce(site, value, at_zero, size)
                 for value, at_zero in zip(values[site.source], shift[site.source], strict=True)
             ]
             for site in job.sites
         }
-        names = [field.name for field in dataclasses.fields(Rows)]
-        return Rows(
-            **{
-                what: {site: tuple(row[what] for row in rows) for site, rows in by_site.items()}
-                for what in names
-            }
-        )
 
     return each(one, tuple(zip(*state, strict=True)), x)
 
@@ -200,39 +174,59 @@ def _values(job: Job, network: Carried, x: PyTree) -> dict[str, tuple[Array, ...
 
 
 def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, Array]:
-    """One row: the moments of a value per channel, and of its distance to the value at zero.
+    """What needs the values of all examples; the rest is done on the host, once for all batches.
 
-    Variances are about the mean of every unit, which takes a second read of the value, and are
-    exact for that, however small they are beside the distance.
+    Returns:
+        `mean`: by unit, shaped like `at_zero`; `square`: by unit, the mean square of the distance
+        to that mean; `norm`: by example, the square of the distance to `at_zero`; and `scale`, by
+        whose square the latter two are to be divided.
     """
-    _, samples = arrange(value, site)
     parts, axis = by_example(site.name, value, at_zero.shape, size)
     single = at_zero.reshape(*parts.shape[:axis], 1, *parts.shape[axis + 1 :])
-    example = parts.mean(axis, keepdims=True)
-    units = example.reshape(at_zero.shape)
-    mean = units.mean(samples, keepdims=True)
-    centre, apart = units - at_zero, units - mean
-    scale = scale_of(centre, apart)
-
-    within = jnp.square((parts - example) * scale).mean(axis).reshape(at_zero.shape)
+    mean = parts.mean(axis, keepdims=True)
+    units = mean.reshape(at_zero.shape)
+    scale = scale_of(units - at_zero)
     others = tuple(a for a in range(parts.ndim) if a != axis)
-    norm = jnp.sqrt(jnp.square((parts - single) * scale).sum(others))
     return {
-        "mean": jnp.squeeze(mean, samples),
-        "std": jnp.sqrt((within + jnp.square(apart * scale)).mean(samples)) / scale,
-        "norm": norm.mean() / scale,
-        "norm_std": norm.std() / scale,
-        "centre": centre,
-        "spread": jnp.sqrt(within.sum()) / scale,
+        "mean": units,
+        "square": jnp.square((parts - mean) * scale).mean(axis).reshape(at_zero.shape),
+        "norm": jnp.square((parts - single) * scale).sum(others),
+        "scale": scale,
     }
 
 
-def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict[str, np.ndarray]:
+def _summed(measured: tuple[Any, ...]) -> Rows:
+    """Of a piece of a batch, what can be pooled: in the unit of the values."""
+
+    def row(of: dict[str, np.ndarray]) -> Row:
+        of = wide(of)
+        norms = np.sqrt(of["norm"]) / of["scale"]
+        return Row(of["mean"], np.sqrt(of["square"]) / of["scale"], norms.mean(), norms.std())
+
+    return tuple({site: list(map(row, rows)) for site, rows in of.items()} for of in measured)
+
+
+def _merge(pooled: Rows, piece: Rows, share: float) -> Rows:
+    """The rows of the union of two sets of samples."""
+
+    def union(old: Row, new: Row) -> Row:
+        means, steps = union_means((old.mean, old.norm), (new.mean, new.norm), share)
+        std = union_deviation(old.std, new.std, steps[0], share)
+        return Row(
+            means[0], std, means[1], union_deviation(old.norm_std, new.norm_std, steps[1], share)
+        )
+
+    return jax.tree.map(union, pooled, piece, is_leaf=lambda node: isinstance(node, Row))
+
+
+def numbers(
+    site: Layout, rows: Sequence[Row], at_zero: Sequence[Any], weights: Any
+) -> dict[str, np.ndarray]:
     """Combines a network's rows at a site, on the host.
 
     Args:
         site: The site.
-        rows: The network's rows.
+        rows: The network's rows there.
         at_zero: Its values at the input 0, one per row.
         weights: Weights of the models of a `Merged`, by which rows are averaged.
 
@@ -240,10 +234,10 @@ def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict
         The fields of `Features` for one network; `mean` and `std` only where all rows have the same
         channels.
     """
-    each_row = [_of_row(rows, site, at, zero) for at, zero in enumerate(at_zero)]
+    each_row = [_of_row(site, *row) for row in zip(rows, at_zero, strict=True)]
     shapes = {one["mean"].shape for one in each_row}
     share = np.asarray(weights) if len(each_row) > 1 else np.ones(1)
-    dtype = rows.norm[site][0].dtype
+    dtype = at_zero[0].dtype
     with np.errstate(over="ignore"):  # overflow is reported later, with the name of the site
         return {
             what: np.tensordot(share, np.stack([one[what] for one in each_row]), 1).astype(dtype)
@@ -252,28 +246,27 @@ def numbers(site: str, rows: Rows, at_zero: Sequence[Any], weights: Any) -> dict
         }
 
 
-def _of_row(rows: Rows, site: str, at: int, at_zero: Any) -> dict[str, np.ndarray]:
+def _of_row(site: Layout, row: Row, at_zero: np.ndarray) -> dict[str, np.ndarray]:
     """The numbers of one row."""
-    mean = rows.mean[site][at]
-    row = {
-        field.name: np.asarray(getattr(rows, field.name)[site][at], np.float64)
-        for field in dataclasses.fields(rows)
-    }
-    zero = np.asarray(at_zero, np.float64)
+    samples = sample_axes(site, row.mean.ndim)
+    mean = row.mean.mean(samples, keepdims=True)
+    apart = row.mean - mean
+    std = np.sqrt((np.square(row.std) + np.square(apart)).mean(samples))
+    spread = np.linalg.norm(row.std)
+    mean = np.squeeze(mean, samples)
     # Deviations no larger than the rounding of the values themselves count as 0.
-    rounding = ROUNDINGS * np.finfo(rows.norm[site][at].dtype).eps
-    std = np.where(row["std"] <= rounding * np.abs(row["mean"]), 0, row["std"])
-    example = np.linalg.norm(zero + row["centre"])
-    spread = np.where(row["spread"] <= rounding * example, 0, row["spread"])
+    rounding = ROUNDINGS * np.finfo(at_zero.dtype).eps
+    std = np.where(std <= rounding * np.abs(mean), 0, std)
+    spread = np.where(spread <= rounding * np.linalg.norm(row.mean), 0, spread)
     # Values are nearest to their mean, so their distance to f(0) bounds the spread: where they
     # equal f(0), the spread is 0 to the last bit.
-    spread = np.minimum(spread, np.hypot(row["norm"], row["norm_std"]))
+    spread = np.minimum(spread, np.hypot(row.norm, row.norm_std))
     return {
-        "feature": row["norm"],
-        "feature_std": row["norm_std"],
-        "offset": np.asarray(np.linalg.norm(zero)),
-        "mean": row["mean"],
+        "feature": row.norm,
+        "feature_std": row.norm_std,
+        "offset": np.linalg.norm(np.asarray(at_zero, row.mean.dtype)),
+        "mean": mean,
         "std": std,
-        "variance": np.square(spread) / max(zero.size, 1),
-        "dead": np.asarray(1 - alive(mean, std**2).mean()),
+        "variance": np.square(spread) / max(at_zero.size, 1),
+        "dead": 1 - alive(mean.astype(at_zero.dtype), std**2).mean(),
     }

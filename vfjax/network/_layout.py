@@ -101,8 +101,13 @@ def arrange(value: Any, layout: Layout) -> tuple[Array, tuple[int, ...]]:
         value = value.reshape(-1, value.shape[-1])
     elif layout.split is not None:
         value = rows(value, layout.split)
-    keep = tuple(range(1, value.ndim)) if layout.keep is None else layout.keep
-    return value, tuple(a for a in range(value.ndim) if a not in keep)
+    return value, sample_axes(layout, value.ndim)
+
+
+def sample_axes(layout: Layout, ndim: int) -> tuple[int, ...]:
+    """The sample axes of an arranged value."""
+    keep = range(1, ndim) if layout.keep is None else layout.keep
+    return tuple(a for a in range(ndim) if a not in keep)
 
 
 def by_channel(value: Array, samples: tuple[int, ...]) -> Array:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vfjax._deprecated import renames
-from vfjax._passes import batch_size, on_mesh, stream
+from vfjax._passes import batch_size, on_mesh, stream, wide
 from vfjax._types import PyTree
 from vfjax.network._kernels import input_squares, kernel_rows, spread
 from vfjax.network._network import Network
@@ -58,7 +58,7 @@ def wanda(
     leaves, rows, paths = weights_of(net, tree, names)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
     measure = functools.partial(_means, net, tuple(uses))
-    means, _ = stream(measure, _pool, tree, data, like=net.x, host=True)
+    means, _ = stream(measure, _pool, tree, data, like=net.x, host=wide)
     squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
     for (name, path), mean in zip(uses.items(), means, strict=True):
         squares[path][kernel_rows(net, name)] += spread(net, name, mean)

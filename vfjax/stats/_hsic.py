@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batch_size, batches, on_mesh, on_meshes, stream
+from vfjax._passes import batch_size, batches, on_mesh, on_meshes, stream, wide
 from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import as_float, by_example
@@ -320,7 +320,7 @@ def by_minibatches(
 
     state, counted_data = _with_scales(job, models, counted())
     hsic, _ = stream(
-        functools.partial(_inner_product, job), _mean, state, counted_data, like=like, host=True
+        functools.partial(_inner_product, job), _mean, state, counted_data, like=like, host=wide
     )
     return np.asarray(hsic, np.float64), count
 

@@ -257,7 +257,7 @@ def _measured(models: Models, data: Iterable[Any], job: Job) -> Moments:
         tuple(map(Model, models.nets, models.trees)),
         data,
         like=models.net.x,
-        host=not job.covariance,
+        host=None if job.covariance else lambda piece: piece,
     )
     check_finite_means(pooled["mean"])
     mean, var, blocks = finish(job, pooled)
