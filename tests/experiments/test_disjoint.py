@@ -158,8 +158,9 @@ def test_numbers_fit_together(record):
     """What is the same network is the same number wherever it is said."""
     (zipped,) = cells(record, "zip").where(layers=DEPTH).values()
     (permuted,) = cells(record, "permutation").where(layers=DEPTH).values()
-    assert record.rows.values(way="greedy") == [zipped]
-    assert record.rows.values(way="permute") == [permuted]
+    # They are merged twice, by maps of other forms: rounding may tell two images differently.
+    assert record.rows.values(way="greedy") == pytest.approx([zipped], abs=0.005)
+    assert record.rows.values(way="permute") == pytest.approx([permuted], abs=0.005)
     assert record.rows.values(way="identity") == record.rows.values(way="average")
     for found in record.rows:
         if found["way"] != "features":

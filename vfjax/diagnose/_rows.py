@@ -41,8 +41,8 @@ class Row(NamedTuple):
 
     mean: np.ndarray
     std: np.ndarray
-    norm: np.ndarray
-    norm_std: np.ndarray
+    norm: Any
+    norm_std: Any
 
 
 # Of every network, the rows at each site.
@@ -246,7 +246,7 @@ def numbers(
         }
 
 
-def _of_row(site: Layout, row: Row, at_zero: np.ndarray) -> dict[str, np.ndarray]:
+def _of_row(site: Layout, row: Row, at_zero: np.ndarray) -> dict[str, Any]:
     """The numbers of one row."""
     samples = sample_axes(site, row.mean.ndim)
     mean = row.mean.mean(samples, keepdims=True)
