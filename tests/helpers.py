@@ -6,6 +6,7 @@ per operation. Networks are traced once per process, as tracing again means comp
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import types
 import zlib
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import vfjax
 from vfjax._analysis import from_propagation
 from vfjax._jaxpr import flatten
 from vfjax._propagate import propagate
@@ -140,6 +142,39 @@ def draw(tree, seed=0):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def of_shapes(shapes, seed):
+    """Random leaves of given shapes: kernels like a network's, variances positive."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        name, value = path[-1].key, rng.normal(size=shape)
+        if name == "var":
+            value = 0.5 + np.square(value)
+        elif name == "scale":
+            value = 1 + 0.2 * value
+        elif len(shape) > 1:
+            value = value * (2 / np.prod(shape[:-1])) ** 0.5
+        else:
+            value = 0.3 * value
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=_is_shape)
+
+
+def lively(shapes, seed):
+    """Random leaves of given shapes with no unit that is dead on data, and so like any other.
+
+    Biases and means are small, and weights sum to zero, so that positive means of inputs cancel.
+    """
+    rng = np.random.default_rng(seed)
+    tree = {p: rng.normal(size=s).astype(np.float32) for p, s in shapes.items()}
+    sums = {p: v.mean(tuple(range(v.ndim - 1)), keepdims=True) for p, v in tree.items()}
+    tree = {p: v - sums[p] if v.ndim > 1 else v for p, v in tree.items()}
+    scale = {p: 0.1 if v.ndim == 1 else np.prod(v.shape[:-1]) ** -0.5 for p, v in tree.items()}
+    tree = {p: v * np.float32(scale[p]) for p, v in tree.items()}
+    return {p: np.abs(v) + np.float32(0.5) if p == "var" else v for p, v in tree.items()}
+
+
 def close(a, b, rtol=1e-5):
     """Equality up to float32 rounding of sums, relative to the largest entry."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
@@ -147,6 +182,26 @@ def close(a, b, rtol=1e-5):
         assert x.shape == y.shape and x.dtype == y.dtype
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * (1e-6 + abs(y).max(initial=0)))
+
+
+def _is_shape(node):
+    return type(node) is tuple
+
+
+_TRACED = {}
+
+
+def traced(fn, shapes, x):
+    """The network of a function, by the shapes of its variables and of its input, in float32.
+
+    Kept by all three, for all tests of a process.
+    """
+    key = fn, repr(shapes), x
+    if key not in _TRACED:
+        like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        variables = jax.tree.map(like, shapes, is_leaf=_is_shape)
+        _TRACED[key] = vfjax.trace(fn, variables, like(x))
+    return _TRACED[key]
 
 
 def mlp(v, x):

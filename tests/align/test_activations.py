@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import jax
@@ -12,7 +11,15 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import vfjax
-from helpers import convnet, mlp, random_permutations, resnet, same_permutations
+from helpers import (
+    convnet,
+    lively,
+    mlp,
+    random_permutations,
+    resnet,
+    same_permutations,
+    traced,
+)
 from vfjax import align, stats
 from vfjax.align import match_activations, match_moments
 from vfjax.symmetry import compose, invert
@@ -29,21 +36,11 @@ FUNCTIONS = list(SHAPES)
 
 
 def _tree(apply_fn, seed):
-    rng = np.random.default_rng(seed)
-    tree = {p: rng.normal(size=s).astype(np.float32) for p, s in SHAPES[apply_fn].items()}
-    # A unit that is dead on the data could not be recovered: small biases and means, and weights
-    # that sum to zero, so that the positive means of what comes in cancel.
-    sums = {p: v.mean(tuple(range(v.ndim - 1)), keepdims=True) for p, v in tree.items()}
-    tree = {p: v - sums[p] if v.ndim > 1 else v for p, v in tree.items()}
-    scale = {p: 0.1 if v.ndim == 1 else np.prod(v.shape[:-1]) ** -0.5 for p, v in tree.items()}
-    tree = {p: v * np.float32(scale[p]) for p, v in tree.items()}
-    return {p: np.abs(v) + np.float32(0.5) if p == "var" else v for p, v in tree.items()}
+    return lively(SHAPES[apply_fn], seed)
 
 
-@functools.cache
 def _net(apply_fn):
-    shapes = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in SHAPES[apply_fn].items()}
-    return vfjax.trace(apply_fn, shapes, jax.ShapeDtypeStruct((2, *INPUTS[apply_fn]), jnp.float32))
+    return traced(apply_fn, SHAPES[apply_fn], (2, *INPUTS[apply_fn]))
 
 
 def _data(apply_fn, n=200, seed=9):

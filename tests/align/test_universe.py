@@ -6,14 +6,21 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vfjax
-from helpers import convnet, mlp, random_permutations, resnet, same_permutations
+from helpers import (
+    convnet,
+    lively,
+    mlp,
+    random_permutations,
+    resnet,
+    same_permutations,
+    traced,
+)
 from vfjax import align, merge, stats
 from vfjax.align import _cycles, _universe
 from vfjax.symmetry import compose, invert
@@ -42,21 +49,11 @@ FUNCTIONS = [mlp, convnet, resnet]
 
 
 def _tree(apply_fn, seed):
-    rng = np.random.default_rng(seed)
-    tree = {p: rng.normal(size=s).astype(np.float32) for p, s in SHAPES[apply_fn].items()}
-    # No unit dead on the data, which nothing could tell from another: small biases and means, and
-    # weights that sum to zero.
-    sums = {p: v.mean(tuple(range(v.ndim - 1)), keepdims=True) for p, v in tree.items()}
-    tree = {p: v - sums[p] if v.ndim > 1 else v for p, v in tree.items()}
-    scale = {p: 0.1 if v.ndim == 1 else np.prod(v.shape[:-1]) ** -0.5 for p, v in tree.items()}
-    tree = {p: v * np.float32(scale[p]) for p, v in tree.items()}
-    return {p: np.abs(v) + np.float32(0.5) if p == "var" else v for p, v in tree.items()}
+    return lively(SHAPES[apply_fn], seed)
 
 
-@functools.cache
 def _net(apply_fn):
-    shapes = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in SHAPES[apply_fn].items()}
-    return vfjax.trace(apply_fn, shapes, jax.ShapeDtypeStruct((2, *INPUTS[apply_fn]), jnp.float32))
+    return traced(apply_fn, SHAPES[apply_fn], (2, *INPUTS[apply_fn]))
 
 
 def _data(apply_fn):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import along, assert_close, conv, norm
+from helpers import along, assert_close, conv, norm, of_shapes, traced
 from vfjax import checkpoint, merge
 
 # Two float32 evaluations of one function in different order agree to this, relative to their size.
@@ -60,25 +60,6 @@ def resnet(v, x):
     return x + along(v["bias"], x)
 
 
-def draw(seed, shapes):
-    """A random tree of given shapes: kernels like a network's, variances positive."""
-    rng = np.random.default_rng(seed)  # drawing with JAX would compile once per shape
-
-    def leaf(path, shape):
-        name, value = path[-1].key, rng.normal(size=shape)
-        if name == "var":
-            value = 0.5 + np.square(value)
-        elif name == "scale":
-            value = 1 + 0.2 * value
-        elif len(shape) > 1:
-            value = value * (2 / np.prod(shape[:-1])) ** 0.5
-        else:
-            value = 0.3 * value
-        return jnp.asarray(value, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda t: type(t) is tuple)
-
-
 def bn(n):
     return {"mean": (n,), "var": (n,), "scale": (n,), "bias": (n,)}
 
@@ -110,10 +91,10 @@ FUNCTIONS = {"mlp": mlp, "convnet": convnet, "resnet": resnet}
 
 @functools.cache
 def network(name):
-    trees = [draw(k, SHAPES[name]) for k in range(3)]
+    trees = [of_shapes(SHAPES[name], k) for k in range(3)]
     shape = (8, 5) if name == "mlp" else (8, 4, 4, 2)
     x = jnp.asarray(np.random.default_rng(9).normal(size=shape), jnp.float32)
-    return vfjax.trace(FUNCTIONS[name], trees[0], x), trees, x
+    return traced(FUNCTIONS[name], SHAPES[name], shape), trees, x
 
 
 every_network = pytest.mark.parametrize("name", list(SHAPES))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import along, assert_close, conv, initial, norm
+from helpers import along, assert_close, conv, initial, norm, traced
 from vfjax import checkpoint, merge
 from vfjax._trees import flatten_named, with_leaves
 from vfjax.align import Maps
@@ -103,15 +103,12 @@ def draw(name, seed, classes=3):
 
 APPLY = {"mlp": mlp, "chain": chain, "residual": residual, "attention": attention}
 INPUT = {"mlp": (5, 4), "chain": (5, 6, 6, 2), "residual": (5, 6, 6, 2), "attention": (5, 4, 3)}
-_NETS = {}
 
 
 def case(name, models=2):
     x = jnp.float32(np.random.default_rng(3).normal(size=INPUT[name]))
     trees = [draw(name, seed) for seed in range(models)]
-    if name not in _NETS:
-        _NETS[name] = vfjax.trace(APPLY[name], trees[0], x)
-    return _NETS[name], trees, x
+    return traced(APPLY[name], jax.tree.map(jnp.shape, trees[0]), x.shape), trees, x
 
 
 def slices(depth):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import Compilations, along, assert_close, conv, norm
+from helpers import Compilations, along, assert_close, conv, norm, of_shapes, traced
 from vfjax import (
     checkpoint,
     merge,
@@ -124,24 +124,6 @@ NETWORKS = {
 every_network = pytest.mark.parametrize("name", list(NETWORKS))
 
 
-def draw(seed, shapes):
-    rng = np.random.default_rng(seed)  # drawing with JAX would compile once per shape
-
-    def leaf(path, shape):
-        name, value = path[-1].key, rng.normal(size=shape)
-        if name == "var":
-            value = 0.5 + np.square(value)
-        elif name == "scale":
-            value = 1 + 0.2 * value
-        elif len(shape) > 1:
-            value = value * (2 / np.prod(shape[:-1])) ** 0.5
-        else:
-            value = 0.3 * value
-        return jnp.asarray(value, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes, is_leaf=lambda t: type(t) is tuple)
-
-
 @functools.cache
 def network(name):
     """A traced network, two edge models, and data of one batch.
@@ -149,11 +131,11 @@ def network(name):
     Tests share compilations by sharing networks and the shape of the batch.
     """
     fn, shapes = NETWORKS[name]
-    edges = [draw(seed, shapes) for seed in (0, 1)]
+    edges = [of_shapes(shapes, seed) for seed in (0, 1)]
     x = np.random.default_rng(9).normal(size=(16, 3, 3, 2))
     # Samples of different size, so that batches differ.
     x = jnp.asarray(x * np.linspace(0.5, 2, 16)[:, None, None, None], jnp.float32)
-    return vfjax.trace(fn, edges[0], x), edges, [x]
+    return traced(fn, shapes, x.shape), edges, [x]
 
 
 def several(data):

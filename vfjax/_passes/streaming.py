@@ -163,4 +163,5 @@ def wide(tree: PyTree) -> PyTree:
 def _unstacked(batch: PyTree) -> list[PyTree]:
     """The pieces of a measurement, on the host."""
     leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, batch))
-    return [structure.unflatten([a[k] for a in leaves]) for k in range(len(leaves[0]))]
+    count = len(leaves[0]) if leaves else 1
+    return [structure.unflatten([a[k] for a in leaves]) for k in range(count)]
