@@ -50,6 +50,11 @@ def random_permutations(spec, seed):
     return {g: rng.permutation(n).astype(np.int32) for g, n in spec.sizes.items()}
 
 
+def normal(seed, *shape):
+    """Normal numbers as a JAX array, in float32; nothing is compiled."""
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
 def initial(module, x, seed=0):
     """What `module.init` gives, but for the numbers: nothing is compiled.
 

@@ -10,10 +10,11 @@ import pytest
 from jax import lax
 
 import vfjax
+from helpers import normal
 from vfjax import Crossing
 
-IMAGES = jax.random.normal(jax.random.key(7), (4, 6, 6, 3))
-ROWS = jax.random.normal(jax.random.key(8), (4, 3))
+IMAGES = normal(7, 4, 6, 6, 3)
+ROWS = normal(8, 4, 3)
 
 
 def draw(tree, seed=0):
@@ -197,7 +198,7 @@ def test_time_major_networks(batch_axis):
         return jnp.tanh(x @ p["b"])[-1] @ p["c"]
 
     p = {k: v for k, v in zip("abc", draw(dict.fromkeys("abc", jnp.ones((3, 3)))).values())}  # noqa: B905
-    x = jax.random.normal(jax.random.key(0), (4, 5, 3))
+    x = normal(0, 4, 5, 3)
     net = vfjax.trace(fn, p, x)
     for size in (4, 2):
         close(net.run(p, net.run(p, x[:size], stop=2), start=2), fn(p, x[:size]))

@@ -15,13 +15,14 @@ from helpers import close
 from vfjax import FoldError
 
 KEY = jax.random.key(0)
-ROWS = jax.random.normal(jax.random.key(1), (4, 3))
-IMAGES = jax.random.normal(jax.random.key(2), (4, 6, 6, 3))
 
 
 def normal(*shape, dtype=jnp.float32):
     rng = np.random.default_rng(sum(shape) + len(shape))
     return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+ROWS, IMAGES = normal(4, 3), normal(4, 6, 6, 3)
 
 
 def positive(*shape):

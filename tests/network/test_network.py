@@ -17,10 +17,10 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vfjax
-from helpers import close, draw
+from helpers import close, draw, normal
 
-IMAGES = jax.random.normal(jax.random.key(7), (4, 6, 6, 3))
-ROWS = jax.random.normal(jax.random.key(8), (4, 3))
+IMAGES = normal(7, 4, 6, 6, 3)
+ROWS = normal(8, 4, 3)
 
 
 class Pair(NamedTuple):
@@ -336,7 +336,7 @@ def test_flops_do_not_depend_on_the_batch():
 def test_sharded_batches(kind, within):
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
     fn, variables, _ = linen("mlp")
-    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 3))
+    x = normal(0, 8, 6, 6, 3)
     net = vfjax.trace(fn, variables, x)
     expected = jax.jit(fn)(variables, x)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
@@ -357,7 +357,7 @@ def test_sharded_batches(kind, within):
 def test_inside_a_shard_map():
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
     fn, variables, _ = linen("mlp")
-    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 3))
+    x = normal(0, 8, 6, 6, 3)
     net = vfjax.trace(fn, variables, x)
     whole, split = PartitionSpec(), PartitionSpec("batch")
     specs = {"in_specs": (whole, split), "out_specs": split}

@@ -12,10 +12,10 @@ import pytest
 from jax import lax
 
 import vfjax
-from helpers import close, draw
+from helpers import close, draw, normal
 
-IMAGES = jax.random.normal(jax.random.key(7), (4, 6, 6, 3))
-ROWS = jax.random.normal(jax.random.key(8), (4, 3))
+IMAGES = normal(7, 4, 6, 6, 3)
+ROWS = normal(8, 4, 3)
 
 
 class Net(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import jax
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 
 import vfjax
+from helpers import normal
 from vfjax import diagnose, merge, prune, renorm, stats
 
-KEYS = iter(jax.random.split(jax.random.key(0), 60))
+SEEDS = itertools.count()
 
 
 def draw(*shape):
-    return jax.random.normal(next(KEYS), shape)
+    return normal(next(SEEDS), *shape)
 
 
 def _mlp(p, x):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from helpers import change, infer, randomised
+from helpers import change, infer, normal, randomised
 from vfjax.symmetry import PermutationSpec
 
-IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+IMAGES = normal(1, 2, 16, 16, 3)
 TOKENS = jnp.arange(14).reshape(2, 7)
 
 

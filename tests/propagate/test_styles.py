@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from helpers import change, infer, randomised
+from helpers import change, infer, normal, randomised
 from vfjax.symmetry import PermutationSpec
 
-IMAGES = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+IMAGES = normal(1, 2, 16, 16, 3)
 
 
 def test_nnx_state():
@@ -82,7 +82,7 @@ def test_plain_jax_out_in_kernels_per_example_and_bfloat16():
         return (p["w2"] @ h).astype(jnp.float32)
 
     apply = jax.vmap(one, in_axes=(None, 0))
-    x = jax.random.normal(jax.random.key(0), (4, 6))
+    x = normal(0, 4, 6)
     spec = infer(apply, params, x)
     first = [("w0", 0, "out"), ("b0", 0), ("w1", 1, "in")]
     assert spec == PermutationSpec({"a": first, "b": [("w1", 0, "out"), ("w2", 1, "in")]})

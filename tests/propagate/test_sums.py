@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from helpers import normal
 from vfjax._analysis import from_propagation
 from vfjax._jaxpr import flatten
 from vfjax._propagate import propagate
@@ -20,8 +21,8 @@ from vfjax._propagate.atoms import Cause
 from vfjax._trees import leaf_paths
 from vfjax.symmetry import Axis, PermutationSpec, check_spec
 
-IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-TOKENS = jax.random.normal(jax.random.key(2), (2, 5, 4))
+IMAGES = normal(1, 2, 8, 8, 3)
+TOKENS = normal(2, 2, 5, 4)
 HEADS, DIMS = 2, 3
 WIDTH = HEADS * DIMS
 CAUSE = Cause("test")

@@ -17,13 +17,14 @@ import pytest
 from jax import lax
 
 import vfjax
+from helpers import normal
 from vfjax import align, stats
 from vfjax._propagate import RULES
 from vfjax.align import match_activations, match_weights
 from vfjax.symmetry import PermutationSpec, check_spec, compose, invert
 
 HEADS, DIMS, WIDTH = 3, 4, 7
-TOKENS = jax.random.normal(jax.random.key(0), (3, 5, WIDTH))
+TOKENS = normal(0, 3, 5, WIDTH)
 KEY = jax.random.key(0)
 
 
@@ -414,7 +415,7 @@ def test_matching_recovers_heads_and_the_dims_of_each(name):
     by_weights = match_weights(net, a, b, key=KEY, restarts=4)
     assert by_weights.converged
     assert same(by_weights.permutations, wanted)
-    data = [jax.random.normal(jax.random.key(k), TOKENS.shape) for k in range(3)]
+    data = [normal(k, *TOKENS.shape) for k in range(3)]
     by_activations = match_activations(net, a, b, data)
     assert same(by_activations.permutations, wanted)
     assert same(spec.permute(b, by_activations.permutations), a)

@@ -143,7 +143,7 @@ class Nested:
             most += np.abs(gain).max(initial=0.0)
             # Ties go to units that stay in place, both inside every entry and among the entries.
             place = p[model][outer[model].argsort()]
-            inner[name] = gain + (PLACE * most + 1e-300) * np.eye(gain.shape[-1])[place]
+            inner[name] = gain + (PLACE * most + 1e-300) * np.eye(block.shape[-1])[place]
         h = outer.shape[1]
         chosen, inside = assign_within((PLACE * most + 1e-300) * np.eye(h)[outer[model]], inner)
         return {self.owner: chosen, **inside}
@@ -183,7 +183,7 @@ class Weights:
         for path in self.counted:
             moved = [self._moved(path, k, permutations) for k in range(self.models)]
             for k in range(1, self.models):
-                total += dot(moved[k], np.sum(moved[:k], 0, np.float64))
+                total += dot(moved[k], np.asarray(np.sum(moved[:k], 0, np.float64)))
         return total
 
     def respond(

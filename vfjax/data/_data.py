@@ -293,7 +293,8 @@ def grey(dataset: Dataset, *, size: int) -> Dataset:
         resized = np.empty((len(images), size, size, 1), np.uint8)
         for row, image in enumerate(images):
             picture = Image.fromarray(image if channels == 3 else image[..., 0]).convert("L")
-            resized[row, ..., 0] = picture.resize((size, size), Image.Resampling.BILINEAR)
+            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+            resized[row, ..., 0] = np.asarray(picture)
         return resized
 
     train = convert(dataset.train_images)

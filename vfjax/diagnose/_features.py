@@ -298,6 +298,7 @@ def measured(
 
     def record(part: slice, references: Features | None, shares: Any) -> Features:
         def stacked(what: str) -> dict[str, Array]:
+            values: dict[str, list[Any]]
             values = {name: [n.get(what) for n in by_site[source[name]][part]] for name in names}
             found = {
                 name: np.stack(each)

@@ -280,7 +280,7 @@ def interpolation(
 
 def _grid(alphas: Any) -> np.ndarray:
     """The alphas, float64 `[n]`."""
-    if isinstance(alphas, SupportsIndex) and np.ndim(alphas) == 0:
+    if isinstance(alphas, SupportsIndex) and getattr(alphas, "ndim", 0) == 0:
         count = int(alphas)
         if isinstance(alphas, bool) or count < 2:
             raise ValueError(f"alphas must be at least 2 points, or a sequence, got {alphas!r}")

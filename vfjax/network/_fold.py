@@ -99,22 +99,24 @@ def fold(
         new[path], kernel.slot, lambda leaf: leaf * kernel.backward(full, leaf.shape)
     )
     if site.bias is not None:
-        index = np.argsort(_bias_index(graph, site))
-        path = traced.paths[site.bias.leaf]
+        index = _bias_index(graph, site)
+        assert index is not None  # or there is an obstacle
+        order, path = np.argsort(index), traced.paths[site.bias.leaf]
 
         def affine(leaf: Array) -> Array:
-            moved = jnp.ravel(leaf) * _pick(scale, index)
-            moved = moved if shift is None else moved + _pick(shift, index)
+            moved = jnp.ravel(leaf) * _pick(scale, order)
+            moved = moved if shift is None else moved + _pick(shift, order)
             return moved.reshape(leaf.shape)
 
         new[path] = _update(new[path], site.bias.slot, affine)
     elif mean is not None and shift is not None:
-        index = np.argsort(_mean_index(traced, site))
-        path = traced.paths[mean.leaf]
+        index = _mean_index(traced, site)
+        assert index is not None  # or there is an obstacle
+        order, path = np.argsort(index), traced.paths[mean.leaf]
         new[path] = _update(
             new[path],
             mean.slot,
-            lambda leaf: (jnp.ravel(leaf) - _pick(shift, index)).reshape(leaf.shape),
+            lambda leaf: (jnp.ravel(leaf) - _pick(shift, order)).reshape(leaf.shape),
         )
     return new
 

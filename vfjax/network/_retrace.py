@@ -185,11 +185,9 @@ def _key(leaf: jax.ShapeDtypeStruct) -> Hashable:
 
 def _settings() -> Hashable:
     """Settings of JAX that change what a function traces to."""
-    config = jax.config
+    names = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
     return (
-        config.jax_enable_x64,
-        config.jax_default_matmul_precision,
-        config.jax_numpy_dtype_promotion,
+        *(getattr(jax.config, name) for name in names),
         jax.sharding.get_abstract_mesh(),
     )
 

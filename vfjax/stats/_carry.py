@@ -33,7 +33,9 @@ def single(given: Any) -> np.ndarray | Array:
 
 
 def _is_matrix(given: Any) -> bool:
-    integer = given is not None and np.issubdtype(np.asarray(given).dtype, np.integer)
+    if given is None:
+        return False
+    integer = np.issubdtype(np.asarray(given).dtype, np.integer)
     return np.ndim(given) == 3 or (np.ndim(given) == 2 and not integer)
 
 

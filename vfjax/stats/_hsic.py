@@ -92,7 +92,7 @@ def job_of(models: Sequence[Runs], sites: Sequence[Sequence[str]]) -> Job:
 
 def itemsize() -> int:
     """The most bytes of a feature: features are float32, or float64 if that is enabled."""
-    return 8 if jax.config.jax_enable_x64 else 4
+    return jax.dtypes.canonicalize_dtype(np.float64).itemsize
 
 
 def _features(job: Job, models: Sequence[Runs], x: PyTree) -> list[Array]:

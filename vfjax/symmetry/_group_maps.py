@@ -115,7 +115,8 @@ def as_permutation(merge: Any, unmerge: Any) -> np.ndarray | None:
     merge, unmerge = np.asarray(merge), np.asarray(unmerge)
     if merge.ndim == 3:
         each = [as_permutation(*pair) for pair in zip(merge, unmerge, strict=True)]
-        return None if any(p is None for p in each) else np.stack(each)
+        found = [p for p in each if p is not None]
+        return np.stack(found) if len(found) == len(each) else None
     if merge.shape[0] != merge.shape[1]:
         return None
     order = merge.argmax(1)
