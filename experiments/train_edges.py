@@ -18,6 +18,9 @@ The shipped ones, each about as long as its card says, by `python experiments/tr
 Rate and length of the ResNet20 with LayerNorm are what two cores had time for: at 0.1 it had not
 begun to learn after three epochs, and 0.005 to 0.05 made no difference to how it began, as seen on
 training images. With `--classes` a network is trained on these alone, to point at their embeddings.
+Folders of networks whose recipe was changed, as `cifar10-vgg16-w0.25-decay1e-4-seed0` by
+`--weight-decay`, were named by hand.
+
 A run that is stopped, at any moment and by anything, goes on where it was when it is started again.
 """
 

@@ -624,7 +624,8 @@ def test_bad_options_of_the_script(script, options, message, tmp_path, capsys):
 
 def test_shipped_checkpoints_are_what_their_cards_say(script):
     folders = sorted((Path(__file__).parent.parent.parent / "checkpoints").glob("[!.]*/card.json"))
-    assert sum(p.stat().st_size for f in folders for p in f.parent.rglob("*")) < 18e6
+    # 18 MB, and 8 of networks by other recipes.
+    assert sum(p.stat().st_size for f in folders for p in f.parent.rglob("*")) < 26e6
     for path in folders:
         card = json.loads(path.read_text())
         variables = checkpoint.load(path.parent)
