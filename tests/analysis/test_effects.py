@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import vfjax
@@ -107,7 +107,9 @@ def test_a_change_of_basis_leaves_an_even_scale_alone(seed, scale):
     p = leaves(w=(5, 6), s=6, b=6, v=(6, 2)) | {"s": jnp.full(6, scale, jnp.float32)}
     x = jnp.float32(np.random.default_rng(seed).normal(size=(8, 5)))
     net = vfjax.trace(scaled, p, x)
-    mapped = net.spec.apply(p, {"w": dense(seed, 6)})
+    m, u = dense(seed, 6)
+    assume(np.linalg.cond(m) < 100)  # or float32 loses more digits than are compared
+    mapped = net.spec.apply(p, {"w": (m, u)})
     before, after = net.run(p, x), net.run(mapped, x)
     np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-3 * np.abs(before).max())
     np.testing.assert_allclose(mapped["s"], p["s"], rtol=1e-3)
