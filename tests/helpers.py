@@ -227,7 +227,18 @@ def convnet(v, x):
     return jax.nn.relu(x.reshape(x.shape[0], -1) @ v["d0"]) @ v["d1"]
 
 
+def normed_convnet(v, x):
+    """Two convolutions with stored statistics, a flattened map, a dense layer and a head."""
+    for k in range(2):
+        x = conv(x, v[f"k{k}"])
+        row = {name: v[f"{name}{k}"][None, None, None] for name in ("mean", "var", "scale", "bias")}
+        x = (x - row["mean"]) * jax.lax.rsqrt(row["var"] + 1e-5)
+        x = jax.nn.relu(x * row["scale"] + row["bias"])
+    return jax.nn.relu(x.reshape(x.shape[0], -1) @ v["d0"]) @ v["d1"]
+
+
 def resnet(v, x):
+    """A stream of one width, two blocks with identity skips, channels last."""
     h = jax.nn.relu(x @ v["stem"])
     for k in range(2):
         h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])

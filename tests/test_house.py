@@ -32,6 +32,10 @@ def rooms(path: Path) -> tuple[str, ...]:
 PUBLIC = [path for path in FACES if not any(part.startswith("_") for part in rooms(path))]
 ROOMS = [path for path in FACES if len(rooms(path)) <= 1]
 
+ALGEBRA = {
+    "vfjax._propagate.algebra": "the algebra of atoms, step by step",
+    "vfjax._propagate.atoms": "what its steps take",
+}
 # What tests may take from behind a face, by file: where only a look inside can show a fault. All
 # other laws are tested through faces, so that what stands behind one can change.
 PAST_FACES = {
@@ -53,14 +57,8 @@ PAST_FACES = {
         "vfjax.network._crossing": "places in both orders, of which a network gives one",
         "vfjax.symmetry._places": "these places",
     },
-    "propagate/test_rules.py": {
-        "vfjax._propagate.algebra": "the algebra of atoms, step by step",
-        "vfjax._propagate.atoms": "what its steps take",
-    },
-    "propagate/test_sums.py": {
-        "vfjax._propagate.algebra": "the algebra of atoms, step by step",
-        "vfjax._propagate.atoms": "what its steps take",
-    },
+    "propagate/test_rules.py": ALGEBRA,
+    "propagate/test_sums.py": ALGEBRA,
     "test_counts.py": {"vfjax.network._arguments": "how often networks are checked"},
 }
 

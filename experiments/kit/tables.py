@@ -146,11 +146,3 @@ def ratios() -> list[Column]:
     """Columns of the ratios alone."""
     keys = {"params, ratio": "params_ratio", "FLOPs, ratio": "flops_ratio"}
     return [Column(title, key=key, show=number()) for title, key in keys.items()]
-
-
-def marked(
-    rows: records.Rows, lines: Any, columns: Sequence[Column], edge: float, **about: str
-) -> Table:
-    """Test accuracies of which those of PFM are marked that reach the edge models' mean."""
-    return pivot(rows, lines, columns, corner="test accuracy, %", **about,
-                 mark=lambda name, mean: name.startswith("PFM") and mean >= edge)  # fmt: skip

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import Compilations
+from helpers import Compilations, resnet
+from helpers import normed_convnet as convnet
 from vfjax import align, merge, stats
 from vfjax.align import _by_activations
 
@@ -20,25 +21,6 @@ def mlp(v, x):
     for k in range(2):
         x = jax.nn.relu(x @ v[f"w{k}"] + v[f"b{k}"][None])
     return x @ v["w2"] + v["b2"][None]
-
-
-def convnet(v, x):
-    """Convolutions with running statistics, a flattened map, a dense layer and a head."""
-    for k in range(2):
-        x = jax.lax.conv_general_dilated(
-            x, v[f"k{k}"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        row = {name: v[f"{name}{k}"][None, None, None] for name in ("mean", "var", "scale", "bias")}
-        x = (x - row["mean"]) * jax.lax.rsqrt(row["var"] + 1e-5)
-        x = jax.nn.relu(x * row["scale"] + row["bias"])
-    return jax.nn.relu(x.reshape(x.shape[0], -1) @ v["d0"]) @ v["d1"]
-
-
-def resnet(v, x):
-    h = jax.nn.relu(x @ v["stem"])
-    for k in range(2):
-        h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])
-    return h @ v["head"]
 
 
 SHAPES = {

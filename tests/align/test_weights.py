@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import jax
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-import vfjax
-from helpers import random_permutations, same_permutations
+from helpers import normed_convnet as convnet
+from helpers import random_permutations, resnet, same_permutations, traced
 from vfjax import PermutationSpec
 from vfjax.align import match_weights
 from vfjax.symmetry import Axis, compose, invert
@@ -24,26 +23,6 @@ def mlp(v, x):
     for k in range(3):
         x = jax.nn.relu(x @ v[f"w{k}"] + v[f"b{k}"][None])
     return x @ v["w3"]
-
-
-def convnet(v, x):
-    """Convolutions with running statistics, a flattened map and a dense head."""
-    for k in range(2):
-        x = jax.lax.conv_general_dilated(
-            x, v[f"k{k}"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        spread = jax.lax.rsqrt(v[f"var{k}"] + 1e-5)
-        x = (x - v[f"mean{k}"][None, None, None]) * spread[None, None, None]
-        x = jax.nn.relu(x * v[f"scale{k}"][None, None, None] + v[f"bias{k}"][None, None, None])
-    return jax.nn.relu(x.reshape(x.shape[0], -1) @ v["d0"]) @ v["d1"]
-
-
-def resnet(v, x):
-    """A stream of one width, two blocks with identity skips, channels last."""
-    h = jax.nn.relu(x @ v["stem"])
-    for k in range(2):
-        h = jax.nn.relu(h + jax.nn.relu(h @ v[f"a{k}"]) @ v[f"b{k}"])
-    return h @ v["head"]
 
 
 def linear_residual(v, x):
@@ -80,10 +59,8 @@ def _tree(apply_fn, seed):
     return tree
 
 
-@functools.cache
 def _net(apply_fn):
-    shapes = {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in SHAPES[apply_fn].items()}
-    return vfjax.trace(apply_fn, shapes, jax.ShapeDtypeStruct(INPUTS[apply_fn], jnp.float32))
+    return traced(apply_fn, SHAPES[apply_fn], INPUTS[apply_fn])
 
 
 def _objective(spec, a, b, ignore=()):

@@ -24,6 +24,7 @@ from vfjax._passes.evaluation import evaluate as evaluate
 from vfjax._passes.streaming import by_pieces as by_pieces
 from vfjax._passes.streaming import each as each
 from vfjax._passes.streaming import each_piece as each_piece
+from vfjax._passes.streaming import late as late
 from vfjax._passes.streaming import stream as stream
 from vfjax._passes.streaming import wide as wide
 
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "keep",
     "labelled",
+    "late",
     "mesh_of",
     "moments",
     "on_mesh",

@@ -79,9 +79,9 @@ def by_pieces(
 
 def each_piece(fn: Callable[[PyTree], Any], parts: int, x: PyTree) -> Any:
     """`fn` of every piece of a batch, as many as divide it, stacked along a new first axis."""
-    return (
-        jax.lax.map(fn, _split(x, parts)) if parts > 1 else jax.tree.map(lambda a: a[None], fn(x))
-    )
+    if parts == 1:
+        return jax.tree.map(lambda a: a[None], fn(x))
+    return jax.lax.map(fn, _split(x, parts))
 
 
 def _split(x: PyTree, parts: int) -> PyTree:
@@ -126,14 +126,14 @@ def stream(
         for mesh, placed, x in on_meshes(batches(data, like=like), state):
             yield mesh, *measure(mesh, placed, x), batch_size(x)
 
-    for mesh, batch, each, size in measured() if host is None else _late(measured()):
+    for mesh, batch, each, size in measured() if host is None else late(measured()):
         # Every batch has the same number of positions per example.
         counts = counts or [int(n) / size for n in each]
         if host is None:
             samples += size
-            pooled = (
-                batch if pooled is None else pool(replicate(pooled, mesh), batch, size / samples)
-            )
+            if pooled is not None:
+                batch = pool(replicate(pooled, mesh), batch, size / samples)
+            pooled = batch
             continue
         pieces = _unstacked(batch)
         for piece in pieces:
@@ -146,7 +146,7 @@ def stream(
     return pooled, [n * samples for n in counts]
 
 
-def _late(items: Iterable[Any]) -> Iterator[Any]:
+def late(items: Iterable[Any]) -> Iterator[Any]:
     """Each item once the next has been begun: a device works on that while this one is taken."""
     waiting: list[Any] = []
     for item in items:
@@ -156,8 +156,13 @@ def _late(items: Iterable[Any]) -> Iterator[Any]:
 
 
 def wide(tree: PyTree) -> PyTree:
-    """NumPy arrays in float64 or better: what many batches are pooled in."""
-    return jax.tree.map(lambda a: a.astype(np.promote_types(a.dtype, np.float64)), tree)
+    """As NumPy arrays in float64 or better: what many batches are pooled in."""
+
+    def widened(a: Any) -> np.ndarray:
+        a = np.asarray(a)
+        return a.astype(np.promote_types(a.dtype, np.float64))
+
+    return jax.tree.map(widened, tree)
 
 
 def _unstacked(batch: PyTree) -> list[PyTree]:

@@ -6,8 +6,8 @@ how a network keeps these can change here and in `_retrace`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 
@@ -89,9 +89,9 @@ def may_be_cut(net: Network, leaves: Mapping[str, Any], x: PyTree, size: int) ->
 # ------------------------------------------------------------------------------------------- values
 
 
-def value_of(net: Network, site: str) -> Hashable:
+def value_of(net: Network, site: str) -> int | Literal["input", "output"]:
     """Identifies the value at a site: several names may stand for one value."""
-    if site in ("input", "output"):
+    if site == "input" or site == "output":
         return site
     return locate(net, traces_of(net).reference, site)[0]
 
@@ -163,11 +163,8 @@ def added_parts(net: Network) -> dict[Part, list[int]]:
 
 def reaches(net: Network, places: Sequence[int], site: str) -> bool:
     """Whether the value at a site depends on what is added at one of some places."""
-    graph = traces_of(net).reference.graph
-    if site in ("input", "output"):
-        wanted = graph.output_ids if site == "output" else ()
-    else:
-        wanted = (locate(net, traces_of(net).reference, site)[0],)
+    graph, value = traces_of(net).reference.graph, value_of(net, site)
+    wanted = graph.output_ids if value == "output" else () if value == "input" else (value,)
     return not set(graph.needed(wanted, ())).isdisjoint(places)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batches, check_finite_means, keep, on_mesh, on_meshes
+from vfjax._passes import batches, check_finite_means, keep, late, on_mesh, on_meshes, wide
 from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
 from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
@@ -253,20 +253,12 @@ def _given(
 
 def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
     """Takes one pass: moments of every layer before its correction, of norms' inputs after it."""
+    placed = on_meshes(inputs(job.net, job.frame.cut, data), given)
     pooled: dict[str, Pooled] = {}
-    pending: dict[str, Pooled] = {}
-
-    def take() -> None:
-        for name, batch in pending.items():
-            # In float64 on the host: batches may be many, and sites are small.
-            batch = Pooled(*(np.asarray(v, np.float64) for v in batch))
-            pooled[name] = pool(pooled[name], batch) if name in pooled else batch
-
-    for mesh, placed, x in on_meshes(inputs(job.net, job.frame.cut, data), given):
-        batch = _measure(job, mesh, placed, x)
-        take()  # of the batch before, while this one runs
-        pending = batch
-    take()
+    for batch in late(_measure(job, *on) for on in placed):
+        # On the host: batches may be many, and sites are small.
+        for name, moments in wide(batch).items():
+            pooled[name] = pool(pooled[name], moments) if name in pooled else moments
     check_finite_means({name: moments.mean for name, moments in pooled.items()})
     return pooled
 

@@ -135,7 +135,7 @@ def take(array: Any, permutation: Any, axis: int) -> Any:
     """
     if isinstance(array, np.ndarray) and not isinstance(permutation, jax.Array):
         return np.take(array, permutation, axis=axis)
-    array, permutation = jax.device_put((array, permutation))
+    array, permutation = jnp.asarray(array), jnp.asarray(permutation)
     sharding = jax.typeof(array).sharding
     if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
         # On an explicit mesh JAX requires the sharding of an indexed array.
