@@ -82,8 +82,13 @@ def x64():
         yield
 
 
-def pytest_collection_modifyitems(items):
-    """Skips the tests marked gpu where there is no accelerator."""
+def pytest_collection_modifyitems(config, items):
+    """Skips the tests marked gpu where there is no accelerator, and zoo unless asked for."""
+    if "zoo" not in config.option.markexpr:
+        zoo = pytest.mark.skip(reason="half an hour: pytest -m zoo")
+        for item in items:
+            if "zoo" in item.keywords and "equinox MLP" not in item.name:
+                item.add_marker(zoo)
     if jax.default_backend() != "cpu":
         return
     skip = pytest.mark.skip(reason="needs an accelerator")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,14 +57,22 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def finish(
-    name: str, args: argparse.Namespace, title: str, rows: Sequence[Mapping[str, Any]]
+    name: str,
+    args: argparse.Namespace,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    table: tables.Table | None = None,
 ) -> Path:
-    """Prints the table and writes the record; rows are what, seconds, ratio, target, met."""
-    tables.show(tables.benchmark(title, rows))
+    """Prints the table and writes the record; rows are what, seconds, ratio, target, met.
+
+    A `table` stands for the one of these.
+    """
+    tables.show(table or tables.benchmark(title, rows))
     options = "".join([" --quick" * args.quick, f" --repeats {args.repeats}"])
     about = {"benchmark": name, "question": args.question, "title": title}
     about |= {"command": f"python experiments/benchmarks/{name}.py{options}"}
     about |= {"quick": args.quick, "repeats": args.repeats}
+    about |= {"table": dataclasses.asdict(table)} if table else {}
     path = Path(args.out) / f"{name}{'-quick' if args.quick else ''}.json"
     records.write(path, about | {"rows": list(rows)} | records.environment())
     print(f"wrote {path}")

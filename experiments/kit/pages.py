@@ -155,6 +155,7 @@ def benchmarks_page(folder: Path) -> str:
     parts += [f"{aims(*runs)}. {ratios}", contents(runs, aims)]
     for record in runs:
         table, figure = tables.benchmark(record["title"], record["rows"]), f"{record.name}.png"
+        table = tables.Table(**record["table"]) if "table" in record else table
         parts += [f"## {record.name}", f"*{record['question']}*", f"{table.title}:"]
         parts.append(tables.markdown(table))
         missed = [row["what"] for row in record["rows"] if row.get("met") is False]

@@ -771,7 +771,9 @@ def test_one_image_is_singular(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["routing", "passes", "tracing", "diagnosis", "zip", "scores"])
+@pytest.mark.parametrize(
+    "name", ["routing", "passes", "tracing", "diagnosis", "zip", "scores", "published"]
+)
 def test_benchmarks_run(name, tmp_path):
     benchmark = importlib.import_module(name)
     path = benchmark.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
