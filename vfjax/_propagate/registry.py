@@ -175,7 +175,7 @@ def apply(step: Step) -> list[Value]:
     if step.primitive not in CAST:  # a cast passes each operand through as a separate result
         bits = [union(bits)] * len(results)
     for axes, depends in zip(results, bits, strict=True):
-        if depends:  # a constant does not vary along what is free in it
+        if depends & PARAM:  # what is without does not vary along what is free in it
             step.record.see(axes)
     return [Value(*known) for known in zip(results, step.shapes, bits, strict=True)]
 
@@ -186,20 +186,42 @@ def shape_of(aval: Any) -> tuple[int, ...]:
 
 
 def constant(algebra: Folds, array: Any, shape: tuple[int, ...]) -> Value:
-    """A constant as a `Value`: an axis along which it does not vary breaks no symmetry."""
+    """A constant as a `Value`: an axis along which it does not vary breaks no symmetry.
+
+    Bits are compared, since equal numbers need not be interchangeable (`0.0` and `-0.0`).
+    """
     cause = Cause("constant")
     try:
         if isinstance(array, Tracer):
             raise TypeError("unknown values")
-        entries = np.asarray(array)
+        bits = _bits(np.asarray(array))
         varies = [
-            n > 1 and not bool(np.all(entries == np.take(entries, [0], axis=k)))
+            n > 1 and not bool(np.all(bits == np.take(bits, [0], axis=k)))
             for k, n in enumerate(shape)
         ]
     except TypeError:  # also typed random keys
         varies = [True] * len(shape)
     axes = [[algebra.atom(n, cause if v else None)] for n, v in zip(shape, varies, strict=True)]
     return Value(axes, shape, 0)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The bits of an array's entries as integers, along a last dimension."""
+    if array.dtype.hasobject:
+        raise TypeError("entries without bits")
+    width = next(n for n in (8, 4, 2, 1) if array.dtype.itemsize % n == 0)
+    return np.ascontiguousarray(array).reshape(*array.shape, 1).view(f"u{width}")
+
+
+def reading(algebra: Folds, value: Value) -> Value:
+    """A value as one equation reads it.
+
+    What does not depend on the parameters is the same in a permuted network. Each of its readers
+    may therefore take it as if it were computed for this reader alone.
+    """
+    if value.depends & PARAM or not value.axes:
+        return value
+    return value._replace(axes=algebra.copied(value.axes))
 
 
 def _consistent(step: Step, results: list[Axes]) -> bool:
