@@ -69,7 +69,7 @@ def unequal_window(h):
 
 
 IDS = np.array([0, 1, 0, 2, 1])
-PAIR = np.array([1.0, 2.0], np.float32)[None, None, :, None].repeat(5, 0).repeat(6, 1)
+PAIR = np.tile(np.array([[1.0], [2.0]], np.float32), (5, 6, 1, 1))
 SQUARE = VARIED[:, :5] + 5 * np.eye(5, dtype=np.float32)
 PAIRS = (2, 1), (2, 1), "VALID"  # windows of two examples
 
@@ -152,9 +152,9 @@ PASS = {
     "fft of examples": lambda h: jnp.abs(jnp.fft.fft(h, axis=0)),
     "rfft of examples": lambda h: jnp.fft.irfft(jnp.fft.rfft(h, axis=0) * 0.5, 5, axis=0),
     "solved": lambda h: jnp.linalg.solve(SQUARE, h),
-    "solved in batches": lambda h: jnp.linalg.solve(h[:, :, None, None] ** 2 + np.eye(2), PAIR)[
-        ..., 0
-    ].sum(-1),
+    "solved in batches": lambda h: jnp.linalg.solve(
+        h[:, :, None, None] ** 2 + np.eye(2)[None, None], PAIR
+    )[..., 0].sum(-1),
     "solved by a triangle": lambda h: jax.scipy.linalg.solve_triangular(SQUARE, h, lower=True),
     "solved from the right": lambda h: lax.linalg.triangular_solve(SQUARE, h.T).T,
     "solved by iterations": lambda h: jax.scipy.sparse.linalg.cg(
