@@ -73,7 +73,12 @@ USES = {
     "scatter-add": (lambda x, i, y: x.at[i].add(y, mode="clip"), X, 2, Y[0]),
     "scatter-sub": (lambda x, i, y: x.at[i].subtract(y, mode="clip"), X, 2, Y[0]),
     **{
-        f"scatter-{n}": (lambda x, i, y, n=n: getattr(x.at[i], n)(y, mode="clip"), X, np.arange(4), Y)
+        f"scatter-{n}": (
+            lambda x, i, y, n=n: getattr(x.at[i], n)(y, mode="clip"),
+            X,
+            np.arange(4),
+            Y,
+        )
         for n in ("mul", "max", "min")
     },
     "dot_general": (lax.dot, M, X),

@@ -87,6 +87,7 @@ class _Flattener:
         self.avals: dict[int, Any] = {}
         self.depends: dict[int, int] = {}
         self.consts: dict[int, Any] = {}
+        self.calls: list[Any] = []  # those that are being inlined
 
     def value(self, aval: Any, depends: int) -> int:
         index = len(self.avals)
@@ -118,7 +119,10 @@ class _Flattener:
         inner = subjaxpr(eqn)
         if inner is not None and (name in INLINE or holds_layer(eqn, bits)):
             stack = str(eqn.source_info.name_stack)
-            return self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
+            self.calls.append(eqn)
+            outputs = self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
+            self.calls.pop()
+            return outputs
         if name == SCAN and eqn.params["length"] <= MAX_UNROLL and scans_layers(eqn, bits):
             return self.unroll(eqn, operands, scope)
         if name == RESHAPE and eqn.params["dimensions"] is not None:
@@ -146,7 +150,9 @@ class _Flattener:
         outputs = tuple(
             None if isinstance(v, jex.DropVar) else self.value(v.aval, depends) for v in eqn.outvars
         )
-        self.equations.append(Equation(eqn, tuple(operands), outputs, depends, scope))
+        self.equations.append(
+            Equation(eqn, tuple(operands), outputs, depends, scope, tuple(self.calls))
+        )
         return outputs
 
     def call(

@@ -41,7 +41,8 @@ def warn_of_fixed(net: Network, start: int = 0, stop: int | None = None) -> None
         return
     _WARNED.add(net)
     (name, (primitive, where)), *others = causes.items()
-    more = f" (nor those of {len(others)} other layers)" if others else ""
+    count = f"{len(others)} other layer" + "s" * (len(others) > 1)
+    more = f" (nor those of {count})" if others else ""
     warnings.warn(
         f"the channels of layer '{name}' cannot be permuted, because of `{primitive}` at "
         f"{where}{more}: no alignment can match them, so merging them may lose accuracy. "
