@@ -106,6 +106,26 @@ def test_a_constant_in_the_body_of_a_loop_does_not_tie():
     assert spec.sizes == {"a": N, "b": N}, spec
 
 
+def test_a_constant_that_leaves_a_loop_or_a_call_does_not_tie():
+    """Though what leaves it along with the constant depends on parameters."""
+    pair = jax.custom_jvp(lambda h, mask: (jnp.sin(h) * mask, mask))
+    pair.defjvp(lambda given, tangents: (pair(*given), tangents))
+
+    def apply(p, x):
+        def body(_, carry):
+            return jnp.sin(carry[0]) * carry[1], carry[1]
+
+        h, mask = lax.fori_loop(0, 2, body, (x @ p["a"], jnp.ones((5, N))))
+        h, mask = pair(h, mask)
+        while_body = lambda c: (c[0] + 1, jnp.sin(c[1]) * c[2], c[2])  # noqa: E731
+        _, h, mask = lax.while_loop(lambda c: c[0] < 2, while_body, (0, h, mask))
+        return (jnp.tanh(h @ p["b"]) * mask) @ p["v"]
+
+    spec = infer(apply, VARIABLES, X)
+    assert spec.sizes == {"a": N, "b": N}, spec
+    assert change(apply, VARIABLES, X, spec) < 1e-5
+
+
 def test_segments_of_a_constant_stay_apart():
     def masks(x):
         return twice(jnp.concatenate([jnp.ones((1, 2)), jnp.zeros((1, 4))], 1))

@@ -42,16 +42,16 @@ def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value
 
 
 @rule(*INLINE, *CUSTOM, lazy=True)
-def call(step: Step) -> list[Axes]:
+def call(step: Step) -> Sequence[Axes | Value]:
     """Evaluates a jaxpr once."""
     inner = subjaxpr(step.eqn)
     if inner is None or len(inner[0].invars) != len(step.inputs):
         return opaque(step)
-    return [value.axes for value in follow(step, *inner, step.inputs)]
+    return follow(step, *inner, step.inputs)
 
 
 @rule("scan")
-def scan(step: Step) -> list[Axes]:
+def scan(step: Step) -> list[Value]:
     """Steps over a leading dimension, which is fixed, and ties the carry to itself.
 
     A rule holds whichever atoms it meets, so a single pass over the body stands for every step of
@@ -64,17 +64,20 @@ def scan(step: Step) -> list[Axes]:
         step.fix(value.axes[0])
     carry = step.inputs[num_consts : num_consts + num_carry]
     taken, returned = jaxpr.invars[num_consts:][:num_carry], jaxpr.outvars[:num_carry]
-    inputs = step.inputs[:num_consts] + _widen(carry, taken, returned, step.inputs)
+    carry = _widen(carry, taken, returned, step.inputs)
+    inputs = step.inputs[:num_consts] + carry
     inputs += [Value(v.axes[1:], v.shape[1:], v.depends) for v in stacked]
     outputs = follow(step, jaxpr, closed, inputs)
     _tie_all(step, carry, outputs[:num_carry])
-    length = step.params["length"]
-    emitted = [[step.fixed(length), *value.axes] for value in outputs[num_carry:]]
-    return [value.axes for value in carry] + emitted
+    n = step.params["length"]
+    emitted = [
+        Value([step.fixed(n), *v.axes], (n, *v.shape), v.depends) for v in outputs[num_carry:]
+    ]
+    return _leaving(step, [*carry, *emitted])
 
 
 @rule("while")
-def while_(step: Step) -> list[Axes]:
+def while_(step: Step) -> list[Value]:
     """Ties the carry that the body returns to the one that it takes; the condition is a scalar."""
     cond_consts, body_consts = step.params["cond_nconsts"], step.params["body_nconsts"]
     constants, carry = step.inputs[: cond_consts + body_consts], step.inputs[-len(step.shapes) :]
@@ -85,7 +88,7 @@ def while_(step: Step) -> list[Axes]:
     for value in follow(step, *open_jaxpr(step.params["cond_jaxpr"]), condition):
         step.fix(*value.axes)
     _tie_all(step, carry, follow(step, jaxpr, closed, body))
-    return [value.axes for value in carry]
+    return _leaving(step, carry)
 
 
 @rule("cond")
@@ -104,15 +107,21 @@ def _widen(
 ) -> list[Value]:
     """Makes a carry depend on everything that enters its loop, as it may after one step.
 
-    It also counts as dependent on parameters, so that the axes of the carry that the body takes
-    remain those that the body's result is tied to in the end. What the body returns as it took it
-    stays what it is.
+    Inside, it also counts as dependent on parameters: so that the axes of the carry that the body
+    takes remain those that the body's result is tied to in the end. What the body returns as it
+    took it stays what it is.
     """
     depends = union([value.depends for value in entering]) | PARAM
     return [
         value if before is after else value._replace(depends=depends)
         for value, before, after in zip(carry, taken, returned, strict=True)
     ]
+
+
+def _leaving(step: Step, values: Sequence[Value]) -> list[Value]:
+    """Values that leave a loop: they depend on nothing that did not enter it."""
+    entering = union([value.depends for value in step.inputs])
+    return [value._replace(depends=value.depends & entering) for value in values]
 
 
 def _tie_all(step: Step, left: Sequence[Value], right: Sequence[Value]) -> None:

@@ -131,7 +131,9 @@ class Step:
             self.record.uses.append(Use(self.primitive, contracted, kept))
 
 
-Rule = Callable[[Step], list[Axes]]
+Rule = Callable[[Step], Sequence[Axes | Value]]
+"""Gives the axes of each result; or values, where not all of them depend on all operands."""
+
 RULES: dict[str, Rule] = {}
 LAZY: set[str] = set()
 
@@ -164,20 +166,26 @@ def apply(step: Step) -> list[Value]:
         for value in step.inputs:
             step.algebra.settle(value.axes)
     try:
-        results = function(step)
+        found = function(step)
     except (LookupError, AttributeError, TypeError, ValueError):
         # Another version of jax may have renamed a parameter, say. The ties made before the error
         # only remove symmetries, so the opaque rule can still be applied.
-        results = opaque(step)
-    if not _consistent(step, results):
-        results = opaque(step)
+        found = opaque(step)
+    axes = [known.axes if isinstance(known, Value) else known for known in found]
+    if not _consistent(step, axes):
+        found = axes = opaque(step)
     bits = [value.depends for value in step.inputs]
     if step.primitive not in CAST:  # a cast passes each operand through as a separate result
-        bits = [union(bits)] * len(results)
-    for axes, depends in zip(results, bits, strict=True):
-        if depends & PARAM:  # what is without does not vary along what is free in it
-            step.record.see(axes)
-    return [Value(*known) for known in zip(results, step.shapes, bits, strict=True)]
+        bits = [union(bits)] * len(axes)
+    bits = [
+        known.depends if isinstance(known, Value) else depends
+        for known, depends in zip(found, bits, strict=True)
+    ]
+    results = [Value(*known) for known in zip(axes, step.shapes, bits, strict=True)]
+    for value in results:
+        if value.depends & PARAM:  # what is without does not vary along what is free in it
+            step.record.see(value.axes)
+    return results
 
 
 def shape_of(aval: Any) -> tuple[int, ...]:
