@@ -68,6 +68,32 @@ def unequal_window(h):
     return jnp.maximum(pooled, -9.0)
 
 
+IDS = np.array([0, 1, 0, 2, 1])
+PAIR = np.tile(np.array([[1.0], [2.0]], np.float32), (5, 6, 1, 1))
+SQUARE = VARIED[:, :5] + 5 * np.eye(5, dtype=np.float32)
+PAIRS = (2, 1), (2, 1), "VALID"  # windows of two examples
+
+
+@jax.custom_batching.custom_vmap
+def batched(h):
+    return jnp.sin(h)
+
+
+@batched.def_vmap
+def _(size, along, h):
+    return jnp.sin(h), True
+
+
+def max_pool(h):
+    return lax.reduce_window(h, -jnp.inf, lax.max, *PAIRS)
+
+
+def write(h, update):
+    """Row by row, each where its number says; under vmap all positions have an index."""
+    whole = jax.vmap(lambda a, u, k: lax.dynamic_update_slice(a, u, (k, 0)))
+    return whole(jnp.stack([h, 2 * h]), update, np.array([1, 3])).sum(0)
+
+
 PASS = {
     "softmax": jax.nn.softmax,
     "logsumexp": lambda h: h - jax.nn.logsumexp(h, axis=-1, keepdims=True),
@@ -104,6 +130,46 @@ PASS = {
     "named": lambda h: checkpoint_name(h, "hidden"),
     "barrier": lambda h: lax.optimization_barrier((h, h))[0],
     "vmapped": lambda h: jax.vmap(lambda row: row / jnp.linalg.norm(row))(h),
+    "rows added": lambda h: h.at[IDS].add(jnp.sin(h)),
+    "rows subtracted": lambda h: h.at[IDS].subtract(h),
+    "rows multiplied": lambda h: h.at[IDS].multiply(h),
+    "least rows": lambda h: h.at[IDS].min(-h),
+    "largest rows": lambda h: h.at[IDS].max(-h),
+    "rows overwritten": lambda h: h.at[np.array([3, 1])].set(h[:2]),
+    "rows cleared": lambda h: h.at[1:3].set(0.0),
+    "rows changed": lambda h: h.at[IDS].apply(jnp.sin),
+    "rows of a vmap": lambda h: write(h, jnp.stack([h[:2], h[2:4]])),
+    "segments summed": lambda h: jax.ops.segment_sum(h, IDS, 3)[IDS],
+    "segments compared": lambda h: jax.ops.segment_max(h, IDS, 3)[IDS],
+    "gather under vmap": lambda h: jax.vmap(lambda k: h[k])(IDS),
+    "gather of many under vmap": lambda h: jax.vmap(lambda a, k: a[k])(
+        jnp.stack([h, -h]), IDS[2:4]
+    ),
+    "dynamic slice under vmap": lambda h: jax.vmap(
+        lambda k: lax.dynamic_slice(h, (k, 0), (2, 6)).sum(0)
+    )(IDS),
+    "taken along examples": lambda h: jnp.take_along_axis(h, IDS[:, None], axis=0),
+    "fft of examples": lambda h: jnp.abs(jnp.fft.fft(h, axis=0)),
+    "rfft of examples": lambda h: jnp.fft.irfft(jnp.fft.rfft(h, axis=0) * 0.5, 5, axis=0),
+    "solved": lambda h: jnp.linalg.solve(SQUARE, h),
+    "solved in batches": lambda h: jnp.linalg.solve(
+        h[:, :, None, None] ** 2 + np.eye(2)[None, None], PAIR
+    )[..., 0].sum(-1),
+    "solved by a triangle": lambda h: jax.scipy.linalg.solve_triangular(SQUARE, h, lower=True),
+    "solved from the right": lambda h: lax.linalg.triangular_solve(SQUARE, h.T).T,
+    "solved by iterations": lambda h: jax.scipy.sparse.linalg.cg(
+        lambda a: 2 * a + a.mean(0, keepdims=True), h
+    )[0],
+    "whitened": lambda h: jnp.linalg.solve(h @ h.T + np.eye(5), h),
+    "cholesky of examples": lambda h: jnp.linalg.cholesky(h @ h.T + np.eye(5)) @ h,
+    "singular values": lambda h: h * jnp.linalg.svd(h @ h.T, compute_uv=False)[:, None],
+    "approximately largest": lambda h: lax.approx_max_k(h, 3, reduction_dimension=0)[0],
+    "derivative of a pool": lambda h: jax.grad(lambda a: jnp.square(max_pool(a)).sum())(h),
+    "change of a pool": lambda h: jax.jvp(max_pool, (h,), (jnp.sin(h),))[1],
+    "composite": lax.composite(lambda h: jnp.sin(h), name="of.sines"),
+    "custom_vmap": batched,
+    "noise on examples": lambda h: h * jax.random.normal(jax.random.key(0), (5, 1)),
+    "scaled": lambda h: jnp.einsum("bd,b->bd", h, SQUARE[0]),
     "bitcast": lambda h: lax.bitcast_convert_type(h, jnp.int32).astype(jnp.float32) * 1e-9,
 }
 
@@ -130,7 +196,27 @@ STOP = {  # name: (function, the primitive to blame)
     "scan over it": (scan_over_hidden, "scan"),
     "dropout": (dropout, None),
     "fft": (lambda h: jnp.fft.fft(h).real, "fft"),
-    "scatter": (lambda h: h.at[:, 2].add(1.0), None),
+    "fft of both": (lambda h: jnp.abs(jnp.fft.fft2(h)), "fft"),
+    "scatter": (lambda h: h.at[:, 2].set(1.0), "scatter"),
+    "columns added": (lambda h: h.at[:, 2].add(1.0), "scatter-add"),
+    "columns cleared": (lambda h: h.at[:, 1:3].set(0.0), "scatter"),
+    "columns reordered": (
+        lambda h: jnp.zeros((5, 6)).at[:, np.array([3, 1, 0, 2, 5, 4])].max(h),
+        None,
+    ),
+    "columns overwritten": (
+        lambda h: jnp.zeros((3, 5)).at[np.array([0, 2, 0, 1, 1, 0])].set(h.T).T,
+        None,
+    ),
+    "gather under vmap": (lambda h: jax.vmap(lambda k: h[:, k])(np.array([3, 1])).T, "gather"),
+    "solve": (lambda h: jnp.linalg.solve(h.T @ h + np.eye(6), h.T).T, None),
+    "cholesky": (lambda h: h @ jnp.linalg.cholesky(h.T @ h + np.eye(6)), None),
+    "approx_top_k": (lambda h: lax.approx_max_k(h, 3)[0], "approx_top_k"),
+    "noise": (lambda h: h * jax.random.normal(jax.random.key(0), h.shape), "random_bits"),
+    "bits": (
+        lambda h: h * lax.rng_bit_generator(np.ones(4, np.uint32), h.shape)[1] * 1e-9,
+        "rng_bit_generator",
+    ),
 }
 
 

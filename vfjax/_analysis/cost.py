@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from vfjax._jaxpr import INPUT, Graph, is_elementwise
-from vfjax._jaxpr.primitives import ACTIVATIONS, CONV, CUSTOM, DOT, POOLS
+from vfjax._jaxpr import INPUT, Graph, contraction, is_elementwise
+from vfjax._jaxpr.primitives import ACTIVATIONS, CONV, CUSTOM, POOLS
 
 
 def equation_flops(
@@ -31,10 +31,9 @@ def equation_flops(
     sizes = [int(np.prod(graph.avals[v].shape)) for v in equation.values]
     out = int(np.prod(graph.avals[next(v for v in equation.outputs if v is not None)].shape))
     name = equation.primitive
-    if name == DOT:
-        contract, _ = equation.params["dimension_numbers"]
+    if (product := contraction(name, equation.params)) is not None:
         shape = equation.eqn.invars[0].aval.shape
-        return out * int(np.prod([shape[a] for a in contract[0]]))
+        return out * int(np.prod([shape[a] for a in product.contract[0]]))
     if name == CONV:
         dims = equation.params["dimension_numbers"]
         kernel = equation.eqn.invars[1].aval.shape

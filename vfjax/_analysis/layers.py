@@ -18,7 +18,7 @@ from vfjax._analysis.views import (
     varying_axes,
     view_of,
 )
-from vfjax._jaxpr import INPUT, PARAM, Equation, Graph
+from vfjax._jaxpr import INPUT, PARAM, Equation, Graph, contraction
 from vfjax._jaxpr.primitives import ADD, BROADCAST, CAST, CONV, LAYOUT, LINEAR, TRANSPOSE
 
 
@@ -112,11 +112,10 @@ def _output_axes(equation: Equation, side: int) -> tuple[tuple[int, ...], tuple[
         if side == 1:
             return (dims.rhs_spec[0],), (dims.out_spec[1],)
         return (dims.lhs_spec[0],), (dims.out_spec[0],)  # exotic: a kernel convolved by the input
-    (contract, batch) = equation.params["dimension_numbers"]
-    ranks = [v.aval.ndim for v in equation.eqn.invars[:2]]
-    free = [
-        [a for a in range(ranks[k]) if a not in contract[k] and a not in batch[k]] for k in (0, 1)
-    ]
+    dims = contraction(equation.primitive, equation.params)
+    assert dims is not None
+    batch = dims.batch
+    free = [dims.kept(k, v.aval.ndim) for k, v in enumerate(equation.eqn.invars[:2])]
     offset = len(batch[0]) + (len(free[0]) if side == 1 else 0)
     out_axes = (*batch[side], *free[side])
     channel = (*range(len(batch[side])), *range(offset, offset + len(free[side])))

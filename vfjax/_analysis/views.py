@@ -15,6 +15,7 @@ from vfjax._jaxpr.primitives import (
     ELEMENTWISE,
     LAYOUT,
     RESHAPE,
+    REV,
     SLICE,
     SQUEEZE,
     TRANSPOSE,
@@ -23,13 +24,14 @@ from vfjax._jaxpr.primitives import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """A parameter leaf seen through casts, transposes, reshapes and broadcasts.
+    """A parameter leaf seen through casts, transposes, reshapes, reversals and broadcasts.
 
     Attributes:
         leaf: Index of the leaf among the variables' leaves.
         slot: Index of a slice of the leaf, if a scan over stacked layers was unrolled, else None.
-        steps: `("reshape", shape)`, `("transpose", permutation)` or `("broadcast_in_dim", (shape,
-            dims))`, applied in this order to the leaf (or to its slice).
+        steps: `("reshape", shape)`, `("transpose", permutation)`, `("rev", dims)` or
+            `("broadcast_in_dim", (shape, dims))`, applied in this order to the leaf (or to its
+            slice).
     """
 
     leaf: int
@@ -48,6 +50,8 @@ class View:
                 array = array.reshape(how)
             elif kind == TRANSPOSE:
                 array = array.transpose(how)
+            elif kind == REV:
+                array = array[_reversed(how, array.ndim)]
             else:
                 shape, dims = how
                 expanded = [1] * len(shape)
@@ -61,10 +65,22 @@ class View:
         shapes = [shape]
         for kind, how in self.steps:
             last = shapes[-1]
-            shapes.append(tuple(how) if kind == RESHAPE else tuple(last[i] for i in how))
+            if kind == TRANSPOSE:
+                shapes.append(tuple(last[i] for i in how))
+            else:
+                shapes.append(tuple(how) if kind == RESHAPE else last)
         for (kind, how), before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
-            array = array.reshape(before) if kind == RESHAPE else array.transpose(np.argsort(how))
+            if kind == REV:
+                array = array[_reversed(how, array.ndim)]
+            elif kind == RESHAPE:
+                array = array.reshape(before)
+            else:
+                array = array.transpose(np.argsort(how))
         return array
+
+
+def _reversed(dims: Sequence[int], rank: int) -> tuple[slice, ...]:
+    return tuple(slice(None, None, -1 if k in dims else None) for k in range(rank))
 
 
 def view_of(graph: Graph, value: Any) -> View | None:
@@ -87,6 +103,8 @@ def view_of(graph: Graph, value: Any) -> View | None:
             steps.pop()
         elif name == TRANSPOSE:
             steps.append((TRANSPOSE, tuple(params["permutation"])))
+        elif name == REV:
+            steps.append((REV, tuple(params["dimensions"])))
         elif name in LAYOUT or (name == BROADCAST and _size(shape) == _size(before)):
             steps.append((RESHAPE, tuple(shape)))
         elif name == BROADCAST:

@@ -19,6 +19,8 @@ from vfjax._jaxpr.calls import open_jaxpr as open_jaxpr
 from vfjax._jaxpr.calls import scan_arity as scan_arity
 from vfjax._jaxpr.calls import subjaxpr as subjaxpr
 from vfjax._jaxpr.calls import union as union
+from vfjax._jaxpr.contractions import contraction as contraction
+from vfjax._jaxpr.contractions import is_linear as is_linear
 from vfjax._jaxpr.elementwise import is_elementwise as is_elementwise
 from vfjax._jaxpr.faster import routed as routed
 from vfjax._jaxpr.flattening import MAX_UNROLL as MAX_UNROLL
@@ -33,11 +35,13 @@ __all__ = [
     "INPUT",
     "MAX_UNROLL",
     "PARAM",
+    "contraction",
     "evaluate",
     "faster",
     "flatten",
     "holds_layer",
     "is_elementwise",
+    "is_linear",
     "open_jaxpr",
     "primitives",
     "routed",

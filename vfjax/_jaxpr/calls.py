@@ -8,7 +8,8 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from vfjax._jaxpr.primitives import CAST, COND, CUSTOM, INLINE, LINEAR, SCAN, WHILE
+from vfjax._jaxpr.contractions import is_linear
+from vfjax._jaxpr.primitives import CAST, COND, CUSTOM, INLINE, SCAN, WHILE
 
 PARAM, INPUT = 1, 2
 """Dependency bits: the value depends on the parameters, or on the network's input."""
@@ -29,7 +30,8 @@ def subjaxpr(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     """
     if eqn.primitive.name not in INLINE | CUSTOM:
         return None
-    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr", eqn.params.get("fun_jaxpr")))
+    names = ("call_jaxpr", "jaxpr", "fun_jaxpr", "call")
+    inner = next((eqn.params[name] for name in names if name in eqn.params), None)
     return None if inner is None else open_jaxpr(inner)
 
 
@@ -79,7 +81,7 @@ def _follow_bits(eqn: Any, bits: Sequence[int]) -> tuple[list[int], int]:
         return result, union(kernels for _, kernels in branches)
     if name in CAST:
         return list(bits), 0
-    if name in LINEAR:
+    if is_linear(eqn):
         kernel, value = sorted(bits[:2], key=lambda b: b & INPUT)
         layer = value & INPUT and kernel & PARAM and not kernel & INPUT
         return [union(bits)], kernel if layer else 0

@@ -2,6 +2,7 @@
 
 A jaxpr nests: `jit`, rematerialisation, custom derivatives and loops hold jaxprs themselves.
 
+* Products that contract nothing become multiplications, which they are.
 * Calls that only delimit (`jit`, `closed_call`, `remat`) are inlined.
 * `custom_jvp` and `custom_vjp` stay whole unless a layer hides inside, since inlining them would
   change derivatives (that of `relu` at 0, for one).
@@ -29,8 +30,9 @@ from vfjax._jaxpr.calls import (
     subjaxpr,
     union,
 )
+from vfjax._jaxpr.contractions import as_scale, is_linear
 from vfjax._jaxpr.graph import Equation, Graph
-from vfjax._jaxpr.primitives import CAST, INLINE, RESHAPE, SCAN, UNSTACK
+from vfjax._jaxpr.primitives import CAST, DOT, INLINE, RESHAPE, SCAN, UNSTACK
 
 # The number of steps up to which a scan over layers is unrolled.
 MAX_UNROLL = 64
@@ -85,6 +87,7 @@ class _Flattener:
         self.avals: dict[int, Any] = {}
         self.depends: dict[int, int] = {}
         self.consts: dict[int, Any] = {}
+        self.calls: list[Any] = []  # those that are being inlined
 
     def value(self, aval: Any, depends: int) -> int:
         index = len(self.avals)
@@ -116,7 +119,10 @@ class _Flattener:
         inner = subjaxpr(eqn)
         if inner is not None and (name in INLINE or holds_layer(eqn, bits)):
             stack = str(eqn.source_info.name_stack)
-            return self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
+            self.calls.append(eqn)
+            outputs = self.inline(*inner, operands, "/".join(s for s in (scope, stack) if s))
+            self.calls.pop()
+            return outputs
         if name == SCAN and eqn.params["length"] <= MAX_UNROLL and scans_layers(eqn, bits):
             return self.unroll(eqn, operands, scope)
         if name == RESHAPE and eqn.params["dimensions"] is not None:
@@ -124,6 +130,8 @@ class _Flattener:
             how = eqn.params["dimensions"], eqn.params["new_sizes"]
             regrouped = lambda a: a.transpose(how[0]).reshape(how[1])  # noqa: E731
             return [self.call(regrouped, operands, scope, eqn.source_info)]
+        if name == DOT and not is_linear(eqn):
+            return [self.call(functools.partial(as_scale, eqn), operands, scope, eqn.source_info)]
         if name == UNSTACK:
             # Slices, as jax 0.10 traces it: each entry may then be the kernel of a separate layer.
             pick = functools.partial(lax.index_in_dim, axis=eqn.params["axis"], keepdims=False)
@@ -142,7 +150,9 @@ class _Flattener:
         outputs = tuple(
             None if isinstance(v, jex.DropVar) else self.value(v.aval, depends) for v in eqn.outvars
         )
-        self.equations.append(Equation(eqn, tuple(operands), outputs, depends, scope))
+        self.equations.append(
+            Equation(eqn, tuple(operands), outputs, depends, scope, tuple(self.calls))
+        )
         return outputs
 
     def call(

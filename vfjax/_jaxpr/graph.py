@@ -43,6 +43,7 @@ class Equation:
         outputs: The ids of its results; None for a result that nothing reads.
         depends: Bits `PARAM` and `INPUT`: what the results depend on.
         scope: Name stack of the calls that it was inlined from.
+        calls: Equations of these calls, outermost first.
     """
 
     eqn: Any
@@ -50,6 +51,7 @@ class Equation:
     outputs: tuple[int | None, ...]
     depends: int
     scope: str
+    calls: tuple[Any, ...] = ()
 
     @property
     def primitive(self) -> str:
@@ -78,9 +80,13 @@ class Equation:
 
     @functools.cached_property
     def where(self) -> str:
-        """The user's source line, as `file:line`; a library's if no user frame is recorded."""
-        traceback = self.eqn.source_info.traceback
-        frames = list(traceback.frames) if traceback is not None else []
+        """The user's source line, as `file:line`; a library's if no user frame is recorded.
+
+        A function of JAX that is jitted (`jnp.cumsum`) hides the lines that call it: then the line
+        of the call counts.
+        """
+        tracebacks = [eqn.source_info.traceback for eqn in (self.eqn, *reversed(self.calls))]
+        frames = [frame for t in tracebacks if t is not None for frame in t.frames]
         outside = [f for f in frames if not f.file_name.startswith((_PACKAGE, _JAX))]
         for frame in [f for f in frames if not _in_library(f.file_name)] + outside:
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"

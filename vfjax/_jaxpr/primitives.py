@@ -27,9 +27,12 @@ class Kind(enum.Enum):
     CUMULATIVE = "combines each entry with those before it along `axis`"
     WINDOW = "combines the entries of windows: a pool"
     LAYER = "contracts an operand with another one, which may be a kernel"
+    SCATTER = "writes slices into an operand, where indices say"
+    MATRIX = "factorises matrices, or solves with their factors"
+    DRAW = "draws numbers, or makes keys to draw them with"
     INDEXING = "picks, places, joins, repeats or reorders entries"
     INLINE = "calls a jaxpr, and only delimits it"
-    CUSTOM = "calls a jaxpr that has custom derivatives"
+    CUSTOM = "calls a jaxpr that has custom derivatives, or rules of its own otherwise"
     LOOP = "runs a jaxpr several times, or one of several"
     OTHER = "none of these"
 
@@ -96,15 +99,35 @@ _FAMILIES: tuple[tuple[Kind, Linear, str], ...] = (
     (Kind.WINDOW, Linear.FIRST, "reduce_window_sum"),
     (Kind.WINDOW, Linear.NEVER, "reduce_window_max reduce_window_min"),
     (Kind.WINDOW, Linear.UNKNOWN, "reduce_window"),
-    (Kind.LAYER, Linear.EACH, "conv_general_dilated dot_general"),
+    (Kind.LAYER, Linear.EACH, "conv_general_dilated dot_general ragged_dot_general"),
     (Kind.INDEXING, Linear.JOINTLY, "concatenate pad rev slice split stack tile unstack"),
     (Kind.INDEXING, Linear.FIRST, "dynamic_slice gather"),
     (Kind.INDEXING, Linear.FIRST_TWO, "dynamic_update_slice"),
-    (Kind.INDEXING, Linear.BUT_SECOND, "scatter scatter-add scatter-sub"),
+    (Kind.SCATTER, Linear.BUT_SECOND, "scatter scatter-add scatter-sub"),
+    (Kind.SCATTER, Linear.FIRST, "scatter-mul"),
+    (Kind.SCATTER, Linear.NEVER, "scatter-max scatter-min"),
+    (Kind.MATRIX, Linear.BUT_FIRST, "triangular_solve"),
+    (Kind.MATRIX, Linear.UNKNOWN, "custom_linear_solve"),
+    (
+        Kind.MATRIX,
+        Linear.NEVER,
+        """cholesky cholesky_update eig eigh geqp3 geqrf hessenberg householder_product lu
+        lu_pivots_to_permutation ormqr qr schur svd tridiagonal tridiagonal_solve""",
+    ),
+    (
+        Kind.DRAW,
+        Linear.NEVER,
+        """philox2x32 philox4x32 random_bits random_clone random_fold_in random_gamma random_seed
+        random_split random_unwrap random_wrap rng_bit_generator rng_uniform threefry2x32
+        threefry4x32""",
+    ),
     (Kind.INLINE, Linear.UNKNOWN, "closed_call custom_lin jit remat2"),
-    (Kind.CUSTOM, Linear.UNKNOWN, "custom_jvp_call custom_vjp_call"),
+    (Kind.CUSTOM, Linear.UNKNOWN, "composite custom_jvp_call custom_vjp_call custom_vmap_call"),
     (Kind.LOOP, Linear.UNKNOWN, "cond scan while"),
-    (Kind.OTHER, Linear.NEVER, "bitcast_convert_type sort top_k"),
+    (Kind.OTHER, Linear.JOINTLY, "fft"),
+    (Kind.OTHER, Linear.FIRST, "select_and_gather_add select_and_scatter_add"),
+    (Kind.OTHER, Linear.NEVER, "approx_top_k bitcast_convert_type sort top_k"),
+    (Kind.OTHER, Linear.UNKNOWN, "select_and_scatter"),
     (Kind.OTHER, Linear.UNKNOWN, "debug_callback debug_print iota reduce"),
 )
 
@@ -135,11 +158,20 @@ WINDOWS = _of(Kind.WINDOW)
 LINEAR = _of(Kind.LAYER)
 """Primitives that a layer is made of."""
 
+SCATTERS = _of(Kind.SCATTER)
+OVERWRITES = frozenset({"scatter"})
+"""Primitives of which a result may depend on the order of its updates."""
+
+FACTORISATIONS = _of(Kind.MATRIX) - {"custom_linear_solve", "triangular_solve"}
+VECTORS = frozenset({"lu_pivots_to_permutation", "tridiagonal_solve"})
+"""Factorisations of which the first operand is a vector, or vectors."""
+
+DRAWS = _of(Kind.DRAW)
 INLINE = _of(Kind.INLINE)
 """Calls that only delimit."""
 
 CUSTOM = _of(Kind.CUSTOM)
-"""Calls with custom derivatives."""
+"""Calls with rules of their own, of derivatives for example."""
 
 _NOT_ADDITIVE = Linear.EACH, Linear.NEVER, Linear.UNKNOWN
 ADDITIVE = frozenset(name for name, p in TABLE.items() if p.linear not in _NOT_ADDITIVE) - {"div"}
@@ -149,7 +181,7 @@ ADDITIVE = frozenset(name for name, p in TABLE.items() if p.linear not in _NOT_A
 BROADCAST, RESHAPE, SQUEEZE, TRANSPOSE = "broadcast_in_dim", "reshape", "squeeze", "transpose"
 CONCATENATE, PAD, REV, SLICE, SPLIT = "concatenate", "pad", "rev", "slice", "split"
 STACK, TILE, UNSTACK, SORT = "stack", "tile", "unstack", "sort"
-CONV, DOT = "conv_general_dilated", "dot_general"
+CONV, DOT, RAGGED_DOT = "conv_general_dilated", "dot_general", "ragged_dot_general"
 COND, SCAN, WHILE = "cond", "scan", "while"
 DIV, MAX, MUL, SUB = "div", "max", "mul", "sub"
 INTEGER_POW, POW, RSQRT, SQRT, SQUARE = "integer_pow", "pow", "rsqrt", "sqrt", "square"

@@ -16,6 +16,7 @@ came from.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -199,6 +200,38 @@ class Atoms:
                 places += self.places([part], (*within, window))
                 start += self._size[part]
         return places
+
+    def copied(self, axes: Sequence[Axis]) -> list[Axis]:
+        """Axes as those of an array that no variable changes, for one of its readers alone.
+
+        Where such an array is free it does not vary, so what one reader ties says nothing about
+        another. Free factors that follow one another are then one: all their entries are equal.
+        (A class in two places is none of these: it might be free only if it moves in both.)
+        """
+        places = [place.atom for axis in axes for place in self.places(axis)]
+        if all(self.cause(atom) is not None for atom in places):
+            return list(axes)
+        counts = Counter(map(self.find, places))
+        shared = {root: self.atom(self.size(root)) for root, n in counts.items() if n > 1}
+
+        def copy(axis: Iterable[int]) -> Axis:
+            new: Axis = []
+            equal = 1  # the free entries that precede what comes next
+            for atom in self.expand(axis):
+                parts = self.parts(atom)
+                if parts is None and self.cause(atom) is None and self.find(atom) not in shared:
+                    equal *= self.size(atom)
+                    continue
+                if equal != 1:
+                    new.append(self.atom(equal))
+                    equal = 1
+                if parts is not None:
+                    new += self.total([copy([part]) for part in parts.atoms], parts.cause)
+                else:
+                    new.append(atom if self.cause(atom) else shared[self.find(atom)])
+            return new + ([self.atom(equal)] if equal != 1 else [])
+
+        return [copy(axis) for axis in axes]
 
     def fix(self, axis: Iterable[int], cause: Cause) -> None:
         """Removes every symmetry of an axis. The first cause is remembered."""

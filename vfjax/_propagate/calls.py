@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from vfjax._jaxpr import open_jaxpr, scan_arity, subjaxpr
+from vfjax._jaxpr import PARAM, open_jaxpr, scan_arity, subjaxpr, union
 from vfjax._jaxpr.primitives import CUSTOM, INLINE
 from vfjax._propagate.registry import (
     Axes,
@@ -17,6 +17,7 @@ from vfjax._propagate.registry import (
     apply,
     constant,
     opaque,
+    reading,
     rule,
     shape_of,
 )
@@ -31,7 +32,7 @@ def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value
     def read(var: Any) -> Value:
         if isinstance(var, jex.Literal):
             return constant(step.algebra, var.val, shape_of(var.aval))
-        return env[var]
+        return reading(step.algebra, env[var])
 
     for eqn in jaxpr.eqns:
         operands = [read(var) for var in eqn.invars]
@@ -41,16 +42,16 @@ def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value
 
 
 @rule(*INLINE, *CUSTOM, lazy=True)
-def call(step: Step) -> list[Axes]:
+def call(step: Step) -> Sequence[Axes | Value]:
     """Evaluates a jaxpr once."""
     inner = subjaxpr(step.eqn)
     if inner is None or len(inner[0].invars) != len(step.inputs):
         return opaque(step)
-    return [value.axes for value in follow(step, *inner, step.inputs)]
+    return follow(step, *inner, step.inputs)
 
 
 @rule("scan")
-def scan(step: Step) -> list[Axes]:
+def scan(step: Step) -> list[Value]:
     """Steps over a leading dimension, which is fixed, and ties the carry to itself.
 
     A rule holds whichever atoms it meets, so a single pass over the body stands for every step of
@@ -61,28 +62,33 @@ def scan(step: Step) -> list[Axes]:
     stacked = step.inputs[num_consts + num_carry :]
     for value in stacked:
         step.fix(value.axes[0])
-    inputs = _widen(step.inputs[: num_consts + num_carry], range(num_consts), step.inputs)
+    carry = step.inputs[num_consts : num_consts + num_carry]
+    taken, returned = jaxpr.invars[num_consts:][:num_carry], jaxpr.outvars[:num_carry]
+    carry = _widen(carry, taken, returned, step.inputs)
+    inputs = step.inputs[:num_consts] + carry
     inputs += [Value(v.axes[1:], v.shape[1:], v.depends) for v in stacked]
     outputs = follow(step, jaxpr, closed, inputs)
-    carry = step.inputs[num_consts : num_consts + num_carry]
     _tie_all(step, carry, outputs[:num_carry])
-    length = step.params["length"]
-    emitted = [[step.fixed(length), *value.axes] for value in outputs[num_carry:]]
-    return [value.axes for value in carry] + emitted
+    n = step.params["length"]
+    emitted = [
+        Value([step.fixed(n), *v.axes], (n, *v.shape), v.depends) for v in outputs[num_carry:]
+    ]
+    return _leaving(step, [*carry, *emitted])
 
 
 @rule("while")
-def while_(step: Step) -> list[Axes]:
+def while_(step: Step) -> list[Value]:
     """Ties the carry that the body returns to the one that it takes; the condition is a scalar."""
     cond_consts, body_consts = step.params["cond_nconsts"], step.params["body_nconsts"]
     constants, carry = step.inputs[: cond_consts + body_consts], step.inputs[-len(step.shapes) :]
-    carry = _widen(carry, (), step.inputs)
+    jaxpr, closed = open_jaxpr(step.params["body_jaxpr"])
+    carry = _widen(carry, jaxpr.invars[body_consts:], jaxpr.outvars, step.inputs)
     condition = [*constants[:cond_consts], *carry]
     body = [*constants[cond_consts:], *carry]
     for value in follow(step, *open_jaxpr(step.params["cond_jaxpr"]), condition):
         step.fix(*value.axes)
-    _tie_all(step, carry, follow(step, *open_jaxpr(step.params["body_jaxpr"]), body))
-    return [value.axes for value in carry]
+    _tie_all(step, carry, follow(step, jaxpr, closed, body))
+    return _leaving(step, carry)
 
 
 @rule("cond")
@@ -96,12 +102,26 @@ def cond(step: Step) -> list[Axes]:
     return [value.axes for value in branches[0]]
 
 
-def _widen(values: Sequence[Value], but: Sequence[int], all_values: Sequence[Value]) -> list[Value]:
-    """Makes values depend on everything that enters the loop, as a carry may after one step."""
-    depends = 0
-    for value in all_values:
-        depends |= value.depends
-    return [v if k in but else v._replace(depends=depends) for k, v in enumerate(values)]
+def _widen(
+    carry: Sequence[Value], taken: Sequence[Any], returned: Sequence[Any], entering: Sequence[Value]
+) -> list[Value]:
+    """Makes a carry depend on everything that enters its loop, as it may after one step.
+
+    Inside, it also counts as dependent on parameters: so that the axes of the carry that the body
+    takes remain those that the body's result is tied to in the end. What the body returns as it
+    took it stays what it is.
+    """
+    depends = union([value.depends for value in entering]) | PARAM
+    return [
+        value if before is after else value._replace(depends=depends)
+        for value, before, after in zip(carry, taken, returned, strict=True)
+    ]
+
+
+def _leaving(step: Step, values: Sequence[Value]) -> list[Value]:
+    """Values that leave a loop: they depend on nothing that did not enter it."""
+    entering = union([value.depends for value in step.inputs])
+    return [value._replace(depends=value.depends & entering) for value in values]
 
 
 def _tie_all(step: Step, left: Sequence[Value], right: Sequence[Value]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from itertools import accumulate
 
 from vfjax._jaxpr import INPUT, PARAM
-from vfjax._propagate.registry import Axes, Step, opaque, rule
+from vfjax._jaxpr.primitives import OVERWRITES, SCATTERS
+from vfjax._propagate.registry import Axes, Step, Value, opaque, rule
 from vfjax._propagate.within import Use
 
 
@@ -146,11 +147,9 @@ def gather(step: Step) -> list[Axes]:
     batch, index_batch = dims.operand_batching_dims, dims.start_indices_batching_dims
     for k, j in zip(batch, index_batch, strict=True):
         step.unify(operand.axes[k], indices.axes[j])
-    touched = {
-        k
-        for k, n in enumerate(operand.shape)
-        if k not in batch and (sizes[k] != n or k in dims.start_index_map)
-    }
+    # A dimension that is taken whole starts at 0, even if it has an index (under vmap): any other
+    # index is moved to 0, or the whole slice filled.
+    touched = {k for k, n in enumerate(operand.shape) if k not in batch and sizes[k] != n}
     step.fix(*(operand.axes[k] for k in touched), indices.axes[-1])
     sliced = [k for k in range(len(sizes)) if k not in dims.collapsed_slice_dims and k not in batch]
     if len(sliced) != len(dims.offset_dims):
@@ -171,3 +170,45 @@ def gather(step: Step) -> list[Axes]:
         kept = [operand.axes[k] for k in sliced if k not in touched]
         step.record.uses.append(Use(step.primitive, [], kept))
     return [axes]
+
+
+@rule(*SCATTERS)
+def scatter(step: Step) -> list[Axes]:
+    """Writes slices: indexed dimensions are fixed, whole ones are tied to those of the updates.
+
+    Dimensions of the updates other than those of their slices run over the indices, in order. This
+    order does not matter, except where several slices may overwrite each other.
+    """
+    operand, indices, updates = step.inputs
+    dims = step.params["dimension_numbers"]
+    batch, index_batch = dims.operand_batching_dims, dims.scatter_indices_batching_dims
+    left_out = {*dims.inserted_window_dims, *batch}
+    sliced = [k for k in range(len(operand.shape)) if k not in left_out]
+    window = dims.update_window_dims
+    rows = [k for k in range(len(updates.shape)) if k not in window]
+    for row, index in zip(rows, indices.axes[:-1], strict=True):
+        step.unify(updates.axes[row], index)
+    for k, j in zip(batch, index_batch, strict=True):
+        step.unify(operand.axes[k], indices.axes[j])
+    whole = {k: j for k, j in zip(sliced, window, strict=True) if _same(operand, k, updates, j)}
+    for k, j in whole.items():
+        step.unify(operand.axes[k], updates.axes[j])
+    shared = [rows[j] for j in index_batch]
+    step.fix(*(updates.axes[j] for j in window if j not in whole.values()), indices.axes[-1])
+    if step.primitive in OVERWRITES and not step.params["unique_indices"]:
+        step.fix(*(updates.axes[row] for row in rows if row not in shared))
+    others = [j for j in range(len(indices.shape)) if j not in index_batch]
+    for value, paired, kept in (
+        (operand, batch, sliced),
+        (indices, index_batch, others),
+        (updates, shared, window),
+    ):
+        step.record.keep(value.axes, paired)
+        step.record.keep(value.axes, kept, paired)
+        rest = [k for k in range(len(value.shape)) if k not in {*paired, *kept}]
+        step.record.keep(value.axes, rest, paired)
+    return touch(step, [k for k in range(len(operand.shape)) if k not in {*whole, *batch}])
+
+
+def _same(left: Value, i: int, right: Value, j: int) -> bool:
+    return left.shape[i] == right.shape[j]

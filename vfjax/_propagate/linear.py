@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from vfjax._jaxpr import contraction
+from vfjax._jaxpr.primitives import DOT, RAGGED_DOT
 from vfjax._propagate.registry import Axes, Step, opaque, rule
 
 
-@rule("dot_general")
-def dot_general(step: Step) -> list[Axes]:
+@rule(DOT, RAGGED_DOT)
+def product(step: Step) -> list[Axes]:
     """Ties contracted and batch dimensions pairwise and keeps the others.
 
     This also holds if both operands depend on x (attention scores): the dimension that queries and
     keys share is contracted, so it is tied, and permuting both changes nothing.
+
+    If each run of rows meets the kernel of its expert, the order of rows and experts is fixed.
     """
-    (contract, batch) = step.params["dimension_numbers"]
-    left, right = step.inputs[:2]
-    for dims in (contract, batch):
-        for i, j in zip(*dims, strict=True):
+    dims = contraction(step.primitive, step.params)
+    assert dims is not None
+    left, right, *sizes = step.inputs
+    if step.primitive == RAGGED_DOT:
+        if not dims.experts:
+            return opaque(step)  # a derivative: what is ragged is contracted, or a batch
+        (ragged,) = step.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+        step.fix(left.axes[ragged], *(right.axes[k] for k in dims.experts))
+        step.fix(*(axis for value in sizes for axis in value.axes))
+    for pairs in (dims.contract, dims.batch):
+        for i, j in zip(*pairs, strict=True):
             step.unify(left.axes[i], right.axes[j])
     sides = []
     for k, value in enumerate((left, right)):
-        taken = {*contract[k], *batch[k]}
-        kept = [dim for dim in range(len(value.shape)) if dim not in taken]
+        kept = dims.kept(k, len(value.shape))
         sides.append([value.axes[dim] for dim in kept])
-        step.record.keep(value.axes, taken)
-        step.record.keep(value.axes, kept, batch[k])
+        step.record.keep(value.axes, set(range(len(value.shape))) - set(kept))
+        step.record.keep(value.axes, kept, dims.batch[k])
     for k, (kernel, other) in enumerate(((left, right), (right, left))):
-        step.layer(kernel, other, [kernel.axes[d] for d in contract[k]], sides[k])
-    return [[left.axes[i] for i in batch[0]] + sides[0] + sides[1]]
+        if dims.contract[k]:  # else it scales
+            step.layer(kernel, other, [kernel.axes[d] for d in dims.contract[k]], sides[k])
+    return [[left.axes[i] for i in dims.batch[0]] + sides[0] + sides[1]]
 
 
 @rule("conv_general_dilated")

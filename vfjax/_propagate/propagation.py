@@ -8,13 +8,14 @@ from typing import NamedTuple
 from jax.extend import core as jex
 
 from vfjax._jaxpr import INPUT, PARAM, Graph
-from vfjax._propagate import calls, elementwise, indexing, layout, linear, reduce
+from vfjax._propagate import calls, draws, elementwise, indexing, layout, linear, matrices, reduce
 from vfjax._propagate.atoms import Axis, Cause, Window
 from vfjax._propagate.folds import Folds
-from vfjax._propagate.registry import Step, Value, apply, constant, shape_of
+from vfjax._propagate.registry import Step, Value, apply, constant, reading, shape_of
 from vfjax._propagate.within import Record, independent
 
-_FAMILIES = (calls, elementwise, indexing, layout, linear, reduce)  # imported for their rules
+# Imported for their rules.
+_FAMILIES = (calls, draws, elementwise, indexing, layout, linear, matrices, reduce)
 
 
 class Atom(NamedTuple):
@@ -116,7 +117,9 @@ def propagate(graph: Graph) -> Propagation:
 
     for equation in graph.equations:
         operands = [
-            constant(algebra, v.val, shape_of(v.aval)) if isinstance(v, jex.Literal) else env[v]
+            constant(algebra, v.val, shape_of(v.aval))
+            if isinstance(v, jex.Literal)
+            else reading(algebra, env[v])
             for v in equation.inputs
         ]
         step = Step(algebra, equation.eqn, operands, equation, record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vfjax._jaxpr.primitives import CHOICES, CUMULATIVE, REDUCTIONS, WINDOWS
-from vfjax._propagate.registry import Axes, Step, rule
+from vfjax._propagate.registry import Axes, Step, Value, rule
 
 
 @rule(*(REDUCTIONS - CHOICES))
@@ -54,19 +54,36 @@ def sort(step: Step) -> list[Axes]:
     return [list(value.axes) for value in step.inputs]
 
 
-@rule("top_k")
+@rule("top_k", "approx_top_k")
 def top_k(step: Step) -> list[Axes]:
     """Values and indices of the largest entries along one dimension."""
     (value,) = step.inputs
-    dim = step.params.get("axis", len(value.shape) - 1) % len(value.shape)
+    dim = step.params.get("reduction_dimension", step.params.get("axis", -1)) % len(value.shape)
     return _fixed_along(step, value.axes, [dim])
+
+
+@rule("fft")
+def fft(step: Step) -> list[Axes]:
+    """Transforms the last dimensions."""
+    axes = step.inputs[0].axes
+    rank = len(axes)
+    return _fixed_along(step, axes, range(rank - len(step.params["fft_lengths"]), rank))
 
 
 @rule(*WINDOWS)
 def reduce_window(step: Step) -> list[Axes]:
     """Pools: positions that share windows, or are padded or strided over, are fixed."""
+    return _pooled(step, step.inputs[: len(step.shapes)])  # the scalar initial values follow
+
+
+@rule("select_and_gather_add", "select_and_scatter", "select_and_scatter_add")
+def selected(step: Step) -> list[Axes]:
+    """Derivatives of a max pool, which pass along what windows leave alone."""
+    return _pooled(step, step.inputs[:2])
+
+
+def _pooled(step: Step, values: Sequence[Value]) -> list[Axes]:
     get = step.params.get
-    values = step.inputs[: len(step.shapes)]  # the scalar initial values follow
     rank = len(values[0].shape)
     plain = (
         (get("window_dimensions"), 1),

@@ -131,7 +131,9 @@ class Step:
             self.record.uses.append(Use(self.primitive, contracted, kept))
 
 
-Rule = Callable[[Step], list[Axes]]
+Rule = Callable[[Step], Sequence[Axes | Value]]
+"""Gives the axes of each result; or values, where not all of them depend on all operands."""
+
 RULES: dict[str, Rule] = {}
 LAZY: set[str] = set()
 
@@ -164,20 +166,26 @@ def apply(step: Step) -> list[Value]:
         for value in step.inputs:
             step.algebra.settle(value.axes)
     try:
-        results = function(step)
+        found = function(step)
     except (LookupError, AttributeError, TypeError, ValueError):
         # Another version of jax may have renamed a parameter, say. The ties made before the error
         # only remove symmetries, so the opaque rule can still be applied.
-        results = opaque(step)
-    if not _consistent(step, results):
-        results = opaque(step)
+        found = opaque(step)
+    axes = [known.axes if isinstance(known, Value) else known for known in found]
+    if not _consistent(step, axes):
+        found = axes = opaque(step)
     bits = [value.depends for value in step.inputs]
     if step.primitive not in CAST:  # a cast passes each operand through as a separate result
-        bits = [union(bits)] * len(results)
-    for axes, depends in zip(results, bits, strict=True):
-        if depends:  # a constant does not vary along what is free in it
-            step.record.see(axes)
-    return [Value(*known) for known in zip(results, step.shapes, bits, strict=True)]
+        bits = [union(bits)] * len(axes)
+    bits = [
+        known.depends if isinstance(known, Value) else depends
+        for known, depends in zip(found, bits, strict=True)
+    ]
+    results = [Value(*known) for known in zip(axes, step.shapes, bits, strict=True)]
+    for value in results:
+        if value.depends & PARAM:  # what is without does not vary along what is free in it
+            step.record.see(value.axes)
+    return results
 
 
 def shape_of(aval: Any) -> tuple[int, ...]:
@@ -186,20 +194,42 @@ def shape_of(aval: Any) -> tuple[int, ...]:
 
 
 def constant(algebra: Folds, array: Any, shape: tuple[int, ...]) -> Value:
-    """A constant as a `Value`: an axis along which it does not vary breaks no symmetry."""
+    """A constant as a `Value`: an axis along which it does not vary breaks no symmetry.
+
+    Bits are compared, since equal numbers need not be interchangeable (`0.0` and `-0.0`).
+    """
     cause = Cause("constant")
     try:
         if isinstance(array, Tracer):
             raise TypeError("unknown values")
-        entries = np.asarray(array)
+        bits = _bits(np.asarray(array))
         varies = [
-            n > 1 and not bool(np.all(entries == np.take(entries, [0], axis=k)))
+            n > 1 and not bool(np.all(bits == np.take(bits, [0], axis=k)))
             for k, n in enumerate(shape)
         ]
     except TypeError:  # also typed random keys
         varies = [True] * len(shape)
     axes = [[algebra.atom(n, cause if v else None)] for n, v in zip(shape, varies, strict=True)]
     return Value(axes, shape, 0)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The bits of an array's entries as integers, along a last dimension."""
+    if array.dtype.hasobject:
+        raise TypeError("entries without bits")
+    width = next(n for n in (8, 4, 2, 1) if array.dtype.itemsize % n == 0)
+    return np.ascontiguousarray(array).reshape(*array.shape, 1).view(f"u{width}")
+
+
+def reading(algebra: Folds, value: Value) -> Value:
+    """A value as one equation reads it.
+
+    What does not depend on the parameters is the same in a permuted network. Each of its readers
+    may therefore take it as if it were computed for this reader alone.
+    """
+    if value.depends & PARAM or not value.axes:
+        return value
+    return value._replace(axes=algebra.copied(value.axes))
 
 
 def _consistent(step: Step, results: list[Axes]) -> bool:

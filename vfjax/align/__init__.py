@@ -21,8 +21,10 @@
     [1, 2, 0]
 
 Mixing units makes the variances stored by a BatchNorm unknown; `vfjax.renorm.reset` measures them
-again. Groups in `net.spec.rigid` are only ever permuted. The private module of each matcher states
-what its paper maximises: `_weights`, `_activations`, `_universe`, `_zip`, `_cca`, `_transport`.
+again. Groups in `net.spec.rigid` are only ever permuted. All matchers warn, once per network, if a
+primitive fixes the channels of a whole layer, so that nothing can match them. The private module of
+each matcher states what its paper maximises: `_weights`, `_activations`, `_universe`, `_zip`,
+`_cca`, `_transport`.
 """
 
 from vfjax._maps import Maps

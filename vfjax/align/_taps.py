@@ -21,6 +21,7 @@ from vfjax.network._layout import layout_of
 from vfjax.network._network import Network
 from vfjax.network._records import JointTap
 from vfjax.network._sites import joint_taps, select, taps_by_site
+from vfjax.network._unaligned import warn_of_fixed
 from vfjax.stats._moments import Moments, measured
 
 # Per model, the permutations of the owners of other groups.
@@ -86,6 +87,7 @@ def models_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) ->
     models = comparable(nets, trees, select(nets[0], "taps"))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
+    warn_of_fixed(nets[0])
     return models
 
 
@@ -120,7 +122,9 @@ def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:
         TypeError: If `net` is not a traced network.
         ValueError: If there are not as many networks as models.
     """
-    return net if isinstance(net, Network) else networks(net, moments.models)[0]
+    first = net if isinstance(net, Network) else networks(net, moments.models)[0]
+    warn_of_fixed(first)
+    return first
 
 
 def matched_sites(

@@ -33,6 +33,7 @@ from vfjax.align._plans import Key, Problem, Solver
 from vfjax.align._taps import matched_sites, moments_at_taps, within
 from vfjax.network._arguments import Models, check_net, networks
 from vfjax.network._network import Network
+from vfjax.network._unaligned import warn_of_fixed
 from vfjax.stats._moments import Moments
 from vfjax.symmetry._places import absent_paths
 
@@ -140,6 +141,7 @@ def transport(
     models = Models(nets, tuple(trees), check_trees(trees) if one_net else _flats(nets, trees))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
+    warn_of_fixed(nets[0])
     solver = Solver(regularization, tolerance, max_iterations, nets[0].spec.rigid)
     if whole(sweeps) < 0 or (sweeps and on != "weights"):
         raise ValueError(
@@ -201,6 +203,7 @@ def transport_moments(
     Source: as `transport`.
     """
     check_net(net)
+    warn_of_fixed(net)
     solver = Solver(regularization, tolerance, max_iterations, net.spec.rigid)
     _check_marginals(marginals, ("uniform", "l2", "softmax"))
     if moments.models < 2:

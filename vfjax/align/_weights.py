@@ -22,6 +22,7 @@ from vfjax.align._ascent import counted_axes, generator_of, on_host, search_bloc
 from vfjax.align._assignment import Alignment
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
+from vfjax.network._unaligned import warn_of_fixed
 from vfjax.symmetry._places import absent_paths
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -142,4 +143,5 @@ def _spec(
     if isinstance(net, PermutationSpec):
         return net, ignored
     check_net(net, other="or a PermutationSpec")
+    warn_of_fixed(net)
     return net.spec, ignored if norm_statistics else ignored | net.statistics

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from vfjax.merge._merged import Matrices, Merged
 from vfjax.network._arguments import check_net, models_of, networks
 from vfjax.network._checks import check_depth
 from vfjax.network._network import Network
-from vfjax.network._records import Layer
+from vfjax.network._unaligned import warn_of_fixed
 
 
 @renames(merged="span")
@@ -104,7 +102,7 @@ corrections=[])
             "mapping per model, go into Maps.of_permutations"
         )
     weights = resolve_mix(weights, alpha, len(trees))
-    return _merge(nets, trees, maps, start, end, weights, stacklevel=5)  # by way of a decorator
+    return _merge(nets, trees, maps, start, end, weights)
 
 
 def preserve_first(
@@ -193,8 +191,6 @@ def _merge(
     start: int,
     end: int | None,
     weights: Sequence[float] | None,
-    *,
-    stacklevel: int = 4,
 ) -> Merged:
     """Merges layers `start` to `end`, as `partial` does; `end` is None without heads."""
     net, count = nets[0], len(trees)
@@ -208,7 +204,7 @@ def _merge(
     maps = Maps(({},) * count) if maps is None else maps
     maps.check(nets, count)
     _check_mappable(nets, maps, [depth for depth in (start, end) if depth])
-    _warn_of_fixed(net, start, net.depth if end is None else end, stacklevel)
+    warn_of_fixed(net, start, end)
 
     kept = net.trunk_leaves(start, end) if start or end is not None else frozenset(net.paths)
     if start or kept:  # else nothing is merged, and all models stay as they are
@@ -289,48 +285,3 @@ def _matrices(nets: Sequence[Network], maps: Maps, depth: int, which: int) -> tu
             }
         )
     return tuple(matrices) if any(matrices) else ()
-
-
-_WARNED: weakref.WeakSet[Network] = weakref.WeakSet()
-
-
-def _warn_of_fixed(net: Network, start: int, stop: int, stacklevel: int) -> None:
-    """Warns, once per network, if no permutation can match the channels of a merged layer."""
-    if net in _WARNED:
-        return
-    for layer in net.layers:
-        # Layers outside are not merged, and the last one's channels are the outputs.
-        if not max(start, 1) <= layer.depth <= min(stop, net.depth - 1):
-            continue
-        if layer.group is not None or layer.channels == 1:
-            continue
-        cause = _cause(net, layer)
-        if cause is None:
-            continue
-        _WARNED.add(net)
-        warnings.warn(
-            f"the channels of layer '{layer.name}' cannot be permuted, because of `{cause[0]}` at "
-            f"{cause[1]}: no alignment can match them, so merging them may lose accuracy. "
-            "net.spec.fixed lists all such axes.",
-            UserWarning,
-            stacklevel=stacklevel,
-        )
-        return
-
-
-def _cause(net: Network, layer: Layer) -> tuple[str, str] | None:
-    """Primitive and source line that fixed a layer's channels.
-
-    None where the channels are tied to the network's input or output, by a skip connection for
-    example: all models share that basis, so there is nothing to match.
-    """
-    path = layer.bias or layer.kernel
-    fixed = [entry for entry in net.spec.fixed if entry.path == path]
-    sizes = layer.channel_shape
-    shape = net.leaves([path])[path].shape if path is not None else ()
-    fixed = [f for f in fixed if shape[f.axis] in (*sizes, layer.channels)]
-    if any(f.primitive in ("output", "unused") for f in fixed):
-        return None
-    # The kernel's other axis may be tied to the input, and have the same size.
-    fixed = [f for f in fixed if f.primitive != "input"]
-    return (fixed[-1].primitive, fixed[-1].where) if fixed else None

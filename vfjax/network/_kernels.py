@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis import LinearSite
-from vfjax._jaxpr import Equation, evaluate
-from vfjax._jaxpr.primitives import DOT
+from vfjax._analysis import LinearSite, Traced
+from vfjax._jaxpr import Equation, contraction, evaluate
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
 from vfjax.network._network import Network
 from vfjax.network._retrace import traces_of
+from vfjax.network._sites import inputs_of
 
 
 def kernel_rows(net: Network, layer: str) -> np.ndarray:
@@ -62,7 +62,10 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
     for name, at in zip(layers, sites, strict=True):
         site = traced.layers[name]
         equation = traced.graph.equations[site.index]
-        squares.append(_squares(equation, site, traced.graph.avals, inputs[at]))
+        operands = [inputs[at]] * 2
+        if len(equation.inputs) > 2:  # which rows meet which kernel
+            operands += _values(net, traced, variables, x, equation.inputs[2:])
+        squares.append(_squares(equation, site, traced.graph.avals, operands))
     return squares
 
 
@@ -101,14 +104,27 @@ def _kernel_aval(equation: Equation, site: LinearSite, avals: Any) -> Any:
     return avals[value]
 
 
-def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Array:
-    params = dict(equation.params)
+def _values(
+    net: Network, traced: Traced, variables: PyTree, x: PyTree, wanted: Sequence[Any]
+) -> list[Array]:
+    """Values of a graph by their ids, and literals."""
+    leaves = named_leaves(net, variables)
+    ids = [v for v in wanted if isinstance(v, int)]
+    named = zip(traced.graph.inputs, traced.paths, strict=False)
+    env = {v: jnp.asarray(leaves[path]) for v, path in named if path in leaves}
+    env |= zip(inputs_of(traced), map(jnp.asarray, jax.tree.leaves(x)), strict=True)
+    found = evaluate(traced.graph, env, ids)
+    return [found[v] if isinstance(v, int) else jnp.asarray(v.val) for v in wanted]
+
+
+def _squares(equation: Equation, site: LinearSite, avals: Any, operands: Sequence[Array]) -> Array:
+    params, (x, *more) = dict(equation.params), operands[1:]
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     shape = list(_kernel_aval(equation, site, avals).shape)
-    if equation.primitive == DOT:
-        contract, batch = params["dimension_numbers"]
-        tied = {*contract[site.side], *batch[site.side]}
-        shape = [n if axis in tied else 1 for axis, n in enumerate(shape)]
+    product = contraction(equation.primitive, params)
+    if product is not None:
+        kept = product.kept(site.side, len(shape))
+        shape = [1 if axis in kept else n for axis, n in enumerate(shape)]
     elif params["batch_group_count"] == 1:
         numbers = params["dimension_numbers"]
         if site.side == 1:
@@ -121,7 +137,7 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
     def total(kernel: Array) -> Array:
         operands = [jnp.square(x.astype(dtype))] * 2
         operands[site.side] = kernel
-        return equation.eqn.primitive.bind(*operands, **params).sum()
+        return equation.eqn.primitive.bind(*operands, *more, **params).sum()
 
     return jax.grad(total)(jnp.zeros(shape, dtype))
 

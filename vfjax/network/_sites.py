@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vfjax._analysis import Traced, axes_at_tap
-from vfjax._jaxpr.primitives import CONV
+from vfjax._jaxpr import contraction
 from vfjax.network._checks import opaque_hint
 from vfjax.network._records import JointTap, Tap
 from vfjax.network._retrace import traces_of
@@ -225,11 +225,11 @@ def channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
     if site.kind == "layer":
         return layer.channel_axes
     equation, side = traced.graph.equations[layer.index], 1 - layer.side
-    numbers = equation.params["dimension_numbers"]
-    if equation.primitive == CONV:
+    product = contraction(equation.primitive, equation.params)
+    if product is None:
+        numbers = equation.params["dimension_numbers"]
         return ((numbers.lhs_spec, numbers.rhs_spec)[side][1],)
-    contract, batch = numbers
-    return tuple(sorted((*contract[side], *batch[side])))
+    return tuple(sorted((*product.contract[side], *product.batch[side])))
 
 
 def _whole(net: Network, name: str) -> Site:
