@@ -1,14 +1,17 @@
 """Parameter trees by path, and means of trees.
 
-Whatever needs a pytree but not a network belongs here: names of leaves, checks that trees fit each
-other, their weighted mean, and checks of options that many functions take. Code that must know
-which leaf is a kernel or a statistic belongs in `vfjax.network`.
-
-Read `paths` first: its `flatten_named` and `check_like` are used everywhere.
+Whatever needs a pytree but not a network belongs here: names of leaves, their types, checks that
+trees fit each other, their weighted mean, and checks of options. Code that must know which leaf is
+a kernel or a statistic belongs in `vfjax.network`. Read `paths` first.
 """
 
 from __future__ import annotations
 
+from vfjax._trees.leaves import is_known as is_known
+from vfjax._trees.leaves import like_leaf as like_leaf
+from vfjax._trees.leaves import native as native
+from vfjax._trees.leaves import on_host as on_host
+from vfjax._trees.leaves import sum_type as sum_type
 from vfjax._trees.mean import average_flats as average_flats
 from vfjax._trees.mean import resolve_mix as resolve_mix
 from vfjax._trees.mean import resolve_weights as resolve_weights
@@ -24,6 +27,7 @@ from vfjax._trees.paths import check_sequence as check_sequence
 from vfjax._trees.paths import check_trees as check_trees
 from vfjax._trees.paths import flatten_named as flatten_named
 from vfjax._trees.paths import leaf_paths as leaf_paths
+from vfjax._trees.paths import names_of as names_of
 from vfjax._trees.paths import some as some
 from vfjax._trees.paths import with_leaves as with_leaves
 from vfjax._trees.paths import without as without
@@ -38,11 +42,17 @@ __all__ = [
     "check_sequence",
     "check_trees",
     "flatten_named",
+    "is_known",
     "leaf_paths",
+    "like_leaf",
+    "names_of",
+    "native",
     "number",
+    "on_host",
     "resolve_mix",
     "resolve_weights",
     "some",
+    "sum_type",
     "weighted_mean",
     "whole",
     "with_leaves",

@@ -14,6 +14,7 @@ import jax
 from vfjax._analysis import culprit, separable, view_of
 from vfjax._jaxpr import INPUT
 from vfjax._jaxpr.primitives import SUMS
+from vfjax._trees import names_of
 from vfjax._types import Array, PyTree
 from vfjax.network._fold import fold
 from vfjax.network._retrace import traces_of
@@ -31,8 +32,8 @@ def tree_of(net: Network, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def has_structure(net: Network, tree: Any) -> bool:
-    """Whether something has the structure of the network's variables."""
-    return jax.tree.structure(tree) == traces_of(net).treedef
+    """Whether something has the leaves of the network's variables, in whatever containers."""
+    return names_of(tree) == sorted(net.paths)
 
 
 class Part(NamedTuple):
