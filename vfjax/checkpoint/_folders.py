@@ -60,15 +60,16 @@ def replace(path: Path, complete: Path) -> None:
     aside: list[Path] = []
     for attempt in range(_TRIES):
         old = complete.with_name(f"{complete.name.removesuffix('.tmp')}{attempt}.previous")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(path, old)
-            aside.append(old)
+        if path.exists():
+            with contextlib.suppress(FileNotFoundError):  # another saver was faster
+                os.rename(path, old)
+                aside.append(old)
         try:
             os.rename(complete, path)
             break
         except OSError:
             if path.exists() and attempt + 1 < _TRIES:
-                continue  # another saver was faster
+                continue
             if aside and not path.exists():
                 os.rename(aside.pop(), path)
             raise
