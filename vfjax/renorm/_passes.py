@@ -20,7 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batches, check_finite_means, keep, late, on_mesh, on_meshes, wide
+from vfjax._passes import (
+    batches,
+    check_finite_means,
+    compiled,
+    keep,
+    late,
+    on_mesh,
+    on_meshes,
+    wide,
+)
 from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
 from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
@@ -263,7 +272,7 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
     return pooled
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]:
     return on_mesh(functools.partial(_moments, job), mesh)(given, x)
 
