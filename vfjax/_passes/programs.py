@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from vfjax._trees import native
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -63,7 +65,7 @@ def compiled(*, static: int, donate: int | None = None) -> Callable[[_Function],
             if program is None:
                 made = jax.jit(_on_leaves(*key), donate_argnums=tuple(n - static for n in donated))
                 program = owner.programs.setdefault(key, made)
-            return program(*(leaves for leaves, _ in flat))
+            return program(*([native(leaf) for leaf in leaves] for leaves, _ in flat))
 
         return call  # type: ignore[return-value]
 
