@@ -1,4 +1,7 @@
-"""Trees that differ only in their containers are one model to every function that takes several."""
+"""Trees that differ only in containers, or in how numbers are kept, are one model to all functions.
+
+One list of every public function that takes two trees, or a tree and a mask.
+"""
 
 from __future__ import annotations
 
@@ -107,6 +110,21 @@ def test_containers_make_no_difference(use):
     by_name = dict(zip(others, jax.tree.leaves(wanted), strict=True))
     for name, leaf in zip(names, jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(leaf, by_name[name], err_msg=name)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_how_numbers_are_kept_makes_no_difference(use):
+    """In another byte order, and in a type that JAX narrows: trees that come back keep it."""
+    a, b = (
+        jax.tree.map(lambda leaf, dtype=dtype: np.asarray(leaf).astype(dtype), tree)
+        for tree, dtype in ((A, "float64"), (B, ">f8"))
+    )
+    wanted, found = USES[use](A, B), USES[use](a, b)
+    for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        if hasattr(one, "dtype"):
+            np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+    if jax.tree.structure(found) == jax.tree.structure(A):
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float64")}
 
 
 @pytest.mark.parametrize("whole", [True, np.True_, np.array(True), jnp.array(True)], ids=type)

@@ -7,6 +7,7 @@ a kernel or a statistic belongs in `vfjax.network`. Read `paths` first.
 
 from __future__ import annotations
 
+from vfjax._trees.leaves import changed as changed
 from vfjax._trees.leaves import is_known as is_known
 from vfjax._trees.leaves import like_leaf as like_leaf
 from vfjax._trees.leaves import native as native
@@ -27,7 +28,6 @@ from vfjax._trees.paths import check_sequence as check_sequence
 from vfjax._trees.paths import check_trees as check_trees
 from vfjax._trees.paths import flatten_named as flatten_named
 from vfjax._trees.paths import leaf_paths as leaf_paths
-from vfjax._trees.paths import names_of as names_of
 from vfjax._trees.paths import some as some
 from vfjax._trees.paths import with_leaves as with_leaves
 from vfjax._trees.paths import without as without
@@ -35,6 +35,7 @@ from vfjax._trees.paths import without as without
 __all__ = [
     "Flat",
     "average_flats",
+    "changed",
     "check_alike",
     "check_finite",
     "check_key",
@@ -45,7 +46,6 @@ __all__ = [
     "is_known",
     "leaf_paths",
     "like_leaf",
-    "names_of",
     "native",
     "number",
     "on_host",

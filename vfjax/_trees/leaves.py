@@ -8,6 +8,7 @@ that leaf's type, so whoever computes on leaves asks here where, and in which ty
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,6 +78,35 @@ def like_leaf(value: Any, leaf: Any) -> Any:
         return type(leaf)(np.asarray(value)[()])
     value = np.asarray(value).astype(leaf.dtype, copy=False)
     return value if is_wide(leaf) else jnp.asarray(value)
+
+
+def changed(leaf: Any, slot: int | None, change: Callable[[Any], Any]) -> Any:
+    """A leaf, or a slice of it along its first axis, after a function of it.
+
+    Args:
+        leaf: The leaf.
+        slot: Index of the slice; None for the whole leaf.
+        change: A function of the leaf or slice in float32 or better, to the same number of values.
+
+    Returns:
+        A new leaf of the same type, unless what JAX would narrow is traced.
+
+    Example:
+        >>> changed(np.array([1.0, 2.0], np.float64), 1, lambda part: 3 * part)
+        array([1., 6.])
+    """
+    if is_wide(leaf):
+        part = leaf if slot is None else leaf[slot]
+        value = change(part)
+        if not isinstance(value, Tracer):
+            new = np.array(leaf)
+            new[... if slot is None else slot] = np.reshape(np.asarray(value), part.shape)
+            return new
+    leaf = jnp.asarray(leaf)
+    part = leaf if slot is None else leaf[slot]
+    value = jnp.asarray(change(part.astype(sum_type(leaf.dtype))))
+    value = value.reshape(part.shape).astype(leaf.dtype)
+    return value if slot is None else leaf.at[slot].set(value)
 
 
 def sum_type(dtype: Any) -> np.dtype:

@@ -137,11 +137,6 @@ def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     )
 
 
-def names_of(tree: Any) -> list[str]:
-    """As `leaf_paths`, sorted, of anything, whether or not its leaves are arrays."""
-    return sorted(_named([path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]))
-
-
 def leaf_paths(tree: PyTree) -> list[str]:
     """Paths of a tree's leaves, such as `params/Conv_0/kernel`, in the tree's own order."""
     return list(flatten_named(tree)[0])

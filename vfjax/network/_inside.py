@@ -14,7 +14,7 @@ import jax
 from vfjax._analysis import culprit, separable, view_of
 from vfjax._jaxpr import INPUT
 from vfjax._jaxpr.primitives import SUMS
-from vfjax._trees import names_of
+from vfjax._trees import leaf_paths
 from vfjax._types import Array, PyTree
 from vfjax.network._fold import fold
 from vfjax.network._retrace import traces_of
@@ -33,7 +33,10 @@ def tree_of(net: Network, leaves: Mapping[str, Any]) -> PyTree:
 
 def has_structure(net: Network, tree: Any) -> bool:
     """Whether something has the leaves of the network's variables, in whatever containers."""
-    return names_of(tree) == sorted(net.paths)
+    try:
+        return sorted(leaf_paths(tree)) == sorted(net.paths)
+    except TypeError:  # not a tree of arrays
+        return False
 
 
 class Part(NamedTuple):

@@ -31,7 +31,7 @@ from vfjax._passes import (
     wide,
 )
 from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
-from vfjax._trees import flatten_named
+from vfjax._trees import changed, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
@@ -195,8 +195,8 @@ def with_statistics(
         key = statistics_of(net, name)
         joined[key] = pool(joined[key], moments) if key in joined else moments
     for (mean, var), moments in joined.items():
-        new[mean.path] = _write(new[mean.path], mean.slot, moments.mean)
-        new[var.path] = _write(new[var.path], var.slot, moments.var)
+        new[mean.path] = changed(new[mean.path], mean.slot, lambda _, m=moments: m.mean)
+        new[var.path] = changed(new[var.path], var.slot, lambda _, m=moments: m.var)
     return new
 
 
@@ -231,13 +231,6 @@ def _coefficients(
     now = Pooled(*(np.asarray(v, dtype) for v in now))
     scale, shift = coefficients(now, (goal_mean, goal_std), centre)
     return scale.astype(dtype), shift.astype(dtype)
-
-
-def _write(leaf: Any, slot: int | None, value: Any) -> Array:
-    leaf = jnp.asarray(leaf)
-    if slot is None:
-        return jnp.asarray(value).reshape(leaf.shape).astype(leaf.dtype)
-    return leaf.at[slot].set(jnp.asarray(value).reshape(leaf.shape[1:]).astype(leaf.dtype))
 
 
 def _moved(moments: Pooled, correction: tuple[Any, Any] | None) -> Pooled:

@@ -20,6 +20,7 @@ import numpy as np
 
 from vfjax._passes import batch_size, batches, compiled, on_mesh, on_meshes, stream, wide
 from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
+from vfjax._trees import native
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import as_float, by_example
 
@@ -81,6 +82,7 @@ def job_of(models: Sequence[Runs], sites: Sequence[Sequence[str]]) -> Job:
     for model, names in zip(models, sites, strict=True):
         x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), model.net.x)
         leaves, structure = jax.tree.flatten(model)  # JAX's caches would keep the model's network
+        leaves = list(map(native, leaves))
 
         def captured(leaves: Any, x: Any, structure: Any = structure, names: Any = names) -> Any:
             return structure.unflatten(leaves).run(x, capture=names)[1]
