@@ -16,7 +16,7 @@ import jax
 
 from vfjax._trees import native
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
 
 
 class Owner:
@@ -28,7 +28,9 @@ class Owner:
         return {}
 
 
-def compiled(*, static: int, donate: int | None = None) -> Callable[[_Function], _Function]:
+def compiled(
+    *, static: int, donate: int | None = None
+) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
     """As `jax.jit`, but programs are kept with the first network among the arguments.
 
     That is a network itself, one in the fields of tuples and data classes, which may be nodes of a
@@ -50,7 +52,7 @@ def compiled(*, static: int, donate: int | None = None) -> Callable[[_Function],
     """
     donated = () if donate is None else (donate,)
 
-    def decorate(function: _Function) -> _Function:
+    def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         plain = jax.jit(function, static_argnums=tuple(range(static)), donate_argnums=donated)
 
         @functools.wraps(function)
@@ -67,7 +69,7 @@ def compiled(*, static: int, donate: int | None = None) -> Callable[[_Function],
                 program = owner.programs.setdefault(key, made)
             return program(*([native(leaf) for leaf in leaves] for leaves, _ in flat))
 
-        return call  # type: ignore[return-value]
+        return call
 
     return decorate
 

@@ -75,7 +75,8 @@ def put_together(
                 f"layers are {_signature(given)}, those saved {saved}"
             )
 
-    cut, end = meta["cut"], meta.get("end")
+    cut: int = meta["cut"]
+    end: Any = meta.get("end")  # None without heads
 
     def rebuilt(name: str, net: Network, read: Collection[str]) -> PyTree:
         _check_leaves(net, meta["paths"][name], read, name)
