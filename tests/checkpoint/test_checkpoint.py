@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import shutil
+import socket
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,11 @@ TREES = {
     "odd keys": {"a/b": jnp.ones(1), "a.b": jnp.zeros(1), "": jnp.ones(2)},
     "one leaf": jnp.arange(4),
     "none": None,
+    "dots beside nested keys": {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1), "b.c": jnp.ones(2)}},
+    "dots beside lists": {"a.0": jnp.ones(1), "a": [jnp.zeros(1)], "%2E": jnp.ones(3), ".": {}},
+    "unprintable keys": {"\x00": jnp.ones(1), "\ud800": jnp.zeros(1), "[1]\\*": jnp.ones(2)},
+    "few bits": {"u": jnp.arange(3, dtype=jnp.uint4), "i": jnp.arange(3, dtype=jnp.int4)},
+    "wide": {"i": np.array([2**40]), "c": np.array([1e-300j]), "u": np.uint64(2**63)},
     "ten in a row": [jnp.full(1, k) for k in range(12)],
 }
 
@@ -48,6 +56,143 @@ def test_what_goes_in_comes_out(tmp_path, name):
     assert_same(checkpoint.load(path), TREES[name])
     assert checkpoint.card(path) == {"name": name}
     assert [item.name for item in tmp_path.iterdir()] == ["net"]
+
+
+def test_numbers_and_byte_orders_come_out(tmp_path):
+    numbers = {"flag": True, "steps": 2**40, "rate": 0.1, "phase": 1j}
+    tree = numbers | {"big": np.array([1, 2], ">i4"), "fine": np.array([0.1], ">f8")}
+    found = checkpoint.load(checkpoint.save(tmp_path / "net", tree))
+    assert {name: found[name] for name in numbers} == numbers
+    assert all(type(found[name]) is type(numbers[name]) for name in numbers)
+    assert_same(
+        {"b": found["big"], "f": found["fine"]}, {"b": np.int32([1, 2]), "f": np.array([0.1])}
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["net[1]", "a\\b", "a*?", "{b}", "gs:", "100% ü", "[!a]", ".net.tmp"]
+)
+def test_any_name_of_a_folder_will_do(tmp_path, name):
+    for place in (tmp_path / name, tmp_path / name / "net"):
+        for value in (0.0, 1.0):
+            checkpoint.save(place, {"w": jnp.full(2, value)}, {"value": value})
+            assert_same(checkpoint.load(place), {"w": jnp.full(2, value)})
+        assert [item.name for item in place.parent.iterdir()] == [place.name]
+        shutil.rmtree(place)
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "net")
+    for value in (0.0, 1.0):
+        path = checkpoint.save(tmp_path / "link", {"w": jnp.full(2, value)})
+        assert path == tmp_path / "disk" / "net" and (tmp_path / "link").is_symlink()
+        for place in (path, tmp_path / "link"):
+            assert_same(checkpoint.load(place), {"w": jnp.full(2, value)})
+    assert [item.name for item in path.parent.iterdir()] == ["net"]
+    assert [item.name for item in tmp_path.iterdir()].sort() == ["disk", "link"].sort()
+
+
+def test_what_cannot_be_read_back_replaces_nothing(saved, monkeypatch):
+    """A store that loses a bit is found out while the previous checkpoint is still there."""
+    before, restore = checkpoint.load(saved), ocp.Checkpointer.restore
+
+    def flip(*args, **options):
+        found = restore(*args, **options)
+        return jax.tree.map(lambda leaf: leaf + 1, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "restore", flip)
+        with pytest.raises(CheckpointError, match=r"cannot be read back.*checksum"):
+            checkpoint.save(saved, {"w": jnp.ones(2)})
+    assert_same(checkpoint.load(saved), before)
+    assert [item.name for item in saved.parent.iterdir()] == ["net"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(path, monkeypatch, between):
+    """A save of a process that is killed before or between its renames, and leaves all behind."""
+    rename = os.rename
+
+    def die(old, new):
+        if path in (old, new) and (path == new or not between):
+            raise Killed
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **options: None)
+        patch.setattr(os, "rename", die)
+        with pytest.raises(Killed):
+            checkpoint.save(path, {"w": jnp.ones(2)})
+
+
+def hidden(folder):
+    return [item for item in folder.iterdir() if item.name.startswith(".")]
+
+
+def test_what_another_host_is_writing_stays_for_a_day(saved, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        killed(saved, monkeypatch, between=False)
+    (theirs,) = hidden(saved.parent)
+    checkpoint.save(saved, {"w": jnp.ones(2)})
+    assert hidden(saved.parent) == [theirs]
+    os.utime(theirs, (0, theirs.stat().st_mtime - 2 * 24 * 3600))
+    checkpoint.save(saved, {"w": jnp.ones(2)})
+    assert not hidden(saved.parent)
+
+
+def test_a_save_does_not_touch_those_of_longer_names(saved, monkeypatch):
+    """`net` is where `net.best` begins; killed halfway, the latter lies under a hidden name."""
+    best = saved.with_name("net.best")
+    checkpoint.save(best, {"w": jnp.zeros(2)})
+    killed(best, monkeypatch, between=True)
+    assert not best.exists()
+    checkpoint.save(saved, {"w": jnp.ones(2)})
+    assert_same(checkpoint.load(best), {"w": jnp.zeros(2)})
+
+
+def test_a_checkpoint_may_be_replaced_while_it_is_read(saved, monkeypatch):
+    restore, calls = ocp.Checkpointer.restore, []
+
+    def late(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:  # the reader has seen what describes the old tree
+            checkpoint.save(saved, {"v": jnp.ones(2)}, {"seed": 1})
+        return restore(*args, **options)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", late)
+    assert_same(checkpoint.load(saved), {"v": jnp.ones(2)})
+
+
+def test_threads_save_and_load_one_checkpoint(saved):
+    """Whoever reads finds one of the trees that were saved, whole."""
+    checkpoint.save(saved, {"w": np.zeros(500, np.float32)}, {"k": 0})
+    running = threading.Event()
+
+    def write(k):
+        for _ in range(4):
+            checkpoint.save(saved, {"w": np.full(500, k, np.float32)}, {"k": k})
+
+    def read():
+        found = []
+        while not running.is_set() or not found:
+            found += [
+                np.unique(checkpoint.load(saved)["w"]).tolist(),
+                [checkpoint.card(saved)["k"]],
+            ]
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        for writer in [pool.submit(write, k) for k in range(1, 4)]:
+            writer.result()
+        running.set()
+        found = [values for reader in readers for values in reader.result()]
+    assert all(values in ([0], [1], [2], [3]) for values in found)
+    assert [item.name for item in saved.parent.iterdir()] == ["net"]
 
 
 def test_relative_paths_and_missing_parents(tmp_path, monkeypatch):
@@ -152,6 +297,42 @@ def test_damage_is_told(saved, damage):
         structure.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=f"{saved}.*version control"):
         checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("file", ["structure.json", "card.json"])
+@pytest.mark.parametrize("change", ["meta", "removed"])
+def test_what_describes_a_tree_is_checked_too(tmp_path, file, change):
+    path = checkpoint.save(tmp_path / "pair", Pair([jnp.ones(2)], None), {"seed": 0})
+    content = json.loads((path / file).read_text())
+    if file == "card.json":
+        content["seed"] = 1
+    elif change == "meta":
+        content["meta"]["k"] = 3
+    if change == "removed":
+        structure = json.loads((path / "structure.json").read_text())
+        structure.pop("sha256 of card")
+        (path / "structure.json").write_text(json.dumps(structure))
+        content = structure if file == "structure.json" else content
+    (path / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"pair is damaged.*checksum"):
+        checkpoint.load(path, net="the net")
+    if file == "card.json":
+        with pytest.raises(CheckpointError, match="checksum"):
+            checkpoint.card(path)
+
+
+def test_a_file_names_no_class_to_import(tmp_path, monkeypatch):
+    """As a checkpoint of format 1, which has no checksum of its structure."""
+    path = checkpoint.save(tmp_path / "pair", Pair([jnp.ones(2), None], None))
+    content = json.loads((path / "structure.json").read_text())
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    for kind in ("evil.Pair", "builtins.list", "vfjax.checkpoint.save"):
+        (path / "structure.json").write_text(json.dumps(content | {"format": 1, "kind": kind}))
+        with pytest.raises(CheckpointError, match="not a class of vfjax"):
+            checkpoint.load(path, "the net")
+        found = checkpoint.load(path, "the net", kinds={kind: Pair})
+        assert_same(found.tree, [jnp.ones(2), None])
 
 
 class Pair:

@@ -565,3 +565,26 @@ def test_sites_inside_of_an_opaque_primitive():
     net, v = scanned(70)
     with pytest.raises(ValueError, match="inside the opaque scan at test_merge.py"):
         vfjax.stats.moments(net, [v], [jnp.ones((2, 3))], sites=["k"])
+
+
+def test_a_checkpoint_is_of_the_same_leaves(tmp_path):
+    """Networks of equal layers may differ in what stands between these."""
+
+    def plain(v, x):
+        return jax.nn.relu(x @ v["w1"]) @ v["w2"]
+
+    def scaled(v, x):
+        return jax.nn.relu(x @ v["w1"] * jnp.broadcast_to(v["s"], (len(x), 4))) @ v["w2"]
+
+    x = np.ones((2, 3), np.float32)
+    tree = {"w1": np.ones((3, 4), np.float32), "w2": np.ones((4, 2), np.float32)}
+    larger = tree | {"s": np.full(4, 2.0, np.float32)}
+    less, more = vfjax.trace(plain, tree, x), vfjax.trace(scaled, larger, x)
+    for layers in (0, 1, 2):
+        small = merge.preserve_first(less, [tree, tree], layers=layers)
+        large = merge.preserve_first(more, [larger, larger], layers=layers)
+        with pytest.raises(ValueError, match=r"it lacks 's' of the (trunk|stem0)"):
+            checkpoint.load(checkpoint.save(tmp_path / "large", large), less)
+        with pytest.raises(ValueError, match=r"the (trunk|stem0) was saved without 's'"):
+            checkpoint.load(checkpoint.save(tmp_path / "small", small), more)
+        close(checkpoint.load(tmp_path / "large", more)(x), scaled(larger, x))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named, with_leaves, without
+from vfjax._trees import changed, flatten_named, with_leaves, without
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
@@ -53,11 +53,11 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
         layer = net.layer(norm.layer)
         tree = net.fold(tree, layer.name, factor.reshape(layer.channel_shape), None)
         leaves, _ = flatten_named(tree)
-        changed = {norm.mean: leaves[norm.mean] * factor, norm.var: spread**2 - norm.eps}
+        new = {norm.mean: leaves[norm.mean] * factor, norm.var: spread**2 - norm.eps}
         if path is not None:
-            changed[path] = spread
+            new[path] = spread
         tree = with_leaves(
-            tree, {p: jnp.asarray(v, jnp.result_type(leaves[p])) for p, v in changed.items()}
+            tree, {p: changed(leaves[p], None, lambda _, v=v: v) for p, v in new.items()}
         )
     return tree
 

@@ -21,6 +21,8 @@ from vfjax._passes.devices import on_meshes as on_meshes
 from vfjax._passes.devices import replicate as replicate
 from vfjax._passes.evaluation import Evaluation as Evaluation
 from vfjax._passes.evaluation import evaluate as evaluate
+from vfjax._passes.programs import Owner as Owner
+from vfjax._passes.programs import compiled as compiled
 from vfjax._passes.streaming import by_pieces as by_pieces
 from vfjax._passes.streaming import each as each
 from vfjax._passes.streaming import each_piece as each_piece
@@ -30,10 +32,12 @@ from vfjax._passes.streaming import wide as wide
 
 __all__ = [
     "Evaluation",
+    "Owner",
     "batch_size",
     "batches",
     "by_pieces",
     "check_finite_means",
+    "compiled",
     "each",
     "each_piece",
     "evaluate",

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vfjax._trees import native
 from vfjax._types import PyTree
 
 
@@ -20,7 +21,7 @@ def replicate(tree: PyTree, mesh: Any) -> PyTree:
     def place(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
         there = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
-        return leaf if there else jax.device_put(leaf, everywhere)
+        return leaf if there else jax.device_put(native(leaf), everywhere)
 
     return jax.tree.map(place, tree)
 

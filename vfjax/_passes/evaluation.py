@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,6 +14,7 @@ from tqdm import tqdm
 
 from vfjax._jaxpr import routed
 from vfjax._passes.batching import labelled
+from vfjax._passes.programs import compiled
 from vfjax._trees import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 
@@ -79,7 +78,7 @@ def evaluate(
     return Evaluation(int(sums[0]) / count, float(sums[1]) / count, count)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@compiled(static=1, donate=2)
 def _add_batch(
     fn: Callable[..., Array], params: PyTree, sums: tuple[Array, Array], x: PyTree, label: Array
 ) -> tuple[tuple[Array, Array], Array]:

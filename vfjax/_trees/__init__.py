@@ -1,14 +1,18 @@
 """Parameter trees by path, and means of trees.
 
-Whatever needs a pytree but not a network belongs here: names of leaves, checks that trees fit each
-other, their weighted mean, and checks of options that many functions take. Code that must know
-which leaf is a kernel or a statistic belongs in `vfjax.network`.
-
-Read `paths` first: its `flatten_named` and `check_like` are used everywhere.
+Whatever needs a pytree but not a network belongs here: names of leaves, their types, checks that
+trees fit each other, their weighted mean, and checks of options. Code that must know which leaf is
+a kernel or a statistic belongs in `vfjax.network`. Read `paths` first.
 """
 
 from __future__ import annotations
 
+from vfjax._trees.leaves import changed as changed
+from vfjax._trees.leaves import is_known as is_known
+from vfjax._trees.leaves import like_leaf as like_leaf
+from vfjax._trees.leaves import native as native
+from vfjax._trees.leaves import on_host as on_host
+from vfjax._trees.leaves import sum_type as sum_type
 from vfjax._trees.mean import average_flats as average_flats
 from vfjax._trees.mean import resolve_mix as resolve_mix
 from vfjax._trees.mean import resolve_weights as resolve_weights
@@ -31,6 +35,7 @@ from vfjax._trees.paths import without as without
 __all__ = [
     "Flat",
     "average_flats",
+    "changed",
     "check_alike",
     "check_finite",
     "check_key",
@@ -38,11 +43,16 @@ __all__ = [
     "check_sequence",
     "check_trees",
     "flatten_named",
+    "is_known",
     "leaf_paths",
+    "like_leaf",
+    "native",
     "number",
+    "on_host",
     "resolve_mix",
     "resolve_weights",
     "some",
+    "sum_type",
     "weighted_mean",
     "whole",
     "with_leaves",

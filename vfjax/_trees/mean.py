@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._trees import paths
+from vfjax._trees.leaves import like_leaf, on_host, sum_type
 from vfjax._types import Array, PyTree
 
 # Loose enough that weights given in float32 still sum to one.
@@ -93,15 +94,18 @@ def resolve_mix(
 def weighted_mean(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
     """Averages arrays of one floating-point dtype in float32 or better, and casts back.
 
+    A mean whose first array JAX would narrow, or is a Python number, is computed in NumPy and of
+    that type, unless something is traced.
+
     An array of weight 0 is left out, even if it holds NaN, and one of weight 1 is not multiplied:
     weights of zeros and a single one return that array's values exactly.
 
     Args:
-        arrays: K arrays of equal shape and dtype.
+        arrays: K arrays of equal shape and dtype, or Python numbers.
         weights: K weights, as returned by `resolve_weights`.
 
     Returns:
-        An array of that shape and dtype.
+        An array of that shape and dtype, or a number.
 
     Example:
         >>> float(weighted_mean([jnp.float32(0), jnp.float32(4)], (0.75, 0.25)))
@@ -109,20 +113,29 @@ def weighted_mean(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
     """
     pairs = zip(arrays, weights, strict=True)
     kept = [(a, w) for a, w in pairs if not (isinstance(w, float) and w == 0.0)]
+    host = on_host(arrays[0], *arrays[1:], *weights)
     if len(kept) == 1 and isinstance(kept[0][1], float) and kept[0][1] == 1.0:
-        return jnp.asarray(kept[0][0])
-    return _weighted_sum(*map(list, zip(*kept, strict=True)))
+        return like_leaf(kept[0][0], arrays[0]) if host else jnp.asarray(kept[0][0])
+    terms, shares = map(list, zip(*kept, strict=True))
+    if host:
+        accumulator = sum_type(np.result_type(arrays[0]))
+        return like_leaf(_sum(np, terms, shares, accumulator), arrays[0])
+    return _weighted_sum(terms, shares)
 
 
 @jax.jit
 def _weighted_sum(arrays: list[Array], weights: list[Any]) -> Array:
     """Compiled once for a shape, whatever the weights, where each operation would be otherwise."""
-    accumulator = jnp.promote_types(arrays[0].dtype, jnp.float32)
+    return _sum(jnp, arrays, weights, sum_type(arrays[0].dtype)).astype(arrays[0].dtype)
+
+
+def _sum(library: Any, arrays: list[Any], weights: list[Any], accumulator: np.dtype) -> Any:
+    """The weighted sum in a type, by NumPy or by JAX."""
     terms = (
-        array.astype(accumulator) * jnp.asarray(weight, accumulator)
+        library.asarray(array).astype(accumulator) * library.asarray(weight, accumulator)
         for array, weight in zip(arrays, weights, strict=True)
     )
-    return functools.reduce(operator.add, terms).astype(arrays[0].dtype)
+    return functools.reduce(operator.add, terms)
 
 
 def average_flats(flats: Sequence[paths.Flat], weights: Sequence[float]) -> PyTree:
@@ -153,8 +166,8 @@ def _agreed(path: str, leaves: Sequence[Array]) -> Array:
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         return leaves[0]
 
-    def plain(leaf: Array) -> np.ndarray:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    def plain(leaf: Any) -> np.ndarray:
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         return np.asarray(leaf)
 

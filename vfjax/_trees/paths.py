@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from vfjax._trees.leaves import is_known, native
 from vfjax._types import PyTree
 
 
@@ -59,6 +60,8 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> Flat:
     names agree between APIs. If keys contain slashes and paths would coincide, those paths read
     like `['a/b']` instead.
 
+    Arrays in another byte order than this machine's come back in its own, as JAX has no other.
+
     Args:
         tree: A pytree of arrays. None counts as an absent subtree, as everywhere in JAX.
         name: What to call the tree in an error.
@@ -71,9 +74,10 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> Flat:
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = _named([path for path, _ in flat])
-    for path, leaf in zip(names, (leaf for _, leaf in flat), strict=True):
+    leaves = {path: native(leaf) for path, (_, leaf) in zip(names, flat, strict=True)}
+    for path, leaf in leaves.items():
         check_leaf(leaf, path, name)
-    return Flat(dict(zip(names, (leaf for _, leaf in flat), strict=True)), treedef)
+    return Flat(leaves, treedef)
 
 
 def _named(paths: Sequence[tuple[Any, ...]]) -> list[str]:
@@ -96,6 +100,11 @@ def _named(paths: Sequence[tuple[Any, ...]]) -> list[str]:
 def check_leaf(leaf: Any, path: str, name: str) -> None:
     """Raises a TypeError unless a leaf is an array, a number or a `ShapeDtypeStruct`."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        if isinstance(leaf, (np.ndarray, np.generic)) and not is_known(leaf.dtype):
+            raise TypeError(
+                f"{name} has an array of dtype {leaf.dtype} at '{path or '.'}', which JAX does not "
+                "have; convert it with `.astype`, or keep it out of the tree."
+            )
         return
     if isinstance(leaf, (bool, int, float, complex)):
         return

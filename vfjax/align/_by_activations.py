@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import check_finite_means, on_mesh, stream
+from vfjax._passes import check_finite_means, compiled, on_mesh, stream
 from vfjax._passes.moments import covariance_of, merge_moments, union_second, without_rounding
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within
@@ -121,7 +121,7 @@ def _sites(net: Network, inside: Mapping[str, str]) -> tuple[Layout, ...]:
     return tuple(layout_of(net, name) for of in matched_sites(net, inside) for name in of)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(static=3)
 def _measure(
     nets: tuple[Network, ...],
     sites: tuple[tuple[Layout, ...], ...],

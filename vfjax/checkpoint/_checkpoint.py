@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vfjax._files import write_whole
+from vfjax.checkpoint import _folders as folders
 from vfjax.checkpoint._packed import (
     CheckpointError,
     checksum_of,
+    digest_of,
     pack,
+    stored_key,
     target_of,
     unpack,
 )
 
-_FORMAT = 1
+# Format 1 stored keys as they are, and had a checksum of its arrays alone.
+_FORMAT = 2
+_OWN_DIGEST = "sha256 of the rest"
 _CARD = "card.json"
 _STRUCTURE = "structure.json"
 _TREE = "tree"
+# Where the classes that `load` makes objects of stand, by kind.
+_KINDS = {"vfjax.merge.Merged": "vfjax.merge"}
+# Classes of objects that this process has saved, by kind.
+_SAVED: dict[str, type] = {}
+# More than one writer in turn can replace what is being read.
+_TRIES = 10
 _AGAIN = "Save it again, or restore the folder from version control."
 
 
@@ -38,13 +48,16 @@ def save(
     *,
     storage: Any = None,
 ) -> Path:
-    """Saves a tree of arrays, replacing what was at `path` only once everything is written.
+    """Saves a tree of arrays, replacing what was at `path` only once the new one was read back.
+
+    Other threads and processes may save and load the same path meanwhile: the last save stays.
 
     Args:
-        path: Folder of the checkpoint.  Missing parents are created.
+        path: Folder of the checkpoint, or a symbolic link to it, which stays. Missing parents are
+            created.
         tree: Dictionaries with string keys, lists, tuples and None, with arrays or numbers as
-            leaves; or an object with a method ``__checkpoint__() -> (kind, tree, meta)``, such as
-            `vfjax.merge.Merged`.
+            leaves; or an object with a method ``__checkpoint__() -> (kind, tree, meta)`` and a
+            class method ``__from_checkpoint__(tree, meta, *, net)``, such as `vfjax.merge.Merged`.
         meta: JSON values for ``card.json``.
         storage: A floating dtype, such as ``"float16"``, in which to store wider floating leaves.
             They are loaded in their original dtype, rounded; by default nothing is rounded.
@@ -53,8 +66,9 @@ def save(
         The absolute path.
 
     Raises:
-        TypeError: If a leaf is not an array, a key is not a string, or `meta` holds values that
-            JSON does not support.
+        TypeError: If a leaf is not an array of numbers, a key is not a string, or `meta` holds
+            values that JSON does not support.
+        CheckpointError: If what was written cannot be read back; whatever was at `path` stays.
         ValueError: If there is something at `path` that is not a checkpoint, `storage` is not a
             floating dtype, or a finite value is too large for it.
 
@@ -65,63 +79,70 @@ def save(
         ...     load(path)["kernel"].shape, card(path)["seed"]
         ((2, 3), 0)
     """
-    path = _absolute(path)
-    if (
-        path.exists()
-        and not (path / _STRUCTURE).exists()
-        and (path.is_file() or any(path.iterdir()))
-    ):
-        raise ValueError(f"path {path} holds something that is not a checkpoint: choose another.")
-    kind, object_meta = None, None
+    path = _place(path)
+    _check_free(path)
+    kind, object_meta, saved = None, None, tree
     if hasattr(tree, "__checkpoint__"):
         kind, tree, object_meta = tree.__checkpoint__()
+        _SAVED[kind] = type(saved)
     if storage is not None and not jnp.issubdtype(storage := jnp.dtype(storage), jnp.floating):
         raise ValueError(f"storage must be a floating dtype such as 'float16', got {storage.name}.")
     leaves: list[np.ndarray] = []
     packed, description = pack(tree, "", leaves, storage)
+    # Serialise first, so that invalid arguments raise before anything is written.
+    card_text = json.dumps(dict(meta or {}), indent=2) + "\n"
     structure = {
         "format": _FORMAT,
         "kind": kind,
         "meta": object_meta,
         "sha256": checksum_of(leaves),
+        "sha256 of card": digest_of(json.loads(card_text)),
         "tree": description,
     }
-    # Serialise first, so that invalid arguments raise before anything is written.
+    structure = json.loads(json.dumps(structure))
     texts = {
-        _STRUCTURE: json.dumps(structure),
-        _CARD: json.dumps(dict(meta or {}), indent=2) + "\n",
+        _STRUCTURE: json.dumps(structure | {_OWN_DIGEST: digest_of(structure)}),
+        _CARD: card_text,
     }
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
+    with folders.temporary(path) as temporary:
         if packed is not None:
-            _write_arrays(temporary / _TREE, packed if isinstance(packed, dict) else {"": packed})
+            _write_arrays(temporary, packed if isinstance(packed, dict) else {"": packed})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        _replace(path, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            _read(temporary)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"what was written for {path} cannot be read back, so what was there stays: {error}"
+            ) from error
+        folders.replace(path, temporary)
     return path
 
 
-def load(path: str | os.PathLike[str], net: Any = None) -> Any:
+def load(
+    path: str | os.PathLike[str], net: Any = None, *, kinds: Mapping[str, type] | None = None
+) -> Any:
     """Loads what `save` wrote.
 
     Args:
         path: Folder of the checkpoint.
         net: The traced `Network` that a saved `Merged` belongs to, or those of its models if each
             has one; not needed for trees.
+        kinds: Classes of saved objects by the kind that their ``__checkpoint__`` returned; not
+            needed for those of vfjax, nor in the process that saved them. A class that only the
+            file names is never imported.
 
     Returns:
         The tree, with its original containers and its leaves as `jax.Array` (as `numpy.ndarray`
-        for a dtype that JAX would change, such as float64 by default); or the saved object.
+        for a dtype that JAX would change, such as float64 by default; Python numbers as such); or
+        the saved object.
 
     Raises:
-        CheckpointError: If there is no checkpoint at `path`, or it is incomplete or damaged.
-        ValueError: If the saved object needs `net` and none is given.
+        CheckpointError: If there is no checkpoint at `path`, it is incomplete or damaged, or its
+            object is of an unknown kind.
+        ValueError: If the saved object needs `net` and none is given, or `net` is not its network.
 
     Example:
         >>> import tempfile
@@ -130,38 +151,16 @@ def load(path: str | os.PathLike[str], net: Any = None) -> Any:
         >>> tree["stems"][0], tree["stems"][1][0].shape
         (None, (2,))
     """
-    folder = _folder(path)
-    structure = _read_json(folder / _STRUCTURE)
-    damaged = f"the checkpoint {folder} is damaged:"
-    if not isinstance(structure, dict) or structure.get("format") != _FORMAT:
-        version = structure.get("format") if isinstance(structure, dict) else None
-        raise CheckpointError(
-            f"{damaged} {_STRUCTURE} has format {version!r}, this version reads {_FORMAT}. {_AGAIN}"
-        )
-    leaves: list[np.ndarray] = []
-    try:
-        kind, description, checksum = structure["kind"], structure["tree"], structure["sha256"]
-        target, arrays = target_of(description), None
-        if isinstance(target, dict):
-            arrays = _read_arrays(folder / _TREE, target)
-        elif target is not None:
-            arrays = _read_arrays(folder / _TREE, {"": target})[""]
-        tree = unpack(arrays, description, leaves)
-    # Orbax passes on any exception of its storage layer; whatever fails here is damage.
-    except Exception as error:
-        summary = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"{damaged} {type(error).__name__}: {summary}. {_AGAIN}") from error
-    if checksum_of(leaves) != checksum:
-        raise CheckpointError(f"{damaged} its arrays do not have the recorded checksum. {_AGAIN}")
+    tree, structure = _retried(_read, path)
+    tree, kind = jax.tree.map(_as_jax, tree), structure["kind"]
     if kind is None:
         return tree
+    owner = _owner(kind, kinds or {}, path)
     if net is None:
         raise ValueError(
-            f"{folder} holds a {kind}, which needs its traced network: load(path, net=vfjax.trace("
+            f"{path} holds a {kind}, which needs its traced network: load(path, net=vfjax.trace("
             "apply_fn, variables, x))."
         )
-    module, _, name = kind.rpartition(".")
-    owner = getattr(importlib.import_module(module), name)
     return owner.__from_checkpoint__(tree, structure["meta"], net=net)
 
 
@@ -183,7 +182,11 @@ def card(path: str | os.PathLike[str]) -> dict[str, Any]:
         ...     card(save(folder + "/net", {"w": jnp.ones(2)}, {"accuracy": 0.9}))
         {'accuracy': 0.9}
     """
-    return _read_json(_folder(path) / _CARD)
+
+    def read(folder: Path) -> dict[str, Any]:
+        return _read_card(folder, _read_structure(folder))
+
+    return _retried(read, path)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -207,57 +210,123 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    # Orbax takes absolute paths only.
-    return Path(path).expanduser().absolute()
+def _place(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a checkpoint's folder: where a symbolic link points, if it is one."""
+    path = Path(path).expanduser().absolute()  # orbax takes absolute paths only
+    return path.resolve() if path.is_symlink() else path
 
 
-def _previous(path: Path) -> Path:
-    """Where the previous checkpoint waits while a new one takes its place."""
-    return path.with_name(f".{path.name}.previous")
-
-
-def _replace(path: Path, complete: Path) -> None:
-    """Renames a complete checkpoint into place; if killed halfway, `_folder` finds the old one."""
-    previous = _previous(path)
-    if path.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(path, previous)
-    os.rename(complete, path)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Removes the temporary folders of killed saves to the same path."""
-    for folder in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = folder.name.split(".")[-2]
-        if pid == str(os.getpid()) or not _is_running(pid):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    """Whether a process on this machine has this id."""
+def _check_free(path: Path) -> None:
+    """Raises a ValueError if something other than a checkpoint is at a path."""
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
+        # Listed once: in between, another process may put another checkpoint there.
+        content = os.listdir(path)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        content = [path.name]
+    if content and _STRUCTURE not in content:
+        raise ValueError(f"path {path} holds something that is not a checkpoint: choose another.")
+
+
+def _as_jax(leaf: Any) -> Any:
+    """A NumPy array as a JAX array, unless that would change its type; a number as it is."""
+    if not isinstance(leaf, np.ndarray) or jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return leaf
+    return jnp.asarray(leaf)
+
+
+def _owner(kind: str, kinds: Mapping[str, type], path: Any) -> Any:
+    """The class of a saved object: never one that only the file names."""
+    if kind in _KINDS:
+        return getattr(importlib.import_module(_KINDS[kind]), kind.rpartition(".")[2])
+    known = {**_SAVED, **kinds}
+    if kind not in known:
+        raise CheckpointError(
+            f"{path} holds a {kind!r}, which is not a class of vfjax. If you trust the file, give "
+            f"its class: load(path, net, kinds={{{kind!r}: ...}})."
+        )
+    return known[kind]
+
+
+def _retried(read: Callable[[Path], Any], path: str | os.PathLike[str]) -> Any:
+    """Reads a checkpoint, and again if another process replaced it meanwhile."""
+    path = _place(path)
+    for attempt in range(_TRIES):
+        folder = folders.current(path, _STRUCTURE)
+        before = None if folder is None else _identity(folder)
+        try:
+            if folder is None:
+                raise CheckpointError(_missing(path))
+            return read(folder)
+        except CheckpointError:
+            if attempt + 1 == _TRIES or before == _identity(path):
+                raise
+    raise AssertionError  # not reached
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What changes when a folder is replaced; None if there is none."""
+    try:
+        stat = os.stat(folder)
     except OSError:
-        pass  # it runs, as another user
-    return True
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
-    """Returns the folder to read, or raises if there is none."""
-    path = _absolute(path)
-    if path.is_dir():
-        return path
-    if _previous(path).is_dir():
-        return _previous(path)
+def _missing(path: Path) -> str:
     others = sorted(item.parent.name for item in path.parent.glob(f"[!.]*/{_STRUCTURE}"))
     hint = f" {path.parent} holds {', '.join(others)}." if others else ""
-    raise CheckpointError(
-        f"path: there is no checkpoint at {path}: give the folder that `save` was given.{hint}"
-    )
+    return f"path: there is no checkpoint at {path}: give the folder that `save` was given.{hint}"
+
+
+def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Reads a folder: the tree, whose arrays are NumPy's, and what describes it."""
+    structure = _read_structure(folder)
+    _read_card(folder, structure)
+    damaged = f"the checkpoint {folder} is damaged:"
+    leaves: list[np.ndarray] = []
+    key_of = str if structure["format"] == 1 else stored_key
+    try:
+        description, checksum, _, _ = (structure[k] for k in ("tree", "sha256", "kind", "meta"))
+        target, arrays = target_of(description, key_of), None
+        if isinstance(target, dict):
+            arrays = _read_arrays(folder, target)
+        elif target is not None:
+            arrays = _read_arrays(folder, {"": target})[""]
+        tree = unpack(arrays, description, leaves, key_of)
+    # Orbax passes on any exception of its storage layer; whatever fails here is damage.
+    except Exception as error:
+        summary = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"{damaged} {type(error).__name__}: {summary}. {_AGAIN}") from error
+    if checksum_of(leaves) != checksum:
+        raise CheckpointError(f"{damaged} its arrays do not have the recorded checksum. {_AGAIN}")
+    return tree, structure
+
+
+def _read_structure(folder: Path) -> dict[str, Any]:
+    """What describes the tree; its own checksum is checked, which format 1 did not have."""
+    structure = _read_json(folder / _STRUCTURE)
+    damaged = f"the checkpoint {folder} is damaged:"
+    version = structure.get("format") if isinstance(structure, dict) else None
+    if version not in (1, _FORMAT):
+        raise CheckpointError(
+            f"{damaged} {_STRUCTURE} has format {version!r}, this version reads 1 and {_FORMAT}. "
+            f"{_AGAIN}"
+        )
+    if version != 1 and structure.pop(_OWN_DIGEST, None) != digest_of(structure):
+        raise CheckpointError(f"{damaged} {_STRUCTURE} does not have its own checksum. {_AGAIN}")
+    return structure
+
+
+def _read_card(folder: Path, structure: Mapping[str, Any]) -> dict[str, Any]:
+    content = _read_json(folder / _CARD)
+    if structure["format"] != 1 and structure.get("sha256 of card") != digest_of(content):
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged: {_CARD} does not have the recorded checksum. "
+            f"{_AGAIN}"
+        )
+    return content
 
 
 def _read_json(path: Path) -> Any:
@@ -273,15 +342,21 @@ def _read_json(path: Path) -> Any:
         ) from None
 
 
-def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
+def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
+    with (
+        folders.plainly_named(folder) as place,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(place / _TREE, args=ocp.args.PyTreeSave(arrays))
     # Orbax's completion marker names the temporary folder; here the rename marks completion.
-    (path / "commit_success.txt").unlink(missing_ok=True)
+    (folder / _TREE / "commit_success.txt").unlink(missing_ok=True)
 
 
-def _read_arrays(path: Path, target: dict[str, Any]) -> dict[str, Any]:
+def _read_arrays(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with (
+        folders.plainly_named(folder) as place,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
         args = ocp.args.PyTreeRestore(item=target, restore_args=as_numpy)
-        return checkpointer.restore(path, args=args)
+        return checkpointer.restore(place / _TREE, args=args)

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax._trees import is_known, native
 from vfjax._types import PyTree
+
+_NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float, "complex": complex}
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, incomplete or damaged."""
+
+
+def stored_key(key: str) -> str:
+    """A key as orbax stores it: it joins keys by dots, so that a dot in a key could be either.
+
+    Example:
+        >>> stored_key("Conv_0"), stored_key("a.b"), stored_key("a/b")
+        ('Conv_0', 'a%2Eb', 'a%2Fb')
+    """
+    return quote(key, safe="", errors="surrogatepass").replace(".", "%2E")
 
 
 def pack(
@@ -43,6 +58,12 @@ def pack(
     else:
         leaf = _leaf(tree, where)
         description = {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+        if type(tree) in _NUMBERS.values():
+            description["number"] = type(tree).__name__
+        if jnp.issubdtype(leaf.dtype, jnp.integer) and jnp.iinfo(leaf.dtype).bits < 8:
+            # Tensorstore does not know all types of less than a byte.
+            leaf = leaf.astype(np.int8 if jnp.iinfo(leaf.dtype).min else np.uint8)
+            description["stored"] = leaf.dtype.name
         if storage is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
             if storage.itemsize < leaf.dtype.itemsize:
                 leaf = _narrowed(leaf, where, storage)
@@ -54,13 +75,13 @@ def pack(
     for key, value in items.items():
         inner, described[key] = pack(value, f"{where}/{key}" if where else key, leaves, storage)
         if inner is not None:
-            packed[key] = inner
+            packed[stored_key(key)] = inner
     return packed or None, {kind: described}
 
 
 def _leaf(value: Any, where: str) -> np.ndarray:
-    """Returns a leaf as a NumPy array, or raises if it is not an array."""
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+    """Returns a leaf as a NumPy array of this machine's byte order, or raises if it is not one."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, *_NUMBERS.values())):
         raise TypeError(
             f"tree has a {type(value).__name__} at {where or 'its root'!r}; leaves must be arrays: "
             "partition modules first (eqx.partition, nnx.split), turn states into "
@@ -70,7 +91,13 @@ def _leaf(value: Any, where: str) -> np.ndarray:
         raise TypeError(
             f"tree has a random key at {where or 'its root'!r}; save jax.random.key_data(key)."
         )
-    return np.asarray(value)
+    array = native(np.asarray(value))
+    if not is_known(array.dtype):
+        raise TypeError(
+            f"tree has {array.dtype} at {where or 'its root'!r}; leaves must hold numbers or "
+            "booleans of a type that JAX has: convert it, or put it into `meta`."
+        )
+    return array
 
 
 def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
@@ -85,15 +112,18 @@ def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
     return rounded
 
 
-def target_of(description: Mapping[str, Any]) -> Any:
-    """Returns the nested dictionaries of arrays that orbax restores into, or None if empty."""
+def target_of(description: Mapping[str, Any], key_of: Callable[[str], str]) -> Any:
+    """Returns the nested dictionaries of arrays that orbax restores into, or None if empty.
+
+    `key_of` is `stored_key`, or `str` for a checkpoint that stores keys as they are.
+    """
     if "none" in description:
         return None
     if "shape" in description:
         array = _stored(description)
         return array if array.size else None
     (items,) = description.values()
-    packed = {key: target_of(inner) for key, inner in items.items()}
+    packed = {key_of(key): target_of(inner, key_of) for key, inner in items.items()}
     return {key: value for key, value in packed.items() if value is not None} or None
 
 
@@ -103,8 +133,16 @@ def _stored(description: Mapping[str, Any]) -> np.ndarray:
     return np.empty(description["shape"], jnp.dtype(dtype))
 
 
-def unpack(tree: Any, description: Mapping[str, Any], leaves: list[np.ndarray]) -> PyTree:
-    """Inverts `pack`, appending to `leaves` in the same order."""
+def unpack(
+    tree: Any,
+    description: Mapping[str, Any],
+    leaves: list[np.ndarray],
+    key_of: Callable[[str], str],
+) -> PyTree:
+    """Inverts `pack`, appending to `leaves` in the same order; arrays are NumPy's.
+
+    `key_of` is as in `target_of`.
+    """
     if "none" in description:
         return None
     if "shape" in description:
@@ -117,11 +155,13 @@ def unpack(tree: Any, description: Mapping[str, Any], leaves: list[np.ndarray]) 
             )
         leaves.append(leaf)
         leaf = leaf.astype(jnp.dtype(description["dtype"]), copy=False)
-        canonical = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
-        return jnp.asarray(leaf) if canonical else leaf
+        if "number" in description:
+            return _NUMBERS[description["number"]](leaf[()])
+        return leaf
     ((kind, items),) = description.items()
     values = {
-        key: unpack(tree.get(key) if tree else None, inner, leaves) for key, inner in items.items()
+        key: unpack(tree.get(key_of(key)) if tree else None, inner, leaves, key_of)
+        for key, inner in items.items()
     }
     if kind == "dict":
         return values
@@ -136,3 +176,8 @@ def checksum_of(leaves: list[np.ndarray]) -> str:
     for leaf in leaves:
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Returns a digest of JSON values, however their file is laid out."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

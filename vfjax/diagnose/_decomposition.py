@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vfjax._passes import batches
+from vfjax._passes import batches, compiled
 from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.diagnose._rows import zero_example
@@ -201,7 +201,7 @@ def decompose_matrices(
     return result
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(static=3)
 def _evaluate(
     net: Network,
     names: tuple[str, ...],

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, SupportsIndex
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm
 from vfjax._passes import Evaluation, batches, evaluate, keep, labelled
-from vfjax._trees import check_trees
+from vfjax._trees import check_trees, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
@@ -386,15 +385,8 @@ class Path:
     @functools.cached_property
     def _trunks(self) -> tuple[PyTree, ...]:
         """The leaves of each network that are averaged."""
-        return tuple(
-            jax.tree.map(
-                lambda kept, leaf: None if kept is None else jnp.asarray(leaf),
-                self.start.trunk,
-                tree,
-                is_leaf=lambda leaf: leaf is None,
-            )
-            for tree in self.trees
-        )
+        averaged = flatten_named(self.start.trunk).leaves
+        return tuple(flatten_named(tree).only(averaged) for tree in self.trees)
 
     def at(self, alpha: float) -> Merged:
         """The merged model at an alpha."""

@@ -17,7 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batch_size, each, each_piece, mesh_of, on_mesh, replicate, stream, wide
+from vfjax._passes import (
+    batch_size,
+    compiled,
+    each,
+    each_piece,
+    mesh_of,
+    on_mesh,
+    replicate,
+    stream,
+    wide,
+)
 from vfjax._passes.moments import ROUNDINGS, alive, scale_of, union_deviation, union_means
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
@@ -95,7 +105,7 @@ def offsets(job: Job, networks: tuple[Carried, ...]) -> Offsets:
     return _offsets(job, mesh, networks, x)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _offsets(job: Job, mesh: Any, networks: tuple[Carried, ...], x: PyTree) -> Offsets:
     def evaluated(networks: tuple[Carried, ...], x: PyTree) -> Offsets:
         return each(functools.partial(_values, job), networks, x)
@@ -116,7 +126,7 @@ def measure(job: Job, networks: tuple[Carried, ...], shifts: Offsets, data: Iter
     return pooled
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _measure(
     job: Job, mesh: Any, state: tuple[tuple[Carried, ...], Offsets], x: PyTree
 ) -> tuple[tuple[Any, ...], list[Array]]:

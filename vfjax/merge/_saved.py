@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from vfjax._trees import flatten_named
+from vfjax._trees import flatten_named, some
 from vfjax._types import PyTree
 from vfjax.network._arguments import networks
 from vfjax.network._inside import tree_of
@@ -57,7 +57,8 @@ def put_together(
 
     Raises:
         TypeError: If `net` is neither a network nor a sequence of networks.
-        ValueError: If `net` is missing, or is not the network of the checkpoint.
+        ValueError: If `net` is missing, or is not the network of the checkpoint: it has other
+            layers, lacks leaves that were saved, or reads leaves that were not.
     """
     if net is None:
         raise ValueError(
@@ -74,11 +75,15 @@ def put_together(
                 f"layers are {_signature(given)}, those saved {saved}"
             )
 
-    def rebuilt(name: str, net: Network) -> PyTree:
+    cut: int = meta["cut"]
+    end: Any = meta.get("end")  # None without heads
+
+    def rebuilt(name: str, net: Network, read: Collection[str]) -> PyTree:
+        _check_leaves(net, meta["paths"][name], read, name)
         return tree_of(net, dict(zip(meta["paths"][name], tree[name], strict=True)))
 
-    def trees(kind: str, count: int) -> tuple[PyTree, ...]:
-        return tuple(rebuilt(f"{kind}{k}", nets[k]) for k in range(count))
+    stems = range(meta["stems"])
+    heads = range(meta.get("heads", 0))
 
     def maps(kind: str) -> tuple[dict[str, Any], ...]:
         names = [f"{kind}{k}" for k in range(meta.get(kind, 0))]
@@ -86,18 +91,29 @@ def put_together(
 
     corrections = zip(meta["corrections"], tree["corrections"], strict=True)
     return {
-        "stems": trees("stem", meta["stems"]),
-        "trunk": rebuilt("trunk", nets[0]),
+        "stems": tuple(rebuilt(f"stem{k}", nets[k], nets[k].stem_leaves(cut)) for k in stems),
+        "trunk": rebuilt("trunk", nets[0], nets[0].trunk_leaves(cut, end)),
         "corrections": {name: (scale, shift) for name, (scale, shift) in corrections},
         "net": nets[0],
-        "cut": meta["cut"],
+        "cut": cut,
         "weights": tuple(meta["weights"]),
-        "heads": trees("head", meta.get("heads", 0)),
+        "heads": tuple(rebuilt(f"head{k}", nets[k], nets[k].trunk_leaves(end)) for k in heads),
         "merge": maps("merge"),
         "unmerge": maps("unmerge"),
-        "end": meta.get("end"),
+        "end": end,
         "nets": nets if several else (),
     }
+
+
+def _check_leaves(net: Network, saved: Collection[str], read: Collection[str], name: str) -> None:
+    """Checks that a network has the leaves of a saved part, and reads no others there."""
+    # Merging may leave variances unknown, so these may be missing.
+    missing = set(read).difference(saved, [norm.var for norm in net.norms])
+    lacking = set(saved).difference(net.paths)
+    if lacking or missing:
+        parts = [f"it lacks {some(sorted(lacking))} of the {name}"] if lacking else []
+        parts += [f"the {name} was saved without {some(sorted(missing))}"] if missing else []
+        raise ValueError(f"net is not the network of this checkpoint: {', and '.join(parts)}")
 
 
 def _signature(net: Network) -> list[list[Any]]:

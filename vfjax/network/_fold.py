@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from vfjax._analysis import LinearSite, Traced, View, slot_of
 from vfjax._jaxpr import Graph
+from vfjax._trees import changed
 from vfjax._types import Array
 
 
@@ -95,7 +96,7 @@ def fold(
     factor = factor.transpose(np.argsort(site.out_axes)).reshape(sizes)
     full = jnp.broadcast_to(factor, operand)
     path = traced.paths[kernel.leaf]
-    new[path] = _update(
+    new[path] = changed(
         new[path], kernel.slot, lambda leaf: leaf * kernel.backward(full, leaf.shape)
     )
     if site.bias is not None:
@@ -108,12 +109,12 @@ def fold(
             moved = moved if shift is None else moved + _pick(shift, order)
             return moved.reshape(leaf.shape)
 
-        new[path] = _update(new[path], site.bias.slot, affine)
+        new[path] = changed(new[path], site.bias.slot, affine)
     elif mean is not None and shift is not None:
         index = _mean_index(traced, site)
         assert index is not None  # or there is an obstacle
         order, path = np.argsort(index), traced.paths[mean.leaf]
-        new[path] = _update(
+        new[path] = changed(
             new[path],
             mean.slot,
             lambda leaf: (jnp.ravel(leaf) - _pick(shift, order)).reshape(leaf.shape),
@@ -134,14 +135,6 @@ def _vector(graph: Graph, site: LinearSite, value: Any, what: str) -> Array:
             f"{what} has shape {jnp.shape(value)}; the layer's channels have shape {wanted}."
         )
     return jnp.ravel(jnp.asarray(value))
-
-
-def _update(leaf: Any, slot: int | None, change: Callable[[Array], Array]) -> Array:
-    leaf = jnp.asarray(leaf)
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    if slot is None:
-        return change(leaf.astype(wide)).astype(leaf.dtype)
-    return leaf.at[slot].set(change(leaf[slot].astype(wide)).astype(leaf.dtype))
 
 
 def _unfit(graph: Graph, view: View, reader: int, what: str) -> str | None:

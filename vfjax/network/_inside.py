@@ -14,6 +14,7 @@ import jax
 from vfjax._analysis import culprit, separable, view_of
 from vfjax._jaxpr import INPUT
 from vfjax._jaxpr.primitives import SUMS
+from vfjax._trees import leaf_paths
 from vfjax._types import Array, PyTree
 from vfjax.network._fold import fold
 from vfjax.network._retrace import traces_of
@@ -31,8 +32,11 @@ def tree_of(net: Network, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def has_structure(net: Network, tree: Any) -> bool:
-    """Whether something has the structure of the network's variables."""
-    return jax.tree.structure(tree) == traces_of(net).treedef
+    """Whether something has the leaves of the network's variables, in whatever containers."""
+    try:
+        return sorted(leaf_paths(tree)) == sorted(net.paths)
+    except TypeError:  # not a tree of arrays
+        return False
 
 
 class Part(NamedTuple):

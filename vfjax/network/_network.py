@@ -8,6 +8,7 @@ from typing import Any
 
 from vfjax._analysis import from_propagation, report_missing_layers
 from vfjax._deprecated import OldName
+from vfjax._passes import Owner
 from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import _cost, _fold, _retrace, _run, _sites, _summary
@@ -65,7 +66,7 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
     return Network(apply_fn, variables, x)
 
 
-class Network:
+class Network(Owner):
     """A traced network, made by `trace`: its records, and methods to run, cut and fold it.
 
     It is hashable by identity, static in pytrees, and not saved in checkpoints.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import labelled, mesh_of
+from vfjax._passes import compiled, labelled, mesh_of
 from vfjax._trees import flatten_named, with_leaves
 from vfjax._types import Array, PyTree
 from vfjax.network._network import Network
@@ -109,7 +108,7 @@ def _at_once(leaves: Mapping[str, Any]) -> int:
     return max(1, (_CPU_BYTES if jax.default_backend() == "cpu" else _BYTES) // max(each, 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(static=3)
 def _vmapped(
     net: Network, paths: tuple[str, ...], loss: Loss, tree: PyTree, groups: Any
 ) -> dict[str, Array]:

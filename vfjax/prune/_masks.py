@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named
+from vfjax._trees import flatten_named, like_leaf, on_host, some
 from vfjax._types import PyTree
 from vfjax.prune._scores import Scores
 
@@ -83,7 +83,8 @@ def apply(tree: PyTree, mask: PyTree) -> PyTree:
         mask: A mask from `masks`, for a tree of the same structure.
 
     Returns:
-        A tree of the same dtypes. Works under `jit` and `grad`.
+        A tree of the same dtypes and containers, which in the mask may be others. Works under
+        `jit` and `grad`.
 
     Raises:
         ValueError: If a mask has another structure or shape than the tree.
@@ -167,13 +168,13 @@ def mask_of(tree: PyTree, mask: PyTree) -> dict[str, Any]:
     Raises:
         ValueError: If a mask has another structure or shape than the tree.
     """
-    if jax.tree.structure(tree) != jax.tree.structure(mask):
+    by_path, leaves = flatten_named(mask, name="mask")[0], flatten_named(tree, name="tree")[0]
+    if differ := sorted(by_path.keys() ^ leaves.keys()):
         raise ValueError(
             "mask must have the structure of the tree: make it from scores of that tree, with "
-            "vfjax.prune.masks"
+            f"vfjax.prune.masks. Only one of them has {some(differ)}"
         )
-    by_path = flatten_named(mask, name="mask")[0]
-    _check_shapes(flatten_named(tree, name="tree")[0], by_path, "tree")
+    _check_shapes(leaves, by_path, "tree")
     return by_path
 
 
@@ -263,6 +264,10 @@ def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
     flat, treedef = flatten_named(tree)
 
     def masked(leaf: Any, kept: Any) -> Any:
-        return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))
+        if kept is True:
+            return leaf
+        if on_host(leaf, kept):
+            return like_leaf(np.where(kept, leaf, 0), leaf)
+        return jnp.where(kept, leaf, jnp.zeros_like(leaf))
 
     return jax.tree.unflatten(treedef, [masked(leaf, mask[path]) for path, leaf in flat.items()])

@@ -207,9 +207,11 @@ def scores_of(
             if paths[name] == path:
                 scored[places] = True
         kept[path] = np.where(scored.reshape(value.shape), value, 0)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), tree
-    )
+    flat = flatten_named(tree)
+    shapes = {
+        p: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for p, a in flat.leaves.items()
+    }
+    like = flat.put(shapes).tree()
     return Scores(kept, dict(rows), dict(paths), like)
 
 

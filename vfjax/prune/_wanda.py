@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vfjax._deprecated import renames
-from vfjax._passes import batch_size, on_mesh, stream, wide
+from vfjax._passes import batch_size, compiled, on_mesh, stream, wide
 from vfjax._types import PyTree
 from vfjax.network._kernels import input_squares, kernel_rows, spread
 from vfjax.network._network import Network
@@ -69,7 +69,7 @@ def wanda(
     return scores_of(tree, values, rows, paths)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(static=3)
 def _means(
     net: Network, layers: tuple[str, ...], mesh: Any, tree: PyTree, x: PyTree
 ) -> tuple[list[jax.Array], list[jax.Array]]:

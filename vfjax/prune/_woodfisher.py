@@ -16,12 +16,11 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
 from vfjax._deprecated import renames
-from vfjax._trees import check_like, flatten_named, with_leaves
+from vfjax._trees import check_like, flatten_named, like_leaf, with_leaves
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
@@ -122,7 +121,7 @@ class InverseFisher:
             else:
                 flat[rows] -= self.solve(layer, gone * flat[rows] / self.diagonal[layer])
         new = {
-            path: jnp.asarray(flat.reshape(like[path].shape), like[path].dtype)
+            path: like_leaf(flat.reshape(like[path].shape), leaves[path])
             for path, flat in changed.items()
         }
         return apply(with_leaves(tree, new), mask)

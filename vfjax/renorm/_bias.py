@@ -10,7 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from vfjax._maps import Maps
-from vfjax._trees import check_finite, check_like, check_sequence, flatten_named, resolve_weights
+from vfjax._trees import (
+    changed,
+    check_finite,
+    check_like,
+    check_sequence,
+    flatten_named,
+    resolve_weights,
+)
 from vfjax._types import Array, PyTree
 from vfjax.merge._arguments import merged_of, weights_for
 from vfjax.merge._merged import Merged
@@ -239,9 +246,7 @@ def _map_biases(
         bias = _read(leaves, index)
         new = change(bias, index, served[0])
         path, slot = index
-        leaf = jnp.asarray(leaves[path])
-        new = new.astype(leaf.dtype)
-        leaves[path] = new if slot is None else leaf.at[slot].set(new)
+        leaves[path] = changed(leaves[path], slot, lambda _, new=new: new)
     return merged.put(trunk=leaves).given_back()
 
 

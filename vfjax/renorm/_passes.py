@@ -20,9 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batches, check_finite_means, keep, late, on_mesh, on_meshes, wide
+from vfjax._passes import (
+    batches,
+    check_finite_means,
+    compiled,
+    keep,
+    late,
+    on_mesh,
+    on_meshes,
+    wide,
+)
 from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
-from vfjax._trees import flatten_named
+from vfjax._trees import changed, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
@@ -186,8 +195,8 @@ def with_statistics(
         key = statistics_of(net, name)
         joined[key] = pool(joined[key], moments) if key in joined else moments
     for (mean, var), moments in joined.items():
-        new[mean.path] = _write(new[mean.path], mean.slot, moments.mean)
-        new[var.path] = _write(new[var.path], var.slot, moments.var)
+        new[mean.path] = changed(new[mean.path], mean.slot, lambda _, m=moments: m.mean)
+        new[var.path] = changed(new[var.path], var.slot, lambda _, m=moments: m.var)
     return new
 
 
@@ -224,13 +233,6 @@ def _coefficients(
     return scale.astype(dtype), shift.astype(dtype)
 
 
-def _write(leaf: Any, slot: int | None, value: Any) -> Array:
-    leaf = jnp.asarray(leaf)
-    if slot is None:
-        return jnp.asarray(value).reshape(leaf.shape).astype(leaf.dtype)
-    return leaf.at[slot].set(jnp.asarray(value).reshape(leaf.shape[1:]).astype(leaf.dtype))
-
-
 def _moved(moments: Pooled, correction: tuple[Any, Any] | None) -> Pooled:
     """Moments of `scale * z + shift`, from those of z."""
     if correction is None:
@@ -263,7 +265,7 @@ def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
     return pooled
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]:
     return on_mesh(functools.partial(_moments, job), mesh)(given, x)
 

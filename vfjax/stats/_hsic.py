@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batch_size, batches, on_mesh, on_meshes, stream, wide
+from vfjax._passes import batch_size, batches, compiled, on_mesh, on_meshes, stream, wide
 from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
+from vfjax._trees import native
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import as_float, by_example
 
@@ -80,7 +81,13 @@ def job_of(models: Sequence[Runs], sites: Sequence[Sequence[str]]) -> Job:
     shapes = []
     for model, names in zip(models, sites, strict=True):
         x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), model.net.x)
-        values = jax.eval_shape(lambda m, x, names=names: m.run(x, capture=names)[1], model, x)
+        leaves, structure = jax.tree.flatten(model)  # JAX's caches would keep the model's network
+        leaves = list(map(native, leaves))
+
+        def captured(leaves: Any, x: Any, structure: Any = structure, names: Any = names) -> Any:
+            return structure.unflatten(leaves).run(x, capture=names)[1]
+
+        values = jax.eval_shape(captured, leaves, x)
         for name in names:
             dtype = getattr(values[name], "dtype", None)
             if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
@@ -127,7 +134,7 @@ def _with_scales(
     return (models, _scales(job, mesh, placed, x)), itertools.chain([first], data)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _scales(job: Job, mesh: Any, models: Any, x: PyTree) -> list[Array]:
     def scales(models: Any, x: PyTree) -> list[Array]:
         return [scale_of(f) for f in _features(job, models, x)]
@@ -193,7 +200,7 @@ def by_covariances(
     return out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@compiled(static=3)
 def _covariances(
     job: Job, pairs: tuple[tuple[int, int], ...], mesh: Any, state: Any, x: PyTree
 ) -> tuple[Any, list[Array]]:
@@ -275,7 +282,7 @@ def _groups(widths: Sequence[int], most: int) -> list[list[int]]:
     return groups
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _rows(job: Job, mesh: Any, models: Any, x: PyTree) -> tuple[list[list[Array]], list[Array]]:
     """For each site a list of one array, its features in this batch."""
     features = on_mesh(functools.partial(_features, job), mesh)(models, x)
@@ -329,7 +336,7 @@ def _mean(pooled: np.ndarray, batch: np.ndarray, share: float) -> np.ndarray:
     return pooled + (batch - pooled) * share
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _inner_product(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, list[Array]]:
     """The estimate from one batch for all pairs of sites (Song et al. 2012)."""
     n = batch_size(x)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import by_pieces, each, each_piece, on_mesh
+from vfjax._passes import by_pieces, compiled, each, each_piece, on_mesh
 from vfjax._passes.moments import (
     covariance_of,
     merge_moments,
@@ -46,7 +46,7 @@ class Model:
     tree: PyTree
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def measure(
     job: Job, mesh: Any, models: tuple[Model, ...], x: PyTree
 ) -> tuple[dict[str, Any], list[Array]]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from vfjax._trees import like_leaf, on_host, sum_type
 from vfjax._types import Array
 
 
@@ -131,9 +132,12 @@ def as_permutation(merge: Any, unmerge: Any) -> np.ndarray | None:
 def take(array: Any, permutation: Any, axis: int) -> Any:
     """Reorders a dimension, keeping dtype and sharding.
 
-    A numpy array stays one unless the permutation is a JAX array.
+    A numpy array stays one unless the permutation is a JAX array, and one that JAX would narrow
+    unless it is traced.
     """
-    if isinstance(array, np.ndarray) and not isinstance(permutation, jax.Array):
+    if isinstance(array, np.ndarray) and (
+        not isinstance(permutation, jax.Array) or on_host(array, permutation)
+    ):
         return np.take(array, permutation, axis=axis)
     array, permutation = jnp.asarray(array), jnp.asarray(permutation)
     sharding = jax.typeof(array).sharding
@@ -146,8 +150,11 @@ def take(array: Any, permutation: Any, axis: int) -> Any:
 
 def contract(matrix: Any, array: Any, axis: int) -> Array:
     """Multiplies a dimension by a matrix `[m, n]`, in float32 or better; keeps the dtype."""
+    if on_host(array, matrix):
+        product = np.tensordot(np.asarray(matrix), array, axes=(1, axis))
+        return like_leaf(np.moveaxis(product, 0, axis), array)
     matrix, array = jnp.asarray(matrix), jnp.asarray(array)
-    dtype = jnp.promote_types(jnp.promote_types(array.dtype, matrix.dtype), jnp.float32)
+    dtype = jnp.promote_types(sum_type(array.dtype), sum_type(matrix.dtype))
     product = jnp.tensordot(
         matrix.astype(dtype), array.astype(dtype), axes=(1, axis), precision=lax.Precision.HIGHEST
     )

@@ -279,7 +279,7 @@ def permute_at(leaf: Any, a: Axis, owner: Axis | None, permutation: Any) -> Any:
 def permute_axis(leaf: Any, a: Axis, permutation: Any) -> Any:
     """Reorders the entries at a place: `new = take(old, permutation)`."""
     if a.outer != 1 or a.inner != 1 or a.windows:
-        line, order = a._replace(axis=0), np.arange(leaf.shape[a.axis])
+        line, order = a._replace(axis=0), np.arange(leaf.shape[a.axis], dtype=np.int32)
         permutation = map_axis(order, line, lambda view, k: take(view, permutation, k))
     return take(leaf, permutation, a.axis)
 

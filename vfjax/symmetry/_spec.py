@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named, some
+from vfjax._trees import flatten_named, on_host, some
 from vfjax._types import Array, PyTree
 from vfjax.symmetry._group_maps import (
     as_array,
@@ -135,7 +135,8 @@ class PermutationSpec:
         """Checks that the spec fits a parameter tree, and that permutations fit the spec.
 
         Args:
-            variables: A parameter tree; None may stand in place of absent leaves.
+            variables: A parameter tree, or a mask of one; None may stand in place of absent leaves,
+                and a single bool in place of leaves that are masked as a whole.
             permutations: Permutations by group to check as well.
 
         Returns:
@@ -152,7 +153,8 @@ class PermutationSpec:
             {'h': 3}
         """
         flat = flatten_named(variables).leaves
-        return self.check_leaves(flat, absent_paths(variables), permutations)
+        given, whole = _apart(flat)
+        return self.check_leaves(given, [*absent_paths(variables), *whole], permutations)
 
     def check_leaves(
         self,
@@ -197,7 +199,8 @@ class PermutationSpec:
         """Permutes the axes of every group by `new = take(old, permutation)`.
 
         Args:
-            variables: A parameter tree; None may stand in place of absent leaves.
+            variables: A parameter tree, or a mask of one (`vfjax.prune.masks`); None may stand in
+                place of absent leaves, and a single bool for a leaf that is masked as a whole.
             permutations: By group, an integer array `[n]`, or `[h, n]` for a group within one of h
                 entries: inside the i-th of these, in their new order, `new = take(old,
                 permutation[i])`. Groups left out keep their order. May be traced (under `jit` or
@@ -205,7 +208,8 @@ class PermutationSpec:
 
         Returns:
             A tree like `variables`, of the same dtypes; numpy leaves stay numpy unless a
-            permutation is a JAX array.
+            permutation is a JAX array, and those of a dtype that JAX would narrow unless it is
+            traced.
 
         Raises:
             TypeError: As `validate`.
@@ -267,11 +271,12 @@ class PermutationSpec:
                     f"variables holds {jnp.result_type(leaf)} at '{a.path}', and a matrix cannot "
                     "map integers; leave its group out of `maps`, or the leaf out of the spec."
                 )
-            merge, unmerge = jnp.asarray(pair[0]), jnp.asarray(pair[1]).mT
+            library: Any = np if on_host(leaf, *pair) else jnp
+            merge, unmerge = library.asarray(pair[0]), library.asarray(pair[1]).mT
             matrix = unmerge if a.role == "in" else merge
             if a.path in self.scaling and a.role == "elementwise":
-                average = (merge >= 0).all(-1) & (jnp.abs(merge.sum(-1) - 1) < 1e-3)
-                matrix = jnp.where(average[..., None], merge, merge * unmerge)
+                average = (merge >= 0).all(-1) & (abs(merge.sum(-1) - 1) < 1e-3)
+                matrix = library.where(average[..., None], merge, merge * unmerge)
             if owner is None or matrix.ndim == 2:
                 return map_axis(leaf, a, lambda view, k: contract(matrix, view, k))
             return map_within(leaf, a, owner, lambda view, k, i: contract(matrix[i], view, k))
@@ -353,11 +358,12 @@ class PermutationSpec:
         `sizes` is the number of entries of each group afterwards, if `fn` changes it.
         """
         flat, treedef = flatten_named(variables)
+        given, _ = _apart(flat)
         places: dict[str, list[tuple[str, Axis, Axis | None]]] = {}
         # Owners first: maps within them are given in the owners' new order.
         for name in sorted(self.groups, key=self.within.__contains__):
             for a in self.groups[name] if name in by_group else ():
-                if a.path in flat:
+                if a.path in given:
                     places.setdefault(a.path, []).append((name, a, self.owner(name, a)))
         for path, todo in places.items():
             while todo:
@@ -418,3 +424,13 @@ class PermutationSpec:
                     f"maps[{name!r}] mixes features, and this group can only be permuted: "
                     f"{self.rigid[name]}. Leave it out of `maps`, or permute it, as matchers do."
                 )
+
+
+def _apart(flat: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The leaves that have axes, and the paths of those that a mask has as a single bool."""
+    whole = {
+        path
+        for path, leaf in flat.items()
+        if not np.ndim(leaf) and jnp.result_type(leaf) == np.bool_
+    }
+    return {path: leaf for path, leaf in flat.items() if path not in whole}, whole

@@ -23,10 +23,9 @@ from vfjax._jaxpr import routed
 from vfjax._trees import check_finite, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.data._data import Dataset, normalise
-from vfjax.train._recipes import (
-    Recipe,
-)
-from vfjax.train._state import Saved, checksum
+from vfjax.train._identity import digest, identity_of
+from vfjax.train._recipes import Recipe
+from vfjax.train._state import Saved
 
 _log = logging.getLogger(__name__)
 
@@ -105,13 +104,15 @@ def fit(
         start: Variables to start from instead of the model's initial ones, for instance those of a
             `Trained`; they are copied. Momentum and learning rate start afresh.
         logits: Function from the model's output to logits ``[N, dataset.classes]``, such as cosines
-            with class embeddings; it must be hashable, and equal to itself between calls. None if
-            the model returns logits.
+            with class embeddings; it must be hashable, and equal to itself between calls. A run is
+            resumed with the same code that closes over the same values. None if the model returns
+            logits.
         on_epoch: Called after every epoch, before its state is saved, with the number of epochs
             done (from 1 on) and a copy of the variables, which may be kept. Not called for epochs
             of an earlier call that is resumed.
         work_dir: Folder, used by this run only, in which the state is saved after each epoch; None
-            saves nothing.
+            saves nothing. With it, the training split is hashed, so that a run is never resumed on
+            other images, labels or normalisation.
         resume: Whether to continue from the state in `work_dir`; if False, that state is removed.
         progress: Whether to show a progress bar after two seconds.
 
@@ -119,9 +120,9 @@ def fit(
         The `Trained` variables with their history.
 
     Raises:
-        ValueError: If `work_dir` holds the state of another run (also one with another `start`),
-            the data set has more classes than the model, or `start` does not fit the model or holds
-            NaN or infinity.
+        ValueError: If `work_dir` holds the state of another run (also one with another `start`, or
+            on other data), the data set has more classes than the model, or `start` does not fit
+            the model or holds NaN or infinity.
         FloatingPointError: If the loss is no longer finite; the last finite state stays saved.
 
     Example:
@@ -141,15 +142,21 @@ def fit(
     saved = None
     if work_dir is not None:
         identity = {
-            "model": repr(model),
+            "model": identity_of(model),
             "recipe": dataclasses.asdict(recipe),
-            "data": [dataset.name, list(dataset.train_images.shape)],
+            "data": {
+                "name": dataset.name,
+                "images": digest(dataset.train_images),
+                "labels": digest(dataset.train_labels),
+                "mean": list(map(float, dataset.mean)),
+                "std": list(map(float, dataset.std)),
+            },
             "seed": seed,
         }
         if start is not None:
-            identity["start"] = checksum(start)
+            identity["start"] = digest(start)
         if logits is not None:
-            identity["logits"] = repr(logits)
+            identity["logits"] = identity_of(logits)
         saved = Saved(work_dir, identity)
         if not resume:
             saved.clear()

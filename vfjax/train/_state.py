@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,21 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from vfjax import checkpoint
 from vfjax._types import PyTree
 from vfjax.checkpoint._checkpoint import card, load, save
 
 _log = logging.getLogger(__name__)
-
-
-def checksum(tree: PyTree) -> str:
-    """A digest of a tree's leaves, which distinguishes runs by what they start from."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 class Saved:
