@@ -172,7 +172,7 @@ class Traced:
         for axis, atoms in enumerate(self.propagation.axes.get(value, ())):
             for atom in atoms:
                 if atom.group is not None and atom.group in self.groups:
-                    where = atom.outer, atom.inner, atom.windows
+                    where = atom.outer, atom.inner, atom.windows, atom.entries
                     place = Axis("", axis, "elementwise", *where)
                     by_group.setdefault(atom.group, []).append(place)
         within, places = self.propagation.within, []

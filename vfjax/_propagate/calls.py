@@ -8,18 +8,18 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from vfjax._jaxpr import open_jaxpr, scan_arity, subjaxpr
+from vfjax._jaxpr import PARAM, open_jaxpr, scan_arity, subjaxpr
 from vfjax._jaxpr.primitives import CUSTOM, INLINE
 from vfjax._propagate.registry import (
     Axes,
     Step,
     Value,
-    apply,
     constant,
     opaque,
     rule,
     shape_of,
 )
+from vfjax._propagate.stacks import apply
 
 
 def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
@@ -61,6 +61,8 @@ def scan(step: Step) -> list[Axes]:
     stacked = step.inputs[num_consts + num_carry :]
     for value in stacked:
         step.fix(value.axes[0])
+    for value in (leaves := [v for v in stacked if v.depends == PARAM])[1:]:
+        step.unify(leaves[0].axes[0], value.axes[0])  # one stack: a step reads one entry of each
     inputs = _widen(step.inputs[: num_consts + num_carry], range(num_consts), step.inputs)
     inputs += [Value(v.axes[1:], v.shape[1:], v.depends) for v in stacked]
     outputs = follow(step, jaxpr, closed, inputs)

@@ -18,7 +18,7 @@ def reshape(step: Step) -> list[Axes]:
     if not math.prod(shape):
         return [[step.free(n) for n in shape]]
     axes: Axes = [[] for _ in shape]  # dimensions that stay empty have size 1
-    for before, after in _blocks(value.shape, shape):
+    for before, after in blocks(value.shape, shape):
         operands, sizes = [value.axes[k] for k in before], [shape[k] for k in after]
         if len(before) == 1:
             regrouped = step.algebra.fold(operands[0], sizes, step.cause)
@@ -31,7 +31,7 @@ def reshape(step: Step) -> list[Axes]:
     return [axes]
 
 
-def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of dimensions, none of size 1, that a reshape turns into one another."""
     left, right = ([k for k, n in enumerate(shape) if n != 1] for shape in (before, after))
     blocks = []

@@ -38,18 +38,33 @@ Axes = list[Axis]
 """One axis per dimension of an array."""
 
 
+class Stack(NamedTuple):
+    """Axes that differ by the entry of an array along some dimensions (see `stacks`).
+
+    Attributes:
+        dims: By stack, the dimension that runs over its entries.
+        entries: By index along these dimensions, the axes of that entry alone, one per dimension
+            of the whole array. Entries that are missing have the axes of the first.
+    """
+
+    dims: dict[Any, int]
+    entries: dict[tuple[int, ...], Axes]
+
+
 class Value(NamedTuple):
     """The axes of an array, and what it depends on.
 
     Attributes:
-        axes: One axis per dimension.
+        axes: One axis per dimension; of a stack, those of its first entry.
         shape: Its shape.
         depends: Bits `PARAM` and `INPUT`.
+        stack: The axes of every entry, if they differ.
     """
 
     axes: Axes
     shape: tuple[int, ...]
     depends: int
+    stack: Stack | None = None
 
 
 @dataclasses.dataclass

@@ -35,6 +35,7 @@ from vfjax.align._weights import best_match
 from vfjax.network._arguments import Models, networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
+from vfjax.symmetry._entries import apart
 from vfjax.symmetry._group_maps import compose, invert
 
 # How often the weights of two models with heads are also matched from random permutations: a search
@@ -320,10 +321,13 @@ def _of_weights(given: Models, key: Array, max_steps: int) -> Universe:
     net = given.net
     counted = counted_axes(net.spec, given.leaves[0], net.statistics)
     leaves = [{path: on_host(held[path]) for path in counted} for held in given.leaves]
+    spec = apart(net.spec, leaves[0])[0]
+    leaves = [apart(net.spec, held)[1] for held in leaves]
+    counted = counted_axes(spec, leaves[0], frozenset())
     seed = int(generator_of(key).integers(2**63))
-    objective = _cycles.Weights(net.spec, leaves, counted, seed)
-    models, spec, still = len(given), net.spec, in_place(net)
-    sizes, restarts = spec.check_leaves(given.leaves[0], ()), _RESTARTS if spec.within else 0
+    objective = _cycles.Weights(spec, leaves, counted, seed)
+    models, still = len(given), in_place(net)
+    sizes, restarts = net.spec.check_leaves(given.leaves[0], ()), _RESTARTS if spec.within else 0
 
     def match(a: Any, b: Any) -> Mapping[str, np.ndarray]:
         # A generator per pair, so that each draws what `match_weights` would draw from the key.

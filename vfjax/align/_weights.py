@@ -22,6 +22,7 @@ from vfjax.align._ascent import counted_axes, generator_of, on_host, search_bloc
 from vfjax.align._assignment import Alignment
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
+from vfjax.symmetry._entries import apart
 from vfjax.symmetry._places import absent_paths
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -93,8 +94,9 @@ def match_weights(
     check_finite(other.leaves, name="b")
     sizes = spec.check_leaves(flat.leaves, absent_paths(a))
     counted = counted_axes(spec, flat.leaves, ignored)
-    left = {path: on_host(flat.leaves[path]) for path in counted}
-    right = {path: on_host(other.leaves[path]) for path in counted}
+    left, right = ({p: on_host(of.leaves[p]) for p in counted} for of in (flat, other))
+    (spec, left), (_, right) = apart(spec, left), apart(spec, right)
+    counted = counted_axes(spec, left, frozenset())
     return best_match(spec, sizes, left, right, counted, random, restarts, max_sweeps, tol)
 
 

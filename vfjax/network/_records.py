@@ -142,6 +142,7 @@ class Tap:
         outer: The axis is a row-major `(outer, n, inner)`; the group's n entries are in the middle.
         inner: See `outer`.
         windows: Segments of the axis to look into first, as in `vfjax.symmetry.Axis`.
+        entries: The entries of a stack in which it shows, as in `vfjax.symmetry.Axis`.
     """
 
     name: str
@@ -150,11 +151,13 @@ class Tap:
     outer: int = 1
     inner: int = 1
     windows: tuple[Window, ...] = ()
+    entries: tuple[tuple[int, int], ...] = ()
 
     @property
     def place(self) -> Axis:
         """Where in the value the group lies, as for a leaf."""
-        return Axis("", self.axis, "elementwise", self.outer, self.inner, self.windows)
+        where = self.outer, self.inner, self.windows, self.entries
+        return Axis("", self.axis, "elementwise", *where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +250,7 @@ def describe_taps(traced: Traced, *, axes: Axes, groups: Mapping[int, str]) -> t
             for atom in atoms:
                 group = groups.get(atom.group)
                 if group is not None and (value, group) not in taps:
-                    where = atom.outer, atom.inner, atom.windows
+                    where = atom.outer, atom.inner, atom.windows, atom.entries
                     taps[value, group] = Tap(f"{name}:act", group, axis, *where)
     return tuple(taps.values())
 
