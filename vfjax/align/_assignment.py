@@ -27,11 +27,15 @@ class Alignment:
             method without sweeps gives one entry, the optimum.
         converged: Whether the search ended because the last sweep found nothing to improve, rather
             than at the limit on sweeps.
+        by_weights: Groups that show in no activations and were matched by weights instead.
+        unmatched: Groups that show in no activations and were left in their order.
     """
 
     permutations: Mapping[str, np.ndarray]
     objective: tuple[float, ...]
     converged: bool
+    by_weights: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
     @property
     def moved(self) -> int:
@@ -48,7 +52,10 @@ class Alignment:
         return (
             f"Alignment({count} group{'' if count == 1 else 's'}, {self.moved} of {units} units "
             f"moved, objective {last} after {sweeps} sweep{'' if sweeps == 1 else 's'}, "
-            f"{'converged' if self.converged else 'not converged'})"
+            f"{'converged' if self.converged else 'not converged'}"
+            + (f", {len(self.by_weights)} groups by weights" if self.by_weights else "")
+            + (f", {len(self.unmatched)} groups not matched" if self.unmatched else "")
+            + ")"
         )
 
 
