@@ -135,6 +135,9 @@ WINDOWS = _of(Kind.WINDOW)
 LINEAR = _of(Kind.LAYER)
 """Primitives that a layer is made of."""
 
+LOOPS = _of(Kind.LOOP)
+"""Primitives that run jaxprs several times, or one of several."""
+
 INLINE = _of(Kind.INLINE)
 """Calls that only delimit."""
 

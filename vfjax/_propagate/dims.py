@@ -2,7 +2,8 @@
 
 An equation acts entry by entry along a dimension if each entry of its results depends on the same
 entry of its operands alone, in the same way: elementwise, say, or as a batch dimension of a
-product. Nothing here looks at axes, only at shapes and parameters.
+product. It may also combine what it makes of each entry, as a sum over the dimension does. Nothing
+here looks at axes, only at shapes and parameters.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def through(eqn: Any, operands: Sequence[Dims]) -> list[Dims] | None:
         operands: The dimensions of each operand that run over stacks.
 
     Returns:
-        Those of each result; None if the equation does not act entry by entry along all of them.
+        Those of each result, without dimensions along which entries are combined; None if the
+        equation does not act entry by entry along all of them.
     """
     name = eqn.primitive.name
     if not any(operands):
@@ -64,15 +66,16 @@ def through(eqn: Any, operands: Sequence[Dims]) -> list[Dims] | None:
         branches = [_inside(open_jaxpr(b)[0], operands[1:]) for b in eqn.params["branches"]]
         same = all(branch == branches[0] for branch in branches)
         return branches[0] if same and not operands[0] else None
-    merged: dict[Any, int] = {}
+    merged: dict[Any, int] = {}  # a negative number stands for a dimension that is combined
     for k, dims in enumerate(operands):
         for stack, dim in dims.items():
             target = _target(eqn, k, dim)
             if target is None or merged.setdefault(stack, target) != target:
                 return None
-    if len({*merged.values()}) != len(merged):
+    kept = {stack: dim for stack, dim in merged.items() if dim >= 0}
+    if len({*kept.values()}) != len(kept):
         return None
-    return [merged for _ in eqn.outvars]
+    return [kept for _ in eqn.outvars]
 
 
 def pieces(eqn: Any) -> list[list[tuple[int, int]]] | None:
@@ -94,9 +97,12 @@ def _inside(jaxpr: Any, operands: Sequence[Dims]) -> list[Dims] | None:
         return None
     env = dict(zip(jaxpr.invars, operands, strict=True))
     for eqn in jaxpr.eqns:
-        results = through(eqn, [_read(env, var) for var in eqn.invars])
+        inputs = [_read(env, var) for var in eqn.invars]
+        results = through(eqn, inputs)
         if results is None:
             return None
+        if not all({*dims} <= {*result} for dims in inputs for result in results):
+            return None  # combined entries would have to be tied here
         env.update(zip(eqn.outvars, results, strict=True))
     return [_read(env, var) for var in jaxpr.outvars]
 
@@ -121,7 +127,10 @@ def _scanned(eqn: Any, operands: Sequence[Dims]) -> list[Dims] | None:
 
 
 def _target(eqn: Any, k: int, dim: int) -> int | None:
-    """The result's dimension that a dimension of operand k becomes, entry by entry, or None."""
+    """The result's dimension that a dimension of operand k becomes, entry by entry.
+
+    A negative number, the same for all operands, if entries are combined; None for anything else.
+    """
     move = _MOVES.get(eqn.primitive.name)
     return None if move is None else move(eqn, k, dim)
 
@@ -150,7 +159,7 @@ def _regrouped(eqn: Any, k: int, dim: int) -> int | None:
 
 def _reduced(eqn: Any, k: int, dim: int) -> int | None:
     axes = eqn.params["axes"]
-    return None if dim in axes else dim - sum(a < dim for a in axes)
+    return -1 if dim in axes else dim - sum(a < dim for a in axes)
 
 
 def _kept_but(*names: str) -> Callable[[Any, int, int], int | None]:
@@ -172,7 +181,7 @@ def _contracted(eqn: Any, k: int, dim: int) -> int | None:
     if dim in batch[k]:
         return batch[k].index(dim)
     if dim in contract[k]:
-        return None
+        return -1 - contract[k].index(dim)
     kept = [
         [d for d in range(len(var.aval.shape)) if d not in (*contract[side], *batch[side])]
         for side, var in enumerate(eqn.invars[:2])

@@ -157,7 +157,7 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record
     """Numbers the groups and reads everything out of the algebra."""
     leaves = graph.inputs[: graph.num_leaves]
     used = [leaf for leaf in leaves if graph.users.get(leaf) or leaf in graph.output_ids]
-    origin: dict[int, tuple[int, int, int]] = {}
+    origin: dict[int, list[tuple[int, int, int]]] = {}
     groups: dict[int, int] = {}
     fixed = []
     for leaf in leaves:
@@ -192,7 +192,9 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record
                 starts = dict(zip(kept, accumulate([0, *map(len, kept.values())]), strict=False))
                 for at, of in places.items():
                     first = starts[stacks.shorten(at, kept)]
-                    origin.update((p.atom, (v, k, first + i)) for i, p in enumerate(of))
+                    for i, place in enumerate(of):
+                        known = origin.setdefault(place.atom, [])
+                        known += [(v, k, first + i)] * ((v, k, first + i) not in known)
         shown[v] = tuple(by_axis)
 
     ties = []
@@ -200,8 +202,8 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record
         for role, axes in (("out", use.kept), ("in", use.contracted)):
             for axis in axes:
                 for place in algebra.places(axis):
-                    if place.atom in origin:
-                        ties.append(Tie(use.primitive, *origin[place.atom], role))
+                    known = origin.get(place.atom, ())
+                    ties += [Tie(use.primitive, *at, role) for at in known]
     return Propagation(
         axes=shown,
         leaves=leaves,

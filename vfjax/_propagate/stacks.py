@@ -7,17 +7,18 @@ symmetry, so its entries keep their places, and every entry can have its own per
 A first pass ties the axes of all entries, as they lie along one axis of one array. `stacked` finds
 the dimensions that run over entries and are fixed. In a second pass the leaves along them have
 different axes in each entry. An equation that acts entry by entry is followed once for each entry,
-as if all others were like it; before any other, the axes of all entries are tied.
+as if all others were like it; if it also combines what it makes of each, their axes are tied. So
+are the axes of all entries before any other equation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from vfjax._jaxpr import INPUT, PARAM, Graph, scan_arity, scans_layers
+from vfjax._jaxpr import PARAM, Graph, scan_arity, scans_layers
 from vfjax._jaxpr.primitives import DOT, SCAN, SLICE
 from vfjax._propagate import registry
 from vfjax._propagate.atoms import Cause
@@ -58,59 +59,62 @@ def stacked(graph: Graph, algebra: Folds, env: Mapping[int, Value]) -> dict[int,
     Returns:
         By the id of a leaf, its dimensions that run over entries, by a name of the stack.
     """
-    single: set[int] = set()  # classes of dimensions from which single entries are taken
-    whole: set[int] = set()  # classes of dimensions all of whose entries are used
+    single: dict[int, set[int]] = {}  # by class of an axis, the single entries that are taken
+    whole: set[int] = set()  # classes of axes that a loop steps over
+    kept: set[int] = set()  # classes of axes of kernels that are fixed but not contracted
     for equation in graph.equations:
         bits = [graph.depends[v] if isinstance(v, int) else 0 for v in equation.inputs]
         if equation.depends == PARAM:
-            value = env[equation.values[0]]
             for taken in pieces(equation.eqn) or ():
+                value = env[equation.values[0]]
                 for axis, n, (start, stop) in zip(value.axes, value.shape, taken, strict=True):
-                    if stop - start == 1 < n <= _LONGEST:
-                        single.update(map(algebra.find, axis))
-        elif equation.primitive == DOT and sorted(bits[:2], key=lambda b: b & INPUT)[0] == PARAM:
+                    if stop - start == 1 < n <= _LONGEST and len(axis) == 1:
+                        single.setdefault(algebra.find(axis[0]), set()).add(start)
+        elif equation.primitive == DOT and PARAM in bits:
             side = bits.index(PARAM)
-            axes = env[equation.values[side]].axes
-            for dim in equation.params["dimension_numbers"][1][side]:
-                if all(algebra.cause(place.atom) for place in algebra.places(axes[dim])):
-                    whole.update(map(algebra.find, axes[dim]))
+            contracted = equation.params["dimension_numbers"][0][side]
+            kernel = env[equation.values[side]].axes
+            for dim, axis in enumerate(kernel if len(kernel) > 2 else ()):
+                if dim not in contracted and not _free(algebra, axis):
+                    kept.update(map(algebra.find, axis))
         elif equation.primitive == SCAN and scans_layers(equation.eqn, bits):
             first = sum(scan_arity(equation.params))
             for v, b in list(zip(equation.inputs, bits, strict=True))[first:]:
                 if b == PARAM:
                     whole.update(map(algebra.find, env[v].axes[0]))
     found: dict[int, dict[Any, Along]] = {}
-    if not single | whole:
-        return found
-    for leaf in graph.inputs[: graph.num_leaves]:
-        entries = 1
-        for dim, axis in enumerate(env[leaf].axes if len(env[leaf].shape) > 1 else ()):
-            n, name = env[leaf].shape[dim], algebra.find(axis[0])
-            segments = algebra.segments(axis)
-            starts = itertools.accumulate([0, *map(algebra.length, segments)])
-            indices = tuple(
-                start
-                for start, segment in zip(starts, segments, strict=False)
-                if algebra.length(segment) == 1
-            )
-            indices = tuple(range(n)) if name in whole else indices
-            entries *= len(indices) or 1
-            if (
-                indices
-                and n > 1
-                and entries <= _MOST
-                and _parts(algebra, axis[0]) & (single | whole)
-            ):
+    for leaf in graph.inputs[: graph.num_leaves] if single or whole or kept else ():
+        axes, entries = env[leaf].axes, 1
+        free = {dim for dim, axis in enumerate(axes) if _free(algebra, axis)}
+        for dim, axis in enumerate(axes):
+            name = algebra.find(axis[0])
+            indices = {
+                start + k
+                for start, atom in _segments(algebra, axis[0])
+                for k in single.get(algebra.find(atom), ())
+            }
+            if name in whole or (name in kept and free - {dim}):
+                indices = {*range(env[leaf].shape[dim])}
+            if len(indices) > 1 and entries * len(indices) <= _MOST:
+                entries *= len(indices)
                 causes = algebra.causes(axis) or [Cause(SLICE)]
-                found.setdefault(leaf, {}).setdefault(name, Along(dim, indices, causes[0]))
+                along = Along(dim, tuple(sorted(indices)), causes[0])
+                found.setdefault(leaf, {}).setdefault(name, along)
     return found
 
 
-def _parts(algebra: Folds, atom: int) -> set[int]:
-    """The classes of an atom and of the segments that it was cut into."""
+def _free(algebra: Folds, axis: Sequence[int]) -> bool:
+    """Whether some part of an axis has a symmetry."""
+    return any(algebra.cause(place.atom) is None for place in algebra.places(axis))
+
+
+def _segments(algebra: Folds, atom: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """An atom and the segments that it was cut into, with their positions."""
+    yield start, atom
     parts = algebra.parts(atom)
-    inner = parts.atoms if parts is not None and parts.kind == "sum" else ()
-    return {algebra.find(atom)}.union(*(_parts(algebra, part) for part in inner))
+    for part in parts.atoms if parts is not None and parts.kind == "sum" else ():
+        yield from _segments(algebra, part, start)
+        start += algebra.size(part)
 
 
 def stack(algebra: Folds, shape: Sequence[int], depends: int, along: Mapping[Any, Along]) -> Value:
@@ -148,7 +152,7 @@ def apply(step: Step) -> list[Value]:
         dict(zip(known, at, strict=True)) for at in itertools.product(*map(sorted, known.values()))
     ]
     followed = [
-        registry.apply(dataclasses.replace(step, inputs=[entry(v, at) for v in step.inputs]))
+        registry.apply(dataclasses.replace(step, inputs=[_entry(step, v, at) for v in step.inputs]))
         for at in indices
     ]
     results = []
@@ -177,13 +181,21 @@ def apply(step: Step) -> list[Value]:
     return results
 
 
-def entry(value: Value, at: Mapping[Any, int]) -> Value:
+def _entry(step: Step, value: Value, at: Mapping[Any, int]) -> Value:
     """A value as if all entries of its stacks were like the one at some indices."""
-    if value.stack is None:
+    if value.stack is not None:
+        index = tuple(at[name] for name in value.stack.dims)
+        axes = value.stack.entries.get(index, _first(value.stack.entries))
+        return Value(axes, value.shape, value.depends)
+    if value.depends:
         return value
-    index = tuple(at[name] for name in value.stack.dims)
-    axes = value.stack.entries.get(index, _first(value.stack.entries))
-    return Value(axes, value.shape, value.depends)
+    # A constant does not vary along what is free in it: it need not tie entries to each other.
+    free = [not step.algebra.causes(axis) for axis in value.axes]
+    axes = [
+        step.free(n) if f else axis
+        for axis, n, f in zip(value.axes, value.shape, free, strict=True)
+    ]
+    return Value(axes, value.shape, 0)
 
 
 def _tied(step: Step, value: Value) -> Value:
@@ -216,9 +228,10 @@ def along(value: Value, dim: int) -> dict[At, list[int]]:
     if value.stack is None or dim in (dims := tuple(value.stack.dims.values())):
         return {(): value.axes[dim]}
     first = _first(value.stack.entries)
+    every = itertools.product(*(range(value.shape[d]) for d in dims))
     return {
         tuple(sorted(zip(dims, index, strict=True))): value.stack.entries.get(index, first)[dim]
-        for index in itertools.product(*(range(value.shape[d]) for d in dims))
+        for index in (*value.stack.entries, *(i for i in every if i not in value.stack.entries))
     }
 
 

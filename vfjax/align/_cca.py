@@ -87,9 +87,9 @@ def cca(
 
     Returns:
         The maps `(T, T^-1)` of all models but the first; `by_weights` or `unmatched` names groups
-        without a tap. Groups that can only be permuted (`net.spec.rigid`, such as the width of a tied kernel) are
-        permuted. The variances that a BatchNorm stores are unknown for combined features: measure
-        them again with `vfjax.renorm.reset`.
+        without a tap. Groups that can only be permuted (`net.spec.rigid`, such as the width of a
+        tied kernel) are permuted. The variances that a BatchNorm stores are unknown for combined
+        features: measure them again with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, data

@@ -99,10 +99,10 @@ def transport(
 
     Returns:
         The maps `(M, U)`, float32, rows summing to one; the first model has none. With
-        `on="activations"`, `by_weights` or `unmatched` names groups without a tap. Groups that can only be permuted
-        (`net.spec.rigid`, such as the width of a tied kernel) are permuted, by exact plans. Where
-        units are mixed, the variances that a norm stores are unknown: measure them again with
-        `vfjax.renorm.reset`.
+        `on="activations"`, `by_weights` or `unmatched` names groups without a tap. Groups that can
+        only be permuted (`net.spec.rigid`, such as the width of a tied kernel) are permuted, by
+        exact plans. Where units are mixed, the variances that a norm stores are unknown: measure
+        them again with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or

@@ -180,8 +180,9 @@ def match_universe(
         untapped: With data, as in `match_activations`: how groups without a tap are matched.
 
     Returns:
-        The permutations; `by_weights` or `unmatched` names groups that data cannot match. Reordering the trees reorders them and changes nothing else, not even by
-        rounding: sums over models are taken in an order that the models' values determine.
+        The permutations; `by_weights` or `unmatched` names groups that data cannot match.
+        Reordering the trees reorders them and changes nothing else, not even by rounding: sums over
+        models are taken in an order that the models' values determine.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
