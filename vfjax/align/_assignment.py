@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -53,10 +53,15 @@ class Alignment:
             f"Alignment({count} group{'' if count == 1 else 's'}, {self.moved} of {units} units "
             f"moved, objective {last} after {sweeps} sweep{'' if sweeps == 1 else 's'}, "
             f"{'converged' if self.converged else 'not converged'}"
-            + (f", {len(self.by_weights)} groups by weights" if self.by_weights else "")
-            + (f", {len(self.unmatched)} groups not matched" if self.unmatched else "")
+            + _noted(self.by_weights, "by weights")
+            + _noted(self.unmatched, "not matched")
             + ")"
         )
+
+
+def _noted(groups: Collection[str], how: str) -> str:
+    count = len(groups)
+    return f", {count} group{'' if count == 1 else 's'} {how}" if groups else ""
 
 
 def assign(gain: np.ndarray) -> np.ndarray:
