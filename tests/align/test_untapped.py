@@ -8,7 +8,7 @@ from jax import lax
 
 import vfjax
 from helpers import assert_close, lively, traced
-from vfjax import align
+from vfjax import align, prune
 
 H = 5
 X = np.random.default_rng(1).normal(size=(30, 4, 3)).astype(np.float32)
@@ -145,3 +145,21 @@ def test_a_network_without_any_tap():
         assert maps.by_weights == ("wx",)
         for name, leaf in maps.apply(net, [tree, copy])[1].items():
             assert_close(leaf, tree[name], 1e-6)
+
+
+def test_kernels_inside_loops_are_pruned():
+    net, tree = traced(lstm, CELLS[lstm], X.shape), lively(CELLS[lstm], 0)
+    assert set(prune.prunable(net)) == {"head", "wx", "wh"}
+    scores = prune.magnitude(net, tree)
+    np.testing.assert_array_equal(scores.of("wx"), abs(tree["wx"]).T)
+    masks = prune.masks(scores, 0.5)
+    assert prune.sparsity(masks) == pytest.approx(0.5, abs=0.01)
+    largest = np.sort(np.concatenate([abs(tree[p]).ravel() for p in ("head", "wx", "wh")]))
+    assert min(abs(tree[p])[np.asarray(masks[p])].min() for p in ("wx", "wh")) >= np.median(largest)
+    labelled = [(X, np.arange(30) % 2)]
+    fisher = prune.fisher(net, tree, labelled)
+    assert fisher.values["wh"].any()
+    with pytest.warns(UserWarning, match=r"\['wh', 'wx'\] are left out"):
+        assert set(prune.wanda(net, tree, [X]).rows) == {"head"}
+    with pytest.raises(ValueError, match="kernels inside loops, whose inputs are not measured"):
+        prune.wanda(net, tree, [X], names=["wx"])

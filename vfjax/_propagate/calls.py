@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from jax.extend import core as jex
@@ -61,15 +62,17 @@ def scan(step: Step) -> list[Axes]:
     stacked = step.inputs[num_consts + num_carry :]
     for value in stacked:
         step.fix(value.axes[0])
-    for value in (leaves := [v for v in stacked if v.depends == PARAM])[1:]:
-        step.unify(leaves[0].axes[0], value.axes[0])  # one stack: a step reads one entry of each
+    # One stack, of which a step reads one entry; a leaf first, whose cause is then kept for all.
+    for first, value in pairwise(sorted(stacked, key=lambda v: v.depends != PARAM)):
+        step.unify(first.axes[0], value.axes[0])
     inputs = _widen(step.inputs[: num_consts + num_carry], range(num_consts), step.inputs)
     inputs += [Value(v.axes[1:], v.shape[1:], v.depends) for v in stacked]
     outputs = follow(step, jaxpr, closed, inputs)
     carry = step.inputs[num_consts : num_consts + num_carry]
     _tie_all(step, carry, outputs[:num_carry])
     length = step.params["length"]
-    emitted = [[step.fixed(length), *value.axes] for value in outputs[num_carry:]]
+    steps = stacked[0].axes[0] if stacked else step.fixed(length)
+    emitted = [[steps, *value.axes] for value in outputs[num_carry:]]
     return [value.axes for value in carry] + emitted
 
 
