@@ -20,7 +20,7 @@ from vfjax._propagate.registry import (
     rule,
     shape_of,
 )
-from vfjax._propagate.stacks import apply
+from vfjax._propagate.stacks import apply, tied
 
 
 def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
@@ -42,12 +42,12 @@ def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value
 
 
 @rule(*INLINE, *CUSTOM, lazy=True)
-def call(step: Step) -> list[Axes]:
+def call(step: Step) -> Sequence[Axes | Value]:
     """Evaluates a jaxpr once."""
     inner = subjaxpr(step.eqn)
     if inner is None or len(inner[0].invars) != len(step.inputs):
         return opaque(step)
-    return [value.axes for value in follow(step, *inner, step.inputs)]
+    return follow(step, *inner, step.inputs)
 
 
 @rule("scan")
@@ -59,16 +59,16 @@ def scan(step: Step) -> list[Axes]:
     """
     num_consts, num_carry = scan_arity(step.params)
     jaxpr, closed = open_jaxpr(step.params["jaxpr"])
-    stacked = step.inputs[num_consts + num_carry :]
+    own = [tied(step, value) for value in step.inputs[num_consts:]]
+    carry, stacked = own[:num_carry], own[num_carry:]
     for value in stacked:
         step.fix(value.axes[0])
     # One stack, of which a step reads one entry; a leaf first, whose cause is then kept for all.
     for first, value in pairwise(sorted(stacked, key=lambda v: v.depends != PARAM)):
         step.unify(first.axes[0], value.axes[0])
-    inputs = _widen(step.inputs[: num_consts + num_carry], range(num_consts), step.inputs)
+    inputs = _widen([*step.inputs[:num_consts], *carry], range(num_consts), step.inputs)
     inputs += [Value(v.axes[1:], v.shape[1:], v.depends) for v in stacked]
-    outputs = follow(step, jaxpr, closed, inputs)
-    carry = step.inputs[num_consts : num_consts + num_carry]
+    outputs = [tied(step, value) for value in follow(step, jaxpr, closed, inputs)]
     _tie_all(step, carry, outputs[:num_carry])
     length = step.params["length"]
     steps = stacked[0].axes[0] if stacked else step.fixed(length)
@@ -81,11 +81,11 @@ def while_(step: Step) -> list[Axes]:
     """Ties the carry that the body returns to the one that it takes; the condition is a scalar."""
     cond_consts, body_consts = step.params["cond_nconsts"], step.params["body_nconsts"]
     constants, carry = step.inputs[: cond_consts + body_consts], step.inputs[-len(step.shapes) :]
-    carry = _widen(carry, (), step.inputs)
+    carry = _widen([tied(step, value) for value in carry], (), step.inputs)
     condition = [*constants[:cond_consts], *carry]
     body = [*constants[cond_consts:], *carry]
     for value in follow(step, *open_jaxpr(step.params["cond_jaxpr"]), condition):
-        step.fix(*value.axes)
+        step.fix(*tied(step, value).axes)
     _tie_all(step, carry, follow(step, *open_jaxpr(step.params["body_jaxpr"]), body))
     return [value.axes for value in carry]
 
@@ -94,11 +94,11 @@ def while_(step: Step) -> list[Axes]:
 def cond(step: Step) -> list[Axes]:
     """Ties the results of all branches."""
     index, *operands = step.inputs
-    step.fix(*index.axes)
+    step.fix(*tied(step, index).axes)
     branches = [follow(step, *open_jaxpr(b), operands) for b in step.params["branches"]]
     for branch in branches[1:]:
         _tie_all(step, branches[0], branch)
-    return [value.axes for value in branches[0]]
+    return [tied(step, value).axes for value in branches[0]]
 
 
 def _widen(values: Sequence[Value], but: Sequence[int], all_values: Sequence[Value]) -> list[Value]:
@@ -111,4 +111,5 @@ def _widen(values: Sequence[Value], but: Sequence[int], all_values: Sequence[Val
 
 def _tie_all(step: Step, left: Sequence[Value], right: Sequence[Value]) -> None:
     for a, b in zip(left, right, strict=True):
+        a, b = tied(step, a), tied(step, b)
         step.tie([a, b], range(len(a.shape)))

@@ -109,7 +109,7 @@ def propagate(graph: Graph) -> Propagation:
         Groups of tied axes, for every value of the graph.
     """
     algebra, env, record = _follow(graph, {})
-    if leaves := stacks.stacked(graph, algebra, env):
+    if leaves := stacks.stacked(graph, algebra, env, record):
         algebra, env, record = _follow(graph, leaves)
     return _collect(graph, algebra, env, record)
 

@@ -168,7 +168,8 @@ def rule(*primitives: str, lazy: bool = False) -> Callable[[Rule], Rule]:
 def opaque(step: Step) -> list[Axes]:
     """The rule of every primitive without one: fixes everything that it touches."""
     for value in step.inputs:
-        step.fix(*value.axes)
+        for axes in [value.axes] if value.stack is None else value.stack.entries.values():
+            step.fix(*axes)
     return [[step.fixed(n) for n in shape] for shape in step.shapes]
 
 
@@ -178,21 +179,25 @@ def apply(step: Step) -> list[Value]:
     if step.primitive not in LAZY:
         for value in step.inputs:
             step.algebra.settle(value.axes)
+    found: Sequence[Axes | Value] = ()
     try:
-        results = function(step)
+        found = function(step)
+        results = [of.axes if isinstance(of, Value) else of for of in found]
     except (LookupError, AttributeError, TypeError, ValueError):
         # Another version of jax may have renamed a parameter, say. The ties made before the error
         # only remove symmetries, so the opaque rule can still be applied.
         results = opaque(step)
     if not _consistent(step, results):
-        results = opaque(step)
+        found, results = (), opaque(step)
     bits = [value.depends for value in step.inputs]
     if step.primitive not in CAST:  # a cast passes each operand through as a separate result
         bits = [union(bits)] * len(results)
     for axes, depends in zip(results, bits, strict=True):
         if depends:  # a constant does not vary along what is free in it
             step.record.see(axes)
-    return [Value(*known) for known in zip(results, step.shapes, bits, strict=True)]
+    stacks = [of.stack if isinstance(of, Value) else None for of in found]
+    stacks = stacks or [None] * len(results)
+    return [Value(*known) for known in zip(results, step.shapes, bits, stacks, strict=True)]
 
 
 def shape_of(aval: Any) -> tuple[int, ...]:

@@ -18,15 +18,18 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from vfjax._jaxpr import PARAM, Graph, scan_arity, scans_layers
-from vfjax._jaxpr.primitives import DOT, SCAN, SLICE
+from vfjax._jaxpr import PARAM, Graph, scan_arity, scans_layers, union
+from vfjax._jaxpr.primitives import CUSTOM, DOT, INLINE, LOOPS, SCAN, SLICE
 from vfjax._propagate import registry
 from vfjax._propagate.atoms import Cause
 from vfjax._propagate.dims import pieces, through
 from vfjax._propagate.folds import Folds
 from vfjax._propagate.registry import Stack, Step, Value
+from vfjax._propagate.within import Record
 
 T = TypeVar("T")
+
+NESTED = LOOPS | INLINE | CUSTOM
 
 # The largest number of entries of one leaf that have axes of their own.
 _MOST = 4096
@@ -48,40 +51,25 @@ class Along(NamedTuple):
     cause: Cause
 
 
-def stacked(graph: Graph, algebra: Folds, env: Mapping[int, Value]) -> dict[int, dict[Any, Along]]:
+def stacked(
+    graph: Graph, algebra: Folds, env: Mapping[int, Value], record: Record
+) -> dict[int, dict[Any, Along]]:
     """Finds the leaves that are stacks.
 
     Args:
         graph: The network.
         algebra: The atoms, after all equations have been followed.
         env: The axes of all values.
+        record: What was seen.
 
     Returns:
         By the id of a leaf, its dimensions that run over entries, by a name of the stack.
     """
     single: dict[int, set[int]] = {}  # by class of an axis, the single entries that are taken
-    whole: set[int] = set()  # classes of axes that a loop steps over
-    kept: set[int] = set()  # classes of axes of kernels that are fixed but not contracted
-    for equation in graph.equations:
-        bits = [graph.depends[v] if isinstance(v, int) else 0 for v in equation.inputs]
-        if equation.depends == PARAM:
-            for taken in pieces(equation.eqn) or ():
-                value = env[equation.values[0]]
-                for axis, n, (start, stop) in zip(value.axes, value.shape, taken, strict=True):
-                    if stop - start == 1 < n <= _LONGEST and len(axis) == 1:
-                        single.setdefault(algebra.find(axis[0]), set()).add(start)
-        elif equation.primitive == DOT and PARAM in bits:
-            side = bits.index(PARAM)
-            contracted = equation.params["dimension_numbers"][0][side]
-            kernel = env[equation.values[side]].axes
-            for dim, axis in enumerate(kernel if len(kernel) > 2 else ()):
-                if dim not in contracted and not _free(algebra, axis):
-                    kept.update(map(algebra.find, axis))
-        elif equation.primitive == SCAN and scans_layers(equation.eqn, bits):
-            first = sum(scan_arity(equation.params))
-            for v, b in list(zip(equation.inputs, bits, strict=True))[first:]:
-                if b == PARAM:
-                    whole.update(map(algebra.find, env[v].axes[0]))
+    for atom, start in record.taken:
+        single.setdefault(algebra.find(atom), set()).add(start)
+    whole = {algebra.find(atom) for atom in record.stepped}
+    kept = {algebra.find(atom) for atom in record.kept if not _free(algebra, [atom])}
     found: dict[int, dict[Any, Along]] = {}
     for leaf in graph.inputs[: graph.num_leaves] if single or whole or kept else ():
         axes, entries = env[leaf].axes, 1
@@ -128,17 +116,36 @@ def stack(algebra: Folds, shape: Sequence[int], depends: int, along: Mapping[Any
     return Value(_first(entries), tuple(shape), depends, Stack(dims, entries))
 
 
+def _note(step: Step) -> None:
+    """Records the axes of parameters that an equation treats as if they ran over entries."""
+    bits = [value.depends for value in step.inputs]
+    if union(bits) == PARAM:
+        for taken in pieces(step.eqn) or ():
+            for axis, n, (start, stop) in zip(*step.inputs[0][:2], taken, strict=True):
+                if stop - start == 1 < n <= _LONGEST and len(axis) == 1:
+                    step.record.taken.append((axis[0], start))
+    elif step.primitive == DOT and PARAM in bits:
+        side = bits.index(PARAM)
+        contracted = step.params["dimension_numbers"][0][side]
+        for dim, axis in enumerate(kernel if len(kernel := step.inputs[side].axes) > 2 else ()):
+            step.record.kept.extend(axis if dim not in contracted else ())
+    elif step.primitive == SCAN and scans_layers(step.eqn, bits):
+        for value in step.inputs[sum(scan_arity(step.params)) :]:
+            step.record.stepped.extend(value.axes[0] if value.depends == PARAM else ())
+
+
 def apply(step: Step) -> list[Value]:
     """Applies the primitive's rule; to stacks once for every entry, if it acts entry by entry."""
     operands = [{} if value.stack is None else value.stack.dims for value in step.inputs]
     if not any(operands):
+        _note(step)
         return registry.apply(step)
     taken = pieces(step.eqn)
     after = through(step.eqn, operands) if taken is None else [operands[0]] * len(taken)
     if after is None:
-        return registry.apply(
-            dataclasses.replace(step, inputs=[_tied(step, value) for value in step.inputs])
-        )
+        nested = step.primitive in NESTED  # whose rules follow what is inside with stacks
+        inputs = step.inputs if nested else [tied(step, value) for value in step.inputs]
+        return registry.apply(dataclasses.replace(step, inputs=inputs))
     known: dict[Any, set[int]] = {}
     for value in step.inputs:
         if value.stack is not None:
@@ -198,7 +205,7 @@ def _entry(step: Step, value: Value, at: Mapping[Any, int]) -> Value:
     return Value(axes, value.shape, 0)
 
 
-def _tied(step: Step, value: Value) -> Value:
+def tied(step: Step, value: Value) -> Value:
     """A value without stacks: the axes of all entries are tied."""
     if value.stack is None:
         return value
