@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+import vfjax
 from vfjax._analysis import from_propagation
 from vfjax._jaxpr import flatten
 from vfjax._propagate import RULES, propagate, rule
@@ -298,7 +299,7 @@ def test_recurrent_network_in_a_long_scan():
     assert change(apply, variables, x, spec) < 1e-4  # 70 steps of rounding
 
 
-def test_stacked_layers_share_their_groups():
+def test_stacked_layers_have_groups_of_their_own():
     shapes = {"w": (3, 6, 8), "u": (3, 8, 6), "head": (6, 2)}
     variables = {k: RNG.normal(size=s).astype(np.float32) * 0.3 for k, s in shapes.items()}
     x = RNG.normal(size=(5, 6)).astype(np.float32)
@@ -310,7 +311,7 @@ def test_stacked_layers_share_their_groups():
         return lax.scan(layer, jnp.sin(x), (p["w"], p["u"]))[0] @ p["head"]
 
     spec = infer(apply, variables, x)
-    assert sorted(spec.sizes.values()) == [8]  # one inner permutation for all three
+    assert list(spec.sizes.values()) == [8, 8, 8]  # an inner permutation for each of the three
     assert change(apply, variables, x, spec) < 1e-5
 
 
@@ -404,3 +405,25 @@ def test_algebra_refines_products():
     assert all(algebra.cause(k) is None for k in algebra.expand([whole]))
     algebra.unify([algebra.atom(4), algebra.atom(3)], [whole], cause)  # (4, 3): none is left
     assert any(algebra.cause(k) == cause for k in algebra.expand([whole]))
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori"])
+def test_a_carry_that_begins_flat_does_not_stay_so(loop):
+    """What was broadcast into a loop varies after its first step: its readers tie its axis."""
+
+    def step(h, p):
+        return h * p["s"][None] + jnp.sin(h[:, ::-1])
+
+    def apply(p, x):
+        h = jnp.broadcast_to((x @ p["w"])[:, :1], (3, 4))
+        if loop == "scan":
+            h = jax.lax.scan(lambda h, _: (step(h, p), None), h, None, length=100)[0]
+        else:
+            h = jax.lax.fori_loop(0, 3, lambda _, h: step(h, p), h)
+        return h @ p["v"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"w": (5, 2), "s": (4,), "v": (4, 2)}
+    tree = {k: rng.normal(size=n).astype(np.float32) for k, n in shapes.items()}
+    net = vfjax.trace(apply, tree, np.ones((3, 5), np.float32))
+    assert not any(axis.path in "sv" for axes in net.spec.groups.values() for axis in axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vfjax._analysis.effects import KERNEL, SCALES, Effect, obstacle
 from vfjax._jaxpr.primitives import CONV
@@ -87,7 +88,8 @@ def named_groups(
                     continue
                 role = roles.get((leaf, k, position), "elementwise")
                 name = names[atom.group]
-                groups[name].append(Axis(path, k, role, atom.outer, atom.inner, atom.windows))
+                where = atom.outer, atom.inner, atom.windows, atom.entries
+                groups[name].append(Axis(path, k, role, *where))
                 sizes[name] = atom.size
     return {name: tuple(entries) for name, entries in groups.items()}, sizes, names
 
@@ -98,25 +100,28 @@ def _names(propagation: Propagation, path_of: dict[int, str]) -> dict[int, str]:
     def group_of(tie: Tie) -> int | None:
         return propagation.axes[tie.leaf][tie.axis][tie.position].group
 
-    written: dict[int, list[int]] = {}  # kernel -> groups on its output axes
+    # Kernel, and the entries of it if it is a stack -> groups on its output axes.
+    written: dict[tuple[int, Any], list[int]] = {}
     first: dict[int, Tie] = {}  # group -> where it is written first
     for tie in propagation.ties:
         group = group_of(tie)
         if tie.role == "out" and group is not None:
             first.setdefault(group, tie)
-            groups = written.setdefault(tie.leaf, [])
+            entries = propagation.axes[tie.leaf][tie.axis][tie.position].entries
+            groups = written.setdefault((tie.leaf, entries), [])
             if group not in groups:
                 groups.append(group)
 
-    siblings = Counter(_parent(path_of[leaf]) for leaf in written)
+    siblings = Counter(_parent(path_of[leaf]) for leaf in {leaf for leaf, _ in written})
     names: dict[int, str] = {}
     for group, tie in first.items():
-        path, groups = path_of[tie.leaf], written[tie.leaf]
+        this = tie.axis, propagation.axes[tie.leaf][tie.axis][tie.position]
+        path, groups = path_of[tie.leaf], written[tie.leaf, this[1].entries]
         parent = _parent(path)
         base = parent if parent and siblings[parent] == 1 else path
+        base += "".join(f"[{index}]" for _, index in this[1].entries)
         suffix = ""
         if len(groups) > 1:
-            this = tie.axis, propagation.axes[tie.leaf][tie.axis][tie.position]
             others = [
                 (axis, atom)
                 for axis, atoms in enumerate(propagation.axes[tie.leaf])
@@ -141,6 +146,8 @@ def _names(propagation: Propagation, path_of: dict[int, str]) -> dict[int, str]:
 def _inside(one: tuple[int, Atom], other: tuple[int, Atom]) -> bool:
     """Whether each entry of the other atom of a leaf owns a copy of this one."""
     (axis, a), (along, b) = one, other
+    if a.entries != b.entries:
+        return False
     if axis != along:
         return axis > along
     depth = min(len(a.windows), len(b.windows))

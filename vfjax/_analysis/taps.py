@@ -1,9 +1,13 @@
-"""Taps: the last value of the elementwise region that follows a layer."""
+"""Taps: the last value of the elementwise region that follows a layer, and what loops return."""
 
 from __future__ import annotations
 
-from vfjax._jaxpr import Graph, is_elementwise
-from vfjax._jaxpr.primitives import REDUCTIONS, SPREAD, TRANSPOSE
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from vfjax._jaxpr import INPUT, PARAM, Graph, is_elementwise
+from vfjax._jaxpr.primitives import LOOPS, REDUCTIONS, SPREAD, TRANSPOSE
 
 
 def tap_of(graph: Graph, value: int) -> int:
@@ -36,6 +40,32 @@ def tap_of(graph: Graph, value: int) -> int:
         region.update(following)
         order += [v for v in following if v not in order]
     return max(region)
+
+
+def loop_results(graph: Graph) -> Iterator[tuple[int, int]]:
+    """What loops return that are kept whole and read parameters, such as a recurrent cell's states.
+
+    Yields:
+        The index of the leaf that the loop reads first, a kernel if there is one, and the id of a
+        result: of real numbers, with axes, and depending on the input.
+    """
+    leaves = graph.inputs[: graph.num_leaves]
+    for equation in graph.equations:
+        if equation.primitive not in LOOPS or equation.depends != PARAM | INPUT:
+            continue
+        params = [v for v in equation.values if graph.depends[v] == PARAM]
+        params.sort(key=lambda v: len(graph.avals[v].shape) < 2)
+        read = [leaf for v in params for leaf in _leaves_behind(graph, v) if leaf in leaves]
+        for value in equation.results if read else ():
+            aval = graph.avals[value]
+            if aval.shape and jnp.issubdtype(aval.dtype, jnp.floating):
+                yield leaves.index(read[0]), value
+
+
+def _leaves_behind(graph: Graph, value: int) -> list[int]:
+    """The inputs of the network that a value is computed from."""
+    made = graph.needed([value], ())
+    return [value, *(v for i in made for v in graph.equations[i].values)]
 
 
 def axes_at_tap(graph: Graph, value: int, axes: tuple[int, ...]) -> tuple[int, ...]:

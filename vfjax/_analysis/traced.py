@@ -21,7 +21,7 @@ from vfjax._analysis.layers import (
     linear_sites,
 )
 from vfjax._analysis.norms import NormSite, norm_sites
-from vfjax._analysis.taps import tap_of
+from vfjax._analysis.taps import loop_results, tap_of
 from vfjax._jaxpr import INPUT, PARAM, Graph, holds_layer
 from vfjax._jaxpr.primitives import CONV, LINEAR, SUMS
 from vfjax._propagate import Propagation, propagate
@@ -84,6 +84,14 @@ class Traced:
     def taps(self) -> dict[str, int]:
         """Id of the tap of each layer, by the layer's name."""
         return {name: tap_of(self.graph, site.preactivation) for name, site in self.layers.items()}
+
+    @functools.cached_property
+    def loops(self) -> dict[str, int]:
+        """Ids of what loops return that are kept whole, by name: `<leaf>:loop`."""
+        named: dict[str, int] = {}
+        for leaf, value in loop_results(self.graph):
+            named[_unused(f"{self.paths[leaf]}:loop", named)] = value
+        return named
 
     @functools.cached_property
     def _depths(self) -> tuple[dict[int, int], dict[int, int]]:
@@ -172,7 +180,7 @@ class Traced:
         for axis, atoms in enumerate(self.propagation.axes.get(value, ())):
             for atom in atoms:
                 if atom.group is not None and atom.group in self.groups:
-                    where = atom.outer, atom.inner, atom.windows
+                    where = atom.outer, atom.inner, atom.windows, atom.entries
                     place = Axis("", axis, "elementwise", *where)
                     by_group.setdefault(atom.group, []).append(place)
         within, places = self.propagation.within, []

@@ -17,6 +17,7 @@ from vfjax._jaxpr.calls import PARAM as PARAM
 from vfjax._jaxpr.calls import holds_layer as holds_layer
 from vfjax._jaxpr.calls import open_jaxpr as open_jaxpr
 from vfjax._jaxpr.calls import scan_arity as scan_arity
+from vfjax._jaxpr.calls import scans_layers as scans_layers
 from vfjax._jaxpr.calls import subjaxpr as subjaxpr
 from vfjax._jaxpr.calls import union as union
 from vfjax._jaxpr.contractions import contraction as contraction
@@ -46,6 +47,7 @@ __all__ = [
     "primitives",
     "routed",
     "scan_arity",
+    "scans_layers",
     "subjaxpr",
     "union",
 ]

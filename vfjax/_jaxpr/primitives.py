@@ -167,6 +167,9 @@ VECTORS = frozenset({"lu_pivots_to_permutation", "tridiagonal_solve"})
 """Factorisations of which the first operand is a vector, or vectors."""
 
 DRAWS = _of(Kind.DRAW)
+LOOPS = _of(Kind.LOOP)
+"""Primitives that run jaxprs several times, or one of several."""
+
 INLINE = _of(Kind.INLINE)
 """Calls that only delimit."""
 

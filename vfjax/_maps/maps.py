@@ -39,6 +39,8 @@ class Maps:
             (or `[h, m]`); empty if merged features are not plain means of features.
         spreads: Per model and group, the standard deviation of the mixed features M h, relative to
             `|M|` times that of h, `[m]`, for the scales of norms; 1 where unknown.
+        by_weights: Groups that show in no activations and were matched by weights instead.
+        unmatched: Groups that show in no activations and were left as they are.
 
     Example:
         >>> import vfjax
@@ -73,6 +75,8 @@ class Maps:
     maps: tuple[Mapping[str, tuple[np.ndarray, np.ndarray]], ...]
     sizes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     spreads: tuple[Mapping[str, np.ndarray], ...] = ()
+    by_weights: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
     @classmethod
     def of_labels(cls, labels: Mapping[str, np.ndarray], models: int) -> Maps:

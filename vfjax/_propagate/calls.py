@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from jax.extend import core as jex
@@ -14,13 +15,13 @@ from vfjax._propagate.registry import (
     Axes,
     Step,
     Value,
-    apply,
     constant,
     opaque,
     reading,
     rule,
     shape_of,
 )
+from vfjax._propagate.stacks import apply, tied
 
 
 def follow(step: Step, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
@@ -59,19 +60,24 @@ def scan(step: Step) -> list[Value]:
     """
     num_consts, num_carry = scan_arity(step.params)
     jaxpr, closed = open_jaxpr(step.params["jaxpr"])
-    stacked = step.inputs[num_consts + num_carry :]
+    own = [tied(step, value) for value in step.inputs[num_consts:]]
+    carry, stacked = own[:num_carry], own[num_carry:]
     for value in stacked:
         step.fix(value.axes[0])
-    carry = step.inputs[num_consts : num_consts + num_carry]
+    # One stack, of which a step reads one entry; a leaf first, whose cause is then kept for all.
+    for first, value in pairwise(sorted(stacked, key=lambda v: v.depends != PARAM)):
+        step.unify(first.axes[0], value.axes[0])
     taken, returned = jaxpr.invars[num_consts:][:num_carry], jaxpr.outvars[:num_carry]
     carry = _widen(carry, taken, returned, step.inputs)
-    inputs = step.inputs[:num_consts] + carry
+    inputs = [*step.inputs[:num_consts], *carry]
     inputs += [Value(v.axes[1:], v.shape[1:], v.depends) for v in stacked]
-    outputs = follow(step, jaxpr, closed, inputs)
+    outputs = [tied(step, value) for value in follow(step, jaxpr, closed, inputs)]
     _tie_all(step, carry, outputs[:num_carry])
-    n = step.params["length"]
+    length = step.params["length"]
+    steps = stacked[0].axes[0] if stacked else step.fixed(length)
     emitted = [
-        Value([step.fixed(n), *v.axes], (n, *v.shape), v.depends) for v in outputs[num_carry:]
+        Value([steps, *value.axes], (length, *value.shape), value.depends)
+        for value in outputs[num_carry:]
     ]
     return _leaving(step, [*carry, *emitted])
 
@@ -82,11 +88,12 @@ def while_(step: Step) -> list[Value]:
     cond_consts, body_consts = step.params["cond_nconsts"], step.params["body_nconsts"]
     constants, carry = step.inputs[: cond_consts + body_consts], step.inputs[-len(step.shapes) :]
     jaxpr, closed = open_jaxpr(step.params["body_jaxpr"])
-    carry = _widen(carry, jaxpr.invars[body_consts:], jaxpr.outvars, step.inputs)
+    tied_carry = [tied(step, value) for value in carry]
+    carry = _widen(tied_carry, jaxpr.invars[body_consts:], jaxpr.outvars, step.inputs)
     condition = [*constants[:cond_consts], *carry]
     body = [*constants[cond_consts:], *carry]
     for value in follow(step, *open_jaxpr(step.params["cond_jaxpr"]), condition):
-        step.fix(*value.axes)
+        step.fix(*tied(step, value).axes)
     _tie_all(step, carry, follow(step, jaxpr, closed, body))
     return _leaving(step, carry)
 
@@ -95,11 +102,11 @@ def while_(step: Step) -> list[Value]:
 def cond(step: Step) -> list[Axes]:
     """Ties the results of all branches."""
     index, *operands = step.inputs
-    step.fix(*index.axes)
+    step.fix(*tied(step, index).axes)
     branches = [follow(step, *open_jaxpr(b), operands) for b in step.params["branches"]]
     for branch in branches[1:]:
         _tie_all(step, branches[0], branch)
-    return [value.axes for value in branches[0]]
+    return [tied(step, value).axes for value in branches[0]]
 
 
 def _widen(
@@ -113,7 +120,7 @@ def _widen(
     """
     depends = union([value.depends for value in entering]) | PARAM
     return [
-        value if before is after else value._replace(depends=depends)
+        value if before is after else value._replace(depends=depends, flat=())
         for value, before, after in zip(carry, taken, returned, strict=True)
     ]
 
@@ -126,4 +133,5 @@ def _leaving(step: Step, values: Sequence[Value]) -> list[Value]:
 
 def _tie_all(step: Step, left: Sequence[Value], right: Sequence[Value]) -> None:
     for a, b in zip(left, right, strict=True):
+        a, b = tied(step, a), tied(step, b)
         step.tie([a, b], range(len(a.shape)))

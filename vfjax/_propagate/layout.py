@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from vfjax._jaxpr.primitives import LAYOUT, RESHAPE, TRANSPOSE
-from vfjax._propagate.registry import Axes, Step, opaque, rule
+from vfjax._propagate.registry import Axes, Step, Value, opaque, rule
 
 
 @rule(*(LAYOUT - {TRANSPOSE}), lazy=True)
@@ -18,7 +18,7 @@ def reshape(step: Step) -> list[Axes]:
     if not math.prod(shape):
         return [[step.free(n) for n in shape]]
     axes: Axes = [[] for _ in shape]  # dimensions that stay empty have size 1
-    for before, after in _blocks(value.shape, shape):
+    for before, after in blocks(value.shape, shape):
         operands, sizes = [value.axes[k] for k in before], [shape[k] for k in after]
         if len(before) == 1:
             regrouped = step.algebra.fold(operands[0], sizes, step.cause)
@@ -31,7 +31,7 @@ def reshape(step: Step) -> list[Axes]:
     return [axes]
 
 
-def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of dimensions, none of size 1, that a reshape turns into one another."""
     left, right = ([k for k, n in enumerate(shape) if n != 1] for shape in (before, after))
     blocks = []
@@ -50,26 +50,28 @@ def transpose(step: Step) -> list[Axes]:
 
 
 @rule("broadcast_in_dim", lazy=True)
-def broadcast_in_dim(step: Step) -> list[Axes]:
+def broadcast_in_dim(step: Step) -> list[Value]:
     """Places the operand's axes; along the new ones all entries are equal."""
-    operand, (shape,) = step.inputs[0], step.shapes
-    axes = [step.free(n) for n in shape]
-    for source, target in enumerate(step.params["broadcast_dimensions"]):
-        if operand.shape[source] == shape[target]:
-            axes[target] = operand.axes[source]
-    return [axes]
+    return [_broadcast(step, step.params["broadcast_dimensions"])]
 
 
 @rule("broadcast_to")
-def broadcast_to(step: Step) -> list[Axes]:
+def broadcast_to(step: Step) -> list[Value]:
     """Broadcasts as numpy does, aligned at the last dimension."""
+    rank = len(step.shapes[0])
+    return [_broadcast(step, range(rank - len(step.inputs[0].shape), rank))]
+
+
+def _broadcast(step: Step, targets: Sequence[int]) -> Value:
     operand, (shape,) = step.inputs[0], step.shapes
-    axes = [step.free(n) for n in shape]
-    skip = len(shape) - len(operand.shape)
-    for source, n in enumerate(operand.shape):
-        if n == shape[skip + source]:
-            axes[skip + source] = operand.axes[source]
-    return [axes]
+    placed = {
+        target: operand.axes[source]
+        for source, target in enumerate(targets)
+        if operand.shape[source] == shape[target]
+    }
+    axes = [placed.get(k) or step.free(n) for k, n in enumerate(shape)]
+    flat = tuple(k for k, n in enumerate(shape) if k not in placed and n > 1)
+    return Value(axes, shape, operand.depends, flat=flat)
 
 
 @rule("tile")

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
 from vfjax._jaxpr import INPUT, PARAM, Graph
-from vfjax._propagate import calls, draws, elementwise, indexing, layout, linear, matrices, reduce
-from vfjax._propagate.atoms import Axis, Cause, Window
+from vfjax._propagate import (
+    calls,
+    draws,
+    elementwise,
+    indexing,
+    layout,
+    linear,
+    matrices,
+    reduce,
+    stacks,
+)
+from vfjax._propagate.atoms import Cause, Place, Window
 from vfjax._propagate.folds import Folds
-from vfjax._propagate.registry import Step, Value, apply, constant, reading, shape_of
+from vfjax._propagate.registry import Step, Value, constant, reading, shape_of
 from vfjax._propagate.within import Record, independent
 
 # Imported for their rules.
@@ -28,6 +40,7 @@ class Atom(NamedTuple):
             window (or of the axis).
         inner: See `outer`.
         windows: Nested segments of the axis to look into first, as (outer, start, size, inner).
+        entries: In which entries of a stack it lies alone, as (dimension, index); see `stacks`.
     """
 
     size: int
@@ -35,6 +48,7 @@ class Atom(NamedTuple):
     outer: int = 1
     inner: int = 1
     windows: tuple[Window, ...] = ()
+    entries: tuple[tuple[int, int], ...] = ()
 
 
 class Fixed(NamedTuple):
@@ -78,7 +92,8 @@ class Propagation:
     """The symmetries of all axes of a graph.
 
     Attributes:
-        axes: By value id, the atoms of each dimension's axis, leaving out those of size 1.
+        axes: By value id, the atoms of each dimension's axis, leaving out those of size 1; where
+            entries of a stack differ, the atoms of one entry after another.
         leaves: Ids of the variables' leaves, in their order.
         fixed: Axes of leaves that no group touches.
         ties: What layers do with the leaves, in graph order.
@@ -104,14 +119,28 @@ def propagate(graph: Graph) -> Propagation:
     Returns:
         Groups of tied axes, for every value of the graph.
     """
+    algebra, env, record = _follow(graph, {})
+    if leaves := stacks.stacked(graph, algebra, env, record):
+        algebra, env, record = _follow(graph, leaves)
+    return _collect(graph, algebra, env, record)
+
+
+def _follow(
+    graph: Graph, leaves: Mapping[int, Mapping[Any, stacks.Along]]
+) -> tuple[Folds, dict[int, Value], Record]:
+    """Follows all equations, from leaves of which some are stacks."""
     algebra, record = Folds(), Record()
     env: dict[int, Value] = {}
     for k, value in enumerate(graph.inputs):
         cause = None if k < graph.num_leaves else Cause("input")
         shape = shape_of(graph.avals[value])
-        axes = [[algebra.atom(n, cause)] for n in shape]
-        env[value] = Value(axes, shape, INPUT if cause else PARAM)
-        record.see(axes)
+        bits = INPUT if cause else PARAM
+        if value in leaves:
+            env[value] = stacks.stack(algebra, shape, bits, leaves[value])
+        else:
+            env[value] = Value([[algebra.atom(n, cause)] for n in shape], shape, bits)
+        for axes in stacks.entries_of(env[value]).values():
+            record.see(axes)
     for value, array in graph.consts.items():
         env[value] = constant(algebra, array, shape_of(graph.avals[value]))
 
@@ -123,33 +152,35 @@ def propagate(graph: Graph) -> Propagation:
             for v in equation.inputs
         ]
         step = Step(algebra, equation.eqn, operands, equation, record)
-        for value, result in zip(equation.outputs, apply(step), strict=True):
+        for value, result in zip(equation.outputs, stacks.apply(step), strict=True):
             if value is not None:
                 env[value] = result
 
     for value in graph.output_ids:
         producer = graph.producer.get(value)
         maker = None if producer is None else graph.equations[producer]
-        for axis in env[value].axes:
-            algebra.fix(axis, Cause("output", maker))
+        for axes in stacks.entries_of(env[value]).values():
+            for axis in axes:
+                algebra.fix(axis, Cause("output", maker))
     algebra.close()
-    return _collect(graph, algebra, env, record)
+    return algebra, env, record
 
 
 def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record) -> Propagation:
     """Numbers the groups and reads everything out of the algebra."""
     leaves = graph.inputs[: graph.num_leaves]
     used = [leaf for leaf in leaves if graph.users.get(leaf) or leaf in graph.output_ids]
-    origin: dict[int, tuple[int, int, int]] = {}
+    origin: dict[int, list[tuple[int, int, int]]] = {}
     groups: dict[int, int] = {}
     fixed = []
     for leaf in leaves:
         for k, axis in enumerate(env[leaf].axes):
-            atoms = [place.atom for place in algebra.places(axis)]
             if leaf not in used:
                 fixed.append(Fixed(leaf, k, "unused", ""))
                 continue
-            origin.update((atom, (leaf, k, position)) for position, atom in enumerate(atoms))
+            atoms = [
+                p.atom for of in stacks.along(env[leaf], k).values() for p in algebra.places(of)
+            ]
             free = [atom for atom in atoms if algebra.cause(atom) is None]
             for atom in free:
                 groups.setdefault(algebra.find(atom), len(groups))
@@ -158,23 +189,36 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record
 
     sizes = {group: algebra.size(root) for root, group in groups.items()}
 
-    def read(axis: Axis) -> tuple[Atom, ...]:
-        return tuple(
-            Atom(
-                algebra.size(p.atom), groups.get(algebra.find(p.atom)), p.outer, p.inner, p.windows
-            )
-            for p in algebra.places(axis)
-        )
+    def read(place: Place) -> Atom:
+        group = groups.get(algebra.find(place.atom))
+        return Atom(algebra.size(place.atom), group, place.outer, place.inner, place.windows)
+
+    shown: dict[int, tuple[tuple[Atom, ...], ...]] = {}
+    for v, value in env.items():
+        by_axis = []
+        for k in range(len(value.axes)):
+            places = {at: algebra.places(of) for at, of in stacks.along(value, k).items()}
+            atoms = {at: tuple(map(read, of)) for at, of in places.items()}
+            kept = stacks.shared(atoms)
+            by_axis.append(tuple(a._replace(entries=at) for at, of in kept.items() for a in of))
+            if v in leaves:
+                starts = dict(zip(kept, accumulate([0, *map(len, kept.values())]), strict=False))
+                for at, of in places.items():
+                    first = starts[stacks.shorten(at, kept)]
+                    for i, place in enumerate(of):
+                        known = origin.setdefault(place.atom, [])
+                        known += [(v, k, first + i)] * ((v, k, first + i) not in known)
+        shown[v] = tuple(by_axis)
 
     ties = []
     for use in record.uses:
         for role, axes in (("out", use.kept), ("in", use.contracted)):
             for axis in axes:
                 for place in algebra.places(axis):
-                    if place.atom in origin:
-                        ties.append(Tie(use.primitive, *origin[place.atom], role))
+                    known = origin.get(place.atom, ())
+                    ties += [Tie(use.primitive, *at, role) for at in known]
     return Propagation(
-        axes={v: tuple(read(axis) for axis in value.axes) for v, value in env.items()},
+        axes=shown,
         leaves=leaves,
         fixed=tuple(fixed),
         ties=tuple(ties),

@@ -38,18 +38,35 @@ Axes = list[Axis]
 """One axis per dimension of an array."""
 
 
+class Stack(NamedTuple):
+    """Axes that differ by the entry of an array along some dimensions (see `stacks`).
+
+    Attributes:
+        dims: By stack, the dimension that runs over its entries.
+        entries: By index along these dimensions, the axes of that entry alone, one per dimension
+            of the whole array. Entries that are missing have the axes of the first.
+    """
+
+    dims: dict[Any, int]
+    entries: dict[tuple[int, ...], Axes]
+
+
 class Value(NamedTuple):
     """The axes of an array, and what it depends on.
 
     Attributes:
-        axes: One axis per dimension.
+        axes: One axis per dimension; of a stack, those of its first entry.
         shape: Its shape.
         depends: Bits `PARAM` and `INPUT`.
+        stack: The axes of every entry, if they differ.
+        flat: Dimensions along which it does not vary, since it was broadcast.
     """
 
     axes: Axes
     shape: tuple[int, ...]
     depends: int
+    stack: Stack | None = None
+    flat: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -155,7 +172,8 @@ def rule(*primitives: str, lazy: bool = False) -> Callable[[Rule], Rule]:
 def opaque(step: Step) -> list[Axes]:
     """The rule of every primitive without one: fixes everything that it touches."""
     for value in step.inputs:
-        step.fix(*value.axes)
+        for axes in [value.axes] if value.stack is None else value.stack.entries.values():
+            step.fix(*axes)
     return [[step.fixed(n) for n in shape] for shape in step.shapes]
 
 
@@ -177,11 +195,14 @@ def apply(step: Step) -> list[Value]:
     bits = [value.depends for value in step.inputs]
     if step.primitive not in CAST:  # a cast passes each operand through as a separate result
         bits = [union(bits)] * len(axes)
-    bits = [
-        known.depends if isinstance(known, Value) else depends
+    plain = [
+        known if isinstance(known, Value) else Value(known, (), depends)
         for known, depends in zip(found, bits, strict=True)
     ]
-    results = [Value(*known) for known in zip(axes, step.shapes, bits, strict=True)]
+    results = [
+        Value(of, shape, known.depends, known.stack, known.flat)
+        for of, shape, known in zip(axes, step.shapes, plain, strict=True)
+    ]
     for value in results:
         if value.depends & PARAM:  # what is without does not vary along what is free in it
             step.record.see(value.axes)
@@ -225,8 +246,12 @@ def reading(algebra: Folds, value: Value) -> Value:
     """A value as one equation reads it.
 
     What does not depend on the parameters is the same in a permuted network. Each of its readers
-    may therefore take it as if it were computed for this reader alone.
+    may therefore take it as if it were computed for this reader alone. So may those of any value
+    along dimensions along which it does not vary.
     """
+    if value.flat:
+        fresh = {k: [algebra.atom(value.shape[k])] for k in value.flat}
+        value = value._replace(axes=[fresh.get(k, axis) for k, axis in enumerate(value.axes)])
     if value.depends & PARAM or not value.axes:
         return value
     return value._replace(axes=algebra.copied(value.axes))

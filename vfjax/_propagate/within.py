@@ -44,11 +44,17 @@ class Record:
         uses: Parameter-only operands of layers, in order.
         values: The axes of every value that depends on anything.
         together: What rules say that treat some dimensions of an operand differently from others.
+        taken: Atoms of axes of which a single entry was taken, and which.
+        stepped: Atoms of axes of parameters that a scan over layers steps over.
+        kept: Atoms of axes of kernels with more than two that their layers do not contract.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     values: dict[tuple[tuple[int, ...], ...], None] = dataclasses.field(default_factory=dict)
     together: dict[Together, None] = dataclasses.field(default_factory=dict)
+    taken: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    stepped: list[int] = dataclasses.field(default_factory=list)
+    kept: list[int] = dataclasses.field(default_factory=list)
 
     def see(self, axes: Sequence[Axis]) -> None:
         """Records the axes of a value."""

@@ -29,6 +29,8 @@ from vfjax.align._taps import (
     moments_at_taps,
     network_of,
 )
+from vfjax.align._untapped import Untapped, check_untapped, match_untapped, untapped_groups
+from vfjax.network._arguments import Models
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 
@@ -40,6 +42,7 @@ def match_activations(
     data: Iterable[Any] | None,
     *,
     moments: Moments | None = None,
+    untapped: Untapped = "weights",
 ) -> Alignment:
     """Finds permutations of `b` whose units correlate best with those of `a`.
 
@@ -52,11 +55,13 @@ def match_activations(
         data: Re-iterable of `x` or `(x, label)`; None if `moments` are given.
         moments: Moments of `[a, b]` in this order, if they have already been measured:
             `stats.moments(net, [a, b], data, sites="taps", covariance="cross")`.
+        untapped: Groups that show at no tap, such as those inside a loop, are matched by
+            `"weights"` with all others held fixed, or `"keep"` their order.
 
     Returns:
-        The alignment; its objective is the sum of the correlations of all pairs at all taps. Groups
-        without a tap keep their order; if no group has a tap, no data is read. A unit that does
-        not vary on the data has correlation 0.
+        The alignment; its objective is the sum of the correlations of all pairs at all taps. Its
+        `by_weights` or `unmatched` names the groups without a tap; if no group has a tap, no data
+        is read. A unit that does not vary on the data has correlation 0.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
@@ -67,8 +72,21 @@ def match_activations(
     Example: see `help(vfjax.align)`, which matches a network with a permuted copy of itself.
     """
     models = models_at_taps(net, [a, b])
+    check_untapped(untapped)
     if moments is None and data is None:
         raise ValueError("`data` is None: give batches to measure on, or `moments`")
+    found = _measured(models, data, moments)
+    if not found.unmatched or untapped == "keep":
+        return found
+    moved = models.nets[1].spec.permute(b, found.permutations)
+    rest, converged = match_untapped(models.net, a, moved, found.unmatched)
+    return Alignment(
+        {**found.permutations, **rest}, found.objective, converged, by_weights=found.unmatched
+    )
+
+
+def _measured(models: Models, data: Iterable[Any] | None, moments: Moments | None) -> Alignment:
+    """The alignment by data alone."""
     if not models.net.taps:
         return _in_place(models.net)
     if moments is None:
@@ -96,7 +114,8 @@ def match_moments(
         model: Index of the model to permute.
 
     Returns:
-        The alignment, as `match_activations`.
+        The alignment, as `match_activations`; groups without a tap keep their order, and
+        `unmatched` names them.
 
     Raises:
         TypeError: If `net` is not a traced network.
@@ -134,9 +153,9 @@ def match_moments(
         for name, each in within.items():
             pairs = each[np.arange(n), chosen]
             objective += float(np.take_along_axis(pairs, inside[name][..., None], axis=2).sum())
-    return Alignment(permutations, (objective,), converged=True)
+    return Alignment(permutations, (objective,), True, unmatched=untapped_groups(net))
 
 
 def _in_place(net: Network) -> Alignment:
     """The alignment that moves nothing."""
-    return Alignment(in_place(net), (0.0,), converged=True)
+    return Alignment(in_place(net), (0.0,), True, unmatched=untapped_groups(net))

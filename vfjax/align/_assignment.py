@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -27,11 +27,15 @@ class Alignment:
             method without sweeps gives one entry, the optimum.
         converged: Whether the search ended because the last sweep found nothing to improve, rather
             than at the limit on sweeps.
+        by_weights: Groups that show in no activations and were matched by weights instead.
+        unmatched: Groups that show in no activations and were left in their order.
     """
 
     permutations: Mapping[str, np.ndarray]
     objective: tuple[float, ...]
     converged: bool
+    by_weights: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
     @property
     def moved(self) -> int:
@@ -48,8 +52,16 @@ class Alignment:
         return (
             f"Alignment({count} group{'' if count == 1 else 's'}, {self.moved} of {units} units "
             f"moved, objective {last} after {sweeps} sweep{'' if sweeps == 1 else 's'}, "
-            f"{'converged' if self.converged else 'not converged'})"
+            f"{'converged' if self.converged else 'not converged'}"
+            + _noted(self.by_weights, "by weights")
+            + _noted(self.unmatched, "not matched")
+            + ")"
         )
+
+
+def _noted(groups: Collection[str], how: str) -> str:
+    count = len(groups)
+    return f", {count} group{'' if count == 1 else 's'} {how}" if groups else ""
 
 
 def assign(gain: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from vfjax.align._heads import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.align._taps import within
 from vfjax.network._network import Network
+from vfjax.symmetry._entries import apart
 from vfjax.symmetry._places import (
     Axis,
     grid,
@@ -142,19 +143,20 @@ class Incoming:
     """
 
     def __init__(self, net: Network, tree: PyTree, within: Mapping[str, str]) -> None:
-        self.spec, self.within = net.spec, within
+        self.within = within
         self.sizes = net.spec.sizes
         leaves = flatten_named(in_output_units(net, tree, {norm.var for norm in net.norms}))[0]
         without, biases = ({a.bias for a in net.layers if bool(a.norm) is w} for w in (False, True))
         ignored = net.statistics | (biases - without)
-        self.leaves = {
+        counted = {
             path: leaf
             for path, leaf in leaves.items()
             if path not in ignored and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
         }
+        self.spec, self.leaves = apart(net.spec, counted)
         self.groups = {
             group: tuple(axis for axis in axes if axis.path in self.leaves)
-            for group, axes in net.spec.groups.items()
+            for group, axes in self.spec.groups.items()
         }
         self.places: dict[str, list[tuple[str, Axis]]] = {}
         for group, axes in self.groups.items():

@@ -12,6 +12,7 @@ correlate; then the dims of each head are mapped separately.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from vfjax.align._taps import (
     tap_covariances,
     with_spreads,
 )
+from vfjax.align._untapped import Untapped, check_untapped, untapped_groups, with_untapped
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 
@@ -43,6 +45,7 @@ def cca(
     regularization: float = 1.0,
     relative: bool = True,
     dtype: Any = None,
+    untapped: Untapped = "weights",
 ) -> Maps:
     """Maps every model's features onto those of the first by canonical correlation analysis.
 
@@ -80,12 +83,13 @@ def cca(
             directions of little variance count as much as the others.
         dtype: Dtype of the decompositions and maps, `np.float32` or `np.float64`; None for that of
             the moments, which is float32 unless the network computes in float64.
+        untapped: As in `match_activations`: how groups without a tap are matched.
 
     Returns:
-        The maps `(T, T^-1)` of all models but the first. Groups without a tap do not change, and
-        groups that can only be permuted (`net.spec.rigid`, such as the width of a tied kernel) are
-        permuted. The variances that a BatchNorm stores are unknown for combined features: measure
-        them again with `vfjax.renorm.reset`.
+        The maps `(T, T^-1)` of all models but the first; `by_weights` or `unmatched` names groups
+        without a tap. Groups that can only be permuted (`net.spec.rigid`, such as the width of a
+        tied kernel) are permuted. The variances that a BatchNorm stores are unknown for combined
+        features: measure them again with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, data
@@ -121,12 +125,14 @@ def cca(
     """
     models = models_at_taps(net, trees)
     _check(regularization, dtype)
+    check_untapped(untapped)
     if not models.net.taps:
-        return Maps(tuple({} for _ in trees), {})
+        maps = Maps(tuple({} for _ in trees), {})
+        return with_untapped(maps, models.nets, trees, untapped)
     moments = moments_at_taps(models, data, "all")
-    return cca_moments(
-        models.net, moments, regularization=regularization, relative=relative, dtype=dtype
-    )
+    options = {"regularization": regularization, "relative": relative, "dtype": dtype}
+    maps = cca_moments(models.net, moments, **options)
+    return with_untapped(maps, models.nets, trees, untapped)
 
 
 def cca_moments(
@@ -173,7 +179,8 @@ def cca_moments(
             }
         )
         maps[k] = {**permuting(orders[k]), **own}
-    return with_spreads(Maps(tuple(maps), {}), net, moments)
+    found = with_spreads(Maps(tuple(maps), {}), net, moments)
+    return dataclasses.replace(found, unmatched=untapped_groups(net))
 
 
 def canonical_correlations(

@@ -31,6 +31,7 @@ from vfjax.align._by_weights import match_incoming
 from vfjax.align._heads import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.align._taps import matched_sites, moments_at_taps, within
+from vfjax.align._untapped import Untapped, check_untapped, untapped_groups, with_untapped
 from vfjax.network._arguments import Models, check_net, networks
 from vfjax.network._network import Network
 from vfjax.network._unaligned import warn_of_fixed
@@ -52,6 +53,7 @@ def transport(
     sweeps: int = 0,
     tolerance: float = 1e-4,
     max_iterations: int = 10_000,
+    untapped: Untapped = "weights",
 ) -> Maps:
     """Maps the units of every model to those of the first by optimal transport.
 
@@ -93,13 +95,15 @@ def transport(
             iterations it takes. If the error stays above the tolerance, a warning says so: a plan
             that misses its shares may even seem cheaper than the exact one.
         max_iterations: The largest number of iterations.
+        untapped: With `on="activations"`, as in `match_activations`: how groups without a tap are
+            matched.
 
     Returns:
         The maps `(M, U)`, float32, rows summing to one; the first model has none. With
-        `on="activations"`, groups without a tap do not change. Groups that can only be permuted
-        (`net.spec.rigid`, such as the width of a tied kernel) are permuted, by exact plans. Where
-        units are mixed, the variances that a norm stores are unknown: measure them again with
-        `vfjax.renorm.reset`.
+        `on="activations"`, `by_weights` or `unmatched` names groups without a tap. Groups that can
+        only be permuted (`net.spec.rigid`, such as the width of a tied kernel) are permuted, by
+        exact plans. Where units are mixed, the variances that a norm stores are unknown: measure
+        them again with `vfjax.renorm.reset`.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, or
@@ -158,12 +162,16 @@ def transport(
     if data is None:
         raise ValueError('data is None: give batches to measure on, or on="weights"')
     _check_marginals(marginals, ("uniform", "l2", "softmax"))
-    if one_net:
+    check_untapped(untapped)
+    if not nets[0].taps:
+        pairs = [{} for _ in trees[1:]]
+    elif one_net:
         moments = moments_at_taps(models, data, "cross")
         pairs = _pairs(nets[0], moments)
     else:
         pairs = measure(nets, trees, data)
-    return _by_activations(nets, pairs, solver, marginals, squared)
+    maps = _by_activations(nets, pairs, solver, marginals, squared)
+    return with_untapped(maps, nets, trees, untapped)
 
 
 def transport_moments(
@@ -253,7 +261,7 @@ def _by_activations(
         mapped(orders[model], {part: plan for (of, part), plan in plans.items() if of == model})
         for model in orders
     )
-    return Maps(({}, *maps), {})
+    return Maps(({}, *maps), {}, unmatched=untapped_groups(nets[0]))
 
 
 def _compared(pairs: Sequence[Pair], squared: bool) -> Compared:

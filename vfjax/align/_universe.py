@@ -15,9 +15,10 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from vfjax._trees import check_alike
+from vfjax._trees import check_alike, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
 from vfjax.align._ascent import counted_axes, generator_of, on_host
@@ -31,11 +32,20 @@ from vfjax.align._taps import (
     moments_at_taps,
     network_of,
 )
+from vfjax.align._untapped import (
+    Untapped,
+    alone,
+    check_untapped,
+    in_full,
+    untapped_groups,
+)
 from vfjax.align._weights import best_match
 from vfjax.network._arguments import Models, networks
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
+from vfjax.symmetry._entries import apart
 from vfjax.symmetry._group_maps import compose, invert
+from vfjax.symmetry._spec import PermutationSpec
 
 # How often the weights of two models with heads are also matched from random permutations: a search
 # from the identity often ends with the wrong heads, and heads are not relaxed.
@@ -56,12 +66,16 @@ class Universe:
         converged: Whether the search ended because no model could be improved, rather than at the
             limit on steps.
         within: `PermutationSpec.within` of the network.
+        by_weights: Groups that show in no activations and were matched by weights instead.
+        unmatched: Groups that show in no activations and were left in their order.
     """
 
     permutations: tuple[Mapping[str, np.ndarray], ...]
     objective: tuple[float, ...]
     converged: bool
     within: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    by_weights: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
     def pairwise(self, *, to: int = 0, model: int = 1) -> dict[str, np.ndarray]:
         """Permutations that align one model to another, by way of the universe.
@@ -141,6 +155,7 @@ def match_universe(
     *,
     key: Array | None = None,
     max_steps: int = 100,
+    untapped: Untapped = "weights",
 ) -> Universe:
     """Matches K models at once, so that their order does not matter.
 
@@ -162,10 +177,12 @@ def match_universe(
         key: Random key for matching weights, as in `match_weights`; not used with data.
         max_steps: The largest number of steps of Frank-Wolfe, and of the ascent. At 0 the best
             start is returned.
+        untapped: With data, as in `match_activations`: how groups without a tap are matched.
 
     Returns:
-        The permutations. Reordering the trees reorders them and changes nothing else, not even by
-        rounding: sums over models are taken in an order that the models' values determine.
+        The permutations; `by_weights` or `unmatched` names groups that data cannot match.
+        Reordering the trees reorders them and changes nothing else, not even by rounding: sums over
+        models are taken in an order that the models' values determine.
 
     Raises:
         TypeError: If `net` is not a traced network, a tree holds a leaf that is not an array, `key`
@@ -197,6 +214,7 @@ def match_universe(
     """
     models = models_at_taps(net, trees)
     _check_steps(max_steps)
+    check_untapped(untapped)
     if data is None and key is None:
         raise ValueError(
             "`data` is None, so weights are matched, which needs a random `key`, such as "
@@ -207,12 +225,16 @@ def match_universe(
     if data is None:
         assert key is not None
         check_alike(models.leaves, finite=False)
-        universe = _of_weights(chosen, key, max_steps)
+        net = chosen.net
+        universe = _of_weights(net, net.spec, chosen.leaves, key, max_steps)
     elif not chosen.net.taps:
         universe = _in_place(chosen.net, len(chosen))
     else:
         moments = moments_at_taps(chosen, data, "cross")
         universe = match_universe_moments(chosen.net, moments, max_steps=max_steps)
+    if universe.unmatched and untapped == "weights":
+        key = jax.random.key(0) if key is None else key
+        universe = _completed(universe, chosen, key, max_steps)
     return _reordered(universe, order)
 
 
@@ -265,7 +287,32 @@ def match_universe_moments(
     history = sum(np.pad(e.history, (0, steps - len(e.history)), mode="edge") for e in ends)
     converged = all(end.converged for end in ends)
     history = tuple(np.asarray(history).tolist())
-    return Universe(tuple(by_model), history, converged, net.spec.within)
+    within, unmatched = net.spec.within, untapped_groups(net)
+    return Universe(tuple(by_model), history, converged, within, unmatched=unmatched)
+
+
+def _completed(universe: Universe, given: Models, key: Array, max_steps: int) -> Universe:
+    """A universe whose groups without taps are matched by weights, all others held fixed."""
+    net, groups = given.net, universe.unmatched
+    moved = [
+        own.spec.permute(tree, p)
+        for own, tree, p in zip(given.nets, given.trees, universe.permutations, strict=True)
+    ]
+    leaves: list[dict[str, Any]] = [dict(flatten_named(tree).leaves) for tree in moved]
+    for path in list(leaves[0]):
+        if len({np.shape(of[path]) for of in leaves}) > 1:
+            leaves = [{p: leaf for p, leaf in of.items() if p != path} for of in leaves]
+    rest = _of_weights(net, alone(net.spec, groups), leaves, key, max_steps)
+    return dataclasses.replace(
+        universe,
+        permutations=tuple(
+            {**of, **in_full(net.spec, more)}
+            for of, more in zip(universe.permutations, rest.permutations, strict=True)
+        ),
+        converged=universe.converged and rest.converged,
+        by_weights=groups,
+        unmatched=(),
+    )
 
 
 def _of_correlations(group: str, blocks: np.ndarray, max_steps: int) -> _cycles.Found:
@@ -315,15 +362,24 @@ def _of_nested(owner: str, inner: Mapping[str, np.ndarray], max_steps: int) -> _
     return _cycles.ascend(objective, start, max_steps=max_steps)
 
 
-def _of_weights(given: Models, key: Array, max_steps: int) -> Universe:
-    """The permutations of all groups, from the weights of models in canonical order."""
-    net = given.net
-    counted = counted_axes(net.spec, given.leaves[0], net.statistics)
-    leaves = [{path: on_host(held[path]) for path in counted} for held in given.leaves]
+def _of_weights(
+    net: Network,
+    spec: PermutationSpec,
+    given: Sequence[Mapping[str, Any]],
+    key: Array,
+    max_steps: int,
+) -> Universe:
+    """The permutations of a spec's groups, from the leaves of models in canonical order."""
+    counted = counted_axes(spec, given[0], frozenset(net.statistics & given[0].keys()))
+    held = [{path: on_host(of[path]) for path in counted} for of in given]
+    sizes, restarts = spec.sizes, _RESTARTS if spec.within else 0
+    leaves = [apart(spec, of)[1] for of in held]
+    spec = apart(spec, held[0])[0]
+    counted = counted_axes(spec, leaves[0], frozenset())
     seed = int(generator_of(key).integers(2**63))
-    objective = _cycles.Weights(net.spec, leaves, counted, seed)
-    models, spec, still = len(given), net.spec, in_place(net)
-    sizes, restarts = spec.check_leaves(given.leaves[0], ()), _RESTARTS if spec.within else 0
+    objective = _cycles.Weights(spec, leaves, counted, seed)
+    models, still = len(given), {g: p for g, p in in_place(net).items() if g in sizes}
+    still |= {g: p[0] for g, p in still.items() if p.ndim == 2 and g not in spec.within}
 
     def match(a: Any, b: Any) -> Mapping[str, np.ndarray]:
         # A generator per pair, so that each draws what `match_weights` would draw from the key.
@@ -398,7 +454,8 @@ def _reordered(universe: Universe, order: Sequence[int]) -> Universe:
 
 def _in_place(net: Network, models: int) -> Universe:
     """The permutations that move nothing."""
-    return Universe((in_place(net),) * models, (0.0,), True, net.spec.within)
+    within, unmatched = net.spec.within, untapped_groups(net)
+    return Universe((in_place(net),) * models, (0.0,), True, within, unmatched=unmatched)
 
 
 def _check_steps(max_steps: Any) -> None:

@@ -23,6 +23,7 @@ from vfjax.align._assignment import Alignment
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
 from vfjax.network._unaligned import warn_of_fixed
+from vfjax.symmetry._entries import apart
 from vfjax.symmetry._places import absent_paths
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -94,8 +95,9 @@ def match_weights(
     check_finite(other.leaves, name="b")
     sizes = spec.check_leaves(flat.leaves, absent_paths(a))
     counted = counted_axes(spec, flat.leaves, ignored)
-    left = {path: on_host(flat.leaves[path]) for path in counted}
-    right = {path: on_host(other.leaves[path]) for path in counted}
+    left, right = ({p: on_host(of.leaves[p]) for p in counted} for of in (flat, other))
+    (spec, left), (_, right) = apart(spec, left), apart(spec, right)
+    counted = counted_axes(spec, left, frozenset())
     return best_match(spec, sizes, left, right, counted, random, restarts, max_sweeps, tol)
 
 

@@ -11,6 +11,7 @@ up; then the dims of each head are merged separately.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
@@ -39,6 +40,7 @@ from vfjax.align._taps import (
     tap_covariances,
     with_spreads,
 )
+from vfjax.align._untapped import Untapped, check_untapped, untapped_groups, with_untapped
 from vfjax.network._network import Network
 from vfjax.stats._moments import Moments
 
@@ -54,6 +56,7 @@ def zip_features(
     alpha: float = 0.3,
     beta: float = 0.125,
     key: Array | None = None,
+    untapped: Untapped = "weights",
 ) -> Maps:
     """Matches the features of K models by correlation, even within a model, as ZipIt! does.
 
@@ -90,9 +93,10 @@ def zip_features(
             different models; with `alpha` > 0 a chain of merges can join two features of one model
             even then, since a merged feature counts for its first part's model only.
         key: Random key for k-means.
+        untapped: As in `match_activations`: how groups without a tap are matched.
 
     Returns:
-        The maps. Groups without a tap are averaged without matching, and groups that can only be
+        The maps; `by_weights` or `unmatched` names groups without a tap. Groups that can only be
         permuted (`net.spec.rigid`, such as the width of a tied kernel) are permuted. The variances
         that a BatchNorm stores are unknown for merged features: measure them again with
         `vfjax.renorm.reset`.
@@ -132,10 +136,14 @@ def zip_features(
     """
     models = models_at_taps(net, trees)
     _check(matcher, alpha, beta, key, len(trees))
+    check_untapped(untapped)
     if not models.net.taps:
-        return Maps(tuple({} for _ in trees), {})
+        maps = Maps(tuple({} for _ in trees), {})
+        return with_untapped(maps, models.nets, trees, untapped)
     moments = moments_at_taps(models, data, "all")
-    return zip_moments(models.net, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
+    options = {"matcher": matcher, "alpha": alpha, "beta": beta, "key": key}
+    maps = zip_moments(models.net, moments, **options)
+    return with_untapped(maps, models.nets, trees, untapped)
 
 
 def zip_moments(
@@ -199,7 +207,8 @@ def zip_moments(
                 similarity, models
             )
         labels_of[part] = _in_order(labels)
-    return with_spreads(Maps.of_labels({**heads, **gather(labels_of)}, models), net, moments)
+    maps = with_spreads(Maps.of_labels({**heads, **gather(labels_of)}, models), net, moments)
+    return dataclasses.replace(maps, unmatched=untapped_groups(net))
 
 
 def merged_correlation(

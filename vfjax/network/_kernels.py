@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from vfjax._analysis import LinearSite, Traced
 from vfjax._jaxpr import Equation, contraction, evaluate
+from vfjax._jaxpr.primitives import CONV, LINEAR
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
 from vfjax.network._network import Network
@@ -37,6 +39,43 @@ def kernel_rows(net: Network, layer: str) -> np.ndarray:
     if site.kernel.slot is not None:
         places = places[site.kernel.slot]
     return _by_output(site, site.kernel.forward(places))
+
+
+class LoopKernel(NamedTuple):
+    """A leaf that layers inside a loop multiply by.
+
+    Attributes:
+        kind: "conv" or "dense".
+        rows: The places of its weights in the flattened leaf, int `[outputs, inputs]`.
+    """
+
+    kind: str
+    rows: np.ndarray
+
+
+def loop_kernels(net: Network) -> dict[str, LoopKernel]:
+    """The kernels of layers that lie inside loops and so are no layers of the network, by path."""
+    traced = traces_of(net).reference
+    if not traced.opaque:
+        return {}
+    graph = traced.graph
+    taken = {graph.inputs[site.leaf] for site in traced.layers.values()}
+    contracted: dict[int, set[int]] = {}
+    kinds: dict[int, str] = {}
+    for tie in traced.propagation.ties:
+        if tie.primitive in LINEAR and tie.leaf not in taken:
+            kinds[tie.leaf] = "conv" if tie.primitive == CONV else "dense"
+            axes = contracted.setdefault(tie.leaf, set())
+            axes.update([tie.axis] if tie.role == "in" else ())
+    kernels = {}
+    for leaf, inputs in contracted.items():
+        shape = graph.avals[leaf].shape
+        kept = [axis for axis in range(len(shape)) if axis not in inputs]
+        if inputs and kept:
+            places = np.arange(math.prod(shape)).reshape(shape).transpose(*kept, *sorted(inputs))
+            rows = places.reshape(math.prod(shape[axis] for axis in kept), -1)
+            kernels[traced.paths[graph.inputs.index(leaf)]] = LoopKernel(kinds[leaf], rows)
+    return kernels
 
 
 def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[str]) -> list[Array]:

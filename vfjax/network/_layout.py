@@ -12,6 +12,7 @@ from vfjax._types import Array
 from vfjax.network import _sites
 from vfjax.network._records import JointTap, Tap
 from vfjax.network._retrace import traces_of
+from vfjax.symmetry._entries import bare, piece_of
 from vfjax.symmetry._places import Axis, Place, grid, rows
 
 if TYPE_CHECKING:
@@ -97,10 +98,11 @@ def arrange(value: Any, layout: Layout) -> tuple[Array, tuple[int, ...]]:
     """A site's value in float32 or better, with separate channel axes, and its sample axes."""
     value = as_float(value, layout.name)
     if layout.split is not None and layout.around is not None:
-        value = grid(value, layout.split, layout.around)
+        value = piece_of(value, layout.split.entries)
+        value = grid(value, bare(layout.split), bare(layout.around))
         value = value.reshape(-1, value.shape[-1])
     elif layout.split is not None:
-        value = rows(value, layout.split)
+        value = rows(piece_of(value, layout.split.entries), bare(layout.split))
     return value, sample_axes(layout, value.ndim)
 
 

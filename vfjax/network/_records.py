@@ -136,12 +136,13 @@ class Tap:
     """Where a permutation group shows in the activations.
 
     Attributes:
-        name: Site name, `<layer>:act`.
+        name: Site name, `<layer>:act`, or `<leaf>:loop` for what a loop returns.
         group: The group.
         axis: The axis of the value that holds it.
         outer: The axis is a row-major `(outer, n, inner)`; the group's n entries are in the middle.
         inner: See `outer`.
         windows: Segments of the axis to look into first, as in `vfjax.symmetry.Axis`.
+        entries: The entries of a stack in which it shows, as in `vfjax.symmetry.Axis`.
     """
 
     name: str
@@ -150,11 +151,13 @@ class Tap:
     outer: int = 1
     inner: int = 1
     windows: tuple[Window, ...] = ()
+    entries: tuple[tuple[int, int], ...] = ()
 
     @property
     def place(self) -> Axis:
         """Where in the value the group lies, as for a leaf."""
-        return Axis("", self.axis, "elementwise", self.outer, self.inner, self.windows)
+        where = self.outer, self.inner, self.windows, self.entries
+        return Axis("", self.axis, "elementwise", *where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,15 +243,26 @@ def describe_norm(traced: Traced, name: str) -> Norm:
 
 
 def describe_taps(traced: Traced, *, axes: Axes, groups: Mapping[int, str]) -> tuple[Tap, ...]:
-    """Where each group shows: one record per value and group."""
+    """Where each group shows: one record per value and group.
+
+    What loops return counts for groups that show after no layer.
+    """
+    layers = {f"{name}:act": value for name, value in traced.taps.items()}
+    taps = _taps(layers, axes, groups)
+    shown = {tap.group for tap in taps}
+    loops = _taps(traced.loops, axes, groups) if shown < {*groups.values()} else ()
+    return (*taps, *(tap for tap in loops if tap.group not in shown))
+
+
+def _taps(values: Mapping[str, int], axes: Axes, groups: Mapping[int, str]) -> tuple[Tap, ...]:
     taps: dict[tuple[int, str], Tap] = {}
-    for name, value in traced.taps.items():
+    for name, value in values.items():
         for axis, atoms in enumerate(axes.get(value, ())):
             for atom in atoms:
                 group = groups.get(atom.group)
                 if group is not None and (value, group) not in taps:
-                    where = atom.outer, atom.inner, atom.windows
-                    taps[value, group] = Tap(f"{name}:act", group, axis, *where)
+                    where = atom.outer, atom.inner, atom.windows, atom.entries
+                    taps[value, group] = Tap(name, group, axis, *where)
     return tuple(taps.values())
 
 

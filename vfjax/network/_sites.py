@@ -19,7 +19,7 @@ from vfjax.network._retrace import traces_of
 if TYPE_CHECKING:
     from vfjax.network._network import Network
 
-Kind = Literal["input", "output", "layer", "tap", "operand", "norm", "group", "joint"]
+Kind = Literal["input", "output", "layer", "tap", "operand", "norm", "loop", "group", "joint"]
 Sites = Literal["paper", "layers", "all", "taps"] | Sequence[str]
 
 WORDS = ("paper", "layers", "all", "taps")
@@ -32,9 +32,10 @@ class Site(NamedTuple):
         name: The name.
         kind: `"input"` and `"output"` of the network; `"layer"`, a pre-activation; `"tap"`, the
             value after a layer; `"operand"` and `"norm"`, the value that a layer or a norm reads;
+            `"loop"`, a value that a loop returns which is kept whole;
             `"group"` and `"joint"`, the part of a tap that shows one group, or one group within
             another.
-        of: Name of the layer or the norm; None for the network's ends.
+        of: Name of the layer or the norm; None for the network's ends and for loops.
         source: Name of the site that holds the whole value; the name itself unless it is a part.
         tap: Where in the value the group shows, for parts and for taps of a single group.
     """
@@ -65,6 +66,7 @@ class Site(NamedTuple):
             "tap": f"the value after the layer '{self.of}'",
             "operand": f"what the layer '{self.of}' reads",
             "norm": f"what the norm '{self.of}' reads",
+            "loop": "what a loop returns",
             "group": f"a part of '{self.source}'",
             "joint": f"a part of '{self.source}'",
         }[self.kind]
@@ -77,13 +79,14 @@ def sites_of(net: Network) -> dict[str, Site]:
     only = {tap.name: tap for tap in net.taps if shown.count(tap.name) == 1}
     names = ["input", *layers, *(f"{name}:act" for name in layers)]
     names += [f"{name}:in" for name in (*norms, *layers)]
+    names += traces_of(net).reference.loops
     whole = (whole_site(traces_of(net).reference, name) for name in (*names, "output"))
     by_name = {site.name: site for site in whole if site is not None}
     by_name |= {name: by_name[name]._replace(tap=tap) for name, tap in only.items()}
     for tap in net.taps:
         if tap.name not in only:
             name = f"{tap.name}[{tap.group}]"
-            by_name[name] = Site(name, "group", tap.name.removesuffix(":act"), tap.name, tap)
+            by_name[name] = Site(name, "group", by_name[tap.name].of, tap.name, tap)
     for tap in net.joint_taps:
         by_name[tap.name] = Site(tap.name, "joint", tap.layer, f"{tap.layer}:act", tap)
     return by_name
@@ -96,6 +99,8 @@ def whole_site(traced: Traced, name: str) -> Site | None:
         return Site(name, "layer", name, name)
     if name in ("input", "output"):
         return Site(name, name, None, name)
+    if name in traced.loops:
+        return Site(name, "loop", None, name)
     if what == "act" and base in traced.layers:
         return Site(name, "tap", base, name)
     if what == "in" and base in traced.norms:
@@ -143,6 +148,8 @@ def locate(net: Network, traced: Traced, name: str) -> tuple[int, tuple[int, int
         return traced.layers[name].preactivation, None
     if site.kind == "tap":
         return traced.taps[_base(site)], None
+    if site.kind == "loop":
+        return traced.loops[name], None
     if site.kind == "norm":
         index = traced.norms[_base(site)].index
         return graph.equations[index].values[0], (index, 0)
@@ -211,12 +218,17 @@ def depth_of(net: Network, name: str) -> tuple[str | None, int, bool]:
 def channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
     """Axes of a whole value that hold channels; None for all but the first.
 
+    In what a loop returns these are the axes along which groups lie.
+
     In the input of a layer these are the axes that it shares with the kernel, usually those that
     are contracted.
     """
     site, traced = _whole(net, name), traces_of(net).reference
     if site.kind in ("input", "output"):
         return None
+    if site.kind == "loop":
+        places = net.places(name)
+        return tuple(sorted({place.at.axis for place in places})) or None
     if site.kind == "norm":
         return net.norm(_base(site)).channel_axes
     layer = traced.layers[_base(site)]

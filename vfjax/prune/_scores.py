@@ -13,7 +13,7 @@ import numpy as np
 from vfjax._trees import flatten_named
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_fits, check_net
-from vfjax.network._kernels import kernel_rows
+from vfjax.network._kernels import kernel_rows, loop_kernels
 from vfjax.network._network import Network
 from vfjax.network._sites import WORDS, select
 
@@ -74,6 +74,9 @@ def prunable(
 ) -> tuple[str, ...]:
     """Lists the layers whose kernels can be pruned.
 
+    A layer inside a loop that is kept whole, such as a recurrent cell, has the name of its kernel;
+    it has no depth, and counts as neither first nor last.
+
     Args:
         net: The traced network.
         shortcuts: Whether to include layers beside the longest path, such as the 1x1 convolutions
@@ -83,7 +86,8 @@ def prunable(
         kinds: `"dense"`, `"conv"` or both.
 
     Returns:
-        Names of layers, in the order of evaluation; layers that share a leaf are all listed.
+        Names of layers, in the order of evaluation; layers that share a leaf are all listed. Those
+        inside loops come last.
 
     Raises:
         TypeError: If `net` is not a traced network.
@@ -111,7 +115,7 @@ def _prunable(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if isinstance(kinds, str) or unknown:
         raise ValueError(f"kinds must be a sequence of {' and '.join(KINDS)}, got {kinds!r}")
-    return tuple(
+    names = [
         layer.name
         for layer in net.layers
         if layer.kernel is not None
@@ -119,7 +123,8 @@ def _prunable(
         and (shortcuts or layer.main)
         and (first or layer.depth > 1)
         and (last or layer.depth < net.depth)
-    )
+    ]
+    return (*names, *(name for name, of in loop_kernels(net).items() if of.kind in kinds))
 
 
 def rows_of(
@@ -152,7 +157,11 @@ def rows_of(
     rows: dict[str, np.ndarray] = {}
     paths: dict[str, str] = {}
     taken: dict[str, np.ndarray] = {}
+    loops = loop_kernels(net)
     for name in names:
+        if name in loops:
+            rows[name], paths[name] = loops[name].rows, name
+            continue
         path = net.layer(name).kernel
         if path is None:
             raise ValueError(

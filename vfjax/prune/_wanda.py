@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 from vfjax._deprecated import renames
 from vfjax._passes import batch_size, compiled, on_mesh, stream, wide
 from vfjax._types import PyTree
-from vfjax.network._kernels import input_squares, kernel_rows, spread
+from vfjax.network._arguments import check_net
+from vfjax.network._kernels import input_squares, kernel_rows, loop_kernels, spread
 from vfjax.network._network import Network
-from vfjax.prune._scores import Scores, scores_of, weights_of
+from vfjax.prune._scores import Scores, prunable, scores_of, weights_of
 
 
 @renames(layers="names")
@@ -52,9 +54,26 @@ def wanda(
         >>> wanda(net, tree, [x]).values["w"].ravel().tolist()
         [4.0, 3.0]
 
+    Warns:
+        UserWarning: If `names` is None and kernels inside loops are left out.
+
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024,
     equation 1.
     """
+    check_net(net)
+    inside = loop_kernels(net).keys()
+    if names is None and inside:
+        warnings.warn(
+            f"the inputs of kernels inside loops are not measured: {sorted(inside)} are left out; "
+            "prune.magnitude and prune.fisher score them",
+            stacklevel=3,
+        )
+        names = [name for name in prunable(net) if name not in inside]
+    elif isinstance(names, Sequence) and not isinstance(names, str) and inside & {*names}:
+        raise ValueError(
+            f"names has {sorted(inside & {*names})}, kernels inside loops, whose inputs are not "
+            "measured; prune.magnitude and prune.fisher score them"
+        )
     leaves, rows, paths = weights_of(net, tree, names)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
     measure = functools.partial(_means, net, tuple(uses))

@@ -20,6 +20,9 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
     - `<layer>:in`: the value that the layer reads. An edit there affects this layer only.
     - `<norm>:in`: the value that a normalisation with stored statistics reads; the norm is named
       after its means.
+    - `<leaf>:loop`, `<leaf>:loop#2`: what a loop returns that is kept whole, such as the states of
+      a recurrent cell; it is named after the first kernel that it reads. Groups inside the loop
+      that no layer outside shows have their taps there.
     - `<layer>:act[<group>]`: if several groups show in a tap, the features of one of them.
     - `<layer>:act[<group> in <owner>]`, a joint tap: the features of a group that moves within each
       entry of another, as the dims of heads do.

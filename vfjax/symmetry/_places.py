@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfjax.symmetry._entries import bare
 from vfjax.symmetry._group_maps import take
 
 ROLES = ("out", "in", "elementwise")
@@ -41,6 +42,9 @@ class Axis(NamedTuple):
         windows: Nested segments to select first, outermost first, as (outer, start, size, inner):
             each views the current segment as (outer, n, inner) and keeps `size` of the n entries
             from `start` on. The last 4 of 12 concatenated features are `((1, 8, 4, 1),)`.
+        entries: If the leaf is a stack, each of whose entries has groups of its own: the entries in
+            which the place lies, as (dimension, index). The fourth of layers that were stacked for
+            a scan is `((0, 3),)`.
     """
 
     path: str
@@ -49,10 +53,12 @@ class Axis(NamedTuple):
     outer: int = 1
     inner: int = 1
     windows: tuple[Window, ...] = ()
+    entries: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
         role = "" if self.role == "elementwise" else f" {self.role}"
-        return f"{self.path}[{self.axis}]{self.block}{role}"
+        entries = "".join(f"[{dim}={index}]" for dim, index in self.entries)
+        return f"{self.path}{entries}[{self.axis}]{self.block}{role}"
 
     @property
     def block(self) -> str:
@@ -80,6 +86,10 @@ class Place(NamedTuple):
         move = functools.partial(moved, mapped=mapped, length=length, m=m)
         return Place(self.group, move(self.at), self.owner and move(self.owner))
 
+    def bare(self) -> Place:
+        """The place as it lies in the pieces of a stack (see `_entries`)."""
+        return Place(self.group, bare(self.at), self.owner and bare(self.owner))
+
 
 class FixedAxis(NamedTuple):
     """An axis of a leaf that has no symmetry, and why.
@@ -104,8 +114,8 @@ def as_axis(group: str, place: Any) -> Axis:
 
     Args:
         group: Name of its group, for messages.
-        place: `(path, axis)`, `(path, axis, role)`, `(path, axis, role, outer, inner)` or the last
-            with windows.
+        place: `(path, axis)`, `(path, axis, role)`, `(path, axis, role, outer, inner)`, the last
+            with windows, or that with entries.
 
     Returns:
         The place.
@@ -116,7 +126,7 @@ def as_axis(group: str, place: Any) -> Axis:
     """
     try:
         a = Axis(*place)
-        numbers = [a.axis, a.outer, a.inner, *itertools.chain.from_iterable(a.windows)]
+        numbers = [a.axis, a.outer, a.inner, *itertools.chain(*a.windows, *a.entries)]
     except TypeError:
         a, numbers = None, []
     if (
@@ -124,11 +134,12 @@ def as_axis(group: str, place: Any) -> Axis:
         or not isinstance(a.path, str)
         or not all(isinstance(n, (int, np.integer)) for n in numbers)
         or any(len(window) != 4 for window in a.windows)
+        or any(len(entry) != 2 for entry in a.entries)
     ):
         raise TypeError(
             f"group {group!r} lists {place!r}; a place is (path, axis), (path, axis, role), "
-            "(path, axis, role, outer, inner) or the last with a tuple of windows "
-            "(outer, start, size, inner)."
+            "(path, axis, role, outer, inner), the last with a tuple of windows "
+            "(outer, start, size, inner), or that with a tuple of entries (dimension, index)."
         )
     if a.role not in ROLES:
         raise ValueError(f"group {group!r}: role {a.role!r} of '{a.path}' must be one of {ROLES}.")
@@ -142,8 +153,16 @@ def as_axis(group: str, place: Any) -> Axis:
         )
     if any(start < 0 for _, start, _, _ in a.windows):
         raise ValueError(f"group {group!r} lists {tuple(a)!r}; a window starts at 0 or later.")
+    dims = [dim for dim, _ in a.entries]
+    if min([0, *itertools.chain(*a.entries)]) < 0 or len({*dims, a.axis}) <= len(dims):
+        raise ValueError(
+            f"group {group!r} lists {tuple(a)!r}; entries are counted from 0, each along another "
+            f"dimension, and not along the axis {a.axis} itself."
+        )
     windows = tuple(tuple(int(n) for n in window) for window in a.windows)
-    return a._replace(axis=int(a.axis), outer=int(a.outer), inner=int(a.inner), windows=windows)
+    entries = tuple(sorted((int(dim), int(index)) for dim, index in a.entries))
+    numbers = {"axis": int(a.axis), "outer": int(a.outer), "inner": int(a.inner)}
+    return a._replace(windows=windows, entries=entries, **numbers)
 
 
 def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
@@ -153,6 +172,12 @@ def size_at(group: str, a: Axis, shape: tuple[int, ...]) -> int:
             f"group {group!r}: axis {a.axis} of '{a.path}' is out of range; the leaf has shape "
             f"{shape}."
         )
+    for dim, index in a.entries:
+        if dim >= len(shape) or index >= shape[dim]:
+            raise ValueError(
+                f"group {group!r}: '{a.path}' has no entry {index} along dimension {dim}; the leaf "
+                f"has shape {shape}."
+            )
     length = shape[a.axis]
     for outer, start, size, inner in (*a.windows, (a.outer, 0, 0, a.inner)):
         if length % (outer * inner):
@@ -255,6 +280,7 @@ def owners(a: Axis, others: Iterable[Axis]) -> list[Axis]:
         b
         for b in others
         if b.path == a.path
+        and set(b.entries) <= set(a.entries)
         and (b.windows == a.windows[: len(b.windows)] if a.axis == b.axis else not b.windows)
     ]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from vfjax._trees import flatten_named, on_host, some
 from vfjax._types import Array, PyTree
+from vfjax.symmetry._entries import bare, by_piece, holds, pieces
 from vfjax.symmetry._group_maps import (
     as_array,
     as_permutation,
@@ -184,13 +185,16 @@ class PermutationSpec:
                         f"lists; it has {some(flat)}."
                     )
         for (path, axis), places in along.items():
-            pair = overlap(tuple(a for a, _ in places), np.shape(flat[path])[axis])
-            if pair is not None:
-                one, other = (places[k][1] for k in pair)
-                raise ValueError(
-                    f"groups {one!r} and {other!r} overlap on axis {axis} of '{path}'; check "
-                    "their outer, inner and windows."
-                )
+            shape = np.shape(flat[path])
+            for piece in pieces(shape, [a for a, _ in places]):
+                inside = [(a._replace(entries=()), g) for a, g in places if holds(piece, a)]
+                pair = overlap(tuple(a for a, _ in inside), shape[axis])
+                if pair is not None:
+                    one, other = (inside[k][1] for k in pair)
+                    raise ValueError(
+                        f"groups {one!r} and {other!r} overlap on axis {axis} of '{path}'; check "
+                        "their outer, inner, windows and entries."
+                    )
         if permutations is not None:
             self._check_permutations(permutations, {**self.sizes, **sizes})
         return sizes
@@ -365,14 +369,26 @@ class PermutationSpec:
             for a in self.groups[name] if name in by_group else ():
                 if a.path in given:
                     places.setdefault(a.path, []).append((name, a, self.owner(name, a)))
-        for path, todo in places.items():
+
+        def mapped(leaf: Any, todo: Sequence[tuple[str, Axis, Axis | None]]) -> Any:
             while todo:
                 (name, a, owner), *todo = todo
-                length = np.shape(flat[path])[a.axis]
-                flat[path] = fn(flat[path], a, owner, by_group[name])
-                if sizes is not None and np.shape(flat[path])[a.axis] != length:
+                length = np.shape(leaf)[a.axis]
+                leaf = fn(leaf, a, owner, by_group[name])
+                if sizes is not None and np.shape(leaf)[a.axis] != length:
                     move = functools.partial(moved, mapped=a, length=length, m=sizes[name])
                     todo = [(other, move(b), c and move(c)) for other, b, c in todo]
+            return leaf
+
+        for path, todo in places.items():
+            flat[path] = by_piece(
+                flat[path],
+                [a for _, a, _ in todo],
+                lambda leaf, piece, todo=todo: mapped(
+                    leaf,
+                    [(g, bare(a), c and bare(c)) for g, a, c in todo if holds(piece, a)],
+                ),
+            )
         return jax.tree.unflatten(treedef, list(flat.values()))
 
     def _check_size(self, name: str, a: Axis, size: int, sizes: dict[str, int]) -> None:
