@@ -4,7 +4,7 @@ Whatever all passes share belongs here: checks of batches, meshes, the loop that
 and pools it, moments and their unions, accuracy. What a pass measures, and at which sites, is up to
 `vfjax.stats`, `vfjax.renorm`, `vfjax.diagnose` and `vfjax.prune`.
 
-Read `streaming` first, then `batching`. Statistics are always merged by `moments`.
+Read `streaming` first, then `batching` and `masking`. Statistics are always merged by `moments`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from vfjax._passes.devices import on_meshes as on_meshes
 from vfjax._passes.devices import replicate as replicate
 from vfjax._passes.evaluation import Evaluation as Evaluation
 from vfjax._passes.evaluation import evaluate as evaluate
+from vfjax._passes.masking import Mask as Mask
+from vfjax._passes.masking import check_valid as check_valid
+from vfjax._passes.masking import fits as fits
+from vfjax._passes.masking import masked as masked
 from vfjax._passes.streaming import by_pieces as by_pieces
 from vfjax._passes.streaming import each as each
 from vfjax._passes.streaming import each_piece as each_piece
@@ -30,16 +34,20 @@ from vfjax._passes.streaming import wide as wide
 
 __all__ = [
     "Evaluation",
+    "Mask",
     "batch_size",
     "batches",
     "by_pieces",
     "check_finite_means",
+    "check_valid",
     "each",
     "each_piece",
     "evaluate",
+    "fits",
     "keep",
     "labelled",
     "late",
+    "masked",
     "mesh_of",
     "moments",
     "on_mesh",

@@ -104,6 +104,30 @@ def arrange(value: Any, layout: Layout) -> tuple[Array, tuple[int, ...]]:
     return value, sample_axes(layout, value.ndim)
 
 
+def arrange_valid(valid: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
+    """What counts of a site's value, laid out as `arrange` lays out the value.
+
+    Args:
+        valid: Booleans of the value's rank, of size 1 along axes where nothing varies.
+        layout: The layout.
+        shape: Shape of the value before it is arranged.
+
+    Returns:
+        Booleans of the arranged value's rank, of size 1 along channel axes unless what counts
+        varies from channel to channel.
+    """
+    if layout.split is None:
+        return valid
+    whole = jnp.broadcast_to(valid, shape)
+    varies = valid.shape[layout.split.axis] > 1
+    if layout.around is not None:
+        whole = grid(whole, layout.split, layout.around)
+        whole = whole.reshape(-1, whole.shape[-1])
+        return whole if varies or valid.shape[layout.around.axis] > 1 else whole[:1]
+    whole = rows(whole, layout.split)
+    return whole if varies else whole[:, :1]
+
+
 def sample_axes(layout: Layout, ndim: int) -> tuple[int, ...]:
     """The sample axes of an arranged value."""
     keep = range(1, ndim) if layout.keep is None else layout.keep
