@@ -23,6 +23,7 @@ from vfjax._passes.evaluation import Evaluation as Evaluation
 from vfjax._passes.evaluation import evaluate as evaluate
 from vfjax._passes.masking import Mask as Mask
 from vfjax._passes.masking import check_valid as check_valid
+from vfjax._passes.masking import examples as examples
 from vfjax._passes.masking import fits as fits
 from vfjax._passes.masking import masked as masked
 from vfjax._passes.streaming import by_pieces as by_pieces
@@ -43,6 +44,7 @@ __all__ = [
     "each",
     "each_piece",
     "evaluate",
+    "examples",
     "fits",
     "keep",
     "labelled",

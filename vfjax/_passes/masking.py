@@ -87,6 +87,13 @@ def fits(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:
     return len(ahead) == len(mask) and all(n in (1, m) for n, m in zip(mask, ahead, strict=True))
 
 
+def examples(x: PyTree, valid: Array | None) -> Any:
+    """The number of examples of a batch that count: those with a valid position."""
+    if valid is None:
+        return batch_size(x)
+    return valid.any(tuple(range(1, valid.ndim))).sum()
+
+
 def check_valid(counts: Mapping[str, Any], *, name: str = "data") -> None:
     """Raises a ValueError if a mask left no samples to a site.
 

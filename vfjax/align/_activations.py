@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vfjax._passes import Mask
 from vfjax._types import PyTree
 from vfjax.align._assignment import Alignment, assign_in_place
 from vfjax.align._taps import (
@@ -40,6 +41,7 @@ def match_activations(
     data: Iterable[Any] | None,
     *,
     moments: Moments | None = None,
+    mask: Mask | None = None,
 ) -> Alignment:
     """Finds permutations of `b` whose units correlate best with those of `a`.
 
@@ -52,6 +54,8 @@ def match_activations(
         data: Re-iterable of `x` or `(x, label)`; None if `moments` are given.
         moments: Moments of `[a, b]` in this order, if they have already been measured:
             `stats.moments(net, [a, b], data, sites="taps", covariance="cross")`.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The alignment; its objective is the sum of the correlations of all pairs at all taps. Groups
@@ -69,11 +73,13 @@ def match_activations(
     models = models_at_taps(net, [a, b])
     if moments is None and data is None:
         raise ValueError("`data` is None: give batches to measure on, or `moments`")
+    if moments is not None and mask is not None:
+        raise ValueError("`mask` is for `data`, and `moments` are given: measure them with it")
     if not models.net.taps:
         return _in_place(models.net)
     if moments is None:
         assert data is not None
-        moments = moments_at_taps(models, data, "cross")
+        moments = moments_at_taps(models, data, "cross", mask)
     elif moments.models != 2:
         raise ValueError(
             f"`moments` must be those of [a, b], but it has {moments.models} models; use "

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vfjax._maps import Maps, Part, gather, permuting
+from vfjax._passes import Mask
 from vfjax._trees import number
 from vfjax._types import PyTree
 from vfjax.align._assignment import PLACE, assign
@@ -43,6 +44,7 @@ def cca(
     regularization: float = 1.0,
     relative: bool = True,
     dtype: Any = None,
+    mask: Mask | None = None,
 ) -> Maps:
     """Maps every model's features onto those of the first by canonical correlation analysis.
 
@@ -80,6 +82,8 @@ def cca(
             directions of little variance count as much as the others.
         dtype: Dtype of the decompositions and maps, `np.float32` or `np.float64`; None for that of
             the moments, which is float32 unless the network computes in float64.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The maps `(T, T^-1)` of all models but the first. Groups without a tap do not change, and
@@ -123,7 +127,7 @@ def cca(
     _check(regularization, dtype)
     if not models.net.taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = moments_at_taps(models, data, "all")
+    moments = moments_at_taps(models, data, "all", mask)
     return cca_moments(
         models.net, moments, regularization=regularization, relative=relative, dtype=dtype
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vfjax._passes import Mask
 from vfjax._trees import check_alike
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
@@ -141,6 +142,7 @@ def match_universe(
     *,
     key: Array | None = None,
     max_steps: int = 100,
+    mask: Mask | None = None,
 ) -> Universe:
     """Matches K models at once, so that their order does not matter.
 
@@ -162,6 +164,8 @@ def match_universe(
         key: Random key for matching weights, as in `match_weights`; not used with data.
         max_steps: The largest number of steps of Frank-Wolfe, and of the ascent. At 0 the best
             start is returned.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The permutations. Reordering the trees reorders them and changes nothing else, not even by
@@ -202,6 +206,8 @@ def match_universe(
             "`data` is None, so weights are matched, which needs a random `key`, such as "
             "jax.random.key(0); or give batches to match activations on"
         )
+    if data is None and mask is not None:
+        raise ValueError("`mask` is for `data`, and weights are matched: leave it out")
     order = _canonical([leaves.values() for leaves in models.leaves])
     chosen = models.pick(order)
     if data is None:
@@ -211,7 +217,7 @@ def match_universe(
     elif not chosen.net.taps:
         universe = _in_place(chosen.net, len(chosen))
     else:
-        moments = moments_at_taps(chosen, data, "cross")
+        moments = moments_at_taps(chosen, data, "cross", mask)
         universe = match_universe_moments(chosen.net, moments, max_steps=max_steps)
     return _reordered(universe, order)
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from vfjax._maps import Maps, Part, gather
+from vfjax._passes import Mask
 from vfjax._trees import check_key, number
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import PLACE
@@ -54,6 +55,7 @@ def zip_features(
     alpha: float = 0.3,
     beta: float = 0.125,
     key: Array | None = None,
+    mask: Mask | None = None,
 ) -> Maps:
     """Matches the features of K models by correlation, even within a model, as ZipIt! does.
 
@@ -90,6 +92,8 @@ def zip_features(
             different models; with `alpha` > 0 a chain of merges can join two features of one model
             even then, since a merged feature counts for its first part's model only.
         key: Random key for k-means.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The maps. Groups without a tap are averaged without matching, and groups that can only be
@@ -134,7 +138,7 @@ def zip_features(
     _check(matcher, alpha, beta, key, len(trees))
     if not models.net.taps:
         return Maps(tuple({} for _ in trees), {})
-    moments = moments_at_taps(models, data, "all")
+    moments = moments_at_taps(models, data, "all", mask)
     return zip_moments(models.net, moments, matcher=matcher, alpha=alpha, beta=beta, key=key)
 
 

@@ -14,8 +14,10 @@ from vfjax._jaxpr import Equation, evaluate
 from vfjax._jaxpr.primitives import DOT
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
+from vfjax.network._layout import whole_layout
 from vfjax.network._network import Network
 from vfjax.network._retrace import traces_of
+from vfjax.network._valid import valid_at
 
 
 def kernel_rows(net: Network, layer: str) -> np.ndarray:
@@ -39,7 +41,13 @@ def kernel_rows(net: Network, layer: str) -> np.ndarray:
     return _by_output(site, site.kernel.forward(places))
 
 
-def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[str]) -> list[Array]:
+def input_squares(
+    net: Network,
+    variables: PyTree,
+    x: PyTree,
+    layers: Sequence[str],
+    valid: Array | None = None,
+) -> list[Array]:
     """For each weight the sum of its squared inputs, over examples and positions.
 
     This is the gradient with respect to the kernel of the summed output of the layer on its squared
@@ -50,6 +58,7 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
         variables: Its parameters.
         x: A batch.
         layers: Names of layers.
+        valid: Which positions of x count, as `valid_at` takes it; None if all do.
 
     Returns:
         For each layer an array like the kernel operand, of size one along axes that `spread`
@@ -57,6 +66,9 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
     """
     sites = [f"{name}:in" for name in layers]
     _, inputs = net.run(variables, x, capture=sites)
+    if valid is not None:
+        counts = valid_at(net, [whole_layout(net, at) for at in sites], valid)
+        inputs = {at: jnp.where(counts[at], inputs[at], 0) for at in sites}
     traced = traces_of(net).at(named_leaves(net, variables), x)
     squares = []
     for name, at in zip(layers, sites, strict=True):
