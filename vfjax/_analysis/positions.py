@@ -421,9 +421,7 @@ def _joined(
     rest = np.broadcast_shapes(*(_without(part.shape[:-1], axis) for part in parts))
     lines = []
     for part, shape in zip(parts, shapes, strict=True):
-        part = np.pad(
-            part, [(0, 0)] * ndim + [(0, several - part.shape[-1])], constant_values=-1
-        )
+        part = np.pad(part, [(0, 0)] * ndim + [(0, several - part.shape[-1])], constant_values=-1)
         whole = (*rest[:axis], shape[axis], *rest[axis:], several)
         lines.append(np.broadcast_to(part, whole))
     return Where(*places.pop(), (np.concatenate(lines, axis),))

@@ -26,6 +26,7 @@ from vfjax._passes.masking import check_valid as check_valid
 from vfjax._passes.masking import examples as examples
 from vfjax._passes.masking import fits as fits
 from vfjax._passes.masking import masked as masked
+from vfjax._passes.masking import read_by as read_by
 from vfjax._passes.streaming import by_pieces as by_pieces
 from vfjax._passes.streaming import each as each
 from vfjax._passes.streaming import each_piece as each_piece
@@ -54,6 +55,7 @@ __all__ = [
     "moments",
     "on_mesh",
     "on_meshes",
+    "read_by",
     "replicate",
     "stream",
     "wide",

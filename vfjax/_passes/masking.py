@@ -42,11 +42,7 @@ def masked(
         ValueError: As `batches`; or if what `mask` gives fits no array of x, or no position of any
             batch is valid.
     """
-    if mask is not None and not callable(mask):
-        raise TypeError(
-            f"`mask` must be a function of x to booleans, got {type(mask).__name__}; for a batch "
-            'with an array of its own, mask=lambda x: x["mask"] > 0'
-        )
+    _check_function(mask)
     found = mask is None
     for index, x in enumerate(batches(data, like=like, name=name)):
         valid = None if mask is None else _checked(mask(x), x, f"`mask` of `{name}`, batch {index}")
@@ -57,6 +53,14 @@ def masked(
         raise ValueError(
             f"`mask` says of no position of `{name}` that it is valid, so nothing is left to "
             "measure: it must be True where a position counts"
+        )
+
+
+def _check_function(mask: Any) -> None:
+    if mask is not None and not callable(mask):
+        raise TypeError(
+            f"`mask` must be a function of x to booleans, got {type(mask).__name__}; for a batch "
+            'with an array of its own, mask=lambda x: x["mask"] > 0'
         )
 
 
@@ -92,6 +96,28 @@ def examples(x: PyTree, valid: Array | None) -> Any:
     if valid is None:
         return batch_size(x)
     return valid.any(tuple(range(1, valid.ndim))).sum()
+
+
+def read_by(mask: Mask, like: PyTree) -> tuple[bool, ...]:
+    """Which arrays of x a mask reads, in the order of the leaves.
+
+    Raises:
+        TypeError: If the mask cannot be traced.
+    """
+    _check_function(mask)
+    leaves, tree = jax.tree.flatten(like)
+    try:
+        jaxpr = jax.make_jaxpr(lambda *xs: mask(jax.tree.unflatten(tree, xs)))(*leaves).jaxpr
+    except jax.errors.JAXTypeError as error:
+        raise TypeError(
+            "`mask` must be a function that JAX can trace, of jax.numpy or operators such as "
+            f"x > 0: {str(error).splitlines()[0]}"
+        ) from error
+    needed = set(map(id, jaxpr.outvars))
+    for eqn in reversed(jaxpr.eqns):
+        if any(id(v) in needed for v in eqn.outvars):
+            needed.update(map(id, eqn.invars))
+    return tuple(id(v) in needed for v in jaxpr.invars)
 
 
 def check_valid(counts: Mapping[str, Any], *, name: str = "data") -> None:

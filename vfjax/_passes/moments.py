@@ -39,9 +39,7 @@ class Pooled(NamedTuple):
         return self.m2 / self.count.clip(1)
 
 
-def moments_of(
-    value: Array, sample_axes: tuple[int, ...], valid: Array | None = None
-) -> Pooled:
+def moments_of(value: Array, sample_axes: tuple[int, ...], valid: Array | None = None) -> Pooled:
     """Moments of one batch; `valid` as in `shifted_moments`."""
     value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     _, mean, var, _, count = shifted_moments(value, sample_axes, valid)

@@ -348,9 +348,7 @@ def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u
     return ((u.astype(mean.dtype) - now_mean) * factor + mean).astype(u.dtype)
 
 
-def inputs(
-    net: Network, cut: int, data: Iterable[Any], mask: Mask | None = None
-) -> Iterator[Item]:
+def inputs(net: Network, cut: int, data: Iterable[Any], mask: Mask | None = None) -> Iterator[Item]:
     """The batches of `data`, checked, with what is valid of each; or the crossings that it lists.
 
     Raises:
@@ -370,9 +368,7 @@ def inputs(
         yield c, None
 
 
-def _stored(
-    model: Merged, data: Iterable[Any], mask: Mask | None
-) -> Callable[[], Iterable[Item]]:
+def _stored(model: Merged, data: Iterable[Any], mask: Mask | None) -> Callable[[], Iterable[Item]]:
     """Data for several passes: the crossings of all batches, where they fit into memory."""
 
     def read() -> Iterator[Item]:
@@ -380,9 +376,7 @@ def _stored(
 
     if model.cut == 0:
         return read
-    crossings = (
-        (x if isinstance(x, Crossing) else _cross(model, x), valid) for x, valid in read()
-    )
+    crossings = ((x if isinstance(x, Crossing) else _cross(model, x), valid) for x, valid in read())
     kept = keep(crossings, ())
     return (lambda: kept) if kept else read
 

@@ -164,19 +164,17 @@ def read(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def pool(
-    job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any
-) -> dict[str, Any]:
+def pool(job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any) -> dict[str, Any]:
     """Moments of the union of two sets of samples; donates the first. `share` is the second's."""
     return merge(job, pooled, batch, share)
 
 
-def merge(
-    job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any
-) -> dict[str, Any]:
+def merge(job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any) -> dict[str, Any]:
     """As `pool`, not compiled; without covariances also of NumPy arrays."""
     names = [site.name for site in job.sites]
-    shares = dict(zip(names, share if isinstance(share, list) else [share] * len(names), strict=True))
+    shares = dict(
+        zip(names, share if isinstance(share, list) else [share] * len(names), strict=True)
+    )
     out: dict[str, Any] = {"mean": {}, "var": {}, "covariance": {}}
     for name in names:
         old, new = ((one["mean"][name], one["var"][name]) for one in (pooled, batch))
