@@ -176,10 +176,22 @@ def _merged(states: Iterable[State], everything: np.ndarray) -> State:
     # What is the same for every position, as a pool that is added to all, does not decide
     # which of them count; nor do all positions beside a chosen one.
     kept = varying or [f for f in factors if not _whole(f, everything)] or factors[:1]
-    along = [tuple(n > 1 for n in f.shape[:-1]) for f in kept]
-    if len(set(along)) < len(along):
-        raise _Mixed("each of its positions mixes positions of the input that differ")
-    return Where(*places.pop(), tuple(kept))
+    along: dict[tuple[bool, ...], np.ndarray] = {}
+    for f in kept:
+        # The fewest positions, where some are among others: a mask that is read at every second
+        # position, beside the map of a strided layer.
+        other = along.setdefault(tuple(n > 1 for n in f.shape[:-1]), f)
+        if not _among(other, f):
+            if not _among(f, other):
+                raise _Mixed("each of its positions mixes positions of the input that differ")
+            along[tuple(n > 1 for n in f.shape[:-1])] = f
+    return Where(*places.pop(), tuple(along.values()))
+
+
+def _among(some: np.ndarray, others: np.ndarray) -> bool:
+    """Whether the positions of a factor are everywhere among those of another."""
+    found = (some[..., :, None] == others[..., None, :]).any(-1)
+    return some.shape[:-1] == others.shape[:-1] and bool((found | (some < 0)).all())
 
 
 def _whole(factor: np.ndarray, everything: np.ndarray) -> bool:

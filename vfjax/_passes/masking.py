@@ -67,7 +67,7 @@ def _check_function(mask: Any) -> None:
 def _checked(valid: Any, x: PyTree, where: str) -> Array:
     """What a mask gives for one batch, after every check."""
     dtype = getattr(valid, "dtype", None)
-    if dtype is None or dtype != bool:
+    if dtype is None or dtype != np.dtype(bool):
         what = type(valid).__name__ if dtype is None else f"{dtype} {list(valid.shape)}"
         raise TypeError(
             f"{where} must be an array of booleans, True where a position counts, got {what}; "

@@ -220,8 +220,8 @@ def features(
             pre-activation, where the paper measures. Or any name of `vfjax.stats.resolve_sites`
             that is a whole value. The first two include shortcuts; `Features.sites` says which.
         mask: Which positions of a batch count, such as those that are no padding: a function of x
-            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`. Norms are then
-            over the entries that count in an example, and the input 0 of an example keeps the
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`. Norms are
+            then over the entries that count in an example, and the input 0 of an example keeps the
             arrays that the mask reads: `f(0)` is what the network gives for zeros at as many
             positions. `Features.offset` is the mean of its norm over examples, in a second forward
             pass per batch.
@@ -343,8 +343,9 @@ def _check_range(by_site: dict[str, list[dict[str, np.ndarray]]]) -> None:
 
 def _check_offsets(rows: _rows.Rows) -> None:
     """Checks what a pass with a mask found at the input 0."""
-    for site, each in ((site, row) for of in rows for site, each in of.items() for row in each):
-        if each.offset is not None and not np.isfinite(each.offset):
+    named = ((site, row) for of in rows for site, found in of.items() for row in found)
+    for site, row in named:
+        if row.offset is not None and not np.isfinite(row.offset):
             raise ValueError(
                 f"f(0) is NaN or infinite at '{site}': the network is not defined at the input 0, "
                 "which has zeros in all arrays that mask does not read"

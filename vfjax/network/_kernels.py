@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis import LinearSite
+from vfjax._analysis import LinearSite, Traced
 from vfjax._jaxpr import Equation, evaluate
-from vfjax._jaxpr.primitives import DOT
+from vfjax._jaxpr.primitives import CONV, DOT
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
 from vfjax.network._layout import whole_layout
 from vfjax.network._network import Network
 from vfjax.network._retrace import traces_of
-from vfjax.network._valid import valid_at
+from vfjax.network._valid import valid_at, valid_results
 
 
 def kernel_rows(net: Network, layer: str) -> np.ndarray:
@@ -70,12 +70,19 @@ def input_squares(
         counts = valid_at(net, [whole_layout(net, at) for at in sites], valid)
         inputs = {at: jnp.where(counts[at], inputs[at], 0) for at in sites}
     traced = traces_of(net).at(named_leaves(net, variables), x)
+    # A convolution also looks from positions that do not count at those that do.
+    looking = [name for name in layers if _equation(traced, name).primitive == CONV]
+    results = {} if valid is None else valid_results(net, looking, valid)
     squares = []
     for name, at in zip(layers, sites, strict=True):
         site = traced.layers[name]
-        equation = traced.graph.equations[site.index]
-        squares.append(_squares(equation, site, traced.graph.avals, inputs[at]))
+        equation, avals = _equation(traced, name), traced.graph.avals
+        squares.append(_squares(equation, site, avals, inputs[at], results.get(name)))
     return squares
+
+
+def _equation(traced: Traced, layer: str) -> Equation:
+    return traced.graph.equations[traced.layers[layer].index]
 
 
 def spread(net: Network, layer: str, squares: Any) -> np.ndarray:
@@ -113,7 +120,9 @@ def _kernel_aval(equation: Equation, site: LinearSite, avals: Any) -> Any:
     return avals[value]
 
 
-def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Array:
+def _squares(
+    equation: Equation, site: LinearSite, avals: Any, x: Array, valid: Array | None
+) -> Array:
     params = dict(equation.params)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     shape = list(_kernel_aval(equation, site, avals).shape)
@@ -133,7 +142,8 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, x: Array) -> Arra
     def total(kernel: Array) -> Array:
         operands = [jnp.square(x.astype(dtype))] * 2
         operands[site.side] = kernel
-        return equation.eqn.primitive.bind(*operands, **params).sum()
+        result = equation.eqn.primitive.bind(*operands, **params)
+        return (result if valid is None else jnp.where(valid, result, 0)).sum()
 
     return jax.grad(total)(jnp.zeros(shape, dtype))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis import Lost, Where, positions
+from vfjax._analysis import Lost, State, Traced, Where, positions
 from vfjax._passes import fits
 from vfjax._types import Array
 from vfjax.network import _sites
@@ -41,32 +41,61 @@ def valid_at(net: Network, layouts: Collection[Layout], valid: Array) -> dict[st
     Raises:
         ValueError: If it is not known which positions of the input those of a site stand for.
     """
-    size, count = len(valid), math.prod(valid.shape[1:])
-    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), net.x)
-    traced = traces_of(net).at({}, x)
-    graph = traced.graph
-    places = {each.name: _sites.locate(net, traced, each.source)[0] for each in layouts}
-    along: dict[int, np.ndarray] = {}
-    for value in _sites.inputs_of(traced):
-        shape = graph.avals[value].shape
-        if fits(shape, valid.shape):
-            beside = len(shape) - valid.ndim
-            along[value] = np.arange(count).reshape((1, *valid.shape[1:], *(1,) * (beside + 1)))
-    states = positions(graph, along, count, places.values())
-    found = {}
-    for each in layouts:
-        value = places[each.name]
-        state, shape = states[value], graph.avals[value].shape
+    traced = _trace(net, len(valid))
+    values = [_sites.locate(net, traced, each.source)[0] for each in layouts]
+    states, found = _states(traced, values, valid), {}
+    for each, value in zip(layouts, values, strict=True):
+        state, shape = states[value], traced.graph.avals[value].shape
         if isinstance(state, Where):
-            here = _spread(state, valid.reshape(size, -1))
+            here = _spread(state, valid)
         else:
             here = _by_shape(net, each.source, shape, valid, state)
         found[each.name] = arrange_valid(here, each, shape)
     return found
 
 
-def _spread(state: Where, flat: Array) -> Array:
-    """Booleans of a value's rank, from those of the positions of the input, `[batch, count]`."""
+def valid_results(net: Network, layers: Sequence[str], valid: Array) -> dict[str, Array]:
+    """As `valid_at`, of what layers compute before anything is added or reshaped.
+
+    Raises:
+        ValueError: If it is not known which positions of the input those of a result stand for.
+    """
+    traced = _trace(net, len(valid))
+    equations = {name: traced.graph.equations[traced.layers[name].index] for name in layers}
+    states = _states(traced, [equation.result for equation in equations.values()], valid)
+    found = {}
+    for name, equation in equations.items():
+        state = states[equation.result]
+        if not isinstance(state, Where):
+            raise ValueError(
+                "mask does not tell what counts in the result of the layer "
+                f"'{name}': {state.why if state else 'it has no axis of examples'}"
+            )
+        found[name] = _spread(state, valid)
+    return found
+
+
+def _trace(net: Network, size: int) -> Traced:
+    """The trace at a batch size."""
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), net.x)
+    return traces_of(net).at({}, x)
+
+
+def _states(traced: Traced, values: Sequence[int], valid: Array) -> dict[int, State]:
+    """What the positions of values stand for among those of a mask."""
+    graph, count = traced.graph, math.prod(valid.shape[1:])
+    along: dict[int, np.ndarray] = {}
+    for value in _sites.inputs_of(traced):
+        shape = graph.avals[value].shape
+        if fits(shape, valid.shape):
+            beside = len(shape) - valid.ndim
+            along[value] = np.arange(count).reshape((1, *valid.shape[1:], *(1,) * (beside + 1)))
+    return positions(graph, along, count, values)
+
+
+def _spread(state: Where, valid: Array) -> Array:
+    """Booleans of a value's rank, from those of the positions of the input."""
+    flat = valid.reshape(len(valid), -1)
     result: Any = None
     for factor in state.factors:
         rest, several = factor.shape[:-1], factor.shape[-1]
@@ -74,7 +103,7 @@ def _spread(state: Where, flat: Array) -> Array:
             counts = flat.any(1)  # all positions
         else:
             at = factor.reshape(-1, several)
-            counts = (flat[:, np.maximum(at, 0)] & (at >= 0)).any(-1)
+            counts = (flat[:, np.maximum(at, 0)] & (at >= 0)[None]).any(-1)
         counts = jnp.moveaxis(counts.reshape(-1, *rest), 0, state.axis)
         if state.inner > 1:
             shape = list(counts.shape)

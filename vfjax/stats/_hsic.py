@@ -123,7 +123,7 @@ def _features(
             for name, shape in zip(names, shapes, strict=True):
                 value = _by_rows(name, as_float(values[name], name), shape, size)
                 if means is not None:
-                    mean = means[len(features)]
+                    mean = means[len(features)][None]
                     value = value - mean
                     floor = ROUNDINGS * jnp.finfo(value.dtype).eps * jnp.abs(mean)
                     there = jnp.broadcast_to(counts[name], values[name].shape)

@@ -178,7 +178,8 @@ def merge(job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any) -
     out: dict[str, Any] = {"mean": {}, "var": {}, "covariance": {}}
     for name in names:
         old, new = ((one["mean"][name], one["var"][name]) for one in (pooled, batch))
-        out["mean"][name], out["var"][name], step = merge_moments(old, new, shares[name])
+        part = shares[name] if np.ndim(shares[name]) == 0 else shares[name][None]
+        out["mean"][name], out["var"][name], step = merge_moments(old, new, part)
         if name in pooled["covariance"]:
             rows = step.reshape(len(step), -1)
             between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in job.pairs])

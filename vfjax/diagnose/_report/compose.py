@@ -98,8 +98,8 @@ def report(
       every layer varies with the input;
     - none known: none of these applies, but something is wrong.
 
-    Calls in the advice name the arguments given here `net`, `merged`, `data`, `references` and
-    `maps` and `mask`, and a random key `key`; they pass the references' weights where the defaults differ.
+    Calls in the advice name the arguments given here `net`, `merged`, `data`, `references`, `maps`
+    and `mask`, and a random key `key`; they pass the references' weights where the defaults differ.
 
     Args:
         net: The traced network, or one per reference, as in `features`.
