@@ -157,9 +157,14 @@ def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> li
         names: Names of the layers.
     """
     traced = traces_of(net).reference
+    graph = traced.graph
     sites = [traced.layers[name] for name in names]
-    operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
-    ids = zip(traced.graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(leaves[path]) for value, path in ids if path in leaves}
-    values = evaluate(traced.graph, env, operands)
+    operands = [graph.equations[site.index].values[site.side] for site in sites]
+    # Most kernels are leaves as they are: nothing is computed then, or put on a device.
+    read = {v for index in graph.needed(operands, ()) for v in graph.equations[index].values}
+    env = {}
+    for value, path in zip(graph.inputs, traced.paths, strict=False):
+        if path in leaves and (value in read or value in operands):
+            env[value] = jnp.asarray(leaves[path]) if value in read else leaves[path]
+    values = evaluate(graph, env, operands)
     return [np.ravel(np.asarray(values[operand], np.float64)) for operand in operands]
