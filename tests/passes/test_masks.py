@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from tests.helpers import Compilations, conv, norm, of_shapes
+from helpers import Compilations, conv, norm, of_shapes
 from vfjax import align, diagnose, merge, prune, renorm, stats
 
 LONG, SHORT, WIDTH = 5, 3, 4
