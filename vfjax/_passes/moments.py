@@ -40,8 +40,7 @@ class Pooled(NamedTuple):
 
 
 def moments_of(value: Array, sample_axes: tuple[int, ...], valid: Array | None = None) -> Pooled:
-    """Moments of one batch; `valid` as in `shifted_moments`."""
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    """Moments of one batch of float32 or better; `valid` as in `shifted_moments`."""
     _, mean, var, _, count = shifted_moments(value, sample_axes, valid)
     count = count.reshape(()) if np.size(count) == 1 and valid is not None else count
     return Pooled(jnp.asarray(count, mean.dtype), mean, var * count)

@@ -124,7 +124,8 @@ def _squares(
     equation: Equation, site: LinearSite, avals: Any, x: Array, valid: Array | None
 ) -> Array:
     params = dict(equation.params)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    x = jnp.square(jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(_wide(x)))
+    dtype = _wide(x)
     shape = list(_kernel_aval(equation, site, avals).shape)
     if equation.primitive == DOT:
         contract, batch = params["dimension_numbers"]
@@ -140,12 +141,16 @@ def _squares(
         params["preferred_element_type"] = dtype
 
     def total(kernel: Array) -> Array:
-        operands = [jnp.square(x.astype(dtype))] * 2
+        operands = [x.astype(dtype)] * 2
         operands[site.side] = kernel
         result = equation.eqn.primitive.bind(*operands, **params)
         return (result if valid is None else jnp.where(valid, result, 0)).sum()
 
     return jax.grad(total)(jnp.zeros(shape, dtype))
+
+
+def _wide(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> list[np.ndarray]:
@@ -167,4 +172,5 @@ def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> li
         if path in leaves and (value in read or value in operands):
             env[value] = jnp.asarray(leaves[path]) if value in read else leaves[path]
     values = evaluate(graph, env, operands)
-    return [np.ravel(np.asarray(values[operand], np.float64)) for operand in operands]
+    found = (np.ravel(np.asarray(values[operand])) for operand in operands)
+    return [a.astype(np.promote_types(a.dtype, np.float64)) for a in found]

@@ -84,11 +84,17 @@ def as_float(value: Any, name: str) -> Array:
     """A site's value in float32 or better.
 
     Raises:
-        TypeError: If it is not one array.
+        TypeError: If it is not one array, or holds complex numbers.
     """
     if not hasattr(value, "dtype"):
         raise TypeError(
             f'site "{name}" holds a {type(value).__name__} of arrays; statistics need one array'
+        )
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(
+            f'site "{name}" holds complex numbers ({value.dtype}), and statistics are of real '
+            "ones: name real sites in `sites`, or match weights (vfjax.align.match_weights), which "
+            "may be complex"
         )
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 

@@ -72,7 +72,8 @@ def wanda(
     for (name, path), mean in zip(uses.items(), means, strict=True):
         squares[path][kernel_rows(net, name)] += spread(net, name, mean)
     values = {
-        path: np.abs(np.asarray(leaf, np.float64)) * np.sqrt(squares[path].reshape(np.shape(leaf)))
+        path: np.abs(np.asarray(leaf)).astype(np.float64)
+        * np.sqrt(squares[path].reshape(np.shape(leaf)))
         for path, leaf in leaves.items()
     }
     return scores_of(tree, values, rows, paths)

@@ -38,7 +38,7 @@ from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._crossing import Crossing
 from vfjax.network._inside import Part, ranks_of, statistics_of
-from vfjax.network._layout import whole_layout
+from vfjax.network._layout import as_float, whole_layout
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
 from vfjax.network._valid import valid_at
@@ -302,7 +302,7 @@ def _moments(job: Job, given: _Given, x: PyTree, valid: Array | None) -> dict[st
 
     def at_layer(name: str, z: Array) -> Array:
         layer = job.net.layer(name)
-        measured[name] = moments_of(z, layer.sample_axes, at_layers.get(name))
+        measured[name] = moments_of(as_float(z, name), layer.sample_axes, at_layers.get(name))
         if given.goals is None:
             assert given.fixed is not None  # one of the two is given
             pair = given.fixed[name]
@@ -317,7 +317,7 @@ def _moments(job: Job, given: _Given, x: PyTree, valid: Array | None) -> dict[st
         here = counting(net, [norm.site for norm in norms])
 
         def edit(norm: Norm, u: Array) -> Array:
-            now = moments_of(u, norm.sample_axes, here.get(norm.site))
+            now = moments_of(as_float(u, norm.site), norm.sample_axes, here.get(norm.site))
             measured[labels[norm.name]] = now
             return u if given.goals is None else _as_if(net, norm, leaves, now, u)
 

@@ -145,8 +145,14 @@ def take(array: Any, permutation: Any, axis: int) -> Any:
 
 
 def contract(matrix: Any, array: Any, axis: int) -> Array:
-    """Multiplies a dimension by a matrix `[m, n]`, in float32 or better; keeps the dtype."""
+    """Multiplies a dimension by a matrix `[m, n]`, in float32 or better; keeps the dtype.
+
+    Raises:
+        TypeError: If the matrix is complex and the array is not.
+    """
     matrix, array = jnp.asarray(matrix), jnp.asarray(array)
+    if jnp.iscomplexobj(matrix) and not jnp.iscomplexobj(array):
+        raise TypeError(f"a matrix of {matrix.dtype} does not map an array of {array.dtype}")
     dtype = jnp.promote_types(jnp.promote_types(array.dtype, matrix.dtype), jnp.float32)
     product = jnp.tensordot(
         matrix.astype(dtype), array.astype(dtype), axes=(1, axis), precision=lax.Precision.HIGHEST

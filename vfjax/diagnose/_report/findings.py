@@ -370,4 +370,4 @@ def _outside(net: Network, network: Unpacked, name: str) -> bool:
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     """The cosine between two vectors, 0 if one is 0."""
-    return float(np.vdot(a, b) / ((np.linalg.norm(a) * np.linalg.norm(b)) or 1.0))
+    return float(np.vdot(a, b).real / ((np.linalg.norm(a) * np.linalg.norm(b)) or 1.0))
