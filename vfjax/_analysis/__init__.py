@@ -18,7 +18,7 @@ from vfjax._analysis.outside import report_missing_layers as report_missing_laye
 from vfjax._analysis.positions import Lost as Lost
 from vfjax._analysis.positions import State as State
 from vfjax._analysis.positions import Where as Where
-from vfjax._analysis.positions import positions as positions
+from vfjax._analysis.positions import follow_positions as follow_positions
 from vfjax._analysis.taps import axes_at_tap as axes_at_tap
 from vfjax._analysis.traced import Traced as Traced
 from vfjax._analysis.views import View as View
@@ -34,9 +34,9 @@ __all__ = [
     "Where",
     "axes_at_tap",
     "culprit",
+    "follow_positions",
     "from_propagation",
     "leaf_effects",
-    "positions",
     "report_missing_layers",
     "separable",
     "slot_of",

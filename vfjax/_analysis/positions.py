@@ -86,7 +86,7 @@ class _Mixed(Exception):
     """Positions or examples that differ meet in one."""
 
 
-def positions(
+def follow_positions(
     graph: Graph, inputs: Mapping[int, np.ndarray], count: int, wanted: Iterable[int]
 ) -> dict[int, State]:
     """Follows the positions of a network's input.

@@ -9,6 +9,7 @@ Read `streaming` first, then `batching` and `masking`. Statistics are always mer
 
 from __future__ import annotations
 
+from vfjax._passes import masking as masking
 from vfjax._passes import moments as moments
 from vfjax._passes.batching import batch_size as batch_size
 from vfjax._passes.batching import batches as batches
@@ -22,11 +23,7 @@ from vfjax._passes.devices import replicate as replicate
 from vfjax._passes.evaluation import Evaluation as Evaluation
 from vfjax._passes.evaluation import evaluate as evaluate
 from vfjax._passes.masking import Mask as Mask
-from vfjax._passes.masking import check_valid as check_valid
-from vfjax._passes.masking import examples as examples
-from vfjax._passes.masking import fits as fits
 from vfjax._passes.masking import masked as masked
-from vfjax._passes.masking import read_by as read_by
 from vfjax._passes.streaming import by_pieces as by_pieces
 from vfjax._passes.streaming import each as each
 from vfjax._passes.streaming import each_piece as each_piece
@@ -41,21 +38,18 @@ __all__ = [
     "batches",
     "by_pieces",
     "check_finite_means",
-    "check_valid",
     "each",
     "each_piece",
     "evaluate",
-    "examples",
-    "fits",
     "keep",
     "labelled",
     "late",
     "masked",
+    "masking",
     "mesh_of",
     "moments",
     "on_mesh",
     "on_meshes",
-    "read_by",
     "replicate",
     "stream",
     "wide",

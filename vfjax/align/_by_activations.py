@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import Mask, check_finite_means, check_valid, on_mesh, stream
+from vfjax._passes import Mask, check_finite_means, on_mesh, stream
+from vfjax._passes.masking import check_valid
 from vfjax._passes.moments import covariance_of, merge_moments, union_second, without_rounding
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within

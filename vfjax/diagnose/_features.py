@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._maps import Maps
-from vfjax._passes import Mask, check_finite_means, check_valid, read_by
+from vfjax._passes import Mask, check_finite_means
+from vfjax._passes.masking import check_valid, read_by
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import Compared, carry, compared

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax._passes import Mask, batch_size, batches, examples, keep, masked
+from vfjax._passes import Mask, batch_size, batches, keep, masked
+from vfjax._passes.masking import examples
 from vfjax._trees import check_trees, some
 from vfjax._types import PyTree
 from vfjax.diagnose._sites import resolve_sites

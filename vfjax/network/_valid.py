@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis import Lost, State, Traced, Where, positions
-from vfjax._passes import fits
+from vfjax._analysis import Lost, State, Traced, Where, follow_positions
+from vfjax._passes.masking import fits
 from vfjax._types import Array
 from vfjax.network import _sites
 from vfjax.network._layout import Layout, arrange_valid, sample_axes, whole_layout
@@ -90,7 +90,7 @@ def _states(traced: Traced, values: Sequence[int], valid: Array) -> dict[int, St
         if fits(shape, valid.shape):
             beside = len(shape) - valid.ndim
             along[value] = np.arange(count).reshape((1, *valid.shape[1:], *(1,) * (beside + 1)))
-    return positions(graph, along, count, values)
+    return follow_positions(graph, along, count, values)
 
 
 def _spread(state: Where, valid: Array) -> Array:

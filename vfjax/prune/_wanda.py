@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._deprecated import renames
-from vfjax._passes import Mask, examples, on_mesh, stream, wide
+from vfjax._passes import Mask, on_mesh, stream, wide
+from vfjax._passes.masking import examples
 from vfjax._types import PyTree
 from vfjax.network._kernels import input_squares, kernel_rows, spread
 from vfjax.network._network import Network

@@ -20,17 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import (
-    Mask,
-    check_finite_means,
-    check_valid,
-    keep,
-    late,
-    masked,
-    on_mesh,
-    on_meshes,
-    wide,
-)
+from vfjax._passes import Mask, check_finite_means, keep, late, masked, on_mesh, on_meshes, wide
+from vfjax._passes.masking import check_valid
 from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
 from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree

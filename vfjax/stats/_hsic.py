@@ -18,16 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import (
-    Mask,
-    batch_size,
-    examples,
-    masked,
-    on_mesh,
-    on_meshes,
-    stream,
-    wide,
-)
+from vfjax._passes import Mask, batch_size, masked, on_mesh, on_meshes, stream, wide
+from vfjax._passes.masking import examples
 from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import as_float, by_example, whole_layout

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import Mask, check_finite_means, check_valid, stream
+from vfjax._passes import Mask, check_finite_means, stream
+from vfjax._passes.masking import check_valid
 from vfjax._trees import check_sequence, resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.network._arguments import Models, comparable, networks
