@@ -267,11 +267,11 @@ def by_covariances(
         like=models[0].net.x,
         mask=mask,
     )
-    means, covariances = jax.tree.map(np.asarray, pooled)
+    found, covariances = jax.tree.map(np.asarray, pooled)
     varies = {}
     for (i, j), block in zip(pairs, covariances, strict=True):
         if i == j:
-            floor = ROUNDINGS * np.finfo(block.dtype).eps * np.abs(means[i])
+            floor = ROUNDINGS * np.finfo(block.dtype).eps * np.abs(found[i])
             varies[i] = ~(np.diagonal(block) <= np.square(floor))  # NaN counts as varying
     out = np.zeros((len(job.widths),) * 2)
     for (i, j), block in zip(pairs, covariances, strict=True):

@@ -183,8 +183,8 @@ def merge(job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any) -
         if name in pooled["covariance"]:
             rows = step.reshape(len(step), -1)
             between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in job.pairs])
-            blocks = (one["covariance"][name] for one in (pooled, batch))
-            out["covariance"][name] = union_second(*blocks, between, shares[name])
+            old, new = (one["covariance"][name] for one in (pooled, batch))
+            out["covariance"][name] = union_second(old, new, between, shares[name])
     return out
 
 
