@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vfjax
-from helpers import initial
+from helpers import Compilations, initial, normal, of_shapes
 from vfjax import align, diagnose, merge, renorm
 
 # Rounding of float32 through five layers.
@@ -424,3 +424,40 @@ def test_errors():
         diagnose.report(net, tree, [x], references=[dead])
     with pytest.raises(TypeError, match="vfjax.trace"):
         diagnose.report(None, tree, [x], references=[tree])
+
+
+class _Counted:
+    """Batches that count how often they are read."""
+
+    def __init__(self, x):
+        self.x, self.passes = x, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([self.x, self.x])
+
+
+@functools.cache
+def _deep(depth):
+    shapes = {f"w{k:02}": (7, 7) for k in range(depth)}
+
+    def apply_fn(v, x):
+        for k in sorted(v):
+            x = jnp.tanh(x @ v[k])
+        return x
+
+    trees = [of_shapes(shapes, seed) for seed in (0, 1)]
+    return vfjax.trace(apply_fn, trees[0], normal(0, 11, 7)), trees
+
+
+def test_a_report_takes_one_pass_and_as_many_programs_for_any_depth():
+    counts = []
+    for depth in (3, 3, 9):
+        net, trees = _deep(depth)
+        data = _Counted(np.asarray(normal(1, 11, 7)))
+        with Compilations() as compilations:
+            diagnose.report(net, trees[0], data, references=trees)
+        assert data.passes == 1
+        counts.append(compilations.count)
+    first, again, deeper = counts
+    assert again == 0 and deeper <= first <= 8

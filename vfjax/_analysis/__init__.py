@@ -1,4 +1,4 @@
-"""Reading a network off its graph: layers, norms, taps, groups, effects, batch axis, cost.
+"""Reading a network off its graph: layers, norms, taps, groups, effects, batches, cost.
 
 Whatever follows from the graph of `vfjax._jaxpr` and the axes of `vfjax._propagate`, for any
 parameters, belongs here. Nothing here evaluates a network or holds a parameter; the public records
@@ -15,6 +15,10 @@ from vfjax._analysis.effects import leaf_effects as leaf_effects
 from vfjax._analysis.groups import from_propagation as from_propagation
 from vfjax._analysis.layers import LinearSite as LinearSite
 from vfjax._analysis.outside import report_missing_layers as report_missing_layers
+from vfjax._analysis.positions import Lost as Lost
+from vfjax._analysis.positions import State as State
+from vfjax._analysis.positions import Where as Where
+from vfjax._analysis.positions import follow_positions as follow_positions
 from vfjax._analysis.taps import axes_at_tap as axes_at_tap
 from vfjax._analysis.traced import Traced as Traced
 from vfjax._analysis.views import View as View
@@ -23,10 +27,14 @@ from vfjax._analysis.views import view_of as view_of
 
 __all__ = [
     "LinearSite",
+    "Lost",
+    "State",
     "Traced",
     "View",
+    "Where",
     "axes_at_tap",
     "culprit",
+    "follow_positions",
     "from_propagation",
     "leaf_effects",
     "report_missing_layers",

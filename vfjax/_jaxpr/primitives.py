@@ -183,6 +183,7 @@ ADDITIVE = frozenset(name for name, p in TABLE.items() if p.linear not in _NOT_A
 # Primitives that are compared with by name.
 BROADCAST, RESHAPE, SQUEEZE, TRANSPOSE = "broadcast_in_dim", "reshape", "squeeze", "transpose"
 CONCATENATE, PAD, REV, SLICE, SPLIT = "concatenate", "pad", "rev", "slice", "split"
+GATHER = "gather"
 STACK, TILE, UNSTACK, SORT = "stack", "tile", "unstack", "sort"
 CONV, DOT, RAGGED_DOT = "conv_general_dilated", "dot_general", "ragged_dot_general"
 COND, SCAN, WHILE = "cond", "scan", "while"

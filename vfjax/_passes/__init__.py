@@ -4,11 +4,12 @@ Whatever all passes share belongs here: checks of batches, meshes, the loop that
 and pools it, moments and their unions, accuracy. What a pass measures, and at which sites, is up to
 `vfjax.stats`, `vfjax.renorm`, `vfjax.diagnose` and `vfjax.prune`.
 
-Read `streaming` first, then `batching`. Statistics are always merged by `moments`.
+Read `streaming` first, then `batching` and `masking`. Statistics are always merged by `moments`.
 """
 
 from __future__ import annotations
 
+from vfjax._passes import masking as masking
 from vfjax._passes import moments as moments
 from vfjax._passes.batching import batch_size as batch_size
 from vfjax._passes.batching import batches as batches
@@ -21,6 +22,8 @@ from vfjax._passes.devices import on_meshes as on_meshes
 from vfjax._passes.devices import replicate as replicate
 from vfjax._passes.evaluation import Evaluation as Evaluation
 from vfjax._passes.evaluation import evaluate as evaluate
+from vfjax._passes.masking import Mask as Mask
+from vfjax._passes.masking import masked as masked
 from vfjax._passes.programs import Owner as Owner
 from vfjax._passes.programs import compiled as compiled
 from vfjax._passes.streaming import by_pieces as by_pieces
@@ -33,6 +36,7 @@ from vfjax._passes.streaming import wide as wide
 __all__ = [
     "Evaluation",
     "Owner",
+    "Mask",
     "batch_size",
     "batches",
     "by_pieces",
@@ -44,6 +48,8 @@ __all__ = [
     "keep",
     "labelled",
     "late",
+    "masked",
+    "masking",
     "mesh_of",
     "moments",
     "on_mesh",

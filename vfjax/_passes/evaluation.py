@@ -94,6 +94,8 @@ def _add_batch(
         raise ValueError(
             f"fn must return logits [n, classes]; for {len(label)} inputs it returned {returned}."
         )
+    if jnp.iscomplexobj(logits):
+        raise TypeError(f"fn must return real logits, got {logits.dtype}")
     logits = logits.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     correct = jnp.sum(jnp.argmax(logits, -1) == label, dtype=jnp.int32)

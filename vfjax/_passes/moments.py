@@ -24,7 +24,7 @@ class Pooled(NamedTuple):
     """The moments of each channel of a value.
 
     Attributes:
-        count: Number of samples.
+        count: Number of samples, an array that broadcasts against the mean.
         mean: Shaped like the channels; float32 or better.
         m2: Sum of squared deviations from the mean; same shape and dtype.
     """
@@ -36,20 +36,19 @@ class Pooled(NamedTuple):
     @property
     def var(self) -> Any:
         """Population variance."""
-        return self.m2 / self.count
+        return self.m2 / self.count.clip(1)
 
 
-def moments_of(value: Array, sample_axes: tuple[int, ...]) -> Pooled:
-    """Moments of one batch."""
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    count = math.prod(value.shape[a] for a in sample_axes)
-    _, mean, var, _ = shifted_moments(value, sample_axes)
+def moments_of(value: Array, sample_axes: tuple[int, ...], valid: Array | None = None) -> Pooled:
+    """Moments of one batch of float32 or better; `valid` as in `shifted_moments`."""
+    _, mean, var, _, count = shifted_moments(value, sample_axes, valid)
+    count = count.reshape(()) if np.size(count) == 1 and valid is not None else count
     return Pooled(jnp.asarray(count, mean.dtype), mean, var * count)
 
 
 def shifted_moments(
-    value: Array, sample_axes: tuple[int, ...]
-) -> tuple[Array, Array, Array, Array]:
+    value: Array, sample_axes: tuple[int, ...], valid: Array | None = None
+) -> tuple[Array, Array, Array, Array, Any]:
     """Mean and variance over some axes, reading the values once.
 
     Subtracting a squared mean from a mean square loses digits if the mean is large compared to the
@@ -61,24 +60,41 @@ def shifted_moments(
     Args:
         value: Float array, float32 or better.
         sample_axes: The axes to reduce; the few are a slice along the first of them.
+        valid: Booleans that say which values count, broadcast against them; None for all. Where
+            there are some, values are shifted by their mean, in a second read.
 
     Returns:
-        The shifted values, the mean, the variance, and the mean of the shifted values.
+        The shifted values, 0 where they do not count; the mean, the variance, the mean of the
+        shifted values; and the number of samples, an int, or with `valid` an array that broadcasts
+        against the mean. Without samples, mean and variance are 0.
     """
     axis = sample_axes[0]
-    few = jax.lax.slice_in_dim(value, 0, min(_FEW, value.shape[axis]), axis=axis)
-    shift = few.mean(sample_axes, keepdims=True)
-    value = value - shift
-    rest = value.mean(sample_axes)
-    var = jnp.maximum(jnp.square(value).mean(sample_axes) - jnp.square(rest), 0)
-    return value, jnp.squeeze(shift, sample_axes) + rest, var, rest
+    if valid is None:
+        count: Any = math.prod(value.shape[a] for a in sample_axes)
+        few = jax.lax.slice_in_dim(value, 0, min(_FEW, value.shape[axis]), axis=axis)
+        shift = few.mean(sample_axes, keepdims=True)
+        value = value - shift
+        rest = value.mean(sample_axes)
+        squares = jnp.square(value).mean(sample_axes)
+    else:
+        shape = [n if a in sample_axes else valid.shape[a] for a, n in enumerate(value.shape)]
+        count = jnp.broadcast_to(valid, shape).sum(sample_axes)
+        some = jnp.maximum(count, 1).astype(value.dtype)
+        total = jnp.where(valid, value, 0).sum(sample_axes, keepdims=True)
+        shift = total / jnp.expand_dims(some, sample_axes)
+        value = jnp.where(valid, value - shift, 0)
+        rest = value.sum(sample_axes) / some
+        squares = jnp.square(value).sum(sample_axes) / some
+    var = jnp.maximum(squares - jnp.square(rest), 0)
+    return value, jnp.squeeze(shift, sample_axes) + rest, var, rest, count
 
 
 def pool(a: Pooled, b: Pooled) -> Pooled:
     """Moments of the union of two sets of samples, on host or device."""
     count = a.count + b.count
-    mean, step = union_means(a.mean, b.mean, b.count / count)
-    second = union_second(a.var, b.var, step * step, b.count / count)
+    share = b.count / count.clip(1)  # there may be no samples yet
+    mean, step = union_means(a.mean, b.mean, share)
+    second = union_second(a.var, b.var, step * step, share)
     return Pooled(count, mean, second * count)
 
 
@@ -117,10 +133,16 @@ def coefficients(now: Pooled, goal: tuple[Any, Any], centre: bool | Array) -> tu
     return scale, xp.where(centre, goal_mean - scale * mean, 0)
 
 
-def covariance_of(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
-    """Covariances `[n, m]` of two sites, each given as shifted values `[samples, n]` and means."""
+def covariance_of(
+    first: tuple[Array, Array], second: tuple[Array, Array], count: Any = None
+) -> Array:
+    """Covariances `[n, m]` of two sites, each given as shifted values `[samples, n]` and means.
+
+    Of the samples, `count` count and the others are 0; None if all count.
+    """
     exact = jax.lax.Precision.HIGHEST
-    shifted = jnp.matmul(first[0].T, second[0], precision=exact) / len(first[0])
+    count = len(first[0]) if count is None else jnp.maximum(count, 1).astype(first[0].dtype)
+    shifted = jnp.matmul(first[0].T, second[0], precision=exact) / count
     return shifted - jnp.outer(first[1].reshape(-1), second[1].reshape(-1))
 
 

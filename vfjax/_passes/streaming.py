@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes.batching import batch_size, batches
+from vfjax._passes.batching import batch_size
 from vfjax._passes.devices import on_meshes, replicate
+from vfjax._passes.masking import Mask, masked
 from vfjax._types import Array, PyTree
 
 
@@ -89,61 +90,92 @@ def _split(x: PyTree, parts: int) -> PyTree:
 
 
 def stream(
-    measure: Callable[[Any, Any, PyTree], tuple[Any, list[Array]]],
-    pool: Callable[[Any, Any, float], Any],
+    measure: Callable[[Any, Any, PyTree, Array | None], tuple[Any, list[Array]]],
+    pool: Callable[[Any, Any, Any], Any],
     state: PyTree,
     data: Iterable[Any],
     *,
     like: PyTree,
+    mask: Mask | None = None,
     host: Callable[[Any], Any] | None = None,
-) -> tuple[Any, list[float]]:
+) -> tuple[Any, list[Any]]:
     """Pools a measurement over all batches of `data`, on whichever devices they lie.
 
     Args:
-        measure: `(mesh, state, x) -> (batch, samples)`: the measurement that `pool` takes, and the
-            number of samples at each site. The mesh is the one over which the batches are sharded,
-            or None.
+        measure: `(mesh, state, x, valid) -> (batch, samples)`: the measurement that `pool` takes,
+            and the number of samples at each site. The mesh is the one over which the batches are
+            sharded, or None; `valid` is None, or with a mask the booleans that it gives.
         pool: `(pooled, batch, share) -> pooled`; `share` is the batch's part of all examples so
-            far.
+            far, or with a mask a list of its part of the samples at each site.
         state: Whatever `measure` needs; placed on the mesh before `measure` receives it.
         data: As `batches` takes it.
         like: The traced input.
+        mask: As `masked` takes it.
         host: Where measurements are small, as those of channels are, a program that pools them
             takes longer to compile than NumPy takes for all batches. With this, `measure` returns
             the measurements of equal pieces of the batch, stacked; `host` makes of each, in NumPy,
-            what `pool` takes.
+            what `pool` takes. With a mask there is one piece.
 
     Returns:
         The pooled measurement of all batches, and the number of samples at each site.
 
     Raises:
-        TypeError: As `batches`.
-        ValueError: As `batches`.
+        TypeError: As `masked`.
+        ValueError: As `masked`.
     """
-    pooled, samples, counts = None, 0, []
+    pooled, counts = None, _Counts() if mask is None else _MaskedCounts()
 
     def measured() -> Iterator[tuple[Any, Any, list[Array], int]]:
-        for mesh, placed, x in on_meshes(batches(data, like=like), state):
-            yield mesh, *measure(mesh, placed, x), batch_size(x)
+        for mesh, placed, (x, valid) in on_meshes(masked(data, mask, like=like), state):
+            yield mesh, *measure(mesh, placed, x, valid), batch_size(x)
 
     for mesh, batch, each, size in measured() if host is None else late(measured()):
-        # Every batch has the same number of positions per example.
-        counts = counts or [int(n) / size for n in each]
         if host is None:
-            samples += size
+            share = counts.add(each, size)
             if pooled is not None:
-                batch = pool(replicate(pooled, mesh), batch, size / samples)
+                batch = pool(replicate(pooled, mesh), batch, share)
             pooled = batch
             continue
         pieces = _unstacked(batch)
         for piece in pieces:
-            samples += size // len(pieces)
             # What is not finite is told by those who know what it is of.
             with np.errstate(all="ignore"):
                 piece = host(piece)
-                share = size / len(pieces) / samples
+                share = counts.add(each, size, len(pieces))
                 pooled = piece if pooled is None else pool(pooled, piece, share)
-    return pooled, [n * samples for n in counts]
+    return pooled, counts.totals
+
+
+class _Counts:
+    """The numbers of samples so far: every batch has the same number of them per example."""
+
+    def __init__(self) -> None:
+        self._examples = 0
+        self._each: list[float] = []
+
+    def add(self, each: list[Array], size: int, pieces: int = 1) -> Any:
+        """Adds a piece of a batch, of which `each` counts the samples; returns its share of all."""
+        self._each = self._each or [int(n) / size for n in each]
+        self._examples += size // pieces
+        return size / pieces / self._examples
+
+    @property
+    def totals(self) -> list[Any]:
+        """The number of samples at each site."""
+        return [n * self._examples for n in self._each]
+
+
+class _MaskedCounts:
+    """The numbers of samples so far at each site, where a mask says how many there are."""
+
+    def __init__(self) -> None:
+        self.totals: list[Any] = []
+
+    def add(self, each: list[Array], size: int, pieces: int = 1) -> Any:
+        """As `_Counts.add`; a list of shares, 0 where there are no samples yet."""
+        counts = [np.asarray(n, np.float64) for n in each]
+        self.totals = [a + b for a, b in zip(self.totals or [0] * len(counts), counts, strict=True)]
+        return [n / np.maximum(t, 1) for n, t in zip(counts, self.totals, strict=True)]
 
 
 def late(items: Iterable[Any]) -> Iterator[Any]:

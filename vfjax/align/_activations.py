@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vfjax._passes import Mask
 from vfjax._types import PyTree
 from vfjax.align._assignment import Alignment, assign_in_place
 from vfjax.align._taps import (
@@ -43,6 +44,7 @@ def match_activations(
     *,
     moments: Moments | None = None,
     untapped: Untapped = "weights",
+    mask: Mask | None = None,
 ) -> Alignment:
     """Finds permutations of `b` whose units correlate best with those of `a`.
 
@@ -57,6 +59,8 @@ def match_activations(
             `stats.moments(net, [a, b], data, sites="taps", covariance="cross")`.
         untapped: Groups that show at no tap, such as those inside a loop, are matched by
             `"weights"` with all others held fixed, or `"keep"` their order.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The alignment; its objective is the sum of the correlations of all pairs at all taps. Its
@@ -75,7 +79,9 @@ def match_activations(
     check_untapped(untapped)
     if moments is None and data is None:
         raise ValueError("`data` is None: give batches to measure on, or `moments`")
-    found = _measured(models, data, moments)
+    if moments is not None and mask is not None:
+        raise ValueError("`mask` is for `data`, and `moments` are given: measure them with it")
+    found = _measured(models, data, moments, mask)
     if not found.unmatched or untapped == "keep":
         return found
     moved = models.nets[1].spec.permute(b, found.permutations)
@@ -85,13 +91,15 @@ def match_activations(
     )
 
 
-def _measured(models: Models, data: Iterable[Any] | None, moments: Moments | None) -> Alignment:
+def _measured(
+    models: Models, data: Iterable[Any] | None, moments: Moments | None, mask: Mask | None
+) -> Alignment:
     """The alignment by data alone."""
     if not models.net.taps:
         return _in_place(models.net)
     if moments is None:
         assert data is not None
-        moments = moments_at_taps(models, data, "cross")
+        moments = moments_at_taps(models, data, "cross", mask)
     elif moments.models != 2:
         raise ValueError(
             f"`moments` must be those of [a, b], but it has {moments.models} models; use "

@@ -39,15 +39,25 @@ def counted_axes(
         for axis in axes:
             if axis.path not in named or axis.path in ignored:
                 continue
-            if jnp.issubdtype(jnp.result_type(named[axis.path]), jnp.floating):
+            if jnp.issubdtype(jnp.result_type(named[axis.path]), jnp.inexact):
                 leaf = counted.setdefault(axis.path, {})
                 leaf[group] = (*leaf.get(group, ()), axis)
     return counted
 
 
-def on_host(leaf: Any) -> np.ndarray:
-    """A leaf on the host, in float32 or better."""
+def as_real(leaf: Any) -> np.ndarray:
+    """A leaf on the host; complex numbers as pairs of real ones, along a new last axis.
+
+    The inner product of the pairs is the real part of that of the numbers, and their distance is
+    the same.
+    """
     leaf = np.asarray(leaf)
+    return np.stack([leaf.real, leaf.imag], -1) if np.iscomplexobj(leaf) else leaf
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """A leaf on the host, in float32 or better, with real numbers in place of complex ones."""
+    leaf = as_real(leaf)
     return np.ascontiguousarray(leaf, np.float64 if leaf.dtype == np.float64 else np.float32)
 
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import check_finite_means, compiled, on_mesh, stream
+from vfjax._passes import Mask, check_finite_means, compiled, on_mesh, stream
+from vfjax._passes.masking import check_valid
 from vfjax._passes.moments import covariance_of, merge_moments, union_second, without_rounding
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within
 from vfjax.network._layout import Layout, layout_of
 from vfjax.network._network import Network
+from vfjax.network._valid import valid_at
 from vfjax.stats._measure import read
 from vfjax.stats._moments import Moments
 
@@ -74,7 +76,10 @@ def _pair(mean: Any, var: Any, at: tuple[int, int], covariance: Any) -> Pair:
 
 
 def measure(
-    nets: Sequence[Network], trees: Sequence[PyTree], data: Iterable[Any]
+    nets: Sequence[Network],
+    trees: Sequence[PyTree],
+    data: Iterable[Any],
+    mask: Mask | None = None,
 ) -> list[dict[str, Pair]]:
     """Measures networks against the first of them, in one pass over data.
 
@@ -82,6 +87,7 @@ def measure(
         nets: One per tree, with the same groups; their widths may differ.
         trees: The models.
         data: Re-iterable of `x` or `(x, label)`.
+        mask: As in `vfjax.stats.moments`.
 
     Returns:
         For every network but the first, its moments and those of the first, by tap.
@@ -99,9 +105,16 @@ def measure(
                 f"net[{k}] shows its groups at other places than net[0]: {[s.name for s in of]} "
                 f"and {[s.name for s in sites[0]]}; networks may differ in widths only"
             )
-    pooled, _ = stream(
-        functools.partial(_measure, tuple(nets), sites), _pool, tuple(trees), data, like=nets[0].x
+    names = tuple(site.name for site in sites[0])
+    pooled, counts = stream(
+        functools.partial(_measure, tuple(nets), sites),
+        functools.partial(_pool, names),
+        tuple(trees),
+        data,
+        like=nets[0].x,
+        mask=mask,
     )
+    check_valid(dict(zip(names, counts, strict=True)))
     pooled = jax.tree.map(np.asarray, pooled)
     for means in pooled["mean"]:
         check_finite_means(means)
@@ -128,8 +141,9 @@ def _measure(
     mesh: Any,
     trees: tuple[PyTree, ...],
     x: PyTree,
+    valid: Array | None,
 ) -> tuple[Measured, list[Array]]:
-    return on_mesh(functools.partial(_batch, nets, sites), mesh)(trees, x)
+    return on_mesh(functools.partial(_batch, nets, sites), mesh)(trees, x, valid)
 
 
 def _batch(
@@ -137,11 +151,12 @@ def _batch(
     sites: tuple[tuple[Layout, ...], ...],
     trees: tuple[PyTree, ...],
     x: PyTree,
+    valid: Array | None,
 ) -> tuple[Measured, list[Array]]:
     names = [site.name for site in sites[0]]
     counts: list[dict[str, int]] = [{} for _ in nets]
     reads = [
-        read(net, of, names, count, x, tree)
+        read(net, of, names, count, x, tree, {} if valid is None else valid_at(net, of, valid))
         for net, of, count, tree in zip(nets, sites, counts, trees, strict=True)
     ]
     for k, count in enumerate(counts):
@@ -151,31 +166,33 @@ def _batch(
                 f"and {counts[0]}; networks may differ in widths only, and if these are numbers of "
                 'heads, be compared on="weights" only'
             )
-    mean, var, rest, rows = zip(*reads, strict=True)
+    mean, var, rest, rows, some = zip(*reads, strict=True)
     covariance = [
         {
-            name: covariance_of((rows[k][name], rest[k][name]), (rows[0][name], rest[0][name]))
+            name: covariance_of(
+                (rows[k][name], rest[k][name]), (rows[0][name], rest[0][name]), some[0].get(name)
+            )
             for name in names
         }
         for k in range(1, len(nets))
     ]
     batch = {"mean": list(mean), "var": list(var), "covariance": covariance}
-    return batch, [jnp.asarray(counts[0][name], jnp.int32) for name in names]
+    return batch, [jnp.asarray(some[0].get(n, counts[0][n]), jnp.int32) for n in names]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _pool(pooled: Measured, batch: Measured, share: float | Array) -> Measured:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _pool(names: tuple[str, ...], pooled: Measured, batch: Measured, share: Any) -> Measured:
     """The moments of the union of two sets of samples; `share` is the second set's fraction."""
-    mean, var, steps = merge_moments(
-        (pooled["mean"], pooled["var"]), (batch["mean"], batch["var"]), share
-    )
-
-    def merge(k: int, name: str, old: Array) -> Array:
-        between = jnp.outer(steps[k][name], steps[0][name])
-        return union_second(old, batch["covariance"][k - 1][name], between, share)
-
-    covariance = [
-        {name: merge(k, name, old) for name, old in of.items()}
-        for k, of in enumerate(pooled["covariance"], start=1)
-    ]
-    return {"mean": mean, "var": var, "covariance": covariance}
+    shares = share if isinstance(share, list) else [share] * len(names)
+    out: Measured = {what: [{} for _ in of] for what, of in pooled.items()}
+    for name, part in zip(names, shares, strict=True):
+        steps = []
+        for k in range(len(pooled["mean"])):
+            old, new = ((one["mean"][k][name], one["var"][k][name]) for one in (pooled, batch))
+            out["mean"][k][name], out["var"][k][name], step = merge_moments(old, new, part)
+            steps.append(step)
+        for k, of in enumerate(pooled["covariance"]):
+            between = jnp.outer(steps[k + 1], steps[0])
+            other = batch["covariance"][k][name]
+            out["covariance"][k][name] = union_second(of[name], other, between, part)
+    return out

@@ -16,6 +16,7 @@ import numpy as np
 from vfjax._maps import in_output_units
 from vfjax._trees import flatten_named
 from vfjax._types import PyTree
+from vfjax.align._ascent import as_real
 from vfjax.align._heads import Compared, mapped, problems_of
 from vfjax.align._plans import Key, Problem, Solver
 from vfjax.align._taps import within
@@ -149,9 +150,9 @@ class Incoming:
         without, biases = ({a.bias for a in net.layers if bool(a.norm) is w} for w in (False, True))
         ignored = net.statistics | (biases - without)
         counted = {
-            path: leaf
+            path: as_real(leaf)
             for path, leaf in leaves.items()
-            if path not in ignored and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            if path not in ignored and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
         }
         self.spec, self.leaves = apart(net.spec, counted)
         self.groups = {

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vfjax._maps import Maps, Part, gather, permuting
+from vfjax._passes import Mask
 from vfjax._trees import number
 from vfjax._types import PyTree
 from vfjax.align._assignment import PLACE, assign
@@ -46,6 +47,7 @@ def cca(
     relative: bool = True,
     dtype: Any = None,
     untapped: Untapped = "weights",
+    mask: Mask | None = None,
 ) -> Maps:
     """Maps every model's features onto those of the first by canonical correlation analysis.
 
@@ -84,6 +86,8 @@ def cca(
         dtype: Dtype of the decompositions and maps, `np.float32` or `np.float64`; None for that of
             the moments, which is float32 unless the network computes in float64.
         untapped: As in `match_activations`: how groups without a tap are matched.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The maps `(T, T^-1)` of all models but the first; `by_weights` or `unmatched` names groups
@@ -129,7 +133,7 @@ def cca(
     if not models.net.taps:
         maps = Maps(tuple({} for _ in trees), {})
         return with_untapped(maps, models.nets, trees, untapped)
-    moments = moments_at_taps(models, data, "all")
+    moments = moments_at_taps(models, data, "all", mask)
     options = {"regularization": regularization, "relative": relative, "dtype": dtype}
     maps = cca_moments(models.net, moments, **options)
     return with_untapped(maps, models.nets, trees, untapped)

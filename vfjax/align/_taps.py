@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vfjax._maps import Maps, Part, gather, spread_of
+from vfjax._passes import Mask
 from vfjax._trees import check_sequence
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import assign_in_place
@@ -92,9 +93,14 @@ def models_at_taps(net: Network | Sequence[Network], trees: Sequence[PyTree]) ->
 
 
 def moments_at_taps(
-    models: Models, data: Iterable[Any], covariance: Literal["all", "cross"]
+    models: Models,
+    data: Iterable[Any],
+    covariance: Literal["all", "cross"],
+    mask: Mask | None = None,
 ) -> Moments:
     """Moments of models at all taps, with covariances of all pairs, or of different models only.
+
+    `mask` as in `vfjax.stats.moments`.
 
     Raises:
         ValueError: If the networks' taps differ, or as `vfjax.stats.moments`.
@@ -108,7 +114,7 @@ def moments_at_taps(
             "net has networks that lay out the values at the sites differently; measure each "
             "separately, stats.moments(net[k], [trees[k]], data, ...)"
         )
-    return measured(models, data, names, names, cross=covariance == "cross")
+    return measured(models, data, names, names, cross=covariance == "cross", mask=mask)
 
 
 def network_of(net: Network | Sequence[Network], moments: Moments) -> Network:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vfjax._maps import Maps
+from vfjax._passes import Mask
 from vfjax._trees import Flat, check_finite, check_trees, flatten_named, whole
 from vfjax._types import PyTree
 from vfjax.align._by_activations import Pair, measure, pair_of
@@ -54,6 +55,7 @@ def transport(
     tolerance: float = 1e-4,
     max_iterations: int = 10_000,
     untapped: Untapped = "weights",
+    mask: Mask | None = None,
 ) -> Maps:
     """Maps the units of every model to those of the first by optimal transport.
 
@@ -97,6 +99,8 @@ def transport(
         max_iterations: The largest number of iterations.
         untapped: With `on="activations"`, as in `match_activations`: how groups without a tap are
             matched.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The maps `(M, U)`, float32, rows summing to one; the first model has none. With
@@ -152,8 +156,9 @@ def transport(
             f'sweeps must be 0, or a whole number of more with on="weights", got {sweeps!r}'
         )
     if on == "weights":
-        if data is not None:
-            raise ValueError('data is not read with on="weights": leave it out')
+        for name, given in (("data", data), ("mask", mask)):
+            if given is not None:
+                raise ValueError(f'{name} is not read with on="weights": leave it out')
         _check_marginals(marginals, ("uniform", "l1", "l2", "softmax"))
         options = {"marginals": marginals, "squared": squared, "sweeps": sweeps}
         return Maps(({}, *match_incoming(nets, trees, solver, **options)), {})
@@ -166,10 +171,10 @@ def transport(
     if not nets[0].taps:
         pairs = [{} for _ in trees[1:]]
     elif one_net:
-        moments = moments_at_taps(models, data, "cross")
+        moments = moments_at_taps(models, data, "cross", mask)
         pairs = _pairs(nets[0], moments)
     else:
-        pairs = measure(nets, trees, data)
+        pairs = measure(nets, trees, data, mask)
     maps = _by_activations(nets, pairs, solver, marginals, squared)
     return with_untapped(maps, nets, trees, untapped)
 

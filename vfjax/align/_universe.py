@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vfjax._passes import Mask
 from vfjax._trees import check_alike, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
@@ -156,6 +157,7 @@ def match_universe(
     key: Array | None = None,
     max_steps: int = 100,
     untapped: Untapped = "weights",
+    mask: Mask | None = None,
 ) -> Universe:
     """Matches K models at once, so that their order does not matter.
 
@@ -178,6 +180,8 @@ def match_universe(
         max_steps: The largest number of steps of Frank-Wolfe, and of the ascent. At 0 the best
             start is returned.
         untapped: With data, as in `match_activations`: how groups without a tap are matched.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The permutations; `by_weights` or `unmatched` names groups that data cannot match.
@@ -220,6 +224,8 @@ def match_universe(
             "`data` is None, so weights are matched, which needs a random `key`, such as "
             "jax.random.key(0); or give batches to match activations on"
         )
+    if data is None and mask is not None:
+        raise ValueError("`mask` is for `data`, and weights are matched: leave it out")
     order = _canonical([leaves.values() for leaves in models.leaves])
     chosen = models.pick(order)
     if data is None:
@@ -230,7 +236,7 @@ def match_universe(
     elif not chosen.net.taps:
         universe = _in_place(chosen.net, len(chosen))
     else:
-        moments = moments_at_taps(chosen, data, "cross")
+        moments = moments_at_taps(chosen, data, "cross", mask)
         universe = match_universe_moments(chosen.net, moments, max_steps=max_steps)
     if universe.unmatched and untapped == "weights":
         key = jax.random.key(0) if key is None else key

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from vfjax._maps import Maps, Part, gather
+from vfjax._passes import Mask
 from vfjax._trees import check_key, number
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import PLACE
@@ -57,6 +58,7 @@ def zip_features(
     beta: float = 0.125,
     key: Array | None = None,
     untapped: Untapped = "weights",
+    mask: Mask | None = None,
 ) -> Maps:
     """Matches the features of K models by correlation, even within a model, as ZipIt! does.
 
@@ -94,6 +96,8 @@ def zip_features(
             even then, since a merged feature counts for its first part's model only.
         key: Random key for k-means.
         untapped: As in `match_activations`: how groups without a tap are matched.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         The maps; `by_weights` or `unmatched` names groups without a tap. Groups that can only be
@@ -140,7 +144,7 @@ def zip_features(
     if not models.net.taps:
         maps = Maps(tuple({} for _ in trees), {})
         return with_untapped(maps, models.nets, trees, untapped)
-    moments = moments_at_taps(models, data, "all")
+    moments = moments_at_taps(models, data, "all", mask)
     options = {"matcher": matcher, "alpha": alpha, "beta": beta, "key": key}
     maps = zip_moments(models.net, moments, **options)
     return with_untapped(maps, models.nets, trees, untapped)

@@ -195,7 +195,8 @@ def bound_sequence(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", the upper-bound sequence.
     """
     names = _ordered(found, sites)
-    relative = np.stack([np.asarray(found.relative[name], np.float64) for name in names], axis=-1)
+    values = found.relative
+    relative = np.stack([np.asarray(values[name], np.float64) for name in names], axis=-1)
     bad = [name for name, r in zip(names, relative.T, strict=True) if not np.isfinite(r).all()]
     if bad:
         raise ValueError(

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._maps import Maps
-from vfjax._passes import check_finite_means
+from vfjax._passes import Mask, check_finite_means
+from vfjax._passes.masking import check_valid, read_by
 from vfjax._types import Array, PyTree
 from vfjax.diagnose import _rows
 from vfjax.diagnose._compared import Compared, carry, compared
@@ -50,7 +51,7 @@ class Features:
         feature: `[K]`, `E ||f(x) - f(0)||_2`: the norm is over all axes of an example, the mean
             over examples.
         feature_std: `[K]`, standard deviation of that norm over examples.
-        offset: `[K]`, `||f(0)||_2`.
+        offset: `[K]`, `||f(0)||_2`; with a mask, the mean over examples.
         mean: `[K, *channels]`, mean of each channel over examples and positions; without sites at
             which models differ in their channels.
         std: `[K, *channels]`, standard deviation of each channel over examples and positions, as in
@@ -192,6 +193,7 @@ def features(
     maps: Maps | None = None,
     weights: Sequence[float] | None = None,
     sites: Sites = "taps",
+    mask: Mask | None = None,
 ) -> Features:
     """Measures what the input causes at every layer: `g(x) = f(x) - f(0)` against `f(0)`.
 
@@ -218,6 +220,12 @@ def features(
             activation, residual sum), the last layer's included. `"layers"`: every layer's
             pre-activation, where the paper measures. Or any name of `vfjax.stats.resolve_sites`
             that is a whole value. The first two include shortcuts; `Features.sites` says which.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`. Norms are
+            then over the entries that count in an example, and the input 0 of an example keeps the
+            arrays that the mask reads: `f(0)` is what the network gives for zeros at as many
+            positions. `Features.offset` is the mean of its norm over examples, in a second forward
+            pass per batch.
 
     Returns:
         Features, offsets and moments by site.
@@ -252,7 +260,8 @@ def features(
     given = compared(net, variables, references)
     if weights is not None and not given.others:
         raise ValueError("weights are those of the references, and there are none")
-    return measured(given, data, maps=maps, weights=weights, names=resolve_sites(given.net, sites))
+    names = resolve_sites(given.net, sites)
+    return measured(given, data, maps=maps, weights=weights, names=names, mask=mask)
 
 
 def measured(
@@ -262,6 +271,7 @@ def measured(
     maps: Maps | None,
     weights: Sequence[float] | None,
     names: Sequence[str],
+    mask: Mask | None = None,
 ) -> Features:
     """As `features`, for networks that have been checked and sites given by name."""
     net, mine, others = given.net, given.mine, given.others
@@ -269,17 +279,22 @@ def measured(
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
     cuts = [network.model for network in (*mine, *others) if not network.plain]
     chosen, source = unique(net, names, cuts)
-    job = _rows.Job(net, chosen)
-
-    shifts = _rows.offsets(job, carried)
-    at_zero = jax.tree.map(np.asarray, shifts)
-    _check_defined(job, at_zero)
-    rows = _rows.measure(job, carried, shifts, data)
+    if mask is None:
+        job = _rows.Job(net, chosen)
+        shifts = _rows.offsets(job, carried)
+        at_zero = jax.tree.map(np.asarray, shifts)
+        _check_defined(job, at_zero)
+    else:
+        job = _rows.Job(net, chosen, read_by(mask, net.x))
+        shifts, at_zero = (), _rows.shapes(job, carried)
+    rows = _rows.measure(job, carried, shifts, data, mask)
     means = {
         site.name: np.concatenate([np.ravel(row.mean) for of in rows for row in of[site.name]])
         for site in job.sites
     }
     check_finite_means(means)
+    _check_offsets(rows)
+    check_valid({name: max(row.size for row in rows[0][name]) for name in means})
 
     by_site = {
         site.name: [
@@ -290,7 +305,7 @@ def measured(
     }
     _check_range(by_site)
     sizes = {
-        site.name: round(np.mean([row.mean.size for of in rows for row in of[site.name]]))
+        site.name: round(np.mean([row.size for of in rows for row in of[site.name]]))
         for site in job.sites
     }
     described = tuple(describe(net, name, sizes[source[name]]) for name in names)
@@ -325,6 +340,17 @@ def _check_range(by_site: dict[str, list[dict[str, np.ndarray]]]) -> None:
                     f"the {what} of '{site}' is too large for {value.dtype}: its values are finite "
                     "on the data, but the network is about to overflow"
                 )
+
+
+def _check_offsets(rows: _rows.Rows) -> None:
+    """Checks what a pass with a mask found at the input 0."""
+    named = ((site, row) for of in rows for site, found in of.items() for row in found)
+    for site, row in named:
+        if row.offset is not None and not np.isfinite(row.offset):
+            raise ValueError(
+                f"f(0) is NaN or infinite at '{site}': the network is not defined at the input 0, "
+                "which has zeros in all arrays that mask does not read"
+            )
 
 
 def _check_defined(job: _rows.Job, at_zero: _rows.Offsets) -> None:

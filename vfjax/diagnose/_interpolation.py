@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm
-from vfjax._passes import Evaluation, batches, evaluate, keep, labelled
+from vfjax._passes import Evaluation, Mask, batches, evaluate, keep, labelled
 from vfjax._trees import check_trees, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
@@ -178,6 +178,7 @@ def interpolation(
     layers: int = 0,
     key: Array | None = None,
     progress: bool = True,
+    mask: Mask | None = None,
 ) -> Interpolation:
     """Evaluates two networks and the averages between them, `(1 - alpha) a + alpha b`.
 
@@ -210,6 +211,9 @@ def interpolation(
         layers: Number of first layers that are kept apart (`vfjax.merge.preserve_first`).
         key: Random key, for `"weight"` only.
         progress: Whether a progress bar appears after two seconds.
+        mask: Which positions of a batch of `data` count, such as those that are no padding: a
+            function of x to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
+            A function given as `match` or `renormalise` does not receive it.
 
     Returns:
         Loss and accuracy at each alpha, and those of the two networks, which are evaluated
@@ -255,9 +259,9 @@ def interpolation(
     if data is not None:
         data = keep(batches(data, like=net.x), data)
     a, b = trees
-    trees = a, _aligned(net, a, b, match, data, key)
+    trees = a, _aligned(net, a, b, match, data, key, mask)
     path = Path(net, merge.preserve_first(net, trees, layers=layers), trees)
-    renormalised = _renormaliser(net, trees, renormalise, references, data)
+    renormalised = _renormaliser(net, trees, renormalise, references, data, mask)
 
     with tqdm(grid, "interpolating", delay=2, leave=False, disable=not progress) as bar:
         curve = [path.evaluate(renormalised(path.at(alpha)), test) for alpha in bar]
@@ -324,13 +328,15 @@ def _check_renormalise(renormalise: Any, data: Any) -> None:
         raise ValueError(f'renormalise="{name}" takes moments; give data=batches of inputs')
 
 
-def _aligned(net: Network, a: PyTree, b: PyTree, match: Any, data: Any, key: Any) -> PyTree:
+def _aligned(
+    net: Network, a: PyTree, b: PyTree, match: Any, data: Any, key: Any, mask: Any
+) -> PyTree:
     if match is None:
         return b
     if match == "weight":
         result = align.match_weights(net, a, b, key=key)
     elif match == "activation":
-        result = align.match_activations(net, a, b, data)
+        result = align.match_activations(net, a, b, data, mask=mask)
     else:
         result = match(a, b)
     return (
@@ -339,7 +345,12 @@ def _aligned(net: Network, a: PyTree, b: PyTree, match: Any, data: Any, key: Any
 
 
 def _renormaliser(
-    net: Network, trees: tuple[PyTree, ...], renormalise: Any, references: Any, data: Any
+    net: Network,
+    trees: tuple[PyTree, ...],
+    renormalise: Any,
+    references: Any,
+    data: Any,
+    mask: Any,
 ) -> Callable[[Merged], PyTree | Merged]:
     """The correction as a function of the merged model; measures here what all alphas share."""
     if references is None:
@@ -348,7 +359,7 @@ def _renormaliser(
     if name is None:
         return lambda merged: merged
     if name == "reset":
-        return lambda merged: reset(net, merged, data)
+        return lambda merged: reset(net, merged, data, mask=mask)
     if name == "remove_bias":
         return lambda merged: renorm.remove_bias(net, merged, last=rest[0])
     if name == "bias_calibration":
@@ -357,9 +368,9 @@ def _renormaliser(
         return lambda merged: name(merged, references, data)
     sites = resolve_sites(net, "paper")
     if sites and not isinstance(references, Moments):
-        references = moments(net, references, data, sites=sites)
+        references = moments(net, references, data, sites=sites, mask=mask)
     correct = repair if name == "repair" else rescale
-    return lambda merged: correct(net, merged, data, references=references)
+    return lambda merged: correct(net, merged, data, references=references, mask=mask)
 
 
 @jax.jit

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._passes import (
+    Mask,
     batch_size,
     compiled,
     each,
@@ -33,6 +34,7 @@ from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._layout import Layout, arrange, by_example, sample_axes
 from vfjax.network._network import Network
+from vfjax.network._valid import valid_at
 from vfjax.stats._pieces import pieces
 
 # The numbers that are per channel.
@@ -47,12 +49,24 @@ class Row(NamedTuple):
         std: `[...]`, the standard deviation over examples.
         norm: The mean over examples of `||f(x) - f(0)||`.
         norm_std: Its standard deviation over examples.
+        examples: The number of examples.
+        counts: That in which a unit counts, shaped like `mean`; without a mask `examples`.
+        offset: With a mask, the mean over examples of `||f(0)||`, which then depends on what counts
+            in an example; else None.
     """
 
     mean: np.ndarray
     std: np.ndarray
     norm: Any
     norm_std: Any
+    examples: Any
+    counts: Any
+    offset: Any = None
+
+    @property
+    def size(self) -> float:
+        """The number of units that count in an example, on average."""
+        return float(np.broadcast_to(self.counts, self.mean.shape).sum() / self.examples)
 
 
 # Of every network, the rows at each site.
@@ -81,6 +95,8 @@ class Job(NamedTuple):
 
     net: Network
     sites: tuple[Layout, ...]
+    # With a mask, which arrays of x it reads.
+    kept: tuple[bool, ...] | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -113,14 +129,32 @@ def _offsets(job: Job, mesh: Any, networks: tuple[Carried, ...], x: PyTree) -> O
     return on_mesh(evaluated, mesh)(networks, x)
 
 
-def measure(job: Job, networks: tuple[Carried, ...], shifts: Offsets, data: Iterable[Any]) -> Rows:
-    """One pass over data: the rows of every network, pooled over all batches."""
+def shapes(job: Job, networks: tuple[Carried, ...]) -> Any:
+    """What `offsets` returns, as shapes and dtypes."""
+    read = functools.partial(_values, job)
+    zero = zero_example(job.net)
+    return tuple(jax.eval_shape(read, network, zero) for network in networks)
+
+
+def measure(
+    job: Job,
+    networks: tuple[Carried, ...],
+    shifts: Offsets,
+    data: Iterable[Any],
+    mask: Mask | None = None,
+) -> Rows:
+    """One pass over data: the rows of every network, pooled over all batches.
+
+    With a mask, which `job.kept` must tell of, the input 0 of an example is the example with zeros
+    in all arrays that the mask does not read; `shifts` are not used.
+    """
     pooled, _ = stream(
         functools.partial(_measure, job),
         _merge,
-        (networks, shifts),
+        (networks, shifts if mask is None else None),
         data,
         like=job.net.x,
+        mask=mask,
         host=_summed,
     )
     return pooled
@@ -128,8 +162,11 @@ def measure(job: Job, networks: tuple[Carried, ...], shifts: Offsets, data: Iter
 
 @compiled(static=2)
 def _measure(
-    job: Job, mesh: Any, state: tuple[tuple[Carried, ...], Offsets], x: PyTree
+    job: Job, mesh: Any, state: tuple[tuple[Carried, ...], Any], x: PyTree, valid: Array | None
 ) -> tuple[tuple[Any, ...], list[Array]]:
+    if valid is not None:
+        rows = on_mesh(functools.partial(_masked_batch, job), mesh)(state[0], x, valid)
+        return jax.tree.map(lambda a: a[None], rows), []
     if mesh is not None:
         rows = on_mesh(functools.partial(_batch, job), mesh)(state, x)
         return jax.tree.map(lambda a: a[None], rows), []
@@ -151,6 +188,32 @@ def _batch(job: Job, state: tuple[tuple[Carried, ...], Offsets], x: PyTree) -> t
         }
 
     return each(one, tuple(zip(*state, strict=True)), x)
+
+
+def _masked_batch(
+    job: Job, networks: tuple[Carried, ...], x: PyTree, valid: Array
+) -> tuple[Any, ...]:
+    """As `_batch`, of what counts."""
+    size, known = batch_size(x), valid_at(job.net, job.sites, valid)
+    leaves, tree = jax.tree.flatten(x)
+    assert job.kept is not None
+    zeroed = [a if kept else jnp.zeros_like(a) for a, kept in zip(leaves, job.kept, strict=True)]
+    nothing = jax.tree.unflatten(tree, zeroed)
+
+    def one(network: Carried, x: PyTree) -> Any:
+        values, zeros = _values(job, network, x), _values(job, network, nothing)
+        (single,) = shapes(job, (network,))
+        return {
+            site.name: [
+                _reduce_valid(site, known[site.name], *each, size)
+                for each in zip(
+                    values[site.source], zeros[site.source], single[site.source], strict=True
+                )
+            ]
+            for site in job.sites
+        }
+
+    return each(one, networks, x)
 
 
 def _runs(networks: tuple[Carried, ...]) -> dict[Network, PyTree]:
@@ -205,26 +268,74 @@ def _reduce(site: Layout, value: Array, at_zero: Array, size: int) -> dict[str, 
     }
 
 
+def _reduce_valid(
+    site: Layout, valid: Array, value: Array, zeros: Array, single: Any, size: int
+) -> dict[str, Array]:
+    """As `_reduce`, of the entries that count; `zeros` are the values at the input 0.
+
+    Returns:
+        Also `counts`: by unit, the number of examples in which it counts; `some`: by example,
+        whether any unit does; `zero`: by example, the square of the size of its value at the input
+        0, to be divided by the square of `zero_scale`.
+    """
+    whole = jnp.broadcast_to(valid, value.shape)
+    (parts, axis), (at_zero, _), (counts, _) = (
+        by_example(site.name, a, single.shape, size) for a in (value, zeros, whole)
+    )
+    number = counts.sum(axis, keepdims=True)
+    some = jnp.maximum(number, 1).astype(parts.dtype)
+
+    def mean_of(values: Array) -> Array:
+        return jnp.where(counts, values, 0).sum(axis, keepdims=True) / some
+
+    def length(values: Array) -> Array:
+        others = tuple(a for a in range(parts.ndim) if a != axis)
+        return jnp.square(jnp.where(counts, values, 0)).sum(others)
+
+    mean = mean_of(parts)
+    scale, zero_scale = scale_of(mean_of(parts - at_zero)), scale_of(mean_of(at_zero))
+    return {
+        "mean": mean.reshape(single.shape),
+        "square": mean_of(jnp.square((parts - mean) * scale)).reshape(single.shape),
+        "norm": length((parts - at_zero) * scale),
+        "scale": scale,
+        "counts": number.reshape(single.shape),
+        "some": counts.any(tuple(a for a in range(parts.ndim) if a != axis)),
+        "zero": length(at_zero * zero_scale),
+        "zero_scale": zero_scale,
+    }
+
+
 def _summed(measured: tuple[Any, ...]) -> Rows:
     """Of a piece of a batch, what can be pooled: in the unit of the values."""
 
     def row(of: dict[str, np.ndarray]) -> Row:
+        some = of.get("some", np.ones(len(of["norm"]), bool)).astype(bool)
         of = wide(of)
-        norms = np.sqrt(of["norm"]) / of["scale"]
-        return Row(of["mean"], np.sqrt(of["square"]) / of["scale"], norms.mean(), norms.std())
+        norms = (np.sqrt(of["norm"]) / of["scale"])[some]
+        std = np.sqrt(of["square"]) / of["scale"]
+        offset = None
+        if "zero" in of:
+            offset = (np.sqrt(of["zero"]) / of["zero_scale"])[some].mean()
+        counts = of.get("counts", len(norms))
+        return Row(of["mean"], std, norms.mean(), norms.std(), len(norms), counts, offset)
 
     return tuple({site: list(map(row, rows)) for site, rows in of.items()} for of in measured)
 
 
-def _merge(pooled: Rows, piece: Rows, share: float) -> Rows:
+def _merge(pooled: Rows, piece: Rows, _: Any) -> Rows:
     """The rows of the union of two sets of samples."""
 
     def union(old: Row, new: Row) -> Row:
-        means, steps = union_means((old.mean, old.norm), (new.mean, new.norm), share)
-        std = union_deviation(old.std, new.std, steps[0], share)
-        return Row(
-            means[0], std, means[1], union_deviation(old.norm_std, new.norm_std, steps[1], share)
-        )
+        examples, counts = old.examples + new.examples, old.counts + new.counts
+        share = new.examples / max(examples, 1)
+        of_units = share if np.ndim(counts) == 0 else new.counts / np.maximum(counts, 1)
+        mean, step = union_means(old.mean, new.mean, of_units)
+        std = union_deviation(old.std, new.std, step, of_units)
+        norm, step = union_means(old.norm, new.norm, share)
+        norm_std = union_deviation(old.norm_std, new.norm_std, step, share)
+        offset = None if old.offset is None else union_means(old.offset, new.offset, share)[0]
+        return Row(mean, std, norm, norm_std, examples, counts, offset)
 
     return jax.tree.map(union, pooled, piece, is_leaf=lambda node: isinstance(node, Row))
 
@@ -237,7 +348,7 @@ def numbers(
     Args:
         site: The site.
         rows: The network's rows there.
-        at_zero: Its values at the input 0, one per row.
+        at_zero: Its values at the input 0, one per row; with a mask their shapes and dtypes.
         weights: Weights of the models of a `Merged`, by which rows are averaged.
 
     Returns:
@@ -259,24 +370,40 @@ def numbers(
 def _of_row(site: Layout, row: Row, at_zero: np.ndarray) -> dict[str, Any]:
     """The numbers of one row."""
     samples = sample_axes(site, row.mean.ndim)
-    mean = row.mean.mean(samples, keepdims=True)
+    present = 1 if row.offset is None else row.counts / row.examples  # share of the examples
+    seen = np.broadcast_to(present, row.mean.shape).sum(samples, keepdims=True)
+    seen = np.maximum(seen, np.finfo(np.float64).tiny)
+    mean = (row.mean * present).sum(samples, keepdims=True) / seen
     apart = row.mean - mean
-    std = np.sqrt((np.square(row.std) + np.square(apart)).mean(samples))
-    spread = np.linalg.norm(row.std)
+    squares = (np.square(row.std) + np.square(apart)) * present
+    std = np.sqrt(squares.sum(samples) / np.squeeze(seen, samples))
+    spread = _length(row.std * np.sqrt(present))
     mean = np.squeeze(mean, samples)
     # Deviations no larger than the rounding of the values themselves count as 0.
     rounding = ROUNDINGS * np.finfo(at_zero.dtype).eps
     std = np.where(std <= rounding * np.abs(mean), 0, std)
-    spread = np.where(spread <= rounding * np.linalg.norm(row.mean), 0, spread)
-    # Values are nearest to their mean, so their distance to f(0) bounds the spread: where they
-    # equal f(0), the spread is 0 to the last bit.
-    spread = np.minimum(spread, np.hypot(row.norm, row.norm_std))
+    small = rounding * _length(row.mean * np.sqrt(present))
+    spread = np.where(spread <= small, 0, spread)
+    if row.offset is None:
+        # Values are nearest to their mean, so their distance to f(0) bounds the spread: where they
+        # equal f(0), the spread is 0 to the last bit.
+        spread = np.minimum(spread, np.hypot(row.norm, row.norm_std))
+        offset = _length(np.asarray(at_zero, row.mean.dtype))
+    else:
+        offset = row.offset
+    counted = np.squeeze(seen, samples) > np.finfo(np.float64).tiny
+    varies = alive(mean.astype(at_zero.dtype), std**2) & counted
     return {
         "feature": row.norm,
         "feature_std": row.norm_std,
-        "offset": np.linalg.norm(np.asarray(at_zero, row.mean.dtype)),
+        "offset": offset,
         "mean": mean,
         "std": std,
-        "variance": np.square(spread) / max(at_zero.size, 1),
-        "dead": 1 - alive(mean.astype(at_zero.dtype), std**2).mean(),
+        "variance": np.square(spread) / max(row.size, 1),
+        "dead": 1 - varies.sum() / max(counted.sum(), 1),
     }
+
+
+def _length(values: np.ndarray) -> Any:
+    """The L2 norm; `np.linalg.norm` hands long vectors to threads, which takes longer."""
+    return np.sqrt(np.square(values).sum())

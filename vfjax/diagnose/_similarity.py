@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vfjax._passes import batch_size, batches, keep
+from vfjax._passes import Mask, batch_size, batches, keep, masked
+from vfjax._passes.masking import examples
 from vfjax._trees import check_trees, some
 from vfjax._types import PyTree
 from vfjax.diagnose._sites import resolve_sites
@@ -73,6 +74,7 @@ def cka(
     estimator: Literal["exact", "minibatch"] = "exact",
     memory: int = 2 << 30,
     progress: bool = True,
+    mask: Mask | None = None,
 ) -> CKA:
     """Linear centred kernel alignment between every two layers of two networks.
 
@@ -104,6 +106,10 @@ def cka(
         estimator: `"exact"` or `"minibatch"`.
         memory: Bytes that `"exact"` may take for its matrices and features.
         progress: Whether a progress bar appears after two seconds.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`. A column of X
+            is then centred over the examples in which it counts, and 0 in the others; examples
+            without a valid position do not count. Takes one more pass.
 
     Returns:
         The matrix with the names of its rows and columns.
@@ -150,13 +156,17 @@ def cka(
     def read() -> Iterable[PyTree]:
         return tqdm(batches(data, like=like), "CKA", delay=2, leave=False, disable=not progress)
 
+    means = None if mask is None else _hsic.means_of(job, models, read(), mask)
     if estimator == "minibatch":
-        inner, count = _hsic.by_minibatches(job, models, read())
+        inner, count = _hsic.by_minibatches(job, models, read(), mask=mask, means=means)
     else:
-        count = sum(batch_size(x) for x in batches(data, like=like))
+        sizes = [
+            (batch_size(x), int(examples(x, valid))) for x, valid in masked(data, mask, like=like)
+        ]
+        size, count = map(sum, zip(*sizes, strict=True))
         if count < 2:
             raise ValueError("data must hold at least 2 examples, since features are centred")
-        inner = _exact(job, models, read, count, columns, rows, memory)
+        inner = _exact(job, models, read, size, columns, rows, memory, mask=mask, means=means)
     if not np.isfinite(inner).all():
         bad = np.flatnonzero(~np.isfinite(np.diagonal(inner)))
         site = [name for own in job.sites for name in own][bad[0]] if len(bad) else "some site"
@@ -181,6 +191,7 @@ def _exact(
     columns: slice,
     rows: int,
     memory: int,
+    **masked: Any,
 ) -> np.ndarray:
     widths = job.widths
     own = {(k, k) for k in range(len(widths))}
@@ -194,8 +205,8 @@ def _exact(
             'give fewer examples or sites, raise memory, or estimator="minibatch"'
         )
     if blocks <= grams:
-        return _hsic.by_covariances(job, models, read(), pairs)
-    return _hsic.by_grams(job, models, read, count, memory)
+        return _hsic.by_covariances(job, models, read(), pairs, **masked)
+    return _hsic.by_grams(job, models, read, count, memory, **masked)
 
 
 def _size(count: int) -> str:

@@ -128,7 +128,9 @@ def _pick(values: Array, index: np.ndarray) -> Array:
 
 
 def _vector(graph: Graph, site: LinearSite, value: Any, what: str) -> Array:
-    shape = graph.avals[site.preactivation].shape
+    shape, dtype = graph.avals[site.preactivation].shape, graph.avals[site.preactivation].dtype
+    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{what} holds complex numbers, and the layer's values are {dtype}.")
     wanted = tuple(shape[a] for a in site.channel_axes)
     if jnp.shape(value) != wanted:
         raise ValueError(

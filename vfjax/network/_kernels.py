@@ -15,9 +15,11 @@ from vfjax._jaxpr import Equation, contraction, evaluate
 from vfjax._jaxpr.primitives import CONV, LINEAR
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
+from vfjax.network._layout import whole_layout
 from vfjax.network._network import Network
 from vfjax.network._retrace import traces_of
 from vfjax.network._sites import inputs_of
+from vfjax.network._valid import valid_at, valid_results
 
 
 def kernel_rows(net: Network, layer: str) -> np.ndarray:
@@ -78,7 +80,13 @@ def loop_kernels(net: Network) -> dict[str, LoopKernel]:
     return kernels
 
 
-def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[str]) -> list[Array]:
+def input_squares(
+    net: Network,
+    variables: PyTree,
+    x: PyTree,
+    layers: Sequence[str],
+    valid: Array | None = None,
+) -> list[Array]:
     """For each weight the sum of its squared inputs, over examples and positions.
 
     This is the gradient with respect to the kernel of the summed output of the layer on its squared
@@ -89,6 +97,7 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
         variables: Its parameters.
         x: A batch.
         layers: Names of layers.
+        valid: Which positions of x count, as `valid_at` takes it; None if all do.
 
     Returns:
         For each layer an array like the kernel operand, of size one along axes that `spread`
@@ -96,16 +105,26 @@ def input_squares(net: Network, variables: PyTree, x: PyTree, layers: Sequence[s
     """
     sites = [f"{name}:in" for name in layers]
     _, inputs = net.run(variables, x, capture=sites)
+    if valid is not None:
+        counts = valid_at(net, [whole_layout(net, at) for at in sites], valid)
+        inputs = {at: jnp.where(counts[at], inputs[at], 0) for at in sites}
     traced = traces_of(net).at(named_leaves(net, variables), x)
+    # A convolution also looks from positions that do not count at those that do.
+    looking = [name for name in layers if _equation(traced, name).primitive == CONV]
+    results = {} if valid is None else valid_results(net, looking, valid)
     squares = []
     for name, at in zip(layers, sites, strict=True):
         site = traced.layers[name]
-        equation = traced.graph.equations[site.index]
-        operands = [inputs[at]] * 2
+        equation, avals = _equation(traced, name), traced.graph.avals
+        more: list[Array] = []
         if len(equation.inputs) > 2:  # which rows meet which kernel
-            operands += _values(net, traced, variables, x, equation.inputs[2:])
-        squares.append(_squares(equation, site, traced.graph.avals, operands))
+            more = _values(net, traced, variables, x, equation.inputs[2:])
+        squares.append(_squares(equation, site, avals, [inputs[at], *more], results.get(name)))
     return squares
+
+
+def _equation(traced: Traced, layer: str) -> Equation:
+    return traced.graph.equations[traced.layers[layer].index]
 
 
 def spread(net: Network, layer: str, squares: Any) -> np.ndarray:
@@ -156,9 +175,16 @@ def _values(
     return [found[v] if isinstance(v, int) else jnp.asarray(v.val) for v in wanted]
 
 
-def _squares(equation: Equation, site: LinearSite, avals: Any, operands: Sequence[Array]) -> Array:
-    params, (x, *more) = dict(equation.params), operands[1:]
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+def _squares(
+    equation: Equation,
+    site: LinearSite,
+    avals: Any,
+    operands: Sequence[Array],
+    valid: Array | None,
+) -> Array:
+    params, (x, *more) = dict(equation.params), operands
+    x = jnp.square(jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(_wide(x)))
+    dtype = _wide(x)
     shape = list(_kernel_aval(equation, site, avals).shape)
     product = contraction(equation.primitive, params)
     if product is not None:
@@ -174,11 +200,16 @@ def _squares(equation: Equation, site: LinearSite, avals: Any, operands: Sequenc
         params["preferred_element_type"] = dtype
 
     def total(kernel: Array) -> Array:
-        operands = [jnp.square(x.astype(dtype))] * 2
+        operands = [x.astype(dtype)] * 2
         operands[site.side] = kernel
-        return equation.eqn.primitive.bind(*operands, *more, **params).sum()
+        result = equation.eqn.primitive.bind(*operands, *more, **params)
+        return (result if valid is None else jnp.where(valid, result, 0)).sum()
 
     return jax.grad(total)(jnp.zeros(shape, dtype))
+
+
+def _wide(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> list[np.ndarray]:
@@ -190,9 +221,15 @@ def kernels(net: Network, leaves: Mapping[str, Any], names: Sequence[str]) -> li
         names: Names of the layers.
     """
     traced = traces_of(net).reference
+    graph = traced.graph
     sites = [traced.layers[name] for name in names]
-    operands = [traced.graph.equations[site.index].values[site.side] for site in sites]
-    ids = zip(traced.graph.inputs, traced.paths, strict=False)
-    env = {value: jnp.asarray(leaves[path]) for value, path in ids if path in leaves}
-    values = evaluate(traced.graph, env, operands)
-    return [np.ravel(np.asarray(values[operand], np.float64)) for operand in operands]
+    operands = [graph.equations[site.index].values[site.side] for site in sites]
+    # Most kernels are leaves as they are: nothing is computed then, or put on a device.
+    read = {v for index in graph.needed(operands, ()) for v in graph.equations[index].values}
+    env = {}
+    for value, path in zip(graph.inputs, traced.paths, strict=False):
+        if path in leaves and (value in read or value in operands):
+            env[value] = jnp.asarray(leaves[path]) if value in read else leaves[path]
+    values = evaluate(graph, env, operands)
+    found = (np.ravel(np.asarray(values[operand])) for operand in operands)
+    return [a.astype(np.promote_types(a.dtype, np.float64)) for a in found]

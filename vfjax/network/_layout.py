@@ -85,11 +85,17 @@ def as_float(value: Any, name: str) -> Array:
     """A site's value in float32 or better.
 
     Raises:
-        TypeError: If it is not one array.
+        TypeError: If it is not one array, or holds complex numbers.
     """
     if not hasattr(value, "dtype"):
         raise TypeError(
             f'site "{name}" holds a {type(value).__name__} of arrays; statistics need one array'
+        )
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(
+            f'site "{name}" holds complex numbers ({value.dtype}), and statistics are of real '
+            "ones: name real sites in `sites`, or match weights (vfjax.align.match_weights), which "
+            "may be complex"
         )
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
@@ -104,6 +110,30 @@ def arrange(value: Any, layout: Layout) -> tuple[Array, tuple[int, ...]]:
     elif layout.split is not None:
         value = rows(piece_of(value, layout.split.entries), bare(layout.split))
     return value, sample_axes(layout, value.ndim)
+
+
+def arrange_valid(valid: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
+    """What counts of a site's value, laid out as `arrange` lays out the value.
+
+    Args:
+        valid: Booleans of the value's rank, of size 1 along axes where nothing varies.
+        layout: The layout.
+        shape: Shape of the value before it is arranged.
+
+    Returns:
+        Booleans of the arranged value's rank, of size 1 along channel axes unless what counts
+        varies from channel to channel.
+    """
+    if layout.split is None:
+        return valid
+    whole = jnp.broadcast_to(valid, shape)
+    varies = valid.shape[layout.split.axis] > 1
+    if layout.around is not None:
+        whole = grid(whole, layout.split, layout.around)
+        whole = whole.reshape(-1, whole.shape[-1])
+        return whole if varies or valid.shape[layout.around.axis] > 1 else whole[:1]
+    whole = rows(whole, layout.split)
+    return whole if varies else whole[:, :1]
 
 
 def sample_axes(layout: Layout, ndim: int) -> tuple[int, ...]:

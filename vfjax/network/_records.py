@@ -86,11 +86,14 @@ class Layer:
             shift: The same.
 
         Returns:
-            A function that computes in float32 or better and casts back.
+            A function that computes in float32 or better and casts back. It raises a TypeError for
+            complex corrections of a real pre-activation.
         """
 
         def apply(z: Array) -> Array:
             dtype = jnp.promote_types(z.dtype, jnp.float32)
+            if jnp.iscomplexobj(scale + shift) and not jnp.iscomplexobj(z):
+                raise TypeError(f"'{self.name}' is real, and its correction holds complex numbers")
             a, b = (jnp.expand_dims(v, self.sample_axes).astype(dtype) for v in (scale, shift))
             return (z.astype(dtype) * a + b).astype(z.dtype)
 

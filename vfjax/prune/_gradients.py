@@ -57,10 +57,16 @@ def gradients(
         By path, `[k, *leaf]`: k gradients.
 
     Raises:
-        TypeError: If a batch is not a pair with integer labels, or has another dtype than was
-            traced.
+        TypeError: If a leaf is complex, a batch is not a pair with integer labels, or has another
+            dtype than was traced.
         ValueError: If data are empty, do not fit the network, or hold too few examples.
     """
+    for path, leaf in leaves.items():
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"'{path}' holds complex numbers ({jnp.result_type(leaf)}), of which a gradient "
+                "does not say how a loss curves; name real layers, or score by prune.magnitude"
+            )
     loss = cross_entropy if loss is None else loss
     most = _at_once(leaves)
     made = 0

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vfjax._deprecated import renames
-from vfjax._passes import batch_size, compiled, on_mesh, stream, wide
+from vfjax._passes import Mask, compiled, on_mesh, stream, wide
+from vfjax._passes.masking import examples
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_net
 from vfjax.network._kernels import input_squares, kernel_rows, loop_kernels, spread
@@ -21,7 +23,12 @@ from vfjax.prune._scores import Scores, prunable, scores_of, weights_of
 
 @renames(layers="names")
 def wanda(
-    net: Network, tree: PyTree, data: Iterable[Any], *, names: Sequence[str] | None = None
+    net: Network,
+    tree: PyTree,
+    data: Iterable[Any],
+    *,
+    names: Sequence[str] | None = None,
+    mask: Mask | None = None,
 ) -> Scores:
     """Scores weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
 
@@ -35,6 +42,9 @@ def wanda(
         tree: The tree to prune.
         data: Re-iterable of `x` or `(x, label)`; one pass. Batches may be sharded over devices.
         names: Names of layers, as `prunable` gives them; None for all that can be pruned.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`. Examples
+            without a valid position do not count either.
 
     Returns:
         The scores, float64. The squares are divided by the number of examples, so that they do not
@@ -77,12 +87,13 @@ def wanda(
     leaves, rows, paths = weights_of(net, tree, names)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
     measure = functools.partial(_means, net, tuple(uses))
-    means, _ = stream(measure, _pool, tree, data, like=net.x, host=wide)
+    means, _ = stream(measure, _pool, tree, data, like=net.x, mask=mask, host=wide)
     squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
     for (name, path), mean in zip(uses.items(), means, strict=True):
         squares[path][kernel_rows(net, name)] += spread(net, name, mean)
     values = {
-        path: np.abs(np.asarray(leaf, np.float64)) * np.sqrt(squares[path].reshape(np.shape(leaf)))
+        path: np.abs(np.asarray(leaf)).astype(np.float64)
+        * np.sqrt(squares[path].reshape(np.shape(leaf)))
         for path, leaf in leaves.items()
     }
     return scores_of(tree, values, rows, paths)
@@ -90,15 +101,23 @@ def wanda(
 
 @compiled(static=3)
 def _means(
-    net: Network, layers: tuple[str, ...], mesh: Any, tree: PyTree, x: PyTree
+    net: Network,
+    layers: tuple[str, ...],
+    mesh: Any,
+    tree: PyTree,
+    x: PyTree,
+    valid: jax.Array | None,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Mean squares over the examples of one batch; no counts of samples, which are not needed."""
+    """Mean squares over the examples of one batch, and the number of examples that count."""
 
-    def means(tree: PyTree, x: PyTree) -> list[jax.Array]:
-        return [squares / batch_size(x) for squares in input_squares(net, tree, x, layers)]
+    def means(tree: PyTree, x: PyTree, valid: jax.Array | None) -> tuple[list[jax.Array], Any]:
+        count = examples(x, valid)
+        return [s / count for s in input_squares(net, tree, x, layers, valid)], jnp.int32(count)
 
-    return [mean[None] for mean in on_mesh(means, mesh)(tree, x)], []
+    squares, count = on_mesh(means, mesh)(tree, x, valid)
+    return [mean[None] for mean in squares], [count]
 
 
-def _pool(pooled: list[np.ndarray], batch: list[np.ndarray], share: float) -> list[np.ndarray]:
+def _pool(pooled: list[np.ndarray], batch: list[np.ndarray], share: Any) -> list[np.ndarray]:
+    share = share[0] if isinstance(share, list) else share
     return [a + (b - a) * share for a, b in zip(pooled, batch, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vfjax._maps import Maps
+from vfjax._passes import Mask
 from vfjax._trees import check_sequence
 from vfjax._types import Array
 from vfjax.merge._arguments import weights_for
@@ -26,6 +27,7 @@ def goals_of(
     maps: Maps | None,
     weights: Sequence[float] | None,
     sites: Sites,
+    mask: Mask | None = None,
 ) -> tuple[dict[str, tuple[Array, Array]], tuple[float, ...]]:
     """Mean and standard deviation to reach, by layer; checks the references first.
 
@@ -36,6 +38,7 @@ def goals_of(
         maps: Maps into the basis of the merge, or None.
         weights: As in `vfjax.renorm.repair`.
         sites: As in `vfjax.renorm.repair`.
+        mask: As in `vfjax.renorm.repair`.
 
     Returns:
         For each layer to correct, arrays of its channels' shape; and the references' weights.
@@ -63,7 +66,7 @@ def goals_of(
         mix = weights_for(merged, weights, len(models))
         if not chosen:
             return {}, mix
-        given = _measured(models, data, maps, chosen)
+        given = _measured(models, data, maps, chosen, mask)
     else:
         missing = [name for name in chosen if any(name not in m.mean for m in given)]
         if missing:
@@ -114,7 +117,11 @@ def _references(model: Merged, references: Any, maps: Maps | None) -> Models:
 
 
 def _measured(
-    models: Models, data: Iterable[Any], maps: Maps | None, sites: Sequence[str]
+    models: Models,
+    data: Iterable[Any],
+    maps: Maps | None,
+    sites: Sequence[str],
+    mask: Mask | None,
 ) -> list[Moments]:
     if isinstance(data, (list, tuple)) and any(isinstance(x, Crossing) for x in data):
         raise ValueError(
@@ -128,7 +135,7 @@ def _measured(
     covariance = [s for s in sites if any(at.group in mixed for at in models.net.places(s))]
     # One pass serves all models only if they agree in every shape.
     parts = [models] if models.alike else models.one_by_one()
-    return [measured(part, data, sites, covariance) for part in parts]
+    return [measured(part, data, sites, covariance, mask=mask) for part in parts]
 
 
 def _joined(given: Moments | Sequence[Moments]) -> Moments:

@@ -13,7 +13,7 @@ arguments of that call, so that all models of one network and cut share one comp
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,15 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfjax._passes import (
-    batches,
+    Mask,
     check_finite_means,
     compiled,
     keep,
     late,
+    masked,
     on_mesh,
     on_meshes,
     wide,
 )
+from vfjax._passes.masking import check_valid
 from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
 from vfjax._trees import changed, flatten_named
 from vfjax._types import Array, PyTree
@@ -37,8 +39,10 @@ from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._crossing import Crossing
 from vfjax.network._inside import Part, ranks_of, statistics_of
+from vfjax.network._layout import as_float, whole_layout
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
+from vfjax.network._valid import valid_at
 
 
 class Job(NamedTuple):
@@ -76,6 +80,10 @@ class Found(NamedTuple):
     heads: dict[tuple[int, str], Pooled]
 
 
+# A batch or a crossing, and which positions of the batch count, None for all.
+Item = tuple[PyTree, Array | None]
+
+
 class _Given(NamedTuple):
     """The traced arguments of a compiled pass."""
 
@@ -96,6 +104,7 @@ def by_batch(
     goals: Mapping[str, tuple[Array, Array]],
     *,
     centre: bool,
+    mask: Mask | None = None,
 ) -> Found:
     """Corrects each batch by its own moments, in one pass, and pools these moments.
 
@@ -105,12 +114,13 @@ def by_batch(
         data: Batches, or a list of crossings that `model.crossing` computed from them.
         goals: Mean and standard deviation to reach, by layer.
         centre: Whether to correct the mean too.
+        mask: Which positions of the batches count, as in `vfjax.stats.moments`.
 
     Returns:
         Corrections and moments; exact if there is one batch.
     """
     given = _given(model, centre, goals={name: goals[name] for name in job.layers})
-    pooled = _pass(job, given, data)
+    pooled = _pass(job, given, inputs(job.net, job.frame.cut, data, mask))
     corrections = {n: _coefficients(pooled[n], goals[n], centre) for n in job.layers}
     heads = {place: pooled[label(*place)] for place in job.heads}
     return Found(corrections, {n: pooled[n] for n in job.norms}, heads)
@@ -123,6 +133,7 @@ def by_layer(
     goals: Mapping[str, tuple[Array, Array]],
     *,
     centre: bool,
+    mask: Mask | None = None,
 ) -> Found:
     """Corrects one rank after the other, in one pass each, with earlier corrections fixed.
 
@@ -132,12 +143,13 @@ def by_layer(
         data: Batches, or a list of crossings that `model.crossing` computed from them.
         goals: Mean and standard deviation to reach, by layer.
         centre: Whether to correct the mean too.
+        mask: Which positions of the batches count, as in `vfjax.stats.moments`.
 
     Returns:
         Corrections and moments; exact on any data.
     """
     results = Found({}, {}, {})
-    data = _stored(model.model, data)
+    read = _stored(model.model, data, mask)
     identity = {
         name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
     }
@@ -148,7 +160,7 @@ def by_layer(
             fixed=identity | results.corrections,
             measured=results,
         )
-        pooled = _pass(job, given, data)
+        pooled = _pass(job, given, read())
         for name in rank:
             if name in job.layers:
                 results.corrections[name] = _coefficients(pooled[name], goals[name], centre)
@@ -253,30 +265,38 @@ def _given(
     return _Given(model.model.arrays, np.asarray(centre), goals, fixed)
 
 
-def _pass(job: Job, given: _Given, data: Iterable[Any]) -> dict[str, Pooled]:
+def _pass(job: Job, given: _Given, items: Iterable[Item]) -> dict[str, Pooled]:
     """Takes one pass: moments of every layer before its correction, of norms' inputs after it."""
-    placed = on_meshes(inputs(job.net, job.frame.cut, data), given)
+    placed = on_meshes(items, given)
     pooled: dict[str, Pooled] = {}
     for batch in late(_measure(job, *on) for on in placed):
         # On the host: batches may be many, and sites are small.
         for name, moments in wide(batch).items():
             pooled[name] = pool(pooled[name], moments) if name in pooled else moments
+    check_valid({name: moments.count for name, moments in pooled.items()})
     check_finite_means({name: moments.mean for name, moments in pooled.items()})
     return pooled
 
 
 @compiled(static=2)
-def _measure(job: Job, mesh: Any, given: _Given, x: PyTree) -> dict[str, Pooled]:
-    return on_mesh(functools.partial(_moments, job), mesh)(given, x)
+def _measure(job: Job, mesh: Any, given: _Given, item: Item) -> dict[str, Pooled]:
+    return on_mesh(functools.partial(_moments, job), mesh)(given, *item)
 
 
-def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
+def _moments(job: Job, given: _Given, x: PyTree, valid: Array | None) -> dict[str, Pooled]:
     model = job.frame.model(given.arrays)
     measured: dict[str, Pooled] = {}
 
+    def counting(net: Network, names: Sequence[str]) -> dict[str, Array]:
+        """What counts at sites; empty if everything does."""
+        layouts = [whole_layout(net, name) for name in names]
+        return {} if valid is None else valid_at(net, layouts, valid)
+
+    at_layers = counting(job.net, job.layers)
+
     def at_layer(name: str, z: Array) -> Array:
         layer = job.net.layer(name)
-        measured[name] = moments_of(z, layer.sample_axes)
+        measured[name] = moments_of(as_float(z, name), layer.sample_axes, at_layers.get(name))
         if given.goals is None:
             assert given.fixed is not None  # one of the two is given
             pair = given.fixed[name]
@@ -287,12 +307,14 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
     def at_norms(net: Network, tree: PyTree, labels: Mapping[str, str]) -> dict[str, Any]:
         """Edits that measure the norms of a tree; `labels` names their moments."""
         leaves, _ = flatten_named(tree)
+        norms = [net.norm(name) for name in labels]
+        here = counting(net, [norm.site for norm in norms])
 
         def edit(norm: Norm, u: Array) -> Array:
-            now = measured[labels[norm.name]] = moments_of(u, norm.sample_axes)
+            now = moments_of(as_float(u, norm.site), norm.sample_axes, here.get(norm.site))
+            measured[labels[norm.name]] = now
             return u if given.goals is None else _as_if(net, norm, leaves, now, u)
 
-        norms = [net.norm(name) for name in labels]
         return {norm.site: functools.partial(edit, norm) for norm in norms}
 
     edit = {name: functools.partial(at_layer, name) for name in job.layers}
@@ -320,27 +342,37 @@ def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u
     return ((u.astype(mean.dtype) - now_mean) * factor + mean).astype(u.dtype)
 
 
-def inputs(net: Network, cut: int, data: Iterable[Any]) -> Iterator[PyTree]:
-    """The batches of `data`, checked; or the crossings that it lists."""
+def inputs(net: Network, cut: int, data: Iterable[Any], mask: Mask | None = None) -> Iterator[Item]:
+    """The batches of `data`, checked, with what is valid of each; or the crossings that it lists.
+
+    Raises:
+        TypeError: As `vfjax._passes.masked`.
+        ValueError: As `vfjax._passes.masked`; if a crossing is not of the model's cut, or there are
+            crossings and a mask.
+    """
     if not (isinstance(data, (list, tuple)) and any(isinstance(c, Crossing) for c in data)):
-        yield from batches(data, like=net.x)
+        yield from masked(data, mask, like=net.x)
         return
+    if mask is not None:
+        raise ValueError("mask is a function of x, and data holds crossings; give batches of x")
     for c in data:
         if not isinstance(c, Crossing) or c.depth != cut:
             what = f"a crossing at {c.depth}" if isinstance(c, Crossing) else type(c).__name__
             raise ValueError(f"data must hold crossings at the model's cut, {cut}, got {what}")
-        yield c
+        yield c, None
 
 
-def _stored(model: Merged, data: Iterable[Any]) -> Iterable[Any]:
+def _stored(model: Merged, data: Iterable[Any], mask: Mask | None) -> Callable[[], Iterable[Item]]:
     """Data for several passes: the crossings of all batches, where they fit into memory."""
+
+    def read() -> Iterator[Item]:
+        return inputs(model.net, model.cut, data, mask)
+
     if model.cut == 0:
-        return data
-    crossings = (
-        x if isinstance(x, Crossing) else _cross(model, x)
-        for x in inputs(model.net, model.cut, data)
-    )
-    return keep(crossings, data)
+        return read
+    crossings = ((x if isinstance(x, Crossing) else _cross(model, x), valid) for x, valid in read())
+    kept = keep(crossings, ())
+    return (lambda: kept) if kept else read
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vfjax._maps import Maps
+from vfjax._passes import Mask
 from vfjax._trees import with_leaves
 from vfjax._types import PyTree
 from vfjax.merge._arguments import merged_of
@@ -30,6 +31,7 @@ def reset(
     data: Iterable[Any],
     *,
     sweeps: str = "batch",
+    mask: Mask | None = None,
 ) -> PyTree | Merged:
     """RESET: measures the stored statistics of every norm of trunk and heads again.
 
@@ -44,12 +46,15 @@ def reset(
         data: Re-iterable of `x` or `(x, label)`; for a `Merged` also a list of its crossings.
         sweeps: "batch" for one pass, exact on one batch; "layer" for one pass per norm along the
             deepest path, exact on any data.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         A tree or a `Merged`, as given. Norms inside stems keep their statistics.
 
     Raises:
-        TypeError: If data has another structure or dtype than was traced.
+        TypeError: If data has another structure or dtype than was traced, or `mask` is not a
+            function to booleans.
         ValueError: If the network has no norm with stored statistics, if data is empty or
             exhausted, or if `merged` does not fit the network.
 
@@ -74,7 +79,7 @@ def reset(
             "net has no normalisation with stored statistics, so there is nothing to reset; "
             "see net.norms. Networks without BatchNorm need repair or rescale."
         )
-    return _renormalise(model, data, {}, sweeps, centre=False)
+    return _renormalise(model, data, {}, sweeps, centre=False, mask=mask)
 
 
 def repair(
@@ -87,6 +92,7 @@ def repair(
     weights: Sequence[float] | None = None,
     sites: Sites = "paper",
     sweeps: str = "batch",
+    mask: Mask | None = None,
 ) -> PyTree | Merged:
     """REPAIR: gives pre-activations the averaged mean and standard deviation of the edge models.
 
@@ -112,6 +118,8 @@ def repair(
             averaged layers at the cut are corrected.
         sweeps: "batch" for one pass, in which upstream layers are corrected by the batch's own
             moments: exact on one batch. "layer" for one pass per depth: exact on any data.
+        mask: Which positions of a batch count, for the references too: a function of x to booleans,
+            as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
 
     Returns:
         For a `Merged`, a `Merged`. For a tree, a tree if every correction folds into kernels and
@@ -119,7 +127,8 @@ def repair(
         other corrections explicitly.
 
     Raises:
-        TypeError: If data has another structure or dtype than was traced.
+        TypeError: If data has another structure or dtype than was traced, or `mask` is not a
+            function to booleans.
         ValueError: If references, weights or sites do not fit, if data is empty or exhausted, or
             `merged` does not fit the network.
 
@@ -140,8 +149,8 @@ def repair(
     BatchNorm, with its epsilon.
     """
     model = merged_of(net, merged)
-    goals, mix = goals_of(model, data, references, maps, weights, sites)
-    return _renormalise(model, data, goals, sweeps, centre=True, weights=mix)
+    goals, mix = goals_of(model, data, references, maps, weights, sites, mask)
+    return _renormalise(model, data, goals, sweeps, centre=True, weights=mix, mask=mask)
 
 
 def rescale(
@@ -154,6 +163,7 @@ def rescale(
     weights: Sequence[float] | None = None,
     sites: Sites = "paper",
     sweeps: str = "batch",
+    mask: Mask | None = None,
 ) -> PyTree | Merged:
     """RESCALE: gives pre-activations the averaged standard deviation of the edge models.
 
@@ -174,6 +184,7 @@ def rescale(
         weights: As in `repair`.
         sites: As in `repair`.
         sweeps: As in `repair`.
+        mask: As in `repair`.
 
     Returns:
         As `repair`; corrections fold wherever the kernel is a leaf that is used once.
@@ -196,8 +207,8 @@ def rescale(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
     """
     model = merged_of(net, merged)
-    goals, mix = goals_of(model, data, references, maps, weights, sites)
-    return _renormalise(model, data, goals, sweeps, centre=False, weights=mix)
+    goals, mix = goals_of(model, data, references, maps, weights, sites, mask)
+    return _renormalise(model, data, goals, sweeps, centre=False, weights=mix, mask=mask)
 
 
 def _renormalise(
@@ -207,6 +218,7 @@ def _renormalise(
     sweeps: str,
     *,
     centre: bool,
+    mask: Mask | None,
     weights: tuple[float, ...] = (1.0,),
 ) -> PyTree | Merged:
     if sweeps not in _SWEEPS:
@@ -224,7 +236,7 @@ def _renormalise(
     new = given
     if job.layers or job.norms or job.heads:
         new = _with_variances(given)
-        results = _SWEEPS[sweeps](job, new, data, goals, centre=centre)
+        results = _SWEEPS[sweeps](job, new, data, goals, centre=centre, mask=mask)
         new = fold_all(new, results, shift=centre)
     if given.plain:
         # A tree that becomes a `Merged` records that it was merged from the references.

@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batch_size, batches, compiled, on_mesh, on_meshes, stream, wide
+from vfjax._passes import Mask, batch_size, compiled, masked, on_mesh, on_meshes, stream, wide
+from vfjax._passes.masking import examples
 from vfjax._passes.moments import ROUNDINGS, scale_of, union_means, union_second
 from vfjax._trees import native
 from vfjax._types import Array, PyTree
-from vfjax.network._layout import as_float, by_example
+from vfjax.network._layout import as_float, by_example, whole_layout
+from vfjax.network._valid import valid_at
 
 Shape = tuple[int, ...]
 
@@ -38,8 +40,10 @@ class Runs(Protocol):
         """The output; with `capture` also the values at sites, by name."""
 
 
-# Models, and the scales of their features, one per site of all models in turn.
-_State = tuple[tuple[Runs, ...], list[Array]]
+# With a mask, the means `[p]` of the features that count, one per site of all models in turn.
+_Means = list[Array] | None
+# Models, the scales of their features, again one per site, and those means.
+_State = tuple[tuple[Runs, ...], list[Array], _Means]
 
 # Entries of a Gram matrix to multiply at a time, in float64 on the host.
 _BLOCK = 1 << 18
@@ -102,44 +106,118 @@ def itemsize() -> int:
     return jax.dtypes.canonicalize_dtype(np.float64).itemsize
 
 
-def _features(job: Job, models: Sequence[Runs], x: PyTree) -> list[Array]:
-    """The features `[batch, p]` of every site, float32 or better."""
-    features = []
+def _features(
+    job: Job, models: Sequence[Runs], x: PyTree, valid: Array | None = None, means: _Means = None
+) -> list[Array]:
+    """The features `[batch, p]` of every site, float32 or better.
+
+    With a mask they are less their means, and 0 where they do not count: an example then adds what
+    counts of it to every sum over examples, and nothing else.
+    """
+    features, size = [], batch_size(x)
     for model, names, shapes in zip(models, job.sites, job.shapes, strict=True):
         if names:
             _, values = model.run(x, capture=names)
+            counts = _counts(model, names, valid)
             for name, shape in zip(names, shapes, strict=True):
-                value = as_float(values[name], name)
-                value, axis = by_example(name, value, shape, batch_size(x))
-                features.append(jnp.moveaxis(value, axis, 0).reshape(batch_size(x), -1))
+                value = _by_rows(name, as_float(values[name], name), shape, size)
+                if means is not None:
+                    mean = means[len(features)][None]
+                    value = value - mean
+                    floor = ROUNDINGS * jnp.finfo(value.dtype).eps * jnp.abs(mean)
+                    there = jnp.broadcast_to(counts[name], values[name].shape)
+                    there = _by_rows(name, there, shape, size) & ~(jnp.abs(value) <= floor)
+                    value = jnp.where(there, value, 0)
+                features.append(value)
     return features
 
 
-def _scaled(job: Job, state: _State, x: PyTree) -> list[Array]:
+def _counts(model: Runs, names: Sequence[str], valid: Array | None) -> dict[str, Array]:
+    """What counts at the sites of a model; empty if everything does."""
+    layouts = [whole_layout(model.net, name) for name in names]
+    return {} if valid is None else valid_at(model.net, layouts, valid)
+
+
+def _by_rows(name: str, value: Array, single: Shape, size: int) -> Array:
+    """A value as `[batch, p]`."""
+    value, axis = by_example(name, value, single, size)
+    return jnp.moveaxis(value, axis, 0).reshape(size, -1)
+
+
+def means_of(job: Job, models: tuple[Runs, ...], data: Iterable[Any], mask: Mask) -> list[Array]:
+    """The means of what counts, by site and feature, in one pass."""
+    measure, like = functools.partial(_measure_means, job), models[0].net.x
+    means, _ = stream(measure, _pool_means, models, data, like=like, mask=mask, host=list)
+    return jax.device_put(means)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure_means(
+    job: Job, mesh: Any, models: tuple[Runs, ...], x: PyTree, valid: Array
+) -> tuple[list[Array], list[Array]]:
+    """Means of what counts in one batch, by site and feature, and its number of examples."""
+
+    def batch(models: tuple[Runs, ...], x: PyTree, valid: Array) -> Any:
+        means, numbers = [], []
+        features = iter(_features(job, models, x))
+        for model, names, shapes in zip(models, job.sites, job.shapes, strict=True):
+            _, values = jax.eval_shape(lambda m, x, n=names: m.run(x, capture=n), model, x)
+            counts = _counts(model, names, valid)
+            for name, shape in zip(names, shapes, strict=True):
+                there = jnp.broadcast_to(counts[name], values[name].shape)
+                there, value = _by_rows(name, there, shape, batch_size(x)), next(features)
+                numbers.append(there.sum(0))
+                some = jnp.maximum(numbers[-1], 1).astype(value.dtype)
+                means.append(jnp.where(there, value, 0).sum(0) / some)
+        return means, numbers
+
+    means, numbers = on_mesh(batch, mesh)(models, x, valid)
+    return [mean[None] for mean in means], numbers
+
+
+def _pool_means(pooled: list[Any], batch: list[Any], shares: list[Any]) -> list[Any]:
+    """Means of the union of two sets of samples."""
+    return [
+        union_means(old, new, share)[0]
+        for old, new, share in zip(pooled, batch, shares, strict=True)
+    ]
+
+
+def _scaled(job: Job, state: _State, x: PyTree, valid: Array | None) -> list[Array]:
     """The features, scaled so that their products stay in the range of float32."""
-    models, scales = state
-    return [f * scale for f, scale in zip(_features(job, models, x), scales, strict=True)]
+    models, scales, means = state
+    features = _features(job, models, x, valid, means)
+    return [f * scale for f, scale in zip(features, scales, strict=True)]
 
 
 def _with_scales(
-    job: Job, models: tuple[Runs, ...], data: Iterable[PyTree]
+    job: Job, models: tuple[Runs, ...], data: Iterable[PyTree], mask: Mask | None, means: _Means
 ) -> tuple[_State, Iterable[PyTree]]:
     """The models with scales of all their sites, and the data, again from its first batch.
 
     The first batch sets the scales, since all batches must share them. CKA does not depend on them.
     """
-    data = iter(data)
-    first = next(data)
-    mesh, placed, x = next(on_meshes([first], models))
-    return (models, _scales(job, mesh, placed, x)), itertools.chain([first], data)
+    data, read = iter(data), []
+
+    def remembered() -> Iterator[PyTree]:
+        for x in data:
+            read.append(x)
+            yield x
+
+    first = next(masked(remembered(), mask, like=models[0].net.x))
+    mesh, (placed, there), (x, valid) = next(on_meshes([first], (models, means)))
+    scales = _scales(job, mesh, placed, x, valid, there)
+    return (models, scales, means), itertools.chain(read, data)
 
 
 @compiled(static=2)
-def _scales(job: Job, mesh: Any, models: Any, x: PyTree) -> list[Array]:
-    def scales(models: Any, x: PyTree) -> list[Array]:
-        return [scale_of(f) for f in _features(job, models, x)]
+def _scales(
+    job: Job, mesh: Any, models: Any, x: PyTree, valid: Array | None, means: _Means
+) -> list[Array]:
+    def scales(*given: Any) -> list[Array]:
+        return [scale_of(f) for f in _features(job, *given)]
 
-    return on_mesh(scales, mesh)(models, x)
+    return on_mesh(scales, mesh)(models, x, valid, means)
 
 
 def _centred(x: Array) -> tuple[Array, Array]:
@@ -164,7 +242,13 @@ def covariance_bytes(widths: Sequence[int], pairs: Sequence[tuple[int, int]]) ->
 
 
 def by_covariances(
-    job: Job, models: tuple[Runs, ...], data: Iterable[Any], pairs: tuple[tuple[int, int], ...]
+    job: Job,
+    models: tuple[Runs, ...],
+    data: Iterable[Any],
+    pairs: tuple[tuple[int, int], ...],
+    *,
+    mask: Mask | None = None,
+    means: _Means = None,
 ) -> np.ndarray:
     """`H / n^2` `[sites, sites]` from the covariances of pairs of sites, in one pass.
 
@@ -175,23 +259,26 @@ def by_covariances(
         models: The models.
         data: Batches.
         pairs: Pairs `(i, j)` of sites, including each site with itself.
+        mask: As in `vfjax.stats.moments`.
+        means: The result of `means_of`.
 
     Returns:
         float64, 0 for pairs that were not requested.
     """
-    state, data = _with_scales(job, models, data)
+    state, data = _with_scales(job, models, data, mask, means)
     pooled, _ = stream(
         functools.partial(_covariances, job, pairs),
         functools.partial(_pool, pairs),
         state,
         data,
         like=models[0].net.x,
+        mask=mask,
     )
-    means, covariances = jax.tree.map(np.asarray, pooled)
+    found, covariances = jax.tree.map(np.asarray, pooled)
     varies = {}
     for (i, j), block in zip(pairs, covariances, strict=True):
         if i == j:
-            floor = ROUNDINGS * np.finfo(block.dtype).eps * np.abs(means[i])
+            floor = ROUNDINGS * np.finfo(block.dtype).eps * np.abs(found[i])
             varies[i] = ~(np.diagonal(block) <= np.square(floor))  # NaN counts as varying
     out = np.zeros((len(job.widths),) * 2)
     for (i, j), block in zip(pairs, covariances, strict=True):
@@ -202,21 +289,27 @@ def by_covariances(
 
 @compiled(static=3)
 def _covariances(
-    job: Job, pairs: tuple[tuple[int, int], ...], mesh: Any, state: Any, x: PyTree
+    job: Job,
+    pairs: tuple[tuple[int, int], ...],
+    mesh: Any,
+    state: Any,
+    x: PyTree,
+    valid: Array | None,
 ) -> tuple[Any, list[Array]]:
     """Means of the sites in one batch, and covariances of the pairs."""
 
-    def batch(state: Any, x: PyTree) -> tuple[list[Array], list[Array]]:
-        centred = [_centred(f) for f in _scaled(job, state, x)]
+    def batch(state: Any, x: PyTree, valid: Array | None) -> tuple[list[Array], list[Array]]:
+        centred = [_centred(f) for f in _scaled(job, state, x, valid)]
         blocks = [_product(centred[i][0].T, centred[j][0]) / batch_size(x) for i, j in pairs]
         return [mean for _, mean in centred], blocks
 
-    return on_mesh(batch, mesh)(state, x), []
+    return on_mesh(batch, mesh)(state, x, valid), [jnp.int32(batch_size(x))]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _pool(pairs: tuple[tuple[int, int], ...], pooled: Any, batch: Any, share: Any) -> Any:
     """Means and covariances of the union of two sets of examples; the first is donated."""
+    share = share[0] if isinstance(share, list) else share
     means, steps = union_means(pooled[0], batch[0], share)
     blocks = [
         union_second(old, new, jnp.outer(steps[i], steps[j]), share)
@@ -239,6 +332,9 @@ def by_grams(
     read: Callable[[], Iterable[Any]],
     count: int,
     memory: int,
+    *,
+    mask: Mask | None = None,
+    means: _Means = None,
 ) -> np.ndarray:
     """`H` `[sites, sites]` from the Gram matrices of all sites; each site has an arbitrary scale.
 
@@ -248,8 +344,10 @@ def by_grams(
         job: The sites to read.
         models: The models.
         read: Returns the batches, from the first one on each call.
-        count: Number of examples.
+        count: Number of examples, with those that do not count.
         memory: The most bytes to use; not less than `gram_bytes`.
+        mask: As in `vfjax.stats.moments`.
+        means: The result of `means_of`.
 
     Returns:
         float64.
@@ -258,7 +356,8 @@ def by_grams(
     grams: list[np.ndarray] = []
     for group in _groups(job.widths, free // (itemsize() * count)):
         measure = functools.partial(_rows, job.only(group))
-        features, _ = stream(measure, _append, models, read(), like=models[0].net.x)
+        state = models, None if means is None else [means[k] for k in group]
+        features, _ = stream(measure, _append, state, read(), like=models[0].net.x, mask=mask)
         while features:
             grams.append(np.asarray(_gram(features.pop(0))))
     out = np.zeros((len(grams),) * 2)
@@ -283,13 +382,16 @@ def _groups(widths: Sequence[int], most: int) -> list[list[int]]:
 
 
 @compiled(static=2)
-def _rows(job: Job, mesh: Any, models: Any, x: PyTree) -> tuple[list[list[Array]], list[Array]]:
+def _rows(
+    job: Job, mesh: Any, state: Any, x: PyTree, valid: Array | None
+) -> tuple[list[list[Array]], list[Array]]:
     """For each site a list of one array, its features in this batch."""
-    features = on_mesh(functools.partial(_features, job), mesh)(models, x)
+    models, means = state
+    features = on_mesh(functools.partial(_features, job), mesh)(models, x, valid, means)
     return [[rows] for rows in features], []
 
 
-def _append(pooled: list[list[Array]], batch: list[list[Array]], share: float) -> list[list[Array]]:
+def _append(pooled: list[list[Array]], batch: list[list[Array]], share: Any) -> list[list[Array]]:
     return [before + new for before, new in zip(pooled, batch, strict=True)]
 
 
@@ -304,12 +406,17 @@ def _gram(parts: list[Array]) -> Array:
 
 
 def by_minibatches(
-    job: Job, models: tuple[Runs, ...], data: Iterable[Any]
+    job: Job,
+    models: tuple[Runs, ...],
+    data: Iterable[Any],
+    *,
+    mask: Mask | None = None,
+    means: _Means = None,
 ) -> tuple[np.ndarray, int]:
     """Unbiased estimates of HSIC `[sites, sites]`, averaged over batches by number of examples.
 
     Each site has an arbitrary scale. Batches of fewer than four examples, for which there is no
-    such estimate, are left out.
+    such estimate, are left out. `mask` and `means` as in `by_covariances`.
 
     Returns:
         float64, and the number of examples used.
@@ -318,34 +425,38 @@ def by_minibatches(
 
     def counted() -> Iterator[PyTree]:
         nonlocal count
-        for x in batches(data, like=like):
-            if batch_size(x) >= 4:
-                count += batch_size(x)
+        for x, valid in masked(data, mask, like=like):
+            some = int(examples(x, valid))
+            if some >= 4:
+                count += some
                 yield x
         if not count:
             raise ValueError('estimator="minibatch" needs batches of 4 examples or more')
 
-    state, counted_data = _with_scales(job, models, counted())
-    hsic, _ = stream(
-        functools.partial(_inner_product, job), _mean, state, counted_data, like=like, host=wide
-    )
+    state, counted_data = _with_scales(job, models, counted(), mask, means)
+    measure = functools.partial(_inner_product, job)
+    hsic, _ = stream(measure, _mean, state, counted_data, like=like, mask=mask, host=wide)
     return np.asarray(hsic, np.float64), count
 
 
-def _mean(pooled: np.ndarray, batch: np.ndarray, share: float) -> np.ndarray:
+def _mean(pooled: np.ndarray, batch: np.ndarray, share: Any) -> np.ndarray:
+    share = share[0] if isinstance(share, list) else share
     return pooled + (batch - pooled) * share
 
 
 @compiled(static=2)
-def _inner_product(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, list[Array]]:
+def _inner_product(
+    job: Job, mesh: Any, state: Any, x: PyTree, valid: Array | None
+) -> tuple[Array, list[Array]]:
     """The estimate from one batch for all pairs of sites (Song et al. 2012)."""
-    n = batch_size(x)
+    size, n = batch_size(x), examples(x, valid)
 
-    def batch(state: Any, x: PyTree) -> Array:
+    def batch(state: Any, x: PyTree, valid: Array | None) -> Array:
         grams = []
-        for x_i in _scaled(job, state, x):
-            centred, _ = _centred(x_i)  # the estimate is invariant; centring reduces rounding
-            grams.append(_product(centred, centred.T) * (1 - jnp.eye(n, dtype=x_i.dtype)))
+        for x_i in _scaled(job, state, x, valid):
+            # The estimate is invariant; centring reduces rounding. What a mask leaves is centred.
+            centred = x_i if valid is not None else _centred(x_i)[0]
+            grams.append(_product(centred, centred.T) * (1 - jnp.eye(size, dtype=x_i.dtype)))
         stack = jnp.stack(grams)
         flat, rows, sums = stack.reshape(len(grams), -1), stack.sum(1), stack.sum((1, 2))
         total = _product(flat, flat.T)
@@ -353,4 +464,4 @@ def _inner_product(job: Job, mesh: Any, state: Any, x: PyTree) -> tuple[Array, l
         total -= _product(rows, rows.T) * (2 / (n - 2))
         return total / (n * (n - 3))
 
-    return on_mesh(batch, mesh)(state, x)[None], []
+    return on_mesh(batch, mesh)(state, x, valid)[None], [jnp.int32(n)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from vfjax._passes.moments import (
 from vfjax._types import Array, PyTree
 from vfjax.network._layout import Layout, arrange, by_channel
 from vfjax.network._network import Network
+from vfjax.network._valid import valid_at
 from vfjax.stats._pieces import pieces
 
 
@@ -48,15 +49,16 @@ class Model:
 
 @compiled(static=2)
 def measure(
-    job: Job, mesh: Any, models: tuple[Model, ...], x: PyTree
+    job: Job, mesh: Any, models: tuple[Model, ...], x: PyTree, valid: Array | None
 ) -> tuple[dict[str, Any], list[Array]]:
     """Moments of one batch, and the number of samples at each site.
 
-    Without covariances they are those of the pieces of the batch, stacked.
+    Without covariances they are those of the pieces of the batch, stacked; with `valid`, which says
+    what counts, there is one.
     """
     batch = functools.partial(_batch, job)
-    if mesh is not None:
-        moments, counts = on_mesh(batch, mesh)(models, x)
+    if mesh is not None or valid is not None:
+        moments, counts = on_mesh(batch, mesh)(models, x, valid)
         return moments if job.covariance else jax.tree.map(lambda a: a[None], moments), counts
     batch = functools.partial(batch, models)
     parts = pieces({model.net: model.tree for model in models}, x)
@@ -66,12 +68,15 @@ def measure(
     return moments, [n.sum(dtype=n.dtype) for n in counts]
 
 
-def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, Any], list[Array]]:
+def _batch(
+    job: Job, models: tuple[Model, ...], x: PyTree, valid: Array | None = None
+) -> tuple[dict[str, Any], list[Array]]:
     counts: dict[str, int] = {}
+    known = {} if valid is None else valid_at(models[0].net, job.sites, valid)
 
     def one(model: Model, x: PyTree) -> tuple[dict[str, Array], ...]:
         own: dict[str, int] = {}
-        results = read(model.net, job.sites, job.covariance, own, x, model.tree)
+        results = read(model.net, job.sites, job.covariance, own, x, model.tree, known)
         if own != (counts or own):
             raise ValueError(
                 "net has networks with other numbers of samples at the sites of one and of "
@@ -87,8 +92,11 @@ def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, An
     )
     rows = {name: [part[3][name] for part in parts] for name in job.covariance}
 
+    some = parts[0][4]
+
     def product(name: str, i: int, j: int) -> Array:
-        return covariance_of((rows[name][i], rest[name][i]), (rows[name][j], rest[name][j]))
+        first, second = ((rows[name][k], rest[name][k]) for k in (i, j))
+        return covariance_of(first, second, some.get(name))
 
     products = {
         name: jnp.stack([product(name, i, j) for i, j in job.pairs])
@@ -103,7 +111,7 @@ def _batch(job: Job, models: tuple[Model, ...], x: PyTree) -> tuple[dict[str, An
             squares = jnp.stack([jnp.diagonal(blocks[k]) for k in own])
             var[name] = jnp.maximum(squares, 0).reshape(var[name].shape)
     batch = {"mean": mean, "var": var, "covariance": products}
-    return batch, [jnp.asarray(counts[site.name], jnp.int32) for site in job.sites]
+    return batch, [jnp.asarray(some.get(name, counts[name]), jnp.int32) for name in mean]
 
 
 def read(
@@ -113,6 +121,7 @@ def read(
     counts: dict[str, int],
     x: PyTree,
     tree: PyTree,
+    valid: Mapping[str, Array],
 ) -> tuple[dict[str, Array], ...]:
     """Moments of one model's values on a batch, by site.
 
@@ -124,42 +133,58 @@ def read(
             turn the Python numbers into arrays.
         x: The batch.
         tree: The model.
+        valid: Which values count, by site, as `valid_at` gives it; empty if all do.
 
     Returns:
-        Means, variances, means of the shifted values, and the shifted values `[samples, channels]`.
+        Means, variances, means of the shifted values, the shifted values `[samples, channels]`; and
+        with `valid` the numbers of samples.
+
+    Raises:
+        ValueError: If what counts varies along the channels of a covariance.
     """
     _, values = net.run(tree, x, capture=tuple(dict.fromkeys(site.source for site in sites)))
-    mean, var, rest, rows = {}, {}, {}, {}
+    mean, var, rest, rows, some = {}, {}, {}, {}, {}
     for site in sites:
         value, sample = arrange(values[site.source], site)
         name = site.name
-        value, mean[name], var[name], rest[name] = shifted_moments(value, sample)
+        value, mean[name], var[name], rest[name], count = shifted_moments(
+            value, sample, valid.get(name)
+        )
         counts[name] = value.size // max(mean[name].size, 1)
+        if valid:
+            some[name] = count if count.size > 1 else count.reshape(())
         if name in covariance:
+            if np.size(count) > 1:
+                raise ValueError(
+                    f"mask varies along the channels of '{name}', where a covariance would be of "
+                    "different samples for every pair; leave it out of `sites`"
+                )
             rows[name] = by_channel(value, sample)
-    return mean, var, rest, rows
+    return mean, var, rest, rows, some
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def pool(
-    job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
-) -> dict[str, Any]:
+def pool(job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any) -> dict[str, Any]:
     """Moments of the union of two sets of samples; donates the first. `share` is the second's."""
     return merge(job, pooled, batch, share)
 
 
-def merge(
-    job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: float | Array
-) -> dict[str, Any]:
+def merge(job: Job, pooled: dict[str, Any], batch: dict[str, Any], share: Any) -> dict[str, Any]:
     """As `pool`, not compiled; without covariances also of NumPy arrays."""
-    out: dict[str, Any] = {"covariance": {}}
-    out["mean"], out["var"], steps = merge_moments(
-        (pooled["mean"], pooled["var"]), (batch["mean"], batch["var"]), share
+    names = [site.name for site in job.sites]
+    shares = dict(
+        zip(names, share if isinstance(share, list) else [share] * len(names), strict=True)
     )
-    for site, old in pooled["covariance"].items():
-        rows = steps[site].reshape(steps[site].shape[0], -1)
-        between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in job.pairs])
-        out["covariance"][site] = union_second(old, batch["covariance"][site], between, share)
+    out: dict[str, Any] = {"mean": {}, "var": {}, "covariance": {}}
+    for name in names:
+        old, new = ((one["mean"][name], one["var"][name]) for one in (pooled, batch))
+        part = shares[name] if np.ndim(shares[name]) == 0 else shares[name][None]
+        out["mean"][name], out["var"][name], step = merge_moments(old, new, part)
+        if name in pooled["covariance"]:
+            rows = step.reshape(len(step), -1)
+            between = jnp.stack([jnp.outer(rows[i], rows[j]) for i, j in job.pairs])
+            old, new = (one["covariance"][name] for one in (pooled, batch))
+            out["covariance"][name] = union_second(old, new, between, shares[name])
     return out
 
 

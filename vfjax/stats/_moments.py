@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import check_finite_means, stream
+from vfjax._passes import Mask, check_finite_means, stream
+from vfjax._passes.masking import check_valid
 from vfjax._trees import check_sequence, resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.network._arguments import Models, comparable, networks
@@ -44,7 +45,8 @@ class Moments:
     population moments (divided by the number of samples).
 
     Attributes:
-        count: Samples per channel (examples times positions), by site.
+        count: Samples per channel (examples times positions, with a mask those that are valid), by
+            site.
         mean: `[K, *channels]` by site, float32 or better.
         var: `[K, *channels]` by site, float32 or better.
         covariance: `[K, K, n, n]` by site, entry `[i, j, a, b]` between channel a of model i and b
@@ -177,6 +179,7 @@ def moments(
     *,
     sites: Sites = "paper",
     covariance: bool | Literal["cross"] | Sequence[str] = False,
+    mask: Mask | None = None,
 ) -> Moments:
     """Measures means, variances and covariances of K models in one pass over data.
 
@@ -197,16 +200,22 @@ def moments(
             the requested taps, or at all taps if `sites` has none; `"cross"` for pairs of different
             models only, which is all that matching needs; a list of site names for all pairs at
             those sites.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans `[batch, ...]` along the leading axes of an array of x (of size 1 along an
+            axis where all count alike), as `mask=lambda x: x["mask"] > 0`. None if all count. The
+            moments are those of the valid positions alone. At a site behind a pool, a reduction or
+            a strided layer, a position counts if any of those that it stands for does.
 
     Returns:
         Moments by site.
 
     Raises:
         TypeError: If `net` is not a traced network, `trees` is not a sequence of trees, or data has
-            another structure or dtype.
+            another structure or dtype; if `mask` is not a function, or gives no booleans.
         ValueError: If networks or trees differ before a site, a site does not exist, data is empty
             or exhausted or makes a site NaN or infinite, or `covariance` is `"cross"` with a single
-            model.
+            model; if what `mask` gives fits no array of x, leaves nothing valid, or does not tell
+            what counts at a site.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -226,7 +235,7 @@ def moments(
             "net has networks that lay out the values at the sites differently; measure each "
             "separately, stats.moments(net[k], [trees[k]], data, ...)"
         )
-    return _measured(models, data, job)
+    return _measured(models, data, job, mask)
 
 
 def measured(
@@ -236,6 +245,7 @@ def measured(
     covariance: Sequence[str] = (),
     *,
     cross: bool = False,
+    mask: Mask | None = None,
 ) -> Moments:
     """Like `moments`, for models that are known to be comparable at the sites.
 
@@ -245,24 +255,27 @@ def measured(
         names: Names of sites.
         covariance: Names of the sites where covariances are wanted.
         cross: Whether to measure covariances of different models only.
+        mask: As in `moments`.
     """
     job = _planned(models.net, tuple(names), tuple(covariance), len(models), cross=cross)
-    return _measured(models, data, job)
+    return _measured(models, data, job, mask)
 
 
-def _measured(models: Models, data: Iterable[Any], job: Job) -> Moments:
+def _measured(models: Models, data: Iterable[Any], job: Job, mask: Mask | None) -> Moments:
     pooled, counts = stream(
         functools.partial(measure, job),
         functools.partial(pool if job.covariance else merge, job),
         tuple(map(Model, models.nets, models.trees)),
         data,
         like=models.net.x,
+        mask=mask,
         host=None if job.covariance else lambda piece: piece,
     )
+    check_valid(dict(zip([site.name for site in job.sites], counts, strict=True)))
     check_finite_means(pooled["mean"])
     mean, var, blocks = finish(job, pooled)
     return Moments(
-        count={s.name: n for s, n in zip(job.sites, counts, strict=True)},
+        count={s.name: float(np.max(n)) for s, n in zip(job.sites, counts, strict=True)},
         # In the requested order: dicts that pass through jit come back sorted by name.
         mean={site.name: mean[site.name] for site in job.sites},
         var={site.name: var[site.name] for site in job.sites},

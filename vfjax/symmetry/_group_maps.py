@@ -149,7 +149,13 @@ def take(array: Any, permutation: Any, axis: int) -> Any:
 
 
 def contract(matrix: Any, array: Any, axis: int) -> Array:
-    """Multiplies a dimension by a matrix `[m, n]`, in float32 or better; keeps the dtype."""
+    """Multiplies a dimension by a matrix `[m, n]`, in float32 or better; keeps the dtype.
+
+    Raises:
+        TypeError: If the matrix is complex and the array is not.
+    """
+    if np.iscomplexobj(matrix) and not np.iscomplexobj(array):
+        raise TypeError(f"a matrix of {matrix.dtype} does not map an array of {array.dtype}")
     if on_host(array, matrix):
         product = np.tensordot(np.asarray(matrix), array, axes=(1, axis))
         return like_leaf(np.moveaxis(product, 0, axis), array)

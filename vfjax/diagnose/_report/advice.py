@@ -61,6 +61,7 @@ class Case:
         rows: Findings by depth; the last is the end of the network.
         end: Name of that end: `the output`, or a site.
         norms: Findings of norms.
+        masked: Whether a mask says which positions count.
         threshold: Features vanish at or below this share of the references' features.
     """
 
@@ -74,6 +75,7 @@ class Case:
     end: str
     threshold: float
     mapped: bool = False
+    masked: bool = False
 
     @property
     def vanishes(self) -> LayerFinding | None:
@@ -208,7 +210,8 @@ def _reset(case: Case) -> list[Advice]:
         f"read, first at {first.name}: means by {first.mean_error:.2g} standard deviations, "
         f"measured standard deviations are {first.std_ratio:.2g} of the stored ones"
     )
-    return [Advice("RESET", reason, "vfjax.renorm.reset(net, merged, data)")]
+    mask = ", mask=mask" if case.masked else ""
+    return [Advice("RESET", reason, f"vfjax.renorm.reset(net, merged, data{mask})")]
 
 
 def _moments(case: Case) -> list[Advice]:
@@ -247,7 +250,8 @@ def _renormalise(case: Case, row: LayerFinding, remedy: str, reason: str) -> Adv
     sites = "" if row.layer in resolve_sites(case.net, "paper") else ', sites="all"'
     weights = _weights(case, case.own_weights)
     maps = ", maps=maps" if case.mapped else ""
-    arguments = f"net, merged, data, references=references{maps}{weights}{sites}"
+    mask = ", mask=mask" if case.masked else ""
+    arguments = f"net, merged, data, references=references{maps}{weights}{sites}{mask}"
     return Advice(remedy, reason, f"vfjax.renorm.{remedy.lower()}({arguments})")
 
 

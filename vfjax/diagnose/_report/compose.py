@@ -17,6 +17,7 @@ import numpy as np
 
 from vfjax._files import write_whole
 from vfjax._maps import Maps
+from vfjax._passes import Mask
 from vfjax._types import PyTree
 from vfjax.diagnose._bounds import (
     Bound,
@@ -66,6 +67,7 @@ def report(
     title: str = "Vanishing features",
     page: str | os.PathLike[str] | None = None,
     figure: str | os.PathLike[str] | None = None,
+    mask: Mask | None = None,
 ) -> Report:
     """Says where features vanish, whether biases dominate the output, and what likely helps.
 
@@ -96,8 +98,8 @@ def report(
       every layer varies with the input;
     - none known: none of these applies, but something is wrong.
 
-    Calls in the advice name the arguments given here `net`, `merged`, `data`, `references` and
-    `maps`, and a random key `key`; they pass the references' weights where the defaults differ.
+    Calls in the advice name the arguments given here `net`, `merged`, `data`, `references`, `maps`
+    and `mask`, and a random key `key`; they pass the references' weights where the defaults differ.
 
     Args:
         net: The traced network, or one per reference, as in `features`.
@@ -117,6 +119,8 @@ def report(
         title: Title of figure and page.
         page: A file to write the page to, if any.
         figure: A file to write the figure to as PNG, if any.
+        mask: Which positions of a batch count, such as those that are no padding: a function of x
+            to booleans, as `mask=lambda x: x["mask"] > 0`; see `features`.
 
     Returns:
         The report; `print` shows its words, advice and table.
@@ -164,6 +168,7 @@ def report(
         maps=maps,
         weights=weights_for(network, weights, len(others)),
         names=tuple(dict.fromkeys([*names, *norms, *path])),
+        mask=mask,
     )
     aligned = mapped(given, maps)
     bound = bound_sequence(numbers, sites=path)
@@ -177,7 +182,7 @@ def report(
     own = numbers
     if inside and maps is not None:
         alone = given._replace(others=())
-        own = measured(alone, data, maps=None, weights=None, names=inside)
+        own = measured(alone, data, maps=None, weights=None, names=inside, mask=mask)
     stored = findings.norm_findings(
         net, network, aligned, numbers, own, mean_error=MEAN_OFF, std_ratio=STD_OFF
     )
@@ -185,6 +190,7 @@ def report(
         net=net,
         span=model.span,
         mapped=maps is not None,
+        masked=mask is not None,
         weights=numbers.weights,
         own_weights=weights_for(network, None, len(others)),
         trees=all(other.plain for other in others),

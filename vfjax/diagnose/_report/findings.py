@@ -185,8 +185,8 @@ def layer_findings(
                 layer=site.layer,
                 depth=site.depth,
                 apart=network.model.apart(name),
-                feature=float(features.feature[name][0]),
-                offset=float(features.offset[name][0]),
+                feature=float(np.asarray(features.feature[name])[0]),
+                offset=float(np.asarray(features.offset[name])[0]),
                 reference_feature=float(_goal(features, "feature", name)),
                 reference_offset=float(_goal(features, "offset", name)),
                 relative=float(relative[place]),
@@ -194,7 +194,7 @@ def layer_findings(
                 bound=float(bound.bound[0, place]),
                 smoothed=float(smoothed.bound[0, place]),
                 **_moments(features, name),
-                dead=float(features.dead[name][0]),
+                dead=float(np.asarray(features.dead[name])[0]),
                 reference_dead=float(_goal(features, "dead", name)),
                 kernel_ratio=kernel_ratio,
                 cosine=cosine,
@@ -320,7 +320,7 @@ def _disagreement(
     if norm.site not in features.mean:
         return None
     mean, std = (
-        np.asarray(part[norm.site][k], np.float64).ravel() for part in (features.mean, features.std)
+        np.asarray(part[norm.site], np.float64)[k].ravel() for part in (features.mean, features.std)
     )
     if mean.shape != stored_mean.shape:  # a stacked leaf, of which a scan takes one layer
         return None
@@ -370,4 +370,4 @@ def _outside(net: Network, network: Unpacked, name: str) -> bool:
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     """The cosine between two vectors, 0 if one is 0."""
-    return float(np.vdot(a, b) / ((np.linalg.norm(a) * np.linalg.norm(b)) or 1.0))
+    return float(np.vdot(a, b).real / ((np.linalg.norm(a) * np.linalg.norm(b)) or 1.0))
