@@ -151,7 +151,7 @@ def means_of(job: Job, models: tuple[Runs, ...], data: Iterable[Any], mask: Mask
     return jax.device_put(means)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def _measure_means(
     job: Job, mesh: Any, models: tuple[Runs, ...], x: PyTree, valid: Array
 ) -> tuple[list[Array], list[Array]]:
