@@ -71,7 +71,7 @@ def test_formulas_of_norms(formula):
     "formula",
     [
         lambda p, x: (x - at(p, "mean")) * jnp.sqrt(p["var"] + 1e-3)[None],
-        lambda p, x: (x - at(p, "mean")) / (p["var"] + 1e-3)[None],
+        lambda p, x: (x - at(p, "mean")) * lax.rsqrt(p["var"] - p["mean"] ** 2)[None],
         lambda p, x: (x - at(p, "mean")) * lax.rsqrt(jnp.exp(p["var"]) + 1e-3)[None],
         lambda p, x: (at(p, "mean") - x) * lax.rsqrt(p["var"] + 1e-3)[None],
         lambda p, x: jnp.tanh(x - at(p, "mean")) * lax.rsqrt(p["var"] + 1e-3)[None],
@@ -79,7 +79,9 @@ def test_formulas_of_norms(formula):
     ],
 )
 def test_what_is_no_norm(formula):
-    net = normalised(formula)
+    with pytest.warns(UserWarning, match=r"test_norms.py:\d+.*reset cannot renew") as warned:
+        net = normalised(formula)
+    assert "'mean' subtracts" in str(warned[0].message) or "'var' divides" in str(warned[0].message)
     assert net.norms == ()
     assert {path for path, _, _ in net.others} == {"mean", "var"}
 
@@ -160,3 +162,29 @@ def test_leaves_outside_of_layers_are_reported():
     ]  # fmt: skip
     assert all(where.startswith("test_norms.py:") for _, op, where in net.others if op != "output")
     assert "norms and biases: positions (add at test_norms.py" in net.summary()
+
+
+def test_a_leaf_that_is_only_subtracted_is_a_bias_with_another_sign():
+    net = trace(lambda p, x: jnp.tanh(x @ p["w"] - at(p, "b")), {"w": S(3, 4), "b": S(4)})
+    assert net.unrecognised == ()
+
+
+@pytest.mark.parametrize(
+    ("fn", "leaves"),
+    [
+        # Distances to prototypes, a temperature, the scale and shift of a frozen norm, a gain.
+        (lambda p, x: jnp.square(x[:, None] - p["c"][None]).sum(-1), {"c": S(6, 3)}),
+        (lambda p, x: (x @ p["w"] - 1.0) / p["t"], {"w": S(3, 4), "t": S()}),
+        (lambda p, x: (x @ p["w"]) * at(p, "s") + at(p, "b"), {"w": S(3, 4), "s": S(4), "b": S(4)}),
+        (lambda p, x: (x @ p["w"]) * (1 - at(p, "s")), {"w": S(3, 4), "s": S(4)}),
+        # A weight-standardised kernel.
+        (
+            lambda p, x: x @ ((p["w"] - p["w"].mean(0)[None]) / p["w"].std(0)[None]) + at(p, "b"),
+            {"w": S(3, 4), "b": S(4)},
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The network has no layers")
+def test_what_looks_like_no_statistic_is_not_warned_about(fn, leaves):
+    net = trace(fn, leaves)
+    assert net.norms == () and net.unrecognised == ()

@@ -14,7 +14,9 @@ from vfjax._analysis.batch_axis import separable as separable
 from vfjax._analysis.effects import leaf_effects as leaf_effects
 from vfjax._analysis.groups import from_propagation as from_propagation
 from vfjax._analysis.layers import LinearSite as LinearSite
+from vfjax._analysis.outside import listed_statistics as listed_statistics
 from vfjax._analysis.outside import report_missing_layers as report_missing_layers
+from vfjax._analysis.outside import report_statistics as report_statistics
 from vfjax._analysis.taps import axes_at_tap as axes_at_tap
 from vfjax._analysis.traced import Traced as Traced
 from vfjax._analysis.views import View as View
@@ -29,7 +31,9 @@ __all__ = [
     "culprit",
     "from_propagation",
     "leaf_effects",
+    "listed_statistics",
     "report_missing_layers",
+    "report_statistics",
     "separable",
     "slot_of",
     "view_of",

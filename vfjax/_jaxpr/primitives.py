@@ -151,7 +151,7 @@ CONCATENATE, PAD, REV, SLICE, SPLIT = "concatenate", "pad", "rev", "slice", "spl
 STACK, TILE, UNSTACK, SORT = "stack", "tile", "unstack", "sort"
 CONV, DOT = "conv_general_dilated", "dot_general"
 COND, SCAN, WHILE = "cond", "scan", "while"
-DIV, MAX, MUL, SUB = "div", "max", "mul", "sub"
+DIV, MAX, MUL, NEG, SUB = "div", "max", "mul", "neg", "sub"
 INTEGER_POW, POW, RSQRT, SQRT, SQUARE = "integer_pow", "pow", "rsqrt", "sqrt", "square"
 
 ADD = frozenset({"add", "add_any"})

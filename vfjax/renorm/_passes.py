@@ -27,9 +27,17 @@ from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._crossing import Crossing
-from vfjax.network._inside import Part, ranks_of, statistics_of
+from vfjax.network._inside import ranks_of
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
+from vfjax.network._stored import (
+    Part,
+    Stored,
+    deviation_ratio,
+    statistics_of,
+    stored,
+    storing,
+)
 
 
 class Job(NamedTuple):
@@ -181,13 +189,12 @@ def with_statistics(
         New leaves; statistics have the dtypes of the old ones.
     """
     new = dict(leaves)
-    joined: dict[tuple[Part, Part], Pooled] = {}
+    joined: dict[tuple[Part, Part], tuple[str, Pooled]] = {}
     for name, moments in by_norm.items():
         key = statistics_of(net, name)
-        joined[key] = pool(joined[key], moments) if key in joined else moments
-    for (mean, var), moments in joined.items():
-        new[mean.path] = _write(new[mean.path], mean.slot, moments.mean)
-        new[var.path] = _write(new[var.path], var.slot, moments.var)
+        joined[key] = name, pool(joined[key][1], moments) if key in joined else moments
+    for name, moments in joined.values():
+        new |= storing(net, name, new, Stored(moments.mean, moments.var))
     return new
 
 
@@ -222,13 +229,6 @@ def _coefficients(
     now = Pooled(*(np.asarray(v, dtype) for v in now))
     scale, shift = coefficients(now, (goal_mean, goal_std), centre)
     return scale.astype(dtype), shift.astype(dtype)
-
-
-def _write(leaf: Any, slot: int | None, value: Any) -> Array:
-    leaf = jnp.asarray(leaf)
-    if slot is None:
-        return jnp.asarray(value).reshape(leaf.shape).astype(leaf.dtype)
-    return leaf.at[slot].set(jnp.asarray(value).reshape(leaf.shape[1:]).astype(leaf.dtype))
 
 
 def _moved(moments: Pooled, correction: tuple[Any, Any] | None) -> Pooled:
@@ -304,16 +304,11 @@ def _moments(job: Job, given: _Given, x: PyTree) -> dict[str, Pooled]:
 
 def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u: Array) -> Array:
     """The input that the norm maps, by its old statistics, to where the batch's would map `u`."""
-
-    def old(part: Part) -> Array:
-        leaf = jnp.asarray(leaves[part.path])
-        leaf = leaf if part.slot is None else leaf[part.slot]
-        return leaf.reshape(now.mean.shape).astype(now.mean.dtype)
-
-    mean, var = map(old, statistics_of(net, norm.name))
-    factor = jnp.sqrt((var + norm.eps) / (now.var + norm.eps))
+    dtype = now.mean.dtype
+    old = Stored(*(v.astype(dtype) for v in stored(net, norm.name, leaves)))
+    factor = deviation_ratio(net, norm.name, leaves, old.var, now.var).astype(dtype)
     now_mean, factor, mean = (
-        jnp.expand_dims(v, norm.sample_axes) for v in (now.mean, factor, mean)
+        jnp.expand_dims(v, norm.sample_axes) for v in (now.mean, factor, old.mean)
     )
     return ((u.astype(mean.dtype) - now_mean) * factor + mean).astype(u.dtype)
 
