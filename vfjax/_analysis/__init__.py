@@ -19,6 +19,7 @@ from vfjax._analysis.outside import report_missing_layers as report_missing_laye
 from vfjax._analysis.outside import report_statistics as report_statistics
 from vfjax._analysis.taps import axes_at_tap as axes_at_tap
 from vfjax._analysis.traced import Traced as Traced
+from vfjax._analysis.training import report_training as report_training
 from vfjax._analysis.views import View as View
 from vfjax._analysis.views import slot_of as slot_of
 from vfjax._analysis.views import view_of as view_of
@@ -34,6 +35,7 @@ __all__ = [
     "listed_statistics",
     "report_missing_layers",
     "report_statistics",
+    "report_training",
     "separable",
     "slot_of",
     "view_of",

@@ -164,5 +164,13 @@ MOMENTS = frozenset({MAX, SQUARE, INTEGER_POW, "abs", "select_n"})
 ACTIVATIONS = frozenset({MAX, "cos", "erf", "erfc", "exp", "logistic", "sin", "tanh"})
 """Nonlinear primitives that each count as one activation."""
 
+TOTALS = frozenset({"reduce_sum", "psum"})
+"""Primitives that sum over whole axes; `psum` does over one that `vmap` named."""
+
+RANDOM = frozenset({"random_bits", "random_gamma", "rng_bit_generator", "rng_uniform"}) | {
+    "threefry2x32"
+}
+"""Primitives that draw random numbers."""
+
 POOLS = WINDOWS | {"reduce_max", "reduce_sum"}
 """Primitives that make up a pool over windows or over all positions."""

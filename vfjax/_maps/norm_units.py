@@ -83,7 +83,7 @@ def mixed_scales(
     }
     # Without `scaling`, `apply` maps these scales by |M|, as standard deviations require.
     plain = dataclasses.replace(net.spec, scaling=())
-    return flatten_named(plain.apply(alone, sizes))[0] if paths else {}
+    return flatten_named(plain.apply(alone, sizes, also={}))[0] if paths else {}
 
 
 def spread_of(merge: np.ndarray, covariance: np.ndarray) -> np.ndarray:

@@ -335,7 +335,9 @@ def _aligned(net: Network, a: PyTree, b: PyTree, match: Any, data: Any, key: Any
     else:
         result = match(a, b)
     return (
-        net.spec.permute(b, result.permutations) if isinstance(result, align.Alignment) else result
+        net.spec.permute(b, result.permutations, also={})
+        if isinstance(result, align.Alignment)
+        else result
     )
 
 

@@ -6,7 +6,12 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vfjax._analysis import from_propagation, report_missing_layers, report_statistics
+from vfjax._analysis import (
+    from_propagation,
+    report_missing_layers,
+    report_statistics,
+    report_training,
+)
 from vfjax._deprecated import OldName
 from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
@@ -53,7 +58,8 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
 
     Warns:
         UserWarning: If the network has no layers, some weights are closed over, or leaves are
-            subtracted from activations or divide them outside of any norm that is recognised.
+            subtracted from activations or divide them outside of any norm that is recognised; or if
+            `apply_fn` looks like a network in training mode.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -115,6 +121,7 @@ class Network:
             )
         report_missing_layers(self._reference)
         report_statistics(self._reference)
+        report_training(self._reference.graph)
 
     def __repr__(self) -> str:
         """Size and depth at a glance."""
