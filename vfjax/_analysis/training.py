@@ -20,15 +20,11 @@ def report_training(graph: Graph) -> None:
     Args:
         graph: The graph.
     """
-    signs = [
-        (random_values(graph), "random numbers meet activations", "as in dropout"),
-        (
-            batch_statistics(graph),
-            "activations are scaled by a root of a moment of the batch",
-            "as by BatchNorm",
-        ),
-    ]
-    seen = [f"{what} at {where}, {how}" for where, what, how in signs if where]
+    signs = (
+        ("random numbers meet activations, as in dropout, at", random_values(graph)),
+        ("activations are divided by a deviation over the batch at", batch_statistics(graph)),
+    )
+    seen = [f"{what} {where}" for what, where in signs if where]
     if seen:
         warnings.warn(
             f"apply_fn looks like a network in training mode: {' and '.join(seen)}. Moments, "
