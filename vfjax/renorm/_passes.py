@@ -68,11 +68,13 @@ class Found(NamedTuple):
         corrections: `{layer: (scale, shift)}`.
         norms: `{norm: moments of its corrected input}`, in the trunk.
         heads: `{(model, norm): moments of its corrected input}`, in the heads.
+        layers: `{layer: moments before its correction}`.
     """
 
     corrections: dict[str, tuple[Any, Any]]
     norms: dict[str, Pooled]
     heads: dict[tuple[int, str], Pooled]
+    layers: dict[str, Pooled]
 
 
 class _Given(NamedTuple):
@@ -112,7 +114,8 @@ def by_batch(
     pooled = _pass(job, given, data)
     corrections = {n: _coefficients(pooled[n], goals[n], centre) for n in job.layers}
     heads = {place: pooled[label(*place)] for place in job.heads}
-    return Found(corrections, {n: pooled[n] for n in job.norms}, heads)
+    norms, layers = ({n: pooled[n] for n in names} for names in (job.norms, job.layers))
+    return Found(corrections, norms, heads, layers)
 
 
 def by_layer(
@@ -135,7 +138,7 @@ def by_layer(
     Returns:
         Corrections and moments; exact on any data.
     """
-    results = Found({}, {}, {})
+    results = Found({}, {}, {}, {})
     data = _stored(model.model, data)
     identity = {
         name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
@@ -150,6 +153,7 @@ def by_layer(
         pooled = _pass(job, given, data)
         for name in rank:
             if name in job.layers:
+                results.layers[name] = pooled[name]
                 results.corrections[name] = _coefficients(pooled[name], goals[name], centre)
         for name in rank:
             if name in job.norms:

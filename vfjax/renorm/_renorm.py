@@ -19,6 +19,7 @@ from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.renorm import _passes
 from vfjax.renorm._copies import warn_of_unrecognised, with_copies
+from vfjax.renorm._doubt import Given, check_order
 from vfjax.renorm._goals import goals_of
 from vfjax.renorm._write import fold_all
 from vfjax.stats._moments import Moments
@@ -147,6 +148,13 @@ def repair(
         ValueError: If references, weights or sites do not fit, if data is empty or exhausted, or
             `merged` does not fit the network.
 
+    Warns:
+        UserWarning: If the channels of a reference seem to be in another order than those of the
+            merged model: over all sites, neither the ranks of their means and standard deviations
+            correlate by more than two standard errors, nor these numbers with what the other
+            references leave unexplained; and no layer is a weighted sum of the references'. With
+            fewer than 4 K^2 channels for K references this is not checked.
+
     Example:
         >>> import jax.numpy as jnp, vfjax
         >>> def apply_fn(v, x):
@@ -164,8 +172,8 @@ def repair(
     BatchNorm, with its epsilon.
     """
     model = merged_of(net, merged)
-    goals, mix = goals_of(model, data, references, maps, weights, sites)
-    return _renormalised(model, data, goals, sweeps, centre=True, weights=mix).given_back()
+    goals, given = goals_of(model, data, references, maps, weights, sites)
+    return _renormalised(model, data, goals, sweeps, centre=True, references=given).given_back()
 
 
 def rescale(
@@ -206,6 +214,9 @@ def rescale(
         TypeError: As `repair`.
         ValueError: As `repair`.
 
+    Warns:
+        UserWarning: As `repair`.
+
     Example:
         >>> import jax.numpy as jnp, vfjax
         >>> def apply_fn(v, x):
@@ -220,8 +231,8 @@ def rescale(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
     """
     model = merged_of(net, merged)
-    goals, mix = goals_of(model, data, references, maps, weights, sites)
-    return _renormalised(model, data, goals, sweeps, centre=False, weights=mix).given_back()
+    goals, given = goals_of(model, data, references, maps, weights, sites)
+    return _renormalised(model, data, goals, sweeps, centre=False, references=given).given_back()
 
 
 def _norms_of(given: Unpacked) -> list[str]:
@@ -241,7 +252,7 @@ def _renormalised(
     sweeps: str,
     *,
     centre: bool,
-    weights: tuple[float, ...] = (1.0,),
+    references: Given | None = None,
 ) -> Unpacked:
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
@@ -255,9 +266,11 @@ def _renormalised(
         new = _with_variances(given)
         results = _SWEEPS[sweeps](job, new, data, goals, centre=centre)
         new = fold_all(new, results, shift=centre)
+        if references is not None:
+            check_order(given, results.layers, references)
     if given.plain:
         # A tree that becomes a `Merged` records that it was merged from the references.
-        new = new.put(weights=weights)
+        new = new.put(weights=(1.0,) if references is None else references.weights)
     return new
 
 
