@@ -22,6 +22,8 @@ _ERRORS = 2.0
 # Each of K references explains about 1 / K of a mean's variance. With fewer channels than this
 # times K^2 that cannot be told from chance.
 _FEWEST = 4
+# A reference of less weight than this sets no goals, and has no share in the merged model.
+_LEAST = 0.02
 
 
 class Given(NamedTuple):
@@ -58,13 +60,13 @@ def check_order(merged: Unpacked, measured: Mapping[str, Pooled], given: Given) 
     if not given.leaves and all(net.layer(name).depth != first for name in measured):
         return
     doubted = []
-    for k in range(len(given.weights)):
+    for k in (k for k, weight in enumerate(given.weights) if weight > _LEAST):
         alone, beside = (_order(measured, given, k, beside=beside) for beside in (False, True))
         if all(of is not None and of.found <= of.chance for of in (alone, beside)):
             doubted.append((k, alone))
     if doubted:
         shares = list(_shares(merged, measured, given))
-        doubted = [(k, of) for k, of in doubted if not any(w[k] > 0.02 for w in shares)]
+        doubted = [(k, of) for k, of in doubted if not any(w[k] > _LEAST for w in shares)]
     if doubted:
         k, order = doubted[0]
         names = ", ".join(f"references[{k}]" for k, _ in doubted)
@@ -130,8 +132,8 @@ def _shares(merged: Unpacked, measured: Mapping[str, Pooled], given: Given) -> I
     """The weights with which layers of the merged model are sums of the references', if any are."""
     net, leaves = merged.net, merged.trunk.leaves
     for layer in (net.layer(name) for name in measured):
-        kernels = [of.get(layer.kernel) for of in (leaves, *given.leaves)] if given.leaves else []
-        if kernels and all(np.shape(k) == np.shape(kernels[0]) != () for k in kernels):
+        kernels = [of.get(str(layer.kernel)) for of in (leaves, *given.leaves)]
+        if given.leaves and all(np.shape(k) == np.shape(kernels[0]) != () for k in kernels):
             yield from _fit(*kernels)
         if layer.depth == max(merged.model.cut, 1):
             yield from _fit(measured[layer.name].mean, *given.moments.mean[layer.name])

@@ -64,7 +64,7 @@ def goals_of(
         models = _references(model, references, maps)
         mix = weights_for(merged, weights, len(models))
         if not chosen:
-            return {}, Given(Moments(0, {}, {}), mix)
+            return {}, Given(Moments({}, {}, {}), mix)
         given, leaves = _measured(models, data, maps, chosen), models.leaves
     else:
         missing = [name for name in chosen if any(name not in m.mean for m in given)]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from vfjax._trees import flatten_named, some
 from vfjax._types import PyTree
@@ -159,7 +160,7 @@ def warn_of_unread(
 
 def _stays(permutation: Any) -> bool:
     """Whether a permutation is known to move nothing."""
-    if isinstance(permutation, (tuple, list, jax.core.Tracer)):  # a pair of matrices, or traced
+    if isinstance(permutation, (tuple, list, Tracer)):  # a pair of matrices, or traced
         return False
     array = np.asarray(permutation)
     return bool((array == np.arange(array.shape[-1])).all())
