@@ -188,3 +188,45 @@ def test_a_leaf_that_is_only_subtracted_is_a_bias_with_another_sign():
 def test_what_looks_like_no_statistic_is_not_warned_about(fn, leaves):
     net = trace(fn, leaves)
     assert net.norms == () and net.unrecognised == ()
+
+
+def test_a_norm_folded_into_its_layer_on_the_fly_is_not_silent():
+    def fn(p, x):
+        inv = p["scale"] * lax.rsqrt(p["var"] + 1e-3)
+        return jnp.tanh(x @ (p["w"] * inv[None]) + at(p, "bias") - (p["mean"] * inv)[None])
+
+    def joined(p, x):
+        inv = p["scale"] * lax.rsqrt(p["var"] + 1e-3)
+        return jnp.tanh(x @ (p["w"] * inv[None]) + (p["bias"] - p["mean"] * inv)[None])
+
+    leaves = {"w": S(3, 4)} | {name: S(4) for name in ("mean", "var", "scale", "bias")}
+    for form in (fn, joined):
+        with pytest.warns(UserWarning, match="'mean' subtracts from an activation"):
+            net = trace(form, leaves)
+        assert net.norms == () and "of no norm: mean (subtracts from" in net.summary()
+
+
+def test_statistics_that_serve_several_channels_each_are_not_silent():
+    """Two means for four channels: what a channel's statistic is cannot be written."""
+
+    def fn(p, x):
+        mean, var = (jnp.repeat(p[name], 2)[None] for name in ("mean", "var"))
+        return jnp.tanh((x @ p["w"] - mean) * lax.rsqrt(var + 1e-3))
+
+    with pytest.warns(UserWarning, match="'mean' subtracts .*'var' divides"):
+        net = trace(fn, {"w": S(3, 4), "mean": S(2), "var": S(2)})
+    assert net.norms == ()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_scalars_are_told_from_statistics(channels):
+    """Of one channel, a counter has as many entries as a mean."""
+
+    def fn(p, x):
+        left = 1 - 0.9 ** p["count"]
+        y = x @ p["w"] - at(p, "mean") / left
+        return jnp.tanh(y * lax.rsqrt(at(p, "var") / left + p["eps"]) * p["gain"])
+
+    leaves = {"w": S(3, channels), "mean": S(channels), "var": S(channels), "gain": S()}
+    net = trace(fn, leaves | {"count": S(dtype=jnp.int32), "eps": S()})
+    assert [(n.mean, n.var, n.bias) for n in net.norms] == [("mean", "var", None)]

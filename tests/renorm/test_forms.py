@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,3 +288,20 @@ def test_copies_follow_by_the_caller_s_word():
         assert (quiet[name]["average"] == new[name]["average"]).all()
         expected = new[name]["average"] * (1 - 0.9**5)
         np.testing.assert_allclose(new[name]["hidden"], expected, rtol=1e-5)
+
+
+def test_equinox_with_debiased_averages():
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, axis_name="b", mode="batch")
+    state = state.set(norm.batch_counter, state.get(norm.batch_counter) + 3)
+    params, static = eqx.partition((norm, state), eqx.is_array)
+
+    def fn(p, x, train=False):
+        norm, state = eqx.combine(p["norm"], static)
+        norm = eqx.nn.inference_mode(norm, not train)
+        return jax.vmap(lambda r: norm(p["w"] @ r, state)[0], axis_name="b")(x)
+
+    tree = {"norm": params, "w": jnp.float32(np.random.default_rng(0).normal(size=(C, 3)))}
+    net = vfjax.trace(fn, tree, X)
+    assert net.norms[0].layer == "w" and net.others == () and net.unrecognised == ()
+    new = renorm.reset(net, tree, [X])
+    np.testing.assert_allclose(net.run(new, X), fn(tree, X, train=True), rtol=1e-4, atol=1e-5)

@@ -110,7 +110,7 @@ class Expression:
         total: dict[Product, float] = {}
         for one, a in self.terms:
             for two, b in other.terms:
-                product = times(one, two)
+                product = times(one, two) if one and two else one or two
                 total[product] = total.get(product, 0.0) + a * b
         return Expression(_terms(total), _joined(self, other))
 

@@ -10,6 +10,7 @@ An `a` that is a plain leaf is no normalisation: nothing tells what the leaf sho
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from vfjax._analysis.expressions import (
     Expression,
     Expressions,
     Leaf,
+    Opaque,
     Product,
     Sum,
     Terms,
@@ -46,25 +48,23 @@ class Deviation:
 
     Attributes:
         atom: What is raised to `power`; it holds the leaf, and whatever is added to it.
-        power: 1/2 for the root of a variance, 1 for a standard deviation.
+        power: The power, such as 1/2 for the root of a variance and what is added to it.
         leaf: The leaf.
         factor: Scalars that multiply it, and their coefficient.
-        exponent: The power of the leaf beside `factor`: 1, or 2 for a standard deviation that is
-            squared under the root.
-        outer: The power of `factor * leaf ** exponent` in the deviation.
+        outer: The power of `factor * leaf` in the deviation: 1/2 for a variance, 1 for a standard
+            deviation.
     """
 
     atom: Atom
     power: float
     leaf: Leaf
     factor: tuple[Product, float]
-    exponent: float
     outer: float
 
     @property
     def of_variance(self) -> bool:
         """Whether the leaf holds variances, not standard deviations."""
-        return self.exponent * self.outer == 0.5
+        return self.outer == 0.5
 
     def ratio(self, old: Any, new: Any, scalar: Callable[[Atom], Any]) -> Any:
         """The deviation at a leaf over that at another value of this leaf."""
@@ -91,18 +91,21 @@ class Deviation:
 
     def variance(self, leaf: Any, scalar: Callable[[Atom], Any]) -> Any:
         """The variance that a leaf stands for, without what is added to it."""
-        return raised(raised(leaf, self.exponent) * _scalar(self.factor, scalar), 2 * self.outer)
+        return raised(_scaled(leaf, self.factor, scalar), 2 * self.outer)
 
     def leaf_for(self, variance: Any, scalar: Callable[[Atom], Any]) -> Any:
         """The leaf that stands for a variance."""
-        value = raised(variance, 0.5 / self.outer)
-        value = value if self.factor == (ONE, 1.0) else value / _scalar(self.factor, scalar)
-        return raised(value, 1 / self.exponent)
+        return _scaled(raised(variance, 0.5 / self.outer), self.factor, scalar, -1)
 
 
-def _scalar(factor: tuple[Product, float], scalar: Callable[[Atom], Any]) -> Any:
+def _scaled(
+    value: Any, factor: tuple[Product, float], scalar: Callable[[Atom], Any], power: int = 1
+) -> Any:
+    """A value times scalars, or divided by them."""
+    if factor == (ONE, 1.0):
+        return value
     product, coefficient = factor
-    return coefficient * evaluate_product(product, scalar) if product else coefficient
+    return value * raised(coefficient * evaluate_product(product, scalar), power)
 
 
 def _holds(product: Product, leaf: Leaf) -> bool:
@@ -153,11 +156,11 @@ class NormSite:
 
     def mean_of(self, leaf: Any, scalar: Callable[[Atom], Any]) -> Any:
         """The mean that the leaf stands for."""
-        return leaf if self.mean_factor == (ONE, 1.0) else leaf * _scalar(self.mean_factor, scalar)
+        return _scaled(leaf, self.mean_factor, scalar)
 
     def leaf_for(self, mean: Any, scalar: Callable[[Atom], Any]) -> Any:
-        """The leaf that stands for a mean."""
-        return mean if self.mean_factor == (ONE, 1.0) else mean / _scalar(self.mean_factor, scalar)
+        """The leaf that stands for a mean, or what is added to it for a shift."""
+        return _scaled(mean, self.mean_factor, scalar, -1)
 
 
 class _Affine(NamedTuple):
@@ -185,39 +188,46 @@ def _site(
 ) -> NormSite | None:
     """The norm that begins at an equation, if one does."""
     equation = graph.equations[start]
-    operand = _operand(graph, equation)
-    if operand is None or equation.primitive not in SUMS | PRODUCTS:
+    operand = _operand(graph, equation) if equation.primitive in SUMS | PRODUCTS else None
+    if operand is None:
         return None
     other = equation.inputs[1 - operand]
     if not isinstance(other, int) or graph.depends[other] != PARAM:
         return None
     value = equation.values[0] if operand == 0 else equation.values[-1]
-    shape = graph.avals[value].shape
     chain: list[int] = []
     best, most = None, -1
     for index, map_ in _steps(graph, expressions, start, operand, taken):
         chain.append(index)
-        found = _match(expressions, map_, shape)
+        found = _match(expressions, map_)
         if found is None:
             continue
         known = sum(found[part] is not None for part in ("scale", "bias"))
         if known > most:
-            best = NormSite(tuple(chain), operand, value, **found)
-            most = known
-    return best
+            best, most = (tuple(chain), found), known
+    if best is None:
+        return None
+    shape = graph.avals[value].shape
+    mean, var = (_placed(graph, best[1][part], shape) for part in ("mean", "var"))
+    if mean is None or var is None or mean[0] != var[0] or not np.array_equal(mean[1], var[1]):
+        return None
+    return NormSite(best[0], operand, value, **best[1], channel_axes=mean[0], order=mean[1])
 
 
 def _operand(graph: Graph, equation: Equation) -> int | None:
     """Which operand of an elementwise equation depends on the input, if exactly one does."""
-    inputs = equation.inputs
-    bits = [graph.depends[v] & INPUT if isinstance(v, int) else 0 for v in inputs]
-    if not equation.depends & INPUT or sum(map(bool, bits)) != 1 or len(equation.results) != 1:
+    if not equation.depends & INPUT or len(equation.outputs) != 1:
         return None
-    k = next(k for k, bit in enumerate(bits) if bit)
-    value = inputs[k]
+    depends = graph.depends
+    of_input = [
+        k for k, v in enumerate(equation.inputs) if isinstance(v, int) and depends[v] & INPUT
+    ]
+    if len(of_input) != 1:
+        return None
+    value = equation.inputs[of_input[0]]
     assert isinstance(value, int)
     same = graph.avals[value].shape == graph.avals[equation.result].shape
-    return k if same and jnp.issubdtype(graph.avals[value].dtype, jnp.inexact) else None
+    return of_input[0] if same and jnp.issubdtype(graph.avals[value].dtype, jnp.inexact) else None
 
 
 def _steps(
@@ -267,10 +277,10 @@ def _after(
     return _Affine(a * other, c * other)
 
 
-def _match(
-    expressions: Expressions, map_: _Affine, shape: tuple[int, ...]
-) -> dict[str, Any] | None:
-    """The parts of a `NormSite`, if a map is a normalisation."""
+def _match(expressions: Expressions, map_: _Affine) -> dict[str, Any] | None:
+    """What a `NormSite` does to its input, if a map is a normalisation."""
+    if not all(any(power < 0 for _, power in powers(part.terms)) for part in map_):
+        return None  # nothing divides both; most maps end here
     for deviation, gain in _divisors(expressions, map_.a):
         for mean, factor, rest in _means(expressions, map_):
             var = deviation.leaf
@@ -280,12 +290,6 @@ def _match(
             if elsewhere & {mean.leaf, var.leaf}:
                 continue
             views = [View(k.leaf, k.slot, e.steps[k]) for e, k in ((map_.c, mean), (map_.a, var))]
-            placed = [_placed(expressions.graph, view, shape) for view in views]
-            if placed[0] is None or placed[1] is None or placed[0][0] != placed[1][0]:
-                continue
-            axes, order = placed[0]
-            if not np.array_equal(order, placed[1][1]):
-                continue
             return {
                 "mean": views[0],
                 "mean_factor": factor,
@@ -294,8 +298,6 @@ def _match(
                 "scale": _sole_leaf(expressions, gain, exact=False),
                 "bias": _sole_leaf(expressions, rest, exact=True),
                 "eps": _added(deviation.atom),
-                "channel_axes": axes,
-                "order": order,
             }
     return None
 
@@ -305,43 +307,42 @@ def _divisors(expressions: Expressions, a: Expression) -> Iterator[tuple[Deviati
     shortest = min((product for product, _ in a.terms), key=len, default=ONE)
     # Roots first: beside one, a plain division is a temperature or the like.
     for atom, power in sorted(shortest, key=lambda factor: -factor[1]):
+        if power >= 0:
+            continue
         divided = frozenset((times(p, frozenset({(atom, power)}), -1), k) for p, k in a.terms)
         everywhere = all((atom, power) in product for product, _ in a.terms)
         flipped = len(a.terms) == 1 and next(iter(a.terms))[1] < 0
-        if power >= 0 or not everywhere or flipped:
+        if not everywhere or flipped:
             continue
-        for leaf, factor, exponent, inner in _inside(expressions, atom):
+        for leaf, factor, inner in _inside(expressions, atom):
             outer = inner * -power
-            if exponent * outer in (0.5, 1.0):
-                deviation = Deviation(atom, -power, leaf, factor, exponent, outer)
+            if outer in (0.5, 1.0):
+                deviation = Deviation(atom, -power, leaf, factor, outer)
                 yield deviation, Expression(divided, a.steps)
 
 
 def _inside(
     expressions: Expressions, atom: Atom
-) -> Iterator[tuple[Leaf, tuple[Product, float], float, float]]:
-    """The leaves that an atom may be a deviation of: leaf, factor, exponent and outer power."""
+) -> Iterator[tuple[Leaf, tuple[Product, float], float]]:
+    """The leaves that an atom may be made of, each with its factor and its power with that."""
     if isinstance(atom, Leaf):
-        yield atom, (ONE, 1.0), 1.0, 1.0
+        yield atom, (ONE, 1.0), 1.0
     if not isinstance(atom, (Sum, Clamped)):
         return
-    varying = [(p, k) for p, k in atom.terms if _vectors(expressions, p)] or list(atom.terms)
-    varying = [(p, k) for p, k in varying if p] if len(varying) > 1 else varying
-    if len(varying) != 1 or varying[0][1] <= 0:
-        return
-    ((product, coefficient),) = varying
-    for inner, power in product:
-        others = times(product, frozenset({(inner, power)}), -1)
-        if power <= 0 or _vectors(expressions, others):
-            continue
-        if isinstance(inner, Leaf):
-            yield inner, (others, coefficient), power, 1.0
-            continue
-        for leaf, (scalars, number), exponent, outer in _inside(expressions, inner):
-            # (scalars * leaf ** exponent) ** outer, raised and multiplied once more.
-            total = outer * power
-            scaled = times(scalars, others, 1 / total), number * coefficient ** (1 / total)
-            yield leaf, scaled, exponent, total
+    vectors = [(p, k) for p, k in atom.terms if _vectors(expressions, p)]
+    # Of one channel, any term may hold the statistic; what is alike the mean decides.
+    candidates = vectors or [(p, k) for p, k in atom.terms if p]
+    for product, coefficient in candidates if len(vectors) < 2 else ():
+        for inner, power in product:
+            others = times(product, frozenset({(inner, power)}), -1)
+            if power <= 0 or coefficient <= 0 or _vectors(expressions, others):
+                continue
+            for leaf, (scalars, number), outer in _inside(expressions, inner):
+                if sum(_holds(p, leaf) for p, _ in atom.terms) == 1:
+                    # (scalars * leaf) ** outer, raised and multiplied once more.
+                    total = outer * power
+                    scaled = times(scalars, others, 1 / total), number * coefficient ** (1 / total)
+                    yield leaf, scaled, total
 
 
 def _means(
@@ -374,21 +375,26 @@ def _close(one: Iterable[tuple[Product, float]], two: Iterable[tuple[Product, fl
 def _vectors(expressions: Expressions, product: Product) -> bool:
     """Whether a product depends on more than scalars."""
     graph = expressions.graph
-    leaves = leaves_of(frozenset({(product, 1.0)}), expressions)
-    constant = any(_is_array(graph, atom) for atom, _ in product)
-    return constant or any(graph.avals[graph.inputs[k]].size > 1 for k in leaves)
+    return any(
+        _is_array(graph, atom)
+        or any(graph.avals[graph.inputs[k]].size > 1 for k in expressions.leaves_in(atom))
+        for atom, _ in product
+    )
 
 
 def _is_array(graph: Graph, atom: Atom) -> bool:
     """Whether an atom is an array of numbers that differ."""
-    value = getattr(atom, "value", None)
-    return value is not None and not graph.depends[value] and graph.avals[value].size > 1
+    if not isinstance(atom, Opaque):
+        return False
+    return not graph.depends[atom.value] and graph.avals[atom.value].size > 1
 
 
 def _alike(graph: Graph, a: Leaf, b: Leaf) -> bool:
     """Whether two leaves may be mean and variance of one norm: they are alike, but not one."""
-    shapes = [graph.avals[graph.inputs[k.leaf]].shape for k in (a, b)]
-    return shapes[0] == shapes[1] and a.slot == b.slot and a.leaf != b.leaf
+    one, two = (graph.avals[graph.inputs[k.leaf]].shape[k.slot is not None :] for k in (a, b))
+    # Of one channel, a statistic and a scalar such as a counter differ in shape only.
+    same = one == two or math.prod(one) == math.prod(two) > 1
+    return same and a.slot == b.slot and a.leaf != b.leaf
 
 
 def _placed(
@@ -407,7 +413,9 @@ def _placed(
     axes = tuple(k for k, n in enumerate(shape) if n > 1 and index.strides[k])
     first = tuple(slice(None) if k in axes else 0 for k in range(len(shape)))
     order = index[first].reshape(-1)
-    return (axes, order) if order.size == size == np.unique(order).size else None
+    if order.size != size:
+        return None
+    return (axes, order) if (np.bincount(order, minlength=size) == 1).all() else None
 
 
 def _sole_leaf(expressions: Expressions, part: Expression, *, exact: bool) -> View | None:
@@ -451,7 +459,8 @@ def unrecognised(
 
     These are leaves of several entries that an activation is divided by, as a leaf or through a
     root, or that are subtracted from one, entry by entry. A leaf that is only subtracted, with no
-    other leaf added or multiplied just before or after, is a bias with another sign. An activation
+    other leaf added or multiplied just before or after, or dividing it, is a bias with another
+    sign. An activation
     that was itself spread, as where distances to prototypes are computed, does not count.
 
     Returns:
@@ -471,11 +480,11 @@ def unrecognised(
         name, terms = equation.primitive, expressions.of(other).terms
         if name in PRODUCTS:
             leaves = {k for k in _divide(expressions, terms, -1 if name == DIV else 1)}
-        elif (operand == 1 and name == SUB) or not _beside(graph, index):
+        elif operand == 1 and name == SUB:
             continue
         else:
-            sign = -1 if name in ADD else 1
-            down = (p for p, k in terms if sign * k > 0)
+            sign, beside = -1 if name in ADD else 1, _beside(graph, index)
+            down = (p for p, k in terms if sign * k > 0 and (beside or any(n < 0 for _, n in p)))
             leaves = {a.leaf for p in down for a, n in p if isinstance(a, Leaf) and n > 0}
         verb = "divides" if name in PRODUCTS else "subtracts from"
         for leaf in sorted(leaves):
