@@ -177,6 +177,18 @@ def test_a_leaf_that_is_only_subtracted_is_a_bias_with_another_sign():
         (lambda p, x: (x @ p["w"] - 1.0) / p["t"], {"w": S(3, 4), "t": S()}),
         (lambda p, x: (x @ p["w"]) * at(p, "s") + at(p, "b"), {"w": S(3, 4), "s": S(4), "b": S(4)}),
         (lambda p, x: (x @ p["w"]) * (1 - at(p, "s")), {"w": S(3, 4), "s": S(4)}),
+        # A temperature per channel, a snake activation, a leaf over an activation.
+        (lambda p, x: jax.nn.softmax((x @ p["w"]) / at(p, "t")), {"w": S(3, 4), "t": S(4)}),
+        (
+            lambda p, x: (
+                x @ p["w"] + jnp.sin(x @ p["w"] * at(p, "a")) ** 2 * (1 / (at(p, "a") + 1))
+            ),
+            {"w": S(3, 4), "a": S(4)},
+        ),
+        (
+            lambda p, x: at(p, "a") / jnp.exp(x @ p["w"]) * at(p, "s"),
+            {"w": S(3, 4), "a": S(4), "s": S(4)},
+        ),
         # A weight-standardised kernel.
         (
             lambda p, x: x @ ((p["w"] - p["w"].mean(0)[None]) / p["w"].std(0)[None]) + at(p, "b"),

@@ -55,7 +55,7 @@ REMEDIES = {"repair": renorm.repair, "rescale": renorm.rescale}
 def test_references_in_another_order_are_warned_about(fn, remedy):
     net, edges = network(fn), [tree_of(0), tree_of(1)]
     merged = merge.interpolate(edges)
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         wrong = [edges[0], moved(net, edges[1], seed)]
         with pytest.warns(UserWarning, match=r"^references\[1\] may not be in the order"):
             REMEDIES[remedy](net, merged, DATA, references=wrong)
@@ -87,7 +87,7 @@ def pruned(tree, seed):
 @pytest.mark.parametrize("fn", [mlp, residual])
 def test_references_in_the_merged_model_s_order_are_not(fn):
     net = network(fn)
-    for seed in range(3):
+    for seed in range(2):
         edges = [tree_of(2 * seed), tree_of(2 * seed + 1)]
         merged = jax.tree.map(np.asarray, merge.interpolate(edges))
         repaired = renorm.repair(net, merged, DATA, references=edges)

@@ -457,11 +457,11 @@ def unrecognised(
 ) -> list[tuple[int, str, str]]:
     """Leaves that act on activations as statistics do, outside of any norm that is known.
 
-    These are leaves of several entries that an activation is divided by, as a leaf or through a
-    root, or that are subtracted from one, entry by entry. A leaf that is only subtracted, with no
-    other leaf added or multiplied just before or after, or dividing it, is a bias with another
-    sign. An activation
-    that was itself spread, as where distances to prototypes are computed, does not count.
+    These are leaves of several entries that, entry by entry, an activation is divided by or that
+    are subtracted from one. Alone, a leaf that is subtracted is a bias with another sign, and one
+    that divides is a temperature: it counts if it acts through a root, if another leaf divides it,
+    or if leaves are also added or multiplied just before or after. An activation that was itself
+    spread, as where distances to prototypes are computed, does not count.
 
     Returns:
         `(index of the leaf, "subtracts from" or "divides", file:line)`, each leaf once.
@@ -478,12 +478,13 @@ def unrecognised(
         if _is_spread(graph, equation.inputs[operand or 0]):
             continue
         name, terms = equation.primitive, expressions.of(other).terms
-        if name in PRODUCTS:
-            leaves = {k for k in _divide(expressions, terms, -1 if name == DIV else 1)}
-        elif operand == 1 and name == SUB:
+        if operand == 1 and name in (SUB, DIV):
             continue
+        beside = _beside(graph, index)
+        if name in PRODUCTS:
+            leaves = set(_dividing(expressions, terms, -1 if name == DIV else 1, beside))
         else:
-            sign, beside = -1 if name in ADD else 1, _beside(graph, index)
+            sign = -1 if name in ADD else 1
             down = (p for p, k in terms if sign * k > 0 and (beside or any(n < 0 for _, n in p)))
             leaves = {a.leaf for p in down for a, n in p if isinstance(a, Leaf) and n > 0}
         verb = "divides" if name in PRODUCTS else "subtracts from"
@@ -493,30 +494,31 @@ def unrecognised(
     return [(leaf, *what) for leaf, what in found.items()]
 
 
-def _divide(expressions: Expressions, terms: Terms, sign: float) -> Iterator[int]:
-    """Leaves under a negative power in a sum, whose own power is `sign`."""
+def _dividing(expressions: Expressions, terms: Terms, sign: float, rooted: bool) -> Iterator[int]:
+    """Leaves under a negative power in a sum, whose own power is `sign`, and under a root."""
     for atom, power in powers(terms):
-        if power * sign < 0:
+        root = rooted or power != int(power)
+        if power * sign < 0 and root:
             yield from expressions.leaves_in(atom)
         elif isinstance(atom, (Sum, Clamped)):
-            yield from _divide(expressions, atom.terms, sign * power)
+            yield from _dividing(expressions, atom.terms, sign * power, root)
 
 
 def _beside(graph: Graph, index: int) -> bool:
     """Whether leaves are also added or multiplied just before or after an equation."""
-    equation = graph.equations[index]
-    reads = next(v for v in equation.values if graph.depends[v] & INPUT)
-    near = [*graph.users.get(equation.result, ()), graph.producer.get(reads, -1)]
+    near, seen = [index], set()
     while near:
-        index = near.pop()
-        other = graph.equations[index] if index >= 0 else equation
-        if other.primitive in CAST:
-            near += graph.users.get(other.result, ())
-        elif other is not equation and other.primitive in SUMS | PRODUCTS:
-            if _operand(graph, other) is not None and any(
-                graph.depends[v] == PARAM for v in other.values
-            ):
+        k = near.pop()
+        equation = graph.equations[k]
+        if k in seen or _operand(graph, equation) is None:
+            continue
+        seen.add(k)
+        if k != index and equation.primitive in SUMS | PRODUCTS:
+            if any(graph.depends[v] == PARAM for v in equation.values):
                 return True
+        elif k == index or equation.primitive in CAST:
+            near += graph.users.get(equation.result, ())
+            near += [graph.producer[v] for v in equation.values if v in graph.producer]
     return False
 
 
