@@ -71,7 +71,7 @@ def test_formulas_of_norms(formula):
     "formula",
     [
         lambda p, x: (x - at(p, "mean")) * jnp.sqrt(p["var"] + 1e-3)[None],
-        lambda p, x: (x - at(p, "mean")) / (p["var"] + 1e-3)[None],
+        lambda p, x: (x - at(p, "mean")) * lax.rsqrt(p["var"] - p["mean"] ** 2)[None],
         lambda p, x: (x - at(p, "mean")) * lax.rsqrt(jnp.exp(p["var"]) + 1e-3)[None],
         lambda p, x: (at(p, "mean") - x) * lax.rsqrt(p["var"] + 1e-3)[None],
         lambda p, x: jnp.tanh(x - at(p, "mean")) * lax.rsqrt(p["var"] + 1e-3)[None],
@@ -79,7 +79,9 @@ def test_formulas_of_norms(formula):
     ],
 )
 def test_what_is_no_norm(formula):
-    net = normalised(formula)
+    with pytest.warns(UserWarning, match=r"test_norms.py:\d+.*reset cannot renew") as warned:
+        net = normalised(formula)
+    assert "'mean' subtracts" in str(warned[0].message) or "'var' divides" in str(warned[0].message)
     assert net.norms == ()
     assert {path for path, _, _ in net.others} == {"mean", "var"}
 
@@ -160,3 +162,83 @@ def test_leaves_outside_of_layers_are_reported():
     ]  # fmt: skip
     assert all(where.startswith("test_norms.py:") for _, op, where in net.others if op != "output")
     assert "norms and biases: positions (add at test_norms.py" in net.summary()
+
+
+def test_a_leaf_that_is_only_subtracted_is_a_bias_with_another_sign():
+    net = trace(lambda p, x: jnp.tanh(x @ p["w"] - at(p, "b")), {"w": S(3, 4), "b": S(4)})
+    assert net.unrecognised == ()
+
+
+@pytest.mark.parametrize(
+    ("fn", "leaves"),
+    [
+        # Distances to prototypes, a temperature, the scale and shift of a frozen norm, a gain.
+        (lambda p, x: jnp.square(x[:, None] - p["c"][None]).sum(-1), {"c": S(6, 3)}),
+        (lambda p, x: (x @ p["w"] - 1.0) / p["t"], {"w": S(3, 4), "t": S()}),
+        (lambda p, x: (x @ p["w"]) * at(p, "s") + at(p, "b"), {"w": S(3, 4), "s": S(4), "b": S(4)}),
+        (lambda p, x: (x @ p["w"]) * (1 - at(p, "s")), {"w": S(3, 4), "s": S(4)}),
+        # A temperature per channel, a snake activation, a leaf over an activation.
+        (lambda p, x: jax.nn.softmax((x @ p["w"]) / at(p, "t")), {"w": S(3, 4), "t": S(4)}),
+        (
+            lambda p, x: (
+                x @ p["w"] + jnp.sin(x @ p["w"] * at(p, "a")) ** 2 * (1 / (at(p, "a") + 1))
+            ),
+            {"w": S(3, 4), "a": S(4)},
+        ),
+        (
+            lambda p, x: at(p, "a") / jnp.exp(x @ p["w"]) * at(p, "s"),
+            {"w": S(3, 4), "a": S(4), "s": S(4)},
+        ),
+        # A weight-standardised kernel.
+        (
+            lambda p, x: x @ ((p["w"] - p["w"].mean(0)[None]) / p["w"].std(0)[None]) + at(p, "b"),
+            {"w": S(3, 4), "b": S(4)},
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The network has no layers")
+def test_what_looks_like_no_statistic_is_not_warned_about(fn, leaves):
+    net = trace(fn, leaves)
+    assert net.norms == () and net.unrecognised == ()
+
+
+def test_a_norm_folded_into_its_layer_on_the_fly_is_not_silent():
+    def fn(p, x):
+        inv = p["scale"] * lax.rsqrt(p["var"] + 1e-3)
+        return jnp.tanh(x @ (p["w"] * inv[None]) + at(p, "bias") - (p["mean"] * inv)[None])
+
+    def joined(p, x):
+        inv = p["scale"] * lax.rsqrt(p["var"] + 1e-3)
+        return jnp.tanh(x @ (p["w"] * inv[None]) + (p["bias"] - p["mean"] * inv)[None])
+
+    leaves = {"w": S(3, 4)} | {name: S(4) for name in ("mean", "var", "scale", "bias")}
+    for form in (fn, joined):
+        with pytest.warns(UserWarning, match="'mean' subtracts from an activation"):
+            net = trace(form, leaves)
+        assert net.norms == () and "of no norm: mean (subtracts from" in net.summary()
+
+
+def test_statistics_that_serve_several_channels_each_are_not_silent():
+    """Two means for four channels: what a channel's statistic is cannot be written."""
+
+    def fn(p, x):
+        mean, var = (jnp.repeat(p[name], 2)[None] for name in ("mean", "var"))
+        return jnp.tanh((x @ p["w"] - mean) * lax.rsqrt(var + 1e-3))
+
+    with pytest.warns(UserWarning, match="'mean' subtracts .*'var' divides"):
+        net = trace(fn, {"w": S(3, 4), "mean": S(2), "var": S(2)})
+    assert net.norms == ()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_scalars_are_told_from_statistics(channels):
+    """Of one channel, a counter has as many entries as a mean."""
+
+    def fn(p, x):
+        left = 1 - 0.9 ** p["count"]
+        y = x @ p["w"] - at(p, "mean") / left
+        return jnp.tanh(y * lax.rsqrt(at(p, "var") / left + p["eps"]) * p["gain"])
+
+    leaves = {"w": S(3, channels), "mean": S(channels), "var": S(channels), "gain": S()}
+    net = trace(fn, leaves | {"count": S(dtype=jnp.int32), "eps": S()})
+    assert [(n.mean, n.var, n.bias) for n in net.norms] == [("mean", "var", None)]

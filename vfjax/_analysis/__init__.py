@@ -14,13 +14,16 @@ from vfjax._analysis.batch_axis import separable as separable
 from vfjax._analysis.effects import leaf_effects as leaf_effects
 from vfjax._analysis.groups import from_propagation as from_propagation
 from vfjax._analysis.layers import LinearSite as LinearSite
+from vfjax._analysis.outside import listed_statistics as listed_statistics
 from vfjax._analysis.outside import report_missing_layers as report_missing_layers
+from vfjax._analysis.outside import report_statistics as report_statistics
 from vfjax._analysis.positions import Lost as Lost
 from vfjax._analysis.positions import State as State
 from vfjax._analysis.positions import Where as Where
 from vfjax._analysis.positions import follow_positions as follow_positions
 from vfjax._analysis.taps import axes_at_tap as axes_at_tap
 from vfjax._analysis.traced import Traced as Traced
+from vfjax._analysis.training import report_training as report_training
 from vfjax._analysis.views import View as View
 from vfjax._analysis.views import slot_of as slot_of
 from vfjax._analysis.views import view_of as view_of
@@ -37,7 +40,10 @@ __all__ = [
     "follow_positions",
     "from_propagation",
     "leaf_effects",
+    "listed_statistics",
     "report_missing_layers",
+    "report_statistics",
+    "report_training",
     "separable",
     "slot_of",
     "view_of",

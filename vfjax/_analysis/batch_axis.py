@@ -38,7 +38,7 @@ from vfjax._jaxpr.primitives import (
 )
 
 
-class _Mixed(Exception):
+class Mixed(Exception):
     """Examples meet, or may meet."""
 
 
@@ -52,7 +52,7 @@ def separable(whole: Graph, piece: Graph) -> bool:
     try:
         axes = batch_axes(whole)
         return _alike(whole, piece, axes) and axes == batch_axes(piece)
-    except _Mixed:
+    except Mixed:
         return False
 
 
@@ -60,15 +60,15 @@ def batch_axes(graph: Graph) -> dict[int, int]:
     """The batch axis of every value that depends on the input.
 
     Raises:
-        _Mixed: If examples meet, or the output's first axis is not the batch.
+        Mixed: If examples meet, or the output's first axis is not the batch.
     """
     axes = dict.fromkeys(graph.inputs[graph.num_leaves :], 0)
     for equation in graph.equations:
         if equation.depends & INPUT:
-            axis = _axis(graph, equation, axes)
+            axis = axis_after(graph, equation, axes)
             axes.update((value, axis) for value in equation.results)
     if any(axes.get(value) != 0 for value in graph.output_ids):
-        raise _Mixed
+        raise Mixed
     return axes
 
 
@@ -164,8 +164,8 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or a != a and b != b)
 
 
-def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
-    """The batch axis of an equation's results; raises `_Mixed` if they have none."""
+def axis_after(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
+    """The batch axis of an equation's results; raises `Mixed` if they have none."""
     name = equation.primitive
     if name == DOT:
         return _dot(graph, equation, axes)
@@ -173,17 +173,17 @@ def _axis(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
         return _convolution(equation, axes)
     places = {axes[v] for v in equation.values if v in axes}
     if len(places) != 1:
-        raise _Mixed
+        raise Mixed
     axis = places.pop()
     for value in equation.values:
         # A value without input may be broadcast along the batch, but must not vary there.
         if value not in axes and axis in varying_axes(graph, value):
-            raise _Mixed
+            raise Mixed
     if is_elementwise(equation):
         return axis
     rule = _RULES.get(name)
     if rule is None:
-        raise _Mixed
+        raise Mixed
     before = graph.avals[equation.values[0]].shape
     return rule(equation.params, axis, before, graph.avals[equation.result].shape)
 
@@ -197,18 +197,18 @@ def _dot(graph: Graph, equation: Equation, axes: Mapping[int, int]) -> int:
         free = [a for a in range(len(shape)) if a not in contract[side] and a not in batch[side]]
         axis = axes.get(value) if isinstance(value, int) else None
         if axis is not None and axis in contract[side]:
-            raise _Mixed
+            raise Mixed
         if axis is not None:
             place = batch[side].index(axis) if axis in batch[side] else offset + free.index(axis)
             places.add(place)
         offset += len(free)
     if len(places) != 1:
-        raise _Mixed  # every example meets every other
+        raise Mixed  # every example meets every other
     place = places.pop()
     for side, value in enumerate(equation.inputs):
         shared = place < len(batch[side]) and not (isinstance(value, int) and value in axes)
         if shared and batch[side][place] in varying_axes(graph, value):
-            raise _Mixed
+            raise Mixed
     return place
 
 
@@ -216,7 +216,7 @@ def _convolution(equation: Equation, axes: Mapping[int, int]) -> int:
     params, dims = equation.params, equation.params["dimension_numbers"]
     x, kernel = (axes.get(v) if isinstance(v, int) else None for v in equation.inputs)
     if kernel is not None or x != dims.lhs_spec[0] or params["batch_group_count"] != 1:
-        raise _Mixed
+        raise Mixed
     return dims.out_spec[0]
 
 
@@ -228,7 +228,7 @@ def _reshape(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) 
     for place, size in enumerate(after):
         if size == before[axis] and np.prod(after[:place]) == ahead:
             return place
-    raise _Mixed
+    raise Mixed
 
 
 def _transpose(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
@@ -241,20 +241,20 @@ def _broadcast(params: Mapping[str, Any], axis: int, before: Shape, after: Shape
 
 def _reduce(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
     if axis in params["axes"]:
-        raise _Mixed
+        raise Mixed
     return axis - sum(a < axis for a in params["axes"])
 
 
 def _window(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
     one = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
     if any(params[name][axis] != 1 for name in one) or any(params["padding"][axis]):
-        raise _Mixed
+        raise Mixed
     return axis
 
 
 def _pad(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
     if any(params["padding_config"][axis]):
-        raise _Mixed
+        raise Mixed
     return axis
 
 
@@ -264,7 +264,7 @@ def _stack(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) ->
 
 def _tile(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
     if params["reps"][axis] != 1:
-        raise _Mixed
+        raise Mixed
     return axis
 
 
@@ -274,7 +274,7 @@ def _untouched(*names: str) -> Callable[[Mapping[str, Any], int, Shape, Shape], 
     def rule(params: Mapping[str, Any], axis: int, before: Shape, after: Shape) -> int:
         touched = [np.ravel(params[name]).tolist() for name in names]
         if any(axis in axes for axes in touched) or before[axis] != after[axis]:
-            raise _Mixed
+            raise Mixed
         return axis
 
     return rule

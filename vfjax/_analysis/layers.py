@@ -7,7 +7,7 @@ Linen, NNX, Equinox and plain JAX are read in the same way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,19 +52,25 @@ class LinearSite:
     channels: np.ndarray
 
 
-def linear_sites(graph: Graph) -> list[LinearSite]:
-    """The layers of a graph, in the order of their equations."""
+def linear_sites(graph: Graph, norms: Collection[int] = ()) -> list[LinearSite]:
+    """The layers of a graph, in the order of their equations.
+
+    Args:
+        graph: The graph.
+        norms: Indices of the equations of norms with stored statistics: none adds a bias, though
+            one may add a mean's negative.
+    """
     sites = []
     for index, equation in enumerate(graph.equations):
         if equation.primitive not in LINEAR:
             continue
         bits = [graph.depends[v] if isinstance(v, int) else 0 for v in equation.inputs[:2]]
         if sorted(b & INPUT for b in bits) == [0, INPUT] and PARAM in bits:
-            sites.append(_linear_site(graph, index, bits.index(PARAM)))
+            sites.append(_linear_site(graph, index, bits.index(PARAM), norms))
     return sites
 
 
-def _linear_site(graph: Graph, index: int, side: int) -> LinearSite:
+def _linear_site(graph: Graph, index: int, side: int, norms: Collection[int]) -> LinearSite:
     equation = graph.equations[index]
     operand = equation.values[side]
     kernel = view_of(graph, operand)
@@ -77,7 +83,7 @@ def _linear_site(graph: Graph, index: int, side: int) -> LinearSite:
     # Channels are numbered along the kernel operand's own axes; sample axes shrink to size one.
     labels = np.arange(int(np.prod(sizes))).reshape(sizes)
     value, axes, labels, bias_index, bias = _preactivation(
-        graph, equation.result, channel_axes, labels
+        graph, equation.result, channel_axes, labels, norms
     )
     return LinearSite(
         index=index,
@@ -169,10 +175,14 @@ def follow(
 
 
 def _preactivation(
-    graph: Graph, value: int, axes: tuple[int, ...], labels: np.ndarray
+    graph: Graph,
+    value: int,
+    axes: tuple[int, ...],
+    labels: np.ndarray,
+    norms: Collection[int],
 ) -> tuple[int, tuple[int, ...], np.ndarray, int | None, View | None]:
     index, followed, new_axes, new_labels = follow(graph, value, axes, labels)
-    if index >= 0 and graph.equations[index].primitive in ADD:
+    if index >= 0 and index not in norms and graph.equations[index].primitive in ADD:
         equation = graph.equations[index]
         others = [v for v in equation.inputs if v != followed]
         other = others[0] if len(others) == 1 else None

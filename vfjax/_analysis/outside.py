@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def leaves_outside(
     """
     kernels = {site.index: site.side for site in layers}
     biases = {site.bias_equation for site in layers}
-    means = {site.index for site in norms}
+    known = {index for site in norms for index in site.equations}
     normalised: set[int] = set()
     moments = _moments(graph)
     uses: dict[tuple[int, str, str], None] = {}
@@ -53,9 +53,9 @@ def leaves_outside(
         name, inputs = equation.primitive, equation.inputs
         within = normalised & set(equation.values)
         is_root = name in ROOTS and moments & set(equation.values)
-        if index in means or is_root or (within and (name in PRODUCTS or name in SPREAD)):
+        if index in known or is_root or (within and (name in PRODUCTS or name in SPREAD)):
             normalised.update(v for v in equation.outputs if v is not None)
-        if index in biases | means or (within and name in PRODUCTS | SUMS):
+        if index in biases | known or (within and name in PRODUCTS | SUMS):
             continue
         for k, value in enumerate(inputs):
             if not isinstance(value, int) or graph.depends[value] != PARAM:
@@ -110,6 +110,28 @@ def _given(graph: Graph, value: int | jex.Literal) -> bool:
         return np.ndim(value.val) > 0
     read = {v for i in graph.needed([value], ()) for v in graph.equations[i].values} | {value}
     return any(np.ndim(graph.consts[v]) > 0 for v in read if v in graph.consts)
+
+
+def report_statistics(traced: Any) -> None:
+    """Warns if leaves act as statistics of norms that are not recognised.
+
+    Args:
+        traced: A `Traced`.
+    """
+    if traced.unrecognised:
+        warnings.warn(
+            f"{listed_statistics(traced.unrecognised)}. If they are stored statistics, no norm in "
+            "net.norms has them: renorm.reset cannot renew them, and weight matching counts them "
+            "as weights. Write the norm as (x - mean) * rsqrt(var + eps) * scale + bias, with "
+            "leaves or multiples of leaves as mean and var.",
+            stacklevel=4,
+        )
+
+
+def listed_statistics(leaves: Sequence[tuple[str, str, str]]) -> str:
+    """A clause that names leaves of `Traced.unrecognised`, and what they do."""
+    shown = [f"'{path}' {verb} an activation at {where}" for path, verb, where in leaves[:3]]
+    return ", ".join(shown) + (f" (and {len(leaves) - 3} more)" if len(leaves) > 3 else "")
 
 
 def report_missing_layers(traced: Any) -> None:

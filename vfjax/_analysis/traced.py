@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vfjax._analysis import outside
 from vfjax._analysis.cost import equation_flops
 from vfjax._analysis.effects import Effect, leaf_effects
+from vfjax._analysis.expressions import Atom, Expressions, Leaf, Opaque
 from vfjax._analysis.groups import named_groups
 from vfjax._analysis.layers import (
     LinearSite,
@@ -20,9 +22,9 @@ from vfjax._analysis.layers import (
     follow,
     linear_sites,
 )
-from vfjax._analysis.norms import NormSite, norm_sites
+from vfjax._analysis.norms import NormSite, norm_sites, unrecognised
 from vfjax._analysis.taps import loop_results, tap_of
-from vfjax._jaxpr import INPUT, PARAM, Graph, holds_layer
+from vfjax._jaxpr import INPUT, PARAM, Graph, evaluate, holds_layer
 from vfjax._jaxpr.primitives import CONV, LINEAR, SUMS
 from vfjax._propagate import Propagation, propagate
 from vfjax.symmetry._places import Axis, Place, owners
@@ -66,7 +68,8 @@ class Traced:
     def layers(self) -> dict[str, LinearSite]:
         """Layers by name, in the order of their equations."""
         named: dict[str, LinearSite] = {}
-        for site in linear_sites(self.graph):
+        norms = frozenset(i for norm in self.norms.values() for i in norm.equations)
+        for site in linear_sites(self.graph, norms):
             slot = None if site.kernel is None else site.kernel.slot
             named[_unused(_slotted(self.paths[site.leaf], slot), named)] = site
         return named
@@ -75,10 +78,41 @@ class Traced:
     def norms(self) -> dict[str, NormSite]:
         """Normalisations with stored statistics by name, in the order of their equations."""
         named: dict[str, NormSite] = {}
-        for site in norm_sites(self.graph):
+        for site in norm_sites(self.graph, self._expressions):
             base = _slotted(self.paths[site.mean.leaf], site.mean.slot)
             named[_unused(base, named)] = site
         return named
+
+    @functools.cached_property
+    def _expressions(self) -> Expressions:
+        return Expressions(self.graph)
+
+    @functools.cached_property
+    def unrecognised(self) -> tuple[tuple[str, str, str], ...]:
+        """Leaves that act as statistics of no known norm: (path, verb, file:line)."""
+        uses = unrecognised(self.graph, self._expressions, self.norms.values())
+        return tuple((self.paths[leaf], verb, where) for leaf, verb, where in uses)
+
+    def scalars(self, leaves: Mapping[str, Any]) -> Callable[[Atom], Any]:
+        """The values of scalars of the parameters in the expressions of norms.
+
+        Args:
+            leaves: Leaves by path, among them all that the scalars depend on.
+        """
+
+        def value(atom: Atom) -> Any:
+            if isinstance(atom, Leaf):
+                leaf = jnp.asarray(leaves[self.paths[atom.leaf]])
+                scalar = leaf if atom.slot is None else leaf[atom.slot]
+            else:
+                assert isinstance(atom, Opaque)  # the others are evaluated term by term
+                needed = self._expressions.leaves_in(atom)
+                env = {self.graph.inputs[k]: leaves[self.paths[k]] for k in needed}
+                scalar = evaluate(self.graph, env, [atom.value])[atom.value]
+            scalar = jnp.ravel(scalar)[0]
+            return scalar.astype(jnp.promote_types(scalar.dtype, jnp.float32))
+
+        return value
 
     @functools.cached_property
     def taps(self) -> dict[str, int]:
@@ -205,7 +239,7 @@ class Traced:
         labels = np.arange(int(np.prod(sizes))).reshape(sizes)
         index, value, axes, labels = follow(graph, site.preactivation, site.channel_axes, labels)
         for name, norm in self.norms.items():
-            if norm.index == index and graph.equations[index].inputs[0] == value:
+            if norm.index == index and norm.input == value:
                 # If the norm saw the channels in another order, corrections would have to be
                 # reordered.
                 ordered = bool((np.diff(labels.reshape(-1)) > 0).all())

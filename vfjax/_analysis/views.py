@@ -21,6 +21,8 @@ from vfjax._jaxpr.primitives import (
     TRANSPOSE,
 )
 
+Steps = tuple[tuple[str, Any], ...]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
@@ -36,7 +38,7 @@ class View:
 
     leaf: int
     slot: int | None
-    steps: tuple[tuple[str, Any], ...]
+    steps: Steps
 
     @property
     def rigid(self) -> bool:
@@ -89,11 +91,10 @@ def view_of(graph: Graph, value: Any) -> View | None:
     slot, squeezed = None, False
     while isinstance(value, int) and value in graph.producer:
         equation = graph.equations[graph.producer[value]]
-        name, params, shape = equation.primitive, equation.params, graph.avals[value].shape
+        name, params = equation.primitive, equation.params
         if len(equation.inputs) != 1 or (slot is not None and name not in CAST):
             return None
         source = equation.inputs[0]
-        before = _aval(graph, source).shape
         if name in CAST:
             pass
         elif name == SLICE and squeezed and slot_of(graph, equation) is not None:
@@ -101,14 +102,10 @@ def view_of(graph: Graph, value: Any) -> View | None:
             # code.
             slot = slot_of(graph, equation)
             steps.pop()
-        elif name == TRANSPOSE:
-            steps.append((TRANSPOSE, tuple(params["permutation"])))
         elif name == REV:
             steps.append((REV, tuple(params["dimensions"])))
-        elif name in LAYOUT or (name == BROADCAST and _size(shape) == _size(before)):
-            steps.append((RESHAPE, tuple(shape)))
-        elif name == BROADCAST:
-            steps.append((BROADCAST, (tuple(shape), tuple(params["broadcast_dimensions"]))))
+        elif name in LAYOUT or name == BROADCAST:
+            steps.append(step_of(graph, equation))
         else:
             return None
         if name not in CAST:
@@ -117,6 +114,16 @@ def view_of(graph: Graph, value: Any) -> View | None:
     if value not in graph.inputs[: graph.num_leaves]:
         return None
     return View(graph.inputs.index(value), slot, tuple(reversed(steps)))
+
+
+def step_of(graph: Graph, equation: Equation) -> tuple[str, Any]:
+    """What an equation of layout or a broadcast does, as a step of a `View`."""
+    name, params, shape = equation.primitive, equation.params, graph.avals[equation.result].shape
+    if name == TRANSPOSE:
+        return TRANSPOSE, tuple(params["permutation"])
+    if name == BROADCAST and _size(shape) != _size(_aval(graph, equation.inputs[0]).shape):
+        return BROADCAST, (tuple(shape), tuple(params["broadcast_dimensions"]))
+    return RESHAPE, tuple(shape)
 
 
 def slot_of(graph: Graph, equation: Equation) -> int | None:

@@ -187,7 +187,7 @@ GATHER = "gather"
 STACK, TILE, UNSTACK, SORT = "stack", "tile", "unstack", "sort"
 CONV, DOT, RAGGED_DOT = "conv_general_dilated", "dot_general", "ragged_dot_general"
 COND, SCAN, WHILE = "cond", "scan", "while"
-DIV, MAX, MUL, SUB = "div", "max", "mul", "sub"
+DIV, MAX, MUL, NEG, SUB = "div", "max", "mul", "neg", "sub"
 INTEGER_POW, POW, RSQRT, SQRT, SQUARE = "integer_pow", "pow", "rsqrt", "sqrt", "square"
 
 ADD = frozenset({"add", "add_any"})
@@ -199,6 +199,14 @@ MOMENTS = frozenset({MAX, SQUARE, INTEGER_POW, "abs", "select_n"})
 
 ACTIVATIONS = frozenset({MAX, "cos", "erf", "erfc", "exp", "logistic", "sin", "tanh"})
 """Nonlinear primitives that each count as one activation."""
+
+TOTALS = frozenset({"reduce_sum", "psum"})
+"""Primitives that sum over whole axes; `psum` does over one that `vmap` named."""
+
+RANDOM = frozenset({"random_bits", "random_gamma", "rng_bit_generator", "rng_uniform"}) | {
+    "threefry2x32"
+}
+"""Primitives that draw random numbers."""
 
 POOLS = WINDOWS | {"reduce_max", "reduce_sum"}
 """Primitives that make up a pool over windows or over all positions."""

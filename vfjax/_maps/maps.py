@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,11 @@ from vfjax._trees import whole, with_leaves, without
 from vfjax._types import PyTree
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
+from vfjax.symmetry._also import Also
 from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permutation
+
+# Callers that only want the function need no leaf that it does not read.
+_NOTHING: Also = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -191,7 +196,13 @@ class Maps:
             raise ValueError(f"trees must be the {self.models} models matched, got {models}")
         check_maps([net.spec for net in nets], self.maps)
 
-    def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
+    def apply(
+        self,
+        net: Network | Sequence[Network],
+        trees: Sequence[PyTree],
+        *,
+        also: Also | None = None,
+    ) -> list[PyTree]:
         """The mapped models, whose mean is the merge.
 
         Groups that are only permuted are indexed. If a model's features are mixed, layers are put
@@ -202,6 +213,8 @@ class Maps:
         Args:
             net: The traced network, or one per model.
             trees: The K models, in the order in which they were matched.
+            also: Which leaves that the network does not read are mapped too, as in
+                `vfjax.symmetry.PermutationSpec.permute`.
 
         Returns:
             K trees.
@@ -213,20 +226,23 @@ class Maps:
         """
         nets = networks(net, len(trees))
         self.check(nets, len(trees))
-        return [self.map_tree(nets[k], tree, k) for k, tree in enumerate(trees)]
+        return [self.map_tree(nets[k], tree, k, also=also) for k, tree in enumerate(trees)]
 
-    def map_tree(self, net: Network, tree: PyTree, model: int) -> PyTree:
+    def map_tree(
+        self, net: Network, tree: PyTree, model: int, *, also: Also | None = _NOTHING
+    ) -> PyTree:
         """One model mapped, as `apply` maps it, without its checks.
 
         Args:
             net: The model's network.
             tree: The model as it was matched.
             model: Its index.
+            also: As in `apply`; by default nothing else moves.
 
         Returns:
             A tree, with None in place of unknown variances.
         """
-        return self.mix(net, self.prepare(net, tree, model), model)
+        return self.mix(net, self.prepare(net, tree, model, also=also), model, also=also)
 
     def in_units(self, net: Network, tree: PyTree) -> PyTree:
         """The same function, with layers in the units in which the maps mix their features.
@@ -263,27 +279,34 @@ class Maps:
         """
         return in_output_units(net, tree, self.unknown(net))
 
-    def prepare(self, net: Network, tree: PyTree, model: int) -> PyTree:
+    def prepare(
+        self, net: Network, tree: PyTree, model: int, *, also: Also | None = _NOTHING
+    ) -> PyTree:
         """One model permuted and in the units for mixing, but not mixed: half of `map_tree`.
 
         Args:
             net: The model's network.
             tree: The model as it was matched.
             model: Its index.
+            also: As in `apply`; by default nothing else moves.
 
         Returns:
             A tree of the same function.
         """
         moves = self.permutations[model]
-        return self.in_units(net, net.spec.permute(tree, moves) if moves else tree)
+        moved = net.spec.permute(tree, moves, also=also) if moves else tree
+        return self.in_units(net, moved)
 
-    def mix(self, net: Network, tree: PyTree, model: int) -> PyTree:
+    def mix(
+        self, net: Network, tree: PyTree, model: int, *, also: Also | None = _NOTHING
+    ) -> PyTree:
         """Mixes the features of a model that `prepare` returned: the other half of `map_tree`.
 
         Args:
             net: The model's network.
             tree: The result of `prepare`, or some leaves of it, with None in place of the others.
             model: Its index.
+            also: As in `apply`; by default nothing else is mixed.
 
         Returns:
             A tree, with None in place of unknown variances.
@@ -294,7 +317,7 @@ class Maps:
             return tree
         spreads = self.spreads[model] if self.spreads else {}
         scales = mixed_scales(net, tree, unknown, mixing, spreads)
-        return with_leaves(net.spec.apply(tree, mixing), scales)
+        return with_leaves(net.spec.apply(tree, mixing, also=also), scales)
 
     def carry(self, moments: Any) -> Any:
         """The moments of the models in the basis of the merge, the goals of REPAIR and RESCALE.

@@ -5,8 +5,8 @@ permutation is right there too. A map that mixes channels is not: before a norm 
 different units, which the norm removes. So the layer is first put into the units of its norm's
 output, which does not change the function: `kernel * a` and `mean * a` with
 `a = scale / sqrt(var + eps)`, and in the norm the scale `|scale|` with the variance
-`scale^2 - eps`. (A norm without a scale has scale 1. A norm that does not directly follow a single
-layer, as in pre-activation networks, stays unchanged.)
+`scale^2 - eps`, at which it divides by `|scale|`. (A norm without a scale has scale 1. A norm that
+does not directly follow a single layer, as in pre-activation networks, stays unchanged.)
 
 The scale of the mixed norm must be the standard deviation of the mixed features: `|M| |scale|` if
 all parts are perfectly correlated, and less otherwise.
@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +25,7 @@ from vfjax._trees import changed, flatten_named, with_leaves, without
 from vfjax._types import PyTree
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
+from vfjax.network._stored import Stored, deviation, stored, storing, variance_at
 
 
 def norms_in_units(net: Network, unknown: Collection[str]) -> list[Norm]:
@@ -45,17 +45,21 @@ def in_output_units(net: Network, tree: PyTree, unknown: Collection[str]) -> PyT
         path = norm.scale
         if not {path or norm.var, norm.var, norm.mean} <= leaves.keys():
             continue
-        var = jnp.asarray(leaves[norm.var], jnp.float32)
-        scale = jnp.ones_like(var) if path is None else jnp.asarray(leaves[path], jnp.float32)
-        factor = scale * jax.lax.rsqrt(var + norm.eps)
-        # spread^2 - eps is the new variance and must stay positive, even if the scale is almost 0.
-        spread = jnp.maximum(jnp.abs(scale), np.sqrt(2 * norm.eps))
+        old = stored(net, norm.name, leaves)
+        scale = jnp.ones_like(old.var)
+        if path is not None:
+            scale = jnp.asarray(leaves[path], jnp.float32).reshape(scale.shape)
+        factor = scale / deviation(net, norm.name, leaves, old.var)
+        # The new variance must stay positive, even if the scale is almost 0.
+        least = deviation(net, norm.name, leaves, jnp.full_like(old.var, norm.eps))
+        spread = jnp.maximum(jnp.abs(scale), least)
         layer = net.layer(norm.layer)
         tree = net.fold(tree, layer.name, factor.reshape(layer.channel_shape), None)
         leaves, _ = flatten_named(tree)
-        new = {norm.mean: leaves[norm.mean] * factor, norm.var: spread**2 - norm.eps}
+        variance = variance_at(net, norm.name, leaves, spread)
+        new = storing(net, norm.name, leaves, Stored(old.mean * factor, variance))
         if path is not None:
-            new[path] = spread
+            new[path] = spread.reshape(jnp.shape(leaves[path]))
         tree = with_leaves(
             tree, {p: changed(leaves[p], None, lambda _, v=v: v) for p, v in new.items()}
         )
@@ -79,7 +83,7 @@ def mixed_scales(
     }
     # Without `scaling`, `apply` maps these scales by |M|, as standard deviations require.
     plain = dataclasses.replace(net.spec, scaling=())
-    return flatten_named(plain.apply(alone, sizes))[0] if paths else {}
+    return flatten_named(plain.apply(alone, sizes, also={}))[0] if paths else {}
 
 
 def spread_of(merge: np.ndarray, covariance: np.ndarray) -> np.ndarray:

@@ -108,12 +108,20 @@ class Universe:
         back = invert(self.permutations[to], within=self.within)
         return compose(self.permutations[model], back, within=self.within)
 
-    def apply(self, net: Network | Sequence[Network], trees: Sequence[PyTree]) -> list[PyTree]:
+    def apply(
+        self,
+        net: Network | Sequence[Network],
+        trees: Sequence[PyTree],
+        *,
+        also: Mapping[str, Any] | None = None,
+    ) -> list[PyTree]:
         """The models in the universe's order; their mean is the merge.
 
         Args:
             net: The traced network, or one per model.
             trees: The K models, in the order in which they were matched.
+            also: Which leaves that the network does not read move too, as in
+                `vfjax.symmetry.PermutationSpec.permute`.
 
         Returns:
             K trees.
@@ -136,7 +144,7 @@ class Universe:
                 f"trees must be the {len(self.permutations)} models matched, got {len(trees)}"
             )
         models = zip(networks(net, len(trees)), trees, self.permutations, strict=True)
-        return [own.spec.permute(tree, p) for own, tree, p in models]
+        return [own.spec.permute(tree, p, also=also) for own, tree, p in models]
 
     def __repr__(self) -> str:
         """Its numbers of models and groups, and how the search ended, in one line."""

@@ -340,7 +340,9 @@ def _aligned(
     else:
         result = match(a, b)
     return (
-        net.spec.permute(b, result.permutations) if isinstance(result, align.Alignment) else result
+        net.spec.permute(b, result.permutations, also={})
+        if isinstance(result, align.Alignment)
+        else result
     )
 
 

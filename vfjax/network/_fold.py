@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def obstacle(traced: Traced, name: str, *, shift: bool) -> str | None:
     site, graph = traced.layers[name], traced.graph
     if site.kernel is None:
         return "its kernel is computed from several leaves"
-    reason = _unfit(graph, site.kernel, site.index, "kernel")
+    reason = _unfit(graph, site.kernel, (site.index,), "kernel")
     if reason is not None:
         return reason
     if site.bias_equation is not None:
@@ -40,7 +40,7 @@ def obstacle(traced: Traced, name: str, *, shift: bool) -> str | None:
             return "its bias is computed from several leaves"
         if _bias_index(graph, site) is None:
             return "its bias is shared between channels"
-        return _unfit(graph, site.bias, site.bias_equation, "bias")
+        return _unfit(graph, site.bias, (site.bias_equation,), "bias")
     if not shift:
         return None
     after = traced.norm_after(site)
@@ -49,7 +49,7 @@ def obstacle(traced: Traced, name: str, *, shift: bool) -> str | None:
     if _mean_index(traced, site) is None:
         return "the mean of the normalisation that follows is shared between channels"
     norm = traced.norms[after]
-    return _unfit(graph, norm.mean, norm.index, "following norm's mean")
+    return _unfit(graph, norm.mean, norm.equations, "following norm's mean")
 
 
 def fold(
@@ -81,7 +81,8 @@ def fold(
     new = dict(leaves)
     shifts_norm = shift is not None and site.bias_equation is None
     after = traced.norm_after(site) if shifts_norm else None
-    mean = None if after is None else traced.norms[after].mean
+    norm = None if after is None else traced.norms[after]
+    mean = None if norm is None else norm.mean
     needed = [view for view in (kernel, site.bias, mean) if view is not None]
     for path in (traced.paths[view.leaf] for view in needed):
         if path not in new:
@@ -110,14 +111,13 @@ def fold(
             return moved.reshape(leaf.shape)
 
         new[path] = changed(new[path], site.bias.slot, affine)
-    elif mean is not None and shift is not None:
+    elif norm is not None and mean is not None and shift is not None:
         index = _mean_index(traced, site)
         assert index is not None  # or there is an obstacle
         order, path = np.argsort(index), traced.paths[mean.leaf]
+        moved = _pick(norm.leaf_for(shift, traced.scalars(new)), order)
         new[path] = changed(
-            new[path],
-            mean.slot,
-            lambda leaf: (jnp.ravel(leaf) - _pick(shift, order)).reshape(leaf.shape),
+            new[path], mean.slot, lambda leaf: (jnp.ravel(leaf) - moved).reshape(leaf.shape)
         )
     return new
 
@@ -139,17 +139,17 @@ def _vector(graph: Graph, site: LinearSite, value: Any, what: str) -> Array:
     return jnp.ravel(jnp.asarray(value))
 
 
-def _unfit(graph: Graph, view: View, reader: int, what: str) -> str | None:
-    """Why a leaf cannot absorb a correction meant for one equation that reads it, or None."""
+def _unfit(graph: Graph, view: View, readers: Sequence[int], what: str) -> str | None:
+    """Why a leaf cannot absorb a correction meant for what some equations compute, or None."""
     if not jnp.issubdtype(graph.avals[graph.inputs[view.leaf]].dtype, jnp.inexact):
         return f"its {what} holds integers"
-    if not _sole_use(graph, view, reader):
+    if not _sole_use(graph, view, readers):
         return f"its {what} is used more than once"
     return None
 
 
-def _sole_use(graph: Graph, view: View, reader: int) -> bool:
-    """Whether only one equation uses a leaf, or its slice."""
+def _sole_use(graph: Graph, view: View, readers: Sequence[int]) -> bool:
+    """Whether only one of some equations uses a leaf, or its slice."""
     value, whole = graph.inputs[view.leaf], view.slot is not None
     while True:
         users = graph.users.get(value, ())
@@ -161,7 +161,7 @@ def _sole_use(graph: Graph, view: View, reader: int) -> bool:
         if len(users) != 1:
             return False
         equation = graph.equations[users[0]]
-        if users[0] == reader:
+        if users[0] in readers:
             return equation.values.count(value) == 1
         value = equation.result
 
@@ -181,7 +181,7 @@ def _mean_index(traced: Traced, site: LinearSite) -> np.ndarray | None:
         return None
     name, axes = link
     norm = traced.norms[name]
-    shape = traced.graph.avals[traced.graph.equations[norm.index].values[0]].shape
+    shape = traced.graph.avals[norm.input].shape
     return _leaf_index(traced.graph, norm.mean, shape, axes)
 
 

@@ -7,7 +7,7 @@ how a network keeps these can change here and in `_retrace`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
@@ -19,6 +19,7 @@ from vfjax._types import Array, PyTree
 from vfjax.network._fold import fold
 from vfjax.network._retrace import traces_of
 from vfjax.network._sites import locate
+from vfjax.network._stored import Part as Part
 
 if TYPE_CHECKING:
     from vfjax.network._network import Network
@@ -39,26 +40,10 @@ def has_structure(net: Network, tree: Any) -> bool:
         return False
 
 
-class Part(NamedTuple):
-    """A leaf, or with a slot the slice of a leaf that one layer of an unrolled scan reads."""
-
-    path: str
-    slot: int | None
-
-    def __str__(self) -> str:
-        return self.path if self.slot is None else f"{self.path}[{self.slot}]"
-
-
 def bias_of(net: Network, layer: str) -> Part | None:
     """The bias of a layer, or None if it has none that is a leaf."""
     path, view = net.layer(layer).bias, traces_of(net).reference.layers[layer].bias
     return None if path is None or view is None else Part(path, view.slot)
-
-
-def statistics_of(net: Network, norm: str) -> tuple[Part, Part]:
-    """The stored mean and variance of a norm."""
-    record, site = net.norm(norm), traces_of(net).reference.norms[norm]
-    return Part(record.mean, site.mean.slot), Part(record.var, site.var.slot)
 
 
 def folded(
@@ -118,7 +103,7 @@ def ranks_of(net: Network, layers: Collection[str], norms: Collection[str]) -> l
         makes[name] = graph.producer[reads[name]]
     for name in norms:
         makes[name] = traced.norms[name].index
-        reads[name] = graph.equations[makes[name]].values[0]
+        reads[name] = traced.norms[name].input
     rank: dict[str, int] = {}
     for name in sorted(makes, key=makes.__getitem__):
         before = net.norm(name).layer if name in norms else None

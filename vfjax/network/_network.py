@@ -6,7 +6,12 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from vfjax._analysis import from_propagation, report_missing_layers
+from vfjax._analysis import (
+    from_propagation,
+    report_missing_layers,
+    report_statistics,
+    report_training,
+)
 from vfjax._deprecated import OldName
 from vfjax._passes import Owner
 from vfjax._trees import flatten_named
@@ -53,7 +58,9 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
             path is `input` or `output`, which name the network's ends.
 
     Warns:
-        UserWarning: If the network has no layers, or some weights are closed over.
+        UserWarning: If the network has no layers, some weights are closed over, or leaves are
+            subtracted from activations or divide them outside of any norm that is recognised; or if
+            `apply_fn` looks like a network in training mode.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -114,6 +121,8 @@ class Network(Owner):
                 f"itself: rename it, or put it into a dict, {{'{taken}': {{'kernel': ...}}}}"
             )
         report_missing_layers(self._reference)
+        report_statistics(self._reference)
+        report_training(self._reference.graph)
 
     def __repr__(self) -> str:
         """Size and depth at a glance."""
@@ -147,6 +156,15 @@ class Network(Owner):
     def norms(self) -> tuple[Norm, ...]:
         """The normalisations with stored statistics, in the order of evaluation."""
         return tuple(describe_norm(self._reference, n) for n in self._reference.norms)
+
+    @property
+    def unrecognised(self) -> tuple[tuple[str, str, str], ...]:
+        """Leaves that act on activations as stored statistics do, but belong to none of `norms`.
+
+        `(path, "subtracts from" or "divides", file:line)` of those with several entries. Nothing
+        renews them.
+        """
+        return self._reference.unrecognised
 
     @functools.cached_property
     def _propagation(self) -> Any:

@@ -104,17 +104,21 @@ class Layer:
 class Norm:
     """A normalisation by stored statistics, `(x - mean) * rsqrt(var + eps) * scale + bias`.
 
+    It may be written in any way that computes this, as `x * a + (bias - mean * a)`, and the leaves
+    of statistics may be multiplied by scalars of the parameters, as where averages are debiased.
+
     Attributes:
         name: Path of the leaf of means.
         mean: Path of the leaf of means.
-        var: Path of the leaf of variances.
+        var: Path of the leaf of variances, or of standard deviations.
         scale: Path of the leaf of scales, or None.
         bias: Path of the leaf of shifts, or None.
-        eps: The number added to the variance.
+        eps: The number added to the variance, or to the standard deviation.
         input_shape: Shape of its input.
         channel_axes: Axes of its input that the statistics vary along.
         sample_axes: The other axes.
         layer: Name of the layer whose pre-activation it normalises directly, or None.
+        deviations: Whether `var` holds standard deviations.
     """
 
     name: str
@@ -127,6 +131,7 @@ class Norm:
     channel_axes: tuple[int, ...]
     sample_axes: tuple[int, ...]
     layer: str | None
+    deviations: bool = False
 
     @property
     def site(self) -> str:
@@ -229,7 +234,7 @@ def describe_layer(
 def describe_norm(traced: Traced, name: str) -> Norm:
     """The record of a normalisation with stored statistics."""
     site = traced.norms[name]
-    shape = traced.graph.avals[traced.graph.equations[site.index].values[0]].shape
+    shape = traced.graph.avals[site.input].shape
     before = (n for n, s in traced.layers.items() if traced.norm_after(s) == name)
     return Norm(
         name=name,
@@ -242,6 +247,7 @@ def describe_norm(traced: Traced, name: str) -> Norm:
         channel_axes=site.channel_axes,
         sample_axes=tuple(a for a in range(len(shape)) if a not in site.channel_axes),
         layer=next(before, None),
+        deviations=not site.deviation.of_variance,
     )
 
 

@@ -151,8 +151,8 @@ def locate(net: Network, traced: Traced, name: str) -> tuple[int, tuple[int, int
     if site.kind == "loop":
         return traced.loops[name], None
     if site.kind == "norm":
-        index = traced.norms[_base(site)].index
-        return graph.equations[index].values[0], (index, 0)
+        norm = traced.norms[_base(site)]
+        return norm.input, (norm.index, norm.operand)
     if site.kind == "operand":
         layer = traced.layers[_base(site)]
         value = graph.equations[layer.index].inputs[1 - layer.side]

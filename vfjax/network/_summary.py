@@ -43,6 +43,7 @@ def summary(net: Any) -> str:
     notes = [f"opaque: {primitive} at {where}" for primitive, where in net.opaque]
     outside = "outside of layers, norms and biases"
     notes += [f"{outside}: {path} ({op} at {where})" for path, op, where in net.others]
+    notes += [f"of no norm: {path} ({verb} at {where})" for path, verb, where in net.unrecognised]
     if any(not layer.main for layer in net.layers):
         notes.append("(depth): a shortcut, off every longest path")
     return "\n".join([text, *notes])

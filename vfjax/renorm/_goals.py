@@ -17,6 +17,7 @@ from vfjax.merge._unpacked import Unpacked
 from vfjax.network._arguments import Models, models_of, networks
 from vfjax.network._crossing import Crossing
 from vfjax.network._sites import Sites, select
+from vfjax.renorm._doubt import Given
 from vfjax.stats._moments import Moments, measured
 
 
@@ -28,7 +29,7 @@ def goals_of(
     weights: Sequence[float] | None,
     sites: Sites,
     mask: Mask | None = None,
-) -> tuple[dict[str, tuple[Array, Array]], tuple[float, ...]]:
+) -> tuple[dict[str, tuple[Array, Array]], Given]:
     """Mean and standard deviation to reach, by layer; checks the references first.
 
     Args:
@@ -41,7 +42,8 @@ def goals_of(
         mask: As in `vfjax.renorm.repair`.
 
     Returns:
-        For each layer to correct, arrays of its channels' shape; and the references' weights.
+        For each layer to correct, arrays of its channels' shape; and the references, in the basis
+        of the merge.
 
     Raises:
         TypeError: As `vfjax.renorm.repair`.
@@ -60,13 +62,13 @@ def goals_of(
     chosen = [name for name in names if _correctable(model, layers[name])]
     if maps is not None and not isinstance(maps, Maps):
         raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
-    given = _given(references)
+    given, leaves = _given(references), ()
     if given is None:
         models = _references(model, references, maps)
         mix = weights_for(merged, weights, len(models))
         if not chosen:
-            return {}, mix
-        given = _measured(models, data, maps, chosen, mask)
+            return {}, Given(Moments({}, {}, {}), mix)
+        given, leaves = _measured(models, data, maps, chosen, mask), models.leaves
     else:
         missing = [name for name in chosen if any(name not in m.mean for m in given)]
         if missing:
@@ -77,8 +79,9 @@ def goals_of(
         mix = weights_for(merged, weights, sum(m.models for m in given))
     if maps is not None:
         given = maps.carry(given if len(given) > 1 else given[0])
-    means, stds = _joined(given).mixed(mix)
-    return {name: (means[name], stds[name]) for name in chosen}, mix
+    joined = _joined(given)
+    means, stds = joined.mixed(mix)
+    return {name: (means[name], stds[name]) for name in chosen}, Given(joined, mix, leaves)
 
 
 def _correctable(model: Merged, layer: Any) -> bool:

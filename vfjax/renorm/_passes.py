@@ -33,15 +33,23 @@ from vfjax._passes import (
 )
 from vfjax._passes.masking import check_valid
 from vfjax._passes.moments import Pooled, coefficients, moments_of, pool
-from vfjax._trees import changed, flatten_named
+from vfjax._trees import flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Arrays, Frame, Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._crossing import Crossing
-from vfjax.network._inside import Part, ranks_of, statistics_of
+from vfjax.network._inside import ranks_of
 from vfjax.network._layout import as_float, whole_layout
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
+from vfjax.network._stored import (
+    Part,
+    Stored,
+    deviation_ratio,
+    statistics_of,
+    stored,
+    storing,
+)
 from vfjax.network._valid import valid_at
 
 
@@ -73,11 +81,13 @@ class Found(NamedTuple):
         corrections: `{layer: (scale, shift)}`.
         norms: `{norm: moments of its corrected input}`, in the trunk.
         heads: `{(model, norm): moments of its corrected input}`, in the heads.
+        layers: `{layer: moments before its correction}`.
     """
 
     corrections: dict[str, tuple[Any, Any]]
     norms: dict[str, Pooled]
     heads: dict[tuple[int, str], Pooled]
+    layers: dict[str, Pooled]
 
 
 # A batch or a crossing, and which positions of the batch count, None for all.
@@ -123,7 +133,8 @@ def by_batch(
     pooled = _pass(job, given, inputs(job.net, job.frame.cut, data, mask))
     corrections = {n: _coefficients(pooled[n], goals[n], centre) for n in job.layers}
     heads = {place: pooled[label(*place)] for place in job.heads}
-    return Found(corrections, {n: pooled[n] for n in job.norms}, heads)
+    norms, layers = ({n: pooled[n] for n in names} for names in (job.norms, job.layers))
+    return Found(corrections, norms, heads, layers)
 
 
 def by_layer(
@@ -148,7 +159,7 @@ def by_layer(
     Returns:
         Corrections and moments; exact on any data.
     """
-    results = Found({}, {}, {})
+    results = Found({}, {}, {}, {})
     read = _stored(model.model, data, mask)
     identity = {
         name: (jnp.ones_like(goals[name][0]), jnp.zeros_like(goals[name][0])) for name in job.layers
@@ -163,6 +174,7 @@ def by_layer(
         pooled = _pass(job, given, read())
         for name in rank:
             if name in job.layers:
+                results.layers[name] = pooled[name]
                 results.corrections[name] = _coefficients(pooled[name], goals[name], centre)
         for name in rank:
             if name in job.norms:
@@ -202,13 +214,12 @@ def with_statistics(
         New leaves; statistics have the dtypes of the old ones.
     """
     new = dict(leaves)
-    joined: dict[tuple[Part, Part], Pooled] = {}
+    joined: dict[tuple[Part, Part], tuple[str, Pooled]] = {}
     for name, moments in by_norm.items():
         key = statistics_of(net, name)
-        joined[key] = pool(joined[key], moments) if key in joined else moments
-    for (mean, var), moments in joined.items():
-        new[mean.path] = changed(new[mean.path], mean.slot, lambda _, m=moments: m.mean)
-        new[var.path] = changed(new[var.path], var.slot, lambda _, m=moments: m.var)
+        joined[key] = name, pool(joined[key][1], moments) if key in joined else moments
+    for name, moments in joined.values():
+        new |= storing(net, name, new, Stored(moments.mean, moments.var))
     return new
 
 
@@ -328,16 +339,11 @@ def _moments(job: Job, given: _Given, x: PyTree, valid: Array | None) -> dict[st
 
 def _as_if(net: Network, norm: Norm, leaves: Mapping[str, Array], now: Pooled, u: Array) -> Array:
     """The input that the norm maps, by its old statistics, to where the batch's would map `u`."""
-
-    def old(part: Part) -> Array:
-        leaf = jnp.asarray(leaves[part.path])
-        leaf = leaf if part.slot is None else leaf[part.slot]
-        return leaf.reshape(now.mean.shape).astype(now.mean.dtype)
-
-    mean, var = map(old, statistics_of(net, norm.name))
-    factor = jnp.sqrt((var + norm.eps) / (now.var + norm.eps))
+    dtype = now.mean.dtype
+    old = Stored(*(v.astype(dtype) for v in stored(net, norm.name, leaves)))
+    factor = deviation_ratio(net, norm.name, leaves, old.var, now.var).astype(dtype)
     now_mean, factor, mean = (
-        jnp.expand_dims(v, norm.sample_axes) for v in (now.mean, factor, mean)
+        jnp.expand_dims(v, norm.sample_axes) for v in (now.mean, factor, old.mean)
     )
     return ((u.astype(mean.dtype) - now_mean) * factor + mean).astype(u.dtype)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from vfjax._analysis import listed_statistics
 from vfjax._maps import Maps
 from vfjax._passes import Mask
 from vfjax._trees import with_leaves
@@ -18,6 +19,8 @@ from vfjax.merge._unpacked import Unpacked
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.renorm import _passes
+from vfjax.renorm._copies import warn_of_unrecognised, with_copies
+from vfjax.renorm._doubt import Given, check_order
 from vfjax.renorm._goals import goals_of
 from vfjax.renorm._write import fold_all
 from vfjax.stats._moments import Moments
@@ -32,6 +35,7 @@ def reset(
     *,
     sweeps: str = "batch",
     mask: Mask | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> PyTree | Merged:
     """RESET: measures the stored statistics of every norm of trunk and heads again.
 
@@ -48,15 +52,25 @@ def reset(
             deepest path, exact on any data.
         mask: Which positions of a batch count, such as those that are no padding: a function of x
             to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`.
+        also: Which leaves that the network does not read are copies of statistics, and are renewed
+            too, in the proportion that they had to them: `{"hidden": "average"}` says that each
+            leaf with the component (or `/`-joined components) `hidden` in its path is a copy of the
+            leaf with `average` there. `{}`: none, and without a warning.
 
     Returns:
         A tree or a `Merged`, as given. Norms inside stems keep their statistics.
 
     Raises:
-        TypeError: If data has another structure or dtype than was traced, or `mask` is not a
-            function to booleans.
-        ValueError: If the network has no norm with stored statistics, if data is empty or
-            exhausted, or if `merged` does not fit the network.
+        TypeError: If data has another structure or dtype than was traced, `mask` is not a function
+            to booleans, or `also` is not such a mapping.
+        ValueError: If the network has no norm with stored statistics that is recognised, if data is
+            empty or exhausted, if `merged` does not fit the network, or an entry of `also` fits no
+            leaf.
+
+    Warns:
+        UserWarning: If leaves act as statistics of norms that are not recognised
+            (`net.unrecognised`), or a leaf that is not read looks like a copy of a statistic and
+            `also` is not given.
 
     Example:
         >>> import jax.numpy as jnp, vfjax
@@ -74,12 +88,22 @@ def reset(
     Repair", section 4; the reference code averages per-batch unbiased variances instead.
     """
     model = merged_of(net, merged)
+    listed = listed_statistics(model.net.unrecognised)
+    if not model.net.norms and listed:
+        raise ValueError(
+            "net has no normalisation with stored statistics that is recognised, so there is "
+            f"nothing to reset: net.norms is empty, but {listed}. Write the norm as (x - mean) * "
+            "rsqrt(var + eps) * scale + bias, with leaves or multiples of leaves as mean and var. "
+            "If these are no statistics, use repair or rescale."
+        )
     if not model.net.norms:
         raise ValueError(
             "net has no normalisation with stored statistics, so there is nothing to reset; "
             "see net.norms. Networks without BatchNorm need repair or rescale."
         )
-    return _renormalise(model, data, {}, sweeps, centre=False, mask=mask)
+    warn_of_unrecognised(model.net, listed)
+    new = _renormalised(model, data, {}, sweeps, centre=False, mask=mask)
+    return with_copies(model, new, _norms_of(model), also).given_back()
 
 
 def repair(
@@ -132,6 +156,13 @@ def repair(
         ValueError: If references, weights or sites do not fit, if data is empty or exhausted, or
             `merged` does not fit the network.
 
+    Warns:
+        UserWarning: If the channels of a reference seem to be in another order than those of the
+            merged model: over all sites, neither the ranks of their means and standard deviations
+            correlate by more than two standard errors, nor these numbers with what the other
+            references leave unexplained; and no layer is a weighted sum of the references'. With
+            fewer than 4 K^2 channels for K references this is not checked.
+
     Example:
         >>> import jax.numpy as jnp, vfjax
         >>> def apply_fn(v, x):
@@ -149,8 +180,9 @@ def repair(
     BatchNorm, with its epsilon.
     """
     model = merged_of(net, merged)
-    goals, mix = goals_of(model, data, references, maps, weights, sites, mask)
-    return _renormalise(model, data, goals, sweeps, centre=True, weights=mix, mask=mask)
+    goals, given = goals_of(model, data, references, maps, weights, sites, mask)
+    new = _renormalised(model, data, goals, sweeps, centre=True, mask=mask, references=given)
+    return new.given_back()
 
 
 def rescale(
@@ -193,6 +225,9 @@ def rescale(
         TypeError: As `repair`.
         ValueError: As `repair`.
 
+    Warns:
+        UserWarning: As `repair`.
+
     Example:
         >>> import jax.numpy as jnp, vfjax
         >>> def apply_fn(v, x):
@@ -207,11 +242,22 @@ def rescale(
     Source: "Vanishing Feature: Diagnosing Model Merging and Beyond", section on normalisation.
     """
     model = merged_of(net, merged)
-    goals, mix = goals_of(model, data, references, maps, weights, sites, mask)
-    return _renormalise(model, data, goals, sweeps, centre=False, weights=mix, mask=mask)
+    goals, given = goals_of(model, data, references, maps, weights, sites, mask)
+    new = _renormalised(model, data, goals, sweeps, centre=False, mask=mask, references=given)
+    return new.given_back()
 
 
-def _renormalise(
+def _norms_of(given: Unpacked) -> list[str]:
+    """The norms of the trunk."""
+    net, model = given.net, given.model
+    return [
+        n.name
+        for n in net.norms
+        if not (model.cut and net.in_stem(n.site, model.cut)) and not model.in_heads(n.site)
+    ]
+
+
+def _renormalised(
     given: Unpacked,
     data: Iterable[Any],
     goals: dict[str, Any],
@@ -219,17 +265,12 @@ def _renormalise(
     *,
     centre: bool,
     mask: Mask | None,
-    weights: tuple[float, ...] = (1.0,),
-) -> PyTree | Merged:
+    references: Given | None = None,
+) -> Unpacked:
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
     net, model = given.net, given.model
-    cut = model.cut
-    norms = [
-        n.name
-        for n in net.norms
-        if not (cut and net.in_stem(n.site, cut)) and not model.in_heads(n.site)
-    ]
+    norms = _norms_of(given)
     heads = [n.name for n in net.norms if model.in_heads(n.site)]
     places = tuple((k, name) for k in range(len(model.heads)) for name in heads)
     job = _passes.Job(model.frame, tuple(goals), tuple(norms), places)
@@ -238,10 +279,12 @@ def _renormalise(
         new = _with_variances(given)
         results = _SWEEPS[sweeps](job, new, data, goals, centre=centre, mask=mask)
         new = fold_all(new, results, shift=centre)
+        if references is not None:
+            check_order(given, results.layers, references)
     if given.plain:
         # A tree that becomes a `Merged` records that it was merged from the references.
-        new = new.put(weights=weights)
-    return new.given_back()
+        new = new.put(weights=(1.0,) if references is None else references.weights)
+    return new
 
 
 def _with_variances(given: Unpacked) -> Unpacked:

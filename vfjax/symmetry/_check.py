@@ -48,7 +48,7 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
     check_finite(flatten_named(variables)[0], name="variables")
     permutations = net.spec.random(key, variables)
     before = jax.tree.leaves(net.run(variables, x))
-    after = jax.tree.leaves(net.run(net.spec.permute(variables, permutations), x))
+    after = jax.tree.leaves(net.run(net.spec.permute(variables, permutations, also={}), x))
     worst = np.float64(0)
     for a, b in zip(before, after, strict=True):
         a, b = np.asarray(a), np.asarray(b)

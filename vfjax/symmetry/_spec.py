@@ -14,6 +14,7 @@ import numpy as np
 
 from vfjax._trees import flatten_named, on_host, some
 from vfjax._types import Array, PyTree
+from vfjax.symmetry._also import Also, extended, warn_of_unread
 from vfjax.symmetry._entries import bare, by_piece, holds, pieces
 from vfjax.symmetry._group_maps import (
     as_array,
@@ -199,8 +200,18 @@ class PermutationSpec:
             self._check_permutations(permutations, {**self.sizes, **sizes})
         return sizes
 
-    def permute(self, variables: PyTree, permutations: Mapping[str, Any]) -> PyTree:
+    def permute(
+        self,
+        variables: PyTree,
+        permutations: Mapping[str, Any],
+        *,
+        also: Also | None = None,
+    ) -> PyTree:
         """Permutes the axes of every group by `new = take(old, permutation)`.
+
+        Leaves that the network does not read have no group: state that only training reads, such as
+        a second copy of a running average, the moments of an optimiser, or a head of its own. They
+        keep their order unless `also` says what they follow.
 
         Args:
             variables: A parameter tree, or a mask of one (`vfjax.prune.masks`); None may stand in
@@ -209,6 +220,11 @@ class PermutationSpec:
                 entries: inside the i-th of these, in their new order, `new = take(old,
                 permutation[i])`. Groups left out keep their order. May be traced (under `jit` or
                 `vmap`).
+            also: Which leaves that are not read move too. `{"hidden": "average"}`: each with the
+                component (or `/`-joined components) `hidden` in its path follows the leaf with
+                `average` there, so that `{"opt/mu": "params"}` moves a whole tree of moments.
+                `{"head/kernel": {0: "h"}}`: axis 0 of this leaf holds the group `h`. `{}`: none,
+                and without a warning.
 
         Returns:
             A tree like `variables`, of the same dtypes; numpy leaves stay numpy unless a
@@ -216,15 +232,34 @@ class PermutationSpec:
             traced.
 
         Raises:
-            TypeError: As `validate`.
-            ValueError: As `validate`.
+            TypeError: As `validate`, or if `also` is not such a mapping.
+            ValueError: As `validate`, or if an entry of `also` fits no leaf, or a leaf of another
+                shape than the one that it would follow.
+
+        Warns:
+            UserWarning: If leaves that are not read have an axis as long as one that is permuted,
+                and `also` is not given.
+
+        Example:
+            >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
+            >>> tree = {"w": np.array([[1, 2]]), "v": np.array([[3], [4]])}
+            >>> tree |= {"momentum": {"w": np.array([[5, 6]])}}
+            >>> new = spec.permute(tree, {"h": [1, 0]}, also={"momentum/w": "w"})
+            >>> new["w"].tolist(), new["momentum"]["w"].tolist()
+            ([[2, 1]], [[6, 5]])
         """
         self.validate(variables, permutations)
         indices = {name: as_array(p) for name, p in permutations.items()}
+        more = self._extended(variables, indices, also)
+        return (self if more is None else more)._map(variables, indices, permute_at)
 
-        return self._map(variables, indices, permute_at)
-
-    def apply(self, variables: PyTree, maps: Mapping[str, tuple[Any, Any]]) -> PyTree:
+    def apply(
+        self,
+        variables: PyTree,
+        maps: Mapping[str, tuple[Any, Any]],
+        *,
+        also: Also | None = None,
+    ) -> PyTree:
         """Maps the axes of every group linearly, in float32 or better.
 
         With features `h' = M h` and `h = U h'`, leaves that write the group take `M` and leaves
@@ -242,6 +277,7 @@ class PermutationSpec:
             maps: By group, a pair of a merge matrix `M [m, n]` and an unmerge matrix `U [n, m]`;
                 for a group within one of h entries also `[h, m, n]` and `[h, n, m]`, a map for each
                 of these in their new order. Groups left out stay as they are.
+            also: Which leaves that are not read are mapped too, as in `permute`.
 
         Returns:
             A tree like `variables`, of the same dtypes, with m entries in place of n.
@@ -249,7 +285,10 @@ class PermutationSpec:
         Raises:
             TypeError: If a mapped leaf holds integers, or a map is not a pair.
             ValueError: If a group is unknown or `rigid`, a matrix has the wrong shape, or the spec
-                does not fit the tree.
+                or `also` does not fit the tree.
+
+        Warns:
+            UserWarning: As `permute`.
 
         Example:
             >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
@@ -264,6 +303,9 @@ class PermutationSpec:
         """
         sizes = {**self.sizes, **self.validate(variables)}
         self.check_known("maps", maps)
+        more = self._extended(variables, maps, also)
+        if more is not None:
+            return more.apply(variables, maps, also={})
         for name, pair in maps.items():
             check_matrices(name, pair, sizes.get(name), within=name in self.within)
         self._check_owners(maps, sizes)
@@ -346,6 +388,19 @@ class PermutationSpec:
                 f"which has {len(around)} in that leaf around it or on another axis."
             )
         return around[0]
+
+    def _extended(
+        self, variables: PyTree, by_group: Mapping[str, Any], also: Also | None
+    ) -> PermutationSpec | None:
+        """The spec with the places that `also` adds, or None; warns of leaves left out."""
+        if also is None:
+            warn_of_unread(self.groups, self.fixed, variables, by_group)
+        if not also:
+            return None
+        more = extended(self.groups, self.fixed, flatten_named(variables).leaves, also)
+        spec = dataclasses.replace(self, groups=more)
+        spec.validate(variables)
+        return spec
 
     def _partition(self) -> frozenset[frozenset[Axis]]:
         return frozenset(frozenset(axes) for axes in self.groups.values() if axes)

@@ -20,6 +20,7 @@ from vfjax.network._inside import is_output, tree_of
 from vfjax.network._kernels import kernels
 from vfjax.network._network import Network
 from vfjax.network._records import Norm
+from vfjax.network._stored import deviation, stored
 
 # The ratio and both cosines of a site without a kernel to compare.
 _UNKNOWN = (float("nan"),) * 3
@@ -306,29 +307,32 @@ def _disagreement(
     heads = network.model.in_heads(norm.site)
     flats = network.heads if heads else (network.trunk,)
     shares = network.model.weights if heads else (1.0,)
-    stored_mean = stored_std = np.zeros(())
-    for share, (leaves, _) in zip(shares, flats, strict=True):
-        if norm.mean not in leaves or norm.var not in leaves:
-            return None
-        stored, var = (
-            np.asarray(leaves[path], np.float64).ravel() for path in (norm.mean, norm.var)
-        )
-        if stored_mean.shape not in ((), stored.shape):  # heads of different widths
-            return None
-        stored_mean = stored_mean + share * stored
-        stored_std = stored_std + share * np.sqrt(np.maximum(var, 0) + norm.eps)
     if norm.site not in features.mean:
         return None
     mean, std = (
         np.asarray(part[norm.site], np.float64)[k].ravel() for part in (features.mean, features.std)
     )
-    if mean.shape != stored_mean.shape:  # a stacked leaf, of which a scan takes one layer
-        return None
-    unit = np.sqrt((np.square(std) + norm.eps).mean())
+    stored_mean = stored_std = divided_by = np.zeros(())
+    for j, (share, (leaves, _)) in enumerate(zip(shares, flats, strict=True)):
+        net = network.model.net_of(j) if heads else network.net
+        if norm.mean not in leaves or norm.var not in leaves:
+            return None
+        exact = {path: np.asarray(leaves[path], np.float64) for path in (norm.mean, norm.var)}
+        own = stored(net, norm.name, leaves | exact)
+        if own.mean.size != mean.size:  # heads of different widths
+            return None
+        var = np.maximum(np.ravel(own.var), 0)
+        stored_mean = stored_mean + share * np.ravel(own.mean)
+        # Stored and measured variances are compared by what the norm divides by.
+        for_stored, for_measured = (
+            np.ravel(deviation(net, norm.name, leaves, v)) for v in (var, np.square(std))
+        )
+        stored_std, divided_by = stored_std + share * for_stored, divided_by + share * for_measured
+    unit = np.sqrt(np.square(divided_by).mean())
     if not unit or not stored_std.any():
         return None
     error = np.sqrt(np.square(mean - stored_mean).mean()) / unit
-    return float(error), float(np.sqrt(np.square(std) + norm.eps).mean() / stored_std.mean())
+    return float(error), float(divided_by.mean() / stored_std.mean())
 
 
 def _kernels(
