@@ -11,7 +11,7 @@ units equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ def optimistic_start(
     left: Mapping[str, np.ndarray],
     right: Mapping[str, np.ndarray],
     counted: Counted,
-) -> dict[str, np.ndarray]:
+    least: float = 0.0,
+) -> dict[str, np.ndarray] | None:
     """Permutations of all groups, each by the largest gain that those after it leave possible.
 
     Args:
@@ -39,58 +40,64 @@ def optimistic_start(
         left: The leaves that count of the model to align to.
         right: The leaves that count of the model to permute.
         counted: Their axes, by path and group.
+        least: The agreement below which to give up: the inner product of the kernels whose groups
+            are all decided, over half the sum of their square norms. It is 1 in a copy.
 
     Returns:
-        By group, int32 `[n]`, or `[h, n]` for a group within another.
+        By group, int32 `[n]`, or `[h, n]` for a group within another; None if it gave up.
     """
-    found, moved = {}, dict(right)
+    found, moved, held = {}, dict(right), {}
     for group, n in sizes.items():
         shape = (sizes[spec.within[group]], n) if group in spec.within else (n,)
         found[group] = np.broadcast_to(np.arange(n, dtype=np.int32), shape)
-    weights = {path: dot(left[path], left[path]) for path in counted}
-    waiting = [group for group in spec.groups if any(group in of for of in counted.values())]
+        held[group] = [path for path, axes in counted.items() if group in axes]
+    squares = {path: dot(left[path], left[path]) for path in counted}
+    waiting = {group: None for group in sizes if held[group]}
+    agreed = most = 0.0
+
+    def known(group: str) -> float:
+        """The share of a group's weights that is compared without any optimism."""
+        sure = sum(squares[p] for p in held[group] if counted[p].keys() & waiting.keys() == {group})
+        return sure / (sum(squares[path] for path in held[group]) or 1.0)
+
     while waiting:
-        held = {group: [p for p, of in counted.items() if group in of] for group in waiting}
-
-        def known(group: str) -> float:
-            """The share of a group's weights that is compared without any optimism."""
-            sums = {True: 0.0, False: 1e-300}
-            for path in held[group]:
-                sums[counted[path].keys() & held.keys() == {group}] += weights[path]
-            return sums[True] / (sums[True] + sums[False])
-
-        ready = [group for group in waiting if spec.within.get(group) not in held]
-        group = max(ready, key=known)
+        group = max((g for g in waiting if spec.within.get(g) not in waiting), key=known)
         gain: Any = 0.0
         for path in held[group]:
             for place in counted[path][group]:
-                others = [*_others(spec, counted[path], held, place)]
+                others = _others(spec, counted[path], waiting, place)
                 pair = _sorted(left[path], others), _sorted(moved[path], others)
                 gain = gain + _gains(*pair, place, spec.owner(group, place))
         order = assign(gain) if gain.ndim == 2 else np.stack([assign(each) for each in gain])
         found[group] = order
+        del waiting[group]
         for path in held[group]:
             moved[path] = permuted(spec, moved[path], counted[path], (group,), {group: order})
-        waiting.remove(group)
+            if left[path].ndim > 1 and counted[path].keys().isdisjoint(waiting):
+                agreed += dot(left[path], moved[path])
+                most += (squares[path] + dot(moved[path], moved[path])) / 2
+        if agreed < least * most:
+            return None
     return found
 
 
 def _others(
     spec: PermutationSpec,
     axes: Mapping[str, tuple[Axis, ...]],
-    open_: Mapping[str, Any],
+    waiting: Collection[str],
     place: Axis,
-) -> Iterator[Axis]:
-    """The other places of open groups on a leaf; groups within others first.
+) -> list[Axis]:
+    """The other places of undecided groups on a leaf; groups within others first.
 
-    Entries of an owner can be sorted only when what is inside them is, since each has its own
+    Entries of an owner can be sorted only once what is inside them is, since each has its own
     order.
     """
-    for group in sorted(axes.keys() & open_.keys(), key=spec.within.__contains__, reverse=True):
-        yield from (other for other in axes[group] if other != place)
+    groups = [group for group in axes if group in waiting]
+    groups.sort(key=lambda group: group not in spec.within)
+    return [other for group in groups for other in axes[group] if other != place]
 
 
-def _sorted(leaf: np.ndarray, places: list[Axis]) -> np.ndarray:
+def _sorted(leaf: np.ndarray, places: Sequence[Axis]) -> np.ndarray:
     for place in places:
         leaf = map_axis(leaf, place, lambda view, k: np.sort(view, axis=k))
     return leaf
