@@ -20,6 +20,23 @@
     >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
     [1, 2, 0]
 
+A permuted copy of a network comes back exactly, by weights and by activations. The exceptions:
+
+- Units that nothing tells apart have any order: weights that are equal but for the order of other
+  units, as after pruning or quantising to few values; activations that are constant, or equal up to
+  scale and shift, on the data.
+- By activations, groups without a tap keep their order, as do units inside the entries of a group
+  (the dims of heads) where a tap shows them without these.
+- Where groups cross at a tap (heads and the dims that they share), `match_activations` and
+  `match_moments` decide them together; `match_universe` with data, `zip_features`, `cca` and
+  `transport` compare the units of one group in the order in which those of the other lie.
+- Where a tap shows another group along its samples, as when tokens are mixed channel by channel,
+  `match_activations` measures again after permuting; from moments alone, `match_moments` cannot.
+- By weights, noise hides a copy: an ordinary network is searched again only while kernels agree by
+  0.7, which noise almost as large as the weights undoes; `optimistic=True` searches in any case.
+
+`Alignment.bound` says what a copy would reach.
+
 Mixing units makes the variances stored by a BatchNorm unknown; `vfjax.renorm.reset` measures them
 again. Groups in `net.spec.rigid` are only ever permuted. The private module of each matcher states
 what its paper maximises: `_weights`, `_activations`, `_universe`, `_zip`, `_cca`, `_transport`.

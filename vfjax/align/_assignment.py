@@ -26,12 +26,15 @@ class Alignment:
         objective: The maximised quantity after each sweep over the groups; never decreasing. A
             method without sweeps gives one entry, the optimum.
         converged: Whether the search ended because the last sweep found nothing to improve, rather
-            than at the limit on sweeps.
+            than at the limit on sweeps. It may have ended in a local optimum.
+        bound: What no permutations can exceed and a permuted copy reaches, if it is known: how far
+            the objective is from it says how far the networks differ, or the search fell short.
     """
 
     permutations: Mapping[str, np.ndarray]
     objective: tuple[float, ...]
     converged: bool
+    bound: float | None = None
 
     @property
     def moved(self) -> int:
@@ -44,6 +47,7 @@ class Alignment:
         """How many units moved and how the search ended, in one line."""
         count, units = len(self.permutations), sum(map(np.size, self.permutations.values()))
         last = f"{self.objective[-1]:.6g}" if self.objective else "none"
+        last += "" if self.bound is None else f" of at most {self.bound:.6g}"
         sweeps = len(self.objective)
         return (
             f"Alignment({count} group{'' if count == 1 else 's'}, {self.moved} of {units} units "

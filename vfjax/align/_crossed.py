@@ -92,4 +92,3 @@ def _sites(net: Network) -> Iterable[str]:
     parts = {name for name, site in net.sites.items() if site.source in whole}
     plain, joint = matched_sites(net)
     return *(name for name in (*plain, *joint) if name not in parts), *whole
-

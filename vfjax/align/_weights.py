@@ -7,12 +7,17 @@ products, unit by unit, to the gain matrix. Sweeps over the groups in random ord
 them can be improved. Heads of attention and the dims inside each form one block: the best
 assignment of dims gives the value of each pair of heads in the assignment of heads.
 
-Everything runs on the host, in `_ascent`: the gain matrices are products of unfolded leaves, for
+That is one search, from the order in which the units lie. Where it ends below what a permuted copy
+would reach, another begins at optimistic gains (`_optimistic`), if groups share leaves in ways that
+trap the first one, or if b looks like a copy. The better of the two is returned.
+
+Everything runs on the host: the gain matrices are products of unfolded leaves, for
 which NumPy's BLAS needs no compilation and, with the views chosen there, no copies.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -33,9 +38,8 @@ from vfjax.align._assignment import Alignment
 from vfjax.align._optimistic import optimistic_start
 from vfjax.network._arguments import check_net
 from vfjax.network._network import Network
-from vfjax.symmetry._places import absent_paths
+from vfjax.symmetry._places import Axis, absent_paths
 from vfjax.symmetry._spec import PermutationSpec
-
 
 # The optimum of a permuted copy is its square norm, but for rounding.
 _ROUNDING = 1e-6
@@ -63,7 +67,8 @@ def match_weights(
     is a coordinate ascent, so it finds a local optimum: one in which no single group can be
     improved. A leaf with the same group on two axes (a recurrent or linear residual kernel) makes
     the problem of that group quadratic; the assignment is then linearised at the current
-    permutation, and accepted only if the true objective rises.
+    permutation, and accepted only if the true objective rises. A permuted copy is recovered; what
+    can hide one stands in `help(vfjax.align)`.
 
     Args:
         net: The traced network, or a `PermutationSpec` written by hand.
@@ -85,7 +90,8 @@ def match_weights(
             count or not.
 
     Returns:
-        The alignment; its objective is the inner product over the leaves that count.
+        The alignment. Its objective is the inner product over the leaves that count; its bound is
+        half the sum of their squares in both models, which a permuted copy reaches.
 
     Raises:
         TypeError: If `net` is neither a network nor a spec, `key` is not a random key, `ignore` is
@@ -182,7 +188,7 @@ def best_match(
             alignment = search(start, own)
             if alignment.objective[-1] > best.objective[-1]:
                 best = alignment
-    return best
+    return dataclasses.replace(best, bound=float(bound))
 
 
 def _entangled(
