@@ -1,7 +1,8 @@
 """Alignment: finding the maps that match one network's features with another's.
 
 - Two networks, and data: `match_activations`. Without data: `match_weights`. Both return
-  permutations, applied by `net.spec.permute(b, found.permutations)`.
+  permutations, applied by `net.spec.permute(b, found.permutations)`. A permuted copy is
+  recovered, but for what `help(Alignment)` lists.
 - Three networks or more, none of which is the reference: `match_universe`.
 - Where units may be mixed: `zip_features` (ZipIt!: merges units that correlate, even within one
   network), `cca` (linear combinations of units) and `transport` (optimal transport, also between
@@ -19,23 +20,6 @@
     >>> b = net.spec.permute(a, {"w": [2, 0, 1]})
     >>> match_activations(net, a, b, [x]).permutations["w"].tolist()
     [1, 2, 0]
-
-A permuted copy of a network comes back exactly, by weights and by activations. The exceptions:
-
-- Units that nothing tells apart have any order: weights that are equal but for the order of other
-  units, as after pruning or quantising to few values; activations that are constant, or equal up to
-  scale and shift, on the data.
-- By activations, groups without a tap keep their order, as do units inside the entries of a group
-  (the dims of heads) where a tap shows them without these.
-- Where groups cross at a tap (heads and the dims that they share), `match_activations` and
-  `match_moments` decide them together; `match_universe` with data, `zip_features`, `cca` and
-  `transport` compare the units of one group in the order in which those of the other lie.
-- Where a tap shows another group along its samples, as when tokens are mixed channel by channel,
-  `match_activations` measures again after permuting; from moments alone, `match_moments` cannot.
-- By weights, noise hides a copy: an ordinary network is searched again only while kernels agree by
-  0.7, which noise almost as large as the weights undoes; `optimistic=True` searches in any case.
-
-`Alignment.bound` says what a copy would reach.
 
 Mixing units makes the variances stored by a BatchNorm unknown; `vfjax.renorm.reset` measures them
 again. Groups in `net.spec.rigid` are only ever permuted. The private module of each matcher states

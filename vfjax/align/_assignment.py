@@ -18,7 +18,22 @@ PLACE = 1e-9
 class Alignment:
     """Permutations that align one network to another.
 
-    `net.spec.permute(b, found.permutations)` aligns b to a.
+    `net.spec.permute(b, found.permutations)` aligns b to a. If b is a permuted copy of a, this is a
+    again, by weights and by activations, but for these:
+
+    - Units that nothing tells apart have any order: weights that are equal but for the order of
+      other units, as after pruning or rounding to few values; activations that are constant, or
+      equal up to scale and shift, on the data.
+    - By activations, groups without a tap keep their order, and so do units inside each entry of a
+      group (the dims of heads) that no tap shows together with the entries.
+    - Where groups cross at a tap (heads, and dims that are the same for all heads),
+      `match_activations` and `match_moments` decide them together. `match_universe` with data,
+      `zip_features`, `cca` and `transport` compare the units of one in the order of the others.
+    - Where another group lies along the samples of a tap, as when tokens are mixed channel by
+      channel, `match_activations` measures again after permuting. From moments alone,
+      `match_moments` cannot.
+    - By weights, a copy with noise almost as large as the weights looks like another network, and
+      an ordinary one is then searched once only; `optimistic=True` searches further in any case.
 
     Attributes:
         permutations: By group, int32 `[n]`: the aligned axis is `take(old, permutation)`. For a

@@ -67,8 +67,8 @@ def match_weights(
     is a coordinate ascent, so it finds a local optimum: one in which no single group can be
     improved. A leaf with the same group on two axes (a recurrent or linear residual kernel) makes
     the problem of that group quadratic; the assignment is then linearised at the current
-    permutation, and accepted only if the true objective rises. A permuted copy is recovered; what
-    can hide one stands in `help(vfjax.align)`.
+    permutation, and accepted only if the true objective rises. A permuted copy is recovered, but
+    for what `Alignment` lists.
 
     Args:
         net: The traced network, or a `PermutationSpec` written by hand.
