@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vfjax
 from helpers import lively, mlp, random_permutations, resnet, same_permutations, traced
 from vfjax import PermutationSpec, align
 from vfjax.symmetry import invert
+from zoo.convolutional import unet, unet_inputs, unet_shapes
+from zoo.registry import drawn, orders
 
 KEY = jax.random.key(0)
 
@@ -181,6 +184,23 @@ def test_groups_that_cross_are_matched_by_the_correlations_of_their_units(seed):
     best = total(rows, columns) + 1e-4
     assert all(total(other, columns) <= best for other in itertools.permutations(range(3)))
     assert all(total(rows, other) <= best for other in itertools.permutations(range(4)))
+
+
+def test_a_copy_of_a_deep_unet_is_recovered():
+    """Of 87 groups, many nested and in long chains; a search from the order as it is gets stuck."""
+    shapes, x = unet_shapes(4, 3, 1), unet_inputs(1, np.random.default_rng(0))
+    x["image"] = np.zeros((1, 8, 8, 3), np.float32)
+    with jax.numpy_rank_promotion("allow"):
+        net = vfjax.trace(functools.partial(unet, levels=3, blocks=1), drawn(shapes, 0), x)
+    assert len(net.spec.groups) > 80
+    a, stuck = drawn(shapes, 0), 0
+    for seed in range(4):
+        copy = net.spec.permute(a, orders(net.spec, seed))
+        search = functools.partial(align.match_weights, net, a, copy, key=jax.random.key(seed))
+        found = search()
+        jax.tree.map(np.testing.assert_array_equal, net.spec.permute(copy, found.permutations), a)
+        stuck += search(optimistic=False).objective[-1] < 0.999 * found.bound
+    assert stuck
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 0.6])
