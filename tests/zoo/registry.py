@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import vfjax
-
 ZOO: dict[str, Entry] = {}
 
 
@@ -41,11 +39,6 @@ class Entry:
     def x(self, count: int, seed: int = 0) -> Any:
         """Random inputs."""
         return self.inputs(count, np.random.default_rng(seed))
-
-    @functools.cached_property
-    def net(self) -> vfjax.network.Network:
-        """The traced network."""
-        return vfjax.trace(self.fn, self.variables(0), self.x(2))
 
 
 def entry(shapes, inputs, *, slow=("repair", "report"), **fails):
