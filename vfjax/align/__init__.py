@@ -1,7 +1,8 @@
 """Alignment: finding the maps that match one network's features with another's.
 
 - Two networks, and data: `match_activations`. Without data: `match_weights`. Both return
-  permutations, applied by `net.spec.permute(b, found.permutations)`.
+  permutations, applied by `net.spec.permute(b, found.permutations)`. A permuted copy is
+  recovered, but for what `help(Alignment)` lists.
 - Three networks or more, none of which is the reference: `match_universe`.
 - Where units may be mixed: `zip_features` (ZipIt!: merges units that correlate, even within one
   network), `cca` (linear combinations of units) and `transport` (optimal transport, also between

@@ -13,6 +13,7 @@ heads, and an assignment of heads over these values gives the optimum.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from vfjax._passes import Mask
 from vfjax._types import PyTree
 from vfjax.align._assignment import Alignment, assign_in_place
+from vfjax.align._crossed import match_crossed
 from vfjax.align._taps import (
     correlation_between,
     in_place,
@@ -33,7 +35,12 @@ from vfjax.align._taps import (
 from vfjax.align._untapped import Untapped, check_untapped, match_untapped, untapped_groups
 from vfjax.network._arguments import Models
 from vfjax.network._network import Network
+from vfjax.network._sites import sampled_groups
 from vfjax.stats._moments import Moments
+from vfjax.symmetry._group_maps import compose
+
+# A rise of the correlations below this is rounding.
+_RISE = 1e-6
 
 
 def match_activations(
@@ -98,14 +105,34 @@ def _measured(
     if not models.net.taps:
         return _in_place(models.net)
     if moments is None:
-        assert data is not None
-        moments = moments_at_taps(models, data, "cross", mask)
-    elif moments.models != 2:
+        return _in_rounds(models, data, mask)
+    if moments.models != 2:
         raise ValueError(
             f"`moments` must be those of [a, b], but it has {moments.models} models; use "
             "match_moments to choose two of them"
         )
     return match_moments(models.net, moments)
+
+
+def _in_rounds(models: Models, data: Any, mask: Mask | None) -> Alignment:
+    """Matches two models; again with the second permuted, where samples depend on that.
+
+    Where a tap shows one group along its channels and another along its samples, as when tokens are
+    mixed for every channel, units are compared sample by sample in whatever order the samples of
+    each model have. Once these are matched, the comparison is of like with like.
+    """
+    net, own = models.nets
+    found = match_moments(net, moments_at_taps(models, data, "cross", mask))
+    while found.moved and sampled_groups(net):
+        order = {g: p for g, p in found.permutations.items() if g in own.spec.groups}
+        aligned = models.become([models.trees[0], own.spec.permute(models.trees[1], order)])
+        step = match_moments(net, moments_at_taps(aligned, data, "cross", mask))
+        if step.objective[-1] <= found.objective[-1] * (1 + _RISE):
+            break
+        permutations = compose(found.permutations, step.permutations, within=net.spec.within)
+        objective = (*found.objective, *step.objective)
+        found = dataclasses.replace(found, permutations=permutations, objective=objective)
+    return found
 
 
 def match_moments(
@@ -152,7 +179,13 @@ def match_moments(
         gain = correlation_between(moments, site, to, model)
         outer[tap.group] = outer.get(tap.group, 0.0) + gain
     permutations, objective = dict(_in_place(net).permutations), 0.0
+    crossed = match_crossed(net, moments, to, model)
+    if crossed is not None:
+        permutations |= crossed.permutations
+        objective += crossed.objective[-1]
     for group in (*outer, *inner):
+        if crossed is not None and group in crossed.permutations:
+            continue
         n, within = spec.sizes[group], inner.get(group, {})
         gain = outer.get(group, np.zeros((n, n)))
         chosen, inside = assign_in_place(gain, within)

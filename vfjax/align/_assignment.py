@@ -18,7 +18,22 @@ PLACE = 1e-9
 class Alignment:
     """Permutations that align one network to another.
 
-    `net.spec.permute(b, found.permutations)` aligns b to a.
+    `net.spec.permute(b, found.permutations)` aligns b to a. If b is a permuted copy of a, this is a
+    again, by weights and by activations, but for these:
+
+    - Units that nothing tells apart have any order: weights that are equal but for the order of
+      other units, as after pruning or rounding to few values; activations that are constant, or
+      equal up to scale and shift, on the data.
+    - By activations, groups without a tap keep their order, and so do units inside each entry of a
+      group (the dims of heads) that no tap shows together with the entries.
+    - Where groups cross at a tap (heads, and dims that are the same for all heads),
+      `match_activations` and `match_moments` decide them together. `match_universe` with data,
+      `zip_features`, `cca` and `transport` compare the units of one in the order of the others.
+    - Where another group lies along the samples of a tap, as when tokens are mixed channel by
+      channel, `match_activations` measures again after permuting. From moments alone,
+      `match_moments` cannot.
+    - By weights, a copy with noise almost as large as the weights looks like another network, and
+      an ordinary one is then searched once only; `optimistic=True` searches further in any case.
 
     Attributes:
         permutations: By group, int32 `[n]`: the aligned axis is `take(old, permutation)`. For a
@@ -26,7 +41,9 @@ class Alignment:
         objective: The maximised quantity after each sweep over the groups; never decreasing. A
             method without sweeps gives one entry, the optimum.
         converged: Whether the search ended because the last sweep found nothing to improve, rather
-            than at the limit on sweeps.
+            than at the limit on sweeps. It may have ended in a local optimum.
+        bound: What no permutations can exceed and a permuted copy reaches, if it is known: how far
+            the objective is from it says how far the networks differ, or the search fell short.
         by_weights: Groups that show in no activations and were matched by weights instead.
         unmatched: Groups that show in no activations and were left in their order.
     """
@@ -34,6 +51,7 @@ class Alignment:
     permutations: Mapping[str, np.ndarray]
     objective: tuple[float, ...]
     converged: bool
+    bound: float | None = None
     by_weights: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
 
@@ -48,6 +66,7 @@ class Alignment:
         """How many units moved and how the search ended, in one line."""
         count, units = len(self.permutations), sum(map(np.size, self.permutations.values()))
         last = f"{self.objective[-1]:.6g}" if self.objective else "none"
+        last += "" if self.bound is None else f" of at most {self.bound:.6g}"
         sweeps = len(self.objective)
         return (
             f"Alignment({count} group{'' if count == 1 else 's'}, {self.moved} of {units} units "

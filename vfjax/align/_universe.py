@@ -398,7 +398,7 @@ def _of_weights(
     def match(a: Any, b: Any) -> Mapping[str, np.ndarray]:
         # A generator per pair, so that each draws what `match_weights` would draw from the key.
         random = generator_of(key)
-        return best_match(spec, sizes, a, b, counted, random, restarts).permutations
+        return best_match(spec, sizes, a, b, counted, random, restarts=restarts).permutations
 
     pairs = [
         [still if i == j else match(a, b) for j, b in enumerate(leaves)]

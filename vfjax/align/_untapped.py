@@ -94,7 +94,7 @@ def match_untapped(
     twice = any(len(axes) > 1 for held in counted.values() for axes in held.values())
     restarts = _RESTARTS if twice or spec.within else 0
     random = np.random.default_rng(0)
-    found = best_match(spec, spec.sizes, left, right, counted, random, restarts)
+    found = best_match(spec, spec.sizes, left, right, counted, random, restarts=restarts)
     return in_full(net.spec, found.permutations), found.converged
 
 

@@ -7,6 +7,8 @@ words that stand for several of them, are documented once, in `vfjax.stats.resol
 from __future__ import annotations
 
 import difflib
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,6 +17,7 @@ from vfjax._jaxpr import contraction
 from vfjax.network._checks import opaque_hint
 from vfjax.network._records import JointTap, Tap
 from vfjax.network._retrace import traces_of
+from vfjax.symmetry._places import Axis
 
 if TYPE_CHECKING:
     from vfjax.network._network import Network
@@ -120,6 +123,41 @@ def taps_by_site(net: Network) -> dict[str, Tap]:
 def joint_taps(net: Network) -> dict[str, JointTap]:
     """Joint taps by the name of their site."""
     return {tap.name: tap for tap in net.joint_taps}
+
+
+def crossed_taps(net: Network) -> tuple[str, ...]:
+    """Taps whose channels show groups across each other, so that no part shows any of them alone.
+
+    They are whole values, as the heads and dims of an attention whose heads share a scale: a part
+    would pair the heads of two models by index. One group within another has its joint tap.
+    """
+    shown = Counter(tap.name for tap in net.taps)
+    return tuple(name for name, count in shown.items() if count > 1 and _crosses(net, name))
+
+
+def sampled_groups(net: Network) -> frozenset[str]:
+    """Groups that lie along the samples of a tap of other groups."""
+    return frozenset(
+        place.group
+        for name in dict.fromkeys(tap.name for tap in net.taps)
+        for place in net.places(name)
+        if place.at.axis not in (channel_axes(net, name) or ())
+    )
+
+
+def _crosses(net: Network, name: str) -> bool:
+    keep = channel_axes(net, name) or ()
+    places = [place for place in net.places(name) if place.at.axis in keep]
+    return any(
+        _overlap(one.at, other.at) and one.owner != other.at and other.owner != one.at
+        for one, other in itertools.combinations(places, 2)
+    )
+
+
+def _overlap(one: Axis, other: Axis) -> bool:
+    """Whether two places of a value share entries."""
+    windows = zip(one.windows, other.windows, strict=False)
+    return one.axis != other.axis or all(a == b for a, b in windows)
 
 
 # ------------------------------------------------------------------------------- places of values
@@ -281,7 +319,7 @@ def select(net: Network, sites: Any, *, whole: bool = False) -> tuple[str, ...]:
         if sites == "taps" and whole:
             return tuple(layer.tap for layer in net.layers)
         if sites == "taps":
-            return (*taps_by_site(net), *joint_taps(net))
+            return (*taps_by_site(net), *joint_taps(net), *crossed_taps(net))
         words = ", ".join(f'"{word}"' for word in WORDS)
         raise ValueError(
             f'`sites` must be {words} or a list of site names, got "{sites}"'

@@ -44,8 +44,10 @@ def resolve_sites(net: Network, sites: Sites) -> tuple[str, ...]:
             `"layers"`: the pre-activation of every layer, including shortcuts, first and last.
             `"all"`: the same; the word of `vfjax.renorm`. `"taps"`: the values after the layers, as
             the function reads them. Here and in all statistics these are the taps that show groups,
-            group by group, each value once, joint taps at the end; for functions that read whole
-            values, `<layer>:act` of every layer, including the last.
+            group by group, each value once, joint taps at the end, and then the whole taps whose
+            channels show groups across each other (as heads and dims that share a scale), which
+            only matching reads; for functions that read whole values, `<layer>:act` of every layer,
+            including the last.
 
     Returns:
         Site names, in the order of the network or as listed.
