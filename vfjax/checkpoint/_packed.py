@@ -138,10 +138,11 @@ def unpack(
     description: Mapping[str, Any],
     leaves: list[np.ndarray],
     key_of: Callable[[str], str],
+    convert: Callable[[np.ndarray], Any],
 ) -> PyTree:
-    """Inverts `pack`, appending to `leaves` in the same order; arrays are NumPy's.
+    """Inverts `pack`, appending to `leaves` in the same order.
 
-    `key_of` is as in `target_of`.
+    `key_of` is as in `target_of`; `convert` makes what is returned of an array.
     """
     if "none" in description:
         return None
@@ -157,10 +158,10 @@ def unpack(
         leaf = leaf.astype(jnp.dtype(description["dtype"]), copy=False)
         if "number" in description:
             return _NUMBERS[description["number"]](leaf[()])
-        return leaf
+        return convert(leaf)
     ((kind, items),) = description.items()
     values = {
-        key: unpack(tree.get(key_of(key)) if tree else None, inner, leaves, key_of)
+        key: unpack(tree.get(key_of(key)) if tree else None, inner, leaves, key_of, convert)
         for key, inner in items.items()
     }
     if kind == "dict":
