@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees import check_alike
+from vfjax._trees import as_numpy, check_alike
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
 from vfjax.align._ascent import counted_axes, generator_of, on_host
@@ -385,7 +385,7 @@ def _canonical(parts: Sequence[Iterable[Any]]) -> list[int]:
     for model in parts:
         digest = hashlib.sha256()
         for array in model:
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(as_numpy(array)).tobytes())
         digests.append(digest.digest())
     return sorted(range(len(digests)), key=digests.__getitem__)
 

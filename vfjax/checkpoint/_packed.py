@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import is_known, native
+from vfjax._trees import as_numpy
 from vfjax._types import PyTree
 
 _NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float, "complex": complex}
@@ -91,13 +91,13 @@ def _leaf(value: Any, where: str) -> np.ndarray:
         raise TypeError(
             f"tree has a random key at {where or 'its root'!r}; save jax.random.key_data(key)."
         )
-    array = native(np.asarray(value))
-    if not is_known(array.dtype):
+    try:
+        return as_numpy(value)
+    except TypeError as error:
         raise TypeError(
-            f"tree has {array.dtype} at {where or 'its root'!r}; leaves must hold numbers or "
-            "booleans of a type that JAX has: convert it, or put it into `meta`."
-        )
-    return array
+            f"tree has an array at {where or 'its root'!r} that is not of numbers or booleans: "
+            f"{error}. Convert it, or put it into `meta`."
+        ) from None
 
 
 def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
