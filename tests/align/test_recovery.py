@@ -186,6 +186,7 @@ def test_groups_that_cross_are_matched_by_the_correlations_of_their_units(seed):
     assert all(total(rows, other) <= best for other in itertools.permutations(range(4)))
 
 
+@pytest.mark.filterwarnings("ignore:the channels of layer")  # normed across skips
 def test_a_copy_of_a_deep_unet_is_recovered():
     """Of 87 groups, many nested and in long chains; a search from the order as it is gets stuck."""
     shapes, x = unet_shapes(4, 3, 1), unet_inputs(1, np.random.default_rng(0))

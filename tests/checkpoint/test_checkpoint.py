@@ -58,6 +58,12 @@ def test_what_goes_in_comes_out(tmp_path, name):
     assert [item.name for item in tmp_path.iterdir()] == ["net"]
 
 
+def test_keys_keep_their_order(tmp_path):
+    tree = {"z": jnp.ones(1), "a": {"y": jnp.ones(1), "b": jnp.ones(1)}}
+    found = checkpoint.load(checkpoint.save(tmp_path / "net", tree))
+    assert [list(found), list(found["a"])] == [["z", "a"], ["y", "b"]]
+
+
 def test_numbers_and_byte_orders_come_out(tmp_path):
     numbers = {"flag": True, "steps": 2**40, "rate": 0.1, "phase": 1j}
     tree = numbers | {"big": np.array([1, 2], ">i4"), "fine": np.array([0.1], ">f8")}
@@ -348,6 +354,16 @@ class Pair:
     def __from_checkpoint__(cls, tree, meta, *, net):
         assert meta == {"k": 2}
         return cls(tree["tree"], net)
+
+
+def test_an_object_that_cannot_be_loaded_is_not_saved(tmp_path):
+    class Half:
+        __checkpoint__ = Pair.__checkpoint__
+        tree, net = (), None
+
+    with pytest.raises(TypeError, match="tree is a Half, which has .*no class method"):
+        checkpoint.save(tmp_path / "half", Half())
+    assert not list(tmp_path.iterdir())
 
 
 def test_objects_come_back_with_their_network(tmp_path, monkeypatch):

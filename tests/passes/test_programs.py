@@ -55,6 +55,13 @@ def test_a_network_is_freed_with_its_programs(use):
     assert alive() is None
 
 
+def test_a_function_may_close_over_itself():
+    def again(v, x, deep=2):
+        return again(v, x, deep - 1) if deep else forward(v, x)
+
+    assert train.evaluate(again, A, [(X, LABELS)]).count == len(X)
+
+
 @pytest.mark.parametrize("use", ["repair", "match", "features", "fisher", "cka", "a method"])
 def test_a_second_call_compiles_nothing(use, caplog):
     net = vfjax.trace(forward, A, X)

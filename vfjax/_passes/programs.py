@@ -84,18 +84,28 @@ def _on_leaves(
     return on_leaves
 
 
-def _owner(value: Any) -> Owner | None:
-    """The first network in what holds values: tuples, data classes, functions and methods."""
-    if isinstance(value, Owner):
-        return value
+def _owner(value: Any, depth: int = 6) -> Owner | None:
+    """The first network in what holds values: tuples, data classes, functions and methods.
+
+    It is looked for a few levels deep, as functions may close over themselves.
+    """
+    if isinstance(value, Owner) or depth == 0:
+        return value if isinstance(value, Owner) else None
     if isinstance(value, (tuple, list)):
         parts: Iterable[Any] = value
     elif isinstance(value, types.MethodType):
         parts = (value.__self__,)
     elif isinstance(value, types.FunctionType):
-        parts = (cell.cell_contents for cell in value.__closure__ or ())
+        parts = map(_content, value.__closure__ or ())
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = vars(value).values()
+        parts = (getattr(value, field.name, None) for field in dataclasses.fields(value))
     else:
         return None
-    return next((found for part in parts if (found := _owner(part)) is not None), None)
+    return next((found for part in parts if (found := _owner(part, depth - 1)) is not None), None)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None

@@ -7,8 +7,8 @@ a kernel or a statistic belongs in `vfjax.network`. Read `paths` first.
 
 from __future__ import annotations
 
+from vfjax._trees.leaves import as_numpy as as_numpy
 from vfjax._trees.leaves import changed as changed
-from vfjax._trees.leaves import is_known as is_known
 from vfjax._trees.leaves import like_leaf as like_leaf
 from vfjax._trees.leaves import native as native
 from vfjax._trees.leaves import on_host as on_host
@@ -33,6 +33,7 @@ from vfjax._trees.paths import with_leaves as with_leaves
 from vfjax._trees.paths import without as without
 
 __all__ = [
+    "as_numpy",
     "Flat",
     "average_flats",
     "changed",
@@ -43,7 +44,6 @@ __all__ = [
     "check_sequence",
     "check_trees",
     "flatten_named",
-    "is_known",
     "leaf_paths",
     "like_leaf",
     "native",

@@ -135,6 +135,24 @@ def native(leaf: Any) -> Any:
     return leaf.astype(leaf.dtype.newbyteorder("="))
 
 
+def as_numpy(leaf: Any) -> np.ndarray:
+    """A leaf as a NumPy array in this machine's byte order; of random keys their data.
+
+    Raises:
+        TypeError: If JAX does not have its dtype.
+
+    Example:
+        >>> as_numpy(2.0), as_numpy(jax.random.key(7))
+        (array(2.), array([0, 7], dtype=uint32))
+    """
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = native(np.asarray(leaf))
+    if not is_known(array.dtype):
+        raise TypeError(f"JAX does not have the dtype {array.dtype}")
+    return array
+
+
 @functools.cache
 def is_known(dtype: np.dtype) -> bool:
     """Whether JAX has a type, if perhaps a narrower one in its place.

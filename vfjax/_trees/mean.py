@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._trees import paths
-from vfjax._trees.leaves import like_leaf, on_host, sum_type
+from vfjax._trees.leaves import as_numpy, like_leaf, on_host, sum_type
 from vfjax._types import Array, PyTree
 
 # Loose enough that weights given in float32 still sum to one.
@@ -166,13 +166,8 @@ def _agreed(path: str, leaves: Sequence[Array]) -> Array:
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         return leaves[0]
 
-    def plain(leaf: Any) -> np.ndarray:
-        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        return np.asarray(leaf)
-
     for k, leaf in enumerate(leaves[1:], start=1):
-        if not np.array_equal(plain(leaves[0]), plain(leaf)):
+        if not np.array_equal(as_numpy(leaves[0]), as_numpy(leaf)):
             raise ValueError(
                 f"leaf {path!r} is of dtype {jnp.result_type(leaf)}, which cannot be averaged, and "
                 f"differs between trees 0 and {k}; make them agree, or keep it out of the trees"

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from vfjax._passes import Mask
-from vfjax._trees import check_alike, flatten_named
+from vfjax._trees import as_numpy, check_alike, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align import _cycles
 from vfjax.align._ascent import counted_axes, generator_of, on_host
@@ -455,7 +455,7 @@ def _canonical(parts: Sequence[Iterable[Any]]) -> list[int]:
     for model in parts:
         digest = hashlib.sha256()
         for array in model:
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(as_numpy(array)).tobytes())
         digests.append(digest.digest())
     return sorted(range(len(digests)), key=digests.__getitem__)
 

@@ -5,11 +5,13 @@ tree back, `load(path, net)` a `Merged`, and `card(path)` the metadata. A checkp
 with
 
     tree/            the arrays, an ordinary orbax checkpoint of nested dictionaries
-    structure.json   which containers were lists, tuples or None; shapes, dtypes and a checksum
+    structure.json   which containers were lists, tuples or None; shapes, dtypes and checksums,
+                     of itself and the card too
     card.json        recipe, seed, accuracy, command ...
 
-It is written next to its destination under a temporary name and renamed when complete, so a reader
-never sees half a checkpoint, and a save that is killed leaves the previous one readable.
+It is written next to its destination under a random name, read back and renamed, so a reader never
+sees half a checkpoint, and a save that is killed leaves the previous one readable. Several threads,
+processes and hosts may save and load one checkpoint.
 
     >>> import tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vfjax._files import write_whole
+from vfjax._trees import some
 from vfjax.checkpoint import _folders as folders
 from vfjax.checkpoint._packed import (
     CheckpointError,
@@ -66,8 +68,8 @@ def save(
         The absolute path.
 
     Raises:
-        TypeError: If a leaf is not an array of numbers, a key is not a string, or `meta` holds
-            values that JSON does not support.
+        TypeError: If a leaf is not an array of numbers, a key is not a string, `meta` holds values
+            that JSON does not support, or an object has no `__from_checkpoint__`.
         CheckpointError: If what was written cannot be read back; whatever was at `path` stays.
         ValueError: If there is something at `path` that is not a checkpoint, `storage` is not a
             floating dtype, or a finite value is too large for it.
@@ -84,6 +86,11 @@ def save(
     kind, object_meta, saved = None, None, tree
     if hasattr(tree, "__checkpoint__"):
         kind, tree, object_meta = tree.__checkpoint__()
+        if not hasattr(saved, "__from_checkpoint__"):
+            raise TypeError(
+                f"tree is a {type(saved).__name__}, which has `__checkpoint__`, but no class "
+                "method `__from_checkpoint__(tree, meta, *, net)` to load it again."
+            )
         _SAVED[kind] = type(saved)
     if storage is not None and not jnp.issubdtype(storage := jnp.dtype(storage), jnp.floating):
         raise ValueError(f"storage must be a floating dtype such as 'float16', got {storage.name}.")
@@ -112,7 +119,7 @@ def save(
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         try:
-            _read(temporary)
+            _read(temporary, convert=np.asarray)
         except CheckpointError as error:
             raise CheckpointError(
                 f"what was written for {path} cannot be read back, so what was there stays: {error}"
@@ -151,8 +158,8 @@ def load(
         >>> tree["stems"][0], tree["stems"][1][0].shape
         (None, (2,))
     """
-    tree, structure = _retried(_read, path)
-    tree, kind = jax.tree.map(_as_jax, tree), structure["kind"]
+    tree, structure = _retried(functools.partial(_read, convert=_as_jax), path)
+    kind = structure["kind"]
     if kind is None:
         return tree
     owner = _owner(kind, kinds or {}, path)
@@ -229,11 +236,10 @@ def _check_free(path: Path) -> None:
         raise ValueError(f"path {path} holds something that is not a checkpoint: choose another.")
 
 
-def _as_jax(leaf: Any) -> Any:
-    """A NumPy array as a JAX array, unless that would change its type; a number as it is."""
-    if not isinstance(leaf, np.ndarray) or jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-        return leaf
-    return jnp.asarray(leaf)
+def _as_jax(leaf: np.ndarray) -> Any:
+    """A NumPy array as a JAX array, unless that would change its type."""
+    same = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+    return jnp.asarray(leaf) if same else leaf
 
 
 def _owner(kind: str, kinds: Mapping[str, type], path: Any) -> Any:
@@ -260,7 +266,8 @@ def _retried(read: Callable[[Path], Any], path: str | os.PathLike[str]) -> Any:
                 raise CheckpointError(_missing(path))
             return read(folder)
         except CheckpointError:
-            if attempt + 1 == _TRIES or before == _identity(path):
+            gone = folder is not None and before is None
+            if attempt + 1 == _TRIES or (before == _identity(path) and not gone):
                 raise
     raise AssertionError  # not reached
 
@@ -280,21 +287,21 @@ def _missing(path: Path) -> str:
     return f"path: there is no checkpoint at {path}: give the folder that `save` was given.{hint}"
 
 
-def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Reads a folder: the tree, whose arrays are NumPy's, and what describes it."""
+def _read(folder: Path, *, convert: Callable[[np.ndarray], Any]) -> tuple[Any, dict[str, Any]]:
+    """Reads a folder: the tree, whose arrays are converted, and what describes it."""
     structure = _read_structure(folder)
     _read_card(folder, structure)
     damaged = f"the checkpoint {folder} is damaged:"
     leaves: list[np.ndarray] = []
     key_of = str if structure["format"] == 1 else stored_key
     try:
-        description, checksum, _, _ = (structure[k] for k in ("tree", "sha256", "kind", "meta"))
+        description, checksum = structure["tree"], structure["sha256"]
         target, arrays = target_of(description, key_of), None
         if isinstance(target, dict):
             arrays = _read_arrays(folder, target)
         elif target is not None:
             arrays = _read_arrays(folder, {"": target})[""]
-        tree = unpack(arrays, description, leaves, key_of)
+        tree = unpack(arrays, description, leaves, key_of, convert)
     # Orbax passes on any exception of its storage layer; whatever fails here is damage.
     except Exception as error:
         summary = str(error).strip().split("\n")[0][:200]
@@ -314,6 +321,9 @@ def _read_structure(folder: Path) -> dict[str, Any]:
             f"{damaged} {_STRUCTURE} has format {version!r}, this version reads 1 and {_FORMAT}. "
             f"{_AGAIN}"
         )
+    lacking = {"kind", "meta", "sha256", "tree"} - structure.keys()
+    if lacking:
+        raise CheckpointError(f"{damaged} {_STRUCTURE} lacks {some(sorted(lacking))}. {_AGAIN}")
     if version != 1 and structure.pop(_OWN_DIGEST, None) != digest_of(structure):
         raise CheckpointError(f"{damaged} {_STRUCTURE} does not have its own checksum. {_AGAIN}")
     return structure

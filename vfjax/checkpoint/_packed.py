@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import is_known, native
+from vfjax._trees import as_numpy
 from vfjax._types import PyTree
 
 _NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float, "complex": complex}
@@ -91,13 +91,13 @@ def _leaf(value: Any, where: str) -> np.ndarray:
         raise TypeError(
             f"tree has a random key at {where or 'its root'!r}; save jax.random.key_data(key)."
         )
-    array = native(np.asarray(value))
-    if not is_known(array.dtype):
+    try:
+        return as_numpy(value)
+    except TypeError as error:
         raise TypeError(
-            f"tree has {array.dtype} at {where or 'its root'!r}; leaves must hold numbers or "
-            "booleans of a type that JAX has: convert it, or put it into `meta`."
-        )
-    return array
+            f"tree has an array at {where or 'its root'!r} that is not of numbers or booleans: "
+            f"{error}. Convert it, or put it into `meta`."
+        ) from None
 
 
 def _narrowed(leaf: np.ndarray, where: str, storage: np.dtype) -> np.ndarray:
@@ -138,10 +138,11 @@ def unpack(
     description: Mapping[str, Any],
     leaves: list[np.ndarray],
     key_of: Callable[[str], str],
+    convert: Callable[[np.ndarray], Any],
 ) -> PyTree:
-    """Inverts `pack`, appending to `leaves` in the same order; arrays are NumPy's.
+    """Inverts `pack`, appending to `leaves` in the same order.
 
-    `key_of` is as in `target_of`.
+    `key_of` is as in `target_of`; `convert` makes what is returned of an array.
     """
     if "none" in description:
         return None
@@ -157,10 +158,10 @@ def unpack(
         leaf = leaf.astype(jnp.dtype(description["dtype"]), copy=False)
         if "number" in description:
             return _NUMBERS[description["number"]](leaf[()])
-        return leaf
+        return convert(leaf)
     ((kind, items),) = description.items()
     values = {
-        key: unpack(tree.get(key_of(key)) if tree else None, inner, leaves, key_of)
+        key: unpack(tree.get(key_of(key)) if tree else None, inner, leaves, key_of, convert)
         for key, inner in items.items()
     }
     if kind == "dict":

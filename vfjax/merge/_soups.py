@@ -17,9 +17,10 @@ def interpolate(
 ) -> PyTree:
     """Averages trees leaf by leaf, `theta = sum_k w_k theta_k`.
 
-    Floating-point leaves are averaged in float32 or better and cast back. Running statistics are
-    averaged like any other leaf, so a network with running statistics needs `vfjax.renorm.reset`
-    afterwards.
+    Floating-point leaves are averaged in float32 or better and cast back: a Python number stays
+    one, and NumPy leaves that JAX would narrow, such as float64 by default, are averaged in NumPy,
+    unless they or the weights are traced. Other leaves must agree. Running statistics are averaged
+    like any other leaf, so a network with running statistics needs `vfjax.renorm.reset` afterwards.
 
     Args:
         trees: K trees of equal structure, shapes and dtypes.

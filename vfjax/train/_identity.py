@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._trees import flatten_named
+from vfjax._trees import as_numpy, flatten_named
 
 
 def identity_of(value: Any) -> Any:
@@ -43,7 +43,7 @@ def digest(tree: Any) -> str:
     """A digest of a tree's leaves: their paths, dtypes, shapes and values."""
     total = hashlib.sha256()
     for path, leaf in flatten_named(tree).leaves.items():
-        leaf = np.asarray(leaf)
+        leaf = as_numpy(leaf)
         total.update(f"{path}:{leaf.dtype.name}{leaf.shape}:".encode())
         total.update(np.ascontiguousarray(leaf).tobytes())
     return total.hexdigest()
