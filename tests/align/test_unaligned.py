@@ -76,6 +76,17 @@ def test_they_are_silent_where_all_layers_can_be_matched(name):
     MATCHERS[name](vfjax.trace(plain, TREES[0], X), TREES)
 
 
+def test_layers_with_computed_kernels_count():
+    def masked(p, x):
+        h = jax.nn.relu(jnp.cumsum(x @ (p["w1"] * (p["w1"] > -1)), axis=1) @ p["w2"])
+        return h @ p["w3"] @ p["v"]
+
+    net = vfjax.trace(masked, TREES[0], X)
+    assert net.layers[0].kernel is None
+    with pytest.warns(UserWarning, match=r"layer 'w1'.*`cumsum`"):
+        MATCHERS["match_weights"](net, TREES)
+
+
 def test_a_spec_is_not_warned_of():
     spec = vfjax.trace(summed, TREES[0], X).spec
     align.match_weights(spec, *TREES, key=jax.random.key(0))

@@ -135,6 +135,20 @@ def test_segments_of_a_constant_stay_apart():
     assert change(masked(masks), VARIABLES, X, spec) < 1e-5
 
 
+def test_each_layer_names_the_line_where_it_meets_a_constant():
+    uneven = np.arange(1.0, N + 1, dtype=np.float32)[None]
+
+    def apply(p, x):
+        h = jnp.tanh(x @ p["a"]) * uneven
+        h = jnp.tanh(h @ p["b"]) * uneven
+        return h @ p["v"]
+
+    line = apply.__code__.co_firstlineno
+    where = {f.path: f.where for f in infer(apply, VARIABLES, X).fixed if f.axis == 1}
+    assert where["a"] == f"test_constants.py:{line + 1}"
+    assert where["b"] == f"test_constants.py:{line + 2}"
+
+
 def test_values_of_leaves_stay_tied():
     def apply(p, x):
         return masked(lambda x: twice(p["m"]))(p, x)

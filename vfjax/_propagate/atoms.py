@@ -205,13 +205,11 @@ class Atoms:
         """Axes as those of an array that no variable changes, for one of its readers alone.
 
         Where such an array is free it does not vary, so what one reader ties says nothing about
-        another. Free factors that follow one another are then one: all their entries are equal.
-        (A class in two places is none of these: it might be free only if it moves in both.)
+        another, and where it is fixed each reader is to blame for itself. Free factors that follow
+        one another are then one: all their entries are equal. (A class in two places is none of
+        these: it might be free only if it moves in both.)
         """
-        places = [place.atom for axis in axes for place in self.places(axis)]
-        if all(self.cause(atom) is not None for atom in places):
-            return list(axes)
-        counts = Counter(map(self.find, places))
+        counts = Counter(self.find(place.atom) for axis in axes for place in self.places(axis))
         shared = {root: self.atom(self.size(root)) for root, n in counts.items() if n > 1}
 
         def copy(axis: Iterable[int]) -> Axis:
@@ -227,8 +225,10 @@ class Atoms:
                     equal = 1
                 if parts is not None:
                     new += self.total([copy([part]) for part in parts.atoms], parts.cause)
+                elif (cause := self.cause(atom)) is not None:
+                    new.append(self.atom(self.size(atom), cause))
                 else:
-                    new.append(atom if self.cause(atom) else shared[self.find(atom)])
+                    new.append(shared[self.find(atom)])
             return new + ([self.atom(equal)] if equal != 1 else [])
 
         return [copy(axis) for axis in axes]

@@ -58,11 +58,12 @@ def _cause(net: Network, layer: Layer) -> tuple[str, str] | None:
     None where the channels are tied to the network's input or output, by a skip connection for
     example: all models share that basis, so there is nothing to match.
     """
-    path = layer.bias or layer.kernel
-    fixed = [entry for entry in net.spec.fixed if entry.path == path]
-    sizes = layer.channel_shape
-    shape = net.leaves([path])[path].shape if path is not None else ()
-    fixed = [f for f in fixed if shape[f.axis] in (*sizes, layer.channels)]
+    # A layer whose kernel is computed is named after the largest leaf of it.
+    path = layer.bias or layer.kernel or layer.name.partition("#")[0]
+    if path not in net.paths:
+        return None
+    shape, sizes = net.leaves([path])[path].shape, (*layer.channel_shape, layer.channels)
+    fixed = [f for f in net.spec.fixed if f.path == path and shape[f.axis] in sizes]
     if any(f.primitive in ("output", "unused") for f in fixed):
         return None
     # The kernel's other axis may be tied to the input, and have the same size.
