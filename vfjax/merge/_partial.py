@@ -18,6 +18,7 @@ from vfjax._types import PyTree
 from vfjax.merge._merged import Matrices, Merged
 from vfjax.network._arguments import check_net, models_of, networks
 from vfjax.network._checks import check_depth
+from vfjax.network._inside import ends_stem
 from vfjax.network._network import Network
 from vfjax.network._records import Layer
 
@@ -124,6 +125,11 @@ def preserve_first(
     chain, l = 1 equals l = 0, since averaging affine maps is averaging their results. This is
     `partial` with `span=slice(layers, None)`.
 
+    A branch off the main path, which no layer of a longer path reads (an auxiliary head, an early
+    exit, the shorter of two towers), counts from its own end: of its layers, as many are merged as
+    of the main path, L - l, and the others are kept apart. So at l = L every output is that of the
+    ensemble. A shortcut, which rejoins the main path, is kept with the first layer that reads it.
+
     Args:
         net: The traced network.
         trees: K >= 2 aligned trees of its variables.
@@ -161,6 +167,8 @@ def ensemble(
     net: Network, trees: Sequence[PyTree], weights: Sequence[float] | None = None
 ) -> Merged:
     """Averages the last layers' outputs: the logit ensemble, `preserve_first` with all layers.
+
+    Of several outputs, each is averaged at its own last layer.
 
     Args:
         net: The traced network.
@@ -208,7 +216,7 @@ def _merge(
     maps = Maps(({},) * count) if maps is None else maps
     maps.check(nets, count)
     _check_mappable(nets, maps, [depth for depth in (start, end) if depth])
-    _warn_of_fixed(net, start, net.depth if end is None else end, stacklevel)
+    _warn_of_fixed(net, start, end, stacklevel)
 
     kept = net.trunk_leaves(start, end) if start or end is not None else frozenset(net.paths)
     if start or kept:  # else nothing is merged, and all models stay as they are
@@ -294,13 +302,15 @@ def _matrices(nets: Sequence[Network], maps: Maps, depth: int, which: int) -> tu
 _WARNED: weakref.WeakSet[Network] = weakref.WeakSet()
 
 
-def _warn_of_fixed(net: Network, start: int, stop: int, stacklevel: int) -> None:
+def _warn_of_fixed(net: Network, start: int, end: int | None, stacklevel: int) -> None:
     """Warns, once per network, if no permutation can match the channels of a merged layer."""
     if net in _WARNED:
         return
     for layer in net.layers:
-        # Layers outside are not merged, and the last one's channels are the outputs.
-        if not max(start, 1) <= layer.depth <= min(stop, net.depth - 1):
+        # Layers outside are not merged, and the last ones' channels are the outputs.
+        inside = net.in_stem(layer.name, start) and not ends_stem(net, layer.name, start)
+        behind = end is not None and not net.in_stem(layer.name, end)
+        if inside or behind or ends_stem(net, layer.name, net.depth):
             continue
         if layer.group is not None or layer.channels == 1:
             continue

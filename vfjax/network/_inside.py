@@ -101,6 +101,11 @@ def is_output(net: Network, site: str) -> bool:
     return site == "output" or traces_of(net).reference.graph.outputs == (value_of(net, site),)
 
 
+def ends_stem(net: Network, layer: str, depth: int) -> bool:
+    """Whether the stem of a cut ends with a layer: its pre-activation is averaged at the cut."""
+    return traces_of(net).reference.ranks.get(layer) == depth
+
+
 def ranks_of(net: Network, layers: Collection[str], norms: Collection[str]) -> list[list[str]]:
     """Orders layers and norms in ranks: what one rank reads depends on earlier ranks only.
 

@@ -286,6 +286,11 @@ class Network:
         An edit at `<layer>:in` or `<norm>:in` affects that layer or norm only; any other affects
         everything that reads the value. `jit`, `vmap` and `grad` work.
 
+        The stem of a cut at depth l computes the pre-activations of the first l layers of the
+        longest path; and those of a branch, which no layer of a longer path reads, except for its
+        last L - l layers, where L is `depth`. So at l = L it computes all layers. A shortcut goes
+        with the first layer that reads it.
+
         Args:
             variables: Parameters; leaves that the requested side does not read may be None.
             x: The input, or with `start` a `Crossing`.

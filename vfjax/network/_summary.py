@@ -44,5 +44,5 @@ def summary(net: Any) -> str:
     outside = "outside of layers, norms and biases"
     notes += [f"{outside}: {path} ({op} at {where})" for path, op, where in net.others]
     if any(not layer.main for layer in net.layers):
-        notes.append("(depth): a shortcut, off every longest path")
+        notes.append("(depth): a shortcut or a branch, off every longest path")
     return "\n".join([text, *notes])

@@ -15,6 +15,7 @@ from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._arguments import Models, models_of, networks
 from vfjax.network._crossing import Crossing
+from vfjax.network._inside import ends_stem
 from vfjax.network._sites import Sites, select
 from vfjax.stats._moments import Moments, measured
 
@@ -84,7 +85,7 @@ def _correctable(model: Merged, layer: Any) -> bool:
         return False
     if model.cut == 0 or not model.net.in_stem(layer.name, model.cut):
         return True
-    return layer.main and layer.depth == model.cut
+    return ends_stem(model.net, layer.name, model.cut)
 
 
 def _given(references: Any) -> list[Moments] | None:
