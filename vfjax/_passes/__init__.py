@@ -12,6 +12,7 @@ from __future__ import annotations
 from vfjax._passes import moments as moments
 from vfjax._passes.batching import batch_size as batch_size
 from vfjax._passes.batching import batches as batches
+from vfjax._passes.batching import check_classes as check_classes
 from vfjax._passes.batching import check_finite_means as check_finite_means
 from vfjax._passes.batching import keep as keep
 from vfjax._passes.batching import labelled as labelled
@@ -20,7 +21,10 @@ from vfjax._passes.devices import on_mesh as on_mesh
 from vfjax._passes.devices import on_meshes as on_meshes
 from vfjax._passes.devices import replicate as replicate
 from vfjax._passes.evaluation import Evaluation as Evaluation
+from vfjax._passes.evaluation import Loss as Loss
+from vfjax._passes.evaluation import check_functions as check_functions
 from vfjax._passes.evaluation import evaluate as evaluate
+from vfjax._passes.evaluation import one_number as one_number
 from vfjax._passes.streaming import by_pieces as by_pieces
 from vfjax._passes.streaming import each as each
 from vfjax._passes.streaming import each_piece as each_piece
@@ -30,10 +34,13 @@ from vfjax._passes.streaming import wide as wide
 
 __all__ = [
     "Evaluation",
+    "Loss",
     "batch_size",
     "batches",
     "by_pieces",
+    "check_classes",
     "check_finite_means",
+    "check_functions",
     "each",
     "each_piece",
     "evaluate",
@@ -44,6 +51,7 @@ __all__ = [
     "moments",
     "on_mesh",
     "on_meshes",
+    "one_number",
     "replicate",
     "stream",
     "wide",
