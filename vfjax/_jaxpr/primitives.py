@@ -135,6 +135,11 @@ WINDOWS = _of(Kind.WINDOW)
 LINEAR = _of(Kind.LAYER)
 """Primitives that a layer is made of."""
 
+LOOKUPS = frozenset(
+    name for name, p in TABLE.items() if p.kind is Kind.INDEXING and p.linear is Linear.FIRST
+)
+"""Primitives that read entries of their first operand where the others say."""
+
 INLINE = _of(Kind.INLINE)
 """Calls that only delimit."""
 

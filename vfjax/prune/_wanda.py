@@ -12,7 +12,13 @@ import numpy as np
 from vfjax._deprecated import renames
 from vfjax._passes import batch_size, on_mesh, stream, wide
 from vfjax._types import PyTree
-from vfjax.network._kernels import input_squares, kernel_rows, spread
+from vfjax.network._kernels import (
+    input_squares,
+    kernel_rows,
+    looked_up,
+    lookup_squares,
+    spread,
+)
 from vfjax.network._network import Network
 from vfjax.prune._scores import Scores, scores_of, weights_of
 
@@ -24,7 +30,8 @@ def wanda(
     """Scores weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
 
     The norm is over all examples; in convolutions and layers on sequences, also over all positions
-    that the weight meets; for a kernel that several layers share, over the inputs of all of them.
+    that the weight meets; for a kernel that several layers share, over the inputs of all of them. A
+    lookup is a use as well: for a tied embedding, `emb[ids]` counts as `one_hot(ids) @ emb`.
     Wanda compares the weights of each output with one another: prune with
     `masks(scores, sparsity, scope="row")`, or `scope=(n, m)`.
 
@@ -57,11 +64,14 @@ def wanda(
     """
     leaves, rows, paths = weights_of(net, tree, names)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
-    measure = functools.partial(_means, net, tuple(uses))
+    tables = looked_up(net, leaves)
+    measure = functools.partial(_means, net, tuple(uses), tables)
     means, _ = stream(measure, _pool, tree, data, like=net.x, host=wide)
     squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
-    for (name, path), mean in zip(uses.items(), means, strict=True):
+    for (name, path), mean in zip(uses.items(), means, strict=False):
         squares[path][kernel_rows(net, name)] += spread(net, name, mean)
+    for path, mean in zip(tables, means[len(uses) :], strict=True):
+        squares[path] += mean.reshape(-1)
     values = {
         path: np.abs(np.asarray(leaf, np.float64)) * np.sqrt(squares[path].reshape(np.shape(leaf)))
         for path, leaf in leaves.items()
@@ -69,14 +79,20 @@ def wanda(
     return scores_of(tree, values, rows, paths)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _means(
-    net: Network, layers: tuple[str, ...], mesh: Any, tree: PyTree, x: PyTree
+    net: Network,
+    layers: tuple[str, ...],
+    tables: tuple[str, ...],
+    mesh: Any,
+    tree: PyTree,
+    x: PyTree,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Mean squares over the examples of one batch; no counts of samples, which are not needed."""
 
     def means(tree: PyTree, x: PyTree) -> list[jax.Array]:
-        return [squares / batch_size(x) for squares in input_squares(net, tree, x, layers)]
+        squares = input_squares(net, tree, x, layers) + lookup_squares(net, tree, x, tables)
+        return [a / batch_size(x) for a in squares]
 
     return [mean[None] for mean in on_mesh(means, mesh)(tree, x)], []
 
