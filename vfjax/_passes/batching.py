@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from vfjax._trees import check_host
 from vfjax._types import Array, PyTree
 
 # The most that `keep` keeps, in bytes: 10,000 images of CIFAR take an eighth of it.
@@ -171,6 +172,7 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
             )
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(f"{part} must be an array, got {type(leaf).__name__}")
+        check_host("passes over data measure", **{part: leaf})
         if leaf.dtype != traced.dtype:
             raise TypeError(
                 f"{part} has dtype {leaf.dtype}, but the network was traced with {traced.dtype}; "
@@ -181,6 +183,8 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
             hint = ""
             if tuple(getattr(whole, "shape", ())[1:]) == tuple(traced.shape[1:]):
                 hint = "; this array looks like one batch: pass a list of batches, [x]"
+            elif shape == tuple(traced.shape[1:]):
+                hint = "; this looks like a single example: give it its batch axis, x[None]"
             raise ValueError(
                 f"{part} has shape {shape}, but the network was traced with "
                 f"[{', '.join(map(str, ('batch', *traced.shape[1:])))}]{hint}"
@@ -192,7 +196,7 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
 
 
 def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, Any]:
-    """The `x` and the labels of one batch, unchecked."""
+    """The `x` and the labels of one batch; of these it checks only that the host can read them."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         hint = ""
         if isinstance(whole, (tuple, list)) and len(whole) == 2 and _is_pair(*whole):
@@ -201,6 +205,7 @@ def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, Any]:
             f"{where} must be a pair (x, label), got {type(item).__name__}; {reader} needs "
             f"labels{hint}"
         )
+    check_host("passes over data measure", **{where: tuple(item)})
     return item[0], item[1]
 
 

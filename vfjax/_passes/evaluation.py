@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vfjax._jaxpr import routed
 from vfjax._passes.batching import batch_size, check_classes, labelled
-from vfjax._trees import check_finite, flatten_named
+from vfjax._trees import check_finite, check_host, check_one_device, flatten_named
 from vfjax._types import Array, PyTree
 
 # Of an output and its labels, the mean over the batch.
@@ -80,6 +80,7 @@ def evaluate(
         >>> evaluate(lambda scale, x: scale * x, 2.0, data, loss=mse)
         Evaluation(accuracy=None, loss=1.0, count=4)
     """
+    check_host("evaluation measures", params=params)
     check_finite(flatten_named(params, name="params")[0], name="params")
     check_functions(loss=loss, score=score)
     scored = jnp.zeros((), jnp.int32 if score is None else jnp.float32)
@@ -89,6 +90,8 @@ def evaluate(
     pairs = labelled(data, reader=reader, classes=loss is None)
     bar = tqdm(pairs, "evaluating", total, delay=2, leave=False, disable=not progress)
     for index, x, label in bar:
+        if not index:
+            check_one_device(params=params, data=(x, label))
         sums, empty = _add_batch(fn, loss, score, params, sums, x, label)
         if loss is None:
             check_classes(label, empty.shape[1], f"`data`, batch {index}", "fn")

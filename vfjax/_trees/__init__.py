@@ -9,6 +9,9 @@ Read `paths` first: its `flatten_named` and `check_like` are used everywhere.
 
 from __future__ import annotations
 
+from vfjax._trees.concrete import check_host as check_host
+from vfjax._trees.concrete import check_one_device as check_one_device
+from vfjax._trees.concrete import check_values as check_values
 from vfjax._trees.mean import average_flats as average_flats
 from vfjax._trees.mean import resolve_mix as resolve_mix
 from vfjax._trees.mean import resolve_weights as resolve_weights
@@ -25,6 +28,7 @@ from vfjax._trees.paths import check_trees as check_trees
 from vfjax._trees.paths import flatten_named as flatten_named
 from vfjax._trees.paths import leaf_paths as leaf_paths
 from vfjax._trees.paths import some as some
+from vfjax._trees.paths import structure_hint as structure_hint
 from vfjax._trees.paths import with_leaves as with_leaves
 from vfjax._trees.paths import without as without
 
@@ -33,16 +37,20 @@ __all__ = [
     "average_flats",
     "check_alike",
     "check_finite",
+    "check_host",
     "check_key",
     "check_like",
+    "check_one_device",
     "check_sequence",
     "check_trees",
+    "check_values",
     "flatten_named",
     "leaf_paths",
     "number",
     "resolve_mix",
     "resolve_weights",
     "some",
+    "structure_hint",
     "weighted_mean",
     "whole",
     "with_leaves",

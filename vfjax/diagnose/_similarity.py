@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax._passes import batch_size, batches, keep
-from vfjax._trees import check_trees, some
+from vfjax._trees import check_finite, check_host, check_like, flatten_named, some
 from vfjax._types import PyTree
 from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._arguments import evaluable
@@ -308,7 +308,11 @@ def distance(
     Source: the l2 distance of models of "Vanishing Feature: Diagnosing Model Merging and Beyond",
     appendix on initialisation.
     """
-    (left, _), (right, _) = check_trees([a, b])
+    check_host("distances are measured", a=a, b=b)
+    left, right = flatten_named(a, name="a").leaves, flatten_named(b, name="b").leaves
+    check_like(right, left, name="b", other="a")
+    check_finite(left, name="a")
+    check_finite(right, name="b")
     if net is not None:
         check_net(net)
         check_fits(net, left, "a")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._deprecated import renames
-from vfjax._maps import Maps
+from vfjax._maps import Maps, check_is_maps
 from vfjax._trees import Flat, average_flats, check_like, check_sequence, flatten_named, resolve_mix
 from vfjax._types import PyTree
 from vfjax.merge._merged import Matrices, Merged
@@ -99,11 +99,8 @@ corrections=[])
     nets = networks(net, len(trees))
     start, stop = _bounds(span, nets[0].depth)
     end = None if stop == nets[0].depth else stop
-    if maps is not None and not isinstance(maps, Maps):
-        raise TypeError(
-            f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}; permutations, one "
-            "mapping per model, go into Maps.of_permutations"
-        )
+    if maps is not None:
+        check_is_maps(maps)
     weights = resolve_mix(weights, alpha, len(trees))
     return _merge(nets, trees, maps, start, end, weights, stacklevel=5)  # by way of a decorator
 

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vfjax._analysis import from_propagation, report_missing_layers
 from vfjax._deprecated import OldName
 from vfjax._trees import flatten_named
@@ -17,6 +19,7 @@ from vfjax.network._checks import (
     named_leaves,
 )
 from vfjax.network._crossing import Crossing, average, mapped, mapped_value
+from vfjax.network._misuse import check_layers
 from vfjax.network._records import (
     JointTap,
     Layer,
@@ -28,6 +31,7 @@ from vfjax.network._records import (
     describe_taps,
 )
 from vfjax.network._run import Edit
+from vfjax.symmetry._group_maps import as_array, check_by_group, check_permutations
 from vfjax.symmetry._places import Place
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -48,11 +52,14 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
         TypeError: If `apply_fn` cannot be called, or a leaf is not an array (an unpartitioned
             Equinox module).
         ValueError: If the weights are closed over instead of passed in `variables`, `apply_fn`
-            raises a KeyError (if it looks up a key that the trees do not have, say), or a kernel's
-            path is `input` or `output`, which name the network's ends.
+            raises a KeyError (if it looks up a key that the trees do not have, say), a kernel's
+            path is `input` or `output`, which name the network's ends, a kernel has no entries, or
+            `x` has no examples or a symbolic size.
+        Exception: Whatever else `apply_fn` raises, with a note on what it was called with.
 
     Warns:
-        UserWarning: If the network has no layers, or some weights are closed over.
+        UserWarning: If the network has no layers, some weights are closed over, or `x` looks like a
+            single example without its batch axis.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -103,6 +110,8 @@ class Network:
             raise TypeError(
                 f"apply_fn must be a function (variables, x) -> output; it was a "
                 f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
+                + " The order is vfjax.trace(apply_fn, variables, x)."
+                * (callable(variables) or callable(x))
             )
         self._traces = _retrace.Retracer(apply_fn, variables, x)
         self._reference = self._traces.reference
@@ -113,6 +122,7 @@ class Network:
                 f"itself: rename it, or put it into a dict, {{'{taken}': {{'kernel': ...}}}}"
             )
         report_missing_layers(self._reference)
+        check_layers(self._reference, self.x)
 
     def __repr__(self) -> str:
         """Size and depth at a glance."""
@@ -374,7 +384,9 @@ class Network:
             A crossing with m entries in place of n.
 
         Raises:
-            ValueError: If a matrix does not fit its group, or would map a value of integers.
+            TypeError: If `maps` is not a mapping, or a map does not hold numbers.
+            ValueError: If a group is unknown, a map does not fit its group, an array of integers is
+                no permutation, or a matrix would map a value of integers.
 
         Example:
             >>> import jax.numpy as jnp, vfjax
@@ -384,8 +396,16 @@ class Network:
             >>> net.map_crossing(p, crossing, {"w": jnp.array([[0.5, 0.5]])}).values[0].tolist()
             [[2.0]]
         """
+        check_by_group("maps", maps)
         if not maps:
             return crossing
+        self.spec.check_known("maps", maps)
+        maps = {group: as_array(given) for group, given in maps.items()}
+        check_permutations(
+            {group: p for group, p in maps.items() if np.issubdtype(p.dtype, np.integer)},
+            self.spec.sizes,
+            self.spec.within,
+        )
         traced = self._traces.at_crossing(named_leaves(self, variables), crossing)
         places = [traced.places(v) for v in traced.cut(crossing.depth).crossing]
         return mapped(crossing, places, maps)

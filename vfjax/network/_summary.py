@@ -37,7 +37,8 @@ def summary(net: Any) -> str:
         )
     table.add_row("total", str(net.depth), "", "", f"{net.params:,}", f"{net.flops:,}", "")
     written = io.StringIO()
-    console = Console(file=written, width=400, color_system=None)
+    # Names may hold brackets and colons, which rich would read as markup and emoji.
+    console = Console(file=written, width=400, color_system=None, markup=False, emoji=False)
     console.print(table)
     text = "\n".join(line.rstrip() for line in written.getvalue().splitlines())
     notes = [f"opaque: {primitive} at {where}" for primitive, where in net.opaque]

@@ -19,7 +19,7 @@ from vfjax._passes import (
     mesh_of,
     one_number,
 )
-from vfjax._trees import flatten_named, with_leaves
+from vfjax._trees import check_one_device, flatten_named, with_leaves
 from vfjax._types import Array, PyTree
 from vfjax.network._inside import output_of
 from vfjax.network._network import Network
@@ -81,6 +81,8 @@ def gradients(
             check_classes(label, classes, f"`data`, batch {index}", "the network")
         if mesh_of((x, label)) is not None:
             x, label = jax.device_get((x, label))
+        if not made:
+            check_one_device(tree=tree, data=(x, label))
         size = batch_size(label) // minibatch
         size = size if count is None else min(size, count - made)
         # Equal pieces, so that one program serves all of them.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named
+from vfjax._trees import check_values, flatten_named
 from vfjax._types import PyTree
 from vfjax.prune._scores import Scores
 
@@ -261,6 +261,7 @@ def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str)
 def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
     """A tree with zeros where a fitting mask, given by path, is False."""
     flat, treedef = flatten_named(tree)
+    check_values("pruning works", tree=tree)
 
     def masked(leaf: Any, kept: Any) -> Any:
         return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax._maps import Maps
+from vfjax._maps import Maps, check_is_maps
 from vfjax._trees import check_sequence
 from vfjax._types import Array
 from vfjax.merge._arguments import weights_for
@@ -56,8 +56,8 @@ def goals_of(
             'name layers, or give "paper" or "all"'
         )
     chosen = [name for name in names if _correctable(model, layers[name])]
-    if maps is not None and not isinstance(maps, Maps):
-        raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+    if maps is not None:
+        check_is_maps(maps)
     given = _given(references)
     if given is None:
         models = _references(model, references, maps)

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named, some
+from vfjax._trees import check_values, flatten_named, some
 from vfjax._types import Array, PyTree
 from vfjax.symmetry._group_maps import (
     as_array,
     as_permutation,
+    check_by_group,
     check_matrices,
     check_permutations,
     contract,
@@ -211,7 +212,9 @@ class PermutationSpec:
             TypeError: As `validate`.
             ValueError: As `validate`.
         """
+        check_by_group("permutations", permutations)
         self.validate(variables, permutations)
+        check_values("permuting works", variables=variables)
         indices = {name: as_array(p) for name, p in permutations.items()}
 
         return self._map(variables, indices, permute_at)
@@ -396,6 +399,7 @@ class PermutationSpec:
                 )
 
     def _check_permutations(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        check_by_group("permutations", given)
         self.check_known("permutations", given)
         check_permutations(given, sizes, self.within)
 
