@@ -18,12 +18,19 @@ def check_host(what: str, **trees: PyTree) -> None:
         **trees: By name, arguments of any kind.
 
     Raises:
-        TypeError: If one holds traced values, as inside `jit`, `grad` or `vmap`, or shapes alone.
+        TypeError: If one holds traced values, as inside `jit`, `grad` or `vmap`, or shapes alone;
+            or if a trace is under way in which whatever is computed has no value yet.
     """
     for name, tree in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
                 raise TypeError(_no_number(leaf, name + jax.tree_util.keystr(path), what))
+    # Inside `jit` even a sum of numbers is traced.
+    if isinstance(jax.lax.add(0, 0), Tracer):
+        raise TypeError(
+            f"{what} on the host, with numbers, which there are not inside a function that jit or "
+            f"scan traces: call it outside ({', '.join(trees)})"
+        )
 
 
 def check_values(what: str, **trees: PyTree) -> None:

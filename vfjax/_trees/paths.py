@@ -202,7 +202,14 @@ def check_sequence(trees: Any, *, name: str) -> None:
         raise ValueError(f"{name} is empty; give at least one parameter tree.")
 
 
-def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, other: str) -> None:
+def check_like(
+    flat: Mapping[str, Any],
+    like: Mapping[str, Any],
+    *,
+    name: str,
+    other: str,
+    paths: Iterable[str] = (),
+) -> None:
     """Checks that two named trees have the same leaves, shapes and dtypes.
 
     Args:
@@ -210,6 +217,7 @@ def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, o
         like: Leaves by path, to compare with.
         name: What to call the first in an error.
         other: What to call the second.
+        paths: All paths of the tree, if `flat` is a part of it.
 
     Raises:
         ValueError: If they differ; the message names the first leaf that does.
@@ -221,7 +229,7 @@ def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, o
         raise ValueError(
             f"{name} differs in structure from {other}: it {' and '.join(parts)}"
             f"{' and more' if len(missing) > 3 or len(extra) > 3 else ''}. Merged models must "
-            f"share one architecture.{structure_hint(name, flat, like)}"
+            f"share one architecture.{structure_hint(name, {*flat, *paths}, like)}"
         )
     for path, leaf in flat.items():
         a, b = np.shape(leaf), np.shape(like[path])
@@ -247,19 +255,18 @@ def structure_hint(name: str, flat: Iterable[str], like: Iterable[str]) -> str:
         >>> structure_hint("tree", ["w"], ["params/w"])
         " It has the structure of the part 'params': pass {'params': tree}."
     """
-    have, want = list(flat), sorted(like)
-    heads = {path.partition("/")[0] for path in have if "/" in path}
-    for head in sorted(heads):
-        inside = [path.removeprefix(f"{head}/") for path in have if path.startswith(f"{head}/")]
-        if sorted(inside) == want:
+    have, want = set(flat), set(like)
+    if not want or not have:
+        return ""
+    for head in sorted({path.partition("/")[0] for path in have if "/" in path}):
+        inside = {path.removeprefix(f"{head}/") for path in have if path.startswith(f"{head}/")}
+        if want <= inside:
             return f" Its part '{head}' has the right structure: pass that."
-        whole = [path for path in have if path.startswith(f"{head}/")]
-        if whole and sorted(whole) == want:
+        if want <= {f"{head}/{path}" for path in inside}:
             return f" It has more than it should: pass its '{head}' alone, as {{'{head}': ...}}."
-    outer = {path.partition("/")[0] for path in want if "/" in path}
-    if len(outer) == 1 and sorted(f"{min(outer)}/{path}" for path in have) == want:
-        head = min(outer)
-        return f" It has the structure of the part '{head}': pass {{'{head}': {name}}}."
+    for head in sorted({path.partition("/")[0] for path in want if "/" in path}):
+        if want <= {f"{head}/{path}" for path in have}:
+            return f" It has the structure of the part '{head}': pass {{'{head}': {name}}}."
     return ""
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vfjax._maps import Maps
-from vfjax._trees import Flat, check_finite, check_trees, flatten_named, whole
+from vfjax._trees import Flat, check_finite, check_host, check_trees, flatten_named, whole
 from vfjax._types import PyTree
 from vfjax.align._by_activations import Pair, measure, pair_of
 from vfjax.align._by_weights import match_incoming
@@ -138,6 +138,7 @@ def transport(
     nets = networks(net, len(trees))
     one_net = all(other is nets[0] for other in nets)
     models = Models(nets, tuple(trees), check_trees(trees) if one_net else _flats(nets, trees))
+    check_host("plans are found", trees=list(trees))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     solver = Solver(regularization, tolerance, max_iterations, nets[0].spec.rigid)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from vfjax._maps import Maps, check_is_maps
+from vfjax._trees import check_host
 from vfjax.diagnose._rows import Carried
 from vfjax.merge._arguments import each_unpacked, evaluable, listed, networks_of
 from vfjax.merge._merged import Merged
@@ -49,6 +50,7 @@ def compared(net: Network | Sequence[Network], variables: Any, references: Any) 
         TypeError: If `net` is not a traced network, or a leaf is not an array.
         ValueError: If a tree does not fit, or holds NaN or infinite values.
     """
+    check_host("features are measured", variables=variables, references=references)
     nets, mine = networks_of(net, variables, "variables")
     if not _given(references):
         return Compared(mine, ())

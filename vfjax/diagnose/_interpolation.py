@@ -28,7 +28,7 @@ from vfjax._passes import (
     keep,
     labelled,
 )
-from vfjax._trees import check_trees
+from vfjax._trees import check_host, check_trees
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
@@ -276,6 +276,7 @@ def interpolation(
     check_net(net)
     grid = _grid(alphas)
     check_trees(trees)
+    check_host("networks are evaluated", trees=list(trees))
     if len(trees) != 2:
         raise ValueError(f"trees must be two, the ends of the interpolation, got {len(trees)}")
     check_depth(net, layers, "layers")

@@ -210,8 +210,9 @@ def _model(given: Any, name: str) -> Merged:
     if not isinstance(net, Network):
         raise TypeError(
             f"{name} must be a pair (net, variables) of a traced network, or a Merged, got "
-            f"{type(given).__name__}"
+            + (type(given).__name__ if net is None else f"a pair with a {type(net).__name__} first")
         )
+    check_host("features are measured", **{name: variables})
     networks = evaluable((net,), variables, name, several=False)
     if len(networks) != 1:
         raise ValueError(f"{name} must be one network, got variables of {len(networks)}")

@@ -209,7 +209,10 @@ def _merge(
     models = models_of(nets, trees, free=net.head_leaves(start, end))
     weights = resolve_mix(weights, None, count)
     if any(isinstance(w, Tracer) for w in weights):
-        raise TypeError("weights must be numbers, since a Merged keeps them static; got a tracer")
+        raise TypeError(
+            "weights must be numbers, since a Merged keeps them static; got a tracer, as inside "
+            "jit: make the model outside, or average trees with vfjax.merge.interpolate"
+        )
     maps = Maps(({},) * count) if maps is None else maps
     maps.check(nets, count)
     _check_mappable(nets, maps, [depth for depth in (start, end) if depth])

@@ -111,7 +111,14 @@ def explain(error: Exception, variables: Any, avals: Mapping[str, Any], x: PyTre
             f"{said} variables is one array of shape {_shape(avals[''])}, and x is a tree with "
             f"{some(leaf_paths(x))}: are they swapped? It is vfjax.trace(apply_fn, variables, x)"
         ) from error
-    note = f"apply_fn raised this when vfjax traced apply_fn(variables, x), with {_told(avals, x)}."
+    note = (
+        "apply_fn raised this when vfjax traced apply_fn(variables, x), with variables of "
+        f"{some(avals)} and x = {_listed(x)}."
+    )
+    named, _ = jax.tree_util.tree_flatten_with_path(variables, is_leaf=lambda a: a is None)
+    absent = [jax.tree_util.keystr(path) for path, leaf in named if leaf is None]
+    if absent:
+        note += f" variables has None at {some(absent)}."
     if type(error).__module__.startswith("flax"):
         note += " Flax's model.apply takes variables as {'params': ...}, not the parameters alone."
     error.add_note(note)
@@ -131,10 +138,6 @@ def explain_input(error: Exception, x: PyTree, like: PyTree) -> None:
     error.add_note(
         f"apply_fn raised this for x = {_listed(x)}; it was traced with {_listed(like)}."
     )
-
-
-def _told(avals: Mapping[str, Any], x: PyTree) -> str:
-    return f"variables of {some(avals)} and x = {_listed(x)}"
 
 
 def _listed(x: PyTree) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vfjax._analysis import from_propagation, report_missing_layers
 from vfjax._deprecated import OldName
-from vfjax._trees import flatten_named
+from vfjax._trees import check_values, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import _cost, _fold, _retrace, _run, _sites, _summary
 from vfjax.network._checks import (
@@ -608,4 +608,5 @@ class Network:
         """
         self.layer(layer)
         flat = flatten_named(variables)
+        check_values("folding computes", variables=variables, scale=scale, shift=shift)
         return flat.put(_fold.fold(self._reference, flat.leaves, layer, scale, shift)).tree()

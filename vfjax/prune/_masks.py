@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import check_values, flatten_named
+from vfjax._trees import check_one_device, check_values, flatten_named
 from vfjax._types import PyTree
 from vfjax.prune._scores import Scores
 
@@ -266,4 +266,9 @@ def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
     def masked(leaf: Any, kept: Any) -> Any:
         return leaf if kept is True else jnp.where(kept, leaf, jnp.zeros_like(leaf))
 
-    return jax.tree.unflatten(treedef, [masked(leaf, mask[path]) for path, leaf in flat.items()])
+    try:
+        pruned = [masked(leaf, mask[path]) for path, leaf in flat.items()]
+    except ValueError:
+        check_one_device(tree=tree, mask=dict(mask))
+        raise
+    return jax.tree.unflatten(treedef, pruned)

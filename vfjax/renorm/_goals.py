@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vfjax._maps import Maps, check_is_maps
-from vfjax._trees import check_sequence
+from vfjax._trees import check_host, check_sequence
 from vfjax._types import Array
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
@@ -46,6 +46,7 @@ def goals_of(
         ValueError: As `vfjax.renorm.repair`.
     """
     net, model = merged.net, merged.model
+    check_host("moments are measured", merged=model.arrays, references=references)
     names = select(net, sites)
     layers = {layer.name: layer for layer in net.layers}
     other = [name for name in names if name not in layers]

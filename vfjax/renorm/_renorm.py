@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vfjax._maps import Maps
-from vfjax._trees import with_leaves
+from vfjax._trees import check_host, with_leaves
 from vfjax._types import PyTree
 from vfjax.merge._arguments import merged_of
 from vfjax.merge._merged import Merged
@@ -212,6 +212,7 @@ def _renormalise(
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
     net, model = given.net, given.model
+    check_host("moments are measured", merged=model.arrays, goals=goals)
     cut = model.cut
     norms = [
         n.name

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import check_values, flatten_named, some
+from vfjax._trees import check_one_device, check_values, flatten_named, some
 from vfjax._types import Array, PyTree
 from vfjax.symmetry._group_maps import (
     as_array,
@@ -217,7 +217,11 @@ class PermutationSpec:
         check_values("permuting works", variables=variables)
         indices = {name: as_array(p) for name, p in permutations.items()}
 
-        return self._map(variables, indices, permute_at)
+        try:
+            return self._map(variables, indices, permute_at)
+        except ValueError:
+            check_one_device(variables=variables, permutations=permutations)
+            raise
 
     def apply(self, variables: PyTree, maps: Mapping[str, tuple[Any, Any]]) -> PyTree:
         """Maps the axes of every group linearly, in float32 or better.
