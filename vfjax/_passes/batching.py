@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from vfjax._trees import check_host
+from vfjax._trees import check_host, check_values
 from vfjax._types import Array, PyTree
 
 # The most that `keep` keeps, in bytes: 10,000 images of CIFAR take an eighth of it.
@@ -172,7 +172,7 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
             )
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(f"{part} must be an array, got {type(leaf).__name__}")
-        check_host("passes over data measure", **{part: leaf})
+        check_values("passes over data measure", **{part: leaf})
         if leaf.dtype != traced.dtype:
             raise TypeError(
                 f"{part} has dtype {leaf.dtype}, but the network was traced with {traced.dtype}; "

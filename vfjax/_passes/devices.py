@@ -37,8 +37,10 @@ def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree
     mesh, placed, first = None, given, True
     for x in xs:
         its_mesh = mesh_of(x)
-        if first and its_mesh is None:
-            check_one_device(models=given, data=x)
+        if first:
+            check_host("passes over data measure", data=x)
+            if its_mesh is None:
+                check_one_device(models=given, data=x)
         first = False
         if its_mesh is not None and its_mesh != mesh:
             mesh, placed = its_mesh, replicate(given, its_mesh)
