@@ -147,6 +147,29 @@ class Traced:
         return depth[site.index] + after.get(site.index, -1) == self.depth
 
     @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """By layer that a cut can end with, the least depth of a cut whose stem computes it.
+
+        For layers on a longest path this is their depth. A branch, which no layer of a longer path
+        reads, ends where its own output is: as many layers follow the cut there as follow it on the
+        longest path, if the branch has so many. All other layers, shortcuts, go with their readers.
+        """
+        depth, after = self._depths
+        paths: dict[int, list[str]] = {}
+        for name, site in self.layers.items():
+            if site.index in after:
+                paths.setdefault(depth[site.index] + after[site.index], []).append(name)
+        ranks: dict[str, int] = {}
+        read: set[int] = set()
+        for length in sorted(paths, reverse=True):
+            ends = [name for name in paths[length] if self.layers[name].index not in read]
+            ranks |= {name: self.depth - after[self.layers[name].index] for name in ends}
+            # What a branch shares with a longer path was found there.
+            have = {v for i in read for v in self.graph.equations[i].results}
+            read |= {*self.graph.needed([self.layers[name].preactivation for name in ends], have)}
+        return ranks
+
+    @functools.cached_property
     def joins(self) -> bool:
         """Whether values that follow different layers are added, as in residual networks."""
         layers = {site.index for site in self.layers.values()}
@@ -250,11 +273,8 @@ class Traced:
     def cut(self, depth: int) -> Cut:
         """The cut at a depth: the stem computes the pre-activations up to that depth."""
         graph = self.graph
-        seeds = [
-            s.preactivation
-            for s in self.layers.values()
-            if self.is_main(s) and self.depth_of(s) <= depth
-        ]
+        ends = [name for name, least in self.ranks.items() if least <= depth]
+        seeds = [self.layers[name].preactivation for name in ends]
         stem = frozenset(i for i in graph.needed(seeds, ()) if graph.equations[i].depends & INPUT)
         made = {v for i in stem for v in graph.equations[i].outputs if v is not None}
         made |= set(graph.inputs[graph.num_leaves :])

@@ -169,6 +169,10 @@ VECTORS = frozenset({"lu_pivots_to_permutation", "tridiagonal_solve"})
 DRAWS = _of(Kind.DRAW)
 LOOPS = _of(Kind.LOOP)
 """Primitives that run jaxprs several times, or one of several."""
+LOOKUPS = frozenset(
+    name for name, p in TABLE.items() if p.kind is Kind.INDEXING and p.linear is Linear.FIRST
+)
+"""Primitives that read entries of their first operand where the others say."""
 
 INLINE = _of(Kind.INLINE)
 """Calls that only delimit."""

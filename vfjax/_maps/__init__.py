@@ -12,6 +12,7 @@ matched together.
 from __future__ import annotations
 
 from vfjax._maps.maps import Maps as Maps
+from vfjax._maps.maps import check_is_maps as check_is_maps
 from vfjax._maps.norm_units import in_output_units as in_output_units
 from vfjax._maps.norm_units import spread_of as spread_of
 from vfjax._maps.parts import Part as Part
@@ -21,6 +22,7 @@ from vfjax._maps.parts import permuting as permuting
 __all__ = [
     "Maps",
     "Part",
+    "check_is_maps",
     "gather",
     "in_output_units",
     "permuting",

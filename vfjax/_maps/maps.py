@@ -20,7 +20,7 @@ from vfjax._types import PyTree
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network
 from vfjax.symmetry._also import Also
-from vfjax.symmetry._group_maps import as_permutation, check_maps, check_permutation
+from vfjax.symmetry._group_maps import as_permutation, check_by_group, check_maps, check_permutation
 
 # Callers that only want the function need no leaf that it does not read.
 _NOTHING: Also = types.MappingProxyType({})
@@ -137,7 +137,9 @@ class Maps:
                 "mapping; for two models of which the first stays, [None, found.permutations]"
             )
         maps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
-        for of_model in permutations:
+        for k, of_model in enumerate(permutations):
+            if of_model is not None:
+                check_by_group(f"permutations[{k}]", of_model)
             for group, permutation in (of_model or {}).items():
                 check_permutation(group, permutation, None, within=True)
             maps.append(permuting(of_model or {}))
@@ -374,3 +376,15 @@ class Maps:
             f"Maps({self.models} models, {len(self.sizes)} groups, {len(sizes)} features of "
             f"{int(sizes.sum())}, at most {int(sizes.max(initial=0))} in one)"
         )
+
+
+def check_is_maps(maps: Any) -> None:
+    """Raises a TypeError unless `maps` is a `Maps`."""
+    if isinstance(maps, Maps):
+        return
+    hint = "permutations, one mapping per model, go into Maps.of_permutations"
+    if isinstance(getattr(maps, "permutations", None), Mapping):  # an Alignment
+        hint = "Maps.of_permutations([None, found.permutations]) makes one of an Alignment"
+    elif hasattr(maps, "permutations"):  # a Universe
+        hint = "Maps.of_permutations(universe.permutations) makes one of a Universe"
+    raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}; {hint}")

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from vfjax._trees import check_host, check_values
 from vfjax._types import Array, PyTree
 
 # The most that `keep` keeps, in bytes: 10,000 images of CIFAR take an eighth of it.
@@ -59,23 +61,30 @@ def batches(data: Iterable[Any], *, like: PyTree, name: str = "data") -> Iterato
 
 
 def labelled(
-    data: Iterable[Any], *, name: str = "data", like: PyTree = None, reader: str = "accuracy"
-) -> Iterator[tuple[int, PyTree, np.ndarray | Array]]:
+    data: Iterable[Any],
+    *,
+    name: str = "data",
+    like: PyTree = None,
+    reader: str = "accuracy",
+    classes: bool = True,
+) -> Iterator[tuple[int, PyTree, Any]]:
     """Iterates over the pairs `(x, label)` in `data`, checked on the host, batch by batch.
 
     Args:
-        data: Iterable of pairs of `x`, any pytree, and integer labels `[n]`. Batches without
-            samples are skipped.
+        data: Iterable of pairs of `x`, any pytree, and its label. Batches without samples are
+            skipped.
         name: The caller's name for the argument, for error messages.
         like: The traced input, which every `x` must fit, as in `batches`; None skips this check.
         reader: What needs the labels, for error messages.
+        classes: Whether labels must be the numbers of classes, integers `[n]`. Otherwise a label is
+            what the caller's loss takes: any pytree of numbers, each leaf `[n, ...]`.
 
     Yields:
         The number of the batch, `x` and the labels.
 
     Raises:
-        TypeError: If `data` is not an iterable, a batch is not a pair, its labels are not integers,
-            or its `x` has another structure or dtype than was traced.
+        TypeError: If `data` is not an iterable, a batch is not a pair, its labels are not integers
+            or other numbers, or its `x` has another structure or dtype than was traced.
         ValueError: If a batch does not have one label per input, its `x` has another shape than was
             traced, or there are no batches.
 
@@ -83,10 +92,15 @@ def labelled(
         >>> data = [(np.zeros((4, 3)), np.arange(4)), (np.zeros((0, 3)), np.arange(0))]
         >>> [(index, len(label)) for index, x, label in labelled(data)]
         [(0, 4)]
+        >>> data = [(np.zeros((4, 3)), {"box": np.zeros((4, 2)), "seen": np.ones(4, bool)})]
+        >>> [jax.tree.map(np.shape, label) for _, x, label in labelled(data, classes=False)]
+        [{'box': (4, 2), 'seen': (4,)}]
     """
 
-    def read(item: Any, where: str, whole: Any) -> tuple[PyTree, np.ndarray | Array]:
+    def read(item: Any, where: str, whole: Any) -> tuple[PyTree, Any]:
         x, label = _pair(item, where, whole, reader)
+        label = _class_numbers(label, where) if classes else _targets(label, where)
+        _check_as_many(x, label, where)
         return x if like is None else _input(x, like, where, None), label
 
     for index, (x, label) in _each(data, name, read, form="(x, label)", one="[(x, label)]"):
@@ -158,6 +172,7 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
             )
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(f"{part} must be an array, got {type(leaf).__name__}")
+        check_values("passes over data measure", **{part: leaf})
         if leaf.dtype != traced.dtype:
             raise TypeError(
                 f"{part} has dtype {leaf.dtype}, but the network was traced with {traced.dtype}; "
@@ -168,6 +183,8 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
             hint = ""
             if tuple(getattr(whole, "shape", ())[1:]) == tuple(traced.shape[1:]):
                 hint = "; this array looks like one batch: pass a list of batches, [x]"
+            elif shape == tuple(traced.shape[1:]):
+                hint = "; this looks like a single example: give it its batch axis, x[None]"
             raise ValueError(
                 f"{part} has shape {shape}, but the network was traced with "
                 f"[{', '.join(map(str, ('batch', *traced.shape[1:])))}]{hint}"
@@ -178,8 +195,8 @@ def _input(item: Any, like: PyTree, where: str, whole: Any) -> PyTree:
     return x
 
 
-def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, np.ndarray | Array]:
-    """The `x` and the labels of one batch, after every check."""
+def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, Any]:
+    """The `x` and the labels of one batch; of these it checks only that the host can read them."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         hint = ""
         if isinstance(whole, (tuple, list)) and len(whole) == 2 and _is_pair(*whole):
@@ -188,7 +205,12 @@ def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, np.nd
             f"{where} must be a pair (x, label), got {type(item).__name__}; {reader} needs "
             f"labels{hint}"
         )
-    x, label = item
+    check_host("passes over data measure", **{where: tuple(item)})
+    return item[0], item[1]
+
+
+def _class_numbers(label: Any, where: str) -> np.ndarray | Array:
+    """Labels that are the numbers of classes, as an array."""
     try:
         label = _as_array(label)
     except (TypeError, ValueError) as error:  # ragged lists, say
@@ -198,16 +220,71 @@ def _pair(item: Any, where: str, whole: Any, reader: str) -> tuple[PyTree, np.nd
     if label.ndim != 1 or not jnp.issubdtype(label.dtype, jnp.integer):
         raise TypeError(
             f"{where}: labels must be integers [n], got {label.dtype} {list(label.shape)}; for "
-            "one-hot labels pass label.argmax(-1)"
+            "one-hot labels pass label.argmax(-1), for other targets give loss="
         )
+    return label
+
+
+def _targets(label: Any, where: str) -> PyTree:
+    """Labels for a caller's loss: a pytree of arrays of numbers, each `[n, ...]`."""
+    leaves = jax.tree.leaves(label)
+    if isinstance(label, (list, tuple)) and all(isinstance(a, (int, float)) for a in leaves):
+        label = np.asarray(label)  # numbers, one per example
+    if not leaves:
+        raise TypeError(f"{where}: label must hold arrays, got {label!r}")
+
+    def target(path: Any, leaf: Any) -> np.ndarray | Array:
+        part = f"{where}: label{jax.tree_util.keystr(path)}"
+        array = _as_array(leaf)
+        if not (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)):
+            raise TypeError(
+                f"{part} must be an array of numbers, got {type(leaf).__name__} {leaf!r}"
+            )
+        if not array.ndim:
+            raise ValueError(
+                f"{part} must have one entry per input, got the single number {leaf!r}"
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(target, label)
+
+
+def _check_as_many(x: PyTree, label: PyTree, where: str) -> None:
+    """Checks that inputs and labels are equally many."""
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
-    if sizes != {label.shape}:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(label):
+        if sizes == {leaf.shape[:1]}:
+            continue
         lengths = ", ".join(str(size[0]) if size else "a scalar" for size in sorted(sizes))
         raise ValueError(
-            f"{where}: x and label must be equally many, got {len(label)} labels for "
-            f"{lengths or 'nothing'}"
+            f"{where}: x and label{jax.tree_util.keystr(path)} must be equally many, got "
+            f"{len(leaf)} labels for {lengths or 'nothing'}"
         )
-    return x, label
+
+
+def check_classes(label: Any, classes: int, where: str, fn: str) -> None:
+    """Checks that class numbers are from 0 to `classes - 1`, where the host can read them.
+
+    A label out of range would index a class from the end, or make the loss NaN or its gradient 0.
+
+    Args:
+        label: Integers `[n]`.
+        classes: Number of classes.
+        where: Names the batch.
+        fn: What returns logits of so many classes.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if isinstance(label, Tracer) or not getattr(label, "is_fully_addressable", True):
+        return
+    values = np.asarray(label)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{where}: labels must be from 0 to {classes - 1}, as {fn} returns {classes} classes, "
+            f"got labels from {low} to {high}."
+        )
 
 
 def _as_array(values: Any) -> np.ndarray | Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vfjax._trees import native
+from vfjax._trees import check_host, check_one_device, native
 from vfjax._types import PyTree
 
 
@@ -27,10 +27,21 @@ def replicate(tree: PyTree, mesh: Any) -> PyTree:
 
 
 def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree, PyTree]]:
-    """For every batch: its mesh, the given tree placed on that mesh, and the batch."""
-    mesh, placed = None, given
+    """For every batch: its mesh, the given tree placed on that mesh, and the batch.
+
+    Raises:
+        TypeError: If the given tree holds traced values or shapes alone.
+        ValueError: If the tree and the first batch lie on different devices, and on no mesh.
+    """
+    check_host("passes over data measure", models=given)
+    mesh, placed, first = None, given, True
     for x in xs:
         its_mesh = mesh_of(x)
+        if first:
+            check_host("passes over data measure", data=x)
+            if its_mesh is None:
+                check_one_device(models=given, data=x)
+        first = False
         if its_mesh is not None and its_mesh != mesh:
             mesh, placed = its_mesh, replicate(given, its_mesh)
         elif its_mesh is None and mesh is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._trees import paths
+from vfjax._trees.concrete import check_one_device
 from vfjax._trees.leaves import as_numpy, like_leaf, on_host, sum_type
 from vfjax._types import Array, PyTree
 
@@ -62,6 +63,9 @@ def resolve_weights(
         raise ValueError(f"weights has {len(given)} entries for {count} {of}; give one per model")
     if traced:
         return given
+    for k, weight in enumerate(given):
+        if not _real(weight):
+            raise TypeError(f"weights[{k}] must be a number, got {weight!r}, of {weights!r}")
     given = tuple(float(w) for w in given)
     if not all(math.isfinite(w) for w in given):
         raise ValueError(f"weights must be finite numbers, got {given}")
@@ -70,6 +74,14 @@ def resolve_weights(
             f"weights must sum to one, got {given} with sum {math.fsum(given):g}; divide them by it"
         )
     return given
+
+
+def _real(value: Any) -> bool:
+    """Whether something is one real number, traced or not."""
+    if isinstance(value, Tracer):
+        return not value.shape
+    known = hasattr(value, "__float__") and not isinstance(value, (str, bytes))
+    return known and not np.shape(value) and not np.iscomplexobj(value)
 
 
 def resolve_mix(
@@ -83,6 +95,8 @@ def resolve_mix(
             invalid.
     """
     if alpha is not None:
+        if not _real(alpha):
+            raise TypeError(f"alpha must be a number, the weight of the second tree, got {alpha!r}")
         if weights is not None:
             raise ValueError("give either weights or alpha, not both")
         if count != 2:
@@ -148,6 +162,7 @@ def average_flats(flats: Sequence[paths.Flat], weights: Sequence[float]) -> PyTr
     Returns:
         A tree with the structure of the first.
     """
+    check_one_device(**{f"trees[{k}]": flat.leaves for k, flat in enumerate(flats)})
     means = {
         path: _average_leaf(path, [flat.leaves[path] for flat in flats], weights)
         for path in flats[0].leaves

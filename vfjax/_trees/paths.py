@@ -53,7 +53,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def flatten_named(tree: PyTree, *, name: str = "variables") -> Flat:
+def flatten_named(tree: PyTree, *, name: str = "variables", deleted: bool = False) -> Flat:
     """Flattens a tree into a dict from leaf path to leaf.
 
     Paths read like `params/Conv_0/kernel`. The `/value` that Flax NNX appends is left out, so that
@@ -65,18 +65,22 @@ def flatten_named(tree: PyTree, *, name: str = "variables") -> Flat:
     Args:
         tree: A pytree of arrays. None counts as an absent subtree, as everywhere in JAX.
         name: What to call the tree in an error.
+        deleted: Whether leaves may be deleted, as where only their shapes matter.
 
     Returns:
         The leaves by path, in the tree's own order, and the tree's structure.
 
     Raises:
-        TypeError: If a leaf is not an array: a function or a module, for example.
+        TypeError: If a leaf is not an array of numbers: a function or a module, for example.
+        ValueError: If an array has been deleted.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = _named([path for path, _ in flat])
     leaves = {path: native(leaf) for path, (_, leaf) in zip(names, flat, strict=True)}
     for path, leaf in leaves.items():
         check_leaf(leaf, path, name)
+        if not deleted:
+            _check_kept(leaf, path, name)
     return Flat(leaves, treedef)
 
 
@@ -100,6 +104,11 @@ def _named(paths: Sequence[tuple[Any, ...]]) -> list[str]:
 def check_leaf(leaf: Any, path: str, name: str) -> None:
     """Raises a TypeError unless a leaf is an array, a number or a `ShapeDtypeStruct`."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        if isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in "OSUmM":
+            raise TypeError(
+                f"{name} has an array of dtype {leaf.dtype} at '{path or '.'}'; every leaf must be "
+                "an array of numbers."
+            )
         if isinstance(leaf, (np.ndarray, np.generic)) and not is_known(leaf.dtype):
             raise TypeError(
                 f"{name} has an array of dtype {leaf.dtype} at '{path or '.'}', which JAX does not "
@@ -114,10 +123,25 @@ def check_leaf(leaf: Any, path: str, name: str) -> None:
             "an Equinox module, pass its arrays: `params, static = eqx.partition(module, "
             "eqx.is_array)` with `apply_fn = lambda p, x: eqx.combine(p, static)(x)`."
         )
+    if not path:
+        raise TypeError(
+            f"{name} is a {type(leaf).__name__}; it must be a tree of arrays, such as a model's "
+            "variables."
+        )
     raise TypeError(
-        f"{name} has a {type(leaf).__name__} at '{path or '.'}'; every leaf must be an array. Keep "
+        f"{name} has a {type(leaf).__name__} at '{path}'; every leaf must be an array. Keep "
         "configuration out of the tree, in `apply_fn`."
     )
+
+
+def _check_kept(leaf: Any, path: str, name: str) -> None:
+    """Raises a ValueError if an array is gone, as a donated one is."""
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+        raise ValueError(
+            f"{name} has a deleted array at '{path or '.'}': it was donated to a compiled "
+            "function, such as a training step, or deleted. Pass the arrays that this function "
+            "returned, or a copy made before."
+        )
 
 
 def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
@@ -187,7 +211,14 @@ def check_sequence(trees: Any, *, name: str) -> None:
         raise ValueError(f"{name} is empty; give at least one parameter tree.")
 
 
-def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, other: str) -> None:
+def check_like(
+    flat: Mapping[str, Any],
+    like: Mapping[str, Any],
+    *,
+    name: str,
+    other: str,
+    paths: Iterable[str] = (),
+) -> None:
     """Checks that two named trees have the same leaves, shapes and dtypes.
 
     Args:
@@ -195,6 +226,7 @@ def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, o
         like: Leaves by path, to compare with.
         name: What to call the first in an error.
         other: What to call the second.
+        paths: All paths of the tree, if `flat` is a part of it.
 
     Raises:
         ValueError: If they differ; the message names the first leaf that does.
@@ -206,7 +238,7 @@ def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, o
         raise ValueError(
             f"{name} differs in structure from {other}: it {' and '.join(parts)}"
             f"{' and more' if len(missing) > 3 or len(extra) > 3 else ''}. Merged models must "
-            "share one architecture."
+            f"share one architecture.{structure_hint(name, {*flat, *paths}, like)}"
         )
     for path, leaf in flat.items():
         a, b = np.shape(leaf), np.shape(like[path])
@@ -221,6 +253,30 @@ def check_like(flat: Mapping[str, Any], like: Mapping[str, Any], *, name: str, o
                 f"{name} has dtype {p} at '{path}' where {other} has {q}; cast one of them first, "
                 "e.g. `jax.tree.map(lambda a, b: a.astype(b.dtype), tree, other)`."
             )
+
+
+def structure_hint(name: str, flat: Iterable[str], like: Iterable[str]) -> str:
+    """A sentence on which part of a tree has the paths that it should have, if one has.
+
+    Example:
+        >>> structure_hint("tree", ["params/w", "opt_state/count"], ["w"])
+        " Its part 'params' has the right structure: pass that."
+        >>> structure_hint("tree", ["w"], ["params/w"])
+        " It has the structure of the part 'params': pass {'params': tree}."
+    """
+    have, want = set(flat), set(like)
+    if not want or not have:
+        return ""
+    for head in sorted({path.partition("/")[0] for path in have if "/" in path}):
+        inside = {path.removeprefix(f"{head}/") for path in have if path.startswith(f"{head}/")}
+        if want <= inside:
+            return f" Its part '{head}' has the right structure: pass that."
+        if want <= {f"{head}/{path}" for path in inside}:
+            return f" It has more than it should: pass its '{head}' alone, as {{'{head}': ...}}."
+    for head in sorted({path.partition("/")[0] for path in want if "/" in path}):
+        if want <= {f"{head}/{path}" for path in have}:
+            return f" It has the structure of the part '{head}': pass {{'{head}': {name}}}."
+    return ""
 
 
 def check_finite(flat: Mapping[str, Any], *, name: str) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from vfjax._maps import Maps
 from vfjax._passes import Mask
-from vfjax._trees import Flat, check_finite, check_trees, flatten_named, whole
+from vfjax._trees import Flat, check_finite, check_host, check_trees, flatten_named, whole
 from vfjax._types import PyTree
 from vfjax.align._by_activations import Pair, measure, pair_of
 from vfjax.align._by_weights import match_incoming
@@ -147,6 +147,7 @@ def transport(
     nets = networks(net, len(trees))
     one_net = all(other is nets[0] for other in nets)
     models = Models(nets, tuple(trees), check_trees(trees) if one_net else _flats(nets, trees))
+    check_host("plans are found", trees=list(trees))
     if len(trees) < 2:
         raise ValueError(f"trees must be two or more, got {len(trees)}")
     warn_of_fixed(nets[0])

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees import check_finite, check_like, flatten_named
+from vfjax._trees import check_finite, check_host, check_like, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.align._ascent import (
     counted_axes,
@@ -117,6 +117,7 @@ def match_weights(
             raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}")
     if not tol >= 0:
         raise ValueError(f"`tol` must be a number >= 0, got {tol!r}")
+    check_host("weights are matched", a=a, b=b, key=key)
     random = generator_of(key)
     flat, other = flatten_named(a, name="a"), flatten_named(b, name="b")
     check_like(other.leaves, flat.leaves, name="b", other="a")

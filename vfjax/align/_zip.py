@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from vfjax._maps import Maps, Part, gather
+from vfjax._maps import Maps, Part, check_is_maps, gather
 from vfjax._passes import Mask
 from vfjax._trees import check_key, number
 from vfjax._types import Array, PyTree
@@ -242,6 +242,7 @@ def merged_correlation(
     its matcher, without the correlation of each feature with itself.
     """
     net = network_of(net, moments)
+    check_is_maps(maps)
     total: dict[str, float] = {}
     owners = dict.fromkeys(tap.owner for tap in net.joint_taps)
     mixed = sorted(maps.mixed & owners.keys())

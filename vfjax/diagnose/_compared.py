@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from vfjax._maps import Maps
+from vfjax._maps import Maps, check_is_maps
+from vfjax._trees import check_host
 from vfjax.diagnose._rows import Carried
 from vfjax.merge._arguments import each_unpacked, evaluable, listed, networks_of
 from vfjax.merge._merged import Merged
@@ -49,6 +50,7 @@ def compared(net: Network | Sequence[Network], variables: Any, references: Any) 
         TypeError: If `net` is not a traced network, or a leaf is not an array.
         ValueError: If a tree does not fit, or holds NaN or infinite values.
     """
+    check_host("features are measured", variables=variables, references=references)
     nets, mine = networks_of(net, variables, "variables")
     if not _given(references):
         return Compared(mine, ())
@@ -88,8 +90,7 @@ def carry(given: Compared, maps: Maps | None) -> tuple[Carried, ...]:
     """
     if maps is None:
         return tuple(Carried(network.model) for network in (*given.mine, *given.others))
-    if not isinstance(maps, Maps):
-        raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+    check_is_maps(maps)
     if not all(other.plain for other in given.others):
         raise ValueError("maps carry edge models, and references has a Merged; give trees")
     models = [other.model for other in given.others]

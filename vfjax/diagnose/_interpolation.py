@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm
-from vfjax._passes import Evaluation, Mask, batches, evaluate, keep, labelled
-from vfjax._trees import check_trees, flatten_named
+from vfjax._passes import Evaluation, Loss, Mask, batches, check_functions, evaluate, keep, labelled
+from vfjax._trees import check_host, check_trees, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate
@@ -110,10 +110,11 @@ class Interpolation:
 
     Attributes:
         alphas: `[n]`, the weights of the second network.
-        loss: `[n]`, mean cross-entropy in nats.
-        accuracy: `[n]`, in [0, 1].
+        loss: `[n]`, mean cross-entropy in nats, or the mean of the caller's `loss`.
+        accuracy: `[n]`, in [0, 1], or the mean of the caller's `score`; None where there is
+            neither (`interpolation` says when).
         edge_loss: `[2]`, of the two (aligned) networks, without renormalisation.
-        edge_accuracy: `[2]`, accuracies of the same, in [0, 1].
+        edge_accuracy: `[2]`, accuracies of the same, or None.
 
     Example:
         >>> curve = Interpolation(
@@ -131,45 +132,60 @@ class Interpolation:
 
     alphas: np.ndarray
     loss: np.ndarray
-    accuracy: np.ndarray
+    accuracy: np.ndarray | None
     edge_loss: np.ndarray
-    edge_accuracy: np.ndarray
+    edge_accuracy: np.ndarray | None
+
+    @property
+    def _scores(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.accuracy is None or self.edge_accuracy is None:
+            raise ValueError(
+                "this curve has no accuracy, as its labels are no class numbers: see loss_barrier, "
+                "or give interpolation score=, a function of the output and the labels"
+            )
+        return self.accuracy, self.edge_accuracy
 
     @property
     def barrier(self) -> float:
         """Accuracy barrier by the paper's definition: see `vfjax.diagnose.barrier`."""
-        return barrier(self.alphas, self.accuracy, ends=self.edge_accuracy)
+        accuracy, ends = self._scores
+        return barrier(self.alphas, accuracy, ends=ends)
 
     @property
     def reference_barrier(self) -> float:
         """Accuracy barrier by the reference code's definition: see `vfjax.diagnose.barrier`."""
-        ends = self.edge_accuracy
-        return barrier(self.alphas, self.accuracy, definition="reference", ends=ends)
+        accuracy, ends = self._scores
+        return barrier(self.alphas, accuracy, definition="reference", ends=ends)
 
     @property
     def loss_barrier(self) -> float:
-        """Largest distance of the loss above the line between the networks' losses, in nats.
+        """Largest distance of the loss above the line between the networks' losses.
 
-        Not negative, like `barrier`.
+        In nats, for the cross-entropy. Not negative, like `barrier`.
         """
         return barrier(self.alphas, -self.loss, ends=-self.edge_loss)
 
     def __repr__(self) -> str:
         """Ends, lowest point and barrier, in one line."""
-        least = int(np.argmin(self.accuracy))
-        first, second = self.edge_accuracy
+        if self.accuracy is None:
+            what, curve, ends = "loss", self.loss, self.edge_loss
+            worst, word, gap = int(np.argmax(curve)), "most", self.loss_barrier
+        else:
+            what, (curve, ends) = "accuracy", self._scores
+            worst, word, gap = int(np.argmin(curve)), "least", self.barrier
         return (
-            f"Interpolation({len(self.alphas)} alphas, accuracy {first:.4g} and {second:.4g}, "
-            f"least {self.accuracy[least]:.4g} at alpha {self.alphas[least]:.4g}, "
-            f"barrier {self.barrier:.4g})"
+            f"Interpolation({len(self.alphas)} alphas, {what} {ends[0]:.4g} and {ends[1]:.4g}, "
+            f"{word} {curve[worst]:.4g} at alpha {self.alphas[worst]:.4g}, barrier {gap:.4g})"
         )
 
 
 def interpolation(
     net: Network,
     trees: Sequence[PyTree],
-    test_data: Iterable[tuple[Any, Array]],
+    test_data: Iterable[tuple[Any, Any]],
     *,
+    loss: Loss | None = None,
+    score: Loss | None = None,
     alphas: int | Sequence[float] | np.ndarray = 11,
     match: Match = None,
     renormalise: Renormalise = None,
@@ -190,10 +206,15 @@ def interpolation(
     result therefore also holds the two networks' own accuracies, to which barriers are relative.
 
     Args:
-        net: The traced network; its output is logits `[n, classes]`.
+        net: The traced network; its output is logits `[n, classes]`, or what `loss` takes.
         trees: The two networks' variables, a and b.
-        test_data: Batches `(x, label)` with integer labels `[n]`, read once and kept on the device
-            up to 1 GiB, else read again for each alpha.
+        test_data: Batches `(x, label)`, read once and kept on the device up to 1 GiB, else read
+            again for each alpha. Labels are integers `[n]`, or with `loss` what that takes: any
+            pytree of arrays `[n, ...]` (reals, tokens, dicts).
+        loss: `loss(output, label)`, the mean over a batch; None for the cross-entropy.
+        score: `score(output, label)`, the mean over a batch of what is to be high, which stands in
+            place of the accuracy; None for the accuracy, where labels are integers `[n]` and
+            outputs are logits `[n, classes]`.
         alphas: Weights of b, in [0, 1]; or their number, evenly spaced from 0 to 1 (at least 2).
         match: How b is first permuted: `"weight"` (`vfjax.align.match_weights`, which needs `key`),
             `"activation"` (`vfjax.align.match_activations`, on `data`), a function of `(a, b)` that
@@ -221,7 +242,8 @@ def interpolation(
 
     Raises:
         TypeError: If `net` is not a traced network, `trees` is not a sequence of trees, an option
-            is of a kind not named above, or batches have another structure or dtype.
+            is of a kind not named above, batches have another structure or dtype, labels are not
+            integers (with `loss`, numbers), or `loss` or `score` does not return a number.
         ValueError: If there are not two trees, if they do not fit, if an alpha is outside [0, 1],
             if a name is unknown, if `data` or `key` is missing where it is needed, or if batches
             are empty.
@@ -249,18 +271,22 @@ def interpolation(
     check_net(net)
     grid = _grid(alphas)
     check_trees(trees)
+    check_host("networks are evaluated", trees=list(trees))
     if len(trees) != 2:
         raise ValueError(f"trees must be two, the ends of the interpolation, got {len(trees)}")
     check_depth(net, layers, "layers")
+    check_functions(loss=loss, score=score)
     _check_match(match, data, key)
     _check_renormalise(renormalise, data)
 
-    test = keep(((x, label) for _, x, label in labelled(test_data, name="test_data")), test_data)
+    reader = "accuracy" if loss is None else "the loss"
+    pairs = labelled(test_data, name="test_data", reader=reader, classes=loss is None)
+    test = keep(((x, label) for _, x, label in pairs), test_data)
     if data is not None:
         data = keep(batches(data, like=net.x), data)
     a, b = trees
     trees = a, _aligned(net, a, b, match, data, key, mask)
-    path = Path(net, merge.preserve_first(net, trees, layers=layers), trees)
+    path = Path(net, merge.preserve_first(net, trees, layers=layers), trees, loss, score)
     renormalised = _renormaliser(net, trees, renormalise, references, data, mask)
 
     with tqdm(grid, "interpolating", delay=2, leave=False, disable=not progress) as bar:
@@ -272,10 +298,15 @@ def interpolation(
     return Interpolation(
         alphas=grid,
         loss=np.array([point.loss for point in curve]),
-        accuracy=np.array([point.accuracy for point in curve]),
+        accuracy=_scored(curve),
         edge_loss=np.array([end.loss for end in ends]),
-        edge_accuracy=np.array([end.accuracy for end in ends]),
+        edge_accuracy=_scored(ends),
     )
+
+
+def _scored(points: Sequence[Evaluation]) -> np.ndarray | None:
+    """The scores of several evaluations, or None without."""
+    return None if points[0].accuracy is None else np.array([p.accuracy for p in points])
 
 
 # ------------------------------------------------------------------------------------ the arguments
@@ -389,11 +420,15 @@ class Path:
         net: The traced network.
         start: The merged model of some alpha.
         trees: The two networks, aligned.
+        loss: As in `interpolation`.
+        score: As in `interpolation`.
     """
 
     net: Network
     start: Merged
     trees: tuple[PyTree, ...]
+    loss: Loss | None = None
+    score: Loss | None = None
 
     @functools.cached_property
     def _trunks(self) -> tuple[PyTree, ...]:
@@ -413,4 +448,4 @@ class Path:
             model = merge.as_merged(self.net, model, weights=self.start.weights)
         elif model.net is not self.net:
             raise ValueError("renormalise must return a Merged of net, got one of another network")
-        return evaluate(model.frame, model.arrays, test)
+        return evaluate(model.frame, model.arrays, test, loss=self.loss, score=self.score)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vfjax._trees import check_host
 from vfjax._types import PyTree
 from vfjax.merge._arguments import evaluable, merged_of, weights_for
 from vfjax.merge._merged import Merged
@@ -66,6 +67,7 @@ def rescale_product(
     several = not isinstance(net, Network)
     nets = tuple(net) if several else (net,)
     others = evaluable(nets, references, "references", several=several)
+    check_host("magnitudes are measured", merged=model.model, references=references)
     share = weights_for(model, weights, len(others))
     product, factors = 1.0, {}
     main = [layer for layer in net.layers if layer.main]

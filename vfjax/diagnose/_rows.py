@@ -30,6 +30,7 @@ from vfjax._passes import (
     wide,
 )
 from vfjax._passes.moments import ROUNDINGS, alive, scale_of, union_deviation, union_means
+from vfjax._trees import check_host, check_one_device
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._layout import Layout, arrange, by_example, sample_axes
@@ -116,6 +117,9 @@ def zero_example(net: Network) -> PyTree:
 def offsets(job: Job, networks: tuple[Carried, ...]) -> Offsets:
     """`f(0)` of every network at every site: one forward pass of one example."""
     mesh, x = mesh_of(networks), zero_example(job.net)
+    check_host("passes over data measure", models=networks)
+    if mesh is None:
+        check_one_device(models=networks)
     if mesh is not None:
         x = replicate(x, mesh)
     return _offsets(job, mesh, networks, x)

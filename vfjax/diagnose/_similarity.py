@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vfjax._passes import Mask, batch_size, batches, keep, masked
 from vfjax._passes.masking import examples
-from vfjax._trees import check_trees, some
+from vfjax._trees import check_finite, check_host, check_like, flatten_named, some
 from vfjax._types import PyTree
 from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._arguments import evaluable
@@ -221,8 +221,9 @@ def _model(given: Any, name: str) -> Merged:
     if not isinstance(net, Network):
         raise TypeError(
             f"{name} must be a pair (net, variables) of a traced network, or a Merged, got "
-            f"{type(given).__name__}"
+            + (type(given).__name__ if net is None else f"a pair with a {type(net).__name__} first")
         )
+    check_host("features are measured", **{name: variables})
     networks = evaluable((net,), variables, name, several=False)
     if len(networks) != 1:
         raise ValueError(f"{name} must be one network, got variables of {len(networks)}")
@@ -319,7 +320,11 @@ def distance(
     Source: the l2 distance of models of "Vanishing Feature: Diagnosing Model Merging and Beyond",
     appendix on initialisation.
     """
-    (left, _), (right, _) = check_trees([a, b])
+    check_host("distances are measured", a=a, b=b)
+    left, right = flatten_named(a, name="a").leaves, flatten_named(b, name="b").leaves
+    check_like(right, left, name="b", other="a")
+    check_finite(left, name="a")
+    check_finite(right, name="b")
     if net is not None:
         check_net(net)
         check_fits(net, left, "a")

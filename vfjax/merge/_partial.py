@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vfjax._deprecated import renames
-from vfjax._maps import Maps
+from vfjax._maps import Maps, check_is_maps
 from vfjax._trees import Flat, average_flats, check_like, check_sequence, flatten_named, resolve_mix
 from vfjax._types import PyTree
 from vfjax.merge._merged import Matrices, Merged
@@ -96,11 +96,8 @@ corrections=[])
     nets = networks(net, len(trees))
     start, stop = _bounds(span, nets[0].depth)
     end = None if stop == nets[0].depth else stop
-    if maps is not None and not isinstance(maps, Maps):
-        raise TypeError(
-            f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}; permutations, one "
-            "mapping per model, go into Maps.of_permutations"
-        )
+    if maps is not None:
+        check_is_maps(maps)
     weights = resolve_mix(weights, alpha, len(trees))
     return _merge(nets, trees, maps, start, end, weights)
 
@@ -121,6 +118,11 @@ def preserve_first(
     grows from the merged model, of the size and cost of one model, to the logit ensemble. In a
     chain, l = 1 equals l = 0, since averaging affine maps is averaging their results. This is
     `partial` with `span=slice(layers, None)`.
+
+    A branch off the main path, which no layer of a longer path reads (an auxiliary head, an early
+    exit, the shorter of two towers), counts from its own end: of its layers, as many are merged as
+    of the main path, L - l, and the others are kept apart. So at l = L every output is that of the
+    ensemble. A shortcut, which rejoins the main path, is kept with the first layer that reads it.
 
     Args:
         net: The traced network.
@@ -159,6 +161,8 @@ def ensemble(
     net: Network, trees: Sequence[PyTree], weights: Sequence[float] | None = None
 ) -> Merged:
     """Averages the last layers' outputs: the logit ensemble, `preserve_first` with all layers.
+
+    Of several outputs, each is averaged at its own last layer.
 
     Args:
         net: The traced network.
@@ -200,7 +204,10 @@ def _merge(
     models = models_of(nets, trees, free=net.head_leaves(start, end))
     weights = resolve_mix(weights, None, count)
     if any(isinstance(w, Tracer) for w in weights):
-        raise TypeError("weights must be numbers, since a Merged keeps them static; got a tracer")
+        raise TypeError(
+            "weights must be numbers, since a Merged keeps them static; got a tracer, as inside "
+            "jit: make the model outside, or average trees with vfjax.merge.interpolate"
+        )
     maps = Maps(({},) * count) if maps is None else maps
     maps.check(nets, count)
     _check_mappable(nets, maps, [depth for depth in (start, end) if depth])

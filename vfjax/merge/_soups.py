@@ -107,8 +107,20 @@ def greedy_soup(trees: Sequence[PyTree], score: Callable[[PyTree], float]) -> So
     """
     flats = check_trees(trees)
 
+    if not callable(score):
+        raise TypeError(f"score must be a function of a tree that returns a number, got {score!r}")
+
     def scored(tree: PyTree) -> float:
-        value = float(score(tree))
+        value = score(tree)
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            value = float(value)
+        except TypeError as error:
+            raise TypeError(
+                "score must return one number, such as an accuracy on held-out data; it returned "
+                f"{value!r}"
+            ) from error
         if value != value:
             raise ValueError("score returned NaN, which ranks nothing")
         return value

@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees import Flat, check_alike, check_finite, check_like, check_sequence, flatten_named
+from vfjax._trees import (
+    Flat,
+    check_alike,
+    check_finite,
+    check_host,
+    check_like,
+    check_sequence,
+    flatten_named,
+)
 from vfjax._types import PyTree
 from vfjax.network._checks import check_variances
 from vfjax.network._network import Network
@@ -164,9 +172,10 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
         The models.
 
     Raises:
-        TypeError: If a leaf is not an array.
+        TypeError: If a leaf is not an array, or traced.
         ValueError: If they do not fit, or hold NaN or infinite values.
     """
+    check_host("values are measured", trees=list(trees))
     models = Models(tuple(nets), tuple(trees), _flats(trees, "trees"))
     if models.alike:
         check_alike(models.leaves)
@@ -180,7 +189,7 @@ def comparable(nets: Sequence[Network], trees: Sequence[PyTree], sites: Collecti
         check_finite(flat, name=label)
         seen = read if own is models.net else leaves_before(own, sites)
         mine = {path: leaf for path, leaf in flat.items() if path in seen}
-        check_like(mine, like, name=label, other="trees[0]")
+        check_like(mine, like, name=label, other="trees[0]", paths=flat)
         if apart:
             check_fits(own, flat, label)
         else:

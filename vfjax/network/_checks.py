@@ -9,7 +9,7 @@ import numpy as np
 
 from vfjax._analysis import Traced
 from vfjax._jaxpr import MAX_UNROLL
-from vfjax._trees import flatten_named
+from vfjax._trees import flatten_named, structure_hint
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing
 from vfjax.network._retrace import traces_of
@@ -74,6 +74,7 @@ def named_leaves(net: Network, variables: PyTree) -> dict[str, Any]:
         raise ValueError(
             f"variables has leaves {unknown[:3]} that the traced network does not have; pass "
             "a tree of the structure that was traced."
+            + structure_hint("variables", named, traces_of(net).avals)
         )
     return named
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import resolve_weights, weighted_mean
+from vfjax._trees import check_one_device, resolve_weights, weighted_mean
 from vfjax._types import Array
 from vfjax.symmetry._entries import by_piece, holds
 from vfjax.symmetry._group_maps import check_matrix, contract
@@ -44,6 +44,7 @@ def average(
     if len({c.origin for c in crossings}) > 1 or len(shapes) > 1:
         raise ValueError(f"crossings are of different inputs; their shapes are {shapes}.")
     weights = resolve_weights(weights, len(crossings), of="crossings")
+    check_one_device(**{f"crossings[{k}]": c.values for k, c in enumerate(crossings)})
     values = []
     for mix, *column in zip(averaged, *(c.values for c in crossings), strict=True):
         dtype = column[0].dtype

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from vfjax._analysis import culprit, separable, view_of
 from vfjax._jaxpr import INPUT
@@ -85,9 +86,22 @@ def value_of(net: Network, site: str) -> int | Literal["input", "output"]:
     return locate(net, traces_of(net).reference, site)[0]
 
 
+def output_of(net: Network) -> PyTree:
+    """The output at the traced input: a tree of `jax.ShapeDtypeStruct`s."""
+    traced = traces_of(net).reference
+    avals = [traced.graph.avals[v] if isinstance(v, int) else v.val for v in traced.graph.outputs]
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in avals]
+    return jax.tree.unflatten(traced.out_tree, shapes)
+
+
 def is_output(net: Network, site: str) -> bool:
     """Whether the value at a site is the network's whole output."""
     return site == "output" or traces_of(net).reference.graph.outputs == (value_of(net, site),)
+
+
+def ends_stem(net: Network, layer: str, depth: int) -> bool:
+    """Whether the stem of a cut ends with a layer: its pre-activation is averaged at the cut."""
+    return traces_of(net).reference.ranks.get(layer) == depth
 
 
 def ranks_of(net: Network, layers: Collection[str], norms: Collection[str]) -> list[list[str]]:

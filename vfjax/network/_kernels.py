@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._analysis import LinearSite, Traced
-from vfjax._jaxpr import Equation, contraction, evaluate
-from vfjax._jaxpr.primitives import CONV, LINEAR
+from vfjax._analysis import LinearSite, Traced, View, view_of
+from vfjax._jaxpr import INPUT, PARAM, Equation, contraction, evaluate
+from vfjax._jaxpr.primitives import CONV, LINEAR, LOOKUPS
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import named_leaves
 from vfjax.network._layout import whole_layout
@@ -125,6 +125,86 @@ def input_squares(
 
 def _equation(traced: Traced, layer: str) -> Equation:
     return traced.graph.equations[traced.layers[layer].index]
+
+
+def looked_up(net: Network, paths: Collection[str]) -> tuple[str, ...]:
+    """Which of some leaves the input also looks up, as it does tied embeddings, `leaf[ids]`."""
+    traced = traces_of(net).reference
+    found = {traced.paths[view.leaf] for _, view in _lookups(traced)}
+    return tuple(path for path in traced.paths if path in found and path in paths)
+
+
+def lookup_squares(
+    net: Network,
+    variables: PyTree,
+    x: PyTree,
+    paths: Sequence[str],
+    valid: Array | None = None,
+) -> list[Array]:
+    """For each weight, how often it is looked up.
+
+    These are the sums of its squared inputs, as `leaf[ids]` is `one_hot(ids) @ leaf`.
+
+    Args:
+        net: The traced network.
+        variables: Its parameters.
+        x: A batch.
+        paths: Paths of leaves, as `looked_up` returns them.
+        valid: Which positions of x count, as `valid_at` takes it; None if all do.
+
+    Returns:
+        For each leaf an array of its shape, float32.
+
+    Raises:
+        ValueError: If what is looked up does not begin with the axes of `valid`.
+    """
+    if not paths:
+        return []
+    named = named_leaves(net, variables)
+    traced = traces_of(net).at(named, x)
+    graph = traced.graph
+    uses = [use for use in _lookups(traced) if traced.paths[use[1].leaf] in paths]
+    given = [named.get(path) for path in traced.paths] + jax.tree.leaves(x)
+    env = {v: jnp.asarray(a) for v, a in zip(graph.inputs, given, strict=True) if a is not None}
+    places = evaluate(graph, env, [v for use, _ in uses for v in use.values[1:]])
+    counts = {path: jnp.zeros(np.shape(named[path]), jnp.float32) for path in paths}
+    for equation, view in uses:
+        where = [places[v] if isinstance(v, int) else v.val for v in equation.inputs[1:]]
+        path, shape = traced.paths[view.leaf], graph.avals[equation.values[0]].shape
+
+        def total(
+            table: Array, equation: Equation = equation, where: Any = where, path: str = path
+        ) -> Array:
+            result = equation.eqn.primitive.bind(table, *where, **equation.params)
+            if valid is not None:
+                if result.shape[: valid.ndim] != valid.shape:
+                    raise ValueError(
+                        f"mask gives booleans of shape {valid.shape}, and what is looked up in "
+                        f"'{path}' has shape {result.shape}: its first axes must be the same"
+                    )
+                apart = (*valid.shape, *[1] * (result.ndim - valid.ndim))
+                result = jnp.where(valid.reshape(apart), result, 0)
+            return result.sum()
+
+        count = jax.grad(total)(jnp.zeros(shape, jnp.float32))
+        if view.slot is None:
+            counts[path] += view.backward(count, counts[path].shape)
+        else:
+            count = view.backward(count, counts[path].shape[1:])
+            counts[path] = counts[path].at[view.slot].add(count)
+    return [counts[path] for path in paths]
+
+
+def _lookups(traced: Traced) -> list[tuple[Equation, View]]:
+    """The equations by which the input looks entries of a leaf up."""
+    graph, found = traced.graph, []
+    for equation in graph.equations:
+        if equation.primitive in LOOKUPS and equation.depends == PARAM | INPUT:
+            table = equation.inputs[0]
+            view = view_of(graph, table)
+            if view is not None and view.rigid:
+                found.append((equation, view))
+    return found
 
 
 def spread(net: Network, layer: str, squares: Any) -> np.ndarray:

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vfjax._analysis import (
     from_propagation,
     report_missing_layers,
@@ -14,7 +16,7 @@ from vfjax._analysis import (
 )
 from vfjax._deprecated import OldName
 from vfjax._passes import Owner
-from vfjax._trees import flatten_named
+from vfjax._trees import check_values, flatten_named
 from vfjax._types import Array, PyTree
 from vfjax.network import _cost, _fold, _retrace, _run, _sites, _summary
 from vfjax.network._checks import (
@@ -23,6 +25,7 @@ from vfjax.network._checks import (
     named_leaves,
 )
 from vfjax.network._crossing import Crossing, average, mapped, mapped_value
+from vfjax.network._misuse import check_layers
 from vfjax.network._records import (
     JointTap,
     Layer,
@@ -34,6 +37,7 @@ from vfjax.network._records import (
     describe_taps,
 )
 from vfjax.network._run import Edit
+from vfjax.symmetry._group_maps import as_array, check_by_group, check_permutations
 from vfjax.symmetry._places import Place
 from vfjax.symmetry._spec import PermutationSpec
 
@@ -54,13 +58,16 @@ def trace(apply_fn: Callable[[PyTree, PyTree], PyTree], variables: PyTree, x: Py
         TypeError: If `apply_fn` cannot be called, or a leaf is not an array (an unpartitioned
             Equinox module).
         ValueError: If the weights are closed over instead of passed in `variables`, `apply_fn`
-            raises a KeyError (if it looks up a key that the trees do not have, say), or a kernel's
-            path is `input` or `output`, which name the network's ends.
+            raises a KeyError (if it looks up a key that the trees do not have, say), a kernel's
+            path is `input` or `output`, which name the network's ends, a kernel has no entries, or
+            `x` has no examples or a symbolic size.
+        Exception: Whatever else `apply_fn` raises, with a note on what it was called with.
 
     Warns:
-        UserWarning: If the network has no layers, some weights are closed over, or leaves are
-            subtracted from activations or divide them outside of any norm that is recognised; or if
-            `apply_fn` looks like a network in training mode.
+        UserWarning: If the network has no layers, some weights are closed over, leaves are
+            subtracted from activations or divide them outside of any norm that is recognised,
+            `apply_fn` looks like a network in training mode, or `x` like a single example without
+            its batch axis.
 
     Example:
         >>> import jax, jax.numpy as jnp, vfjax
@@ -111,6 +118,8 @@ class Network(Owner):
             raise TypeError(
                 f"apply_fn must be a function (variables, x) -> output; it was a "
                 f"{type(apply_fn).__name__}. For a Flax module, pass `model.apply`."
+                + " The order is vfjax.trace(apply_fn, variables, x)."
+                * (callable(variables) or callable(x))
             )
         self._traces = _retrace.Retracer(apply_fn, variables, x)
         self._reference = self._traces.reference
@@ -123,6 +132,7 @@ class Network(Owner):
         report_missing_layers(self._reference)
         report_statistics(self._reference)
         report_training(self._reference.graph)
+        check_layers(self._reference, self.x)
 
     def __repr__(self) -> str:
         """Size and depth at a glance."""
@@ -305,6 +315,11 @@ class Network(Owner):
         An edit at `<layer>:in` or `<norm>:in` affects that layer or norm only; any other affects
         everything that reads the value. `jit`, `vmap` and `grad` work.
 
+        The stem of a cut at depth l computes the pre-activations of the first l layers of the
+        longest path; and those of a branch, which no layer of a longer path reads, except for its
+        last L - l layers, where L is `depth`. So at l = L it computes all layers. A shortcut goes
+        with the first layer that reads it.
+
         Args:
             variables: Parameters; leaves that the requested side does not read may be None.
             x: The input, or with `start` a `Crossing`.
@@ -388,7 +403,9 @@ class Network(Owner):
             A crossing with m entries in place of n.
 
         Raises:
-            ValueError: If a matrix does not fit its group, or would map a value of integers.
+            TypeError: If `maps` is not a mapping, or a map does not hold numbers.
+            ValueError: If a group is unknown, a map does not fit its group, an array of integers is
+                no permutation, or a matrix would map a value of integers.
 
         Example:
             >>> import jax.numpy as jnp, vfjax
@@ -398,8 +415,16 @@ class Network(Owner):
             >>> net.map_crossing(p, crossing, {"w": jnp.array([[0.5, 0.5]])}).values[0].tolist()
             [[2.0]]
         """
+        check_by_group("maps", maps)
         if not maps:
             return crossing
+        self.spec.check_known("maps", maps)
+        maps = {group: as_array(given) for group, given in maps.items()}
+        check_permutations(
+            {group: p for group, p in maps.items() if np.issubdtype(p.dtype, np.integer)},
+            self.spec.sizes,
+            self.spec.within,
+        )
         traced = self._traces.at_crossing(named_leaves(self, variables), crossing)
         places = [traced.places(v) for v in traced.cut(crossing.depth).crossing]
         return mapped(crossing, places, maps)
@@ -602,4 +627,5 @@ class Network(Owner):
         """
         self.layer(layer)
         flat = flatten_named(variables)
+        check_values("folding computes", variables=variables, scale=scale, shift=shift)
         return flat.put(_fold.fold(self._reference, flat.leaves, layer, scale, shift)).tree()

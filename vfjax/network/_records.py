@@ -33,7 +33,8 @@ class Layer:
         bias: Path of the bias's leaf, or None.
         kind: `"dense"` or `"conv"`.
         depth: Number of layers on the longest path from the input up to and including this one.
-        main: Whether it lies on a longest path from input to output; a shortcut does not.
+        main: Whether it lies on a longest path from input to output; shortcuts and the branches to
+            other outputs do not.
         shape: Shape of the kernel as the layer uses it.
         output_shape: Shape of the pre-activation; axis 0 is the batch in most networks.
         channel_axes: Axes of the pre-activation that hold channels.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +13,7 @@ from vfjax._jaxpr import flatten
 from vfjax._trees import flatten_named, leaf_paths, some
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing
+from vfjax.network._misuse import check_axes, check_sizes, explain, explain_input
 
 if TYPE_CHECKING:
     from vfjax.network._network import Network
@@ -47,14 +47,18 @@ class Retracer:
             x: A tree of the same kinds of leaves.
         """
         self._apply = apply_fn
-        named, self.treedef = flatten_named(variables)
+        named, self.treedef = flatten_named(variables, deleted=True)
         self.avals = {path: abstract(leaf) for path, leaf in named.items()}
-        flatten_named(x, name="x")
-        self.x = jax.tree.map(abstract, x)
+        self.x = _abstract_input(x)
+        check_sizes(self.avals, self.x)
         self._cache: dict[Hashable, Traced] = {}
         self._inputs: dict[Hashable, PyTree] = {}
         self._lock = threading.Lock()
-        self.reference: Traced = self.at(named, x)
+        try:
+            self.reference: Traced = self.at(named, x)
+        except Exception as error:
+            explain(error, variables, self.avals, self.x)
+            raise
 
     @property
     def batch(self) -> int:
@@ -72,13 +76,15 @@ class Retracer:
             The trace, from the cache or made now.
 
         Raises:
-            ValueError: If its layers or norms differ from those of the first trace, or the function
-                raises a KeyError, for example for a key that the trees do not have.
+            TypeError: If a leaf of the input is not an array.
+            ValueError: If its layers or norms differ from those of the first trace, the input has
+                other axes, or the function raises a KeyError, for example for a key that the trees
+                do not have.
         """
         avals = [
             abstract(named[path]) if path in named else aval for path, aval in self.avals.items()
         ]
-        leaves, x_tree = jax.tree.flatten(jax.tree.map(abstract, x))
+        leaves, x_tree = jax.tree.flatten(_abstract_input(x))
         key = (x_tree, *map(_key, avals), *map(_key, leaves), _settings())
         cached = self._cache.get(key)
         if cached is not None:
@@ -88,6 +94,8 @@ class Retracer:
             variables = jax.tree.unflatten(self.treedef, variables)
             return self._apply(variables, jax.tree.unflatten(x_tree, inputs))
 
+        if self._cache:
+            check_axes(x, self.x)
         # Traced from abstract values only, so the trace is the same inside jit, vmap or grad.
         try:
             closed, shape = jax.make_jaxpr(flat, return_shape=True)(avals, leaves)
@@ -99,6 +107,10 @@ class Retracer:
                 f"{_listed('variables', list(self.avals))}, {_listed('x', leaf_paths(x))}; "
                 "pass trees as apply_fn reads them."
             ) from error
+        except Exception as error:
+            if self._cache:
+                explain_input(error, _abstract_input(x), self.x)
+            raise
         graph = flatten(closed, len(avals))
         traced = Traced(graph, list(self.avals), x_tree, jax.tree.structure(shape))
         if self._cache and self.reference.signature != traced.signature:
@@ -142,6 +154,12 @@ class Retracer:
             f"{x or self.x}; give the Crossing that this network's run(..., stop=...) returned, "
             "sliced or joined along the batch only."
         )
+
+
+def _abstract_input(x: PyTree) -> PyTree:
+    """An input's shapes and dtypes; raises a TypeError if a leaf is not an array."""
+    flatten_named(x, name="x", deleted=True)
+    return jax.tree.map(abstract, x)
 
 
 def _input_of(origin: Any, batch: int) -> PyTree:
@@ -208,17 +226,23 @@ def _shapes(traced: Traced, depth: int) -> list[tuple[tuple[int, ...], Any]]:
     return [(tuple(a.shape), a.dtype) for a in avals]
 
 
-def _scaled(known: Sequence[Any], given: Sequence[Any], batch: int) -> int | None:
-    """The batch size that turns one list of shapes into another, if there is one."""
+def _scaled(known: Sequence[Any], given: Sequence[Any], batch: int) -> Any:
+    """The batch size that turns one list of shapes into another, if there is one.
+
+    Sizes may be symbolic, as under `jax.export`.
+    """
     if len(known) != len(given):
         return None
-    sizes: set[Fraction] = set()
+    sizes: set[Any] = set()
     for (before, _), (after, _) in zip(known, given, strict=True):
         if len(before) != len(after):
             return None
-        sizes |= {
-            Fraction(batch * b, max(a, 1)) for a, b in zip(before, after, strict=True) if a != b
-        }
-    if len(sizes) > 1 or any(s.denominator != 1 for s in sizes):
+        scaled = [
+            divmod(batch * b, max(a, 1)) for a, b in zip(before, after, strict=True) if a != b
+        ]
+        if any(rest != 0 for _, rest in scaled):
+            return None
+        sizes |= {size for size, _ in scaled}
+    if len(sizes) > 1:
         return None
-    return int(sizes.pop()) if sizes else batch
+    return sizes.pop() if sizes else batch

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis import Traced
 from vfjax._jaxpr import evaluate, faster
+from vfjax._trees import check_one_device, check_values
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import check_crossing, check_part, check_present, named_leaves
 from vfjax.network._crossing import Crossing
@@ -44,20 +45,28 @@ def run(
         env = dict(zip(inputs_of(traced), jax.tree.leaves(x), strict=True))
     ids = zip(traced.graph.inputs, net.paths, strict=False)
     env |= {value: named[path] for value, path in ids if path in named}
-    env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
+    try:
+        env = {v: a if isinstance(a, jax.Array) else jnp.asarray(a) for v, a in env.items()}
+    except TypeError:
+        check_values("evaluation computes", variables=named, x=x)
+        raise
     changes = Changes(net, traced, capture, edit, stop, start)
     env = changes.enter(env)
     ends = traced.ends(stop)
     wanted = list(dict.fromkeys([*ends, *changes.values]))
     check_present(net, traced, wanted, env, "variables")
-    values = evaluate(
-        traced.graph,
-        env,
-        wanted,
-        edits=changes.edits,
-        operand_edits=changes.operand_edits,
-        rules=faster.rules(),
-    )
+    try:
+        values = evaluate(
+            traced.graph,
+            env,
+            wanted,
+            edits=changes.edits,
+            operand_edits=changes.operand_edits,
+            rules=faster.rules(),
+        )
+    except ValueError:
+        check_one_device(variables=named, x=x)
+        raise
     if stop is not None:
         origin = x.origin if isinstance(x, Crossing) else origin_of(x)
         out: Any = Crossing(tuple(values[v] for v in ends), stop, origin)

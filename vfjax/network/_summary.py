@@ -37,7 +37,8 @@ def summary(net: Any) -> str:
         )
     table.add_row("total", str(net.depth), "", "", f"{net.params:,}", f"{net.flops:,}", "")
     written = io.StringIO()
-    console = Console(file=written, width=400, color_system=None)
+    # Names may hold brackets and colons, which rich would read as markup and emoji.
+    console = Console(file=written, width=400, color_system=None, markup=False, emoji=False)
     console.print(table)
     text = "\n".join(line.rstrip() for line in written.getvalue().splitlines())
     notes = [f"opaque: {primitive} at {where}" for primitive, where in net.opaque]
@@ -45,5 +46,5 @@ def summary(net: Any) -> str:
     notes += [f"{outside}: {path} ({op} at {where})" for path, op, where in net.others]
     notes += [f"of no norm: {path} ({verb} at {where})" for path, verb, where in net.unrecognised]
     if any(not layer.main for layer in net.layers):
-        notes.append("(depth): a shortcut, off every longest path")
+        notes.append("(depth): a shortcut or a branch, off every longest path")
     return "\n".join([text, *notes])

@@ -32,9 +32,10 @@ def fisher(
     Args:
         net: The traced network.
         tree: The tree to prune.
-        data: Re-iterable of `(x, label)`.
+        data: Re-iterable of `(x, label)`. A label is what the loss takes: integers `[n]` or, with
+            `loss`, any pytree of arrays `[n, ...]`.
         loss: `loss(output, label)`, the mean over a batch of examples; None for the cross-entropy
-            of logits and integer labels.
+            of logits `[n, classes]` and integer labels.
         examples: Number of examples to use; None for all.
         names: Names of layers, as `prunable` gives them; None for all that can be pruned.
 
@@ -43,11 +44,12 @@ def fisher(
 
     Raises:
         TypeError: If `net` is not a traced network, `names` is not a sequence, a leaf is not an
-            array, `examples` is not an integer, or a batch is not a pair with integer labels or has
-            another dtype than was traced.
+            array, `examples` is not an integer, a batch is not a pair with integer labels (with
+            `loss`, numbers) or has another dtype than was traced, or `loss` is not a function that
+            returns a number.
         ValueError: If the tree or data do not fit, data are empty or too few, `examples` is below
             one, `names` is empty, a layer's kernel is computed from several leaves, or a gradient
-            is not finite.
+            is not finite; without `loss`, if the output is not logits, or a label no class.
 
     Example:
         >>> import jax.numpy as jnp, vfjax

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import compiled, labelled, mesh_of
-from vfjax._trees import flatten_named, with_leaves
+from vfjax._passes import (
+    Loss,
+    batch_size,
+    check_classes,
+    check_functions,
+    compiled,
+    labelled,
+    mesh_of,
+    one_number,
+)
+from vfjax._trees import check_one_device, flatten_named, with_leaves
 from vfjax._types import Array, PyTree
+from vfjax.network._inside import output_of
 from vfjax.network._network import Network
-
-Loss = Callable[[PyTree, Array], Array]
 
 # Bytes of the gradients that one call computes: on CPU what its caches hold, elsewhere a small part
 # of the memory. Measured on 2 cores, per gradient: 1.0 ms one at a time and 0.34 in pieces of 16 or
@@ -49,7 +57,8 @@ def gradients(
         tree: Its parameters.
         leaves: The leaves to differentiate with respect to, by path.
         data: Re-iterable of `(x, label)`. Sharded batches are computed on one device.
-        loss: `loss(output, label)`, the mean over a batch; None for the cross-entropy.
+        loss: `loss(output, label)`, the mean over a batch; None for the cross-entropy. A label is
+            whatever the loss takes.
         count: Number of gradients; None for all that the data give.
         minibatch: Number of examples per gradient; the remainder of a batch is dropped.
 
@@ -57,9 +66,11 @@ def gradients(
         By path, `[k, *leaf]`: k gradients.
 
     Raises:
-        TypeError: If a leaf is complex, a batch is not a pair with integer labels, or has another
-            dtype than was traced.
-        ValueError: If data are empty, do not fit the network, or hold too few examples.
+        TypeError: If a leaf is complex, a batch is not a pair with integer labels (with `loss`,
+            numbers), or has another dtype than was traced; or if `loss` is not a function, or
+            returns no number.
+        ValueError: If data are empty, do not fit the network, or hold too few examples; or, without
+            `loss`, if the network's output is not logits, or a label not one of the classes.
     """
     for path, leaf in leaves.items():
         if jnp.iscomplexobj(leaf):
@@ -67,13 +78,19 @@ def gradients(
                 f"'{path}' holds complex numbers ({jnp.result_type(leaf)}), of which a gradient "
                 "does not say how a loss curves; name real layers, or score by prune.magnitude"
             )
-    loss = cross_entropy if loss is None else loss
+    check_functions(loss=loss)
+    classes = None if loss is not None else _classes(net)
     most = _at_once(leaves)
     made = 0
-    for _, x, label in labelled(data, like=net.x, reader="the loss"):
+    pairs = labelled(data, like=net.x, reader="the loss", classes=loss is None)
+    for index, x, label in pairs:
+        if classes is not None:
+            check_classes(label, classes, f"`data`, batch {index}", "the network")
         if mesh_of((x, label)) is not None:
             x, label = jax.device_get((x, label))
-        size = np.shape(label)[0] // minibatch
+        if not made:
+            check_one_device(tree=tree, data=(x, label))
+        size = batch_size(label) // minibatch
         size = size if count is None else min(size, count - made)
         # Equal pieces, so that one program serves all of them.
         step = next((n for n in range(min(size, most), 0, -1) if size % n == 0), 1)
@@ -83,7 +100,8 @@ def gradients(
                 rows = a[start * minibatch : (start + step) * minibatch]
                 return jnp.reshape(rows, (step, minibatch, *np.shape(a)[1:]))
 
-            yield _vmapped(net, tuple(leaves), loss, tree, jax.tree.map(grouped, (x, label)))
+            groups = jax.tree.map(grouped, (x, label))
+            yield _vmapped(net, tuple(leaves), loss or cross_entropy, tree, groups)
         made += size
         if made == count:
             return
@@ -108,6 +126,18 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be 1 or more, got {value!r}")
 
 
+def _classes(net: Network) -> int:
+    """The number of classes of a network whose outputs are logits."""
+    out = output_of(net)
+    if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) != 2:
+        shape = jax.tree.map(lambda a: list(a.shape), out)
+        raise ValueError(
+            "without loss=, the network must return logits [n, classes], whose cross-entropy is "
+            f"taken; it returns {shape}: give loss=, a function of the output and the labels"
+        )
+    return out.shape[1]
+
+
 def _at_once(leaves: Mapping[str, Any]) -> int:
     """The number of gradients of these leaves that one call computes."""
     each = sum(np.size(leaf) * np.dtype(jnp.result_type(leaf)).itemsize for leaf in leaves.values())
@@ -121,7 +151,7 @@ def _vmapped(
     leaves = flatten_named(tree)[0]
 
     def value(chosen: dict[str, Array], x: PyTree, label: Array) -> Array:
-        return loss(net.run(with_leaves(tree, chosen), x), label)
+        return one_number(loss, "loss", net.run(with_leaves(tree, chosen), x), label)
 
     chosen = {path: leaves[path] for path in paths}
     return jax.vmap(jax.grad(value), (None, 0, 0))(chosen, *groups)

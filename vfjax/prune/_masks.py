@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named, like_leaf, on_host, some
+from vfjax._trees import check_one_device, check_values, flatten_named, like_leaf, on_host, some
 from vfjax._types import PyTree
 from vfjax.prune._scores import Scores
 
@@ -262,6 +262,7 @@ def _check_shapes(leaves: Mapping[str, Any], mask: Mapping[str, Any], name: str)
 def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
     """A tree with zeros where a fitting mask, given by path, is False."""
     flat, treedef = flatten_named(tree)
+    check_values("pruning works", tree=tree)
 
     def masked(leaf: Any, kept: Any) -> Any:
         if kept is True:
@@ -270,4 +271,9 @@ def _masked(tree: PyTree, mask: Mapping[str, Any]) -> PyTree:
             return like_leaf(np.where(kept, leaf, 0), leaf)
         return jnp.where(kept, leaf, jnp.zeros_like(leaf))
 
-    return jax.tree.unflatten(treedef, [masked(leaf, mask[path]) for path, leaf in flat.items()])
+    try:
+        pruned = [masked(leaf, mask[path]) for path, leaf in flat.items()]
+    except ValueError:
+        check_one_device(tree=tree, mask=dict(mask))
+        raise
+    return jax.tree.unflatten(treedef, pruned)

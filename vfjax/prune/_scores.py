@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named
+from vfjax._trees import check_host, flatten_named
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._kernels import kernel_rows, loop_kernels
@@ -186,6 +186,7 @@ def weights_of(
         ValueError: As `rows_of`, or if the tree does not fit.
     """
     check_net(net)
+    check_host("scores are computed", tree=tree)
     leaves = flatten_named(tree, name="tree").leaves
     check_fits(net, leaves, "tree")
     rows, paths = rows_of(net, names)

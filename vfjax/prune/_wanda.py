@@ -16,7 +16,14 @@ from vfjax._passes import Mask, compiled, on_mesh, stream, wide
 from vfjax._passes.masking import examples
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_net
-from vfjax.network._kernels import input_squares, kernel_rows, loop_kernels, spread
+from vfjax.network._kernels import (
+    input_squares,
+    kernel_rows,
+    looked_up,
+    lookup_squares,
+    loop_kernels,
+    spread,
+)
 from vfjax.network._network import Network
 from vfjax.prune._scores import Scores, prunable, scores_of, weights_of
 
@@ -33,7 +40,8 @@ def wanda(
     """Scores weights by `|w| * ||x||`, with the norm of the input that a weight multiplies.
 
     The norm is over all examples; in convolutions and layers on sequences, also over all positions
-    that the weight meets; for a kernel that several layers share, over the inputs of all of them.
+    that the weight meets; for a kernel that several layers share, over the inputs of all of them. A
+    lookup is a use as well: for a tied embedding, `emb[ids]` counts as `one_hot(ids) @ emb`.
     Wanda compares the weights of each output with one another: prune with
     `masks(scores, sparsity, scope="row")`, or `scope=(n, m)`.
 
@@ -86,11 +94,14 @@ def wanda(
         )
     leaves, rows, paths = weights_of(net, tree, names)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
-    measure = functools.partial(_means, net, tuple(uses))
+    tables = looked_up(net, leaves)
+    measure = functools.partial(_means, net, tuple(uses), tables)
     means, _ = stream(measure, _pool, tree, data, like=net.x, mask=mask, host=wide)
     squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
-    for (name, path), mean in zip(uses.items(), means, strict=True):
+    for (name, path), mean in zip(uses.items(), means, strict=False):
         squares[path][kernel_rows(net, name)] += spread(net, name, mean)
+    for path, mean in zip(tables, means[len(uses) :], strict=True):
+        squares[path] += mean.reshape(-1)
     values = {
         path: np.abs(np.asarray(leaf)).astype(np.float64)
         * np.sqrt(squares[path].reshape(np.shape(leaf)))
@@ -99,10 +110,11 @@ def wanda(
     return scores_of(tree, values, rows, paths)
 
 
-@compiled(static=3)
+@compiled(static=4)
 def _means(
     net: Network,
     layers: tuple[str, ...],
+    tables: tuple[str, ...],
     mesh: Any,
     tree: PyTree,
     x: PyTree,
@@ -112,7 +124,9 @@ def _means(
 
     def means(tree: PyTree, x: PyTree, valid: jax.Array | None) -> tuple[list[jax.Array], Any]:
         count = examples(x, valid)
-        return [s / count for s in input_squares(net, tree, x, layers, valid)], jnp.int32(count)
+        squares = input_squares(net, tree, x, layers, valid)
+        squares += lookup_squares(net, tree, x, tables, valid)
+        return [s / count for s in squares], jnp.int32(count)
 
     squares, count = on_mesh(means, mesh)(tree, x, valid)
     return [mean[None] for mean in squares], [count]

@@ -163,7 +163,7 @@ def inverse_fisher(
     Args:
         net: The traced network.
         tree: The tree to prune.
-        data: Re-iterable of `(x, label)`.
+        data: Re-iterable of `(x, label)`, with labels as `vfjax.prune.fisher` takes them.
         count: N, the number of gradients.
         minibatch: Number of examples that each gradient is the mean of; 1 in the empirical Fisher
             matrix.
@@ -244,7 +244,7 @@ def woodfisher(net: Network, tree: PyTree, data: Iterable[Any], **options: Any) 
     Args:
         net: The traced network.
         tree: The tree to prune.
-        data: Re-iterable of `(x, label)`.
+        data: As in `inverse_fisher`.
         **options: Options of `inverse_fisher`, whose result can also change the other weights.
 
     Returns:

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax._maps import Maps
+from vfjax._maps import Maps, check_is_maps
 from vfjax._trees import (
     changed,
     check_finite,
     check_like,
+    check_one_device,
     check_sequence,
+    check_values,
     flatten_named,
     resolve_weights,
 )
@@ -154,6 +156,8 @@ def calibrate_bias(
         return _map_biases(model, scaled, same=lambda a, b: models == 1 or a == b)
 
     leaves = _in_basis(model, references, maps)
+    check_values("biases are mixed", references=leaves)
+    check_one_device(merged=model.model.trunk, references=leaves)
     mix = weights_for(model, weights, len(leaves))
 
     def mixed(bias: Array, index: Part, depth: int) -> Array:
@@ -171,8 +175,7 @@ def _in_basis(
     model, count = merged.model, len(references)
     net, cut, end = model.net, model.cut, model.end
     if maps is not None:
-        if not isinstance(maps, Maps):
-            raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+        check_is_maps(maps)
         nets = networks(model.nets, count) if model.nets else (net,) * count
         free = net.head_leaves(cut, end)
         models = models_of(nets, references, free=free, name="references", variances=False)
@@ -229,6 +232,7 @@ def _map_biases(
     treatment: a bias that several layers share cannot take two values.
     """
     net, model = merged.net, merged.model
+    check_values("biases are changed", merged=model.trunk)
     if net.opaque:
         warnings.warn(
             f"biases are changed in the layers of net.layers only.{opaque_hint(net)}",

@@ -7,15 +7,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vfjax._maps import Maps
+from vfjax._maps import Maps, check_is_maps
 from vfjax._passes import Mask
-from vfjax._trees import check_sequence
+from vfjax._trees import check_host, check_sequence
 from vfjax._types import Array
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
 from vfjax.network._arguments import Models, models_of, networks
 from vfjax.network._crossing import Crossing
+from vfjax.network._inside import ends_stem
 from vfjax.network._sites import Sites, select
 from vfjax.renorm._doubt import Given
 from vfjax.stats._moments import Moments, measured
@@ -50,6 +51,7 @@ def goals_of(
         ValueError: As `vfjax.renorm.repair`.
     """
     net, model = merged.net, merged.model
+    check_host("moments are measured", merged=model.arrays, references=references)
     names = select(net, sites)
     layers = {layer.name: layer for layer in net.layers}
     other = [name for name in names if name not in layers]
@@ -60,8 +62,8 @@ def goals_of(
             'name layers, or give "paper" or "all"'
         )
     chosen = [name for name in names if _correctable(model, layers[name])]
-    if maps is not None and not isinstance(maps, Maps):
-        raise TypeError(f"maps must be a vfjax.align.Maps, got a {type(maps).__name__}")
+    if maps is not None:
+        check_is_maps(maps)
     given, leaves = _given(references), ()
     if given is None:
         models = _references(model, references, maps)
@@ -90,7 +92,7 @@ def _correctable(model: Merged, layer: Any) -> bool:
         return False
     if model.cut == 0 or not model.net.in_stem(layer.name, model.cut):
         return True
-    return layer.main and layer.depth == model.cut
+    return ends_stem(model.net, layer.name, model.cut)
 
 
 def _given(references: Any) -> list[Moments] | None:

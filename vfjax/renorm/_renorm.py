@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vfjax._analysis import listed_statistics
 from vfjax._maps import Maps
 from vfjax._passes import Mask
-from vfjax._trees import with_leaves
+from vfjax._trees import check_host, with_leaves
 from vfjax._types import PyTree
 from vfjax.merge._arguments import merged_of
 from vfjax.merge._merged import Merged
@@ -270,6 +270,7 @@ def _renormalised(
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
     net, model = given.net, given.model
+    check_host("moments are measured", merged=model.arrays, goals=goals)
     norms = _norms_of(given)
     heads = [n.name for n in net.norms if model.in_heads(n.site)]
     places = tuple((k, name) for k in range(len(model.heads)) for name in heads)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._trees import check_finite, flatten_named
+from vfjax._trees import check_finite, check_host, flatten_named
 from vfjax._types import Array, PyTree
 
 
@@ -43,6 +43,7 @@ def check_spec(net: Any, variables: PyTree, x: PyTree, *, key: Array | None = No
             f"{type(net).__name__}. Trace the function that applies the model: "
             "net = vfjax.trace(apply_fn, variables, x)."
         )
+    check_host("outputs are compared", variables=variables, x=x)
     key = jax.random.key(0) if key is None else key
     # An infinite leaf could make the output infinite before and after, hiding any change.
     check_finite(flatten_named(variables)[0], name="variables")

@@ -51,6 +51,22 @@ def check_permutation(
         )
 
 
+def check_by_group(argument: str, given: Any) -> None:
+    """Raises a TypeError unless an argument is a mapping from groups."""
+    if isinstance(given, Mapping):
+        return
+    if isinstance(getattr(given, "permutations", None), Mapping):  # an Alignment
+        hint = f"pass its permutations, {argument}=found.permutations"
+    elif hasattr(given, "permutations"):  # Maps, or a Universe
+        hint = "it has those of several models: pass one of its `permutations`, a mapping"
+    else:
+        hint = "as found.permutations of an Alignment"
+    raise TypeError(
+        f"{argument} must be a mapping from groups to arrays; it was a {type(given).__name__}: "
+        f"{hint}"
+    )
+
+
 def check_matrices(name: str, pair: Any, n: int | None, *, within: bool = False) -> None:
     """Checks the merge and unmerge matrices of a group with n entries, or those for each head."""
     try:
@@ -223,6 +239,8 @@ def compose(
         array([0, 2, 1])
     """
     within = within or {}
+    check_by_group("first", first)
+    check_by_group("second", second)
     sizes = {name: np.shape(p)[-1] for name, p in [*second.items(), *first.items()] if np.ndim(p)}
     for given in (first, second):
         check_permutations(given, sizes, within)
@@ -249,6 +267,7 @@ def check_permutations(
     permutations: Mapping[str, Any], sizes: Mapping[str, int | None], within: Mapping[str, str]
 ) -> None:
     """Checks permutations by group; those for each entry of another group also against it."""
+    check_by_group("permutations", permutations)
     for name, permutation in permutations.items():
         owner = within.get(name)
         heads = None

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import flatten_named, on_host, some
+from vfjax._trees import check_one_device, check_values, flatten_named, on_host, some
 from vfjax._types import Array, PyTree
 from vfjax.symmetry._also import Also, extended, warn_of_unread
 from vfjax.symmetry._entries import bare, by_piece, holds, pieces
 from vfjax.symmetry._group_maps import (
     as_array,
     as_permutation,
+    check_by_group,
     check_matrices,
     check_permutations,
     contract,
@@ -248,10 +249,16 @@ class PermutationSpec:
             >>> new["w"].tolist(), new["momentum"]["w"].tolist()
             ([[2, 1]], [[6, 5]])
         """
+        check_by_group("permutations", permutations)
         self.validate(variables, permutations)
+        check_values("permuting works", variables=variables)
         indices = {name: as_array(p) for name, p in permutations.items()}
         more = self._extended(variables, indices, also)
-        return (self if more is None else more)._map(variables, indices, permute_at)
+        try:
+            return (self if more is None else more)._map(variables, indices, permute_at)
+        except ValueError:
+            check_one_device(variables=variables, permutations=permutations)
+            raise
 
     def apply(
         self,
@@ -473,6 +480,7 @@ class PermutationSpec:
                 )
 
     def _check_permutations(self, given: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+        check_by_group("permutations", given)
         self.check_known("permutations", given)
         check_permutations(given, sizes, self.within)
 

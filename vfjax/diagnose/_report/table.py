@@ -61,8 +61,8 @@ def text_table(rows: Sequence[LayerFinding]) -> str:
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "site" else "right", no_wrap=True)
     for row in rows:
-        # Escaped: names may hold brackets, which rich would read as markup.
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells(row)))
+        table.add_row(*cells(row))
     written = io.StringIO()
-    Console(file=written, width=400, color_system=None).print(table)
+    # Names may hold brackets and colons, which rich would read as markup and emoji.
+    Console(file=written, width=400, color_system=None, markup=False, emoji=False).print(table)
     return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
