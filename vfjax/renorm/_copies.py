@@ -37,7 +37,7 @@ def with_copies(
     unread = leaves.keys() - net.trunk_leaves(0)
     renewed = {part.path for name in norms for part in statistics_of(net, name)}
     if also is None:
-        _warn(leaves, unread, renewed)
+        _warn(old.trunk.leaves, unread, renewed)
     if not also:
         return new
     pairs = followed(leaves, unread, also)
@@ -61,13 +61,14 @@ def _scaled(copy: Any, old: Any, new: Any) -> Any:
     return (jnp.asarray(new).astype(jnp.promote_types(dtype, jnp.float32)) * ratio).astype(dtype)
 
 
-def _warn(leaves: Mapping[str, Any], unread: Collection[str], renewed: Collection[str]) -> None:
+def _warn(leaves: Mapping[str, Any], unread: Collection[str], renewed: set[str]) -> None:
     alike = {}
     for path in sorted(unread):
         if jnp.issubdtype(jnp.result_type(leaves[path]), jnp.inexact):
-            for of in renewed:
+            for of in renewed & leaves.keys():
                 if np.shape(leaves[path]) == np.shape(leaves[of]) and _beside(path, of):
-                    alike[path] = of
+                    if path.split("/")[-1] == of.split("/")[-1] or _multiple(leaves, path, of):
+                        alike[path] = of
     if alike:
         path, of = next(iter(alike.items()))
         warnings.warn(
@@ -78,6 +79,15 @@ def _warn(leaves: Mapping[str, Any], unread: Collection[str], renewed: Collectio
             '"average" in place of "hidden" in its path); else also={}.',
             stacklevel=4,
         )
+
+
+def _multiple(leaves: Mapping[str, Any], path: str, of: str) -> bool:
+    """Whether a leaf is a multiple of another, and not a constant, as initial values are."""
+    a, b = (np.asarray(leaves[p], np.float64).ravel() for p in (path, of))
+    square = (b * b).sum()
+    if not square or not np.ptp(a):
+        return False
+    return bool(abs(a - (a * b).sum() / square * b).max() <= 1e-3 * abs(a).max())
 
 
 def _beside(path: str, other: str) -> bool:

@@ -294,9 +294,6 @@ class PermutationSpec:
             ValueError: If a group is unknown or `rigid`, a matrix has the wrong shape, or the spec
                 or `also` does not fit the tree.
 
-        Warns:
-            UserWarning: As `permute`.
-
         Example:
             >>> spec = PermutationSpec({"h": [("w", 1, "out"), ("v", 0, "in")]})
             >>> tree = {"w": np.float32([[1, 3]]), "v": np.float32([[1], [2]])}
@@ -310,7 +307,8 @@ class PermutationSpec:
         """
         sizes = {**self.sizes, **self.validate(variables)}
         self.check_known("maps", maps)
-        more = self._extended(variables, maps, also)
+        # No warning: what a mixture of features means to a leaf that is not read is not known.
+        more = self._extended(variables, maps, {} if also is None else also)
         if more is not None:
             return more.apply(variables, maps, also={})
         for name, pair in maps.items():
