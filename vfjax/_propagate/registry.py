@@ -146,7 +146,7 @@ class Step:
             self.record.uses.append(Use(self.primitive, contracted, kept))
 
 
-Rule = Callable[[Step], list[Axes]]
+Rule = Callable[[Step], Sequence[Axes | Value]]
 RULES: dict[str, Rule] = {}
 LAZY: set[str] = set()
 
