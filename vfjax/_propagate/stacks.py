@@ -261,9 +261,9 @@ At = tuple[tuple[int, int], ...]
 
 def along(value: Value, dim: int) -> dict[At, list[int]]:
     """The axes along one dimension, by the entries of stacks in which they lie."""
-    if value.stack is None or dim in value.stack.dims.values():
+    dims, known = tuple(_dims(value).values()), entries_of(value)
+    if not dims or dim in dims:
         return {(): value.axes[dim]}
-    dims, known = tuple(value.stack.dims.values()), value.stack.entries
     first = _first(known)
     every = itertools.product(*(range(value.shape[d]) for d in dims))
     return {
