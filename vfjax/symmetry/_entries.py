@@ -83,6 +83,11 @@ def by_piece(leaf: Any, places: Collection[Axis], fn: Callable[[Any, Entries], A
     return whole({at: fn(piece_of(leaf, at), at) for at in pieces(np.shape(leaf), places)}, path)
 
 
+def in_entry(leaf: Any, a: Axis, fn: Callable[[Any], Any]) -> Any:
+    """An array with `fn(piece)` in place of the pieces in which a place lies."""
+    return by_piece(leaf, [a], lambda piece, at: fn(piece) if holds(at, a) else piece)
+
+
 def apart(spec: S, leaves: Mapping[str, Any]) -> tuple[S, dict[str, Any]]:
     """A spec and leaves without stacks: every piece of one is a leaf of its own, `path[index]`.
 
