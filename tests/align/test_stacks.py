@@ -141,9 +141,9 @@ def test_moments_of_stacks_are_carried_entry_by_entry():
     found = align.match_weights(net, tree, copy, key=jax.random.key(0)).permutations
     carried = moments.carried([{}, found])
     matrices = {g: np.eye(len(p))[p] for g, p in found.items()}
-    for moments in (carried, moments.carried([{}, matrices])):
+    for new in (carried, moments.carried([{}, matrices])):
         for site in sites:
-            assert moments.mean[site].shape == (2, 3, N)
-            assert_close(moments.mean[site][1], moments.mean[site][0], 1e-5)
-            assert_close(moments.var[site][1], moments.var[site][0], 1e-5)
-            assert_close(moments.covariance[site][1, 1], moments.covariance[site][0, 0], 1e-5)
+            assert new.mean[site].shape == (2, 3, N)
+            assert_close(new.mean[site][1], new.mean[site][0], 1e-5)
+            assert_close(new.var[site][1], new.var[site][0], 1e-5)
+            assert_close(new.covariance[site][1, 1], new.covariance[site][0, 0], 1e-5)

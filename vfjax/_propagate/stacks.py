@@ -69,19 +69,22 @@ def stacked(
     for atom, start in record.taken:
         single.setdefault(algebra.find(atom), set()).add(start)
     whole = {algebra.find(atom) for atom in record.stepped}
-    kept = {algebra.find(atom) for atom in record.kept if not _free(algebra, [atom])}
+    kept: set[int] = set()  # fixed axes that layers keep beside others that have symmetries
+    for axes in record.kept:
+        free = [_free(algebra, axis) for axis in axes]
+        for axis, own in zip(axes, free, strict=True):
+            kept.update(map(algebra.find, axis if any(free) and not own else ()))
     found: dict[int, dict[Any, Along]] = {}
     for leaf in graph.inputs[: graph.num_leaves] if single or whole or kept else ():
-        axes, entries = env[leaf].axes, 1
-        free = {dim for dim, axis in enumerate(axes) if _free(algebra, axis)}
-        for dim, axis in enumerate(axes):
+        entries = 1
+        for dim, axis in enumerate(env[leaf].axes):
             name = algebra.find(axis[0])
             indices = {
                 start + k
                 for start, atom in _segments(algebra, axis[0])
                 for k in single.get(algebra.find(atom), ())
             }
-            if name in whole or (name in kept and free - {dim}):
+            if name in whole | kept:
                 indices = {*range(env[leaf].shape[dim])}
             if len(indices) > 1 and entries * len(indices) <= _MOST:
                 entries *= len(indices)
@@ -127,8 +130,8 @@ def _note(step: Step) -> None:
     elif step.primitive == DOT and PARAM in bits:
         side = bits.index(PARAM)
         contracted = step.params["dimension_numbers"][0][side]
-        for dim, axis in enumerate(kernel if len(kernel := step.inputs[side].axes) > 2 else ()):
-            step.record.kept.extend(axis if dim not in contracted else ())
+        kernel = enumerate(step.inputs[side].axes)
+        step.record.kept.append([axis for dim, axis in kernel if dim not in contracted])
     elif step.primitive == SCAN and scans_layers(step.eqn, bits):
         for value in step.inputs[sum(scan_arity(step.params)) :]:
             step.record.stepped.extend(value.axes[0] if value.depends == PARAM else ())
