@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from helpers import assert_close, lively, traced
-from vfjax import align, checkpoint, merge, prune
+from vfjax import align, checkpoint, merge, prune, stats
 
 D, N = 4, 6
 
@@ -132,3 +132,18 @@ def test_masks_of_stacks_move_with_their_networks():
     moved = net.spec.permute(masks, p)
     pruned = prune.apply(copy, moved)
     assert_close(net.run(pruned, X), net.run(prune.apply(tree, masks), X), 1e-5)
+
+
+def test_moments_of_stacks_are_carried_entry_by_entry():
+    net, tree, copy = case(experts)
+    sites = ["w1", "w1:act"]
+    moments = stats.moments(net, [tree, copy], [X], sites=sites, covariance=sites)
+    found = align.match_weights(net, tree, copy, key=jax.random.key(0)).permutations
+    carried = moments.carried([{}, found])
+    matrices = {g: np.eye(len(p))[p] for g, p in found.items()}
+    for new in (carried, moments.carried([{}, matrices])):
+        for site in sites:
+            assert new.mean[site].shape == (2, 3, N)
+            assert_close(new.mean[site][1], new.mean[site][0], 1e-5)
+            assert_close(new.var[site][1], new.var[site][0], 1e-5)
+            assert_close(new.covariance[site][1, 1], new.covariance[site][0, 0], 1e-5)

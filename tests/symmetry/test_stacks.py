@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from helpers import assert_close, lively, traced
+from helpers import assert_close, change, infer, lively, traced
 from vfjax.symmetry import Axis, PermutationSpec, check_spec, compose, invert
 
 D, N = 4, 6
@@ -234,6 +234,58 @@ def test_a_row_that_is_read_alone():
     }
     x = np.random.default_rng(1).normal(size=(8, N)).astype(np.float32)
     assert check_spec(net, lively(shapes, 0), x) < 1e-5
+
+
+def test_layers_that_are_taken_apart_inside_a_loop():
+    """Two recurrent layers in one leaf, which a loop over time reads entry by entry."""
+
+    def apply(p, x):
+        def step(states, x):
+            new = []
+            for k, h in enumerate(states):
+                new.append(jnp.tanh(x @ p["wx"][k] + h @ p["wh"][k]))
+                x = x + new[-1] @ p["wo"][k]
+            return tuple(new), x
+
+        start = jnp.zeros((x.shape[0], N)), jnp.zeros((x.shape[0], N))
+        return lax.scan(step, start, x.swapaxes(0, 1))[1].mean(0) @ p["head"]
+
+    shapes = {"wx": (2, D, N), "wh": (2, N, N), "wo": (2, N, D), "head": (D, 2)}
+    tree, x = lively(shapes, 0), np.ones((3, 5, D), np.float32)
+    spec = infer(apply, tree, x)
+    assert spec.sizes == {"wx[0]": N, "wx[1]": N}
+    assert change(apply, tree, x, spec) < 1e-5
+
+
+DEEP = {"w1": (66, D, N), "w2": (66, N, D), "g": (66, N), "v": (66, N, 2), "head": (D, 2)}
+
+
+def emitting(p, x):
+    def layer(h, w):
+        inside = jnp.tanh(h @ w[0])
+        return h + inside @ w[1] / 16, inside
+
+    h, inside = lax.scan(layer, x, (p["w1"], p["w2"]))
+    return h @ p["head"] + jnp.einsum("lbn,lnk->bk", inside * p["g"][:, None], p["v"])
+
+
+def carrying(p, x):
+    def layer(state, w):
+        h, before = state
+        inside = jnp.tanh(h @ w[0] + before / 8)
+        return (h + inside @ w[1] / 16, inside), None
+
+    start = x, jnp.zeros((x.shape[0], N))
+    return lax.scan(layer, start, (p["w1"], p["w2"]))[0][0] @ p["head"]
+
+
+@pytest.mark.parametrize(("fn", "groups"), [(emitting, 66), (carrying, 1)])
+def test_what_a_scan_hands_on_from_layer_to_layer_is_shared_by_them(fn, groups):
+    """What it emits for each layer is not."""
+    tree, x = lively(DEEP, 0), np.ones((3, D), np.float32)
+    spec = infer(fn, tree, x)
+    assert sum(name.startswith("w1") for name in spec.groups) == groups
+    assert change(fn, tree, x, spec) < 1e-5
 
 
 # --------------------------------------------------------------------------------- specs and values

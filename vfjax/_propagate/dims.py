@@ -41,6 +41,10 @@ Dims = Mapping[Any, int]
 """By name of a stack, the dimension of a value that runs over its entries."""
 
 
+Ranges = Sequence[tuple[int, int]]
+"""By dimension, from where to where a slice goes."""
+
+
 def through(eqn: Any, operands: Sequence[Dims]) -> list[Dims] | None:
     """The dimensions of an equation's results that run over stacks.
 
@@ -78,7 +82,7 @@ def through(eqn: Any, operands: Sequence[Dims]) -> list[Dims] | None:
     return [kept for _ in eqn.outvars]
 
 
-def pieces(eqn: Any) -> list[list[tuple[int, int]]] | None:
+def pieces(eqn: Any) -> list[Ranges] | None:
     """What a slice or a split takes: per result and dimension, from where to where; else None."""
     shape, params = shape_of(eqn.invars[0].aval) if eqn.invars else (), eqn.params
     if eqn.primitive.name == SLICE and set(params["strides"] or (1,)) == {1}:

@@ -194,14 +194,18 @@ def _collect(graph: Graph, algebra: Folds, env: dict[int, Value], record: Record
         return Atom(algebra.size(place.atom), group, place.outer, place.inner, place.windows)
 
     shown: dict[int, tuple[tuple[Atom, ...], ...]] = {}
+    own = set(leaves)
     for v, value in env.items():
+        if value.stack is None and v not in own:
+            shown[v] = tuple(tuple(map(read, algebra.places(axis))) for axis in value.axes)
+            continue
         by_axis = []
         for k in range(len(value.axes)):
             places = {at: algebra.places(of) for at, of in stacks.along(value, k).items()}
             atoms = {at: tuple(map(read, of)) for at, of in places.items()}
             kept = stacks.shared(atoms)
             by_axis.append(tuple(a._replace(entries=at) for at, of in kept.items() for a in of))
-            if v in leaves:
+            if v in own:
                 starts = dict(zip(kept, accumulate([0, *map(len, kept.values())]), strict=False))
                 for at, of in places.items():
                     first = starts[stacks.shorten(at, kept)]

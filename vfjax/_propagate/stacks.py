@@ -22,9 +22,9 @@ from vfjax._jaxpr import PARAM, Graph, scan_arity, scans_layers, union
 from vfjax._jaxpr.primitives import CUSTOM, DOT, INLINE, LOOPS, SCAN, SLICE
 from vfjax._propagate import registry
 from vfjax._propagate.atoms import Cause
-from vfjax._propagate.dims import pieces, through
+from vfjax._propagate.dims import Ranges, pieces, through
 from vfjax._propagate.folds import Folds
-from vfjax._propagate.registry import Stack, Step, Value
+from vfjax._propagate.registry import Axes, Stack, Step, Value
 from vfjax._propagate.within import Record
 
 T = TypeVar("T")
@@ -69,19 +69,22 @@ def stacked(
     for atom, start in record.taken:
         single.setdefault(algebra.find(atom), set()).add(start)
     whole = {algebra.find(atom) for atom in record.stepped}
-    kept = {algebra.find(atom) for atom in record.kept if not _free(algebra, [atom])}
+    kept: set[int] = set()  # fixed axes that layers keep beside others that have symmetries
+    for axes in record.kept:
+        free = [_free(algebra, axis) for axis in axes]
+        for axis, own in zip(axes, free, strict=True):
+            kept.update(map(algebra.find, axis if any(free) and not own else ()))
     found: dict[int, dict[Any, Along]] = {}
     for leaf in graph.inputs[: graph.num_leaves] if single or whole or kept else ():
-        axes, entries = env[leaf].axes, 1
-        free = {dim for dim, axis in enumerate(axes) if _free(algebra, axis)}
-        for dim, axis in enumerate(axes):
+        entries = 1
+        for dim, axis in enumerate(env[leaf].axes):
             name = algebra.find(axis[0])
             indices = {
                 start + k
                 for start, atom in _segments(algebra, axis[0])
                 for k in single.get(algebra.find(atom), ())
             }
-            if name in whole or (name in kept and free - {dim}):
+            if name in whole | kept:
                 indices = {*range(env[leaf].shape[dim])}
             if len(indices) > 1 and entries * len(indices) <= _MOST:
                 entries *= len(indices)
@@ -127,8 +130,8 @@ def _note(step: Step) -> None:
     elif step.primitive == DOT and PARAM in bits:
         side = bits.index(PARAM)
         contracted = step.params["dimension_numbers"][0][side]
-        for dim, axis in enumerate(kernel if len(kernel := step.inputs[side].axes) > 2 else ()):
-            step.record.kept.extend(axis if dim not in contracted else ())
+        kernel = enumerate(step.inputs[side].axes)
+        step.record.kept.append([axis for dim, axis in kernel if dim not in contracted])
     elif step.primitive == SCAN and scans_layers(step.eqn, bits):
         for value in step.inputs[sum(scan_arity(step.params)) :]:
             step.record.stepped.extend(value.axes[0] if value.depends == PARAM else ())
@@ -136,7 +139,7 @@ def _note(step: Step) -> None:
 
 def apply(step: Step) -> list[Value]:
     """Applies the primitive's rule; to stacks once for every entry, if it acts entry by entry."""
-    operands = [{} if value.stack is None else value.stack.dims for value in step.inputs]
+    operands = [_dims(value) for value in step.inputs]
     if not any(operands):
         _note(step)
         return registry.apply(step)
@@ -146,64 +149,93 @@ def apply(step: Step) -> list[Value]:
         nested = step.primitive in NESTED  # whose rules follow what is inside with stacks
         inputs = step.inputs if nested else [tied(step, value) for value in step.inputs]
         return registry.apply(dataclasses.replace(step, inputs=inputs))
+    indices = _indices(step, taken)
+    followed = [
+        registry.apply(dataclasses.replace(step, inputs=[_entry(step, v, at) for v in step.inputs]))
+        for at in indices
+    ]
+    return [
+        _joined(
+            step,
+            [(at, values[r]) for at, values in zip(indices, followed, strict=True)],
+            dims,
+            None if taken is None else taken[r],
+        )
+        for r, dims in enumerate(after)
+    ]
+
+
+def _indices(step: Step, taken: Sequence[Ranges] | None) -> list[dict[Any, int]]:
+    """The entries of an equation's stacks that need to be followed, by the names of the stacks."""
     known: dict[Any, set[int]] = {}
     for value in step.inputs:
         if value.stack is not None:
             for k, name in enumerate(value.stack.dims):
                 known.setdefault(name, set()).update(index[k] for index in value.stack.entries)
-    for name in known if taken is not None else ():
-        ranges = [range(*part[operands[0][name]]) for part in taken or ()]
+    for name, dim in (_dims(step.inputs[0]) if taken is not None else {}).items():
+        ranges = [range(*part[dim]) for part in taken or ()]
         kept = {index for index in known[name] if any(index in r for r in ranges)}
         known[name] = kept | {r.start for r in ranges if not kept.intersection(r)}
-    indices = [
-        dict(zip(known, at, strict=True)) for at in itertools.product(*map(sorted, known.values()))
-    ]
-    followed = [
-        registry.apply(dataclasses.replace(step, inputs=[_entry(step, v, at) for v in step.inputs]))
-        for at in indices
-    ]
-    results = []
-    for r, dims in enumerate(after):
-        inside = taken[r] if taken is not None else None
-        entries: dict[tuple[int, ...], list] = {}
-        new: dict[Any, int] = {}
-        for at, values in zip(indices, followed, strict=True):
-            index = []
-            for name, dim in dims.items():
-                start, stop = inside[dim] if inside is not None else (0, step.shapes[r][dim])
-                if not start <= at[name] < stop:
-                    break
-                if stop - start > 1:
-                    partial = inside is not None and stop - start != step.inputs[0].shape[dim]
-                    new[(name, start, stop) if partial else name] = dim
-                    index.append(at[name] - start)
-            else:
-                axes = entries.setdefault(tuple(index), values[r].axes)
-                if axes is not values[r].axes:
-                    for one, other in zip(axes, values[r].axes, strict=True):
-                        step.unify(one, other)
-        depends = followed[0][r].depends
-        own = Stack(new, entries) if new else None
-        results.append(Value(_first(entries), step.shapes[r], depends, own))
-    return results
+    product = itertools.product(*map(sorted, known.values()))
+    return [dict(zip(known, at, strict=True)) for at in product]
+
+
+def _joined(
+    step: Step,
+    followed: Sequence[tuple[Mapping[Any, int], Value]],
+    dims: Mapping[Any, int],
+    taken: Ranges | None,
+) -> Value:
+    """One result of an equation, as a stack of what became of each entry.
+
+    Args:
+        step: The equation.
+        followed: The result by the entry that was followed.
+        dims: The dimensions of the result that run over stacks. Entries of other stacks are
+            combined in it, which ties them.
+        taken: What a slice takes.
+    """
+    entries: dict[tuple[int, ...], Axes] = {}
+    new: dict[Any, int] = {}
+    for at, value in followed:
+        index = []
+        for name, dim in dims.items():
+            start, stop = (0, value.shape[dim]) if taken is None else taken[dim]
+            if not start <= at[name] < stop:
+                break
+            if stop - start > 1:
+                part = taken is not None and stop - start != step.inputs[0].shape[dim]
+                new[(name, start, stop) if part else name] = dim
+                index.append(at[name] - start)
+        else:
+            axes = entries.setdefault(tuple(index), value.axes)
+            for one, other in zip(axes, value.axes, strict=True) if axes is not value.axes else ():
+                step.unify(one, other)
+    first = followed[0][1]
+    return Value(_first(entries), first.shape, first.depends, Stack(new, entries) if new else None)
+
+
+def _dims(value: Value) -> Mapping[Any, int]:
+    return {} if value.stack is None else value.stack.dims
 
 
 def _entry(step: Step, value: Value, at: Mapping[Any, int]) -> Value:
     """A value as if all entries of its stacks were like the one at some indices."""
     if value.stack is not None:
         index = tuple(at[name] for name in value.stack.dims)
-        axes = value.stack.entries.get(index, _first(value.stack.entries))
+        entries = value.stack.entries
+        axes = entries[index] if index in entries else _first(entries)
         return Value(axes, value.shape, value.depends)
     if value.depends:
         # Along what was broadcast it does not vary: it need not tie entries to each other.
         return registry.reading(step.algebra, value) if value.flat else value
     # A constant does not vary along what is free in it: it need not tie entries to each other.
     free = [not step.algebra.causes(axis) for axis in value.axes]
-    axes = [
+    copies = [
         step.free(n) if f else axis
         for axis, n, f in zip(value.axes, value.shape, free, strict=True)
     ]
-    return Value(axes, value.shape, 0)
+    return Value(copies, value.shape, 0)
 
 
 def tied(step: Step, value: Value) -> Value:
@@ -233,13 +265,14 @@ At = tuple[tuple[int, int], ...]
 
 def along(value: Value, dim: int) -> dict[At, list[int]]:
     """The axes along one dimension, by the entries of stacks in which they lie."""
-    if value.stack is None or dim in (dims := tuple(value.stack.dims.values())):
+    dims, known = tuple(_dims(value).values()), entries_of(value)
+    if not dims or dim in dims:
         return {(): value.axes[dim]}
-    first = _first(value.stack.entries)
+    first = _first(known)
     every = itertools.product(*(range(value.shape[d]) for d in dims))
     return {
-        tuple(sorted(zip(dims, index, strict=True))): value.stack.entries.get(index, first)[dim]
-        for index in (*value.stack.entries, *(i for i in every if i not in value.stack.entries))
+        tuple(sorted(zip(dims, index, strict=True))): known.get(index, first)[dim]
+        for index in (*known, *(i for i in every if i not in known))
     }
 
 

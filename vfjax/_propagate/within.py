@@ -46,7 +46,7 @@ class Record:
         together: What rules say that treat some dimensions of an operand differently from others.
         taken: Atoms of axes of which a single entry was taken, and which.
         stepped: Atoms of axes of parameters that a scan over layers steps over.
-        kept: Atoms of axes of kernels with more than two that their layers do not contract.
+        kept: Axes of kernels that their layers do not contract, where there are several.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
@@ -54,7 +54,7 @@ class Record:
     together: dict[Together, None] = dataclasses.field(default_factory=dict)
     taken: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     stepped: list[int] = dataclasses.field(default_factory=list)
-    kept: list[int] = dataclasses.field(default_factory=list)
+    kept: list[list[Axis]] = dataclasses.field(default_factory=list)
 
     def see(self, axes: Sequence[Axis]) -> None:
         """Records the axes of a value."""

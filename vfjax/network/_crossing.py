@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from vfjax._trees import check_one_device, resolve_weights, weighted_mean
 from vfjax._types import Array
-from vfjax.symmetry._entries import by_piece, holds
+from vfjax.symmetry._entries import by_piece
 from vfjax.symmetry._group_maps import check_matrix, contract
 from vfjax.symmetry._places import Place, map_axis, map_within, permute_at, size_at
 
@@ -73,16 +74,12 @@ def mapped(
 def mapped_value(value: Array, places: Sequence[Place], maps: Mapping[str, Any]) -> Array:
     """See `Network.map_site`; `places` are the groups of the value, those within others last."""
     todo = [place for place in places if place.group in maps]
-    return by_piece(
-        value,
-        [place.at for place in todo],
-        lambda piece, which: _mapped_piece(
-            piece, [place.bare() for place in todo if holds(which, place.at)], maps
-        ),
-    )
+    fn = functools.partial(_mapped_piece, maps=maps)
+    return by_piece(value, todo, lambda place: place.at, fn)
 
 
 def _mapped_piece(value: Array, todo: Sequence[Place], maps: Mapping[str, Any]) -> Array:
+    todo = [place.bare() for place in todo]
     while todo:
         place, *todo = todo
         length, at = value.shape[place.at.axis], place.at

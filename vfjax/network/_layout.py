@@ -12,7 +12,6 @@ from vfjax._types import Array
 from vfjax.network import _sites
 from vfjax.network._records import JointTap, Tap
 from vfjax.network._retrace import traces_of
-from vfjax.symmetry._entries import bare, piece_of
 from vfjax.symmetry._places import Axis, Place, grid, rows
 
 if TYPE_CHECKING:
@@ -75,10 +74,18 @@ def _groups(net: Network, name: str, keep: tuple[int, ...]) -> tuple[Place, ...]
     for group, at, owner in net.places(name):
         if at.axis not in keep:
             continue
+        if not {dim for dim, _ in at.entries} <= {*keep}:
+            continue  # samples of several entries of a stack, each with units in another order
         if owner is not None:
-            owner = owner._replace(axis=keep.index(owner.axis)) if owner.axis in keep else None
-        places.append(Place(group, at._replace(axis=keep.index(at.axis)), owner))
+            owner = _among(owner, keep) if owner.axis in keep else None
+        places.append(Place(group, _among(at, keep), owner))
     return tuple(places)
+
+
+def _among(at: Axis, keep: tuple[int, ...]) -> Axis:
+    """A place with its dimensions counted among the channel axes."""
+    entries = tuple((keep.index(dim), index) for dim, index in at.entries)
+    return at._replace(axis=keep.index(at.axis), entries=entries)
 
 
 def as_float(value: Any, name: str) -> Array:
@@ -104,11 +111,10 @@ def arrange(value: Any, layout: Layout) -> tuple[Array, tuple[int, ...]]:
     """A site's value in float32 or better, with separate channel axes, and its sample axes."""
     value = as_float(value, layout.name)
     if layout.split is not None and layout.around is not None:
-        value = piece_of(value, layout.split.entries)
-        value = grid(value, bare(layout.split), bare(layout.around))
+        value = grid(value, layout.split, layout.around)
         value = value.reshape(-1, value.shape[-1])
     elif layout.split is not None:
-        value = rows(piece_of(value, layout.split.entries), bare(layout.split))
+        value = rows(value, layout.split)
     return value, sample_axes(layout, value.ndim)
 
 

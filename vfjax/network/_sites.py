@@ -265,8 +265,11 @@ def channel_axes(net: Network, name: str) -> tuple[int, ...] | None:
     if site.kind in ("input", "output"):
         return None
     if site.kind == "loop":
-        places = net.places(name)
-        return tuple(sorted({place.at.axis for place in places})) or None
+        ats = [place.at for place in net.places(name)]
+        return (
+            tuple(sorted({at.axis for at in ats} | {d for at in ats for d, _ in at.entries}))
+            or None
+        )
     if site.kind == "norm":
         return net.norm(_base(site)).channel_axes
     layer = traced.layers[_base(site)]

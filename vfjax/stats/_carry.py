@@ -12,7 +12,6 @@ import numpy as np
 from vfjax._types import Array
 from vfjax.symmetry._group_maps import check_permutation
 from vfjax.symmetry._places import (
-    Axis,
     Place,
     map_axis,
     map_within,
@@ -67,23 +66,6 @@ def _check(axis: Place, maps: Sequence[Any], n: int, heads: int | None, site: st
         )
 
 
-def _flat(axis: Place, shape: tuple[int, ...]) -> Place:
-    """A place along the flattened channel axes of moments `[K, *channels]`."""
-    at, owner = (_laid_out(place, shape) for place in (axis.at, axis.owner))
-    return Place(axis.group, at, owner)
-
-
-def _laid_out(place: Axis | None, shape: tuple[int, ...]) -> Any:
-    """A place along one channel axis, as a place along all of them flattened."""
-    if place is None:
-        return None
-    before, after = math.prod(shape[1 : 1 + place.axis]), math.prod(shape[2 + place.axis :])
-    if not place.windows:
-        return place._replace(axis=0, outer=place.outer * before, inner=place.inner * after)
-    (outer, start, size, inner), *rest = place.windows
-    return place._replace(axis=0, windows=((outer * before, start, size, inner * after), *rest))
-
-
 def _product(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
 
@@ -93,27 +75,27 @@ def carry(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Applies one group's maps to the moments of one site, on the host."""
     mean, var = np.asarray(mean), np.asarray(var)
-    if mean.ndim > 2:  # covariances are over the flattened channel axes
-        before, after = mean.shape[: 1 + axis.at.axis], mean.shape[2 + axis.at.axis :]
-        flat = _flat(axis, mean.shape)
-        mean, var = (value.reshape(len(mean), -1) for value in (mean, var))
-        mean, var, covariance = carry(mean, var, covariance, flat, maps, site)
-        return mean.reshape(*before, -1, *after), var.reshape(*before, -1, *after), covariance
+    # Covariances are over the flattened channel axes, and so is the order of what they hold.
+    shape = mean.shape[1:]
+    before, after = mean.shape[: 1 + axis.at.axis], shape[1 + axis.at.axis :]
+    mean, var = (value.reshape(len(value), -1) for value in (mean, var))
     covariance = None if covariance is None else np.asarray(covariance)
-    size = mean.shape[1 + axis.at.axis]
-    n = size_at(axis.group, axis.at, (size,))
-    heads = None if axis.owner is None else size_at(axis.group, axis.owner, (size,))
+    size = math.prod(shape)
+    n = size_at(axis.group, axis.at, shape)
+    heads = None if axis.owner is None else size_at(axis.group, axis.owner, shape)
     _check(axis, maps, n, heads, site)
 
-    def ordered(line: np.ndarray, permutation: Any) -> np.ndarray:
-        return permute_at(line, axis.at, axis.owner, np.asarray(permutation))
+    def ordered(array: np.ndarray, permutation: Any) -> np.ndarray:
+        return permute_at(array, axis.at, axis.owner, np.asarray(permutation))
+
+    def unflattened(array: np.ndarray) -> np.ndarray:
+        return array.reshape(*before, -1, *after)
 
     if not any(map(_is_matrix, maps)):
-        whole = np.arange(size)
-        order = [whole if m is None else ordered(whole, m) for m in maps]
+        whole = np.arange(size).reshape(shape)
+        order = [(whole if m is None else ordered(whole, m)).reshape(-1) for m in maps]
         mean, var = (
-            np.stack([np.take(v, o, axis.at.axis) for v, o in zip(value, order, strict=True)])
-            for value in (mean, var)
+            np.stack([v[o] for v, o in zip(value, order, strict=True)]) for value in (mean, var)
         )
         if covariance is not None:
             rows = np.stack(order)[:, None, :, None]
@@ -122,7 +104,7 @@ def carry(
             covariance = covariance[
                 models[:, None, None, None], models[None, :, None, None], rows, columns
             ]
-        return mean, var, covariance
+        return unflattened(mean), unflattened(var), covariance
     if covariance is None or np.isnan(covariance[0, 0]).any():
         raise ValueError(
             f'carrying moments at "{site}" through a matrix needs the covariances within each '
@@ -130,7 +112,7 @@ def carry(
         )
     matrices = []
     for m in maps:
-        whole = np.eye(size)
+        whole = np.eye(size).reshape(*shape, size)
         if m is not None and np.ndim(m) == 3:
             assert axis.owner is not None  # `_check`
             each = [functools.partial(_product, np.asarray(matrix)) for matrix in m]
@@ -141,9 +123,10 @@ def carry(
             whole = map_axis(whole, axis.at, functools.partial(_product, np.asarray(m)))
         elif m is not None:
             whole = ordered(whole, m)
-        matrices.append(whole.astype(covariance.dtype))
+        matrices.append(whole.reshape(-1, size).astype(covariance.dtype))
     stacked = np.stack(matrices)
     covariance = stacked[:, None] @ covariance @ stacked.swapaxes(1, 2)[None]
     mean = (stacked @ mean[..., None])[..., 0]
     # Rounding may make a variance of zero negative.
-    return mean, np.maximum(np.einsum("kkpp->kp", covariance), 0), covariance
+    var = np.maximum(np.einsum("kkpp->kp", covariance), 0)
+    return unflattened(mean), unflattened(var), covariance

@@ -15,6 +15,8 @@ group. `vfjax.trace` reads it off the network (`net.spec`); it can also be writt
   symmetry may be missed, never invented. Scalings of ReLU units and rotations are not considered.
 - `spec.within`: groups that may move independently inside each entry of another, as the dims of
   attention heads do. Such a permutation is `[n]`, or `[h, n]` with the owners in their new order.
+- Where layers, experts or whole networks are stacked in one leaf, each entry of the stack has
+  groups of its own, `layers/kernel[3]`; the `entries` of their places say which entry that is.
 - `spec.rigid`: groups that only permutations can map, and the leaf that forbids other maps.
 - `spec.apply` takes other maps, such as the merge and unmerge matrices of ZipIt!; `compose` and
   `invert` take permutations.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vfjax.symmetry._places import Axis
     from vfjax.symmetry._spec import PermutationSpec
 
+T = TypeVar("T")
 S = TypeVar("S", bound="PermutationSpec")
 
 Entries = tuple[tuple[int, int], ...]
@@ -34,9 +35,22 @@ def pieces(shape: tuple[int, ...], places: Iterable[Axis]) -> list[Entries]:
     return [tuple(zip(dims, at, strict=True)) for at in itertools.product(*ranges)]
 
 
-def holds(piece: Entries, a: Axis) -> bool:
-    """Whether a place lies in a piece."""
-    return set(a.entries) <= set(piece)
+def around(piece: Entries) -> Iterator[Entries]:
+    """The entries that a piece is part of: places with any of these lie in it."""
+    for count in range(len(piece) + 1):
+        yield from itertools.combinations(piece, count)
+
+
+def divided(
+    shape: tuple[int, ...], items: Sequence[T], place: Callable[[T], Axis]
+) -> Iterator[tuple[Entries, list[T]]]:
+    """The pieces of a leaf, and for each those items, in order, whose places lie in it."""
+    held: dict[Entries, list[tuple[int, T]]] = {}
+    for k, item in enumerate(items):
+        held.setdefault(place(item).entries, []).append((k, item))
+    for piece in pieces(shape, map(place, items)):
+        inside = [pair for entries in around(piece) for pair in held.get(entries, ())]
+        yield piece, [item for _, item in sorted(inside, key=lambda pair: pair[0])]
 
 
 def bare(a: Axis) -> Axis:
@@ -77,10 +91,18 @@ def whole(leaves: Mapping[Entries, Any], path: str) -> Any:
     return pieces[()]
 
 
-def by_piece(leaf: Any, places: Collection[Axis], fn: Callable[[Any, Entries], Any]) -> Any:
-    """An array with `fn(piece, which)` in place of each of its pieces."""
-    path = next((a.path for a in places), "")
-    return whole({at: fn(piece_of(leaf, at), at) for at in pieces(np.shape(leaf), places)}, path)
+def by_piece(
+    leaf: Any, items: Sequence[T], place: Callable[[T], Axis], fn: Callable[[Any, list[T]], Any]
+) -> Any:
+    """An array with `fn(piece, items)` in place of its pieces, given what lies in each of them."""
+    path = next((place(item).path for item in items), "")
+    parts = divided(np.shape(leaf), items, place)
+    return whole({at: fn(piece_of(leaf, at), inside) for at, inside in parts}, path)
+
+
+def in_entry(leaf: Any, a: Axis, fn: Callable[[Any], Any]) -> Any:
+    """An array with `fn(piece)` in place of the pieces in which a place lies."""
+    return by_piece(leaf, [a], lambda a: a, lambda piece, inside: fn(piece) if inside else piece)
 
 
 def apart(spec: S, leaves: Mapping[str, Any]) -> tuple[S, dict[str, Any]]:
@@ -113,12 +135,16 @@ def apart(spec: S, leaves: Mapping[str, Any]) -> tuple[S, dict[str, Any]]:
             else [(path, whole)]
         )
     }
+    within: dict[str, dict[Entries, list[str]]] = {path: {} for path in names}
+    for path, of in names.items():
+        for at, name in of.items():
+            for entries in around(at):
+                within[path].setdefault(entries, []).append(name)
     groups = {
         group: [
             bare(a._replace(path=name))
             for a in axes
-            for at, name in names.get(a.path, {(): a.path}).items()
-            if holds(at, a)
+            for name in (within[a.path][a.entries] if a.path in within else [a.path])
         ]
         for group, axes in spec.groups.items()
     }

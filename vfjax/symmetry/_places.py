@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax.symmetry._entries import bare
+from vfjax.symmetry._entries import bare, in_entry, piece_of
 from vfjax.symmetry._group_maps import take
 
 ROLES = ("out", "in", "elementwise")
@@ -287,6 +287,7 @@ def owners(a: Axis, others: Iterable[Axis]) -> list[Axis]:
 
 def rows(leaf: Any, a: Axis) -> Any:
     """A leaf as `[before, n, after]`, with the n entries of a place in the middle."""
+    leaf = piece_of(leaf, a.entries)
     before, length = math.prod(leaf.shape[: a.axis]), leaf.shape[a.axis]
     after = math.prod(leaf.shape[a.axis + 1 :])
     for outer, start, size, inner in a.windows:
@@ -304,6 +305,8 @@ def permute_at(leaf: Any, a: Axis, owner: Axis | None, permutation: Any) -> Any:
 
 def permute_axis(leaf: Any, a: Axis, permutation: Any) -> Any:
     """Reorders the entries at a place: `new = take(old, permutation)`."""
+    if a.entries:
+        return map_axis(leaf, a, lambda view, k: take(view, permutation, k))
     if a.outer != 1 or a.inner != 1 or a.windows:
         line, order = a._replace(axis=0), np.arange(leaf.shape[a.axis], dtype=np.int32)
         permutation = map_axis(order, line, lambda view, k: take(view, permutation, k))
@@ -312,6 +315,7 @@ def permute_axis(leaf: Any, a: Axis, permutation: Any) -> Any:
 
 def grid(leaf: Any, a: Axis, owner: Axis) -> Any:
     """A leaf as `[owners, n, rest]`: a place's n entries inside each entry of its owner's place."""
+    leaf, a, owner = piece_of(leaf, a.entries), bare(a), bare(owner)
     library = np if isinstance(leaf, np.ndarray) else jnp
     parts = [library.moveaxis(rows(part, inner), 1, 0) for part, inner in _entries(leaf, a, owner)]
     return library.stack([part.reshape(len(part), -1) for part in parts])
@@ -319,6 +323,8 @@ def grid(leaf: Any, a: Axis, owner: Axis) -> Any:
 
 def map_within(leaf: Any, a: Axis, owner: Axis, fn: Callable[[Any, int, int], Any]) -> Any:
     """Like `map_axis`, with `fn(view, dimension, i)` inside the i-th entry of an owner's place."""
+    if a.entries:
+        return in_entry(leaf, a, lambda piece: map_within(piece, bare(a), bare(owner), fn))
     parts, views = [], []
     alone = resized(owner, owner, leaf.shape[owner.axis], 1)
     for i, (part, inner) in enumerate(_entries(leaf, a, owner)):
@@ -358,6 +364,8 @@ def map_axis(leaf: Any, a: Axis, fn: Callable[[Any, int], Any]) -> Any:
     Returns:
         The array, with the axis reassembled.
     """
+    if a.entries:
+        return in_entry(leaf, a, lambda piece: map_axis(piece, bare(a), fn))
     if a.windows:
         (outer, start, size, inner), *deeper = a.windows
         return _inside(

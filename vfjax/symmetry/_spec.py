@@ -15,7 +15,7 @@ import numpy as np
 from vfjax._trees import check_one_device, check_values, flatten_named, on_host, some
 from vfjax._types import Array, PyTree
 from vfjax.symmetry._also import Also, extended, warn_of_unread
-from vfjax.symmetry._entries import bare, by_piece, holds, pieces
+from vfjax.symmetry._entries import bare, by_piece, divided
 from vfjax.symmetry._group_maps import (
     as_array,
     as_permutation,
@@ -188,9 +188,8 @@ class PermutationSpec:
                     )
         for (path, axis), places in along.items():
             shape = np.shape(flat[path])
-            for piece in pieces(shape, [a for a, _ in places]):
-                inside = [(a._replace(entries=()), g) for a, g in places if holds(piece, a)]
-                pair = overlap(tuple(a for a, _ in inside), shape[axis])
+            for _, inside in divided(shape, places, lambda pair: pair[0]):
+                pair = overlap(tuple(bare(a) for a, _ in inside), shape[axis])
                 if pair is not None:
                     one, other = (inside[k][1] for k in pair)
                     raise ValueError(
@@ -431,6 +430,7 @@ class PermutationSpec:
                     places.setdefault(a.path, []).append((name, a, self.owner(name, a)))
 
         def mapped(leaf: Any, todo: Sequence[tuple[str, Axis, Axis | None]]) -> Any:
+            todo = [(name, bare(a), owner and bare(owner)) for name, a, owner in todo]
             while todo:
                 (name, a, owner), *todo = todo
                 length = np.shape(leaf)[a.axis]
@@ -441,14 +441,7 @@ class PermutationSpec:
             return leaf
 
         for path, todo in places.items():
-            flat[path] = by_piece(
-                flat[path],
-                [a for _, a, _ in todo],
-                lambda leaf, piece, todo=todo: mapped(
-                    leaf,
-                    [(g, bare(a), c and bare(c)) for g, a, c in todo if holds(piece, a)],
-                ),
-            )
+            flat[path] = by_piece(flat[path], todo, lambda each: each[1], mapped)
         return jax.tree.unflatten(treedef, list(flat.values()))
 
     def _check_size(self, name: str, a: Axis, size: int, sizes: dict[str, int]) -> None:
