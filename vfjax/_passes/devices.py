@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vfjax._types import PyTree
@@ -26,9 +27,15 @@ def replicate(tree: PyTree, mesh: Any) -> PyTree:
 
 
 def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree, PyTree]]:
-    """For every batch: its mesh, the given tree placed on that mesh, and the batch."""
+    """For every batch: its mesh, the given tree placed on that mesh, and the batch.
+
+    Raises:
+        TypeError: If a batch, the tree or the call is traced, as inside `jit`.
+    """
     mesh, placed = None, given
+    check_outside(given)
     for x in xs:
+        check_outside(x, "`data` is")
         its_mesh = mesh_of(x)
         if its_mesh is not None and its_mesh != mesh:
             mesh, placed = its_mesh, replicate(given, its_mesh)
@@ -36,6 +43,21 @@ def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree
             # A ragged last batch may not divide by the number of devices, so every device gets it.
             x = replicate(x, mesh)
         yield mesh, placed, x
+
+
+def check_outside(tree: PyTree, what: str = "the parameters are, or the call is,") -> None:
+    """Checks that nothing is traced: a pass pools on the host.
+
+    Raises:
+        TypeError: If a leaf of the tree is traced, or the call is, as inside `jit`.
+    """
+    # Inside jit, what is put on a device is traced even if it is a constant.
+    leaves = [*jax.tree.leaves(tree), jax.device_put(np.zeros(()))]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise TypeError(
+            f"{what} traced, and a pass pools what it measures on the host: call this outside of "
+            "jit, vmap and grad, and give them its result"
+        )
 
 
 def on_mesh(fn: Any, mesh: Any) -> Any:

@@ -26,6 +26,7 @@ from vfjax.diagnose._compared import Compared, carry, compared
 from vfjax.diagnose._sites import FeatureSite, describe, resolve_sites, unique
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
+from vfjax.network._checks import check_batch
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 
@@ -275,6 +276,7 @@ def measured(
 ) -> Features:
     """As `features`, for networks that have been checked and sites given by name."""
     net, mine, others = given.net, given.mine, given.others
+    check_batch(net)
     carried = carry(given, maps)
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
     cuts = [network.model for network in (*mine, *others) if not network.plain]
@@ -294,7 +296,8 @@ def measured(
     }
     check_finite_means(means)
     _check_offsets(rows)
-    check_valid({name: max(row.size for row in rows[0][name]) for name in means})
+    if mask is not None:
+        check_valid({name: max(row.size for row in rows[0][name]) for name in means})
 
     by_site = {
         site.name: [

@@ -28,6 +28,7 @@ from vfjax._passes import (
     stream,
     wide,
 )
+from vfjax._passes.devices import check_outside
 from vfjax._passes.moments import ROUNDINGS, alive, scale_of, union_deviation, union_means
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
@@ -114,6 +115,7 @@ def zero_example(net: Network) -> PyTree:
 
 def offsets(job: Job, networks: tuple[Carried, ...]) -> Offsets:
     """`f(0)` of every network at every site: one forward pass of one example."""
+    check_outside(networks)
     mesh, x = mesh_of(networks), zero_example(job.net)
     if mesh is not None:
         x = replicate(x, mesh)

@@ -14,6 +14,7 @@ from vfjax._deprecated import renames
 from vfjax._passes import Mask, on_mesh, stream, wide
 from vfjax._passes.masking import examples
 from vfjax._types import PyTree
+from vfjax.network._checks import check_batch
 from vfjax.network._kernels import input_squares, kernel_rows, spread
 from vfjax.network._network import Network
 from vfjax.prune._scores import Scores, scores_of, weights_of
@@ -66,6 +67,7 @@ def wanda(
     equation 1.
     """
     leaves, rows, paths = weights_of(net, tree, names)
+    check_batch(net)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
     measure = functools.partial(_means, net, tuple(uses))
     means, _ = stream(measure, _pool, tree, data, like=net.x, mask=mask, host=wide)

@@ -15,6 +15,7 @@ from vfjax._types import PyTree
 from vfjax.merge._arguments import merged_of
 from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
+from vfjax.network._checks import check_batch
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.renorm import _passes
@@ -224,6 +225,7 @@ def _renormalise(
     if sweeps not in _SWEEPS:
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
     net, model = given.net, given.model
+    check_batch(net)
     cut = model.cut
     norms = [
         n.name
