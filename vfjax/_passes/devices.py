@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vfjax._types import PyTree
@@ -35,7 +36,7 @@ def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree
     mesh, placed = None, given
     check_outside(given)
     for x in xs:
-        check_outside(x, "`data` is")
+        _check_concrete(x, "`data` is")
         its_mesh = mesh_of(x)
         if its_mesh is not None and its_mesh != mesh:
             mesh, placed = its_mesh, replicate(given, its_mesh)
@@ -45,15 +46,21 @@ def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree
         yield mesh, placed, x
 
 
-def check_outside(tree: PyTree, what: str = "the parameters are, or the call is,") -> None:
-    """Checks that nothing is traced: a pass pools on the host.
+def check_outside(tree: PyTree) -> None:
+    """Checks that a pass is called outside of `jit` and the like, as it pools on the host.
+
+    Args:
+        tree: The parameters.
 
     Raises:
-        TypeError: If a leaf of the tree is traced, or the call is, as inside `jit`.
+        TypeError: If a leaf of the tree is traced, or the call is.
     """
     # Inside jit, what is put on a device is traced even if it is a constant.
-    leaves = [*jax.tree.leaves(tree), jax.device_put(np.zeros(()))]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    _check_concrete((tree, jax.device_put(np.zeros(()))), "the parameters are, or the call is,")
+
+
+def _check_concrete(tree: PyTree, what: str) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
             f"{what} traced, and a pass pools what it measures on the host: call this outside of "
             "jit, vmap and grad, and give them its result"
