@@ -257,6 +257,19 @@ def test_features_are_norms_over_the_valid_positions(pool_net):
         same((found.mean[name][0], found.std[name][0]), (rows.mean(0), rows.std(0)))
 
 
+def test_features_of_tokens_whose_mask_is_all_that_there_is():
+    """The input 0 is the token 0, at the positions that count in an example."""
+    tree = of_shapes({"e": (7, 4), "w": (4, 3)}, 0)
+    ids = np.array([[1, 2, 0], [3, 0, 0], [6, 5, 4]])
+    net = vfjax.trace(lambda v, x: v["e"][x] @ v["w"], tree, ids)
+    found = diagnose.features(net, tree, [ids], sites=["w"], mask=lambda x: x != 0)
+    rows = np.asarray(tree["e"] @ tree["w"])
+    norms = [np.linalg.norm(rows[one[one > 0]] - rows[0]) for one in ids]
+    offsets = [np.linalg.norm(rows[0]) * np.sqrt((one > 0).sum()) for one in ids]
+    same(found.feature["w"], np.array([np.mean(norms)]))
+    same(found.offset["w"], np.array([np.mean(offsets)]))
+
+
 def test_wanda_takes_the_valid_inputs(pool_net):
     tree, data = of_shapes(POOLED, 1), ragged()
     inputs = np.concatenate([x["u"][x["mask"] > 0] for x in data])

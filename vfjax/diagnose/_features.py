@@ -225,8 +225,9 @@ def features(
             to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`. Norms are
             then over the entries that count in an example, and the input 0 of an example keeps the
             arrays that the mask reads: `f(0)` is what the network gives for zeros at as many
-            positions. `Features.offset` is the mean of its norm over examples, in a second forward
-            pass per batch.
+            positions. (A mask that reads all of x, as of tokens, keeps nothing.)
+            `Features.offset` is the mean of its norm over examples, in a second forward pass per
+            batch.
 
     Returns:
         Features, offsets and moments by site.
@@ -287,7 +288,10 @@ def measured(
         at_zero = jax.tree.map(np.asarray, shifts)
         _check_defined(job, at_zero)
     else:
-        job = _rows.Job(net, chosen, read_by(mask, net.x))
+        kept = read_by(mask, net.x)
+        if all(kept):  # nothing else would be left to be 0
+            kept = (False,) * len(kept)
+        job = _rows.Job(net, chosen, kept)
         shifts, at_zero = (), _rows.shapes(job, carried)
     rows = _rows.measure(job, carried, shifts, data, mask)
     means = {
