@@ -260,7 +260,7 @@ def test_features_are_norms_over_the_valid_positions(pool_net):
 def test_features_of_tokens_whose_mask_is_all_that_there_is():
     """The input 0 is the token 0, at the positions that count in an example."""
     tree = of_shapes({"e": (7, 4), "w": (4, 3)}, 0)
-    ids = np.array([[1, 2, 0], [3, 0, 0], [6, 5, 4]])
+    ids = np.array([[1, 2, 0], [3, 0, 0], [6, 5, 4]], np.int32)
     net = vfjax.trace(lambda v, x: v["e"][x] @ v["w"], tree, ids)
     found = diagnose.features(net, tree, [ids], sites=["w"], mask=lambda x: x != 0)
     rows = np.asarray(tree["e"] @ tree["w"])
