@@ -16,6 +16,7 @@ from vfjax._passes.batching import batches as batches
 from vfjax._passes.batching import check_finite_means as check_finite_means
 from vfjax._passes.batching import keep as keep
 from vfjax._passes.batching import labelled as labelled
+from vfjax._passes.devices import check_outside as check_outside
 from vfjax._passes.devices import mesh_of as mesh_of
 from vfjax._passes.devices import on_mesh as on_mesh
 from vfjax._passes.devices import on_meshes as on_meshes
@@ -38,6 +39,7 @@ __all__ = [
     "batches",
     "by_pieces",
     "check_finite_means",
+    "check_outside",
     "each",
     "each_piece",
     "evaluate",

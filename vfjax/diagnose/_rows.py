@@ -20,6 +20,7 @@ import numpy as np
 from vfjax._passes import (
     Mask,
     batch_size,
+    check_outside,
     each,
     each_piece,
     mesh_of,
@@ -28,7 +29,6 @@ from vfjax._passes import (
     stream,
     wide,
 )
-from vfjax._passes.devices import check_outside
 from vfjax._passes.moments import ROUNDINGS, alive, scale_of, union_deviation, union_means
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
