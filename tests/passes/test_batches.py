@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vfjax
+from vfjax import align, diagnose, prune, renorm, stats
 from vfjax._passes import batch_size, batches
 
 LIKE = jax.ShapeDtypeStruct((8, 3), jnp.float32)
@@ -149,3 +151,40 @@ def test_checks_come_before_later_batches_are_read():
     assert len(next(iterator)) == 2
     with pytest.raises(TypeError, match="batch 1"):
         next(iterator)
+
+
+def _net(x, width=4):
+    rng = np.random.default_rng(0)
+    v = {"a": rng.normal(size=(3, width)), "b": rng.normal(size=(width, 2))}
+    v = {name: leaf.astype(np.float32) for name, leaf in v.items()}
+    return vfjax.trace(lambda v, x: jax.nn.relu(x @ v["a"]) @ v["b"], v, x), v
+
+
+USES = {
+    "moments": lambda net, v, data: stats.moments(net, [v], data, sites="layers").var,
+    "repair": lambda net, v, data: renorm.repair(net, v, data, references=[v], sites="all"),
+    "match": lambda net, v, data: align.match_activations(net, v, v, data).permutations,
+    "transport": lambda net, v, data: align.transport([net] * 2, [v, v], data).maps,
+    "features": lambda net, v, data: diagnose.features(net, v, data).feature,
+    "cka": lambda net, v, data: diagnose.cka((net, v), (net, v), data).matrix,
+    "wanda": lambda net, v, data: prune.wanda(net, v, data).values,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_pass_needs_a_batch_and_the_host(use):
+    alone, v = _net(_x(1)[0])
+    with pytest.raises(ValueError, match=r"'a' gives \[4\].*trace again with a batch"):
+        USES[use](alone, v, [_x(1)[0]])
+    net, v = _net(_x(4))
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda v: USES[use](net, v, [_x(4)]))(v)
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda x: USES[use](net, v, [x]))(_x(4))
+
+
+@pytest.mark.parametrize("use", ["moments", "repair", "match", "features"])
+def test_layers_of_width_0_have_no_moments(use):
+    net, v = _net(_x(4), width=0)
+    for leaf in jax.tree.leaves(USES[use](net, v, [_x(4)])):
+        assert not isinstance(leaf, jax.Array) or np.isfinite(leaf).all()

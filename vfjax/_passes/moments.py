@@ -109,7 +109,7 @@ def alive(mean: Any, var: Any) -> Any:
         Booleans of the same shape.
     """
     floor = ROUNDINGS * np.finfo(mean.dtype).eps * abs(mean)
-    return (var > _DEAD * var.max()) & (var > floor * floor)
+    return (var > _DEAD * var.max(initial=0)) & (var > floor * floor)
 
 
 def coefficients(now: Pooled, goal: tuple[Any, Any], centre: bool | Array) -> tuple[Any, Any]:

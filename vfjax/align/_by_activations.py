@@ -15,6 +15,7 @@ from vfjax._passes.masking import check_valid
 from vfjax._passes.moments import covariance_of, merge_moments, union_second, without_rounding
 from vfjax._types import Array, PyTree
 from vfjax.align._taps import matched_sites, within
+from vfjax.network._checks import check_batch
 from vfjax.network._layout import Layout, layout_of
 from vfjax.network._network import Network
 from vfjax.network._valid import valid_at
@@ -97,6 +98,8 @@ def measure(
         ValueError: If data is empty or exhausted, or makes a value NaN or infinite, or the taps of
             two networks differ by more than their widths.
     """
+    for net in nets:
+        check_batch(net)
     inside = within(nets)
     sites = tuple(_sites(net, inside) for net in nets)
     for k, of in enumerate(sites):

@@ -26,6 +26,7 @@ from vfjax.diagnose._compared import Compared, carry, compared
 from vfjax.diagnose._sites import FeatureSite, describe, resolve_sites, unique
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged
+from vfjax.network._checks import check_batch
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 
@@ -224,8 +225,9 @@ def features(
             to booleans, as `mask=lambda x: x["mask"] > 0`; see `vfjax.stats.moments`. Norms are
             then over the entries that count in an example, and the input 0 of an example keeps the
             arrays that the mask reads: `f(0)` is what the network gives for zeros at as many
-            positions. `Features.offset` is the mean of its norm over examples, in a second forward
-            pass per batch.
+            positions. (A mask that reads all of x, as of tokens, keeps nothing.)
+            `Features.offset` is the mean of its norm over examples, in a second forward pass per
+            batch.
 
     Returns:
         Features, offsets and moments by site.
@@ -275,6 +277,7 @@ def measured(
 ) -> Features:
     """As `features`, for networks that have been checked and sites given by name."""
     net, mine, others = given.net, given.mine, given.others
+    check_batch(net)
     carried = carry(given, maps)
     shares = tuple(weights_for(network, weights, len(others)) for network in mine if others)
     cuts = [network.model for network in (*mine, *others) if not network.plain]
@@ -285,7 +288,10 @@ def measured(
         at_zero = jax.tree.map(np.asarray, shifts)
         _check_defined(job, at_zero)
     else:
-        job = _rows.Job(net, chosen, read_by(mask, net.x))
+        kept = read_by(mask, net.x)
+        if all(kept):  # nothing else would be left to be 0
+            kept = (False,) * len(kept)
+        job = _rows.Job(net, chosen, kept)
         shifts, at_zero = (), _rows.shapes(job, carried)
     rows = _rows.measure(job, carried, shifts, data, mask)
     means = {
@@ -294,7 +300,8 @@ def measured(
     }
     check_finite_means(means)
     _check_offsets(rows)
-    check_valid({name: max(row.size for row in rows[0][name]) for name in means})
+    if mask is not None:
+        check_valid({name: max(row.size for row in rows[0][name]) for name in means})
 
     by_site = {
         site.name: [

@@ -20,6 +20,7 @@ from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._arguments import evaluable
 from vfjax.merge._merged import Merged
 from vfjax.network._arguments import check_fits, check_net
+from vfjax.network._checks import check_batch
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.stats import _hsic
@@ -141,6 +142,8 @@ def cka(
         raise ValueError(f'estimator must be "exact" or "minibatch", got {estimator!r}')
     models = _model(first, "first"), _model(second, "second")
     _check_inputs(*models)
+    for model in models:
+        check_batch(model.net)
     other = sites if second_sites is None else second_sites
     names = _names(models[0], sites), _names(models[1], other)
     rows = len(names[0])

@@ -66,6 +66,23 @@ def check_crossing(x: Any, start: int | None) -> None:
         )
 
 
+def check_batch(net: Network) -> None:
+    """Checks that a network was traced with a batch, which passes over data pool.
+
+    Raises:
+        ValueError: If no layer has an axis of samples, as after tracing with a single example.
+    """
+    layers = net.layers
+    if layers and not any(layer.sample_axes for layer in layers):
+        first = layers[0]
+        raise ValueError(
+            f"net was traced with a single example: the layer '{first.name}' gives "
+            f"{list(first.channel_shape)}, with no axis of examples. Axis 0 of every array of x "
+            "must be the batch: trace again with a batch, as vfjax.trace(apply_fn, variables, "
+            "x[None]), of a function that takes one, such as jax.vmap(apply_fn, (None, 0))"
+        )
+
+
 def named_leaves(net: Network, variables: PyTree) -> dict[str, Any]:
     """The leaves of variables by path; raises a ValueError if some were not traced."""
     named, _ = flatten_named(variables)

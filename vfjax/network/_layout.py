@@ -152,7 +152,8 @@ def by_channel(value: Array, samples: tuple[int, ...]) -> Array:
     """A value as `[samples, channels]`, given its sample axes."""
     channels = [a for a in range(value.ndim) if a not in samples]
     width = math.prod(value.shape[a] for a in channels)
-    return value.transpose(*samples, *channels).reshape(-1, width)
+    count = math.prod(value.shape[a] for a in samples)
+    return value.transpose(*samples, *channels).reshape(count, width)
 
 
 def by_example(name: str, value: Array, single: tuple[int, ...], size: int) -> tuple[Array, int]:

@@ -16,6 +16,7 @@ from vfjax._passes import Mask, compiled, on_mesh, stream, wide
 from vfjax._passes.masking import examples
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_net
+from vfjax.network._checks import check_batch
 from vfjax.network._kernels import (
     input_squares,
     kernel_rows,
@@ -93,6 +94,7 @@ def wanda(
             "measured; prune.magnitude and prune.fisher score them"
         )
     leaves, rows, paths = weights_of(net, tree, names)
+    check_batch(net)
     uses = {layer.name: layer.kernel for layer in net.layers if layer.kernel in leaves}
     tables = looked_up(net, leaves)
     measure = functools.partial(_means, net, tuple(uses), tables)

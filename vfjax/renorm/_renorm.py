@@ -16,6 +16,7 @@ from vfjax._types import PyTree
 from vfjax.merge._arguments import merged_of
 from vfjax.merge._merged import Merged
 from vfjax.merge._unpacked import Unpacked
+from vfjax.network._checks import check_batch
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
 from vfjax.renorm import _passes
@@ -271,6 +272,7 @@ def _renormalised(
         raise ValueError(f"sweeps must be 'batch' or 'layer', got {sweeps!r}")
     net, model = given.net, given.model
     check_host("moments are measured", merged=model.arrays, goals=goals)
+    check_batch(net)
     norms = _norms_of(given)
     heads = [n.name for n in net.norms if model.in_heads(n.site)]
     places = tuple((k, name) for k in range(len(model.heads)) for name in heads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -150,7 +151,7 @@ def read(
         value, mean[name], var[name], rest[name], count = shifted_moments(
             value, sample, valid.get(name)
         )
-        counts[name] = value.size // max(mean[name].size, 1)
+        counts[name] = math.prod(value.shape[a] for a in sample)
         if valid:
             some[name] = count if count.size > 1 else count.reshape(())
         if name in covariance:

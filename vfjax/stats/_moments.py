@@ -16,6 +16,7 @@ from vfjax._passes.masking import check_valid
 from vfjax._trees import check_sequence, resolve_weights
 from vfjax._types import Array, PyTree
 from vfjax.network._arguments import Models, comparable, networks
+from vfjax.network._checks import check_batch
 from vfjax.network._layout import check_operand, layout_of
 from vfjax.network._network import Network
 from vfjax.network._sites import Sites
@@ -309,6 +310,7 @@ def _planned(
     net: Network, names: tuple[str, ...], chosen: tuple[str, ...], models: int, *, cross: bool
 ) -> Job:
     """The job that measures named sites, with covariances at the chosen ones."""
+    check_batch(net)
     names = tuple(dict.fromkeys((*names, *chosen)))
     pairs = tuple((i, j) for i in range(models) for j in range(i + cross, models)) if chosen else ()
     for name in names:
