@@ -17,7 +17,6 @@ from vfjax._passes.batching import check_classes as check_classes
 from vfjax._passes.batching import check_finite_means as check_finite_means
 from vfjax._passes.batching import keep as keep
 from vfjax._passes.batching import labelled as labelled
-from vfjax._passes.devices import check_outside as check_outside
 from vfjax._passes.devices import mesh_of as mesh_of
 from vfjax._passes.devices import on_mesh as on_mesh
 from vfjax._passes.devices import on_meshes as on_meshes
@@ -50,7 +49,6 @@ __all__ = [
     "check_finite_means",
     "compiled",
     "check_functions",
-    "check_outside",
     "each",
     "each_piece",
     "evaluate",

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vfjax._trees import check_host, check_one_device, native
@@ -37,10 +35,8 @@ def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree
         ValueError: If the tree and the first batch lie on different devices, and on no mesh.
     """
     check_host("passes over data measure", models=given)
-    check_outside(given)
     mesh, placed, first = None, given, True
     for x in xs:
-        _check_concrete(x, "`data` is")
         its_mesh = mesh_of(x)
         if first:
             check_host("passes over data measure", data=x)
@@ -53,27 +49,6 @@ def on_meshes(xs: Iterable[PyTree], given: PyTree) -> Iterator[tuple[Any, PyTree
             # A ragged last batch may not divide by the number of devices, so every device gets it.
             x = replicate(x, mesh)
         yield mesh, placed, x
-
-
-def check_outside(tree: PyTree) -> None:
-    """Checks that a pass is called outside of `jit` and the like, as it pools on the host.
-
-    Args:
-        tree: The parameters.
-
-    Raises:
-        TypeError: If a leaf of the tree is traced, or the call is.
-    """
-    # Inside jit, what is put on a device is traced even if it is a constant.
-    _check_concrete((tree, jax.device_put(np.zeros(()))), "the parameters are, or the call is,")
-
-
-def _check_concrete(tree: PyTree, what: str) -> None:
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
-        raise TypeError(
-            f"{what} traced, and a pass pools what it measures on the host: call this outside of "
-            "jit, vmap and grad, and give them its result"
-        )
 
 
 def on_mesh(fn: Any, mesh: Any) -> Any:

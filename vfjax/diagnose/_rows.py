@@ -20,7 +20,6 @@ import numpy as np
 from vfjax._passes import (
     Mask,
     batch_size,
-    check_outside,
     compiled,
     each,
     each_piece,
@@ -117,7 +116,6 @@ def zero_example(net: Network) -> PyTree:
 
 def offsets(job: Job, networks: tuple[Carried, ...]) -> Offsets:
     """`f(0)` of every network at every site: one forward pass of one example."""
-    check_outside(networks)
     mesh, x = mesh_of(networks), zero_example(job.net)
     check_host("passes over data measure", models=networks)
     if mesh is None:

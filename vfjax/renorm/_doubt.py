@@ -132,7 +132,7 @@ def _shares(merged: Unpacked, measured: Mapping[str, Pooled], given: Given) -> I
     """The weights with which layers of the merged model are sums of the references', if any are."""
     net, leaves = merged.net, merged.trunk.leaves
     for layer in (net.layer(name) for name in measured):
-        kernels = [of.get(str(layer.kernel)) for of in (leaves, *given.leaves)]
+        kernels: list[Any] = [of.get(str(layer.kernel)) for of in (leaves, *given.leaves)]
         if given.leaves and all(np.shape(k) == np.shape(kernels[0]) != () for k in kernels):
             yield from _fit(*kernels)
         if layer.depth == max(merged.model.cut, 1):
