@@ -12,6 +12,9 @@ from jax import lax
 from helpers import assert_close, lively, traced
 from vfjax import align, checkpoint, merge, prune, stats
 
+# A router says which expert is which.
+pytestmark = pytest.mark.filterwarnings("ignore:the channels of layer")
+
 D, N = 4, 6
 
 

@@ -65,7 +65,9 @@ def change(program):
         moved = 0.0
         for _ in range(3):
             permutations = {name: draw(rng, spec, name) for name in spec.groups}
-            moved = max(moved, np.abs(run(spec.permute(leaves, permutations)) - before).max())
+            moved = max(
+                moved, np.abs(run(spec.permute(leaves, permutations, also={})) - before).max()
+            )
         return moved / (np.abs(before).max() + 1e-9), len(spec.groups)
 
 

@@ -17,6 +17,9 @@ import vfjax
 from helpers import normal
 from vfjax import align, diagnose, merge, prune, renorm, stats
 
+# Two random networks are in no common order.
+pytestmark = pytest.mark.filterwarnings("ignore:references.0. may not be in the order")
+
 X = normal(0, 6, 3)
 LABELS = np.arange(6) % 2
 DATA = [(X, LABELS)]

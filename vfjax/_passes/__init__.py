@@ -13,7 +13,6 @@ from vfjax._passes import masking as masking
 from vfjax._passes import moments as moments
 from vfjax._passes.batching import batch_size as batch_size
 from vfjax._passes.batching import batches as batches
-from vfjax._passes.batching import check_classes as check_classes
 from vfjax._passes.batching import check_finite_means as check_finite_means
 from vfjax._passes.batching import keep as keep
 from vfjax._passes.batching import labelled as labelled
@@ -22,10 +21,7 @@ from vfjax._passes.devices import on_mesh as on_mesh
 from vfjax._passes.devices import on_meshes as on_meshes
 from vfjax._passes.devices import replicate as replicate
 from vfjax._passes.evaluation import Evaluation as Evaluation
-from vfjax._passes.evaluation import Loss as Loss
-from vfjax._passes.evaluation import check_functions as check_functions
 from vfjax._passes.evaluation import evaluate as evaluate
-from vfjax._passes.evaluation import one_number as one_number
 from vfjax._passes.masking import Mask as Mask
 from vfjax._passes.masking import masked as masked
 from vfjax._passes.programs import Owner as Owner
@@ -41,14 +37,11 @@ __all__ = [
     "Evaluation",
     "Owner",
     "Mask",
-    "Loss",
     "batch_size",
     "batches",
     "by_pieces",
-    "check_classes",
     "check_finite_means",
     "compiled",
-    "check_functions",
     "each",
     "each_piece",
     "evaluate",
@@ -61,7 +54,6 @@ __all__ = [
     "moments",
     "on_mesh",
     "on_meshes",
-    "one_number",
     "replicate",
     "stream",
     "wide",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from vfjax._trees import check_host, check_values
+from vfjax._trees.concrete import check_host, check_values
 from vfjax._types import Array, PyTree
 
 # The most that `keep` keeps, in bytes: 10,000 images of CIFAR take an eighth of it.

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vfjax._trees import check_host, check_one_device, native
+from vfjax._trees import native
+from vfjax._trees.concrete import check_host, check_one_device
 from vfjax._types import PyTree
 
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from vfjax._jaxpr import routed
 from vfjax._passes.batching import batch_size, check_classes, labelled
 from vfjax._passes.programs import compiled
-from vfjax._trees import check_finite, check_host, check_one_device, flatten_named
+from vfjax._trees import check_finite, flatten_named
+from vfjax._trees.concrete import check_host, check_one_device
 from vfjax._types import Array, PyTree
 
 # Of an output and its labels, the mean over the batch.

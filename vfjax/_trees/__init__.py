@@ -7,9 +7,6 @@ a kernel or a statistic belongs in `vfjax.network`. Read `paths` first.
 
 from __future__ import annotations
 
-from vfjax._trees.concrete import check_host as check_host
-from vfjax._trees.concrete import check_one_device as check_one_device
-from vfjax._trees.concrete import check_values as check_values
 from vfjax._trees.leaves import as_numpy as as_numpy
 from vfjax._trees.leaves import changed as changed
 from vfjax._trees.leaves import like_leaf as like_leaf
@@ -32,7 +29,6 @@ from vfjax._trees.paths import check_trees as check_trees
 from vfjax._trees.paths import flatten_named as flatten_named
 from vfjax._trees.paths import leaf_paths as leaf_paths
 from vfjax._trees.paths import some as some
-from vfjax._trees.paths import structure_hint as structure_hint
 from vfjax._trees.paths import with_leaves as with_leaves
 from vfjax._trees.paths import without as without
 
@@ -43,13 +39,10 @@ __all__ = [
     "changed",
     "check_alike",
     "check_finite",
-    "check_host",
     "check_key",
     "check_like",
-    "check_one_device",
     "check_sequence",
     "check_trees",
-    "check_values",
     "flatten_named",
     "leaf_paths",
     "like_leaf",
@@ -60,7 +53,6 @@ __all__ = [
     "resolve_weights",
     "some",
     "sum_type",
-    "structure_hint",
     "weighted_mean",
     "whole",
     "with_leaves",

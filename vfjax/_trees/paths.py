@@ -163,7 +163,7 @@ def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 def leaf_paths(tree: PyTree) -> list[str]:
     """Paths of a tree's leaves, such as `params/Conv_0/kernel`, in the tree's own order."""
-    return list(flatten_named(tree)[0])
+    return _named([path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]])
 
 
 def check_trees(

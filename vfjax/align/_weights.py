@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees import check_finite, check_host, check_like, flatten_named
+from vfjax._trees import check_finite, check_like, flatten_named
+from vfjax._trees.concrete import check_host
 from vfjax._types import Array, PyTree
 from vfjax.align._ascent import (
     counted_axes,

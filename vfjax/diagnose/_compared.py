@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from vfjax._maps import Maps, check_is_maps
-from vfjax._trees import check_host
+from vfjax._trees.concrete import check_host
 from vfjax.diagnose._rows import Carried
 from vfjax.merge._arguments import each_unpacked, evaluable, listed, networks_of
 from vfjax.merge._merged import Merged

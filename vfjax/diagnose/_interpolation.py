@@ -18,8 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm
-from vfjax._passes import Evaluation, Loss, Mask, batches, check_functions, evaluate, keep, labelled
-from vfjax._trees import check_host, check_trees, flatten_named
+from vfjax._passes import Evaluation, Mask, batches, evaluate, keep, labelled
+from vfjax._passes.evaluation import Loss, check_functions
+from vfjax._trees import check_trees, flatten_named
+from vfjax._trees.concrete import check_host
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.merge._soups import interpolate

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfjax._trees import check_host
+from vfjax._trees.concrete import check_host
 from vfjax._types import PyTree
 from vfjax.merge._arguments import evaluable, merged_of, weights_for
 from vfjax.merge._merged import Merged

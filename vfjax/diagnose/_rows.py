@@ -30,7 +30,7 @@ from vfjax._passes import (
     wide,
 )
 from vfjax._passes.moments import ROUNDINGS, alive, scale_of, union_deviation, union_means
-from vfjax._trees import check_host, check_one_device
+from vfjax._trees.concrete import check_host, check_one_device
 from vfjax._types import Array, PyTree
 from vfjax.merge._merged import Merged
 from vfjax.network._layout import Layout, arrange, by_example, sample_axes

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from vfjax._passes import Mask, batch_size, batches, keep, masked
 from vfjax._passes.masking import examples
-from vfjax._trees import check_finite, check_host, check_like, flatten_named, some
+from vfjax._trees import check_finite, check_like, flatten_named, some
+from vfjax._trees.concrete import check_host
 from vfjax._types import PyTree
 from vfjax.diagnose._sites import resolve_sites
 from vfjax.merge._arguments import evaluable

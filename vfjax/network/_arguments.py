@@ -12,15 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vfjax._trees import (
-    Flat,
-    check_alike,
-    check_finite,
-    check_host,
-    check_like,
-    check_sequence,
-    flatten_named,
-)
+from vfjax._trees import Flat, check_alike, check_finite, check_like, check_sequence, flatten_named
+from vfjax._trees.concrete import check_host
 from vfjax._types import PyTree
 from vfjax.network._checks import check_variances
 from vfjax.network._network import Network

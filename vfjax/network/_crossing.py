@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import check_one_device, resolve_weights, weighted_mean
+from vfjax._trees import resolve_weights, weighted_mean
+from vfjax._trees.concrete import check_one_device
 from vfjax._types import Array
 from vfjax.symmetry._entries import by_piece
 from vfjax.symmetry._group_maps import check_matrix, contract

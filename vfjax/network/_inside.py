@@ -35,10 +35,7 @@ def tree_of(net: Network, leaves: Mapping[str, Any]) -> PyTree:
 
 def has_structure(net: Network, tree: Any) -> bool:
     """Whether something has the leaves of the network's variables, in whatever containers."""
-    try:
-        return sorted(leaf_paths(tree)) == sorted(net.paths)
-    except TypeError:  # not a tree of arrays
-        return False
+    return sorted(leaf_paths(tree)) == sorted(net.paths)
 
 
 def bias_of(net: Network, layer: str) -> Part | None:

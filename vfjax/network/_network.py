@@ -16,7 +16,8 @@ from vfjax._analysis import (
 )
 from vfjax._deprecated import OldName
 from vfjax._passes import Owner
-from vfjax._trees import check_values, flatten_named
+from vfjax._trees import flatten_named
+from vfjax._trees.concrete import check_values
 from vfjax._types import Array, PyTree
 from vfjax.network import _cost, _fold, _retrace, _run, _sites, _summary
 from vfjax.network._checks import (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vfjax._analysis import Traced
 from vfjax._jaxpr import evaluate, faster
-from vfjax._trees import check_one_device, check_values
+from vfjax._trees.concrete import check_one_device, check_values
 from vfjax._types import Array, PyTree
 from vfjax.network._checks import check_crossing, check_part, check_present, named_leaves
 from vfjax.network._crossing import Crossing

@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import (
-    Loss,
-    batch_size,
-    check_classes,
-    check_functions,
-    compiled,
-    labelled,
-    mesh_of,
-    one_number,
-)
-from vfjax._trees import check_one_device, flatten_named, with_leaves
+from vfjax._passes import batch_size, compiled, labelled, mesh_of
+from vfjax._passes.batching import check_classes
+from vfjax._passes.evaluation import Loss, check_functions, one_number
+from vfjax._trees import flatten_named, with_leaves
+from vfjax._trees.concrete import check_one_device
 from vfjax._types import Array, PyTree
 from vfjax.network._inside import output_of
 from vfjax.network._network import Network

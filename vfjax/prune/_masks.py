@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import check_one_device, check_values, flatten_named, like_leaf, on_host, some
+from vfjax._trees import flatten_named, like_leaf, on_host, some
+from vfjax._trees.concrete import check_one_device, check_values
 from vfjax._types import PyTree
 from vfjax.prune._scores import Scores
 

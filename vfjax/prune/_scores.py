@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import check_host, flatten_named
+from vfjax._trees import flatten_named, native
+from vfjax._trees.concrete import check_host
 from vfjax._types import PyTree
 from vfjax.network._arguments import check_fits, check_net
 from vfjax.network._kernels import kernel_rows, loop_kernels
@@ -217,11 +218,9 @@ def scores_of(
             if paths[name] == path:
                 scored[places] = True
         kept[path] = np.where(scored.reshape(value.shape), value, 0)
-    flat = flatten_named(tree)
-    shapes = {
-        p: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for p, a in flat.leaves.items()
-    }
-    like = flat.put(shapes).tree()
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(native(leaf))), tree
+    )
     return Scores(kept, dict(rows), dict(paths), like)
 
 

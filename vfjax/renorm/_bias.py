@@ -14,12 +14,11 @@ from vfjax._trees import (
     changed,
     check_finite,
     check_like,
-    check_one_device,
     check_sequence,
-    check_values,
     flatten_named,
     resolve_weights,
 )
+from vfjax._trees.concrete import check_one_device, check_values
 from vfjax._types import Array, PyTree
 from vfjax.merge._arguments import merged_of, weights_for
 from vfjax.merge._merged import Merged

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from vfjax._maps import Maps, check_is_maps
 from vfjax._passes import Mask
-from vfjax._trees import check_host, check_sequence
+from vfjax._trees import check_sequence
+from vfjax._trees.concrete import check_host
 from vfjax._types import Array
 from vfjax.merge._arguments import weights_for
 from vfjax.merge._merged import Merged

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from vfjax._analysis import listed_statistics
 from vfjax._maps import Maps
 from vfjax._passes import Mask
-from vfjax._trees import check_host, with_leaves
+from vfjax._trees import with_leaves
+from vfjax._trees.concrete import check_host
 from vfjax._types import PyTree
 from vfjax.merge._arguments import merged_of
 from vfjax.merge._merged import Merged

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vfjax._trees import check_finite, check_host, flatten_named
+from vfjax._trees import check_finite, flatten_named
+from vfjax._trees.concrete import check_host
 from vfjax._types import Array, PyTree
 
 

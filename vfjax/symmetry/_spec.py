@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import check_one_device, check_values, flatten_named, on_host, some
+from vfjax._trees import flatten_named, on_host, some
+from vfjax._trees.concrete import check_one_device, check_values
 from vfjax._types import Array, PyTree
 from vfjax.symmetry._also import Also, extended, warn_of_unread
 from vfjax.symmetry._entries import bare, by_piece, divided
