@@ -15,7 +15,8 @@ from vfjax._deprecated import renamed
 from vfjax._maps.labels import check_labels, pairs_of, sizes_of
 from vfjax._maps.norm_units import in_output_units, mixed_scales
 from vfjax._maps.parts import permuting
-from vfjax._trees import whole, with_leaves, without
+from vfjax._trees import with_leaves, without
+from vfjax._trees.options import whole
 from vfjax._types import PyTree
 from vfjax.network._arguments import networks
 from vfjax.network._network import Network

@@ -9,10 +9,12 @@ Read `streaming` first, then `batching` and `masking`. Statistics are always mer
 
 from __future__ import annotations
 
+from vfjax._passes import evaluation as evaluation
 from vfjax._passes import masking as masking
 from vfjax._passes import moments as moments
 from vfjax._passes.batching import batch_size as batch_size
 from vfjax._passes.batching import batches as batches
+from vfjax._passes.batching import check_classes as check_classes
 from vfjax._passes.batching import check_finite_means as check_finite_means
 from vfjax._passes.batching import keep as keep
 from vfjax._passes.batching import labelled as labelled
@@ -20,8 +22,6 @@ from vfjax._passes.devices import mesh_of as mesh_of
 from vfjax._passes.devices import on_mesh as on_mesh
 from vfjax._passes.devices import on_meshes as on_meshes
 from vfjax._passes.devices import replicate as replicate
-from vfjax._passes.evaluation import Evaluation as Evaluation
-from vfjax._passes.evaluation import evaluate as evaluate
 from vfjax._passes.masking import Mask as Mask
 from vfjax._passes.masking import masked as masked
 from vfjax._passes.programs import Owner as Owner
@@ -34,17 +34,17 @@ from vfjax._passes.streaming import stream as stream
 from vfjax._passes.streaming import wide as wide
 
 __all__ = [
-    "Evaluation",
     "Owner",
     "Mask",
     "batch_size",
     "batches",
     "by_pieces",
+    "check_classes",
     "check_finite_means",
     "compiled",
     "each",
     "each_piece",
-    "evaluate",
+    "evaluation",
     "keep",
     "labelled",
     "late",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._trees import check_key
+from vfjax._trees.options import check_key
 from vfjax._types import Array
 from vfjax.align._assignment import Alignment, assign_within
 from vfjax.symmetry._group_maps import compose

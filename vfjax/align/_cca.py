@@ -20,7 +20,7 @@ import numpy as np
 
 from vfjax._maps import Maps, Part, gather, permuting
 from vfjax._passes import Mask
-from vfjax._trees import number
+from vfjax._trees.options import number
 from vfjax._types import PyTree
 from vfjax.align._assignment import PLACE, assign
 from vfjax.align._taps import (

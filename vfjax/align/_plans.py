@@ -16,7 +16,7 @@ import scipy.sparse
 from scipy.optimize import linprog
 from scipy.special import softmax
 
-from vfjax._trees import number, whole
+from vfjax._trees.options import number, whole
 from vfjax.align._assignment import PLACE, assign
 
 # Index of a model, and the name of a group or a part of a group.

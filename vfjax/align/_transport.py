@@ -25,8 +25,9 @@ import numpy as np
 
 from vfjax._maps import Maps
 from vfjax._passes import Mask
-from vfjax._trees import Flat, check_finite, check_trees, flatten_named, whole
+from vfjax._trees import Flat, check_finite, check_trees, flatten_named
 from vfjax._trees.concrete import check_host
+from vfjax._trees.options import whole
 from vfjax._types import PyTree
 from vfjax.align._by_activations import Pair, measure, pair_of
 from vfjax.align._by_weights import match_incoming

@@ -21,7 +21,7 @@ import numpy as np
 
 from vfjax._maps import Maps, Part, check_is_maps, gather
 from vfjax._passes import Mask
-from vfjax._trees import check_key, number
+from vfjax._trees.options import check_key, number
 from vfjax._types import Array, PyTree
 from vfjax.align._assignment import PLACE
 from vfjax.align._grouping import (

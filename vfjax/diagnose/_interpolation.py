@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vfjax import align, merge, renorm
-from vfjax._passes import Evaluation, Mask, batches, evaluate, keep, labelled
-from vfjax._passes.evaluation import Loss, check_functions
+from vfjax._passes import Mask, batches, keep, labelled
+from vfjax._passes.evaluation import Evaluation, Loss, check_functions, evaluate
 from vfjax._trees import check_trees, flatten_named
 from vfjax._trees.concrete import check_host
 from vfjax._types import Array, PyTree

@@ -9,8 +9,7 @@ import numpy as np
 
 from vfjax._analysis import Traced
 from vfjax._jaxpr import MAX_UNROLL
-from vfjax._trees import flatten_named
-from vfjax._trees.paths import structure_hint
+from vfjax._trees import flatten_named, structure_hint
 from vfjax._types import PyTree
 from vfjax.network._crossing import Crossing
 from vfjax.network._retrace import traces_of

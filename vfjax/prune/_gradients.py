@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfjax._passes import batch_size, compiled, labelled, mesh_of
-from vfjax._passes.batching import check_classes
+from vfjax._passes import batch_size, check_classes, compiled, labelled, mesh_of
 from vfjax._passes.evaluation import Loss, check_functions, one_number
 from vfjax._trees import flatten_named, with_leaves
 from vfjax._trees.concrete import check_one_device

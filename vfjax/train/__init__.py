@@ -19,8 +19,8 @@ exactly the numbers of one that was not.
 
 from __future__ import annotations
 
-from vfjax._passes import Evaluation as Evaluation
-from vfjax._passes import evaluate as evaluate
+from vfjax._passes.evaluation import Evaluation as Evaluation
+from vfjax._passes.evaluation import evaluate as evaluate
 from vfjax.train._fit import Trained as Trained
 from vfjax.train._fit import augment as augment
 from vfjax.train._fit import fit as fit
