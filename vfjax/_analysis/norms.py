@@ -37,7 +37,7 @@ from vfjax._analysis.expressions import (
     raised,
     times,
 )
-from vfjax._analysis.views import View
+from vfjax._analysis.views import View, known
 from vfjax._jaxpr import INPUT, PARAM, Equation, Graph
 from vfjax._jaxpr.primitives import ADD, BROADCAST, CAST, DIV, MUL, NEG, PRODUCTS, SUB, SUMS
 
@@ -409,6 +409,7 @@ def _placed(
     index = view.forward(np.arange(size).reshape(leaf))
     if index.ndim not in (0, len(shape)):
         return None
+    shape = known(shape)
     index = np.broadcast_to(index, shape)
     axes = tuple(k for k, n in enumerate(shape) if n > 1 and index.strides[k])
     first = tuple(slice(None) if k in axes else 0 for k in range(len(shape)))

@@ -59,7 +59,7 @@ class View:
                 expanded = [1] * len(shape)
                 for source, target in enumerate(dims):
                     expanded[target] = array.shape[source]
-                array = np.broadcast_to(array.reshape(expanded), shape)
+                array = np.broadcast_to(array.reshape(expanded), known(shape))
         return array
 
     def backward(self, array: Any, shape: tuple[int, ...]) -> Any:
@@ -83,6 +83,11 @@ class View:
 
 def _reversed(dims: Sequence[int], rank: int) -> tuple[slice, ...]:
     return tuple(slice(None, None, -1 if k in dims else None) for k in range(rank))
+
+
+def known(shape: Sequence[Any]) -> tuple[int, ...]:
+    """A shape for NumPy: in place of a symbolic size, which no leaf varies along, stands a 2."""
+    return tuple(n if isinstance(n, int) else 2 for n in shape)
 
 
 def view_of(graph: Graph, value: Any) -> View | None:
