@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config, items):
     if "zoo" not in config.option.markexpr:
         zoo = pytest.mark.skip(reason="half an hour: pytest -m zoo")
         for item in items:
-            if "zoo" in item.keywords and "equinox MLP" not in item.name:
+            if item.get_closest_marker("zoo") and "equinox MLP" not in item.name:
                 item.add_marker(zoo)
     if jax.default_backend() != "cpu":
         return
