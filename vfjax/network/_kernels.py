@@ -164,12 +164,9 @@ def lookup_squares(
     traced = traces_of(net).at(named, x)
     graph = traced.graph
     uses = [use for use in _lookups(traced) if traced.paths[use[1].leaf] in paths]
-    given = [named.get(path) for path in traced.paths] + jax.tree.leaves(x)
-    env = {v: jnp.asarray(a) for v, a in zip(graph.inputs, given, strict=True) if a is not None}
-    places = evaluate(graph, env, [v for use, _ in uses for v in use.values[1:]])
     counts = {path: jnp.zeros(np.shape(named[path]), jnp.float32) for path in paths}
     for equation, view in uses:
-        where = [places[v] if isinstance(v, int) else v.val for v in equation.inputs[1:]]
+        where = _values(net, traced, variables, x, equation.inputs[1:])
         path, shape = traced.paths[view.leaf], graph.avals[equation.values[0]].shape
 
         def total(

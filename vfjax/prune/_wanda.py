@@ -100,7 +100,7 @@ def wanda(
     measure = functools.partial(_means, net, tuple(uses), tables)
     means, _ = stream(measure, _pool, tree, data, like=net.x, mask=mask, host=wide)
     squares = {path: np.zeros(np.size(leaf)) for path, leaf in leaves.items()}
-    for (name, path), mean in zip(uses.items(), means, strict=False):
+    for (name, path), mean in zip(uses.items(), means[: len(uses)], strict=True):
         squares[path][kernel_rows(net, name)] += spread(net, name, mean)
     for path, mean in zip(tables, means[len(uses) :], strict=True):
         squares[path] += mean.reshape(-1)
